@@ -1,0 +1,120 @@
+"""The program: one verb a file. Nothing heavy is imported before a verb runs, so that --help is instant."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from pause_megatron.errors import ConfigError, PauseMegatronError
+
+# The one-line helps stand here as well as in the verbs' modules (a test compares), so that --help imports none of them.
+VERBS = {
+    "train-tokenizer": "train a SentencePiece BPE tokenizer on shards of text",
+    "prepare": "turn shards of text into a tokenized corpus (.bin, .idx, manifest)",
+    "pretrain": "pretrain a model on windows with pauses",
+    "plot": "draw the loss curves of runs as a PNG",
+    "doctor": "say what this machine has, what works, and what is missing",
+}
+
+EXIT_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb.
+
+    Args:
+        argv: the arguments after the program's name; default: the process's own.
+
+    Returns:
+        the exit code: the verb's own; 2 for input that cannot be run; 130 after Ctrl-C.
+    """
+    try:
+        arguments = _take_local_rank(list(sys.argv[1:] if argv is None else argv))
+        return _dispatch(arguments)
+    except PauseMegatronError as error:
+        _report(error)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return EXIT_INTERRUPTED
+    except SystemExit as error:  # argparse: --help and wrong options
+        return error.code if isinstance(error.code, int) else EXIT_ERROR
+
+
+def _dispatch(arguments: list[str]) -> int:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_overview(), file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else EXIT_ERROR
+    if arguments[0] == "--version":
+        from pause_megatron import __version__
+
+        print(f"pause-megatron {__version__}")
+        return 0
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in VERBS:
+        from pause_megatron.config.spelling import nearest
+
+        raise ConfigError(f"unknown verb {verb!r}; expected one of {', '.join(VERBS)}{nearest(verb, VERBS)}")
+    module = importlib.import_module(f"pause_megatron.cli.{verb.replace('-', '_')}")
+    parser = argparse.ArgumentParser(
+        prog=f"pause-megatron {verb}",
+        description=module.HELP[0].upper() + module.HELP[1:] + ".",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(parser)
+    # Intermixed: `pretrain --recipe R run.dir=a --dry-run log.every=1` may give overrides anywhere.
+    return module.run(parser.parse_intermixed_args(rest))
+
+
+def _overview() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {verb:{width}}  {text}" for verb, text in VERBS.items())
+    return (
+        "usage: pause-megatron VERB [options]\n\n"
+        f"Pause-token pretraining with megatron-core and DeepSpeed.\n\n{verbs}\n\n"
+        "  pause-megatron VERB --help   the options of a verb\n"
+        "  pause-megatron --version     the version"
+    )
+
+
+def _take_local_rank(arguments: list[str]) -> list[str]:
+    """Remove `--local_rank=N` or `--local-rank N`, which launchers put before or after the verb.
+
+    They set LOCAL_RANK too; where only the option is there (old torch launchers), it becomes LOCAL_RANK.
+
+    Raises:
+        ConfigError: the value is not a number.
+    """
+    kept, rest = [], iter(arguments)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if name not in ("--local_rank", "--local-rank"):
+            kept.append(argument)
+            continue
+        value = value if equals else next(rest, "")
+        if not value.isdecimal():
+            raise ConfigError(f"{name}: expected a number >= 0, came {value!r}")
+        os.environ.setdefault("LOCAL_RANK", value)
+    return kept
+
+
+def _number(*names: str) -> int:
+    """The first of these environment variables that is a number, else 0."""
+    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdecimal()), 0)
+
+
+def _report(error: PauseMegatronError) -> None:
+    """Say it once: a wrong configuration is the same on every rank; other errors name the rank that met them."""
+    if isinstance(error, ConfigError) and _number("LOCAL_RANK", "SLURM_LOCALID"):
+        return
+    rank = _number("RANK", "SLURM_PROCID")
+    _say(f"error: {error}" if not rank else f"[rank {rank}] error: {error}")
+
+
+def _say(text: str) -> None:
+    print(f"pause-megatron: {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,94 @@
+"""The arithmetic of a run as text: batch, tokens, pauses, parameters, FLOPs. No torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pause_megatron.config.plan import BatchPlan
+from pause_megatron.config.presets import flops_per_token, parameters
+from pause_megatron.config.schema import RunConfig
+
+ASSUMED_VOCABULARY = 32_000
+
+
+def describe(config: RunConfig, plan: BatchPlan, engine: dict[str, Any], *, vocab_size: int | None = None) -> str:
+    """Lay out the arithmetic of a run.
+
+    Args:
+        config: resolved. plan: its batches. engine: its DeepSpeed dictionary.
+        vocab_size: text tokens; default: the manifest's of the first corpus, else 32000.
+
+    Returns:
+        lines of "name value unit", aligned.
+    """
+    text_size, origin = _vocabulary(config, vocab_size)
+    size = text_size + config.pause.embeddings
+    flops = flops_per_token(config.model, size, plan.sequence_length) * plan.raw_tokens
+    stage, model = engine["zero_optimization"]["stage"], config.model
+    rows = [
+        ("ranks", f"{plan.world_size} = {plan.data_parallel} data parallel x {plan.tensor} tensor parallel"),
+        (
+            "global batch",
+            f"{plan.global_size} windows = {plan.micro_size} micro x {plan.accumulation} accumulation "
+            f"x {plan.data_parallel} data parallel",
+        ),
+        ("window", f"{plan.sequence_length:,} tokens, {plan.pauses:,} pauses inserted ({_window(config)})"),
+        ("pause fraction", f"{plan.pause_fraction:.2%} of the input tokens (expected)"),
+        ("raw tokens a step", f"{plan.raw_tokens:,}"),
+        ("text tokens a step", f"{plan.text_tokens:,.0f} (expected)"),
+        ("steps", _steps(config, plan)),
+        ("raw tokens in all", _total(plan.total_tokens)),
+        ("text tokens in all", _total(plan.steps and plan.steps * plan.text_tokens)),
+        ("vocabulary", f"{size:,} = {text_size:,} text ({origin}) + {config.pause.embeddings} pause"),
+        (
+            "model",
+            f"{model.layers} layers x {model.hidden} hidden, {model.heads} heads, {model.kv_heads} key/value heads, "
+            f"{model.ffn} ffn, {'tied' if model.tied else 'untied'}",
+        ),
+        ("parameters", f"{parameters(model, size):,}"),
+        ("FLOPs a step", f"{_si(flops)}FLOP ({_si(flops / plan.world_size)}FLOP a rank)"),
+        ("FLOPs in all", "unknown" if plan.steps is None else f"{_si(flops * plan.steps)}FLOP"),
+        ("engine", f"ZeRO stage {stage}, {config.engine.precision}"),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
+
+
+def _window(config: RunConfig) -> str:
+    pause = config.pause
+    if not pause.rate:
+        return "standard training"
+    return f"rate {pause.rate:g}, {pause.placement}, {'then cut' if pause.window == 'trim' else 'no text lost'}"
+
+
+def _steps(config: RunConfig, plan: BatchPlan) -> str:
+    if plan.steps is None:
+        return "unknown: give train.steps or train.tokens"
+    return f"{plan.steps:,} for a budget of {config.train.tokens:,} raw tokens"
+
+
+def _total(tokens: float | None) -> str:
+    return "unknown" if tokens is None else f"{tokens:,.0f} ({_si(tokens)}tokens)"
+
+
+def _si(value: float) -> str:
+    """1234567 -> "1.235 M" (three decimals, a prefix)."""
+    for power, prefix in ((24, "Y"), (21, "Z"), (18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if value >= 10**power:
+            return f"{value / 10**power:.3f} {prefix}"
+    return f"{value:.0f} "
+
+
+def _vocabulary(config: RunConfig, given: int | None) -> tuple[int, str]:
+    if given is not None:
+        return given, "--vocab-size"
+    for prefix in config.data.prefix:  # in a blend, weights stand between the prefixes
+        manifest = Path(f"{prefix}.manifest.json")
+        if manifest.is_file():
+            try:
+                return int(json.loads(manifest.read_text(encoding="utf-8"))["tokenizer"]["vocab_size"]), str(manifest)
+            except (OSError, ValueError, KeyError, TypeError):
+                continue  # the run itself says what is wrong with a manifest
+    return ASSUMED_VOCABULARY, "assumed"

@@ -1,0 +1,90 @@
+"""`pause-megatron plot`: the loss curves of one or more runs as a picture."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from pause_megatron.errors import DataError
+
+HELP = "draw the loss curves of runs as a PNG"
+SMOOTHING_STEPS = 20
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder (run.dir), or its metrics.jsonl")
+    parser.add_argument("--output", required=True, metavar="FILE", help="picture to write; .png, .svg or .pdf")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draw, and say where."""
+    runs = [(Path(name).name or name, _read(Path(name))) for name in args.runs]
+    _draw(runs, Path(args.output))
+    print(f"wrote {args.output}")
+    return 0
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    file = path / "metrics.jsonl" if path.is_dir() else path
+    try:
+        records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise DataError(f"{file}: expected the metrics of a run: {error.strerror}") from None
+    except ValueError as error:
+        raise DataError(f"{file}: expected one JSON object a line: {error}") from None
+    if not records:
+        raise DataError(f"{file}: expected the metrics of a run, it is empty")
+    return records
+
+
+def _draw(runs: list[tuple[str, list[dict[str, Any]]]], output: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, (train, valid) = plt.subplots(1, 2, figsize=(12, 4.8), constrained_layout=True)
+    for index, (name, records) in enumerate(runs):
+        color = f"C{index}"
+        records = [record for record in records if record["loss"] is not None]
+        tokens = [record["text_tokens"] / 1e6 for record in records]
+        losses = [record["loss"] for record in records]
+        train.plot(tokens, losses, color=color, alpha=0.2, linewidth=0.8)
+        train.plot(tokens, _smooth(losses), color=color, label=name)
+        _draw_validation(valid, name, color, records)
+    train.set(title=f"training loss (smoothed over {SMOOTHING_STEPS} steps)")
+    valid.set(title="validation loss")
+    for axes in (train, valid):
+        axes.set(xlabel="text tokens seen (millions)", ylabel="nats per text token")
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=120)
+    plt.close(figure)
+
+
+def _draw_validation(axes: Any, name: str, color: str, records: list[dict[str, Any]]) -> None:
+    scored = [record for record in records if record.get("valid_loss") is not None]
+    tokens = [record["text_tokens"] / 1e6 for record in scored]
+    curves = {
+        "valid_loss": (name, "-", "o"),
+        "valid_loss_without_pauses": (f"{name}, scored without pauses", "--", "."),
+    }
+    if any(record.get("valid_loss_after_pause") is not None for record in scored):
+        curves["valid_loss_after_pause"] = (f"{name}, directly after a pause", ":", "^")
+        curves["valid_loss_elsewhere"] = (f"{name}, elsewhere", "-.", "v")
+    else:
+        del curves["valid_loss_without_pauses"]  # the same as valid_loss in a run without pauses
+    for key, (label, style, marker) in curves.items():
+        axes.plot(tokens, [record[key] for record in scored], style, marker=marker, color=color, label=label, ms=4)
+
+
+def _smooth(values: list[float]) -> list[float]:
+    """Mean over the last `SMOOTHING_STEPS` values."""
+    return [
+        sum(values[max(0, stop - SMOOTHING_STEPS) : stop]) / min(stop, SMOOTHING_STEPS)
+        for stop in range(1, len(values) + 1)
+    ]

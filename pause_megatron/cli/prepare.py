@@ -1,0 +1,116 @@
+"""pause-megatron prepare: shards of text -> a tokenized corpus."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+HELP = "turn shards of text into a tokenized corpus (.bin, .idx, manifest)"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Define the options."""
+    parser.epilog = (
+        "examples:\n"
+        "  pause-megatron prepare --input 'shards/*.json.gz' --tokenizer tok.model --output data/c4\n"
+        "  pause-megatron prepare --input hf:allenai/c4 --hf-config en --tokenizer tok.model --output data/c4\n\n"
+        "Killed or stopped, the same command goes on from the shards that are finished."
+    )
+    add_input_arguments(parser)
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="PATH", help="SentencePiece .model, tokenizer.json, folder, or hf:NAME"
+    )
+    parser.add_argument(
+        "--output", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx, .manifest.json, .tokenizer/"
+    )
+    parser.add_argument("--workers", type=int, metavar="N", help="processes, a shard each (default: the cores)")
+    parser.add_argument(
+        "--eod-token", metavar="PIECE", help="piece that ends a document (default: the tokenizer's eos)"
+    )
+    parser.add_argument(
+        "--pause-id",
+        type=int,
+        metavar="ID",
+        help="existing, reserved id to use for <pause> (default: the first id after the vocabulary)",
+    )
+    parser.add_argument(
+        "--max-malformed",
+        type=_limit,
+        default=1000,
+        metavar="N",
+        help="malformed lines that are left out before prepare gives up: a number, or a fraction such as 0.001 "
+        "(default: 1000)",
+    )
+    parser.add_argument(
+        "--damaged-shards",
+        choices=("error", "keep"),
+        default="error",
+        help="a shard that breaks off (truncated gzip): stop, or keep what is readable and count it as malformed "
+        "(default: error)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a corpus that was prepared otherwise")
+    parser.add_argument("--verify", action="store_true", help="afterwards, read the corpus whole and check its digests")
+
+
+def add_input_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that say which documents are read; train-tokenizer has them too."""
+    parser.add_argument(
+        "--input",
+        required=True,
+        nargs="+",
+        metavar="SHARD",
+        help="shards of JSON lines (.json, .jsonl, .ndjson, plain, .gz or .zst), paths or globs; or hf:NAME, a data "
+        "set that `datasets` streams",
+    )
+    parser.add_argument("--text-key", default="text", metavar="KEY", help="key of the text in a line (default: text)")
+    hub = parser.add_argument_group("with --input hf:NAME")
+    hub.add_argument("--hf-config", metavar="NAME", help="configuration of the data set, such as 'en'")
+    hub.add_argument("--hf-split", default="train", metavar="NAME", help="split (default: train)")
+    hub.add_argument("--hf-revision", metavar="REV", help="branch, tag or commit")
+    hub.add_argument(
+        "--hf-data-files", nargs="+", default=(), metavar="FILE", help="files for a loader such as hf:json"
+    )
+
+
+def hub_options(args: argparse.Namespace):
+    """The `HubOptions` that the input options ask for."""
+    from pause_megatron.data.sources import HubOptions
+
+    return HubOptions(
+        config=args.hf_config, split=args.hf_split, revision=args.hf_revision, data_files=tuple(args.hf_data_files)
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prepare the corpus."""
+    from pause_megatron.cli.prepare_progress import ProgressBar
+    from pause_megatron.data.manifest import open_corpus
+    from pause_megatron.data.prepare import prepare, summary
+    from pause_megatron.data.sources import ReadOptions
+    from pause_megatron.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(args.tokenizer, eod_token=args.eod_token, pause_id=args.pause_id)
+    with ProgressBar(sys.stderr) as bar:
+        prepared = prepare(
+            args.input,
+            tokenizer,
+            args.output,
+            hub=hub_options(args),
+            options=ReadOptions(text_key=args.text_key, damaged_shards=args.damaged_shards),
+            workers=args.workers,
+            max_malformed=args.max_malformed,
+            overwrite=args.overwrite,
+            on_progress=bar.update,
+        )
+    print(summary(prepared, args.output))
+    if args.verify:
+        open_corpus(args.output).verify()
+        print("verified: the digests of .bin and .idx are those of the manifest")
+    return 0
+
+
+def _limit(text: str) -> int | float:
+    try:
+        return float(text) if "." in text or "e" in text.lower() else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number of lines or a fraction, came {text!r}") from None

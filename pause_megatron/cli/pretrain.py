@@ -1,0 +1,115 @@
+"""`pause-megatron pretrain`: a configuration in, a run folder out; or its arithmetic, without torch (--dry-run)."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import textwrap
+import warnings
+
+from pause_megatron.errors import ConfigError
+
+HELP = "pretrain a model on windows with pauses"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options, and list every configuration key at the end of --help."""
+    from pause_megatron.config.load import recipe_names
+
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--recipe", metavar="NAME", help=f"one of {', '.join(recipe_names())}")
+    source.add_argument("--config", metavar="FILE", help="a YAML file, for example a run's own config.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys on top, for example optim.lr=3e-4")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print the arithmetic of the run and stop; needs no GPU")
+    parser.add_argument(
+        "--world-size", type=_count, metavar="N", help="ranks for --dry-run; default: the launcher's, or 1"
+    )
+    parser.add_argument(
+        "--vocab-size", type=_count, metavar="N", help="text tokens for --dry-run; default: the corpus's, or 32000"
+    )
+    parser.epilog = _key_table()
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check everything that can be checked without torch, then train."""
+    from pause_megatron.config import batch_plan, deepspeed_config, dump, load
+
+    config = load(args.config, recipe=args.recipe, overrides=args.overrides)
+    first = _environment("RANK", "SLURM_PROCID", default=0) == 0
+    if args.print_config:
+        if first:
+            print(dump(config), end="")
+        return 0
+    world_size = _environment("WORLD_SIZE", "SLURM_NTASKS", default=1) if args.world_size is None else args.world_size
+    plan = batch_plan(config, world_size)
+    engine = deepspeed_config(config, data_parallel=plan.data_parallel)
+    if args.dry_run:
+        from pause_megatron.cli.dry_run import describe
+
+        if first:
+            print(describe(config, plan, engine, vocab_size=args.vocab_size))
+        return 0
+    for option in ("world_size", "vocab_size"):
+        if getattr(args, option) is not None:
+            raise ConfigError(
+                f"--{option.replace('_', '-')} belongs to --dry-run; a run takes it from its surroundings"
+            )
+    if not config.data.prefix:
+        raise ConfigError(
+            "data.prefix: expected the prefix of a prepared corpus (see pause-megatron prepare), came none"
+        )
+    if config.train.steps is None:
+        raise ConfigError("train.steps or train.tokens: expected one of them, came neither")
+    _silence_imports()
+    from pause_megatron.train.pretrain import pretrain
+
+    return pretrain(config)
+
+
+def _silence_imports() -> None:
+    """Leave out what libraries say on every rank about what is absent; `pause-megatron doctor` says it when asked."""
+    for message in (
+        ".*Apex (is|are) not installed",
+        "The following imports from `dynamic_context.py`",
+        "full scope is deprecated",
+        "`torch.distributed.*` is deprecated",
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer >= 1, came {text!r}")
+    return int(text)
+
+
+def _environment(*names: str, default: int) -> int:
+    """The first of these variables that a launcher has set.
+
+    Raises:
+        ConfigError: it is not a number.
+    """
+    for name in names:
+        value = os.environ.get(name)
+        if value:
+            if not value.isdecimal():
+                raise ConfigError(f"environment variable {name}: expected a number, came {value!r}")
+            return int(value)
+    return default
+
+
+def _key_table() -> str:
+    """Every key with its type, range, default and meaning, in the order of the schema."""
+    from pause_megatron.config.keys import keys, sections
+
+    lines = ["configuration keys (KEY=VALUE, or in the YAML file as groups):"]
+    for section, cls in sections().items():
+        lines += ["", f"  {section}: {(cls.__doc__ or '').splitlines()[0]}"]
+        for key in keys().values():
+            if key.path.startswith(f"{section}."):
+                lines.append(f"    {key.path:26} {key.expected}; default {key.default_text}")
+                lines += textwrap.wrap(
+                    key.description, 112, initial_indent=" " * 31, subsequent_indent=" " * 31, break_on_hyphens=False
+                )
+    return "\n".join(lines)

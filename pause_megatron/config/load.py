@@ -1,0 +1,157 @@
+"""YAML and `key.path=value` overrides -> RunConfig, in three steps: parse, resolve, validate. Nothing changes later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from pause_megatron.config.keys import Key, keys, sections
+from pause_megatron.config.presets import fill_sizes
+from pause_megatron.config.rules import check
+from pause_megatron.config.schema import RunConfig, TrainSection
+from pause_megatron.config.spelling import nearest
+from pause_megatron.config.text import Entry, read_entries, read_override, write_yaml
+from pause_megatron.errors import ConfigError
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+
+# A later source that gives the first replaces what earlier sources said about the others.
+_REPLACES = {
+    "train.steps": ("train.tokens",),
+    "train.tokens": ("train.steps",),
+    "model.preset": ("model.layers", "model.hidden", "model.heads", "model.kv_heads", "model.ffn", "model.tied"),
+}
+
+
+def load(path: str | Path | None = None, *, recipe: str | None = None, overrides: Iterable[str] = ()) -> RunConfig:
+    """Make a configuration: a file or a recipe, then overrides, then what follows from them.
+
+    Args:
+        path: a YAML file. recipe: a name in pause_megatron/recipes (see `recipe_names`). Give one of them or neither.
+        overrides: `section.name=value`, each value a YAML scalar or list; later ones win.
+
+    Returns:
+        the resolved configuration: sizes of the preset filled in, train.steps and train.tokens both known.
+
+    Raises:
+        ConfigError: a key that does not exist, a value of the wrong type or range, or keys that contradict each other;
+            with the file and line (or "command line"), what was expected and what came.
+    """
+    if path is not None and recipe is not None:
+        raise ConfigError(f"expected a file or a recipe, came both: {path} and {recipe}")
+    source = recipe_path(recipe) if recipe is not None else path
+    layers = [] if source is None else [_read_file(Path(source))]
+    layers.append([read_override(override) for override in overrides])
+    entries = _merge(layers)
+    config = resolve(_parse(entries))
+    origin = dict.fromkeys(_REPLACES["model.preset"], f"preset {config.model.preset}")
+    origin |= {entry.path: entry.where for entry in entries.values() if entry.value is not None}
+    check(config, origin)
+    return config
+
+
+def dump(config: RunConfig) -> str:
+    """The configuration as YAML; `load` of it gives the same configuration."""
+    return write_yaml(config.model_dump(mode="json"))
+
+
+def recipe_names() -> tuple[str, ...]:
+    """Names for `load(recipe=...)`."""
+    return tuple(sorted(file.stem for file in RECIPES.glob("*.yaml")))
+
+
+def recipe_path(name: str) -> Path:
+    """The file of a recipe.
+
+    Raises:
+        ConfigError: no recipe of that name ships.
+    """
+    names = recipe_names()
+    if name not in names:
+        raise ConfigError(f"--recipe: expected one of {', '.join(names)}; came {name!r}{nearest(name, names)}")
+    return RECIPES / f"{name}.yaml"
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """Fill in what follows from other keys: the model's sizes; steps from tokens (upwards) or tokens from steps."""
+    per_step = config.batch.global_size * config.data.sequence_length
+    steps, tokens = config.train.steps, config.train.tokens
+    if steps is None and tokens is not None:
+        steps = -(-tokens // per_step)
+    elif steps is not None and tokens is None:
+        tokens = steps * per_step
+    changes = {"model": fill_sizes(config.model), "train": TrainSection(steps=steps, tokens=tokens)}
+    return config.model_copy(update=changes)
+
+
+def _read_file(path: Path) -> list[Entry]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path}: expected UTF-8 text, came byte {error.object[error.start]:#x} at {error.start}"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"--config: {path} cannot be read: {error.strerror}") from None
+    return read_entries(text, str(path))
+
+
+def _merge(layers: list[list[Entry]]) -> dict[str, Entry]:
+    merged: dict[str, Entry] = {}
+    for layer in layers:
+        given = {entry.path: _typed(entry) for entry in layer}
+        for path, entry in given.items():
+            if entry.value is not None:
+                for replaced in _REPLACES.get(path, ()):
+                    merged.pop(replaced, None)
+        merged |= given
+    return merged
+
+
+def _typed(entry: Entry) -> Entry:
+    """Refuse an unknown key. Text keys take a scalar as it was written; integer keys take 2e9 for an integer."""
+    key, value = _known(entry), entry.value
+    if key.kind is str and isinstance(value, (bool, int, float)):
+        value = entry.text
+    elif key.kind is int and isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return Entry(entry.path, value, entry.text, entry.where)
+
+
+def _known(entry: Entry) -> Key:
+    found = keys().get(entry.path)
+    if found is not None:
+        return found
+    section, _, name = entry.path.partition(".")
+    if section in sections() and not name:
+        raise ConfigError(f"{entry.where}: {section}: expected a group of keys, came {entry.value!r}")
+    if section in sections():
+        names = [path.partition(".")[2] for path in keys() if path.startswith(f"{section}.")]
+        guess = nearest(name, names).replace("'", f"'{section}.", 1) or nearest(entry.path, keys())
+        hint = guess or f". Keys of {section}: {', '.join(names)}"
+    else:
+        same = [path for path in keys() if path.endswith(f".{entry.path}")]
+        hint = f". Did you mean {' or '.join(map(repr, same))}?" if same else nearest(entry.path, keys())
+        hint = hint or nearest(section, sections()) or f". Groups: {', '.join(sections())}"
+    raise ConfigError(f"{entry.where}: unknown key {entry.path!r}{hint}")
+
+
+def _parse(entries: Mapping[str, Entry]) -> RunConfig:
+    nested: dict[str, dict[str, Any]] = {}
+    for path, entry in entries.items():
+        section, name = path.split(".")
+        nested.setdefault(section, {})[name] = entry.value
+    try:
+        return RunConfig.model_validate(nested)
+    except ValidationError as error:
+        paths = dict.fromkeys(".".join(map(str, problem["loc"][:2])) for problem in error.errors())
+    raise ConfigError("\n".join(_wrong(entries[path], keys()[path]) for path in paths))
+
+
+def _wrong(entry: Entry, key: Key) -> str:
+    guess = nearest(entry.value, key.choices) if key.choices and isinstance(entry.value, str) else ""
+    came = "null" if entry.value is None else repr(entry.value)
+    return f"{entry.where}: {key.path}: expected {key.expected}; came {came}{guess}"

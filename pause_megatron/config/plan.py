@@ -1,0 +1,104 @@
+"""The arithmetic of a batch: micro x accumulation x data parallel = global; raw and text tokens; steps. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pause_megatron.config.schema import RunConfig
+from pause_megatron.errors import ConfigError
+
+
+def pauses_per_window(rate: float, sequence_length: int) -> int:
+    """M = round(rate x N): pauses inserted into a window of N tokens (Goyal et al., section 3.1)."""
+    return round(rate * sequence_length)
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How the windows of an optimizer step spread over ranks and passes. Sizes are windows, the rest is tokens."""
+
+    world_size: int
+    tensor: int
+    data_parallel: int
+    micro_size: int
+    accumulation: int
+    global_size: int
+    sequence_length: int
+    pauses: int  # inserted per window, before the cut of window=trim
+    pause_fraction: float  # expected pauses per input token
+    steps: int | None
+
+    @property
+    def raw_tokens(self) -> int:
+        """Text and pauses, per step."""
+        return self.global_size * self.sequence_length
+
+    @property
+    def text_tokens(self) -> float:
+        """Expected input tokens that are not pauses, per step."""
+        return self.raw_tokens * (1 - self.pause_fraction)
+
+    @property
+    def total_tokens(self) -> int | None:
+        """Text and pauses, whole run."""
+        return None if self.steps is None else self.steps * self.raw_tokens
+
+
+def data_parallel_size(config: RunConfig, world_size: int) -> int:
+    """Ranks that see different data.
+
+    Raises:
+        ConfigError: parallel.tensor does not divide the ranks.
+    """
+    tensor = config.parallel.tensor
+    if world_size < 1 or world_size % tensor:
+        raise ConfigError(
+            f"parallel.tensor: expected a divisor of the number of ranks ({world_size}), came {tensor}. "
+            f"Start a multiple of {tensor} ranks or lower parallel.tensor"
+        )
+    return world_size // tensor
+
+
+def batch_plan(config: RunConfig, world_size: int) -> BatchPlan:
+    """Split the global batch over the ranks.
+
+    Args:
+        config: a resolved configuration. world_size: ranks in all.
+
+    Raises:
+        ConfigError: parallel.tensor does not divide the ranks, or the global batch does not divide evenly.
+    """
+    data_parallel = data_parallel_size(config, world_size)
+    batch = config.batch
+    per_pass = batch.micro_size * data_parallel
+    if batch.global_size % per_pass:
+        below, above = batch.global_size // per_pass * per_pass, -(-batch.global_size // per_pass) * per_pass
+        raise ConfigError(
+            f"batch.global_size: expected a multiple of batch.micro_size ({batch.micro_size}) x data-parallel ranks "
+            f"({world_size} ranks / parallel.tensor {config.parallel.tensor} = {data_parallel}) = {per_pass}, "
+            f"came {batch.global_size}. Nearest: {f'{below} or ' if below else ''}{above}"
+        )
+    length = config.data.sequence_length
+    pauses = pauses_per_window(config.pause.rate, length)
+    return BatchPlan(
+        world_size=world_size,
+        tensor=config.parallel.tensor,
+        data_parallel=data_parallel,
+        micro_size=batch.micro_size,
+        accumulation=batch.global_size // per_pass,
+        global_size=batch.global_size,
+        sequence_length=length,
+        pauses=pauses,
+        pause_fraction=expected_pause_fraction(pauses, length, config.pause.window),
+        steps=config.train.steps,
+    )
+
+
+def expected_pause_fraction(pauses: int, sequence_length: int, window: str) -> float:
+    """Expected share of pauses among the N input tokens of a window.
+
+    A window holds N+1 tokens, inputs are the first N, and the very first is always text. So M pauses spread evenly
+    over N places (exact), or over N+M places of which the cut leaves N (trim); N-1 of the places are inputs.
+    """
+    places = sequence_length + (pauses if window == "trim" else 0)
+    return pauses / places * (sequence_length - 1) / sequence_length

@@ -1,0 +1,65 @@
+"""Model sizes by name, and the arithmetic of parameters and FLOPs. No torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pause_megatron.config.schema import ModelSection
+from pause_megatron.errors import ConfigError
+
+# Parameters are for the vocabulary in brackets, one <pause> included.
+PRESETS: dict[str, dict[str, Any]] = {
+    # 1.90 M [8193]. A CPU trains it in minutes. Tied, because the vocabulary would outweigh the layers.
+    "tiny": {"layers": 4, "hidden": 128, "heads": 4, "tied": True},
+    # 134.1 M [32001]: 84.9 M in the layers, 49.2 M in embedding and head. The paper's smaller model has 130 M.
+    "130m": {"layers": 12, "hidden": 768, "heads": 12, "tied": False},
+    # 1.042 G [32001]: 0.911 G in the layers. The paper's larger model has 1 G; heads of 128 and a width that
+    # tensor parallelism over 2, 4, 8 or 16 ranks divides were preferred to its depth.
+    "1b": {"layers": 18, "hidden": 2048, "heads": 16, "tied": False},
+}
+
+
+def fill_sizes(model: ModelSection) -> ModelSection:
+    """Fill in the sizes that were left out: from the preset; else kv_heads = heads, ffn = 8/3 hidden (upwards to 64s).
+
+    8/3 makes a SwiGLU layer (three matrices) as large as a classic one of width 4 hidden (two matrices): Shazeer 2020.
+
+    Raises:
+        ConfigError: no preset, and a size is missing.
+    """
+    preset = PRESETS[model.preset] if model.preset else {"tied": False}
+    sizes = {name: getattr(model, name) for name in ("layers", "hidden", "heads", "tied")}
+    sizes = {name: preset.get(name) if value is None else value for name, value in sizes.items()}
+    missing = [f"model.{name}" for name, value in sizes.items() if value is None]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)}: expected a value because model.preset is null, came none")
+    sizes["kv_heads"] = model.kv_heads or sizes["heads"]
+    sizes["ffn"] = model.ffn or -(-8 * sizes["hidden"] // (3 * 64)) * 64
+    return ModelSection(**{**model.model_dump(), **sizes})
+
+
+def layer_parameters(model: ModelSection) -> int:
+    """Parameters of one resolved transformer layer: q, k, v, o; gate, up, down; two norms. No biases."""
+    kv_width = model.hidden // model.heads * model.kv_heads
+    attention = 2 * model.hidden * model.hidden + 2 * model.hidden * kv_width
+    return attention + 3 * model.hidden * model.ffn + 2 * model.hidden
+
+
+def parameters(model: ModelSection, vocabulary: int) -> int:
+    """All parameters of a resolved model.
+
+    Args:
+        model: with all sizes filled in. vocabulary: live rows (text tokens and pauses); padding rows do not count.
+    """
+    tables = 1 if model.tied else 2
+    return tables * vocabulary * model.hidden + model.layers * layer_parameters(model) + model.hidden
+
+
+def flops_per_token(model: ModelSection, vocabulary: int, sequence_length: int) -> int:
+    """FLOPs of forward and backward pass for one raw token: 6 N + 12 L d T (PaLM, appendix B).
+
+    N is every parameter that multiplies: layers, norms and the output layer, not the input embedding (a look-up).
+    T is the window; the causal half of the attention matrix is counted too, as published figures do.
+    """
+    multiplied = parameters(model, vocabulary) - (0 if model.tied else vocabulary * model.hidden)
+    return 6 * multiplied + 12 * model.layers * model.hidden * sequence_length

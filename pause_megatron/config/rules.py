@@ -1,0 +1,170 @@
+"""Rules that tie keys together. Each is a function with a message; all are checked once, after resolution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from pause_megatron.config.plan import pauses_per_window
+from pause_megatron.config.schema import RunConfig
+from pause_megatron.config.spelling import nearest
+from pause_megatron.errors import ConfigError
+
+# A broken rule names the keys it is about and what was expected of them; None: the rule holds.
+Broken = tuple[tuple[str, ...], str] | None
+Rule = Callable[[RunConfig], Broken]
+
+PLACEMENTS = ("uniform", "isolated", "with_replacement", "bernoulli", "interval")
+_RULES: list[Rule] = []
+
+
+def _rule(function: Rule) -> Rule:
+    _RULES.append(function)
+    return function
+
+
+def check(config: RunConfig, origin: Mapping[str, str] | None = None) -> None:
+    """Check every rule.
+
+    Args:
+        config: resolved. origin: where a key was written ("FILE:LINE", "command line"), for the message.
+
+    Raises:
+        ConfigError: one line per broken rule: what was expected, what came, and where it came from.
+    """
+    broken = [found for rule in _RULES if (found := rule(config)) is not None]
+    if broken:
+        raise ConfigError("\n".join(_message(config, keys, expected, origin or {}) for keys, expected in broken))
+
+
+def _message(config: RunConfig, keys: tuple[str, ...], expected: str, origin: Mapping[str, str]) -> str:
+    came = []
+    for key in keys:
+        section, name = key.split(".")
+        where = f" ({origin[key]})" if key in origin else " (default)"
+        came.append(f"{key}={getattr(getattr(config, section), name)}{where}")
+    return f"expected {expected}; came {', '.join(came)}"
+
+
+@_rule
+def heads_divide_hidden(config: RunConfig) -> Broken:
+    model = config.model
+    if model.hidden % model.heads:
+        return ("model.hidden", "model.heads"), "model.hidden to be a multiple of model.heads"
+    if model.hidden // model.heads % 2:
+        keys = ("model.hidden", "model.heads")
+        return keys, "an even head size (model.hidden / model.heads), because rotary positions turn pairs"
+    return None
+
+
+@_rule
+def kv_heads_divide_heads(config: RunConfig) -> Broken:
+    if config.model.heads % config.model.kv_heads:
+        return ("model.heads", "model.kv_heads"), "model.heads to be a multiple of model.kv_heads"
+    return None
+
+
+@_rule
+def tensor_divides_the_model(config: RunConfig) -> Broken:
+    for name in ("heads", "kv_heads", "ffn"):
+        if getattr(config.model, name) % config.parallel.tensor:
+            return (f"model.{name}", "parallel.tensor"), f"model.{name} to be a multiple of parallel.tensor"
+    return None
+
+
+@_rule
+def sequence_needs_tensor(config: RunConfig) -> Broken:
+    if config.parallel.sequence and config.parallel.tensor == 1:
+        keys = ("parallel.sequence", "parallel.tensor")
+        return keys, "parallel.tensor > 1 with parallel.sequence (the tensor-parallel ranks share the sequence)"
+    return None
+
+
+@_rule
+def tensor_divides_the_sequence(config: RunConfig) -> Broken:
+    if config.parallel.sequence and config.data.sequence_length % config.parallel.tensor:
+        keys = ("data.sequence_length", "parallel.tensor")
+        return keys, "data.sequence_length to be a multiple of parallel.tensor with parallel.sequence"
+    return None
+
+
+@_rule
+def micro_divides_global(config: RunConfig) -> Broken:
+    if config.batch.global_size % config.batch.micro_size:
+        return ("batch.global_size", "batch.micro_size"), "batch.global_size to be a multiple of batch.micro_size"
+    return None
+
+
+@_rule
+def steps_and_tokens_agree(config: RunConfig) -> Broken:
+    steps, tokens = config.train.steps, config.train.tokens
+    per_step = config.batch.global_size * config.data.sequence_length
+    if steps is not None and tokens is not None and steps != -(-tokens // per_step):
+        keys = ("train.steps", "train.tokens", "batch.global_size", "data.sequence_length")
+        return keys, f"only one of train.steps and train.tokens (with {per_step} tokens a step they contradict)"
+    return None
+
+
+@_rule
+def warmup_ends(config: RunConfig) -> Broken:
+    steps, optim = config.train.steps, config.optim
+    if steps is not None and optim.warmup_steps and optim.warmup_steps >= steps:
+        return ("optim.warmup_steps", "train.steps"), "optim.warmup_steps < train.steps"
+    if steps is not None and optim.schedule == "wsd" and optim.warmup_steps > steps * (1 - optim.decay_fraction):
+        keys = ("optim.warmup_steps", "optim.decay_fraction", "train.steps")
+        return keys, "warm-up and decay (optim.decay_fraction x train.steps) to fit into train.steps"
+    return None
+
+
+@_rule
+def placement_is_known(config: RunConfig) -> Broken:
+    name = config.pause.placement
+    if name not in PLACEMENTS and ":" not in name:
+        return ("pause.placement",), f"{', '.join(PLACEMENTS)} or 'module:attribute'{nearest(name, PLACEMENTS)}"
+    return None
+
+
+@_rule
+def bernoulli_varies(config: RunConfig) -> Broken:
+    if config.pause.placement == "bernoulli" and config.pause.window == "exact" and config.pause.rate > 0:
+        keys = ("pause.placement", "pause.window")
+        return keys, "pause.window=trim with bernoulli: an exact window needs the same number of pauses every time"
+    return None
+
+
+@_rule
+def text_is_left(config: RunConfig) -> Broken:
+    length, pause = config.data.sequence_length, config.pause
+    pauses = pauses_per_window(pause.rate, length)
+    if pause.window == "exact" and length + 1 - pauses < 2:
+        keys = ("pause.rate", "data.sequence_length")
+        return keys, f"at least 2 text tokens in a window of {length} + 1 tokens with {pauses} pauses"
+    return None
+
+
+@_rule
+def isolated_pauses_fit(config: RunConfig) -> Broken:
+    length, pause = config.data.sequence_length, config.pause
+    pauses = pauses_per_window(pause.rate, length)
+    if pause.placement == "isolated" and pause.window == "exact" and pauses > length + 1 - pauses:
+        keys = ("pause.rate", "pause.placement")
+        return keys, f"no more pauses ({pauses}) than text tokens ({length + 1 - pauses}) to keep them apart"
+    return None
+
+
+@_rule
+def split_has_shares(config: RunConfig) -> Broken:
+    try:
+        shares = [float(share) for share in config.data.split.split(",")]
+    except ValueError:
+        shares = []
+    if len(shares) != 3 or not all(0 <= share < float("inf") for share in shares) or shares[0] == 0:
+        return ("data.split",), "three shares 'TRAIN,VALID,TEST', none negative, TRAIN > 0 (for example 99,1,0)"
+    if config.validation.every and shares[1] == 0:
+        keys = ("data.split", "validation.every")
+        return keys, "a validation share > 0 in data.split, or validation.every=0"
+    return None
+
+
+@_rule
+def run_dir_is_named(config: RunConfig) -> Broken:
+    return None if config.run.dir.strip() else (("run.dir",), "the name of a folder")

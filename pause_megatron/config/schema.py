@@ -1,0 +1,186 @@
+"""What a run is: frozen, typed sections, one per owner. No torch in here, so that --help and a wrong key are instant.
+
+Every field says its unit and range. Values that depend on other values (a preset's sizes, the number of steps in a
+token budget) are filled in by `pause_megatron.config.load`, once; nothing is changed afterwards.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+
+class Section(BaseModel):
+    """A frozen group of keys. Unknown keys and values of another type are refused ("4" is not 4, true is not 1)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, strict=True, allow_inf_nan=False)
+
+
+class RunSection(Section):
+    """Where a run lives and what makes it repeatable."""
+
+    dir: str = Field("runs/default", description="run folder: config.yaml, metrics.jsonl, tensorboard/, checkpoints/")
+    seed: int = Field(1234, ge=0, description="seed of the initial weights and of the sample order")
+
+
+class DataSection(Section):
+    """The prepared corpus and how windows are cut from it."""
+
+    prefix: tuple[str, ...] = Field(
+        (),
+        description="prefix of a prepared corpus (PREFIX.bin, PREFIX.idx, PREFIX.manifest.json); or several; "
+        "or a blend 'WEIGHT PREFIX WEIGHT PREFIX ...' as in Megatron-LM's --data-path",
+    )
+    sequence_length: int = Field(2048, ge=8, description="tokens of a window, pauses included")
+    split: str = Field("99,1,0", description="shares of the documents for train, validation, test")
+    tokenizer: str | None = Field(
+        None, description="tokenizer to insist on; default: the one kept beside the corpus. Another one is refused"
+    )
+    cache: str | None = Field(None, description="folder of index caches; default: 'cache' beside the first prefix")
+    prefetch: int = Field(2, ge=0, description="steps whose batches are read ahead by a thread; 0 reads in the loop")
+
+    @field_validator("prefix", mode="before")
+    @classmethod
+    def _split_prefix(cls, value: object) -> object:
+        if isinstance(value, str):
+            return tuple(value.split())
+        if isinstance(value, (list, tuple)):  # the weights of a blend may be written as numbers
+            return tuple(str(item) if type(item) in (int, float) else item for item in value)
+        return value
+
+
+class ModelSection(Section):
+    """A Llama-like decoder. Sizes left out come from the preset."""
+
+    preset: Literal["tiny", "130m", "1b"] | None = Field(
+        "tiny", description="sizes to start from; null: give layers, hidden, heads"
+    )
+    layers: int | None = Field(None, ge=1, description="transformer layers")
+    hidden: int | None = Field(None, ge=8, description="width of the residual stream")
+    heads: int | None = Field(None, ge=1, description="attention heads")
+    kv_heads: int | None = Field(None, ge=1, description="key/value heads (GQA); default: heads, plain attention")
+    ffn: int | None = Field(
+        None, ge=8, description="width of the SwiGLU feed-forward layer; default: 8/3 hidden, upwards to 64s"
+    )
+    tied: bool | None = Field(None, description="one matrix for input embedding and output layer")
+    rope_base: float = Field(10000.0, gt=0, description="base of the rotary position embedding")
+    norm_eps: float = Field(1e-5, gt=0, description="epsilon of RMSNorm")
+    init_std: float = Field(0.02, gt=0, description="standard deviation of the initial weights")
+    attention: Literal["sdpa", "te"] = Field(
+        "sdpa",
+        description="attention core: torch's scaled_dot_product_attention, or Transformer Engine where installed",
+    )
+    vocab_multiple: int = Field(
+        128, ge=1, description="the vocabulary is padded to a multiple of this x parallel.tensor"
+    )
+    head_chunk: int = Field(1024, ge=1, description="rows of logits that exist at one time in the LM head")
+
+
+class PauseSection(Section):
+    """Where pauses go and how they count (method: Goyal et al., ICLR 2024, section 3)."""
+
+    rate: float = Field(0.1, ge=0, lt=1, description="pauses inserted, as a fraction of data.sequence_length; 0: none")
+    window: Literal["exact", "trim"] = Field(
+        "exact", description="exact: fewer text tokens are drawn, none is lost; trim: the paper's, cut after insertion"
+    )
+    placement: str = Field(
+        "uniform",
+        description="uniform, isolated, with_replacement, bernoulli, interval, or 'module:attribute' of a policy",
+    )
+    seed: int = Field(1234, ge=0, description="seed of the places, independent of run.seed")
+    embeddings: int = Field(
+        1, ge=1, description="number of distinct pause vectors, used in turn within a run of pauses"
+    )
+    softmax: Literal["keep", "exclude"] = Field(
+        "keep", description="whether the pause logits stay in the softmax denominator"
+    )
+
+
+class TrainSection(Section):
+    """How long."""
+
+    steps: int | None = Field(None, ge=1, description="optimizer steps; give this or train.tokens")
+    tokens: int | None = Field(None, ge=1, description="raw tokens (text and pauses); give this or train.steps")
+
+
+class BatchSection(Section):
+    """How many windows go into a step and into one pass."""
+
+    global_size: int = Field(32, ge=1, description="windows per optimizer step, over all ranks")
+    micro_size: int = Field(4, ge=1, description="windows per forward and backward pass on one rank")
+
+
+class OptimSection(Section):
+    """AdamW and its schedule. No weight decay on norms, biases and pause rows."""
+
+    lr: float = Field(3e-4, gt=0, description="peak learning rate")
+    min_lr_fraction: float = Field(0.1, ge=0, le=1, description="learning rate at the end, as a fraction of the peak")
+    warmup_steps: int = Field(0, ge=0, description="steps of linear warm-up from 0")
+    schedule: Literal["cosine", "wsd", "constant"] = Field(
+        "cosine", description="after the warm-up: cosine decay; warm-up, stable, linear decay; constant"
+    )
+    decay_fraction: float = Field(0.2, gt=0, le=1, description="wsd: share of train.steps spent on the final decay")
+    weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay")
+    clip: float = Field(1.0, ge=0, description="largest global gradient norm; 0: no clipping")
+    beta1: float = Field(0.9, ge=0, lt=1, description="Adam's first moment decay")
+    beta2: float = Field(0.95, ge=0, lt=1, description="Adam's second moment decay")
+    eps: float = Field(1e-8, gt=0, description="Adam's epsilon")
+
+
+class ParallelSection(Section):
+    """How one model spreads over ranks. What is left of the world is data parallel."""
+
+    tensor: int = Field(1, ge=1, description="tensor-parallel ranks")
+    sequence: bool = Field(False, description="split norms and residuals over the tensor-parallel ranks too")
+    recompute: Literal["none", "full"] = Field("none", description="full: recompute each layer in the backward pass")
+
+
+class EngineSection(Section):
+    """DeepSpeed."""
+
+    ds_config: str | None = Field(None, description="DeepSpeed JSON: a path, or a name in ds_configs/ ('zero2')")
+    zero_stage: int | None = Field(None, ge=0, le=3, description="ZeRO stage; default: the ds_config's, else 1")
+    precision: Literal["fp32", "bf16"] = Field("bf16", description="arithmetic of the model; optimizer state is fp32")
+
+
+class CheckpointSection(Section):
+    """Complete-or-invisible saves under RUN/checkpoints/."""
+
+    every: int = Field(1000, ge=0, description="steps between saves; 0: only at the end and on a stop signal")
+    keep: int = Field(3, ge=1, description="newest complete checkpoints that are kept")
+
+
+class ValidationSection(Section):
+    """Held-out loss: with pauses, without pauses, directly after a pause, elsewhere."""
+
+    every: int = Field(1000, ge=0, description="steps between validations; 0: never")
+    samples: int = Field(128, ge=1, description="windows of the validation split that are scored")
+
+
+class LogSection(Section):
+    """What a run says while it goes on."""
+
+    every: int = Field(1, ge=1, description="steps between lines of metrics.jsonl and TensorBoard points")
+    tensorboard: bool = Field(True, description="write RUN/tensorboard/")
+    samples_every: int = Field(500, ge=0, description="steps between texts of a batch with its pauses shown; 0: never")
+    peak_tflops: float | None = Field(
+        None, gt=0, description="peak of one device in TFLOP/s, for MFU; default: known GPUs, else no MFU"
+    )
+
+
+class RunConfig(Section):
+    """Everything that determines a run. `pause_megatron.config.load` makes it; `dump` writes it; both are inverse."""
+
+    run: RunSection = RunSection()
+    data: DataSection = DataSection()
+    model: ModelSection = ModelSection()
+    pause: PauseSection = PauseSection()
+    train: TrainSection = TrainSection()
+    batch: BatchSection = BatchSection()
+    optim: OptimSection = OptimSection()
+    parallel: ParallelSection = ParallelSection()
+    engine: EngineSection = EngineSection()
+    checkpoint: CheckpointSection = CheckpointSection()
+    validation: ValidationSection = ValidationSection()
+    log: LogSection = LogSection()

@@ -1,0 +1,167 @@
+"""YAML text -> flat entries that remember their line; and values -> YAML. Safe: plain data only, nothing is executed.
+
+Scalars follow YAML 1.2's core rules, because PyYAML's own (1.1) surprise people: there `3e-4` is text, `no` is false,
+`1:30` is ninety and `2026-11-23` is a date. Here `3e-4` is a number and the other three are text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from pause_megatron.errors import ConfigError
+
+_SCALARS = (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?(?:0|[1-9][0-9_]*)", list("-+0123456789")),
+    (
+        "float",
+        r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+",
+        list("-+.0123456789"),
+    ),
+)
+
+
+_PLAIN_TAGS = {"null", "bool", "int", "float", "str", "seq", "map"}
+
+
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict = {}  # noqa: RUF012 (PyYAML's own class attribute; filled below)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Keeps the 1.1 rules beside ours, so that text which any YAML reader would take for something else is quoted."""
+
+
+for _tag, _pattern, _first in _SCALARS:
+    for _cls in (_Loader, _Dumper):
+        _cls.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    # Double quotes escape whatever is no ordinary character; the other styles fold unusual line ends to blanks.
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One key with its value and where both were written."""
+
+    path: str  # "section.name", or "section" where something else than a group of keys stands
+    value: Any
+    text: str  # a scalar as it was written, without quotes
+    where: str  # "FILE:LINE" or "command line"
+
+
+def read_entries(text: str, name: str) -> list[Entry]:
+    """Flatten a two-level YAML document.
+
+    Args:
+        text: the document; name: how errors call it (a path).
+
+    Returns:
+        the entries in order; an empty document has none.
+
+    Raises:
+        ConfigError: not YAML, a key given twice, groups nested too deep, or a tag that stands for an object.
+    """
+    root = _compose(text, name)
+    if root is None:
+        return []
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError(
+            f"{name}:{root.start_mark.line + 1}: expected groups of keys ('model:', 'data:'), came a value"
+        )
+    entries = []
+    for section, node, _ in _items(root, name, ""):
+        if isinstance(node, yaml.MappingNode):
+            entries += [
+                Entry(f"{section}.{key}", *_value(child, name), where)
+                for key, child, where in _items(node, name, f"{section}.")
+            ]
+        elif not (isinstance(node, yaml.ScalarNode) and node.tag.endswith(":null")):
+            entries.append(Entry(section, *_value(node, name), _where(node, name)))
+    return entries
+
+
+def read_override(override: str) -> Entry:
+    """Parse one `section.name=value` of the command line; the value is a YAML scalar or list, else plain text."""
+    path, equals, text = override.partition("=")
+    where = "command line"
+    if not equals or not path.strip():
+        raise ConfigError(f"{where}: expected key.path=value (for example optim.lr=3e-4), came {override!r}")
+    try:
+        node = _compose(text, where)
+    except ConfigError:
+        return Entry(path.strip(), text, text, where)
+    if node is None or isinstance(node, yaml.MappingNode):
+        return Entry(path.strip(), text if node else None, text, where)
+    value, written = _value(node, where)
+    plain = isinstance(node, yaml.ScalarNode) and node.style is None
+    return Entry(path.strip(), value, text if plain else written, where)
+
+
+def write_yaml(data: dict) -> str:
+    """The inverse of `read_entries` for nested dictionaries of plain values. Block style, keys in their order."""
+    return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**31)
+
+
+def _compose(text: str, name: str) -> yaml.Node | None:
+    try:
+        return yaml.compose(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"{name}:{line}: not YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{name}: not YAML: {error}") from None
+
+
+def _where(node: yaml.Node, name: str) -> str:
+    return f"{name}:{node.start_mark.line + 1}"
+
+
+def _refuse_tag(node: yaml.Node, name: str) -> None:
+    if node.tag.removeprefix("tag:yaml.org,2002:") not in _PLAIN_TAGS:
+        raise ConfigError(f"{_where(node, name)}: expected plain data, came the YAML tag {node.tag!r}")
+
+
+def _items(node: yaml.MappingNode, name: str, prefix: str) -> Iterator[tuple[str, yaml.Node, str]]:
+    _refuse_tag(node, name)
+    seen: dict[str, str] = {}
+    for key, value in node.value:
+        where = _where(key, name)
+        if not isinstance(key, yaml.ScalarNode):
+            raise ConfigError(f"{where}: expected a key, came a {key.id}")
+        if key.value in seen:
+            raise ConfigError(f"{where}: {prefix}{key.value} is given twice; the first time at {seen[key.value]}")
+        seen[key.value] = where
+        yield key.value, value, where
+
+
+def _value(node: yaml.Node, name: str) -> tuple[Any, str]:
+    """Returns: the value and, for a scalar, its text."""
+    loader = _Loader("")
+    _refuse_tag(node, name)
+    items = node.value if isinstance(node, yaml.SequenceNode) else [node]
+    for item in items:
+        _refuse_tag(item, name)
+        if not isinstance(item, yaml.ScalarNode):
+            raise ConfigError(f"{_where(item, name)}: expected a single value or a list of values, came a {item.id}")
+    try:
+        values = [loader.construct_object(item) for item in items]
+    except (yaml.YAMLError, ValueError) as error:
+        problem = getattr(error, "problem", None) or error
+        raise ConfigError(f"{_where(node, name)}: {problem}") from None
+    finally:
+        loader.dispose()
+    if isinstance(node, yaml.SequenceNode):
+        return values, ""
+    return values[0], node.value

@@ -1,0 +1,87 @@
+"""Samples of the dataset -> one micro-batch, in the shape that the pause-aware LM head wants."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """The windows of one forward and backward pass on one rank.
+
+    The supervised positions are given as rows of the sequence-first flattening [seq * batch] that megatron-core's
+    hidden states [seq, batch, hidden] have: row = position * batch + number of the sample in the micro-batch. So the
+    head computes nothing for the others, pause targets among them.
+
+    Attributes:
+        tokens: int64 [batch, seq], text and pause ids.
+        position_ids: int64 [batch, seq].
+        target_rows: int64 [R], ascending.
+        targets: int64 [R], the next token at each of these rows; never a pause.
+        after_pause: bool [R], whether the input token at that row is a pause.
+        sample_ids: int64 [batch], the global sample numbers.
+        pause_tokens: Number of pauses among the input tokens.
+    """
+
+    tokens: torch.Tensor
+    position_ids: torch.Tensor
+    target_rows: torch.Tensor
+    targets: torch.Tensor
+    after_pause: torch.Tensor
+    sample_ids: torch.Tensor
+    pause_tokens: int
+
+    @property
+    def targets_count(self) -> int:
+        """R, supervised positions."""
+        return self.targets.numel()
+
+    @property
+    def raw_tokens(self) -> int:
+        """Input tokens, pauses included."""
+        return self.tokens.numel()
+
+    @property
+    def text_tokens(self) -> int:
+        """Input tokens that are not pauses."""
+        return self.raw_tokens - self.pause_tokens
+
+    def to(self, device: torch.device | str) -> MicroBatch:
+        """The same micro-batch on another device."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return MicroBatch(
+            **{
+                name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+                for name, value in values.items()
+            }
+        )
+
+
+def collate(
+    samples: Sequence[Mapping[str, torch.Tensor]], *, sample_ids: Sequence[int], pause_ids: range
+) -> MicroBatch:
+    """Stacks samples of PauseGPTDataset (or GPTDataset) and lists their supervised positions.
+
+    Args:
+        samples: Dictionaries with tokens, labels, position_ids int64 [seq] and loss_mask float [seq] of zeros and ones.
+        sample_ids: Their global sample numbers.
+        pause_ids: The pause ids, to tell pauses from text.
+    """
+    tokens = torch.stack([sample["tokens"] for sample in samples])
+    sequence_first = {
+        name: torch.stack([sample[name] for sample in samples], dim=1).flatten() for name in ("labels", "loss_mask")
+    }
+    is_pause = (tokens >= pause_ids.start) & (tokens < pause_ids.stop)
+    target_rows = sequence_first["loss_mask"].nonzero().squeeze(1)
+    return MicroBatch(
+        tokens=tokens,
+        position_ids=torch.stack([sample["position_ids"] for sample in samples]),
+        target_rows=target_rows,
+        targets=sequence_first["labels"][target_rows],
+        after_pause=is_pause.t().flatten()[target_rows],
+        sample_ids=torch.tensor(sample_ids, dtype=torch.int64),
+        pause_tokens=int(is_pause.sum()),
+    )

@@ -1,0 +1,200 @@
+"""Prepared corpora -> the datasets of a run, by megatron-core's own BlendedMegatronDatasetBuilder."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from megatron.core.datasets.blended_dataset import BlendedDataset
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
+
+from pause_megatron.config.schema import PauseSection
+from pause_megatron.data.dataset import PauseGPTDataset, PauseGPTDatasetConfig, PauseTokenizer
+from pause_megatron.errors import ConfigError, DataError
+
+Blend = tuple[list[str], list[float] | None]
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """The datasets of a pretraining run.
+
+    Attributes:
+        train: At least as many samples as were asked for.
+        valid: Held-out windows with pauses, or None where the split has no documents.
+        valid_without_pauses: Held-out windows of the same length with text in every place (rate 0), or None likewise.
+            They are `valid` itself where the run has no pauses.
+        tokenizer: The corpus's tokenizer with the pause ids.
+    """
+
+    train: PauseGPTDataset | BlendedDataset
+    valid: PauseGPTDataset | BlendedDataset | None
+    valid_without_pauses: PauseGPTDataset | BlendedDataset | None
+    tokenizer: PauseTokenizer
+
+
+def build_datasets(
+    prefix: Sequence[str],
+    *,
+    split: str,
+    sequence_length: int,
+    tokenizer: object,
+    pause: PauseSection,
+    seed: int,
+    train_samples: int,
+    valid_samples: int,
+    cache: str | None = None,
+) -> Datasets:
+    """Builds train and validation datasets. Call it on every rank: rank 0 builds the index caches, the others wait.
+
+    The number of samples is part of megatron-core's cache key and decides how often, and in which order, the
+    documents are shuffled. Another number is another order. So give the number that the whole run needs (steps *
+    global batch), the same at every start; a run that is resumed with another one sees another order from there on.
+
+    Args:
+        prefix: Prefixes of prepared corpora: one; several, which are then read once each; or a blend
+            (WEIGHT, PREFIX, WEIGHT, PREFIX, ...) as in Megatron-LM's --data-path, repeated as often as needed.
+        split: Shares of the documents for train, validation and test, e.g. "99,1,0".
+        sequence_length: Tokens of a window, pauses included.
+        tokenizer: The corpus's tokenizer; see PauseTokenizer for what it must have.
+        pause: The pause options.
+        seed: Seed of the sample order.
+        train_samples: Windows that the whole run trains on.
+        valid_samples: Windows that one validation scores; 0 builds none.
+        cache: Folder of the index caches; default: 'cache' beside the first prefix.
+
+    Raises:
+        ConfigError: a split or blend that cannot be read, pause options that do not fit, more samples than a blend
+            without weights holds.
+        DataError: a corpus that is missing, or a train split without documents.
+    """
+    blend = parse_blend(prefix)
+    _check_split(split)
+    for name in blend[0]:
+        if not IndexedDataset.exists(name):
+            raise DataError(f"data.prefix: expected the files {name}.bin and {name}.idx, at least one is missing")
+    cache = cache or os.path.join(os.path.dirname(os.path.abspath(blend[0][0])), "cache")
+    _remove_cut_indices(Path(cache))
+    # BlendedDataset asks torch.distributed for the rank as soon as it has a cache folder.
+    blend_can_cache = len(blend[0]) == 1 or torch.distributed.is_initialized()
+    config = PauseGPTDatasetConfig(
+        random_seed=seed,
+        sequence_length=sequence_length,
+        blend=blend,
+        split=split,
+        path_to_cache=cache if blend_can_cache else None,
+        window_cache_path=cache,
+        tokenizer=PauseTokenizer(tokenizer, pause.embeddings),
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        pause_rate=pause.rate,
+        pause_window=pause.window,
+        pause_placement=pause.placement,
+        pause_seed=pause.seed,
+    )
+    has_valid = valid_samples > 0 and _has_documents(config, Split.valid)
+    if not _has_documents(config, Split.train):
+        raise DataError(f"data.split={split}: expected documents for training, the split leaves none")
+    train = _build(config, Split.train, train_samples)
+    valid = _build(config, Split.valid, valid_samples) if has_valid else None
+    plain = valid
+    if has_valid and pause.rate > 0:
+        plain = _build(dataclasses.replace(config, pause_rate=0.0), Split.valid, valid_samples)
+    return Datasets(train, valid, plain, config.tokenizer)
+
+
+def parse_blend(prefix: Sequence[str]) -> Blend:
+    """(WEIGHT, PREFIX, ...) or (PREFIX, ...) -> prefixes and their weights, as BlendedMegatronDatasetConfig wants them.
+
+    Raises:
+        ConfigError: nothing given, weights for some prefixes only, or a weight that is not positive.
+    """
+    if not prefix:
+        raise ConfigError("data.prefix: expected the prefix of a prepared corpus, got nothing")
+    weights = [_number(word) for word in prefix[::2]]
+    if len(prefix) % 2 or all(weight is None for weight in weights):
+        return list(prefix), None
+    if any(weight is None or not 0 < weight < float("inf") for weight in weights):
+        raise ConfigError(
+            f"data.prefix: expected WEIGHT PREFIX WEIGHT PREFIX ... with weights above 0, got {' '.join(prefix)!r}"
+        )
+    prefixes = list(prefix[1::2])
+    # One corpus needs no blending, whatever its weight.
+    return prefixes, weights if len(prefixes) > 1 else None
+
+
+def _number(word: str) -> float | None:
+    try:
+        return float(word)
+    except ValueError:
+        return None
+
+
+def _check_split(split: str) -> None:
+    shares = [_number(word) for word in split.split(",")]
+    if len(shares) > len(Split) or any(share is None or not 0 <= share < float("inf") for share in shares):
+        raise ConfigError(f"data.split: expected shares for train, validation, test such as 99,1,0, got {split!r}")
+    if not shares[0]:
+        raise ConfigError(f"data.split: expected a share above 0 for training, got {split!r}")
+
+
+def _has_documents(config: PauseGPTDatasetConfig, split: Split) -> bool:
+    """Whether the split has documents in every corpus of the blend. False: in none.
+
+    Raises:
+        DataError: in some of them only; megatron-core cannot blend those.
+    """
+    bounds = config.split_matrix[split.value]
+    if bounds is None:
+        return False
+    prefixes = config.blend[0]
+    # The builder's own rounding.
+    counts = [len(IndexedDataset(prefix).sequence_lengths) for prefix in prefixes]
+    empty = [
+        prefix
+        for prefix, count in zip(prefixes, counts, strict=True)
+        if round(bounds[0] * float(count)) >= round(bounds[1] * float(count))
+    ]
+    if empty and len(empty) < len(prefixes):
+        raise DataError(
+            f"data.split={config.split}: expected documents of every corpus in the {split.name} split, "
+            f"{', '.join(empty)} has too few to give any"
+        )
+    return not empty
+
+
+def _remove_cut_indices(cache: Path) -> None:
+    """Deletes index files that a killed run left unfinished: megatron-core takes any file of the right name for whole.
+
+    On rank 0 only, before it builds; the builder lets the other ranks look at the cache after that.
+    """
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
+        return
+    for path in cache.glob("*.npy"):
+        try:
+            np.load(path, mmap_mode="r", allow_pickle=False)  # maps the whole array: a short file is an error
+        except (ValueError, EOFError):
+            path.unlink(missing_ok=True)
+
+
+def _build(config: PauseGPTDatasetConfig, split: Split, samples: int) -> PauseGPTDataset | BlendedDataset:
+    """One split, by the stock builder. The others are not built."""
+    config = dataclasses.replace(config)
+    config.split_matrix = [config.split_matrix[each.value] if each is split else None for each in Split]
+    sizes = [samples if each is split else 0 for each in Split]
+    dataset = BlendedMegatronDatasetBuilder(PauseGPTDataset, sizes, lambda: True, config).build()[split.value]
+    if len(dataset) < samples:
+        raise ConfigError(
+            f"data.prefix: {samples} {split.name} samples were asked for, the corpora hold {len(dataset)} and are read "
+            f"once each. Give them weights (WEIGHT PREFIX WEIGHT PREFIX ...) to have them repeated"
+        )
+    return dataset

@@ -1,0 +1,45 @@
+"""The prepared corpora of a run, opened and checked together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import xxhash
+
+from pause_megatron.config.schema import DataSection
+from pause_megatron.data.build import parse_blend
+from pause_megatron.data.manifest import Corpus, open_corpus, require_one_tokenizer
+from pause_megatron.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Corpora:
+    """Attributes:
+    corpora: in the order of data.prefix
+    tokenizer: the one that all of them share
+    fingerprint: of what is in them and how they are blended; where the files lie does not matter
+    """
+
+    corpora: tuple[Corpus, ...]
+    tokenizer: Tokenizer
+    fingerprint: str
+
+    def show(self, ids: Sequence[int]) -> str:
+        """Text of token ids with pauses as `<pause>` and ends of documents as `<eod>`."""
+        return self.tokenizer.decode(ids, eod_text="<eod>\n")
+
+
+def open_corpora(data: DataSection) -> Corpora:
+    """Opens every corpus of `data.prefix` with the checks that take constant time.
+
+    Raises:
+        DataError: a corpus is missing, unfinished, damaged, or prepared with another tokenizer than the others or
+            than `data.tokenizer`.
+    """
+    prefixes, weights = parse_blend(data.prefix)
+    corpora = tuple(open_corpus(prefix, data.tokenizer) for prefix in prefixes)
+    content = [corpus.manifest.fingerprint for corpus in corpora]
+    # One corpus keeps its own fingerprint; a blend is named by a digest of its parts and weights.
+    fingerprint = content[0] if len(content) == 1 else f"xxh3_128:{xxhash.xxh3_128_hexdigest(repr((content, weights)))}"
+    return Corpora(corpora, require_one_tokenizer(corpora), fingerprint)

@@ -1,0 +1,277 @@
+"""Pauses in megatron-core's own GPT dataset. Works under the stock BlendedMegatronDatasetBuilder; patches nothing.
+
+Imports megatron-core's datasets only: neither DeepSpeed nor this project's model.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
+
+from pause_megatron.data.pause import PauseInjector, PausePlan, Window
+from pause_megatron.errors import ConfigError, DataError
+
+NO_PAD = -1
+"""What megatron-core takes for the padding id where a tokenizer has none: no token is ever equal to it."""
+
+
+class PauseTokenizer:
+    """Any tokenizer, plus K pause ids. All other attributes are those of the tokenizer it wraps.
+
+    Args:
+        tokenizer: Has `vocab_size` and `eod`, and `unique_identifiers` (Megatron-LM's) or `fingerprint` (this
+            project's). May have `pad` and `pause_id`.
+        embeddings: K, number of distinct pause ids, used in turn within a run of pauses.
+        pause_id: The first pause id. Default: the tokenizer's own `pause_id`, else the first id after its vocabulary.
+
+    Raises:
+        ConfigError: a pause id that is the padding or end-of-document id, or less than one pause id.
+    """
+
+    def __init__(self, tokenizer: object, embeddings: int = 1, pause_id: int | None = None) -> None:
+        if embeddings < 1:
+            raise ConfigError(f"pause.embeddings: expected 1 or more, got {embeddings}")
+        self.tokenizer = tokenizer
+        self.text_size = int(tokenizer.vocab_size)
+        if pause_id is None:
+            pause_id = getattr(tokenizer, "pause_id", self.text_size)
+        self.pause_ids = range(pause_id, pause_id + embeddings)
+        if pause_id < 0:
+            raise ConfigError(f"pause id: expected 0 or more, got {pause_id}")
+        for name, token in (("padding", self.pad), ("end-of-document", tokenizer.eod)):
+            if token in self.pause_ids:
+                raise ConfigError(
+                    f"pause id {token} is also the tokenizer's {name} id: choose another, for example "
+                    f"{self.text_size}, the first id after the vocabulary"
+                )
+
+    @property
+    def pause_id(self) -> int:
+        """The first pause id."""
+        return self.pause_ids.start
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that a model needs, the pauses included. Pad the model's vocabulary from this number."""
+        return max(self.text_size, self.pause_ids.stop)
+
+    @property
+    def pad(self) -> int:
+        """The padding id; -1, as in megatron-core, where the tokenizer has none."""
+        try:
+            pad = self.tokenizer.pad
+        except (AttributeError, NotImplementedError):
+            return NO_PAD
+        return NO_PAD if pad is None else pad
+
+    @property
+    def unique_identifiers(self) -> OrderedDict:
+        """What megatron-core puts into the key of its index caches."""
+        inner = getattr(self.tokenizer, "unique_identifiers", None) or getattr(self.tokenizer, "fingerprint", None)
+        if inner is None:
+            raise ConfigError(
+                f"tokenizer: expected a unique_identifiers or fingerprint attribute for the index cache's key, "
+                f"{type(self.tokenizer).__name__} has neither"
+            )
+        return OrderedDict(
+            [("class", type(self).__name__), ("tokenizer", inner), ("pause_ids", [*self.pause_ids])],
+        )
+
+    def detokenize(self, ids: Iterable[int]) -> str:
+        """The text of token ids. Pauses are never shown (Goyal et al., section 3.3)."""
+        return self.tokenizer.detokenize([token for token in map(int, ids) if token not in self.pause_ids])
+
+    def __getattr__(self, name: str) -> object:
+        # Only called for what is not found here. Dunders and the wrapped object itself must not be looked up in it:
+        # copy and pickle ask for them before __init__ has run.
+        if name.startswith("__") or name == "tokenizer":
+            raise AttributeError(name)
+        return getattr(self.tokenizer, name)
+
+
+@dataclass
+class PauseGPTDatasetConfig(GPTDatasetConfig):
+    """GPTDatasetConfig plus pauses. `sequence_length` counts the pauses in. `tokenizer` must be a PauseTokenizer.
+
+    Raises:
+        ConfigError: see PausePlan; or a tokenizer without `pause_ids`.
+    """
+
+    pause_rate: float = 0.1
+    """Pauses inserted, as a fraction of sequence_length; 0: none, and samples are GPTDataset's, bit for bit"""
+
+    pause_window: str = "exact"
+    """exact: fewer text tokens are drawn and none is lost; trim: the paper's, cut after insertion"""
+
+    pause_placement: str = "uniform"
+    """uniform, isolated, with_replacement, bernoulli, interval, or 'module:attribute' of a PlacementPolicy"""
+
+    pause_seed: int = 1234
+    """Seed of the places, independent of random_seed"""
+
+    window_cache_path: str | None = None
+    """Folder of the window indices, if not path_to_cache. BlendedDataset can use path_to_cache only inside a process
+       group; windows can be cached without one, here."""
+
+    pause_plan: PausePlan | None = field(init=False, default=None)
+    """The pause settings together with what follows from them. Made from the others"""
+
+    def __post_init__(self) -> None:
+        """Checks the pause settings, after megatron-core has checked its own."""
+        super().__post_init__()
+        if not isinstance(getattr(self.tokenizer, "pause_ids", None), range):
+            raise ConfigError(
+                f"tokenizer: expected a PauseTokenizer, which has the pause ids, got a {type(self.tokenizer).__name__}"
+            )
+        if not self.add_extra_token_to_sequence:
+            raise ConfigError("add_extra_token_to_sequence: expected True; a window's last target is its extra token")
+        if self.token_dtype_code is not None:
+            # The .bin holds text ids only: its type follows from the text vocabulary, which pauses must not enlarge.
+            self.token_dtype_code = 4 if self.tokenizer.text_size > np.iinfo(np.uint16).max + 1 else 8
+        self.pause_plan = PausePlan(
+            self.sequence_length, self.pause_rate, self.pause_window, self.pause_placement, self.pause_seed
+        )
+
+
+class PauseGPTDataset(GPTDataset):
+    """GPTDataset whose windows hold pauses.
+
+    A sample has GPTDataset's keys, shapes and types: tokens, labels, position_ids int64 [N], loss_mask float32 [N] and,
+    if asked for, attention_mask bool [1, N, N] (True: hidden). Where the next token is a pause, the label is 0 and the
+    loss mask 0, as GPTDataset does for padding: the mask alone is enough to be correct, and no label is a pause id.
+
+    Documents: what GPTDataset derives from EOD is decided on the text, before pauses exist. A pause belongs to the
+    text token that it stands behind. So with `eod_mask_loss` the first token after an EOD stays unsupervised, however
+    many pauses stand between them; and with `reset_position_ids` or `reset_attention_mask` a new document begins at
+    its first text token, and pauses behind an EOD still see, and count on from, the document that it ends.
+
+    The arguments are GPTDataset's, by position, as the stock builder passes them.
+
+    Raises:
+        DataError: a split without any token, which megatron-core would look at forever; a corpus that contains a
+            pause id (when the sample is read).
+    """
+
+    def __init__(
+        self,
+        indexed_dataset: IndexedDataset,
+        dataset_path: str | None,
+        indexed_indices: np.ndarray,
+        num_samples: int | None,
+        index_split: Split,
+        config: PauseGPTDatasetConfig,
+    ) -> None:
+        _check_not_empty(indexed_dataset, dataset_path, indexed_indices, index_split)
+        plan = config.pause_plan
+        self.injector = PauseInjector(
+            plan, config.tokenizer.pause_ids, os.path.basename(dataset_path or ""), index_split.name
+        )
+        # GPTDataset cuts text windows; it must see their length, not that of the windows with pauses in.
+        text_config = copy.copy(config)
+        text_config.sequence_length = plan.text_length - 1
+        text_config.path_to_cache = config.window_cache_path or config.path_to_cache
+        self._position_ids = torch.arange(plan.sequence_length)
+        self._attention_mask: torch.Tensor | None = None
+        super().__init__(indexed_dataset, dataset_path, indexed_indices, num_samples, index_split, text_config)
+
+    @staticmethod
+    def _key_config_attributes() -> list[str]:
+        return [
+            *GPTDataset._key_config_attributes(),
+            "pause_rate",
+            "pause_window",
+            "pause_placement",
+            "pause_seed",
+        ]
+
+    def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
+        """One sample. `None` gives a filler for an incomplete batch: sample 0 with nothing supervised."""
+        plan = self.injector.plan
+        if plan.count == 0:
+            return super().__getitem__(idx)
+        sample = 0 if idx is None else int(idx)
+        text, _ = self._query_document_sample_shuffle_indices(sample)
+        self._refuse_pause_ids(text, sample)
+        return self._sample(text, self.injector(text, sample % len(self)), supervised=idx is not None)
+
+    def _sample(self, text: np.ndarray, window: Window, supervised: bool) -> dict[str, torch.Tensor]:
+        """GPTDataset's dictionary for a window of N + 1 tokens with pauses in."""
+        config, tokens = self.config, window.tokens
+        before_pause = window.places - 1
+        labels = tokens[1:].copy()
+        labels[before_pause] = 0
+        loss_mask = np.ones(labels.size, dtype=np.float32)
+        loss_mask[before_pause] = 0
+        begins = None
+        if config.eod_mask_loss or config.reset_position_ids or config.reset_attention_mask:
+            begins = self._document_begins(text, window)
+        if config.eod_mask_loss:
+            loss_mask[begins[1:]] = 0
+        # A text that is too short is padded at its end; only a tokenizer's own padding id can stand elsewhere.
+        if self._pad_token_id != NO_PAD or text[-1] == NO_PAD:
+            loss_mask[labels == self._pad_token_id] = 0
+            labels[labels == self._pad_token_id] = 0
+            tokens[tokens == self._pad_token_id] = 0  # the embedding must be able to look it up
+        if not supervised:
+            loss_mask[:] = 0
+        sample = {"tokens": torch.from_numpy(tokens[:-1]), "labels": torch.from_numpy(labels)}
+        if config.create_attention_mask:
+            sample["attention_mask"] = self._hidden(begins)
+        sample["loss_mask"] = torch.from_numpy(loss_mask)
+        sample["position_ids"] = self._positions(begins)
+        return sample
+
+    def _document_begins(self, text: np.ndarray, window: Window) -> np.ndarray:
+        """Where a text token stands whose predecessor in the text is EOD: bool [N + 1]."""
+        begins = np.zeros(window.tokens.size, dtype=bool)
+        places = np.flatnonzero(window.is_text)
+        begins[places[1:]] = text[: places.size - 1] == self.config.tokenizer.eod
+        return begins
+
+    def _positions(self, begins: np.ndarray | None) -> torch.Tensor:
+        """Position ids int64 [N]. Shared between samples, as GPTDataset's are, unless documents start again at 0."""
+        if not self.config.reset_position_ids:
+            return self._position_ids
+        index = np.arange(begins.size - 1)
+        return torch.from_numpy(index - np.maximum.accumulate(index * begins[:-1]))
+
+    def _hidden(self, begins: np.ndarray | None) -> torch.Tensor:
+        """Attention mask bool [1, N, N], True where a later token, or another document's, is hidden."""
+        if self._attention_mask is None:
+            length = self.injector.plan.sequence_length
+            self._attention_mask = torch.ones(1, length, length, dtype=torch.bool).triu(1)
+        if not self.config.reset_attention_mask:
+            return self._attention_mask
+        document = torch.from_numpy(begins[:-1].cumsum())
+        return self._attention_mask | (document[:, None] != document[None, :])
+
+    def _refuse_pause_ids(self, text: np.ndarray, sample: int) -> None:
+        """A corpus holds no pause ids: one there would be taken for an injected pause and never be learned."""
+        pause_ids = self.injector.pause_ids
+        if text.max() < pause_ids.start:  # nearly always: they follow the vocabulary
+            return
+        found = (text >= pause_ids.start) & (text < pause_ids.stop)
+        if found.any():
+            raise DataError(
+                f"{self.dataset_path}.bin: expected text only, found the pause id {text[found][0]} in the text of "
+                f"sample {sample} ({self.index_split.name}). Prepare the corpus again, or choose another pause id"
+            )
+
+
+def _check_not_empty(
+    indexed_dataset: IndexedDataset, dataset_path: str | None, indexed_indices: np.ndarray | None, split: Split
+) -> None:
+    if indexed_indices is not None and not np.any(indexed_dataset.sequence_lengths[indexed_indices]):
+        raise DataError(
+            f"{dataset_path}: expected text in the {split.name} split, found no token in its {len(indexed_indices)} "
+            f"documents. Give the split a larger share, or leave it out"
+        )

@@ -1,0 +1,122 @@
+"""Files that appear complete or not at all: digested writing, publishing by rename, one writer at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import xxhash
+
+from pause_megatron.errors import DataError
+
+READ_BYTES = 1 << 20
+
+
+class DigestFile:
+    """A file being written under a temporary name, its digest taken on the way. `publish` makes it visible.
+
+    xxh3_128 finds damage at memory speed (tens of GB/s); it is no defence against somebody who forges a corpus.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        self._file = open(self._temporary, "wb")  # noqa: SIM115 - closed by publish or discard
+        self._hash = xxhash.xxh3_128()
+        self.bytes = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append bytes."""
+        self._file.write(data)
+        self._hash.update(data)
+        self.bytes += len(data)
+
+    @property
+    def digest(self) -> str:
+        """Digest of everything written so far, as 'xxh3_128:HEX'."""
+        return f"xxh3_128:{self._hash.hexdigest()}"
+
+    def finish(self) -> None:
+        """Bring the bytes to the disk; the file keeps its temporary name."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def publish(self) -> None:
+        """Finish, and give the file its name."""
+        if not self._file.closed:
+            self.finish()
+        os.replace(self._temporary, self.path)
+
+    def discard(self) -> None:
+        """Drop what was written, unless it was published."""
+        with contextlib.suppress(OSError):  # closing flushes, which fails again on a full disk
+            self._file.close()
+        self._temporary.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a small file so that it appears complete or not at all, and survives a power cut."""
+    file = DigestFile(path)
+    try:
+        file.write(data)
+        file.publish()
+    finally:
+        file.discard()
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the names in a folder to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def digest_of(path: Path) -> str:
+    """Digest of a whole file, as `DigestFile.digest` gives it."""
+    hasher = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(READ_BYTES):
+            hasher.update(block)
+    return f"xxh3_128:{hasher.hexdigest()}"
+
+
+@contextlib.contextmanager
+def only_writer(path: Path, what: str) -> Iterator[None]:
+    """Hold an exclusive lock on `path` (created, and removed at the end) while the body runs.
+
+    The lock goes with the process, so a killed one leaves no stale lock behind.
+
+    Raises:
+        DataError: another process holds it.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise DataError(f"another process is working on {what} (it holds {path}); wait for it or stop it") from None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                os.close(descriptor)
+                raise
+            print(f"warning: {path.parent} has no file locks; run one prepare at a time there", file=sys.stderr)
+        # Between open and flock the former holder may have removed the file: then this lock is on a nameless file.
+        with contextlib.suppress(FileNotFoundError):
+            if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
+                break
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)

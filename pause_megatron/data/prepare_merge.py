@@ -1,0 +1,137 @@
+"""Joining the parts of a corpus, and making it visible: contents first, then the names, the manifest last."""
+
+from __future__ import annotations
+
+import glob
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from pause_megatron.data.documents import Tally
+from pause_megatron.data.durable import READ_BYTES, DigestFile, sync_folder
+from pause_megatron.data.indexed import read_lengths, write_index
+from pause_megatron.data.manifest import Counts, FileRecord, Manifest, Plan, path_of
+from pause_megatron.data.prepare_pool import Progress
+from pause_megatron.data.prepare_shard import Part, ShardOutcome, corpus_dtype
+from pause_megatron.data.tokenizer import Tokenizer
+from pause_megatron.errors import DataError
+
+
+def join_parts(
+    output: str | Path,
+    folder: Path,
+    plan: Plan,
+    outcomes: list[ShardOutcome],
+    tokenizer: Tokenizer,
+    on_progress: Callable[[Progress], None],
+) -> Manifest:
+    """Join finished parts into a corpus at `output`, replacing an old one, and remove the parts.
+
+    Args:
+        output: PREFIX.
+        folder: PREFIX.parts/.
+        plan: of the corpus.
+        outcomes: of all sources, in order.
+        tokenizer: kept in PREFIX.tokenizer/.
+        on_progress: called after each MiB or so.
+
+    Raises:
+        DataError: a part was altered on disk since it was written; it is prepared anew by the next run.
+        OSError: the disk is full.
+    """
+    parts = [outcome.part for outcome in outcomes]
+    malformed = Tally()
+    for outcome in outcomes:
+        malformed.merge(outcome.malformed)
+    counts = Counts(
+        documents=sum(part.source.counts.documents for part in parts),
+        tokens=sum(part.source.counts.tokens for part in parts),
+        text_bytes=sum(part.source.counts.text_bytes for part in parts),
+        malformed=dict(sorted(malformed.counts.items())),
+    )
+    dtype = corpus_dtype(tokenizer)
+    bin_file, idx_file = DigestFile(path_of(output, "bin")), DigestFile(path_of(output, "idx"))
+    try:
+        _join_bins(bin_file, folder, parts, counts, on_progress)
+        write_index(idx_file, dtype, counts.documents, lambda: _all_lengths(folder, parts))
+        bin_file.finish()
+        idx_file.finish()
+        manifest = Manifest(
+            tokenizer=plan.tokenizer,
+            text_key=plan.text_key,
+            damaged_shards=plan.damaged_shards,
+            dtype=dtype,
+            counts=counts,
+            places={kind: malformed.places[kind] for kind in sorted(malformed.places)},
+            files={
+                "bin": FileRecord(bytes=bin_file.bytes, digest=bin_file.digest),
+                "idx": FileRecord(bytes=idx_file.bytes, digest=idx_file.digest),
+            },
+            sources=[part.source for part in parts],
+        )
+        # From here a kill leaves no manifest, and PREFIX.parts/ to go on from.
+        path_of(output, "manifest.json").unlink(missing_ok=True)
+        _replace_tokenizer(output, tokenizer)
+        bin_file.publish()
+        idx_file.publish()
+        sync_folder(bin_file.path.parent)
+    finally:
+        bin_file.discard()
+        idx_file.discard()
+    manifest.save(output)
+    shutil.rmtree(folder)
+    return manifest
+
+
+def remove_partial_files(output: str | Path, folder: Path) -> None:
+    """Remove what a killed run was in the middle of writing. Call it while holding the lock only."""
+    for prefix in (path_of(output, "bin"), path_of(output, "idx"), path_of(output, "manifest.json"), folder / "*"):
+        pattern = str(prefix) if prefix.name == "*" else glob.escape(str(prefix))
+        for name in glob.glob(f"{pattern}.*.tmp"):
+            Path(name).unlink(missing_ok=True)
+
+
+def _join_bins(
+    file: DigestFile, folder: Path, parts: list[Part], counts: Counts, on_progress: Callable[[Progress], None]
+) -> None:
+    total = sum(part.bin.bytes for part in parts)
+    for number, part in enumerate(parts):
+        path = folder / f"{number:05d}.bin"
+        hasher = xxhash.xxh3_128()
+        with open(path, "rb") as source:
+            while block := source.read(READ_BYTES):
+                file.write(block)
+                hasher.update(block)
+                on_progress(
+                    Progress(
+                        phase="join",
+                        documents=counts.documents,
+                        tokens=counts.tokens,
+                        text_bytes=counts.text_bytes,
+                        malformed=sum(counts.malformed.values()),
+                        done_bytes=file.bytes,
+                        total_bytes=total,
+                        shards_done=number,
+                        shards=len(parts),
+                    )
+                )
+        if f"xxh3_128:{hasher.hexdigest()}" != part.bin.digest:
+            path.with_suffix(".json").unlink()
+            raise DataError(f"{path} was altered on disk after it was written; run the same command again to redo it")
+
+
+def _all_lengths(folder: Path, parts: list[Part]) -> Iterator[np.ndarray]:
+    for number, part in enumerate(parts):
+        yield from read_lengths(folder / f"{number:05d}.idx", part.source.counts.documents)
+
+
+def _replace_tokenizer(output: str | Path, tokenizer: Tokenizer) -> None:
+    final, temporary = path_of(output, "tokenizer"), path_of(output, "tokenizer.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    tokenizer.save(temporary)
+    if final.exists():
+        shutil.rmtree(final)
+    temporary.rename(final)

@@ -1,0 +1,140 @@
+"""The worker processes of `prepare`: start them, watch their progress, stop them when something is wrong."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pause_megatron.data.prepare_shard import Counters, ShardOutcome, ShardTask, run_task, start_worker
+from pause_megatron.data.sources import ReadOptions
+from pause_megatron.errors import DataError
+
+POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a preparation stands; sums over all shards, those of earlier runs included.
+
+    Attributes:
+        phase: "read" while shards are read, "join" while their parts are joined.
+        done_bytes: bytes of the sources as stored that were read (of the parts that were joined).
+        total_bytes: of all sources (parts); None where a data set does not say.
+    """
+
+    phase: Literal["read", "join"]
+    documents: int
+    tokens: int
+    text_bytes: int
+    malformed: int
+    done_bytes: int
+    total_bytes: int | None
+    shards_done: int
+    shards: int
+
+
+def run_tasks(
+    tasks: list[ShardTask],
+    finished: list[ShardOutcome],
+    folder: Path,
+    options: ReadOptions,
+    *,
+    workers: int,
+    stop_above: int | None,
+    total_bytes: int | None,
+    on_progress: Callable[[Progress], None],
+) -> list[ShardOutcome]:
+    """Prepare shards, each in one process.
+
+    Args:
+        tasks: shards to prepare.
+        finished: outcomes of earlier runs, for the sums.
+        folder: PREFIX.parts/, with the tokenizer in it.
+        options: how shards are read.
+        workers: processes; 1 works in a thread of this process.
+        stop_above: malformed lines after which all stop early; the caller judges.
+        total_bytes: of all sources, where known.
+        on_progress: called every POLL_SECONDS.
+
+    Returns:
+        An outcome for each task that was begun, in no particular order.
+
+    Raises:
+        DataError: the first one (by shard) that a worker met, after all workers have stopped; a worker that was killed.
+    """
+    if not tasks:
+        return []
+    shards = len(tasks) + len(finished)
+    context = multiprocessing.get_context("spawn")
+    size = Counters.size(shards)
+    counters = Counters(context.Array("q", size, lock=False) if workers > 1 else [0] * size)
+    for outcome in finished:
+        source = outcome.part.source
+        stored = source.identity.get("bytes") or 0
+        sums = (source.counts.documents, source.counts.tokens, source.counts.text_bytes)
+        counters.set(outcome.number, (*sums, stored, outcome.malformed.total))
+    state = (folder, options, counters.cells)
+    executor: Executor
+    if workers > 1:
+        executor = ProcessPoolExecutor(
+            min(workers, len(tasks)), mp_context=context, initializer=start_worker, initargs=(*state, True)
+        )
+    else:
+        executor = ThreadPoolExecutor(1, initializer=start_worker, initargs=(*state, False))
+
+    def report(done: int) -> None:
+        on_progress(
+            Progress(
+                phase="read",
+                documents=counters.sum("documents"),
+                tokens=counters.sum("tokens"),
+                text_bytes=counters.sum("text_bytes"),
+                malformed=counters.sum("malformed"),
+                done_bytes=counters.sum("read_bytes"),
+                total_bytes=total_bytes,
+                shards_done=len(finished) + done,
+                shards=shards,
+            )
+        )
+        if stop_above is not None and counters.sum("malformed") > stop_above:
+            counters.stop()
+
+    try:
+        return _collect({executor.submit(run_task, task): task.number for task in tasks}, counters, report)
+    except BrokenProcessPool:
+        raise DataError(
+            "a worker process was killed (out of memory? try fewer --workers); finished shards are kept: run the same "
+            "command again"
+        ) from None
+    finally:
+        counters.stop()
+        executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _collect(futures: dict[Future, int], counters: Counters, report: Callable[[int], None]) -> list[ShardOutcome]:
+    outcomes: list[ShardOutcome] = []
+    errors: dict[int, Exception] = {}
+    pending = set(futures)
+    while pending:
+        done, pending = wait(pending, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
+        for future in done:
+            if future.cancelled():
+                continue
+            error = future.exception()
+            if error is not None:
+                errors[futures[future]] = error
+                counters.stop()
+            else:
+                outcomes.append(future.result())
+        if counters.stopped:
+            # Those not begun are dropped; those at work stop after their batch, and their counts are still told.
+            pending -= {future for future in pending if future.cancel()}
+        report(len(outcomes))
+    if errors:
+        raise errors[min(errors)]
+    return outcomes

@@ -1,0 +1,186 @@
+"""Process groups: torch.distributed, DeepSpeed's view of it, and megatron-core's tensor/data-parallel split."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state, tensor_parallel
+
+from pause_megatron.config.schema import ParallelSection
+from pause_megatron.distributed.cpu import use_cpu_without_cuda
+from pause_megatron.distributed.mpu import MPU
+from pause_megatron.distributed.ranks import Ranks, discover
+from pause_megatron.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """This rank's place in the run's process groups.
+
+    Tensor-parallel ranks are neighbours (0 1 | 2 3 for tensor = 2), so that they share a machine; data-parallel ranks
+    hold the same shard of the model and see different windows.
+
+    Attributes:
+        rank, world_size, local_rank: among all processes, and on this machine.
+        tp_rank, tp_size, tp_group: the ranks that share one replica of the model.
+        dp_rank, dp_size, dp_group: the ranks that hold the same shard.
+        device: where this rank computes.
+        mpu: what `deepspeed.initialize(mpu=...)` is given.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    tp_rank: int
+    tp_size: int
+    dp_rank: int
+    dp_size: int
+    tp_group: dist.ProcessGroup
+    dp_group: dist.ProcessGroup
+    device: torch.device
+    mpu: MPU
+    owns_world: bool = field(repr=False)
+    _earlier_groups: frozenset = field(repr=False)
+
+    def close(self) -> None:
+        """Tear down what `initialize` made, so that another topology can be made in this process."""
+        parallel_state.destroy_model_parallel()
+        _forget_deepspeed_groups()
+        if self.owns_world:
+            dist.destroy_process_group()
+        else:
+            for group in set(_groups()) - self._earlier_groups:
+                dist.destroy_process_group(group)
+
+    def __enter__(self) -> ParallelContext:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def initialize(
+    parallel: ParallelSection,
+    *,
+    device: str | torch.device | None = None,
+    timeout: timedelta = timedelta(minutes=10),
+    ranks: Ranks | None = None,
+) -> ParallelContext:
+    """Join the other ranks and split them into tensor- and data-parallel groups.
+
+    A torch.distributed world that exists already is used, and left standing by `close()`.
+
+    Args:
+        parallel: tensor-parallel size and sequence parallelism.
+        device: "cpu" or "cuda"; default: cuda where there is one.
+        timeout: of a collective operation.
+        ranks: default: what `discover()` finds.
+
+    Raises:
+        ConfigError: parallel.tensor does not divide the number of ranks, or the device is not there.
+    """
+    ranks = discover() if ranks is None else ranks
+    kind = _device_kind(device)
+    owns_world = not dist.is_initialized()
+    world_size = ranks.world_size if owns_world else dist.get_world_size()
+    _check_split(parallel, world_size)
+
+    use_cpu_without_cuda()
+    target = torch.device("cpu")
+    if kind == "cuda":
+        target = torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(target)
+    if owns_world:
+        _start_world(ranks, "nccl" if kind == "cuda" else "gloo", timeout, target)
+    earlier = frozenset(_groups())
+    _join_deepspeed(timeout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=parallel.tensor,
+        distributed_timeout_minutes=max(1, int(timeout.total_seconds() // 60)),
+        create_gloo_process_groups=False,
+    )
+    # Nothing here draws random numbers on the device (no dropout, weights are drawn on the host), but megatron-core
+    # enters the tracker under sequence parallelism: the one for inference has a fork() that does nothing.
+    tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
+    return ParallelContext(
+        rank=dist.get_rank(),
+        world_size=world_size,
+        local_rank=ranks.local_rank,
+        tp_rank=parallel_state.get_tensor_model_parallel_rank(),
+        tp_size=parallel.tensor,
+        dp_rank=parallel_state.get_data_parallel_rank(),
+        dp_size=world_size // parallel.tensor,
+        tp_group=parallel_state.get_tensor_model_parallel_group(),
+        dp_group=parallel_state.get_data_parallel_group(),
+        device=target,
+        mpu=MPU(),
+        owns_world=owns_world,
+        _earlier_groups=earlier,
+    )
+
+
+def _device_kind(device: str | torch.device | None) -> str:
+    available = torch.cuda.is_available()
+    kind = ("cuda" if available else "cpu") if device is None else torch.device(device).type
+    if kind not in ("cpu", "cuda"):
+        raise ConfigError(f"device: expected 'cpu' or 'cuda', got {kind!r}")
+    if kind == "cuda" and not available:
+        raise ConfigError("device: expected a CUDA device, but torch finds none on this machine")
+    if kind == "cpu" and available:
+        raise ConfigError("device: 'cpu' on a machine with CUDA: start the program with CUDA_VISIBLE_DEVICES= (empty)")
+    return kind
+
+
+def _check_split(parallel: ParallelSection, world_size: int) -> None:
+    if parallel.tensor > world_size:
+        raise ConfigError(
+            f"parallel.tensor: expected at most the number of ranks, {world_size}, got {parallel.tensor}; "
+            "start more ranks or lower it"
+        )
+    if world_size % parallel.tensor:
+        raise ConfigError(
+            f"parallel.tensor: expected a divisor of the number of ranks, {world_size}, got {parallel.tensor}"
+        )
+    if parallel.sequence and parallel.tensor == 1:
+        raise ConfigError("parallel.sequence: true needs parallel.tensor of 2 or more, got 1")
+
+
+def _start_world(ranks: Ranks, backend: str, timeout: timedelta, device: torch.device) -> None:
+    os.environ.update(ranks.environment())
+    if ranks.launcher == "alone":
+        rendezvous: dict[str, object] = {"store": dist.HashStore()}
+    else:
+        rendezvous = {"init_method": "env://"}
+    if backend == "nccl":
+        rendezvous["device_id"] = device
+    dist.init_process_group(backend, timeout=timeout, rank=ranks.rank, world_size=ranks.world_size, **rendezvous)
+
+
+def _join_deepspeed(timeout: timedelta) -> None:
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it says at length that it finds none
+    # Imported here: the package serves people without DeepSpeed too, and the import takes seconds.
+    import deepspeed.comm
+    from deepspeed.ops import __compatible_ops__
+
+    # A shared-memory all-reduce for inference on a CPU. Training never calls it, but DeepSpeed compiles it at the first
+    # start, and a process that is killed meanwhile leaves a lock behind on which every later start waits.
+    __compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.comm.init_distributed(
+        dist_backend=dist.get_backend(), auto_mpi_discovery=False, timeout=timeout, verbose=False
+    )
+
+
+def _forget_deepspeed_groups() -> None:
+    # DeepSpeed keeps the groups and the mpu of the last engine in module globals.
+    from deepspeed.utils import groups
+
+    groups._release_process_group_references()
+
+
+def _groups() -> list[dist.ProcessGroup]:
+    return list(dist.distributed_c10d._world.pg_map)

@@ -1,0 +1,137 @@
+"""Who am I: the rank, world size and rendezvous that torchrun, deepspeed or srun gave this process."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pause_megatron.errors import ConfigError
+
+_LAUNCHER_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The place of this process among the processes of a run.
+
+    Attributes:
+        rank: 0 .. world_size - 1.
+        local_rank: index of this process on its machine, which is the index of its GPU.
+        world_size: number of processes.
+        master_addr: host on which rank 0 listens.
+        master_port: port on which rank 0 listens; 0 for a process that is alone.
+        launcher: "torchrun", "deepspeed", "environment", "slurm" or "alone".
+    """
+
+    rank: int
+    local_rank: int
+    world_size: int
+    master_addr: str
+    master_port: int
+    launcher: str
+
+    def environment(self) -> dict[str, str]:
+        """The variables that torch and DeepSpeed read, so that neither looks for another launcher."""
+        return {
+            "RANK": str(self.rank),
+            "LOCAL_RANK": str(self.local_rank),
+            "WORLD_SIZE": str(self.world_size),
+            "MASTER_ADDR": self.master_addr,
+            "MASTER_PORT": str(self.master_port),
+        }
+
+
+def discover(environment: Mapping[str, str] | None = None, *, local_rank: int | None = None) -> Ranks:
+    """Find out which launcher started this process, and its place among the others.
+
+    Order: the variables that torchrun and deepspeed set; a SLURM job step (`srun`, also `deepspeed --launcher slurm`,
+    which sets nothing itself); else the process is alone. A batch script that runs the program without `srun` is alone
+    too, although SLURM_PROCID and SLURM_NTASKS are set there: only a job step has SLURM_STEP_NUM_TASKS.
+
+    Args:
+        environment: defaults to os.environ.
+        local_rank: what `--local_rank=N` said, if the launcher passes it; used where LOCAL_RANK is not set.
+
+    Raises:
+        ConfigError: a variable is missing, or is not the number it should be.
+    """
+    env = os.environ if environment is None else environment
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return _from_variables(env, local_rank)
+    if "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:
+        return _from_slurm(env)
+    return Ranks(0, 0 if local_rank is None else local_rank, 1, "127.0.0.1", 0, "alone")
+
+
+def first_host(node_list: str) -> str:
+    """First machine of a SLURM node list: 'gpu[003-007,12],login1' -> 'gpu003'.
+
+    Raises:
+        ConfigError: an empty list or unbalanced brackets.
+    """
+    entry = re.match(r"((?:[^,\[\]]|\[[^\[\],-][^\[\]]*\])+)(?:,|$)", node_list.strip())
+    host = re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", entry.group(1)) if entry else ""
+    if not host:
+        raise ConfigError(f"SLURM node list: expected something like 'node[01-04]', got {node_list!r}")
+    return host
+
+
+def _from_variables(env: Mapping[str, str], local_rank: int | None) -> Ranks:
+    values = dict(env)
+    if local_rank is not None:
+        values.setdefault("LOCAL_RANK", str(local_rank))
+    missing = [key for key in _LAUNCHER_KEYS if key not in values]
+    if missing:
+        raise ConfigError(
+            f"environment: RANK and WORLD_SIZE are set, but {', '.join(missing)} not; expected all of "
+            f"{', '.join(_LAUNCHER_KEYS)}, as torchrun and deepspeed set them"
+        )
+    if "TORCHELASTIC_RUN_ID" in env:
+        launcher = "torchrun"
+    elif local_rank is not None or "CROSS_RANK" in env:
+        launcher = "deepspeed"
+    else:
+        launcher = "environment"
+    return _checked(
+        Ranks(
+            _number(values, "RANK"),
+            _number(values, "LOCAL_RANK"),
+            _number(values, "WORLD_SIZE"),
+            values["MASTER_ADDR"],
+            _number(values, "MASTER_PORT"),
+            launcher,
+        )
+    )
+
+
+def _from_slurm(env: Mapping[str, str]) -> Ranks:
+    world_size = _number(env, "SLURM_STEP_NUM_TASKS")
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST") or ""
+    address = env.get("MASTER_ADDR") or first_host(nodes)
+    # Below Linux' ephemeral ports (32768 and up). The step is part of it: steps of one job may run side by side.
+    job, step = _number(env, "SLURM_JOB_ID"), _number(env, "SLURM_STEP_ID", default=0)
+    port = _number(env, "MASTER_PORT", default=10000 + (job * 16 + step % 16) % 20000)
+    return _checked(
+        Ranks(_number(env, "SLURM_PROCID"), _number(env, "SLURM_LOCALID"), world_size, address, port, "slurm")
+    )
+
+
+def _checked(ranks: Ranks) -> Ranks:
+    if not 0 <= ranks.rank < ranks.world_size or ranks.local_rank < 0:
+        raise ConfigError(
+            f"{ranks.launcher}: expected 0 <= rank < world size and local rank >= 0, got rank {ranks.rank}, "
+            f"world size {ranks.world_size}, local rank {ranks.local_rank}"
+        )
+    return ranks
+
+
+def _number(env: Mapping[str, str], key: str, default: int | None = None) -> int:
+    text = env.get(key)
+    if text is None and default is not None:
+        return default
+    try:
+        return int(text)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise ConfigError(f"environment variable {key}: expected a whole number, got {text!r}") from None

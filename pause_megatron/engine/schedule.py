@@ -1,0 +1,28 @@
+"""The learning rate of a step: a pure function, so that resuming needs no scheduler state."""
+
+from __future__ import annotations
+
+import math
+
+from pause_megatron.config.schema import OptimSection
+
+
+def learning_rate(optim: OptimSection, step: int, total_steps: int) -> float:
+    """Learning rate of optimizer step `step` (the first step is 1) in a run of `total_steps`.
+
+    Linear warm-up from 0 over `optim.warmup_steps`, then by `optim.schedule`:
+      cosine    half a cosine from the peak to `min_lr_fraction` of it at the last step;
+      wsd       the peak, then a linear decay to `min_lr_fraction` over the last `decay_fraction` of all steps;
+      constant  the peak.
+    """
+    if step <= optim.warmup_steps:
+        return optim.lr * step / optim.warmup_steps
+    low = optim.lr * optim.min_lr_fraction
+    if optim.schedule == "constant":
+        return optim.lr
+    if optim.schedule == "cosine":
+        progress = (step - optim.warmup_steps) / max(total_steps - optim.warmup_steps, 1)
+        return low + (optim.lr - low) * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+    decay_steps = max(round(optim.decay_fraction * total_steps), 1)
+    remaining = (total_steps - step) / decay_steps
+    return low + (optim.lr - low) * min(max(remaining, 0.0), 1.0)

@@ -1,0 +1,22 @@
+"""megatron-core's GPT with pauses: built, initialised, and with a head that skips what is not predicted."""
+
+from __future__ import annotations
+
+from pause_megatron.model.build import build_model, transformer_config
+from pause_megatron.model.decay import parameter_groups
+from pause_megatron.model.flops import ModelShape, flops_per_token, parameter_count
+from pause_megatron.model.gpt import PauseGPTModel
+from pause_megatron.model.head import LMLoss
+from pause_megatron.model.vocabulary import Vocabulary
+
+__all__ = [
+    "LMLoss",
+    "ModelShape",
+    "PauseGPTModel",
+    "Vocabulary",
+    "build_model",
+    "flops_per_token",
+    "parameter_count",
+    "parameter_groups",
+    "transformer_config",
+]

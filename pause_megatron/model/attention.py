@@ -1,0 +1,65 @@
+"""Core attention on torch's scaled_dot_product_attention, in place of megatron-core's DotProductAttention."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch.nn.functional as F
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class SDPACoreAttention(MegatronModule):
+    """Softmax attention of the heads on this rank: causal, or as an explicit mask says.
+
+    megatron-core's own local core wants CUDA (mask buffers, a random-number fork), materialises the scores, and
+    repeats keys and values for grouped queries. This one does none of that.
+
+    Args:
+        config: sizes; dropout, context parallelism and soft-capping are not supported.
+        softmax_scale: default 1 / sqrt(channels of a head).
+    """
+
+    def __init__(
+        self, config: TransformerConfig, layer_number: int, *_: Any, softmax_scale: float | None = None, **__: Any
+    ) -> None:
+        super().__init__(config=config)
+        if config.context_parallel_size != 1:
+            raise ValueError("SDPACoreAttention has no context parallelism")
+        if config.attention_dropout:
+            raise ValueError("SDPACoreAttention has no attention dropout")
+        self.layer_number = max(1, layer_number)
+        self.softmax_scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
+
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **options: Any
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [seq, batch, heads, channels].
+            key, value: [seq, batch, query groups, channels]; heads is a multiple of the groups.
+            attention_mask: bool, broadcastable to [batch, heads, seq, seq], True where a query must NOT look (as
+                everywhere in megatron-core). It takes the place of causality: a prefix-LM or block-diagonal mask says
+                all there is to say. None: causal.
+            options: what megatron-core passes besides; packed sequences and biases are refused.
+
+        Returns:
+            [seq, batch, heads * channels], the heads of this rank.
+        """
+        if options.get("packed_seq_params") is not None or options.get("attention_bias") is not None:
+            raise ValueError("SDPACoreAttention supports neither packed_seq_params nor attention_bias; pass a mask")
+        seq, batch, heads, channels = query.shape
+        # [seq, batch, heads, channels] -> [batch, heads, seq, channels]: views, no copies.
+        context = F.scaled_dot_product_attention(
+            query.permute(1, 2, 0, 3),
+            key.permute(1, 2, 0, 3),
+            value.permute(1, 2, 0, 3),
+            attn_mask=None if attention_mask is None else ~attention_mask,
+            is_causal=attention_mask is None,
+            scale=self.softmax_scale,
+            enable_gqa=heads != key.shape[2],
+        )
+        return context.permute(2, 0, 1, 3).reshape(seq, batch, heads * channels)

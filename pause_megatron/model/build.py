@@ -1,0 +1,139 @@
+"""From the run's configuration to a model with initial weights."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from pause_megatron.config.schema import ModelSection, ParallelSection
+from pause_megatron.errors import ConfigError
+from pause_megatron.model.gpt import PauseGPTModel
+from pause_megatron.model.init import initialize_weights
+from pause_megatron.model.layers import block_spec
+from pause_megatron.model.sequence_parallel import check_gradient_sums, sum_gradients_over
+from pause_megatron.model.vocabulary import Softmax, Vocabulary
+
+
+def build_model(
+    model: ModelSection,
+    *,
+    vocabulary: Vocabulary,
+    sequence_length: int,
+    parallel: ParallelSection,
+    softmax: Softmax = "keep",
+    precision: str = "fp32",
+    seed: int = 0,
+) -> PauseGPTModel:
+    """This rank's shard of a Llama-like model, on the host; DeepSpeed moves it to the device.
+
+    Process groups must exist (`pause_megatron.distributed.initialize`). Hooks that sequence parallelism needs are in
+    place and checked when this returns.
+
+    Args:
+        model: sizes, all filled in.
+        vocabulary: text and pause ids.
+        sequence_length: tokens of a window.
+        parallel: tensor and sequence parallelism, recomputation.
+        softmax: "keep" or "exclude" pause logits.
+        precision: "fp32" or "bf16" parameters.
+        seed: of the initial weights, which do not depend on the number of ranks or on padding.
+
+    Raises:
+        ConfigError: a size is missing or not divisible by the tensor-parallel size.
+    """
+    check_shape(model, parallel, sequence_length)
+    group = parallel_state.get_tensor_model_parallel_group()
+    gpt = PauseGPTModel(
+        transformer_config(model, parallel, precision),
+        block_spec(model.layers, attention=model.attention, recompute=parallel.recompute),
+        vocabulary.padded(model.vocab_multiple, parallel.tensor),
+        sequence_length,
+        vocabulary=vocabulary,
+        softmax=softmax,
+        head_chunk=model.head_chunk,
+        share_embeddings_and_output_weights=model.tied,
+        position_embedding_type="rope",
+        rotary_base=model.rope_base,
+    )
+    initialize_weights(
+        gpt,
+        seed=seed,
+        std=model.init_std,
+        layers=model.layers,
+        vocabulary=vocabulary,
+        rank=group.rank(),
+        ranks=group.size(),
+    )
+    if parallel.sequence:
+        sum_gradients_over(gpt, group)
+        check_gradient_sums(gpt, group)
+    return gpt
+
+
+def transformer_config(model: ModelSection, parallel: ParallelSection, precision: str) -> TransformerConfig:
+    """megatron-core's configuration of the model; fusions that need CUDA extensions are off."""
+    bf16 = precision == "bf16"
+    return TransformerConfig(
+        num_layers=model.layers,
+        hidden_size=model.hidden,
+        num_attention_heads=model.heads,
+        num_query_groups=model.kv_heads,
+        ffn_hidden_size=model.ffn,
+        kv_channels=model.hidden // model.heads,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bf16=bf16,
+        params_dtype=torch.bfloat16 if bf16 else torch.float32,
+        pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
+        tensor_model_parallel_size=parallel.tensor,
+        sequence_parallel=parallel.sequence,
+        # Weights are ours (init.py); megatron-core still marks them as tensor parallel, which DeepSpeed reads.
+        use_cpu_initialization=True,
+        init_method=_leave,
+        output_layer_init_method=_leave,
+        embedding_init_method=_leave,
+        gradient_accumulation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+    )
+
+
+def check_shape(model: ModelSection, parallel: ParallelSection, sequence_length: int) -> None:
+    """Refuse sizes that are missing or cannot be split.
+
+    Raises:
+        ConfigError: names the key, what was expected and what came.
+    """
+    for key in ("layers", "hidden", "heads", "kv_heads", "ffn", "tied"):
+        if getattr(model, key) is None:
+            raise ConfigError(f"model.{key}: expected a value, got null; give it, or a model.preset")
+    if model.hidden % (2 * model.heads):
+        raise ConfigError(
+            f"model.hidden: expected a multiple of 2 * model.heads = {2 * model.heads} (rotary channels come in "
+            f"pairs), got {model.hidden}"
+        )
+    if model.heads % model.kv_heads:
+        raise ConfigError(f"model.kv_heads: expected a divisor of model.heads = {model.heads}, got {model.kv_heads}")
+    for key in ("kv_heads", "ffn"):
+        if getattr(model, key) % parallel.tensor:
+            raise ConfigError(
+                f"model.{key}: expected a multiple of parallel.tensor = {parallel.tensor}, got {getattr(model, key)}"
+            )
+    if parallel.sequence and sequence_length % parallel.tensor:
+        raise ConfigError(
+            f"data.sequence_length: expected a multiple of parallel.tensor = {parallel.tensor} with "
+            f"parallel.sequence, got {sequence_length}"
+        )
+
+
+def _leave(weight: Tensor) -> Tensor:
+    return weight

@@ -1,0 +1,77 @@
+"""Initial weights that depend on the seed and a parameter's name only: not on ranks, padding or construction order.
+
+Every matrix is drawn whole on the host, in fp32, from a generator of its own, and cut afterwards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+
+from pause_megatron.model.vocabulary import Vocabulary
+
+
+def initialize_weights(
+    model: nn.Module,
+    *,
+    seed: int,
+    std: float,
+    layers: int,
+    vocabulary: Vocabulary,
+    rank: int,
+    ranks: int,
+) -> None:
+    """Fill all parameters of a model that `build_model` made.
+
+    Matrices are normal(0, std); those that write into the residual stream normal(0, std / sqrt(2 layers)) (GPT-2,
+    Megatron-LM); norms 1. A pause row is normal with the mean and standard deviation of the text rows, per channel;
+    padding rows are 0.
+
+    Args:
+        model: parameters are this rank's shards.
+        seed: of the run.
+        std: standard deviation.
+        layers: number of transformer layers.
+        vocabulary: which rows are text, pause and padding.
+        rank, ranks: place among the tensor-parallel ranks.
+    """
+    for name, parameter in model.named_parameters():
+        shape = parameter.shape
+        if name.endswith(("word_embeddings.weight", "output_layer.weight")):
+            value = _vocabulary_matrix(seed, name, vocabulary, shape[0] * ranks, shape[1], std).chunk(ranks)[rank]
+        elif name.endswith("linear_qkv.weight"):
+            # Rows are grouped by query group (its queries, its key, its value): a rank has whole groups.
+            value = _normal(seed, name, (shape[0] * ranks, shape[1]), std).chunk(ranks)[rank]
+        elif name.endswith("linear_fc1.weight"):
+            # SwiGLU: a rank has its part of the gate, then its part of the up projection.
+            half = (shape[0] // 2 * ranks, shape[1])
+            parts = [_normal(seed, f"{name}/{part}", half, std).chunk(ranks)[rank] for part in ("gate", "up")]
+            value = torch.cat(parts)
+        elif name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+            whole = _normal(seed, name, (shape[0], shape[1] * ranks), std / math.sqrt(2 * layers))
+            value = whole.chunk(ranks, dim=1)[rank]
+        elif parameter.dim() == 1 and "norm" in name:
+            value = torch.ones(shape)
+        else:
+            raise ValueError(f"no rule for the initial value of {name} {tuple(shape)}")
+        with torch.no_grad():
+            parameter.copy_(value)
+
+
+def _vocabulary_matrix(seed: int, name: str, vocabulary: Vocabulary, rows: int, width: int, std: float) -> Tensor:
+    text = _normal(seed, name, (vocabulary.text_size, width), std)
+    value = torch.zeros(rows, width)
+    value[: vocabulary.text_size] = text
+    mean, spread = text.mean(dim=0), text.std(dim=0, correction=0)
+    for index, row in enumerate(vocabulary.pause_ids):
+        value[row] = mean + spread * _normal(seed, f"{name}/pause/{index}", (width,), 1.0)
+    return value
+
+
+def _normal(seed: int, name: str, shape: tuple[int, ...], std: float) -> Tensor:
+    digest = hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
+    return torch.empty(shape).normal_(0.0, std, generator=generator)

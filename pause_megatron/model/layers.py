@@ -1,0 +1,74 @@
+"""The transformer block: which module does what, taken from megatron-core's own specs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch.utils.checkpoint import checkpoint
+
+from pause_megatron.errors import ConfigError
+from pause_megatron.model.attention import SDPACoreAttention
+from pause_megatron.model.norm import RMSNorm
+
+
+class RecomputedLayer(TransformerLayer):
+    """A transformer layer that keeps its input only, and runs again in the backward pass.
+
+    megatron-core's own checkpointing saves and restores CUDA random states; nothing here is random. Reentrant, because
+    ZeRO-3 frees parameters between the two runs, and the other kind compares what it saved with what it sees again.
+    """
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
+        """As TransformerLayer: [seq, batch, hidden] -> ([seq, batch, hidden], context)."""
+        if not (self.training and torch.is_grad_enabled()):
+            return super().forward(hidden_states, *args, **kwargs)
+        run = super().forward
+        return checkpoint(
+            lambda hidden: run(hidden, *args, **kwargs), hidden_states, use_reentrant=True, preserve_rng_state=False
+        )
+
+
+def block_spec(
+    layers: int, *, attention: Literal["sdpa", "te"] = "sdpa", recompute: Literal["none", "full"] = "none"
+) -> TransformerBlockSubmodules:
+    """Spec of a Llama-like block: RMSNorm, SwiGLU, self-attention.
+
+    Args:
+        layers: number of layers.
+        attention: "sdpa": megatron-core's local linear layers around torch's attention and norm; "te": Transformer
+            Engine's fused modules.
+        recompute: "full" runs each layer again in the backward pass.
+
+    Raises:
+        ConfigError: "te" where Transformer Engine is not installed.
+    """
+    if attention == "te":
+        layer, norm = _transformer_engine()
+    else:
+        layer, norm = get_gpt_layer_local_spec(normalization="RMSNorm"), RMSNorm
+        inner = layer.submodules.self_attention
+        inner.submodules = replace(inner.submodules, core_attention=SDPACoreAttention)
+        layer.submodules = replace(layer.submodules, input_layernorm=RMSNorm, pre_mlp_layernorm=RMSNorm)
+    if recompute == "full":
+        layer.module = RecomputedLayer
+    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
+
+
+def _transformer_engine() -> tuple[ModuleSpec, type]:
+    from megatron.core.extensions import transformer_engine
+
+    if not transformer_engine.HAVE_TE:
+        raise ConfigError(
+            "model.attention: 'te' needs Transformer Engine, which is not installed here; install "
+            "transformer_engine[pytorch] or use 'sdpa'"
+        )
+    return get_gpt_layer_with_transformer_engine_spec(), transformer_engine.TENorm

@@ -1,0 +1,1 @@
+"""Where data, model and engine meet."""

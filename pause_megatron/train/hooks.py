@@ -1,0 +1,50 @@
+"""What happens around the steps. Each hook sees every step's result, in the order of the list."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from pause_megatron.errors import TrainingError
+from pause_megatron.train.loop import StepResult
+
+
+class Hook(Protocol):
+    """Called on every rank after every step, and closed when the run ends, however it ends."""
+
+    def __call__(self, result: StepResult) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Every:
+    """Calls an action every so many steps, and after the last step."""
+
+    def __init__(self, steps: int, action: Callable[[StepResult], Any], *, at_end: bool = True) -> None:
+        self._steps, self._action, self._at_end = steps, action, at_end
+
+    def __call__(self, result: StepResult) -> None:
+        due = self._steps > 0 and result.step % self._steps == 0
+        if due or (self._at_end and result.last):
+            self._action(result)
+
+    def close(self) -> None:
+        pass
+
+
+class SkipLimit:
+    """Ends a run whose gradient is not finite several times in a row: it will not recover by itself."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._in_a_row = limit, 0
+
+    def __call__(self, result: StepResult) -> None:
+        self._in_a_row = 0 if result.applied else self._in_a_row + 1
+        if self._in_a_row >= self._limit:
+            raise TrainingError(
+                f"step {result.step}: the gradient norm is {result.grad_norm}, and {self._in_a_row} steps in a row "
+                "were not finite and not applied. Lower optim.lr, or look at the data of these steps"
+            )
+
+    def close(self) -> None:
+        pass

@@ -1,0 +1,229 @@
+"""What a run says while it goes on: metrics.jsonl, TensorBoard, a progress bar."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from pause_megatron.config.presets import flops_per_token
+from pause_megatron.config.schema import RunConfig
+from pause_megatron.distributed import ParallelContext
+from pause_megatron.train.loop import StepResult
+
+# Dense bf16 peak of one GPU in TFLOP/s, by a part of the name that CUDA gives it (NVIDIA's data sheets).
+PEAK_TFLOPS = {"A100": 312.0, "H100": 989.4, "H200": 989.4, "GH200": 989.4, "B200": 2250.0}
+
+
+class Throughput:
+    """Rates of a step, in the units of metrics.jsonl.
+
+    Args:
+        flops_per_token: model FLOPs of one raw token
+        peak_flops: of all devices together, in FLOP/s; None when it is not known
+    """
+
+    def __init__(self, flops_per_token: float, peak_flops: float | None) -> None:
+        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
+
+    @classmethod
+    def of(cls, config: RunConfig, vocabulary: int, context: ParallelContext) -> Throughput:
+        """For a run: `log.peak_tflops`, else the GPU's known peak in bf16, else no MFU."""
+        peak = config.log.peak_tflops
+        if peak is None and context.device.type == "cuda" and config.engine.precision == "bf16":
+            name = torch.cuda.get_device_name(context.device)
+            peak = next((value for part, value in PEAK_TFLOPS.items() if part in name), None)
+        per_token = flops_per_token(config.model, vocabulary, config.data.sequence_length)
+        return cls(per_token, None if peak is None else peak * 1e12 * context.world_size)
+
+    def rates(self, result: StepResult) -> dict[str, float | None]:
+        """Tokens per second over all ranks, raw and text; MFU (model FLOPs over peak), None without a known peak."""
+        rate = result.tokens / result.seconds
+        return {
+            "tokens_per_second": rate,
+            "text_tokens_per_second": result.text_tokens / result.seconds,
+            "mfu": None if self._peak_flops is None else rate * self._flops_per_token / self._peak_flops,
+        }
+
+
+def metrics_record(result: StepResult, throughput: Throughput) -> dict[str, float | int | bool | None]:
+    """A line of metrics.jsonl. Floats are not rounded; what does not exist (no pauses, no peak) is null."""
+    record: dict[str, Any] = {
+        "step": result.step,
+        "loss": result.losses.mean,
+        "loss_after_pause": result.losses.after_pause,
+        "loss_elsewhere": result.losses.elsewhere,
+        "grad_norm": result.grad_norm,
+        "lr": result.lr,
+        "tokens": result.progress.tokens,
+        "text_tokens": result.progress.text_tokens,
+        "targets": result.losses.targets,
+        "pause_fraction": 1.0 - result.text_tokens / result.tokens,
+        "applied": result.applied,
+        **result.validation,
+        **throughput.rates(result),
+        "seconds": result.seconds,
+    }
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
+    }
+
+
+class MetricsFile:
+    """`RUN/metrics.jsonl`: one JSON object a step, whole lines only."""
+
+    def __init__(self, path: Path, throughput: Throughput, resume_after: int) -> None:
+        self._throughput = throughput
+        _keep_steps(path, resume_after)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
+
+    def __call__(self, result: StepResult) -> None:
+        self._file.write(json.dumps(metrics_record(result, self._throughput)) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _keep_steps(path: Path, last: int) -> None:
+    """Drops the lines of steps that the resumed run will take again, and a line that a kill cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= last:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial, path)
+
+
+TAGS = {
+    "loss": "loss/train",
+    "loss_after_pause": "loss/train_after_pause",
+    "loss_elsewhere": "loss/train_elsewhere",
+    "valid_loss": "loss/valid",
+    "valid_loss_after_pause": "loss/valid_after_pause",
+    "valid_loss_elsewhere": "loss/valid_elsewhere",
+    "valid_loss_without_pauses": "loss/valid_without_pauses",
+    "grad_norm": "optimizer/grad_norm",
+    "lr": "optimizer/learning_rate",
+    "pause_fraction": "data/pause_fraction",
+    "tokens": "data/raw_tokens",
+    "text_tokens": "data/text_tokens",
+    "tokens_per_second": "throughput/raw_tokens_per_second",
+    "text_tokens_per_second": "throughput/text_tokens_per_second",
+    "mfu": "throughput/mfu",
+}
+
+
+class TensorBoard:
+    """`RUN/tensorboard/`: scalars, the configuration as text, and windows with their pauses shown."""
+
+    def __init__(
+        self,
+        folder: Path,
+        throughput: Throughput,
+        *,
+        resume_after: int,
+        config_yaml: str,
+        show: Callable[[Sequence[int]], str],
+    ) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._throughput, self._show = throughput, show
+        # Points of steps that will be taken again are hidden.
+        self._writer = SummaryWriter(str(folder), purge_step=resume_after + 1)
+        self._writer.add_text("configuration", _preformatted(config_yaml), resume_after)
+
+    def __call__(self, result: StepResult) -> None:
+        record = metrics_record(result, self._throughput)
+        for key, tag in TAGS.items():
+            if (value := record.get(key)) is not None:
+                self._writer.add_scalar(tag, value, result.step)
+        self._writer.add_scalar("perplexity/train", _perplexity(result.losses.mean), result.step)
+        if "valid_loss" in result.validation:
+            self._writer.add_scalar("perplexity/valid", _perplexity(result.validation["valid_loss"]), result.step)
+        self._writer.add_scalar("memory/peak_gib", peak_memory_bytes() / 2**30, result.step)
+
+    def show_sample(self, result: StepResult) -> None:
+        """The first window of the step as text."""
+        text = self._show(result.sample.tolist())
+        self._writer.add_text("sample", _preformatted(text), result.step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class ProgressBar:
+    """One line on stderr that moves; where stderr is not a terminal, a line every half minute."""
+
+    _SECONDS_BETWEEN_LINES = 30.0
+
+    def __init__(self, total_steps: int, done: int) -> None:
+        self._terminal = sys.stderr.isatty()
+        # Off a terminal tqdm only keeps the time: it would draw one endless line.
+        sink = sys.stderr if self._terminal else io.StringIO()
+        self._bar = tqdm(total=total_steps, initial=done, unit="step", dynamic_ncols=True, file=sink)
+        self._last_line = 0.0
+
+    def __call__(self, result: StepResult) -> None:
+        rate = result.tokens / result.seconds
+        summary = (
+            f"loss {result.losses.mean:.4f} nats, grad norm {result.grad_norm:.3f}, lr {result.lr:.2e}, "
+            f"{rate / 1000:.1f}k tokens/s"
+        )
+        self._bar.set_postfix_str(summary, refresh=False)
+        self._bar.update()
+        if not self._terminal:
+            self._line(result, summary)
+        if result.validation:
+            losses = ", ".join(f"{name} {value:.4f}" for name, value in result.validation.items())
+            self._say(f"step {result.step}: {losses} nats")
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def _line(self, result: StepResult, summary: str) -> None:
+        now = time.monotonic()
+        if result.last or now - self._last_line >= self._SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            progress = self._bar.format_dict
+            done, elapsed = progress["n"] - progress["initial"], progress["elapsed"]
+            left = tqdm.format_interval(elapsed / done * (progress["total"] - progress["n"]))
+            self._say(f"step {result.step}/{progress['total']}: {summary}, {left} left")
+
+    def _say(self, text: str) -> None:
+        if self._terminal:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+
+def peak_memory_bytes() -> int:
+    """Most memory this rank has held: of the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(min(loss, 700.0)) if math.isfinite(loss) else math.inf
+
+
+def _preformatted(text: str) -> str:
+    """Markdown that TensorBoard shows as it stands."""
+    return "\n".join("    " + line for line in text.splitlines())

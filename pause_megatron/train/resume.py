@@ -1,0 +1,86 @@
+"""Going on: which checkpoint, and whether it is of this run."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass
+
+from pause_megatron.checkpoint import CheckpointReader, Store
+from pause_megatron.config.load import load
+from pause_megatron.config.schema import RunConfig
+from pause_megatron.distributed import ParallelContext
+from pause_megatron.errors import CheckpointError
+from pause_megatron.train.loop import Progress
+
+# What may change between the parts of a run, because the losses do not depend on it.
+FREE_SECTIONS = frozenset({"parallel", "checkpoint", "validation", "log"})
+FREE_KEYS = frozenset(
+    {
+        "run.dir",
+        *("data.prefix", "data.tokenizer", "data.cache", "data.prefetch"),  # the corpus is compared by its content
+        *("model.attention", "model.head_chunk"),
+        "batch.micro_size",
+        *("engine.ds_config", "engine.zero_stage"),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A checkpoint to go on from, and how far it had come."""
+
+    reader: CheckpointReader
+    progress: Progress
+
+
+def find_resume(store: Store, config: RunConfig, corpus: str, context: ParallelContext) -> Resumed | None:
+    """The newest complete checkpoint of this run, or None for a run that begins. Every rank calls this.
+
+    Raises:
+        CheckpointError: every checkpoint is damaged, or it is of another configuration, corpus or tensor-parallel size.
+    """
+    found = store.newest_complete()
+    if found is None:
+        return None
+    folder, manifest, complaints = found
+    differences = config_differences(load(folder / "config.yaml"), config)
+    if manifest.corpus != corpus:
+        differences.append(f"corpus: {manifest.corpus} in the checkpoint, {corpus} in this run")
+    if manifest.tensor_parallel != context.tp_size:
+        differences.append(
+            f"parallel.tensor: {manifest.tensor_parallel} in the checkpoint, {context.tp_size} in this run "
+            "(data-parallel size and ZeRO stage may change, the tensor-parallel size may not)"
+        )
+    if differences:
+        raise CheckpointError(
+            f"{folder}: a checkpoint of another configuration. Give back its values, or another run.dir:\n  "
+            + "\n  ".join(differences)
+        )
+    if context.rank == 0:
+        for complaint in complaints:
+            print(f"damaged, passed over: {complaint}", file=sys.stderr)
+        print(
+            f"resuming after step {manifest.step} from {folder} (written with tensor-parallel "
+            f"{manifest.tensor_parallel}, data-parallel {manifest.data_parallel}, ZeRO {manifest.zero_stage})",
+            file=sys.stderr,
+        )
+    return Resumed(CheckpointReader(folder, context.tp_rank), Progress(**manifest.progress))
+
+
+def progress_record(progress: Progress) -> dict[str, int]:
+    """What a checkpoint keeps of the progress."""
+    return asdict(progress)
+
+
+def config_differences(before: RunConfig, now: RunConfig) -> list[str]:
+    """The keys that decide the losses and differ, one line each."""
+    lines = []
+    for section in type(now).model_fields:
+        old, new = getattr(before, section), getattr(now, section)
+        for name in type(new).model_fields:
+            key = f"{section}.{name}"
+            if section in FREE_SECTIONS or key in FREE_KEYS:
+                continue
+            if getattr(old, name) != getattr(new, name):
+                lines.append(f"{key}: {getattr(old, name)!r} in the checkpoint, {getattr(new, name)!r} in this run")
+    return lines

@@ -1,0 +1,41 @@
+"""Options and fixtures of the whole suite."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+# Set before anything imports torch: the ranks of a pool share few cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="run the slow tests too, with their full counts")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--full"):
+        return
+    skip = pytest.mark.skip(reason="slow: run with --full")
+    for item in items:
+        if "slow" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def full(request: pytest.FixtureRequest) -> bool:
+    """Whether --full was given: tests that scale their counts read it."""
+    return request.config.getoption("--full")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _rank_pools() -> Iterator[None]:
+    from ranks import close_pools
+
+    yield
+    close_pools()

@@ -1,0 +1,87 @@
+"""The model under deepspeed.initialize: one loss list, whatever the ZeRO stage, tensor or sequence parallelism."""
+
+from __future__ import annotations
+
+import pytest
+from ranks import run_on_ranks
+from tiny_model import batch, loss_of, tiny
+
+from pause_megatron.config.schema import ParallelSection
+
+STEPS = 20
+WINDOWS = 4
+LEARNING_RATE = 3e-3
+
+
+def losses_under(stage: int, tied: bool, parallel: dict, **changes: object) -> list[float]:
+    """Mean token loss of the global batch, before each of STEPS steps; the first step's gradient norm at the end."""
+    import deepspeed
+    import torch
+    import torch.distributed as dist
+
+    from pause_megatron.distributed import initialize
+    from pause_megatron.model import parameter_groups
+
+    section = ParallelSection(**parallel)
+    with initialize(section, device="cpu") as context:
+        model = tiny(parallel=section, pauses=2, tied=tied, **changes)
+        optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=LEARNING_RATE, betas=(0.9, 0.95))
+        config = {
+            "train_batch_size": WINDOWS,
+            "train_micro_batch_size_per_gpu": WINDOWS // context.dp_size,
+            "zero_optimization": {"stage": stage},
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_allow_untested_optimizer": True,
+        }
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, mpu=context.mpu)
+        losses = []
+        for step in range(STEPS):
+            everything = batch(0.7, pauses=2, seed=step % 2, size=WINDOWS)
+            count = int(everything["mask"].sum())
+            mine = _windows(everything, context.dp_rank, context.dp_size)
+            out = loss_of(engine, mine, context.dp_size / count)
+            engine.backward(out.loss)
+            engine.step()
+            total = out.sum.clone()
+            dist.all_reduce(total, group=context.dp_group)
+            losses.append(float(total) / count)
+        engine.destroy()
+        return losses
+
+
+def _windows(data: dict, rank: int, ranks: int) -> dict:
+    """Every `ranks`-th window: unequal numbers of targets per rank."""
+    cut = {key: data[key][rank::ranks] for key in ("tokens", "position_ids", "labels", "mask")}
+    rows = cut["mask"].t().reshape(-1).nonzero().squeeze(1)
+    return {**cut, "rows": rows, "targets": cut["labels"].t().reshape(-1)[rows]}
+
+
+CASES = [
+    (1, 1, {}),
+    (1, 3, {}),
+    (2, 0, {}),
+    (2, 2, {}),
+    (2, 3, {}),
+    (2, 3, {"recompute": "full"}),
+    (2, 0, {"tensor": 2}),
+    (2, 1, {"tensor": 2, "sequence": True}),
+    (2, 2, {"tensor": 2}),
+    (2, 3, {"tensor": 2, "sequence": True, "recompute": "full"}),
+    (4, 1, {"tensor": 2, "sequence": True}),
+    (4, 2, {"tensor": 2, "sequence": True}),
+    (4, 3, {"tensor": 2, "sequence": True}),
+    (4, 3, {"tensor": 4}),
+]
+
+
+# What differs when the output layer has a weight of its own is how ZeRO-3 gathers it.
+UNTIED_CASES = [(2, 2, {}), (2, 3, {}), (2, 3, {"tensor": 2}), (4, 3, {"tensor": 2, "sequence": True})]
+
+
+@pytest.mark.parametrize(("tied", "cases"), [(True, CASES), (False, UNTIED_CASES)], ids=["tied", "untied"])
+def test_one_loss_list(tied, cases):
+    expected = run_on_ranks(1, losses_under, 0, tied, {})[0]
+    assert expected[-1] < 0.97 * expected[0]
+    for ranks, stage, parallel in cases:
+        for losses in run_on_ranks(ranks, losses_under, stage, tied, parallel):
+            assert losses == pytest.approx(expected, rel=1e-5), (ranks, stage, parallel)

@@ -1,0 +1,85 @@
+"""`pretrain --dry-run`: the printed arithmetic, where the ranks and the vocabulary come from."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pause_megatron.cli import main
+from pause_megatron.config.load import recipe_names
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def rows(capsys, *arguments: str) -> dict[str, str]:
+    assert main(["pretrain", "--dry-run", *arguments]) == 0, capsys.readouterr().err
+    lines = capsys.readouterr().out.splitlines()
+    return {name.strip(): value.strip() for name, value in (line.split("  ", 1) for line in lines)}
+
+
+def test_the_papers_run(capsys):
+    table = rows(capsys, "--recipe", "paper-130m", "--world-size", "8")
+    assert table["ranks"] == "8 = 8 data parallel x 1 tensor parallel"
+    assert table["global batch"] == "512 windows = 16 micro x 4 accumulation x 8 data parallel"
+    assert table["window"] == "2,048 tokens, 205 pauses inserted (rate 0.1, uniform, then cut)"
+    assert table["pause fraction"] == "9.09% of the input tokens (expected)"
+    assert table["raw tokens a step"] == "1,048,576"
+    assert table["steps"] == "190,735 for a budget of 200,000,000,000 raw tokens"
+    assert table["vocabulary"] == "32,001 = 32,000 text (assumed) + 1 pause"
+    assert table["parameters"] == "134,107,392"
+    assert table["engine"] == "ZeRO stage 1, bf16"
+
+
+def test_text_tokens_of_a_standard_run_are_all_tokens(capsys):
+    table = rows(capsys, "--recipe", "tiny-std")
+    assert table["raw tokens a step"] == "8,192"
+    assert table["text tokens a step"] == "8,192 (expected)"
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_plans_on_four_ranks(name, capsys):
+    assert rows(capsys, "--recipe", name, "--world-size", "4")["ranks"].startswith("4 = 4 data parallel")
+
+
+@pytest.mark.parametrize("variable", ["WORLD_SIZE", "SLURM_NTASKS"])
+def test_ranks_come_from_the_launcher(variable, capsys, monkeypatch):
+    monkeypatch.setenv(variable, "4")
+    assert rows(capsys, "parallel.tensor=2")["ranks"] == "4 = 2 data parallel x 2 tensor parallel"
+    monkeypatch.setenv(variable, "four")
+    assert main(["pretrain", "--dry-run"]) == 2
+    assert f"environment variable {variable}: expected a number, came 'four'" in capsys.readouterr().err
+
+
+def test_vocabulary_comes_from_the_manifest_or_the_option(tmp_path, capsys):
+    (tmp_path / "c.manifest.json").write_text(json.dumps({"tokenizer": {"vocab_size": 8192}}))
+    prefix = f"data.prefix=0.5 {tmp_path}/none 0.5 {tmp_path}/c"
+    assert rows(capsys, prefix)["vocabulary"].startswith("8,193 = 8,192 text (")
+    assert rows(capsys, prefix, "--vocab-size", "100", "pause.embeddings=4")["vocabulary"].startswith("104 = 100 text")
+    (tmp_path / "c.manifest.json").write_text("{}")
+    assert rows(capsys, prefix)["vocabulary"].startswith("32,001 = 32,000 text (assumed)")
+
+
+def test_only_the_first_rank_prints(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["pretrain", "--dry-run"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--world-size", "3", "parallel.tensor=2"], "parallel.tensor: expected a divisor of the number of ranks (3)"),
+        (["--world-size", "3"], "batch.global_size: expected a multiple of batch.micro_size (4)"),
+        (["--world-size", "0"], "expected an integer >= 1, came '0'"),
+        (["engine.ds_config=zero7"], "engine.ds_config: expected a DeepSpeed JSON file or one of"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_starts(arguments, message, capsys):
+    assert main(["pretrain", "--dry-run", *arguments]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,86 @@
+"""Batch, pause, parameter and FLOP arithmetic against numbers worked out by hand or by counting."""
+
+from __future__ import annotations
+
+import pytest
+
+from pause_megatron.config.load import load
+from pause_megatron.config.plan import batch_plan, expected_pause_fraction, pauses_per_window
+from pause_megatron.config.presets import PRESETS, flops_per_token, parameters
+from pause_megatron.errors import ConfigError
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("tensor", [1, 2, 4])
+@pytest.mark.parametrize("micro", [1, 2, 8])
+def test_micro_x_accumulation_x_data_parallel_is_the_global_batch(ranks, tensor, micro):
+    config = load(overrides=[f"parallel.tensor={tensor}", f"batch.micro_size={micro}", "batch.global_size=64"])
+    if ranks % tensor:
+        with pytest.raises(ConfigError, match=r"parallel\.tensor: expected a divisor of the number of ranks"):
+            batch_plan(config, ranks)
+        return
+    plan = batch_plan(config, ranks)
+    assert plan.micro_size * plan.accumulation * plan.data_parallel == plan.global_size == 64
+    assert plan.data_parallel * plan.tensor == plan.world_size == ranks
+    assert plan.raw_tokens == 64 * 2048
+
+
+def test_a_batch_that_does_not_divide_names_the_nearest_that_do():
+    config = load(overrides=["batch.global_size=36", "batch.micro_size=4"])
+    with pytest.raises(ConfigError, match=r"= 8\) = 32, came 36. Nearest: 32 or 64"):
+        batch_plan(config, 8)
+    with pytest.raises(ConfigError, match=r"came 36. Nearest: 64$"):
+        batch_plan(config, 16)
+
+
+def test_the_papers_arithmetic():
+    assert pauses_per_window(0.1, 2048) == 205
+    assert round(expected_pause_fraction(205, 2048, "trim") * 2048) == 186
+    assert expected_pause_fraction(205, 2048, "trim") == pytest.approx(0.091, abs=1e-4)
+    assert expected_pause_fraction(205, 2048, "exact") == pytest.approx(0.1, abs=1e-4)
+    assert expected_pause_fraction(0, 2048, "exact") == 0
+
+
+@pytest.mark.parametrize("window", ["exact", "trim"])
+def test_expected_pause_fraction_is_the_mean_over_all_interleavings(window):
+    """Enumerates every way of placing M pauses behind the first token of a window of N+1 (exact) or N+1+M (trim)."""
+    from itertools import combinations
+
+    length, pauses = 6, 3
+    places = length + (pauses if window == "trim" else 0)
+    ways = list(combinations(range(1, places + 1), pauses))
+    inputs = [sum(place < length for place in way) for way in ways]
+    assert expected_pause_fraction(pauses, length, window) == pytest.approx(sum(inputs) / len(ways) / length)
+
+
+@pytest.mark.parametrize(
+    ("preset", "vocabulary", "millions"), [("tiny", 8193, 1.90), ("130m", 32001, 134.1), ("1b", 32001, 1041.8)]
+)
+def test_preset_sizes(preset, vocabulary, millions):
+    model = load(overrides=[f"model.preset={preset}"]).model
+    assert parameters(model, vocabulary) / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+def test_every_preset_is_tested():
+    assert set(PRESETS) == {"tiny", "130m", "1b"}
+
+
+def test_parameters_of_a_llama_2_7b():
+    sizes = {"layers": 32, "hidden": 4096, "heads": 32, "ffn": 11008}
+    model = load(overrides=["model.preset=null", *(f"model.{name}={size}" for name, size in sizes.items())]).model
+    assert parameters(model, 32000) == 6_738_415_616
+
+
+def test_parameters_of_a_tinyllama_1_1b_with_grouped_queries():
+    sizes = {"layers": 22, "hidden": 2048, "heads": 32, "kv_heads": 4, "ffn": 5632}
+    model = load(overrides=["model.preset=null", *(f"model.{name}={size}" for name, size in sizes.items())]).model
+    assert parameters(model, 32000) == 1_100_048_384
+
+
+def test_flops_count_what_multiplies():
+    model = load(overrides=["model.preset=130m"]).model
+    table = 32001 * 768
+    multiplied = parameters(model, 32001) - table
+    assert flops_per_token(model, 32001, 2048) == 6 * multiplied + 12 * 12 * 768 * 2048
+    tied = load(overrides=["model.preset=130m", "model.tied=true"]).model
+    assert flops_per_token(tied, 32001, 2048) == flops_per_token(model, 32001, 2048)

@@ -1,0 +1,92 @@
+"""Every cross-field rule: the combination it refuses, and what the message names."""
+
+from __future__ import annotations
+
+import pytest
+
+from pause_megatron.config import rules
+from pause_megatron.config.load import load
+from pause_megatron.errors import ConfigError
+
+# rule -> overrides that break it, and what the message must say
+BROKEN = {
+    "heads_divide_hidden": (
+        ["model.heads=3"],
+        "multiple of model.heads; came model.hidden=128 (preset tiny), model.heads=3 (command line)",
+    ),
+    "kv_heads_divide_heads": (["model.kv_heads=3"], "model.heads to be a multiple of model.kv_heads"),
+    "tensor_divides_the_model": (["parallel.tensor=3"], "model.heads to be a multiple of parallel.tensor"),
+    "sequence_needs_tensor": (["parallel.sequence=true"], "parallel.tensor > 1 with parallel.sequence"),
+    "tensor_divides_the_sequence": (
+        ["parallel.sequence=true", "parallel.tensor=2", "data.sequence_length=63"],
+        "data.sequence_length to be a multiple of parallel.tensor",
+    ),
+    "micro_divides_global": (["batch.micro_size=5"], "batch.global_size to be a multiple of batch.micro_size"),
+    "steps_and_tokens_agree": (["train.steps=1", "train.tokens=1e9"], "only one of train.steps and train.tokens"),
+    "warmup_ends": (["train.steps=10", "optim.warmup_steps=10"], "optim.warmup_steps < train.steps"),
+    "placement_is_known": (["pause.placement=unifrom"], "Did you mean 'uniform'?"),
+    "bernoulli_varies": (["pause.placement=bernoulli"], "pause.window=trim with bernoulli"),
+    "text_is_left": (
+        ["pause.rate=0.99", "data.sequence_length=8"],
+        "at least 2 text tokens in a window of 8 + 1 tokens with 8 pauses",
+    ),
+    "isolated_pauses_fit": (
+        ["pause.placement=isolated", "pause.rate=0.6"],
+        "no more pauses (1229) than text tokens (820)",
+    ),
+    "split_has_shares": (["data.split=1,0,0"], "a validation share > 0 in data.split, or validation.every=0"),
+    "run_dir_is_named": (["run.dir=' '"], "the name of a folder"),
+}
+
+
+def test_every_rule_has_a_case():
+    assert {rule.__name__ for rule in rules._RULES} == set(BROKEN)
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_rules_say_what_was_expected_and_what_came(name):
+    overrides, message = BROKEN[name]
+    with pytest.raises(ConfigError) as caught:
+        load(overrides=overrides)
+    assert message in str(caught.value)
+
+
+def test_all_broken_rules_are_reported_together():
+    with pytest.raises(ConfigError) as caught:
+        load(overrides=["model.heads=3", "batch.micro_size=5"])
+    assert str(caught.value).count("expected") == 2
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["pause.placement=my.module:policy"],
+        ["pause.placement=bernoulli", "pause.window=trim"],
+        ["pause.placement=isolated", "pause.rate=0.5"],
+        ["data.split=1,0,0", "validation.every=0"],
+        ["train.steps=10", "optim.warmup_steps=8", "optim.schedule=wsd"],
+        ["parallel.tensor=4", "parallel.sequence=true", "model.preset=1b"],
+    ],
+)
+def test_combinations_that_are_fine(overrides):
+    load(overrides=overrides)
+
+
+@pytest.mark.parametrize("split", ["99,1", "a,b,c", "0,1,0", "1,-1,0", "inf,1,0", ""])
+def test_split_needs_three_shares(split):
+    with pytest.raises(ConfigError, match="three shares"):
+        load(overrides=[f"data.split='{split}'"])
+
+
+def test_wsd_needs_room_for_its_decay():
+    with pytest.raises(ConfigError, match="warm-up and decay"):
+        load(overrides=["train.steps=10", "optim.warmup_steps=9", "optim.schedule=wsd"])
+
+
+def test_missing_sizes_are_named():
+    with pytest.raises(
+        ConfigError, match=r"model\.layers, model\.heads: expected a value because model\.preset is null"
+    ):
+        load(overrides=["model.preset=null", "model.hidden=64"])
+    model = load(overrides=["model.preset=null", "model.hidden=64", "model.layers=2", "model.heads=4"]).model
+    assert (model.ffn, model.kv_heads, model.tied) == (192, 4, False)

@@ -1,0 +1,352 @@
+"""PauseGPTDataset against GPTDataset, against a plain loop, and over whole epochs."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+import warnings
+from collections import OrderedDict
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from corpora import EOD, ByteTokenizer, make_config, make_dataset, paragraphs, write_corpus
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from megatron.core.datasets.gpt_dataset import GPTDataset
+from megatron.core.datasets.utils import Split
+
+from pause_megatron.data.dataset import PauseGPTDataset, PauseTokenizer
+from pause_megatron.errors import ConfigError, DataError
+
+PAUSE = ByteTokenizer.pause_id
+EOD_OPTIONS = ("eod_mask_loss", "reset_position_ids", "reset_attention_mask")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_corpus(tmp_path_factory.mktemp("corpus") / "speeches", paragraphs(40))
+
+
+@pytest.fixture(scope="module")
+def short_documents(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Documents of a few words, so that windows hold many ends of documents, also side by side."""
+    words = [document[:9] for document in paragraphs(60)]
+    documents = [np.append(word[: 1 + number % 9], EOD) for number, word in enumerate(words)]
+    documents += [np.array([EOD])] * 3
+    return write_corpus(tmp_path_factory.mktemp("short") / "short", documents)
+
+
+def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert list(left) == list(right)
+    for name in left:
+        assert left[name].dtype == right[name].dtype, name
+        assert left[name].is_contiguous(), name
+        assert torch.equal(left[name], right[name]), name
+
+
+def expected_sample(dataset: PauseGPTDataset, sample: int) -> dict[str, torch.Tensor]:
+    """The sample by its definition, token by token: method.md section 1 and the docstring of PauseGPTDataset."""
+    config, plan = dataset.config, dataset.injector.plan
+    text, _ = dataset._query_document_sample_shuffle_indices(sample)
+    gaps = dataset.injector.gaps(text, sample).tolist()
+    window: list[tuple[int, int]] = []  # (token, number of the text token it is or stands behind)
+    for number, token in enumerate(text.tolist()):
+        window.append((token, number))
+        window += [(PAUSE + index % len(dataset.injector.pause_ids), number) for index in range(gaps.count(number + 1))]
+    window = window[: plan.sequence_length + 1]
+    document, documents = 0, []
+    for number in range(text.size):
+        document += number > 0 and text[number - 1] == EOD
+        documents.append(document)
+
+    tokens, labels, loss_mask = [], [], []
+    for (token, _), (target, number) in itertools.pairwise(window):
+        is_target = 0 <= target < PAUSE
+        tokens.append(max(token, 0))
+        labels.append(target if is_target else 0)
+        loss_mask.append(float(is_target and not (config.eod_mask_loss and text[number - 1] == EOD)))
+    of_token = [documents[number] for _, number in window[:-1]]
+    position_ids = [
+        place - (of_token.index(of_token[place]) if config.reset_position_ids else 0) for place in range(len(tokens))
+    ]
+    hidden = [
+        [
+            key > query or (config.reset_attention_mask and of_token[key] != of_token[query])
+            for key in range(len(tokens))
+        ]
+        for query in range(len(tokens))
+    ]
+    sample = {"tokens": torch.tensor(tokens), "labels": torch.tensor(labels)}
+    if config.create_attention_mask:
+        sample["attention_mask"] = torch.tensor([hidden], dtype=torch.bool)
+    return {**sample, "loss_mask": torch.tensor(loss_mask), "position_ids": torch.tensor(position_ids)}
+
+
+@pytest.mark.parametrize("options", [*itertools.product((False, True), repeat=4)])
+def test_rate_zero_is_gpt_dataset(short_documents: str, options: tuple[bool, ...]) -> None:
+    """Invariant 5: bit for bit, for every option, in either window."""
+    chosen = dict(zip((*EOD_OPTIONS, "create_attention_mask"), options, strict=True))
+    for window in ("exact", "trim"):
+        config = make_config(short_documents, 33, pause_rate=0.0, pause_window=window, **chosen)
+        ours = make_dataset(short_documents, config, 20)
+        stock = make_dataset(short_documents, config, 20, cls=GPTDataset)
+        assert len(ours) == len(stock) >= 20
+        for sample in [*range(len(stock)), None]:
+            assert_same(ours[sample], stock[sample])
+
+
+def test_rate_zero_is_gpt_dataset_with_padding(short_documents: str) -> None:
+    config = make_config(short_documents, 64, pause_rate=0.0, drop_last_partial_validation_sequence=False)
+    ours = make_dataset(short_documents, config, split=Split.valid)
+    stock = make_dataset(short_documents, config, split=Split.valid, cls=GPTDataset)
+    assert any((sample["loss_mask"] == 0).any() for sample in stock)
+    for sample in range(len(stock)):
+        assert_same(ours[sample], stock[sample])
+
+
+@st.composite
+def settings_of_a_dataset(draw: st.DrawFn) -> dict[str, object]:
+    window = draw(st.sampled_from(["exact", "trim"]))
+    placements = ["uniform", "isolated", "with_replacement", "interval"] + ["bernoulli"] * (window == "trim")
+    options = {name: draw(st.booleans()) for name in (*EOD_OPTIONS, "create_attention_mask")}
+    return {
+        **options,
+        "sequence_length": draw(st.integers(8, 90)),
+        "pause_rate": draw(st.floats(0.07, 0.45)),
+        "pause_window": window,
+        "pause_placement": draw(st.sampled_from(placements)),
+        "pause_seed": draw(st.integers(0, 2**40)),
+        "embeddings": draw(st.integers(1, 3)),
+        "drop_last_partial_validation_sequence": draw(st.booleans()),
+    }
+
+
+@given(chosen=settings_of_a_dataset())
+@settings(max_examples=60, deadline=None)
+def test_samples_are_what_the_definition_says(short_documents: str, chosen: dict[str, object]) -> None:
+    """All policies x windows x rates x K x end-of-document options, with a padded last sequence where there is one."""
+    dataset = make_dataset(short_documents, make_config(short_documents, **chosen), split=Split.valid)
+    for sample in {0, len(dataset) // 2, *range(max(0, len(dataset) - 3), len(dataset))}:
+        assert_same(dataset[sample], expected_sample(dataset, sample))
+
+
+@given(chosen=settings_of_a_dataset())
+@settings(max_examples=60, deadline=None)
+def test_invariants(corpus: str, chosen: dict[str, object]) -> None:
+    chosen["create_attention_mask"] = False
+    dataset = make_dataset(corpus, make_config(corpus, **{**chosen, "eod_mask_loss": False}))
+    for sample in range(0, len(dataset), max(1, len(dataset) // 5)):
+        text, _ = dataset._query_document_sample_shuffle_indices(sample)
+        item = dataset[sample]
+        is_pause = item["tokens"] >= PAUSE
+        supervised = item["loss_mask"] == 1
+        inputs = item["tokens"][~is_pause]
+        # 1: the pauses removed, it is the text.
+        assert inputs.tolist() == text[: inputs.numel()].tolist()
+        # 2: every text token but the first is a target once, in order.
+        targets = item["labels"][supervised]
+        assert targets.tolist() == text[1 : 1 + targets.numel()].tolist()
+        assert targets.numel() >= inputs.numel() - 1
+        if chosen["pause_window"] == "exact":
+            assert targets.numel() == text.size - 1
+        # 3: no target, nor any label, is a pause; what is not supervised is 0.
+        assert (item["labels"] < PAUSE).all()
+        assert (item["labels"][~supervised] == 0).all()
+
+
+def test_exact_windows_lose_no_text(corpus: str) -> None:
+    """The windows of one epoch, in corpus order, give the corpus back, each overlapping the next by one token."""
+    dataset = make_dataset(corpus, make_config(corpus, 128, pause_rate=0.2))
+    stream = np.concatenate([paragraphs(40)[number] for number in dataset.document_index])
+    in_order = np.argsort(dataset.shuffle_index)
+    text: list[int] = []
+    for sample in in_order:
+        item = dataset[int(sample)]
+        text += item["labels"][item["loss_mask"] == 1].tolist()
+    assert text == stream[1 : 1 + len(text)].tolist()
+    assert len(stream) - len(text) <= dataset.injector.plan.text_length
+    assert len(text) == len(dataset) * (dataset.injector.plan.text_length - 1)
+
+
+def test_samples_are_independent_of_how_they_are_read(corpus: str) -> None:
+    """Invariant 4: order of access, other readers, worker processes, the folder of the corpus."""
+    config = make_config(corpus, 64, pause_rate=0.25)
+    dataset = make_dataset(corpus, config, 50)
+    first = [dataset[sample] for sample in range(50)]
+    again = make_dataset(corpus, config, 50)
+    for sample in np.random.default_rng(0).permutation(50).tolist():
+        assert_same(again[sample], first[sample])
+        assert_same(again[np.int64(sample)], first[sample])
+    loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=range(50), num_workers=2)
+    for sample, item in enumerate(loader):
+        assert_same(item, first[sample])
+
+
+def test_a_corpus_can_be_moved_but_not_renamed(corpus: str, tmp_path: Path) -> None:
+    moved = write_corpus(tmp_path / "elsewhere" / Path(corpus).name, paragraphs(40))
+    renamed = write_corpus(tmp_path / "other_name", paragraphs(40))
+    samples = [make_dataset(prefix, make_config(prefix, 64), 20)[13] for prefix in (corpus, moved, renamed)]
+    assert_same(samples[0], samples[1])
+    assert not torch.equal(samples[0]["tokens"], samples[2]["tokens"])
+
+
+def test_another_epoch_draws_other_places(tmp_path: Path) -> None:
+    """A document that windows divide evenly is cut into the same texts in each epoch, but the pauses move."""
+    text_length = 64 + 1 - 16
+    document = paragraphs(1)[0][: 1 * (text_length - 1)]
+    prefix = write_corpus(tmp_path / "one", [document])
+    dataset = make_dataset(prefix, make_config(prefix, 64, pause_rate=0.25), 10)
+    texts = [dataset._query_document_sample_shuffle_indices(sample)[0].tolist() for sample in range(10)]
+    assert all(text == texts[0] for text in texts)
+    assert len({tuple((dataset[sample]["tokens"] >= PAUSE).tolist()) for sample in range(10)}) == 10
+
+
+def test_splits_draw_other_places(corpus: str) -> None:
+    config = make_config(corpus, 64)
+    train, valid = (make_dataset(corpus, config, 5, split=split) for split in (Split.train, Split.valid))
+    assert not torch.equal(train[0]["tokens"], valid[0]["tokens"])
+
+
+def test_shared_tensors_stay_as_they_are(short_documents: str) -> None:
+    for option in (None, *EOD_OPTIONS):
+        chosen = {option: True} if option else {}
+        config = make_config(short_documents, 40, create_attention_mask=True, pause_rate=0.2, **chosen)
+        dataset = make_dataset(short_documents, config, 15)
+        kept = [dataset[sample] for sample in range(15)]
+        copies = copy.deepcopy(kept)
+        for sample in [None, *range(15)]:
+            dataset[sample]
+        for left, right in zip(kept, copies, strict=True):
+            assert_same(left, right)
+
+
+def test_filler_sample_has_no_targets(corpus: str) -> None:
+    dataset = make_dataset(corpus, make_config(corpus, 64), 5)
+    filler, first = dataset[None], dataset[0]
+    assert not filler["loss_mask"].any()
+    assert torch.equal(filler["tokens"], first["tokens"])
+
+
+def test_numbers_outside_the_dataset(corpus: str) -> None:
+    dataset = make_dataset(corpus, make_config(corpus, 64), 5)
+    assert_same(dataset[-1], dataset[len(dataset) - 1])
+    with pytest.raises(IndexError):
+        dataset[len(dataset)]
+
+
+def test_settings_are_in_the_cache_key(corpus: str) -> None:
+    base = {"pause_rate": 0.1, "pause_window": "trim", "pause_placement": "uniform", "pause_seed": 1, "embeddings": 1}
+    changes = {
+        "pause_rate": 0.2,
+        "pause_window": "exact",
+        "pause_placement": "bernoulli",
+        "pause_seed": 2,
+        "embeddings": 2,
+    }
+    keys = {make_dataset(corpus, make_config(corpus, 64, **base), 5).unique_description_hash}
+    for name, value in changes.items():
+        keys.add(make_dataset(corpus, make_config(corpus, 64, **{**base, name: value}), 5).unique_description_hash)
+    assert len(keys) == 1 + len(changes)
+
+
+def test_configuration_is_not_changed(corpus: str) -> None:
+    config = make_config(corpus, 64)
+    before = copy.copy(config)
+    dataset = make_dataset(corpus, config, 5)
+    assert config == before
+    assert dataset.config.sequence_length == 64 - 6
+
+
+def test_a_split_without_text_is_refused(tmp_path: Path) -> None:
+    """megatron-core would count epochs of nothing forever."""
+    prefix = write_corpus(tmp_path / "corpus", paragraphs(2))
+    config = make_config(prefix, 64)
+    low_level = make_dataset(prefix, config, 1).dataset
+    with pytest.raises(DataError, match="expected text in the valid split, found no token in its 0 documents"):
+        PauseGPTDataset(low_level, prefix, np.arange(0, dtype=np.int32), 5, Split.valid, config)
+
+
+def test_a_corpus_with_a_pause_id_is_refused(tmp_path: Path) -> None:
+    document = paragraphs(1)[0].copy()
+    document[5] = PAUSE
+    prefix = write_corpus(tmp_path / "corpus", [document])
+    dataset = make_dataset(prefix, make_config(prefix, 128), 3)
+    with pytest.raises(DataError, match=rf"corpus\.bin: expected text only, found the pause id {PAUSE}"):
+        [dataset[sample] for sample in range(len(dataset))]
+
+
+def test_a_corpus_smaller_than_a_window_is_repeated(tmp_path: Path) -> None:
+    prefix = write_corpus(tmp_path / "tiny", [paragraphs(1)[0][:5]])
+    dataset = make_dataset(prefix, make_config(prefix, 64), 3)
+    assert len(dataset) >= 3
+    assert_same(dataset[2], expected_sample(dataset, 2))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        ({"tokenizer": ByteTokenizer()}, "tokenizer: expected a PauseTokenizer.*got a ByteTokenizer"),
+        ({"add_extra_token_to_sequence": False}, "add_extra_token_to_sequence: expected True"),
+        ({"pause_rate": 0.995}, "leaves 1 text tokens"),
+        ({"pause_placement": "bernoulli"}, "use pause.window=trim"),
+    ],
+)
+def test_configurations_that_cannot_be_run(corpus: str, chosen: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_config(corpus, 64, **chosen)
+
+
+class Padded(ByteTokenizer):
+    pad = 300
+    vocab_size = 301
+    unique_identifiers: ClassVar = OrderedDict(kind="padded")
+    special_tokens_dict: ClassVar = OrderedDict(pad_token=300, eod_token=EOD)
+
+
+def test_pause_tokenizer() -> None:
+    wrapped = PauseTokenizer(ByteTokenizer(), 3)
+    assert wrapped.pause_ids == range(257, 260)
+    assert (wrapped.vocab_size, wrapped.text_size, wrapped.eod, wrapped.pad) == (260, 257, EOD, -1)
+    assert wrapped.fingerprint == "bytes"  # all else is the wrapped tokenizer's
+    assert wrapped.detokenize([104, 257, 258, 105]) == "hi"
+    for other in (copy.copy(wrapped), copy.deepcopy(wrapped), pickle.loads(pickle.dumps(wrapped))):
+        assert other.unique_identifiers == wrapped.unique_identifiers
+    inside = PauseTokenizer(Padded(), pause_id=290)
+    assert (inside.vocab_size, inside.pad, inside.pause_id) == (301, 300, 290)
+    assert PauseTokenizer(ByteTokenizer(), pause_id=300).pause_id == 300  # not the wrapped tokenizer's
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = wrapped.no_such_name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pause_id": EOD}, "pause id 256 is also the tokenizer's end-of-document id.*301"),
+        ({"pause_id": 300}, "pause id 300 is also the tokenizer's padding id"),
+        ({"pause_id": 299, "embeddings": 2}, "pause id 300 is also the tokenizer's padding id"),
+        ({"pause_id": -5}, "pause id: expected 0 or more"),
+        ({"embeddings": 0}, "pause.embeddings: expected 1 or more, got 0"),
+    ],
+)
+def test_pause_ids_that_cannot_be_used(arguments: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PauseTokenizer(Padded(), **arguments)
+
+
+def test_a_padding_id_in_the_text_is_treated_as_gpt_dataset_does(tmp_path: Path) -> None:
+    document = paragraphs(1)[0].copy()
+    document[10:200:7] = Padded.pad
+    prefix = write_corpus(tmp_path / "padded", [document])
+    tokenizer = PauseTokenizer(Padded(), pause_id=400)
+    stock = make_dataset(prefix, make_config(prefix, 180, tokenizer=tokenizer), 2, cls=GPTDataset)
+    ours = make_dataset(prefix, make_config(prefix, 200, tokenizer=tokenizer, pause_rate=0.1), 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        item, plain = ours[0], stock[0]
+    is_pause = item["tokens"] == 400
+    assert torch.equal(item["tokens"][~is_pause][:180], plain["tokens"][: int((~is_pause).sum())])
+    assert item["labels"][item["loss_mask"] == 1].tolist() == plain["labels"][plain["loss_mask"] == 1].tolist()

@@ -1,0 +1,418 @@
+"""Preparing a corpus: what stock megatron-core reads is what the tokenizer said, whatever happened on the way."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+from prose import C4, documents, json_lines, small_tokenizer, train_model, write_shards
+
+from pause_megatron.data.manifest import Manifest, open_corpus
+from pause_megatron.data.prepare import prepare, summary
+from pause_megatron.data.prepare_pool import Progress
+from pause_megatron.data.sources import HubOptions, ReadOptions
+from pause_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from pause_megatron.errors import DataError
+
+TEXTS = documents(240)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("prepare")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder: Path) -> Tokenizer:
+    return small_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def shards(folder: Path) -> str:
+    return write_shards(folder / "shards", TEXTS, 6)
+
+
+@pytest.fixture(scope="module")
+def reference(folder: Path, shards: str, tokenizer: Tokenizer) -> dict[str, bytes]:
+    prepare([shards], tokenizer, folder / "reference", workers=1)
+    return _files(folder / "reference")
+
+
+def _files(prefix: Path) -> dict[str, bytes]:
+    """Everything at a prefix, by the name after it."""
+    found = {}
+    for path in prefix.parent.rglob("*"):
+        name = str(path.relative_to(prefix.parent))
+        if path.is_file() and name.startswith(f"{prefix.name}."):
+            found[name.removeprefix(prefix.name)] = path.read_bytes()
+    return found
+
+
+def _read(prefix: Path) -> list[list[int]]:
+    corpus = IndexedDataset(str(prefix))
+    assert corpus.document_indices.tolist() == list(range(len(corpus) + 1))
+    return [corpus[number].tolist() for number in range(len(corpus))]
+
+
+def test_stock_reader_gives_each_document_and_its_end(folder: Path, reference, tokenizer: Tokenizer) -> None:
+    assert _read(folder / "reference") == [[*tokenizer.encode(text), tokenizer.eod] for text in TEXTS]
+    assert set(reference) == {".bin", ".idx", ".manifest.json", *(f".tokenizer/{n}" for n in _TOKENIZER_FILES)}
+    manifest = Manifest.load(folder / "reference")
+    assert manifest.counts.documents == len(TEXTS)
+    assert manifest.counts.tokens * 2 == len(reference[".bin"])
+    assert manifest.counts.text_bytes == sum(len(text.encode()) for text in TEXTS)
+    assert [record.counts.documents for record in manifest.sources] == [40] * 6
+    open_corpus(folder / "reference", tokenizer).verify()
+
+
+_TOKENIZER_FILES = ("tokenizer.model", "pause_tokenizer.json")
+
+
+def test_bytes_are_those_of_the_stock_builder(folder: Path, reference, tokenizer: Tokenizer) -> None:
+    builder = IndexedDatasetBuilder(str(folder / "stock.bin"), dtype=np.uint16)
+    for text in TEXTS:
+        ids = [*tokenizer.encode(text), tokenizer.eod]
+        builder.add_document(np.array(ids), [len(ids)])
+    builder.finalize(str(folder / "stock.idx"))
+    assert (folder / "stock.bin").read_bytes() == reference[".bin"]
+    assert (folder / "stock.idx").read_bytes() == reference[".idx"]
+
+
+def test_workers_do_not_change_a_byte(tmp_path: Path, shards: str, reference, tokenizer: Tokenizer) -> None:
+    prepare([shards], tokenizer, tmp_path / "c", workers=3)
+    assert _files(tmp_path / "c") == reference
+
+
+@pytest.mark.parametrize(("count", "suffix"), [(1, ".jsonl"), (11, ".jsonl.zst"), (4, ".json")])
+def test_shards_do_not_change_the_tokens(
+    tmp_path: Path, count: int, suffix: str, reference, tokenizer: Tokenizer
+) -> None:
+    prepare([write_shards(tmp_path / "s", TEXTS, count, suffix)], tokenizer, tmp_path / "c", workers=1)
+    files = _files(tmp_path / "c")
+    assert (files[".bin"], files[".idx"]) == (reference[".bin"], reference[".idx"])
+
+
+def test_datasets_gives_the_same_tokens(tmp_path: Path, folder: Path, reference, tokenizer: Tokenizer) -> None:
+    files = tuple(sorted(map(str, (folder / "shards").iterdir())))
+    for workers in (1, 2):
+        prepared = prepare(
+            ["hf:json"], tokenizer, tmp_path / f"c{workers}", hub=HubOptions(data_files=files), workers=workers
+        )
+        assert len(prepared.manifest.sources) == 6
+        assert (tmp_path / f"c{workers}.bin").read_bytes() == reference[".bin"]
+    again = prepare(["hf:json"], tokenizer, tmp_path / "c1", hub=HubOptions(data_files=files))
+    assert again.already_done
+
+
+@pytest.mark.skipif(not C4.is_dir(), reason="real C4 lines are not beside the repository")
+def test_real_c4(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    import gzip
+    import json
+
+    prepare([str(C4 / "c4-train.*.json.gz")], tokenizer, tmp_path / "c4", workers=1)
+    lines = [line for path in sorted(C4.glob("c4-train.*")) for line in gzip.decompress(path.read_bytes()).splitlines()]
+    expected = [[*tokenizer.encode(json.loads(line)["text"]), tokenizer.eod] for line in lines]
+    assert _read(tmp_path / "c4") == expected
+
+
+def test_literal_pause_never_becomes_the_id(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(json_lines(["<pause>", "a<pause><pause> b", "</s> <s> <unk>"] * 50))
+    prepare([str(path)], tokenizer, tmp_path / "c", workers=1)
+    for ids in _read(tmp_path / "c"):
+        assert max(ids) < tokenizer.pause_id
+        assert ids.count(tokenizer.eod) == 1 and ids[-1] == tokenizer.eod
+
+
+def test_dtype_follows_the_vocabulary_and_the_pause_id(tmp_path: Path, shards: str, folder: Path, tokenizer) -> None:
+    wide = load_tokenizer(folder / "tok.model", pause_id=65536)
+    prepare([shards], wide, tmp_path / "wide", workers=1)
+    assert Manifest.load(tmp_path / "wide").dtype == "int32"
+    assert IndexedDataset(str(tmp_path / "wide")).index.dtype == np.int32
+    last = load_tokenizer(folder / "tok.model", pause_id=65535)
+    prepare([shards], last, tmp_path / "last", workers=1)
+    assert Manifest.load(tmp_path / "last").dtype == "uint16"
+
+
+def test_malformed_lines_are_counted_and_good_documents_unaffected(
+    tmp_path: Path, reference, tokenizer: Tokenizer
+) -> None:
+    bad = [b"{", b"[1]", b'{"text": ""}', b'{"text": "\xff"}', b'{"text": 3}', b'{"no": 1}', b'{"text": "\\ud800"}']
+    names = ["not-json", "not-object", "empty", "invalid-utf8", "text-not-string", "no-text", "lone-surrogate"]
+    rng = random.Random(3)
+    good = json_lines(TEXTS).splitlines()
+    expected: dict[str, int] = dict.fromkeys(names, 0)
+    shards: list[list[bytes]] = [[], []]
+    first_bad = None
+    for number, line in enumerate(good):
+        shard = shards[number >= len(good) // 2]
+        while rng.random() < 0.4:
+            kind = rng.randrange(len(bad))
+            shard.append(bad[kind])
+            expected[names[kind]] += 1
+            first_bad = first_bad or (names[kind], len(shard))
+        shard.append(line)
+    for number, lines in enumerate(shards):
+        (tmp_path / f"{number}.jsonl").write_bytes(b"\n".join(lines))
+    prepared = prepare([str(tmp_path / "?.jsonl")], tokenizer, tmp_path / "c", workers=1)
+    assert (tmp_path / "c.bin").read_bytes() == reference[".bin"]
+    counts = prepared.manifest.counts
+    assert counts.malformed == {kind: count for kind, count in sorted(expected.items()) if count}
+    kind, line = first_bad
+    place = prepared.manifest.places[kind][0]
+    assert (place.file, place.line) == (str(tmp_path / "0.jsonl"), line)
+    assert f"malformed lines left out: {counts.malformed_total}" in summary(prepared, tmp_path / "c")
+    for limit in (counts.malformed_total - 1, 0, 0.01):
+        with pytest.raises(DataError, match=rf"more than --max-malformed {limit} allows:\n  \S+: .*\.jsonl:\d+"):
+            prepare([str(tmp_path / "?.jsonl")], tokenizer, tmp_path / "d", workers=1, max_malformed=limit)
+        assert not any(name in _files(tmp_path / "d") for name in (".bin", ".idx", ".manifest.json"))
+    prepare([str(tmp_path / "?.jsonl")], tokenizer, tmp_path / "d", max_malformed=counts.malformed_total)
+    assert (tmp_path / "d.bin").read_bytes() == reference[".bin"]
+
+
+def test_bad_input(tmp_path: Path, shards: str, tokenizer: Tokenizer) -> None:
+    for content, message in [(b"\n\n", "holds no documents.*blank-line: 2"), (b'{"a": 1}\n', "no-text: 1")]:
+        (tmp_path / "x.jsonl").write_bytes(content)
+        with pytest.raises(DataError, match=f"(?s){message}"):
+            prepare([str(tmp_path / "x.jsonl")], tokenizer, tmp_path / "c", workers=1)
+        assert not _files(tmp_path / "c")
+    whole = Path(shards.replace("*", "00000-of-00006")).read_bytes()
+    (tmp_path / "t.json.gz").write_bytes(whole[: len(whole) // 2])
+    for workers in (1, 2):
+        with pytest.raises(DataError, match=r"t\.json\.gz: truncated: .* readable up to line [\d,]+"):
+            prepare([shards, str(tmp_path / "t.json.gz")], tokenizer, tmp_path / "t", workers=workers)
+        assert not (tmp_path / "t.bin").exists()
+    prepared = prepare(
+        [str(tmp_path / "t.json.gz")], tokenizer, tmp_path / "k", options=ReadOptions(damaged_shards="keep")
+    )
+    assert prepared.manifest.counts.malformed == {"damaged-shard": 1}
+    assert _read(tmp_path / "k")[0] == [*tokenizer.encode(TEXTS[0]), tokenizer.eod]
+    for settings, message in [({"workers": 0}, "--workers 0"), ({"max_malformed": -1}, "--max-malformed -1")]:
+        with pytest.raises(DataError, match=message):
+            prepare([shards], tokenizer, tmp_path / "c", **settings)
+
+
+def test_a_wrong_text_key_can_be_mended_without_overwrite(tmp_path: Path, shards: str, tokenizer: Tokenizer) -> None:
+    with pytest.raises(DataError, match="no-text"):
+        prepare([shards], tokenizer, tmp_path / "c", workers=1, options=ReadOptions(text_key="body"))
+    prepare([shards], tokenizer, tmp_path / "c", workers=1)
+
+
+def test_again_does_nothing_and_another_plan_is_refused(
+    tmp_path: Path, shards: str, tokenizer: Tokenizer, reference
+) -> None:
+    prepare([shards], tokenizer, tmp_path / "c", workers=1)
+    for path in sorted(Path(shards).parent.iterdir()):
+        os.utime(path)  # as a second download would
+    again = prepare([shards], tokenizer, tmp_path / "c")
+    assert again.already_done
+    assert "already prepared" in summary(again, tmp_path / "c")
+    other = load_tokenizer(train_model(tmp_path / "other.model", vocab_size=500))
+    with pytest.raises(DataError, match=r"(?s)What differs:.*tokenizer fingerprint: .* there, .* now"):
+        prepare([shards], other, tmp_path / "c")
+    with pytest.raises(DataError, match="text_key: text there, url now"):
+        prepare([shards], tokenizer, tmp_path / "c", options=ReadOptions(text_key="url"))
+    with pytest.raises(DataError, match="sources: 6 there, 1 now"):
+        prepare([shards.replace("*", "00000*")], tokenizer, tmp_path / "c")
+    assert _files(tmp_path / "c") == {**reference, ".manifest.json": _files(tmp_path / "c")[".manifest.json"]}
+    prepare([shards], other, tmp_path / "c", workers=1, overwrite=True)
+    assert open_corpus(tmp_path / "c").tokenizer.fingerprint == other.fingerprint
+
+
+def test_changed_sources_and_foreign_files_are_refused(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    shard = tmp_path / "x.jsonl"
+    shard.write_bytes(json_lines(["one two"]))
+    prepare([str(shard)], tokenizer, tmp_path / "c", workers=1)
+    shard.write_bytes(json_lines(["two one"]))
+    os.utime(shard, ns=(0, 0))
+    with pytest.raises(DataError, match="prepared from another content of"):
+        prepare([str(shard)], tokenizer, tmp_path / "c")
+    (tmp_path / "f.bin").write_bytes(b"theirs")
+    with pytest.raises(DataError, match="is there without a manifest"):
+        prepare([str(shard)], tokenizer, tmp_path / "f")
+    assert (tmp_path / "f.bin").read_bytes() == b"theirs"
+
+
+def test_progress_adds_up(tmp_path: Path, shards: str, tokenizer: Tokenizer) -> None:
+    seen: list[Progress] = []
+    prepared = prepare([shards], tokenizer, tmp_path / "c", workers=1, on_progress=seen.append)
+    read = [progress for progress in seen if progress.phase == "read"][-1]
+    counts = prepared.manifest.counts
+    assert (read.documents, read.tokens, read.text_bytes) == (counts.documents, counts.tokens, counts.text_bytes)
+    assert read.done_bytes == read.total_bytes
+    assert seen[-1].phase == "join" and seen[-1].done_bytes == seen[-1].total_bytes
+
+
+# Killed, or out of disk, at every file operation ---------------------------------------------------------------------
+
+_armed: dict[str, object] = {}
+
+
+def _on_file_operation(event: str, arguments: tuple) -> None:
+    """Counts operations that change files under a folder, and lets a fault happen at the chosen one."""
+    if not _armed:
+        return
+    writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+    if not writes and event not in _armed["events"]:
+        return
+    if not str(arguments[0]).startswith(_armed["folder"]):
+        return
+    _armed["left"] -= 1
+    if _armed["left"] == 0:
+        _armed["fault"]()
+
+
+sys.addaudithook(_on_file_operation)
+
+
+def _in_child(body) -> int:
+    """Runs a function in a forked process and returns its wait status."""
+    child = os.fork()
+    if child == 0:
+        try:
+            body()
+            os._exit(0)
+        except BaseException:
+            os._exit(1)
+    return os.waitpid(child, 0)[1]
+
+
+def test_killed_at_every_file_operation_and_started_again(
+    tmp_path: Path, shards: str, tokenizer: Tokenizer, reference
+) -> None:
+    few = [shards.replace("*", name) for name in ("00000-of-00006", "00001-of-00006")]
+    prepare(few, tokenizer, tmp_path / "whole", workers=1)
+    expected = _files(tmp_path / "whole")
+    for operation in range(1, 200):
+        place = tmp_path / str(operation)
+        place.mkdir()
+
+        def body(place=place, operation=operation) -> None:
+            events = ("os.rename", "os.remove", "os.mkdir", "os.rmdir")
+            fault = lambda: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
+            _armed.update(folder=str(place), left=operation, events=events, fault=fault)
+            prepare(few, tokenizer, place / "c", workers=1)
+
+        status = _in_child(body)
+        if (place / "c.manifest.json").exists():
+            open_corpus(place / "c").verify()
+        kept = {path.name: path.stat().st_mtime_ns for path in place.glob("c.parts/0*.json")}
+        prepared = prepare(few, tokenizer, place / "c", workers=1)
+        assert prepared.parts_reused == (len(kept) if not prepared.already_done else 0)
+        assert _files(place / "c") == expected
+        assert not list(place.glob("c.parts")) and not list(place.rglob("*.tmp"))
+        if status == 0:
+            assert operation > 20
+            return
+        assert os.WTERMSIG(status) == signal.SIGKILL
+    pytest.fail("the preparation never came to its end")
+
+
+def test_disk_full_at_every_file_operation(tmp_path: Path, shards: str, tokenizer: Tokenizer) -> None:
+    few = [shards.replace("*", name) for name in ("00000-of-00006", "00001-of-00006")]
+    prepare(few, tokenizer, tmp_path / "whole", workers=1)
+    expected = _files(tmp_path / "whole")
+
+    def fault() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    for operation in range(1, 200):
+        place = tmp_path / str(operation)
+        place.mkdir()
+        _armed.update(folder=str(place), left=operation, events=("os.rename", "os.mkdir"), fault=fault)
+        try:
+            prepare(few, tokenizer, place / "c", workers=1)
+            assert operation > 15
+            return
+        except DataError as error:
+            assert "No space left on device; finished shards are kept" in str(error)
+        finally:
+            _armed.clear()
+        assert not (place / "c.manifest.json").exists()
+        assert not list(place.rglob("*.tmp"))
+        prepare(few, tokenizer, place / "c", workers=1)
+        assert _files(place / "c") == expected
+    pytest.fail("the preparation never came to its end")
+
+
+@pytest.mark.parametrize("limit", [100, 3000, 20_000])
+def test_a_write_that_fails_in_the_middle(tmp_path: Path, shards: str, tokenizer: Tokenizer, limit: int) -> None:
+    def body() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        try:
+            prepare([shards], tokenizer, tmp_path / "c", workers=1)
+        except DataError as error:
+            os._exit(7 if "File too large; finished shards are kept" in str(error) else 8)
+
+    assert os.waitstatus_to_exitcode(_in_child(body)) == 7
+    assert not list(tmp_path.glob("c.[bim]*"))
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_killed_at_random_moments_with_several_workers(
+    tmp_path: Path, folder: Path, tokenizer: Tokenizer, full: bool
+) -> None:
+    shards = write_shards(tmp_path / "s", TEXTS * 20, 8)
+    prepare([shards], tokenizer, tmp_path / "whole", workers=1)
+    command = [sys.executable, "-m", "pause_megatron", "prepare", "--input", shards, "--workers", "3"]
+    command += ["--tokenizer", str(folder / "tok.model"), "--output", str(tmp_path / "c")]
+    rng = random.Random(1)
+    finished: dict[str, int] = {}
+    for _ in range(50 if full else 4):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+        begun = time.monotonic()
+        wanted = rng.uniform(0.3, 2.0)
+        while process.poll() is None and time.monotonic() - begun < wanted:
+            time.sleep(0.01)
+        kill = os.killpg if rng.random() < 0.5 else os.kill  # the whole job, or its first process alone
+        if process.poll() is None:
+            kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        now = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("c.parts/0*.json")}
+        if now:
+            assert finished.items() <= now.items()  # no finished shard was done again
+        finished = now
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "documents/s" in result.stderr or "already prepared" in result.stdout
+    assert _files(tmp_path / "c") == _files(tmp_path / "whole")
+
+
+def test_a_killed_worker_is_an_error_that_keeps_what_is_done(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    import multiprocessing
+
+    shards = write_shards(tmp_path / "s", TEXTS * 100, 4)
+
+    def kill_one(progress: Progress) -> None:
+        if progress.phase == "read" and progress.documents:
+            for child in multiprocessing.active_children()[:1]:
+                os.kill(child.pid, signal.SIGKILL)
+
+    with pytest.raises(DataError, match="a worker process was killed"):
+        prepare([shards], tokenizer, tmp_path / "c", workers=2, on_progress=kill_one)
+    assert not (tmp_path / "c.bin").exists()
+
+
+def test_two_preparations_of_one_corpus_refuse_each_other(tmp_path: Path, shards: str, tokenizer: Tokenizer) -> None:
+    messages = []
+
+    def second(progress: Progress) -> None:
+        if not messages:
+            try:
+                prepare([shards], tokenizer, tmp_path / "c", workers=1)
+            except DataError as error:
+                messages.append(str(error))
+
+    prepare([shards], tokenizer, tmp_path / "c", workers=1, on_progress=second)
+    assert messages and "another process is working on corpus" in messages[0]
+    open_corpus(tmp_path / "c").verify()

@@ -1,0 +1,72 @@
+"""Who may import whom, and words that must not stand in the package. Reads the sources; imports nothing."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "pause_megatron"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+# Lower layers know nothing of higher ones; layers of equal rank know nothing of each other, except what is listed.
+RANKS = {
+    **{"errors": 0, "config": 0},
+    **{"data": 1, "distributed": 1, "model": 1, "engine": 1},
+    **{"checkpoint": 2, "train": 3, "hf": 4, "inference": 5, "evaluate": 6, "plan": 6, "cli": 7, "__main__": 8},
+}
+NEIGHBOURS = {("config", "errors"), ("model", "distributed"), ("engine", "distributed")}
+NO_TORCH = {"config", "errors"}
+FORBIDDEN = ("allow_pickle=True", "weights_only=False", "trust_remote_code=True", "shell=True", "yaml.load(")
+
+
+def layer(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Full names of every import of a file, inside functions too; relative ones are resolved."""
+    package = (PACKAGE.name, *path.relative_to(PACKAGE).parts[:-1])
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def test_there_is_something_to_check():
+    assert {layer(path) for path in SOURCES} - {"__init__"} <= set(RANKS)
+    assert len(SOURCES) > 20
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_follow_the_table(path):
+    own = layer(path)
+    for name in imports(path):
+        parts = name.split(".")
+        if own in NO_TORCH:
+            assert parts[0] not in ("torch", "deepspeed", "megatron", "numpy"), f"{own} must stay instant: {name}"
+        other = parts[1] if parts[0] == PACKAGE.name and len(parts) > 1 else own
+        if own == "__init__" or other == own or other not in RANKS:
+            continue
+        assert RANKS[other] < RANKS[own] or (own, other) in NEIGHBOURS, f"{own} may not import {name}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_forbidden_words(path):
+    text = "".join(path.read_text(encoding="utf-8").split())
+    assert [word for word in FORBIDDEN if word in text] == []
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_modules_start_alike(path):
+    body = ast.parse(path.read_text(encoding="utf-8")).body
+    if path.name == "__init__.py" and not body:
+        return
+    assert isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant), "a module says what it is for"
+    if path.name != "__init__.py":
+        assert ast.unparse(body[1]) == "from __future__ import annotations"

@@ -1,0 +1,72 @@
+"""What is built installs: a wheel made from the source distribution finds its recipes and DeepSpeed files."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory) -> Path:
+    """A folder with the unpacked wheel, built from the unpacked source distribution."""
+    pytest.importorskip("setuptools")
+    folder = tmp_path_factory.mktemp("build")
+    copy = folder / "copy"
+    wanted = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md")
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    for name in ("pause_megatron", "ds_configs", "launchers"):
+        shutil.copytree(ROOT / name, copy / name, ignore=ignored)
+    for name in wanted:
+        shutil.copy(ROOT / name, copy / name)
+    _setup(copy, "sdist", "--dist-dir", str(folder))
+    with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
+        archive.extractall(folder / "sdist", filter="data")
+    _setup(next((folder / "sdist").iterdir()), "bdist_wheel", "--dist-dir", str(folder))
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as archive:
+        archive.extractall(folder / "installed")
+    return folder / "installed"
+
+
+def _setup(folder: Path, *arguments: str) -> None:
+    done = subprocess.run([sys.executable, "setup.py", "-q", *arguments], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_installed_program_finds_its_data(installed, tmp_path):
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]);"
+        "import pause_megatron; from pause_megatron.cli import main;"
+        "assert pause_megatron.__file__.startswith(sys.argv[1]), pause_megatron.__file__;"
+        "sys.exit(main(sys.argv[2:]))"
+    )
+    arguments = ["pretrain", "--dry-run", "--recipe", "tiny-pause", "engine.ds_config=zero3"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(installed), *arguments],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "ZeRO stage 3" in done.stdout
+
+
+def test_everything_that_ships_is_in_the_wheel(installed):
+    package = installed / "pause_megatron"
+    for folder, pattern, source in (
+        ("recipes", "*.yaml", ROOT / "pause_megatron" / "recipes"),
+        ("ds_configs", "*.json", ROOT / "ds_configs"),
+        (".", "**/*.py", ROOT / "pause_megatron"),
+    ):
+        expected = {path.relative_to(source) for path in source.glob(pattern)}
+        assert {path.relative_to(package / folder) for path in (package / folder).glob(pattern)} == expected
