@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from pause_megatron.checkpoint.durable import digest, point, sync_folder
-from pause_megatron.checkpoint.manifest import MANIFEST, Manifest
+from pause_megatron.checkpoint.manifest import MANIFEST, FileEntry, Manifest
 from pause_megatron.distributed.collective import broadcast_object, gather_objects
 from pause_megatron.errors import CheckpointError
 
@@ -101,7 +101,7 @@ class Store:
         except CheckpointError as error:
             return sorted({problem for problems in gather_objects([str(error)]) for problem in problems})
         mine = list(manifest.files)[self._rank :: self._world_size]
-        found = [problem for name in mine if (problem := _file_problem(folder / name, manifest.files[name]))]
+        found = [problem for name in mine if (problem := file_problem(folder / name, manifest.files[name]))]
         return sorted({problem for problems in gather_objects(found) for problem in problems})
 
 
@@ -118,7 +118,8 @@ def resolve(path: str | Path) -> Path:
     raise CheckpointError(f"{path}: expected a checkpoint (a folder with {MANIFEST}) or a run folder, found neither")
 
 
-def _file_problem(path: Path, entry) -> str | None:
+def file_problem(path: Path, entry: FileEntry) -> str | None:
+    """What is wrong with a file whose size and digest are known; None when nothing is."""
     try:
         size = path.stat().st_size
         if size != entry.bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import threading
 import time
 
 from pause_megatron.cli.prepare import add_input_arguments, hub_options
@@ -39,19 +40,20 @@ def run(args: argparse.Namespace) -> int:
     """Train the tokenizer."""
     from pause_megatron.data.train_tokenizer import train_tokenizer
 
-    print("reading documents and training; SentencePiece says nothing until it is done", file=sys.stderr)
     begun = time.perf_counter()
-    trained = train_tokenizer(
-        args.input,
-        args.output,
-        vocab_size=args.vocab_size,
-        hub=hub_options(args),
-        text_key=args.text_key,
-        max_documents=args.max_documents,
-        max_bytes=args.max_bytes,
-        split_digits=args.split_digits,
-        overwrite=args.overwrite,
-    )
+    with _Clock() as clock:
+        trained = train_tokenizer(
+            args.input,
+            args.output,
+            vocab_size=args.vocab_size,
+            hub=hub_options(args),
+            text_key=args.text_key,
+            max_documents=args.max_documents,
+            max_bytes=args.max_bytes,
+            split_digits=args.split_digits,
+            overwrite=args.overwrite,
+            on_progress=clock.read,
+        )
     seconds = time.perf_counter() - begun
     print(
         f"tokenizer {args.output}: {trained.tokenizer.vocab_size:,} pieces, BPE with byte fallback, trained on "
@@ -61,3 +63,32 @@ def run(args: argparse.Namespace) -> int:
     if trained.malformed.total:
         print(f"malformed lines passed over: {trained.malformed.total:,}\n{trained.malformed.describe()}")
     return 0
+
+
+class _Clock:
+    """A line on stderr with what was read and the time that has passed; SentencePiece itself reports no progress."""
+
+    def __init__(self) -> None:
+        from tqdm import tqdm
+
+        self._seconds = 0.5 if sys.stderr.isatty() else 10.0
+        self._bar = tqdm(desc="train-tokenizer", bar_format="{desc} {elapsed}{postfix}", file=sys.stderr)
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._tick, daemon=True)
+
+    def __enter__(self) -> _Clock:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._done.set()
+        self._thread.join()
+        self._bar.close()
+
+    def read(self, documents: int, text_bytes: int) -> None:
+        """Take note of what was read so far."""
+        self._bar.set_postfix_str(f"{documents:,} documents, {text_bytes / 1e6:,.1f} MB read", refresh=False)
+
+    def _tick(self) -> None:
+        while not self._done.wait(self._seconds):
+            self._bar.refresh()

@@ -75,6 +75,8 @@ def sections() -> dict[str, type[Section]]:
 def keys() -> dict[str, Key]:
     """All keys by their dotted path, in the order of the schema."""
     found = (
-        _key(section, name, field) for section, cls in sections().items() for name, field in cls.model_fields.items()
+        _key(section, field.alias or name, field)
+        for section, cls in sections().items()
+        for name, field in cls.model_fields.items()
     )
     return {key.path: key for key in found}

@@ -8,6 +8,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from pause_megatron.config.initial import SHAPE, with_initial_sizes
 from pause_megatron.config.keys import Key, keys, sections
 from pause_megatron.config.presets import fill_sizes
 from pause_megatron.config.rules import check
@@ -23,6 +24,7 @@ _REPLACES = {
     "train.steps": ("train.tokens",),
     "train.tokens": ("train.steps",),
     "model.preset": ("model.layers", "model.hidden", "model.heads", "model.kv_heads", "model.ffn", "model.tied"),
+    "model.from": ("model.preset", *(f"model.{name}" for name in SHAPE)),
 }
 
 
@@ -45,7 +47,7 @@ def load(path: str | Path | None = None, *, recipe: str | None = None, overrides
     source = recipe_path(recipe) if recipe is not None else path
     layers = [] if source is None else [_read_file(Path(source))]
     layers.append([read_override(override) for override in overrides])
-    entries = _merge(layers)
+    entries = with_initial_sizes(_merge(layers))
     config = resolve(_parse(entries))
     origin = dict.fromkeys(_REPLACES["model.preset"], f"preset {config.model.preset}")
     origin |= {entry.path: entry.where for entry in entries.values() if entry.value is not None}
@@ -83,7 +85,8 @@ def resolve(config: RunConfig) -> RunConfig:
         steps = -(-tokens // per_step)
     elif steps is not None and tokens is None:
         tokens = steps * per_step
-    changes = {"model": fill_sizes(config.model), "train": TrainSection(steps=steps, tokens=tokens)}
+    train = TrainSection(**{**config.train.model_dump(), "steps": steps, "tokens": tokens})
+    changes = {"model": fill_sizes(config.model), "train": train}
     return config.model_copy(update=changes)
 
 

@@ -39,9 +39,11 @@ def fill_sizes(model: ModelSection) -> ModelSection:
 
 
 def layer_parameters(model: ModelSection) -> int:
-    """Parameters of one resolved transformer layer: q, k, v, o; gate, up, down; two norms. No biases."""
+    """Parameters of one resolved transformer layer: q, k, v, o; gate, up, down; two norms; biases of q, k, v if any."""
     kv_width = model.hidden // model.heads * model.kv_heads
     attention = 2 * model.hidden * model.hidden + 2 * model.hidden * kv_width
+    if model.qkv_bias:
+        attention += model.hidden + 2 * kv_width
     return attention + 3 * model.hidden * model.ffn + 2 * model.hidden
 
 

@@ -53,6 +53,15 @@ class DataSection(Section):
 class ModelSection(Section):
     """A Llama-like decoder. Sizes left out come from the preset."""
 
+    # "from" is a word of Python's: the attribute is `from_`, the key that people write is model.from.
+    model_config = ConfigDict(validate_by_name=True, serialize_by_alias=True)
+
+    from_: str | None = Field(
+        None,
+        alias="from",
+        description="checkpoint to take initial weights from (a run, a checkpoint, or what import-hf made); sizes left "
+        "out come from it. Optimizer, step and data begin anew",
+    )
     preset: Literal["tiny", "130m", "1b"] | None = Field(
         "tiny", description="sizes to start from; null: give layers, hidden, heads"
     )
@@ -64,6 +73,7 @@ class ModelSection(Section):
         None, ge=8, description="width of the SwiGLU feed-forward layer; default: 8/3 hidden, upwards to 64s"
     )
     tied: bool | None = Field(None, description="one matrix for input embedding and output layer")
+    qkv_bias: bool = Field(False, description="biases on queries, keys and values, as in Qwen2")
     rope_base: float = Field(10000.0, gt=0, description="base of the rotary position embedding")
     norm_eps: float = Field(1e-5, gt=0, description="epsilon of RMSNorm")
     init_std: float = Field(0.02, gt=0, description="standard deviation of the initial weights")
@@ -102,6 +112,9 @@ class TrainSection(Section):
 
     steps: int | None = Field(None, ge=1, description="optimizer steps; give this or train.tokens")
     tokens: int | None = Field(None, ge=1, description="raw tokens (text and pauses); give this or train.steps")
+    only: Literal["pause_rows"] | None = Field(
+        None, description="pause_rows: update the pause embeddings (and pause logits) alone, all else stays; null: all"
+    )
 
 
 class BatchSection(Section):

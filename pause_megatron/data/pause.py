@@ -24,6 +24,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from pause_megatron.config.plan import pauses_per_window
 from pause_megatron.errors import ConfigError
 
 
@@ -204,7 +205,7 @@ class PausePlan:
     @property
     def count(self) -> int:
         """M, pauses inserted before any trim (Python's round: halves go to the even neighbour)."""
-        return round(self.rate * self.sequence_length)
+        return pauses_per_window(self.rate, self.sequence_length)
 
     @property
     def text_length(self) -> int:

@@ -7,6 +7,7 @@ number of workers, nor on how often the preparation was killed and started again
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import time
@@ -26,6 +27,10 @@ from pause_megatron.errors import DataError
 
 PLAN_NAME = "plan.json"
 MAX_MALFORMED = 1000
+_STORAGE_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS),
+    *(errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EISDIR),
+}
 
 
 @dataclass(frozen=True)
@@ -99,6 +104,8 @@ def prepare(
             finally:
                 workplace.leave()
     except OSError as error:
+        if error.errno not in _STORAGE_ERRORS:
+            raise  # a broken pipe behind the progress bar, say
         raise DataError(
             f"cannot write {error.filename or output}: {os.strerror(error.errno or 0)}; finished shards are kept: mend "
             "it and run the same command again"

@@ -72,9 +72,11 @@ def join_parts(
             },
             sources=[part.source for part in parts],
         )
-        # From here a kill leaves no manifest, and PREFIX.parts/ to go on from.
+        tokenizer.save(path_of(output, "tokenizer.tmp"))
+        # Everything is on the disk. From here a kill leaves no manifest, and PREFIX.parts/ to go on from.
         path_of(output, "manifest.json").unlink(missing_ok=True)
-        _replace_tokenizer(output, tokenizer)
+        shutil.rmtree(path_of(output, "tokenizer"), ignore_errors=True)
+        path_of(output, "tokenizer.tmp").rename(path_of(output, "tokenizer"))
         bin_file.publish()
         idx_file.publish()
         sync_folder(bin_file.path.parent)
@@ -92,6 +94,7 @@ def remove_partial_files(output: str | Path, folder: Path) -> None:
         pattern = str(prefix) if prefix.name == "*" else glob.escape(str(prefix))
         for name in glob.glob(f"{pattern}.*.tmp"):
             Path(name).unlink(missing_ok=True)
+    shutil.rmtree(path_of(output, "tokenizer.tmp"), ignore_errors=True)
 
 
 def _join_bins(
@@ -101,6 +104,7 @@ def _join_bins(
     for number, part in enumerate(parts):
         path = folder / f"{number:05d}.bin"
         hasher = xxhash.xxh3_128()
+        ends = file.bytes + part.bin.bytes
         with open(path, "rb") as source:
             while block := source.read(READ_BYTES):
                 file.write(block)
@@ -114,7 +118,7 @@ def _join_bins(
                         malformed=sum(counts.malformed.values()),
                         done_bytes=file.bytes,
                         total_bytes=total,
-                        shards_done=number,
+                        shards_done=number + (file.bytes == ends),
                         shards=len(parts),
                     )
                 )
@@ -126,12 +130,3 @@ def _join_bins(
 def _all_lengths(folder: Path, parts: list[Part]) -> Iterator[np.ndarray]:
     for number, part in enumerate(parts):
         yield from read_lengths(folder / f"{number:05d}.idx", part.source.counts.documents)
-
-
-def _replace_tokenizer(output: str | Path, tokenizer: Tokenizer) -> None:
-    final, temporary = path_of(output, "tokenizer"), path_of(output, "tokenizer.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    tokenizer.save(temporary)
-    if final.exists():
-        shutil.rmtree(final)
-    temporary.rename(final)

@@ -104,6 +104,7 @@ def run_tasks(
         if stop_above is not None and counters.sum("malformed") > stop_above:
             counters.stop()
 
+    report(0)
     try:
         return _collect({executor.submit(run_task, task): task.number for task in tasks}, counters, report)
     except BrokenProcessPool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import multiprocessing
 import os
 import signal
@@ -180,7 +181,7 @@ class _PartWriter:
         for ids in batch:
             ids.append(self._tokenizer.eod)
         lengths = [len(ids) for ids in batch]
-        flat = np.fromiter((token for ids in batch for token in ids), dtype=np.int64, count=sum(lengths))
+        flat = np.fromiter(itertools.chain.from_iterable(batch), dtype=np.int64, count=sum(lengths))
         self._check(flat, name)
         self._file.write(flat.astype(self.dtype).tobytes())
         self.lengths += lengths

@@ -17,7 +17,9 @@ _READ_BYTES = 1 << 16
 
 
 class DamagedShard(DataError):
-    """A shard that ends or breaks inside its compressed stream, or that the disk cannot read."""
+    """A shard that ends or breaks inside its compressed stream, or that the disk cannot read. `reason` is a phrase."""
+
+    reason = ""
 
 
 class ShardFile:
@@ -73,7 +75,7 @@ class ShardFile:
                 else:
                     yield from self._decompressed(raw, compression)
         except OSError as error:
-            raise DamagedShard(f"{self.path}: cannot be read ({error.strerror}); {self._progress()}") from None
+            raise self._damaged(f"cannot be read ({error.strerror})") from None
 
     def _raw_blocks(self, file) -> Iterator[bytes]:
         while block := file.read(_READ_BYTES):
@@ -96,21 +98,20 @@ class ShardFile:
                 try:
                     yield engine.decompress(block)
                 except _decompression_errors() as error:
-                    raise DamagedShard(
-                        f"{self.path}: damaged {compression} data ({error}); {self._progress()}"
-                    ) from None
+                    raise self._damaged(f"damaged {compression} data ({error})") from None
                 block = engine.unused_data if engine.eof else b""
                 engine = None if engine.eof else engine
         if engine is not None:
-            raise DamagedShard(
-                f"{self.path}: truncated: the {compression} data stops before its end mark; {self._progress()}"
-            )
+            raise self._damaged(f"truncated: the {compression} data stops before its end mark")
 
-    def _progress(self) -> str:
-        return (
-            f"readable up to line {self.line:,} ({self.text_bytes:,} bytes of text from {self.read_bytes:,} bytes of "
-            "the file). Fetch the shard again, or keep what is readable with --damaged-shards keep"
+    def _damaged(self, reason: str) -> DamagedShard:
+        error = DamagedShard(
+            f"{self.path}: {reason}; readable up to line {self.line:,} ({self.text_bytes:,} bytes of text from "
+            f"{self.read_bytes:,} bytes of the file). Fetch the shard again, or keep what is readable with "
+            "--damaged-shards keep"
         )
+        error.reason = reason
+        return error
 
 
 def compression_of(path: Path) -> str | None:

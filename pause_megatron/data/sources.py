@@ -107,7 +107,7 @@ class FileReader:
             if self._options.damaged_shards == "error":
                 raise
             self._digest = digest_of(self._file.path)  # reading broke off, so the one taken on the way is of a part
-            yield Malformed("damaged-shard", self._file.line + 1, str(error))
+            yield Malformed("damaged-shard", self._file.line + 1, error.reason)
 
 
 @dataclass(frozen=True, kw_only=True)

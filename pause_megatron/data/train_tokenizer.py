@@ -10,7 +10,7 @@ import io
 import itertools
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,6 +54,7 @@ def train_tokenizer(
     max_bytes: int = 200_000_000,
     split_digits: bool = True,
     overwrite: bool = False,
+    on_progress: Callable[[int, int], None] = lambda documents, text_bytes: None,
 ) -> TrainedTokenizer:
     """Train on a sample that is spread evenly over the shards. The same input gives the same bytes.
 
@@ -67,6 +68,7 @@ def train_tokenizer(
         max_bytes: UTF-8 bytes of text to read.
         split_digits: a piece for each digit, as Llama has it.
         overwrite: replace an existing file.
+        on_progress: called after each document with the documents and bytes of text read so far.
 
     Raises:
         DataError: bad input, an output that is there, or a vocabulary that the text cannot fill.
@@ -85,7 +87,7 @@ def train_tokenizer(
     ):
         if value is not None and value < least:
             raise DataError(f"--{name} {value}: expected {least} or more")
-    sample = _Sample(inputs, hub, text_key, max_documents, max_bytes)
+    sample = _Sample(inputs, hub, text_key, max_documents, max_bytes, on_progress)
     model = _train(sample, vocab_size, split_digits)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -154,7 +156,9 @@ class _Sample:
         text_key: str,
         max_documents: int | None,
         max_bytes: int,
+        on_progress: Callable[[int, int], None],
     ) -> None:
+        self._on_progress = on_progress
         self._sources = find_sources(inputs, hub, text_key)
         self._options = ReadOptions(text_key=text_key)
         self._max_documents = max_documents
@@ -196,6 +200,7 @@ class _Sample:
                 self.text_bytes += size
                 if len(self.first) < 256:
                     self.first.append(document)
+                self._on_progress(self.documents, self.text_bytes)
                 yield document
 
 

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from pause_megatron.model.build import build_model, transformer_config
 from pause_megatron.model.decay import parameter_groups
-from pause_megatron.model.flops import ModelShape, flops_per_token, parameter_count
 from pause_megatron.model.gpt import PauseGPTModel
 from pause_megatron.model.head import LMLoss
 from pause_megatron.model.vocabulary import Vocabulary
 
 __all__ = [
     "LMLoss",
-    "ModelShape",
     "PauseGPTModel",
     "Vocabulary",
     "build_model",
-    "flops_per_token",
-    "parameter_count",
     "parameter_groups",
     "transformer_config",
 ]

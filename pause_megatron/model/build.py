@@ -88,6 +88,7 @@ def transformer_config(model: ModelSection, parallel: ParallelSection, precision
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
         add_bias_linear=False,
+        add_qkv_bias=model.qkv_bias,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bf16=bf16,

@@ -27,7 +27,7 @@ def initialize_weights(
     """Fill all parameters of a model that `build_model` made.
 
     Matrices are normal(0, std); those that write into the residual stream normal(0, std / sqrt(2 layers)) (GPT-2,
-    Megatron-LM); norms 1. A pause row is normal with the mean and standard deviation of the text rows, per channel;
+    Megatron-LM); norms 1; biases 0. A pause row is normal with the mean and standard deviation of the text rows, per channel;
     padding rows are 0.
 
     Args:
@@ -53,6 +53,8 @@ def initialize_weights(
         elif name.endswith(("linear_proj.weight", "linear_fc2.weight")):
             whole = _normal(seed, name, (shape[0], shape[1] * ranks), std / math.sqrt(2 * layers))
             value = whole.chunk(ranks, dim=1)[rank]
+        elif name.endswith("linear_qkv.bias"):
+            value = torch.zeros(shape)
         elif parameter.dim() == 1 and "norm" in name:
             value = torch.ones(shape)
         else:

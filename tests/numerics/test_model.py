@@ -10,9 +10,10 @@ import torch
 from ranks import run_on_ranks
 from tiny_model import SEQ, TEXT_SIZE, batch, distance, loss_of, section, take_gradients, tiny
 
+from pause_megatron.config.presets import parameters
 from pause_megatron.config.schema import ParallelSection
 from pause_megatron.errors import ConfigError
-from pause_megatron.model import ModelShape, Vocabulary, flops_per_token, parameter_count
+from pause_megatron.model import Vocabulary
 from pause_megatron.model.attention import SDPACoreAttention
 from pause_megatron.model.build import check_shape
 from pause_megatron.model.layers import block_spec
@@ -141,11 +142,10 @@ def pause_rows() -> dict:
         groups = {
             g["name"]: ([names[id(p)] for p in g["params"]], g["weight_decay"]) for g in parameter_groups(model, 0.1)
         }
-        shape = ModelShape.of(section(tied=False, hidden=256), TEXT_SIZE + 3)
         assert sum(
             p[: TEXT_SIZE + 3].numel() if "word_emb" in n or "output_layer" in n else p.numel()
             for n, p in model.named_parameters()
-        ) == parameter_count(shape)
+        ) == parameters(section(tied=False, hidden=256), TEXT_SIZE + 3)
         return {
             "embedding": model.embedding.word_embeddings.weight.detach().clone(),
             "output": model.output_layer.weight.detach().clone(),
@@ -187,14 +187,6 @@ def test_vocabulary():
     for pauses in ((3, 3), (-1,)):
         with pytest.raises(ConfigError, match="pause ids"):
             Vocabulary(50, pauses)
-
-
-def test_flops_of_a_known_shape():
-    # 2 layers, width 4, 2 heads, 1 key/value head, feed-forward 6, 10 ids: counted by hand.
-    shape = ModelShape(layers=2, hidden=4, heads=2, kv_heads=1, ffn=6, tied=False, vocabulary=10)
-    layer = 4 * 4 + 2 * 4 * 2 + 4 * 4 + 3 * 4 * 6 + 2 * 4
-    assert parameter_count(shape) == 2 * layer + 4 + 2 * 10 * 4
-    assert flops_per_token(shape, 8) == 6 * (2 * layer + 4 + 10 * 4) + 12 * 2 * 4 * 8
 
 
 @pytest.mark.parametrize(

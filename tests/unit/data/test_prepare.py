@@ -332,13 +332,14 @@ def test_disk_full_at_every_file_operation(tmp_path: Path, shards: str, tokenize
         _armed.update(folder=str(place), left=operation, events=("os.rename", "os.mkdir"), fault=fault)
         try:
             prepare(few, tokenizer, place / "c", workers=1)
-            assert operation > 15
-            return
+            if _armed["left"] > 0:
+                assert operation > 15
+                return
         except DataError as error:
             assert "No space left on device; finished shards are kept" in str(error)
+            assert not (place / "c.manifest.json").exists()
         finally:
             _armed.clear()
-        assert not (place / "c.manifest.json").exists()
         assert not list(place.rglob("*.tmp"))
         prepare(few, tokenizer, place / "c", workers=1)
         assert _files(place / "c") == expected
@@ -393,10 +394,12 @@ def test_a_killed_worker_is_an_error_that_keeps_what_is_done(tmp_path: Path, tok
 
     shards = write_shards(tmp_path / "s", TEXTS * 100, 4)
 
+    killed = []
+
     def kill_one(progress: Progress) -> None:
-        if progress.phase == "read" and progress.documents:
-            for child in multiprocessing.active_children()[:1]:
-                os.kill(child.pid, signal.SIGKILL)
+        if progress.documents and not killed:
+            killed.append(multiprocessing.active_children()[0].pid)
+            os.kill(killed[0], signal.SIGKILL)
 
     with pytest.raises(DataError, match="a worker process was killed"):
         prepare([shards], tokenizer, tmp_path / "c", workers=2, on_progress=kill_one)

@@ -1,0 +1,65 @@
+"""`model.from`: the sizes of a model whose weights a run begins with, read off that checkpoint's own config.yaml."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from pause_megatron.config.text import Entry, read_entries
+from pause_megatron.errors import ConfigError
+
+SHAPE = ("layers", "hidden", "heads", "kv_heads", "ffn", "tied", "qkv_bias", "rope_base", "norm_eps")
+"""Keys of the model section that decide what a model with given weights computes."""
+
+_PLACES = ("", "latest", "checkpoints/latest")
+_LARGEST_BYTES = 1 << 20
+
+
+def checkpoint_config(path: str | Path) -> Path:
+    """The config.yaml of a checkpoint, of `RUN/checkpoints` or of `RUN`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for place in _PLACES:
+        folder = Path(path) / place
+        if (folder / "manifest.json").is_file() and (folder / "config.yaml").is_file():
+            return folder / "config.yaml"
+    raise ConfigError(
+        f"model.from: expected a checkpoint (a folder with manifest.json and config.yaml) or a run folder, came {path}"
+    )
+
+
+def read_config_text(path: Path) -> str:
+    """Text of a checkpoint's config.yaml.
+
+    Raises:
+        ConfigError: not readable, not UTF-8, or much larger than any configuration.
+    """
+    try:
+        if path.stat().st_size > _LARGEST_BYTES:
+            raise ConfigError(f"{path}: expected at most {_LARGEST_BYTES:,} bytes, found {path.stat().st_size:,}")
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ConfigError(f"{path}: expected UTF-8 text") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def with_initial_sizes(entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Adds the sizes that `model.from` implies and the entries do not give.
+
+    A configuration that gives all of them (a run's own config.yaml) is left as it is: the run can go on when the
+    checkpoint that it began with is gone.
+
+    Raises:
+        ConfigError: no checkpoint there.
+    """
+    origin = entries.get("model.from")
+    missing = [f"model.{name}" for name in SHAPE if f"model.{name}" not in entries]
+    if origin is None or origin.value is None or not missing:
+        return dict(entries)
+    path = checkpoint_config(str(origin.value))
+    found = {entry.path: entry for entry in read_entries(read_config_text(path), str(path))}
+    taken = {name: found[name] for name in ("model.preset", *missing) if name in found and name not in entries}
+    return {**entries, **taken}
