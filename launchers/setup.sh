@@ -4,7 +4,9 @@
 #   PYTHON   interpreter to make it with (default: python3; 3.10 or newer)
 #   TORCH    requirement for torch (default: the pinned release)
 #   EXTRAS   extras to install (default: quickstart)
+#   NO_SETUP set to anything: use the Python environment on PATH as it is (modules, containers)
 set -euo pipefail
+[ -z "${NO_SETUP:-}" ] || return 0
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${VENV:-$root/.venv}

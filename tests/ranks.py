@@ -7,6 +7,7 @@ returned. The function makes its own topology with `pause_megatron.distributed.i
 from __future__ import annotations
 
 import faulthandler
+import gc
 import importlib
 import importlib.util
 import multiprocessing
@@ -199,6 +200,7 @@ def _serve(rank: int, world_size: int, folder: str, pipe: Connection) -> None:
         except BaseException:
             answer = pickle.dumps((False, traceback.format_exc()))
         pipe.send_bytes(answer)
+        gc.collect()  # an engine is a cycle that holds its process groups, and each of these three threads
 
 
 def _start(rank: int, world_size: int, folder: str) -> None:

@@ -18,7 +18,13 @@ VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 """Parameters with a row per vocabulary id."""
 
 _BY_COLUMNS = ("linear_proj.weight", "linear_fc2.weight")
-_BY_ROWS = ("word_embeddings.weight", "output_layer.weight", "linear_qkv.weight", "linear_qkv.bias", "linear_fc1.weight")
+_BY_ROWS = (
+    "word_embeddings.weight",
+    "output_layer.weight",
+    "linear_qkv.weight",
+    "linear_qkv.bias",
+    "linear_fc1.weight",
+)
 _GATED = "linear_fc1.weight"
 
 

@@ -16,10 +16,10 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class FileEntry:
-    """Size in bytes and XXH3-128 digest of one file."""
+    """Size in bytes and digest ('xxh3_128:HEX') of one file."""
 
     bytes: int
-    xxh3_128: str
+    digest: str
 
 
 @dataclass(frozen=True)

@@ -89,9 +89,10 @@ class MergedReader:
 
     def _stored(self, name: str) -> str:
         if name not in self.manifest.parameters:
-            for plain, fused in _FUSED.items():
-                if name.endswith(plain):
-                    return name.removesuffix(plain) + fused
+            for pair in _FUSED.items():
+                for this, other in (pair, pair[::-1]):
+                    if name.endswith(this):
+                        return name.removesuffix(this) + other
         return name
 
 

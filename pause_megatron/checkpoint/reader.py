@@ -57,9 +57,14 @@ class CheckpointReader:
 
     def _index(self, path: Path) -> None:
         for label in self._file(path).keys():  # noqa: SIM118 (not a dict)
-            key, name, start = label.split("|")
-            numel = self._file(path).get_slice(label).get_shape()[0]
-            self._pieces[key, name].append((int(start), numel, path))
+            key, _, rest = label.partition("|")
+            name, _, start = rest.rpartition("|")
+            shape = self._file(path).get_slice(label).get_shape()
+            if not (key and name and start.isdecimal() and len(shape) == 1):
+                raise CheckpointError(
+                    f"{path}: expected 1-D tensors named KEY|PARAMETER|START, found {label[:200]!r} of shape {shape}"
+                )
+            self._pieces[key, name].append((int(start), shape[0], path))
 
     def _file(self, path: Path) -> safe_open:
         if path not in self._open:

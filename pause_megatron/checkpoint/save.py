@@ -9,11 +9,11 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from pause_megatron.checkpoint.durable import digest, sync_file, write_text
 from pause_megatron.checkpoint.manifest import MANIFEST, FileEntry, Manifest, ParameterEntry
 from pause_megatron.checkpoint.store import Store
 from pause_megatron.distributed.collective import barrier, gather_objects
 from pause_megatron.distributed.context import ParallelContext
+from pause_megatron.durable import digest_of, sync_file, write_whole
 from pause_megatron.engine import ADAM_STATE, Engine
 from pause_megatron.errors import CheckpointError
 
@@ -88,18 +88,18 @@ def _write_mine(
     save_file(tensors, hidden / name)
     paths = [hidden / name]
     if context.rank == 0:
-        write_text(hidden / "config.yaml", config_yaml)
+        write_whole(hidden / "config.yaml", config_yaml.encode())
         save_tokenizer(hidden / "tokenizer")
         paths += [hidden / "config.yaml", *sorted(p for p in (hidden / "tokenizer").rglob("*") if p.is_file())]
     entries = {}
     for path in paths:
         sync_file(path)
-        entries[path.relative_to(hidden).as_posix()] = FileEntry(path.stat().st_size, digest(path))
+        entries[path.relative_to(hidden).as_posix()] = FileEntry(path.stat().st_size, digest_of(path))
     return entries
 
 
 def _publish(store: Store, hidden: Path, manifest: Manifest, keep: int) -> None:
-    write_text(hidden / MANIFEST, manifest.dumps())
+    write_whole(hidden / MANIFEST, manifest.dumps().encode())
     store.publish(hidden, manifest.step)
     store.prune(keep)
 

@@ -7,9 +7,9 @@ import re
 import shutil
 from pathlib import Path
 
-from pause_megatron.checkpoint.durable import digest, point, sync_folder
 from pause_megatron.checkpoint.manifest import MANIFEST, FileEntry, Manifest
 from pause_megatron.distributed.collective import broadcast_object, gather_objects
+from pause_megatron.durable import digest_of, point, sync_folder
 from pause_megatron.errors import CheckpointError
 
 LATEST = "latest"
@@ -124,7 +124,7 @@ def file_problem(path: Path, entry: FileEntry) -> str | None:
         size = path.stat().st_size
         if size != entry.bytes:
             return f"{path}: expected {entry.bytes} bytes, found {size}"
-        if digest(path) != entry.xxh3_128:
+        if digest_of(path) != entry.digest:
             return f"{path}: its digest is not the manifest's; the file was altered after it was written"
     except OSError as error:
         return f"{path}: {error.strerror or error}"

@@ -15,6 +15,9 @@ VERBS = {
     "train-tokenizer": "train a SentencePiece BPE tokenizer on shards of text",
     "prepare": "turn shards of text into a tokenized corpus (.bin, .idx, manifest)",
     "pretrain": "pretrain a model on windows with pauses",
+    "import-hf": "turn a Hugging Face folder of the Llama family into a checkpoint with pauses",
+    "export-hf": "turn a checkpoint into a Hugging Face folder that transformers and vLLM load",
+    "generate": "continue prompts with pauses in the prefill, never in the text",
     "plot": "draw the loss curves of runs as a PNG",
     "doctor": "say what this machine has, what works, and what is missing",
 }

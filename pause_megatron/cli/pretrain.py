@@ -61,13 +61,13 @@ def run(args: argparse.Namespace) -> int:
         )
     if config.train.steps is None:
         raise ConfigError("train.steps or train.tokens: expected one of them, came neither")
-    _silence_imports()
+    silence_imports()
     from pause_megatron.train.pretrain import pretrain
 
     return pretrain(config)
 
 
-def _silence_imports() -> None:
+def silence_imports() -> None:
     """Leave out what libraries say on every rank about what is absent; `pause-megatron doctor` says it when asked."""
     for message in (
         ".*Apex (is|are) not installed",

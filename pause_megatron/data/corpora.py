@@ -30,16 +30,22 @@ class Corpora:
         return self.tokenizer.decode(ids, eod_text="<eod>\n")
 
 
-def open_corpora(data: DataSection) -> Corpora:
+def open_corpora(data: DataSection, pause_embeddings: int) -> Corpora:
     """Opens every corpus of `data.prefix` with the checks that take constant time.
+
+    Args:
+        data: prefixes or blend, and the tokenizer to insist on
+        pause_embeddings: K, how many pause ids the run needs, from the reserved one on
 
     Raises:
         DataError: a corpus is missing, unfinished, damaged, or prepared with another tokenizer than the others or
-            than `data.tokenizer`.
+            than `data.tokenizer`; a pause id that is not free.
     """
     prefixes, weights = parse_blend(data.prefix)
     corpora = tuple(open_corpus(prefix, data.tokenizer) for prefix in prefixes)
     content = [corpus.manifest.fingerprint for corpus in corpora]
     # One corpus keeps its own fingerprint; a blend is named by a digest of its parts and weights.
     fingerprint = content[0] if len(content) == 1 else f"xxh3_128:{xxhash.xxh3_128_hexdigest(repr((content, weights)))}"
-    return Corpora(corpora, require_one_tokenizer(corpora), fingerprint)
+    tokenizer = require_one_tokenizer(corpora)
+    tokenizer.check_pause_ids(pause_embeddings)
+    return Corpora(corpora, tokenizer, fingerprint)

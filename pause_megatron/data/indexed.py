@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pause_megatron.data.durable import DigestFile
+from pause_megatron.durable import DigestFile
 from pause_megatron.errors import DataError
 
 _MAGIC = b"MMIDIDX\x00\x00"

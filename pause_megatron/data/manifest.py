@@ -13,9 +13,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pause_megatron.data.documents import Place
-from pause_megatron.data.durable import digest_of, write_whole
 from pause_megatron.data.indexed import read_header
 from pause_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from pause_megatron.durable import digest_of, write_whole
 from pause_megatron.errors import DataError
 
 MANIFEST_VERSION = 1

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pause_megatron.data.documents import Tally
-from pause_megatron.data.durable import only_writer, write_whole
 from pause_megatron.data.manifest import Manifest, Plan, TokenizerRecord, open_corpus, path_of, read_record
 from pause_megatron.data.prepare_merge import join_parts, remove_partial_files
 from pause_megatron.data.prepare_pool import Progress, run_tasks
 from pause_megatron.data.prepare_shard import Part, ShardOutcome, ShardTask
 from pause_megatron.data.sources import HubOptions, ReadOptions, Source, find_sources
 from pause_megatron.data.tokenizer import Tokenizer
+from pause_megatron.durable import only_writer, write_whole
 from pause_megatron.errors import DataError
 
 PLAN_NAME = "plan.json"
@@ -80,10 +80,7 @@ def prepare(
     """
     begun = time.perf_counter()
     options = options or ReadOptions()
-    if workers is not None and workers < 1:
-        raise DataError(f"--workers {workers}: expected 1 or more")
-    if max_malformed < 0 or (isinstance(max_malformed, float) and max_malformed > 1):
-        raise DataError(f"--max-malformed {max_malformed}: expected a number of lines, or a fraction from 0.0 to 1.0")
+    _check_limits(workers, max_malformed)
     sources = find_sources(inputs, hub, options.text_key)
     plan = Plan(
         tokenizer=TokenizerRecord.of(tokenizer),
@@ -92,9 +89,10 @@ def prepare(
         sources=[source.identity() for source in sources],
     )
     workplace = _Workplace(output, plan, sources)
+    lock = path_of(output, "lock")
     try:
-        path_of(output, "lock").parent.mkdir(parents=True, exist_ok=True)
-        with only_writer(path_of(output, "lock"), f"corpus {output}"):
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with only_writer(lock, f"corpus {output}"):
             if not overwrite and (done := workplace.complete()):
                 return Prepared(done, True, 0, time.perf_counter() - begun)
             try:
@@ -111,6 +109,13 @@ def prepare(
             "it and run the same command again"
         ) from None
     return Prepared(manifest, False, len(finished), time.perf_counter() - begun)
+
+
+def _check_limits(workers: int | None, max_malformed: int | float) -> None:
+    if workers is not None and workers < 1:
+        raise DataError(f"--workers {workers}: expected 1 or more")
+    if max_malformed < 0 or (isinstance(max_malformed, float) and max_malformed > 1):
+        raise DataError(f"--max-malformed {max_malformed}: expected a number of lines, or a fraction from 0.0 to 1.0")
 
 
 class _Workplace:

@@ -11,12 +11,12 @@ import numpy as np
 import xxhash
 
 from pause_megatron.data.documents import Tally
-from pause_megatron.data.durable import READ_BYTES, DigestFile, sync_folder
 from pause_megatron.data.indexed import read_lengths, write_index
 from pause_megatron.data.manifest import Counts, FileRecord, Manifest, Plan, path_of
 from pause_megatron.data.prepare_pool import Progress
 from pause_megatron.data.prepare_shard import Part, ShardOutcome, corpus_dtype
 from pause_megatron.data.tokenizer import Tokenizer
+from pause_megatron.durable import READ_BYTES, DigestFile, sync_folder
 from pause_megatron.errors import DataError
 
 
@@ -46,30 +46,19 @@ def join_parts(
     malformed = Tally()
     for outcome in outcomes:
         malformed.merge(outcome.malformed)
-    counts = Counts(
-        documents=sum(part.source.counts.documents for part in parts),
-        tokens=sum(part.source.counts.tokens for part in parts),
-        text_bytes=sum(part.source.counts.text_bytes for part in parts),
-        malformed=dict(sorted(malformed.counts.items())),
-    )
-    dtype = corpus_dtype(tokenizer)
+    counts = _sum_of([part.source.counts for part in parts], malformed)
     bin_file, idx_file = DigestFile(path_of(output, "bin")), DigestFile(path_of(output, "idx"))
     try:
         _join_bins(bin_file, folder, parts, counts, on_progress)
-        write_index(idx_file, dtype, counts.documents, lambda: _all_lengths(folder, parts))
+        write_index(idx_file, corpus_dtype(tokenizer), counts.documents, lambda: _all_lengths(folder, parts))
         bin_file.finish()
         idx_file.finish()
         manifest = Manifest(
-            tokenizer=plan.tokenizer,
-            text_key=plan.text_key,
-            damaged_shards=plan.damaged_shards,
-            dtype=dtype,
+            **plan.model_dump(exclude={"sources"}),
+            dtype=corpus_dtype(tokenizer),
             counts=counts,
             places={kind: malformed.places[kind] for kind in sorted(malformed.places)},
-            files={
-                "bin": FileRecord(bytes=bin_file.bytes, digest=bin_file.digest),
-                "idx": FileRecord(bytes=idx_file.bytes, digest=idx_file.digest),
-            },
+            files={name: _record(file) for name, file in (("bin", bin_file), ("idx", idx_file))},
             sources=[part.source for part in parts],
         )
         tokenizer.save(path_of(output, "tokenizer.tmp"))
@@ -95,6 +84,19 @@ def remove_partial_files(output: str | Path, folder: Path) -> None:
         for name in glob.glob(f"{pattern}.*.tmp"):
             Path(name).unlink(missing_ok=True)
     shutil.rmtree(path_of(output, "tokenizer.tmp"), ignore_errors=True)
+
+
+def _sum_of(counts: list[Counts], malformed: Tally) -> Counts:
+    return Counts(
+        documents=sum(each.documents for each in counts),
+        tokens=sum(each.tokens for each in counts),
+        text_bytes=sum(each.text_bytes for each in counts),
+        malformed=dict(sorted(malformed.counts.items())),
+    )
+
+
+def _record(file: DigestFile) -> FileRecord:
+    return FileRecord(bytes=file.bytes, digest=file.digest)
 
 
 def _join_bins(

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing.context import SpawnContext
 from pathlib import Path
 from typing import Literal
 
@@ -74,33 +75,11 @@ def run_tasks(
     size = Counters.size(shards)
     counters = Counters(context.Array("q", size, lock=False) if workers > 1 else [0] * size)
     for outcome in finished:
-        source = outcome.part.source
-        stored = source.identity.get("bytes") or 0
-        sums = (source.counts.documents, source.counts.tokens, source.counts.text_bytes)
-        counters.set(outcome.number, (*sums, stored, outcome.malformed.total))
-    state = (folder, options, counters.cells)
-    executor: Executor
-    if workers > 1:
-        executor = ProcessPoolExecutor(
-            min(workers, len(tasks)), mp_context=context, initializer=start_worker, initargs=(*state, True)
-        )
-    else:
-        executor = ThreadPoolExecutor(1, initializer=start_worker, initargs=(*state, False))
+        _count_finished(counters, outcome)
+    executor = _executor(min(workers, len(tasks)), context, (folder, options, counters.cells))
 
     def report(done: int) -> None:
-        on_progress(
-            Progress(
-                phase="read",
-                documents=counters.sum("documents"),
-                tokens=counters.sum("tokens"),
-                text_bytes=counters.sum("text_bytes"),
-                malformed=counters.sum("malformed"),
-                done_bytes=counters.sum("read_bytes"),
-                total_bytes=total_bytes,
-                shards_done=len(finished) + done,
-                shards=shards,
-            )
-        )
+        on_progress(_read_progress(counters, total_bytes, len(finished) + done, shards))
         if stop_above is not None and counters.sum("malformed") > stop_above:
             counters.stop()
 
@@ -115,6 +94,33 @@ def run_tasks(
     finally:
         counters.stop()
         executor.shutdown(wait=True, cancel_futures=True)
+
+
+def _read_progress(counters: Counters, total_bytes: int | None, shards_done: int, shards: int) -> Progress:
+    return Progress(
+        phase="read",
+        documents=counters.sum("documents"),
+        tokens=counters.sum("tokens"),
+        text_bytes=counters.sum("text_bytes"),
+        malformed=counters.sum("malformed"),
+        done_bytes=counters.sum("read_bytes"),
+        total_bytes=total_bytes,
+        shards_done=shards_done,
+        shards=shards,
+    )
+
+
+def _count_finished(counters: Counters, outcome: ShardOutcome) -> None:
+    source = outcome.part.source
+    sums = (source.counts.documents, source.counts.tokens, source.counts.text_bytes)
+    counters.set(outcome.number, (*sums, source.identity.get("bytes") or 0, outcome.malformed.total))
+
+
+def _executor(workers: int, context: SpawnContext, state: tuple) -> Executor:
+    # One worker needs no process, so a script that calls `prepare(workers=1)` needs no `if __name__ == "__main__"`.
+    if workers > 1:
+        return ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=(*state, True))
+    return ThreadPoolExecutor(1, initializer=start_worker, initargs=(*state, False))
 
 
 def _collect(futures: dict[Future, int], counters: Counters, report: Callable[[int], None]) -> list[ShardOutcome]:

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from pause_megatron.data.documents import Malformed, Tally
-from pause_megatron.data.durable import DigestFile, sync_folder, write_whole
 from pause_megatron.data.indexed import token_dtype, write_index
 from pause_megatron.data.manifest import FileRecord, Record, SourceRecord
 from pause_megatron.data.sources import ReadOptions, Source
 from pause_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from pause_megatron.durable import DigestFile, sync_folder, write_whole
 from pause_megatron.errors import DataError
 
 BATCH_CHARACTERS = 1 << 19

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from pause_megatron.data.documents import Malformed, parse_lines, parse_record
-from pause_megatron.data.durable import digest_of
 from pause_megatron.data.shard_file import DamagedShard, ShardFile, check_start, compression_of
+from pause_megatron.durable import digest_of
 from pause_megatron.errors import DataError
 
 HUB_PREFIX = "hf:"

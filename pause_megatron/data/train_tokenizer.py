@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pause_megatron.data.documents import Tally
-from pause_megatron.data.durable import write_whole
 from pause_megatron.data.sources import HubOptions, ReadOptions, find_sources
 from pause_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from pause_megatron.durable import write_whole
 from pause_megatron.errors import DataError
 
 # SentencePiece skips longer sentences without a word, so lines are cut at a space before they get there.

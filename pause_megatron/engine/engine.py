@@ -69,6 +69,16 @@ class Engine:
         # Without ZeRO and in fp32 DeepSpeed clips but keeps the norm to itself.
         self._norm_is_ours = not (self.deepspeed.zero_optimization() or self.deepspeed.bfloat16_enabled())
 
+    def close(self) -> None:
+        """Lets go of the parameters' hooks, which else keep the model and its process groups alive for good."""
+        self.deepspeed.destroy()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
     @property
     def module(self) -> nn.Module:
         """The model itself, outside DeepSpeed's wrapper."""

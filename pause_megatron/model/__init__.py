@@ -6,6 +6,7 @@ from pause_megatron.model.build import build_model, transformer_config
 from pause_megatron.model.decay import parameter_groups
 from pause_megatron.model.gpt import PauseGPTModel
 from pause_megatron.model.head import LMLoss
+from pause_megatron.model.pause_rows import train_pause_rows_only
 from pause_megatron.model.vocabulary import Vocabulary
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "Vocabulary",
     "build_model",
     "parameter_groups",
+    "train_pause_rows_only",
     "transformer_config",
 ]

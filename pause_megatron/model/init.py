@@ -27,8 +27,8 @@ def initialize_weights(
     """Fill all parameters of a model that `build_model` made.
 
     Matrices are normal(0, std); those that write into the residual stream normal(0, std / sqrt(2 layers)) (GPT-2,
-    Megatron-LM); norms 1; biases 0. A pause row is normal with the mean and standard deviation of the text rows, per channel;
-    padding rows are 0.
+    Megatron-LM); norms 1; biases 0. A pause row is normal with the mean and standard deviation of the text rows, per
+    channel; padding rows are 0.
 
     Args:
         model: parameters are this rank's shards.
@@ -69,8 +69,20 @@ def _vocabulary_matrix(seed: int, name: str, vocabulary: Vocabulary, rows: int, 
     value[: vocabulary.text_size] = text
     mean, spread = text.mean(dim=0), text.std(dim=0, correction=0)
     for index, row in enumerate(vocabulary.pause_ids):
-        value[row] = mean + spread * _normal(seed, f"{name}/pause/{index}", (width,), 1.0)
+        value[row] = pause_row(seed, name, index, mean, spread)
     return value
+
+
+def pause_row(seed: int, name: str, index: int, mean: Tensor, spread: Tensor) -> Tensor:
+    """Initial row of one pause in a vocabulary matrix, fp32 [width], from a key of its own.
+
+    Args:
+        seed: of the run
+        name: of the matrix
+        index: which of the K pauses
+        mean, spread: [width] mean and standard deviation of the text rows, per channel
+    """
+    return mean + spread * _normal(seed, f"{name}/pause/{index}", tuple(mean.shape), 1.0)
 
 
 def _normal(seed: int, name: str, shape: tuple[int, ...], std: float) -> Tensor:

@@ -18,18 +18,29 @@ class Hook(Protocol):
 
 
 class Every:
-    """Calls an action every so many steps, and after the last step."""
+    """Calls an action every so many steps, and after the last one.
 
-    def __init__(self, steps: int, action: Callable[[StepResult], Any], *, at_end: bool = True) -> None:
-        self._steps, self._action, self._at_end = steps, action, at_end
+    Args:
+        steps: 0: after the last one only
+        action: what to do
+        at_end: after the last step too
+        on_stop: also when the run is asked to stop before its end
+    """
+
+    def __init__(
+        self, steps: int, action: Callable[[StepResult], Any], *, at_end: bool = True, on_stop: bool = False
+    ) -> None:
+        self._steps, self._action, self._at_end, self._on_stop = steps, action, at_end, on_stop
 
     def __call__(self, result: StepResult) -> None:
         due = self._steps > 0 and result.step % self._steps == 0
-        if due or (self._at_end and result.last):
+        if due or (self._at_end and result.last) or (self._on_stop and result.stopped):
             self._action(result)
 
     def close(self) -> None:
-        pass
+        close = getattr(self._action, "close", None)
+        if close is not None:
+            close()
 
 
 class SkipLimit:

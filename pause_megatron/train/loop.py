@@ -45,8 +45,8 @@ class StepResult:
         tokens, text_tokens: of this step, over all ranks
         seconds: wall time from having the batch to the end of the step
         sample: [sequence] input ids of the first window of this rank, on the CPU
-        last: no step follows, because the run is complete or was asked to stop
-        stopped: a rank was asked to stop
+        last: the run is complete
+        stopped: a rank was asked to stop, so that no step follows either
         validation: held-out losses by name; filled in by the validation hook, for the hooks after it
     """
 
@@ -119,7 +119,7 @@ def training_steps(
             text_tokens=text_tokens,
             seconds=time.perf_counter() - started,
             sample=micro_batches[0].tokens[0],
-            last=stopped or step + 1 == total_steps,
+            last=step + 1 == total_steps,
             stopped=stopped,
         )
         if stopped:

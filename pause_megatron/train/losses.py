@@ -71,7 +71,7 @@ class LossLedger:
         """Adds token losses [R], fp32; `after_pause` [R] marks those predicted from a pause."""
         losses = token_losses.double()
         self._sums += torch.stack(
-            [losses.sum(), losses[after_pause].sum(), losses.new_tensor(losses.numel()), after_pause.sum().double()]
+            [losses.sum(), (losses * after_pause).sum(), losses.new_tensor(losses.numel()), after_pause.sum().double()]
         )
 
     def totals(self, context: ParallelContext) -> Losses:

@@ -8,6 +8,7 @@ import math
 import os
 import resource
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,10 +17,11 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from pause_megatron.config.presets import flops_per_token
+from pause_megatron.config.plan import BatchPlan
+from pause_megatron.config.presets import flops_per_token, parameters
 from pause_megatron.config.schema import RunConfig
 from pause_megatron.distributed import ParallelContext
-from pause_megatron.train.loop import StepResult
+from pause_megatron.train.loop import Progress, StepResult
 
 # Dense bf16 peak of one GPU in TFLOP/s, by a part of the name that CUDA gives it (NVIDIA's data sheets).
 PEAK_TFLOPS = {"A100": 312.0, "H100": 989.4, "H200": 989.4, "GH200": 989.4, "B200": 2250.0}
@@ -161,11 +163,34 @@ class TensorBoard:
 
     def show_sample(self, result: StepResult) -> None:
         """The first window of the step as text."""
-        text = self._show(result.sample.tolist())
+        lines = self._show(result.sample.tolist()).splitlines()
+        text = "\n".join(textwrap.fill(line, 120) for line in lines)
         self._writer.add_text("sample", _preformatted(text), result.step)
 
     def close(self) -> None:
         self._writer.close()
+
+
+def announce(config: RunConfig, plan: BatchPlan, vocabulary: int, zero_stage: int, context: ParallelContext) -> None:
+    """Says on stderr what is about to run."""
+    sequence = " with sequence parallelism" if config.parallel.sequence else ""
+    _say(
+        f"{plan.world_size} ranks on {context.device.type}: {plan.data_parallel} data parallel x {plan.tensor} tensor "
+        f"parallel{sequence}, ZeRO {zero_stage}, {config.engine.precision}"
+    )
+    _say(
+        f"{parameters(config.model, vocabulary):,} parameters; {plan.steps:,} steps of {plan.raw_tokens:,} raw tokens "
+        f"(about {plan.text_tokens:,.0f} of text), run folder {config.run.dir}"
+    )
+
+
+def conclude(progress: Progress, stopped: bool) -> None:
+    """Says on stderr what the run has seen, the realised pause rate above all."""
+    rate = 1 - progress.text_tokens / progress.tokens if progress.tokens else 0.0
+    _say(
+        f"{'stopped' if stopped else 'complete'} after step {progress.step:,}: {progress.tokens:,} raw tokens, "
+        f"{progress.text_tokens:,} of text, realised pause rate {rate:.2%}"
+    )
 
 
 class ProgressBar:
@@ -199,7 +224,7 @@ class ProgressBar:
 
     def _line(self, result: StepResult, summary: str) -> None:
         now = time.monotonic()
-        if result.last or now - self._last_line >= self._SECONDS_BETWEEN_LINES:
+        if result.last or result.stopped or now - self._last_line >= self._SECONDS_BETWEEN_LINES:
             self._last_line = now
             progress = self._bar.format_dict
             done, elapsed = progress["n"] - progress["initial"], progress["elapsed"]
@@ -210,7 +235,11 @@ class ProgressBar:
         if self._terminal:
             self._bar.write(text, file=sys.stderr)
         else:
-            print(text, file=sys.stderr, flush=True)
+            _say(text)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def peak_memory_bytes() -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from pause_megatron.checkpoint import Store, restore_engine, restore_weights, save
 from pause_megatron.config.deepspeed import deepspeed_config
 from pause_megatron.config.load import dump
+from pause_megatron.config.plan import batch_plan
 from pause_megatron.config.schema import RunConfig
 from pause_megatron.data.build import Datasets, build_datasets
 from pause_megatron.data.corpora import Corpora, open_corpora
@@ -15,10 +16,17 @@ from pause_megatron.data.loader import StepLoader
 from pause_megatron.data.sampler import StepSampler
 from pause_megatron.distributed import ParallelContext, initialize
 from pause_megatron.engine import Engine
-from pause_megatron.model import PauseGPTModel, Vocabulary, build_model, parameter_groups
+from pause_megatron.model import (
+    PauseGPTModel,
+    Vocabulary,
+    build_model,
+    parameter_groups,
+    train_pause_rows_only,
+)
 from pause_megatron.train.hooks import Every, Hook, SkipLimit
+from pause_megatron.train.initial import load_initial_weights
 from pause_megatron.train.loop import Progress, StepResult, training_steps
-from pause_megatron.train.monitoring import MetricsFile, ProgressBar, TensorBoard, Throughput
+from pause_megatron.train.monitoring import MetricsFile, ProgressBar, TensorBoard, Throughput, announce, conclude
 from pause_megatron.train.resume import find_resume, progress_record
 from pause_megatron.train.signals import StopRequest
 from pause_megatron.train.validation import evaluate_loss, validation_losses
@@ -42,17 +50,22 @@ def pretrain(config: RunConfig) -> int:
             a checkpoint that cannot be written; gradients that stay not finite.
     """
     with initialize(config.parallel) as context, StopRequest() as stop, ExitStack() as closing:
-        corpora = open_corpora(config.data)
+        corpora = open_corpora(config.data, config.pause.embeddings)
         datasets = _datasets(config, corpora)
         model = _model(config, datasets)
         store = Store(Path(config.run.dir) / "checkpoints", context.rank, context.world_size)
         resumed = find_resume(store, config, corpora.fingerprint, context)
         if resumed:
             restore_weights(model, resumed.reader)
-        engine = _engine(config, model, context)
+        elif config.model.from_:
+            load_initial_weights(model, config, corpora.tokenizer, context)
+        engine = closing.enter_context(_engine(config, model, context))
         if resumed:
             restore_engine(engine, resumed.reader)
         progress = resumed.progress if resumed else Progress()
+        if context.rank == 0:
+            plan = batch_plan(config, context.world_size)
+            announce(config, plan, model.vocabulary.size, engine.deepspeed.zero_optimization_stage(), context)
         hooks = _hooks(config, engine, datasets, corpora, store, context, progress)
         for hook in hooks:
             closing.callback(hook.close)
@@ -68,9 +81,11 @@ def pretrain(config: RunConfig) -> int:
         ):
             for hook in hooks:
                 hook(result)
-            if result.stopped:
-                return EXIT_STOPPED
-        return EXIT_FINISHED
+            progress = result.progress
+        stopped = progress.step < config.train.steps
+    if context.rank == 0:
+        conclude(progress, stopped)
+    return EXIT_STOPPED if stopped else EXIT_FINISHED
 
 
 def _datasets(config: RunConfig, corpora: Corpora) -> Datasets:
@@ -88,7 +103,7 @@ def _datasets(config: RunConfig, corpora: Corpora) -> Datasets:
 
 
 def _model(config: RunConfig, datasets: Datasets) -> PauseGPTModel:
-    return build_model(
+    model = build_model(
         config.model,
         vocabulary=Vocabulary(datasets.tokenizer.text_size, datasets.tokenizer.pause_ids),
         sequence_length=config.data.sequence_length,
@@ -97,12 +112,16 @@ def _model(config: RunConfig, datasets: Datasets) -> PauseGPTModel:
         precision=config.engine.precision,
         seed=config.run.seed,
     )
+    if config.train.only == "pause_rows":
+        train_pause_rows_only(model)
+    return model
 
 
 def _engine(config: RunConfig, model: PauseGPTModel, context: ParallelContext) -> Engine:
     return Engine(
         model,
-        groups=parameter_groups(model, config.optim.weight_decay),
+        # What must not move must not decay either.
+        groups=parameter_groups(model, 0.0 if config.train.only else config.optim.weight_decay),
         ds_config=deepspeed_config(config, data_parallel=context.dp_size),
         optim=config.optim,
         mpu=context.mpu,
@@ -138,7 +157,7 @@ def _hooks(
         hooks.append(Every(config.validation.every, _validate(config, engine, datasets, context)))
     if context.rank == 0:
         hooks += _monitors(config, engine, corpora, context, progress)
-    hooks.append(Every(config.checkpoint.every, _save(config, engine, corpora, store, context)))
+    hooks.append(Every(config.checkpoint.every, _save(config, engine, corpora, store, context), on_stop=True))
     return hooks
 
 

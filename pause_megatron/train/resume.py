@@ -77,8 +77,8 @@ def config_differences(before: RunConfig, now: RunConfig) -> list[str]:
     lines = []
     for section in type(now).model_fields:
         old, new = getattr(before, section), getattr(now, section)
-        for name in type(new).model_fields:
-            key = f"{section}.{name}"
+        for name, field in type(new).model_fields.items():
+            key = f"{section}.{field.alias or name}"
             if section in FREE_SECTIONS or key in FREE_KEYS:
                 continue
             if getattr(old, name) != getattr(new, name):

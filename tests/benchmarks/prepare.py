@@ -57,9 +57,10 @@ def main() -> None:
         counts = prepare([shards], tokenizer, folder / "c").manifest.counts
         small, large = (_peak_mib(folder, times) for times in (1, 10))
     bare = timings["bare tokenizer"]
+    spread = f"{bare.ratio:.2f} [{bare.low:.2f} .. {bare.high:.2f}]"
     print(
-        f"P6 prepare / bare tokenizer, rate: {bare.ratio:.2f} [{bare.low:.2f} .. {bare.high:.2f}] (target >= {TARGET}), {bare.rounds} "
-        f"rounds of {counts.documents:,} documents; {environment('sentencepiece', 'numpy')}"
+        f"P6 rate of prepare / bare tokenizer: {spread} (target >= {TARGET}), "
+        f"{bare.rounds} rounds of {counts.documents:,} documents; {environment('sentencepiece', 'numpy')}"
     )
     for what, timing in timings.items():
         print(

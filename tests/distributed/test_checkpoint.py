@@ -1,4 +1,4 @@
-"""Checkpoints: bit for bit at the same topology, the same parameters at another, and nothing that is only half there."""
+"""Checkpoints: bit for bit at the same topology, the same state at another, and nothing that is only half there."""
 
 from __future__ import annotations
 
@@ -43,8 +43,7 @@ def write(folder: str, zero: int, precision: str, micro: int) -> list:
     from pause_megatron.distributed import initialize
 
     run = config(zero, precision, micro)
-    with initialize(ParallelSection()) as context:
-        engine = make_engine(run, context)
+    with initialize(ParallelSection()) as context, make_engine(run, context) as engine:
         for step in range(HALF):
             take_step(engine, run, context, step)
         save_toy(engine, context, folder, HALF)
@@ -62,11 +61,16 @@ def resume(folder: str, zero: int, precision: str, micro: int) -> list:
     with initialize(ParallelSection()) as context:
         store = Store(folder, context.rank, context.world_size)
         reader = CheckpointReader(store.newest_complete()[0], context.tp_rank)
-        engine = make_engine(run, context, prepare=lambda model: (scramble(model), restore_weights(model, reader)))
-        restore_engine(engine, reader)
-        before = masters(engine)
-        norms = [take_step(engine, run, context, step).grad_norm for step in range(HALF, STEPS)]
-        return [norms, masters(engine), before]
+
+        def prepare(model) -> None:
+            scramble(model)
+            restore_weights(model, reader)
+
+        with make_engine(run, context, prepare) as engine:
+            restore_engine(engine, reader)
+            before = masters(engine)
+            norms = [take_step(engine, run, context, step).grad_norm for step in range(HALF, STEPS)]
+            return [norms, masters(engine), before]
 
 
 def scramble(model) -> None:
@@ -87,8 +91,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path, zero, prec
 
 def test_any_stage_and_data_parallel_size_loads_at_any_other(tmp_path):
     """World 1 -> 2 -> 4 -> 2 -> 1 over ZeRO 0..3: the state that is loaded is the state that was written."""
-    written = itertools.product(((1, 4), (2, 2), (4, 1)), range(4))
-    for (ranks, micro), zero in written:
+    for ranks, micro, zero in [(1, 4, 0), (1, 4, 3), (2, 2, 1), (2, 2, 2), (2, 2, 3), (4, 1, 0), (4, 1, 2), (4, 1, 3)]:
         folder = str(tmp_path / f"{ranks}-{zero}")
         norms = run_on_ranks(ranks, write, folder, zero, "fp32", micro)[0][0]
         other_ranks, other_micro, other_zero = {1: (2, 4, 3), 2: (4, 2, 1), 4: (1, 8, 2)}[ranks]
@@ -125,8 +128,7 @@ def write_two(folder: str) -> None:
     from pause_megatron.distributed import initialize
 
     run = config(1, "fp32", 2)
-    with initialize(ParallelSection()) as context:
-        engine = make_engine(run, context)
+    with initialize(ParallelSection()) as context, make_engine(run, context) as engine:
         for step in range(2):
             take_step(engine, run, context, step)
             save_toy(engine, context, folder, step + 1)
@@ -210,8 +212,7 @@ def write_many(folder: str) -> None:
     from pause_megatron.config.schema import ParallelSection
     from pause_megatron.distributed import initialize
 
-    with initialize(ParallelSection()) as context:
-        engine = make_engine(config(1, "fp32", 2), context)
+    with initialize(ParallelSection()) as context, make_engine(config(1, "fp32", 2), context) as engine:
         for step in (1, 2, 3, 4, 5, 5):  # the last one twice: after falling back, a step is saved again
             save_toy(engine, context, folder, step, keep=2)
 
@@ -221,8 +222,7 @@ def save_with_a_full_disk(folder: str, limited_rank: int) -> list[str]:
     from pause_megatron.config.schema import ParallelSection
     from pause_megatron.distributed import initialize
 
-    with initialize(ParallelSection()) as context:
-        engine = make_engine(config(1, "fp32", 2), context)
+    with initialize(ParallelSection()) as context, make_engine(config(1, "fp32", 2), context) as engine:
         save_toy(engine, context, folder, 1)
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

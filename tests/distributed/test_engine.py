@@ -94,8 +94,7 @@ def grad_norms(zero: int, precision: str, micro: int) -> list[float]:
     from pause_megatron.distributed import initialize
 
     run = config(zero, precision, micro)
-    with initialize(ParallelSection()) as context:
-        engine = make_engine(run, context)
+    with initialize(ParallelSection()) as context, make_engine(run, context) as engine:
         return [take_step(engine, run, context, step).grad_norm for step in range(STEPS)]
 
 
@@ -118,8 +117,7 @@ def poisoned(zero: int, precision: str) -> list:
     from pause_megatron.distributed import initialize
 
     run = config(zero, precision, 2)
-    with initialize(ParallelSection()) as context:
-        engine = make_engine(run, context)
+    with initialize(ParallelSection()) as context, make_engine(run, context) as engine:
         take_step(engine, run, context, 0)
         before, steps = masters(engine), engine.state.step
         outcome = take_step(engine, run, context, 1, poison=True)
@@ -142,8 +140,7 @@ def empty_batch(zero: int) -> tuple:
     from pause_megatron.distributed import initialize
 
     run = config(zero, "fp32", 4)
-    with initialize(ParallelSection()) as context:
-        engine = make_engine(run, context)
+    with initialize(ParallelSection()) as context, make_engine(run, context) as engine:
         batches = [torch.zeros(0, WIDTH)] * (WINDOWS // (4 * context.dp_size))
         outcome = engine.train_step(batches, lambda m, rows, scale: m(rows, scale), lr=0.01, global_targets=0)
         return outcome.applied, outcome.grad_norm
@@ -165,8 +162,7 @@ def steps_taken(zero: int, precision: str) -> tuple[int, int]:
     from pause_megatron.distributed import initialize
 
     run = config(zero, precision, WINDOWS)
-    with initialize(ParallelSection()) as context:
-        engine = make_engine(run, context)
+    with initialize(ParallelSection()) as context, make_engine(run, context) as engine:
         before = engine.state.step
         for step in range(2):
             take_step(engine, run, context, step)

@@ -56,32 +56,20 @@ def _windows(data: dict, rank: int, ranks: int) -> dict:
     return {**cut, "rows": rows, "targets": cut["labels"].t().reshape(-1)[rows]}
 
 
+# Tied embeddings, whose one matrix ZeRO-3 must gather for two modules; the integration test trains untied ones.
 CASES = [
-    (1, 1, {}),
-    (1, 3, {}),
-    (2, 0, {}),
     (2, 2, {}),
-    (2, 3, {}),
     (2, 3, {"recompute": "full"}),
-    (2, 0, {"tensor": 2}),
     (2, 1, {"tensor": 2, "sequence": True}),
-    (2, 2, {"tensor": 2}),
     (2, 3, {"tensor": 2, "sequence": True, "recompute": "full"}),
-    (4, 1, {"tensor": 2, "sequence": True}),
     (4, 2, {"tensor": 2, "sequence": True}),
-    (4, 3, {"tensor": 2, "sequence": True}),
     (4, 3, {"tensor": 4}),
 ]
 
 
-# What differs when the output layer has a weight of its own is how ZeRO-3 gathers it.
-UNTIED_CASES = [(2, 2, {}), (2, 3, {}), (2, 3, {"tensor": 2}), (4, 3, {"tensor": 2, "sequence": True})]
-
-
-@pytest.mark.parametrize(("tied", "cases"), [(True, CASES), (False, UNTIED_CASES)], ids=["tied", "untied"])
-def test_one_loss_list(tied, cases):
-    expected = run_on_ranks(1, losses_under, 0, tied, {})[0]
+def test_one_loss_list():
+    expected = run_on_ranks(1, losses_under, 0, True, {})[0]
     assert expected[-1] < 0.97 * expected[0]
-    for ranks, stage, parallel in cases:
-        for losses in run_on_ranks(ranks, losses_under, stage, tied, parallel):
+    for ranks, stage, parallel in CASES:
+        for losses in run_on_ranks(ranks, losses_under, stage, True, parallel):
             assert losses == pytest.approx(expected, rel=1e-5), (ranks, stage, parallel)

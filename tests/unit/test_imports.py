@@ -13,12 +13,12 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # Lower layers know nothing of higher ones; layers of equal rank know nothing of each other, except what is listed.
 RANKS = {
-    **{"errors": 0, "config": 0},
+    **{"errors": 0, "config": 0, "durable": 0},
     **{"data": 1, "distributed": 1, "model": 1, "engine": 1},
     **{"checkpoint": 2, "train": 3, "hf": 4, "inference": 5, "evaluate": 6, "plan": 6, "cli": 7, "__main__": 8},
 }
-NEIGHBOURS = {("config", "errors"), ("model", "distributed"), ("engine", "distributed")}
-NO_TORCH = {"config", "errors"}
+NEIGHBOURS = {("config", "errors"), ("durable", "errors"), ("model", "distributed"), ("engine", "distributed")}
+NO_TORCH = {"config", "durable", "errors"}
 FORBIDDEN = ("allow_pickle=True", "weights_only=False", "trust_remote_code=True", "shell=True", "yaml.load(")
 
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from pause_megatron.data.durable import DigestFile, digest_of
 from pause_megatron.data.indexed import read_header, read_lengths, token_dtype, write_index
+from pause_megatron.durable import DigestFile, digest_of
 from pause_megatron.errors import DataError
 
 

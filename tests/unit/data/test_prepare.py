@@ -419,3 +419,26 @@ def test_two_preparations_of_one_corpus_refuse_each_other(tmp_path: Path, shards
     prepare([shards], tokenizer, tmp_path / "c", workers=1, on_progress=second)
     assert messages and "another process is working on corpus" in messages[0]
     open_corpus(tmp_path / "c").verify()
+
+
+def test_the_verbs_end_to_end(tmp_path: Path) -> None:
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "pause_megatron", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=tmp_path)
+
+    write_shards(tmp_path / "shards", TEXTS, 3)
+    trained = run("train-tokenizer", "--input", "shards/*.json.gz", "--vocab-size", "500", "--output", "tok.model")
+    assert trained.returncode == 0, trained.stderr
+    assert "500 pieces" in trained.stdout
+    command = ["prepare", "--input", "shards/*.json.gz", "--tokenizer", "tok.model", "--output", "data/c4"]
+    prepared = run(*command, "--workers", "2", "--verify")
+    assert prepared.returncode == 0, prepared.stderr
+    for words in ("documents/s", "MB/s", "tokens/s", "shard 3 of 3"):
+        assert words in prepared.stderr
+    assert "<pause> reserved as 500" in prepared.stdout and "verified" in prepared.stdout
+    again = run(*command)
+    assert (again.returncode, again.stdout.split("\n")[0]) == (0, "already prepared: nothing to do")
+    for arguments in (["--pause-id", "2"], ["--input", "nothing/*"], ["--text-key", "body"]):
+        refused = run(*command, *arguments)
+        assert refused.returncode == 2
+        assert "error:" in refused.stderr and "Traceback" not in refused.stderr

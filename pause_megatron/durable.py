@@ -71,13 +71,26 @@ def write_whole(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_file(path: Path) -> None:
+    """Bring the bytes of a file that is written and closed to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+# On Linux a folder is synced as a file is; that makes the names in it durable.
+sync_folder = sync_file
+
+
+def point(link: Path, target: str) -> None:
+    """Make `link` a symbolic link to `target` (relative to its folder), replacing an older one in a single step."""
+    partial = link.with_name(f".{link.name}.partial")
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(target)
+    os.replace(partial, link)
+    sync_folder(link.parent)
 
 
 def digest_of(path: Path) -> str:

@@ -1,0 +1,66 @@
+"""`pause-megatron import-hf`: a Hugging Face folder of the Llama family in, a checkpoint with pause rows out."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+
+HELP = "turn a Hugging Face folder of the Llama family into a checkpoint with pauses"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("folder", help="config.json, safetensors and a tokenizer of a Llama, Mistral or Qwen2 model")
+    parser.add_argument("checkpoint", help="the checkpoint to write; new or empty")
+    parser.add_argument(
+        "--pause-token",
+        default="<pause>",
+        metavar="NAME",
+        help="a special token of the tokenizer to pause with, whose row is kept (default: <pause>, added if missing)",
+    )
+    parser.add_argument(
+        "--tensor-parallel", type=_positive, default=1, metavar="N", help="ranks to cut the weights for (default: 1)"
+    )
+    parser.add_argument(
+        "--sequence-length", type=_positive, metavar="N", help="longest window (default: max_position_embeddings)"
+    )
+    parser.add_argument("--seed", type=_positive, default=1234, metavar="N", help="of the pause row (default: 1234)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Import and say what was found and how to go on."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # one process on the CPU; set before torch is imported
+    from pause_megatron.cli.byte_progress import ByteProgress
+    from pause_megatron.cli.pretrain import silence_imports
+
+    silence_imports()
+    from pause_megatron.hf.importing import import_folder
+
+    begun = time.perf_counter()
+    with ByteProgress(sys.stderr) as progress:
+        done = import_folder(
+            args.folder,
+            args.checkpoint,
+            pause_token=args.pause_token,
+            tensor_parallel=args.tensor_parallel,
+            sequence_length=args.sequence_length,
+            seed=args.seed,
+            report=progress.report,
+        )
+    ids = ", ".join(map(str, done.pause_ids))
+    print(
+        f"{args.checkpoint}: {done.family}, {done.rows:,} vocabulary rows, pause id {ids} ({done.how}), tensor "
+        f"parallel {args.tensor_parallel}, {time.perf_counter() - begun:.1f} s\n"
+        f"logits: largest difference from transformers {done.largest_difference:.2g}\n"
+        f"next: pause-megatron prepare --tokenizer {args.checkpoint}/tokenizer ..., then "
+        f"pause-megatron pretrain model.from={args.checkpoint} ..."
+    )
+    return 0
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer >= 1, came {text!r}")
+    return int(text)

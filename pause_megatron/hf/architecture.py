@@ -1,0 +1,222 @@
+"""Configurations: a native model as a Hugging Face `config.json`, and the other way round, refusing what differs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pause_megatron.config.schema import ModelSection
+from pause_megatron.errors import CheckpointError
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+FAMILIES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+}
+"""Model types that are this project's decoder: RMSNorm, SwiGLU, rotary halves; Qwen2 with biases on queries, keys and
+values. TinyLlama and SmolLM are of type llama."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a `config.json` says, in native terms.
+
+    Attributes:
+        family: "llama", "mistral" or "qwen2"
+        model: sizes
+        rows: of the embedding
+        sequence_length: longest window for which the native model computes the same
+        pause: the folder's own "pause" record, if an export of this package wrote one
+        dtype: of its weights, "fp32", "bf16" or "fp16"; None if it does not say
+    """
+
+    family: str
+    model: ModelSection
+    rows: int
+    sequence_length: int
+    pause: Mapping[str, Any] | None
+    dtype: str | None
+
+
+def config_json(
+    model: ModelSection,
+    *,
+    family: str,
+    live_rows: int,
+    sequence_length: int,
+    dtype: str,
+    special_ids: Mapping[str, int],
+    pause: Mapping[str, Any],
+) -> dict[str, Any]:
+    """`config.json` of a plain LlamaForCausalLM or Qwen2ForCausalLM.
+
+    Args:
+        model: resolved sizes
+        family: "llama" or "qwen2"
+        live_rows: rows of the embedding: text and pauses, no padding
+        sequence_length: becomes max_position_embeddings
+        dtype: "fp32", "bf16" or "fp16"
+        special_ids: ids by role: "eos", and "bos", "pad" where there are any
+        pause: what the folder says about its pauses; transformers keeps keys that it does not know
+    """
+    config: dict[str, Any] = {
+        "architectures": [FAMILIES[family]],
+        "model_type": family,
+        "vocab_size": live_rows,
+        "hidden_size": model.hidden,
+        "intermediate_size": model.ffn,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_heads,
+        "max_position_embeddings": sequence_length,
+        "hidden_act": "silu",
+        "rms_norm_eps": model.norm_eps,
+        # transformers 5 reads rope_parameters; older releases and other programs read rope_theta.
+        "rope_theta": model.rope_base,
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_base},
+        "attention_dropout": 0.0,
+        "initializer_range": model.init_std,
+        "tie_word_embeddings": bool(model.tied),
+        "use_cache": True,
+        "dtype": DTYPES[dtype],
+        "torch_dtype": DTYPES[dtype],
+        **{f"{role}_token_id": special_ids.get(role) for role in ("bos", "eos", "pad")},
+        "pause": dict(pause),
+    }
+    if family == "llama":
+        config |= {"head_dim": model.hidden // model.heads, "attention_bias": model.qkv_bias, "mlp_bias": False}
+    else:
+        config |= {"use_sliding_window": False}
+    return config
+
+
+def read_architecture(config: Mapping[str, Any], where: str, sequence_length: int | None = None) -> Architecture:
+    """The native model that computes what a `config.json` describes.
+
+    Args:
+        config: its content
+        where: the file, for messages
+        sequence_length: longest window wanted; default: max_position_embeddings
+
+    Raises:
+        CheckpointError: code of its own, another architecture, or an option that the native model does not have; the
+            key is named, with what was expected and what came.
+    """
+    return _ConfigReader(config, where).read(sequence_length)
+
+
+class _ConfigReader:
+    """One config.json, key by key."""
+
+    def __init__(self, config: Mapping[str, Any], where: str) -> None:
+        self._config, self._where = config, where
+
+    def read(self, sequence_length: int | None) -> Architecture:
+        family = self._family()
+        self._refuse_options(family)
+        heads, hidden = self._size("num_attention_heads"), self._size("hidden_size")
+        self._expect("head_dim", self._config.get("head_dim"), (None, hidden // heads))
+        if hidden % (2 * heads):
+            raise self._wrong("hidden_size", f"a multiple of 2 x num_attention_heads = {2 * heads}", hidden)
+        kv_heads = self._size("num_key_value_heads", heads)
+        if heads % kv_heads:
+            raise self._wrong("num_key_value_heads", f"a divisor of num_attention_heads = {heads}", kv_heads)
+        model = ModelSection(
+            preset=None,
+            layers=self._size("num_hidden_layers"),
+            hidden=hidden,
+            heads=heads,
+            kv_heads=kv_heads,
+            ffn=self._size("intermediate_size"),
+            tied=self._flag("tie_word_embeddings"),
+            qkv_bias=family == "qwen2" or (family == "llama" and self._flag("attention_bias")),
+            rope_base=self._rope_base(),
+            norm_eps=self._number("rms_norm_eps", 1e-6),
+            init_std=self._number("initializer_range", 0.02),
+        )
+        length = self._size("max_position_embeddings") if sequence_length is None else sequence_length
+        self._check_window(family, length)
+        dtype = {name: key for key, name in DTYPES.items()}.get(
+            self._config.get("dtype") or self._config.get("torch_dtype")
+        )
+        pause = self._config.get("pause")
+        pause = pause if isinstance(pause, Mapping) else None
+        return Architecture(family, model, self._size("vocab_size"), length, pause, dtype)
+
+    def _family(self) -> str:
+        for key in ("auto_map", "custom_generate", "trust_remote_code"):
+            if self._config.get(key):
+                raise CheckpointError(
+                    f"{self._where}: {key} asks for code that comes with the folder, which is never run here; if the "
+                    "model is a plain Llama, Mistral or Qwen2, take the key out"
+                )
+        family = self._config.get("model_type")
+        if family not in FAMILIES:
+            raise self._wrong("model_type", f"one of {', '.join(FAMILIES)}", family)
+        self._expect("architectures", self._config.get("architectures"), (None, [FAMILIES[family]]))
+        return family
+
+    def _refuse_options(self, family: str) -> None:
+        get = self._config.get
+        self._expect("hidden_act", get("hidden_act", "silu"), ("silu", "swish"))
+        self._expect("quantization_config", get("quantization_config"), (None,))
+        self._expect("mlp_bias", get("mlp_bias", False), (False,))
+        for key in ("attention_dropout", "residual_dropout"):
+            self._expect(key, get(key) or 0, (0,))
+        self._expect("partial_rotary_factor", get("partial_rotary_factor", 1), (1,))
+
+    def _rope_base(self) -> float:
+        parameters: dict[str, Any] = {}
+        for key in ("rope_scaling", "rope_parameters"):
+            record = self._config.get(key) or {}
+            if not isinstance(record, Mapping):
+                raise self._wrong(key, "a group of keys, or null", record)
+            kind = record.get("rope_type", record.get("type", "default"))
+            if kind != "default" or record.get("partial_rotary_factor", 1) != 1:
+                raise self._wrong(key, "plain rotary positions (type default): the native model scales none", record)
+            parameters |= record
+        return self._number("rope_theta", 10000.0, parameters.get("rope_theta", self._config.get("rope_theta")))
+
+    def _check_window(self, family: str, length: int) -> None:
+        positions, window = self._size("max_position_embeddings"), self._config.get("sliding_window")
+        if not 8 <= length <= positions:
+            raise self._wrong(
+                "max_position_embeddings", f"at least the {length} positions asked for (8 or more)", positions
+            )
+        if family == "qwen2" and not self._config.get("use_sliding_window", False):
+            window = None
+        if family != "llama" and window is not None and window < length:
+            raise CheckpointError(
+                f"{self._where}: sliding_window: expected null or at least {length} (the native model attends to the "
+                f"whole window), came {window}. Windows of up to {window} tokens compute the same: "
+                f"give --sequence-length {window}"
+            )
+
+    def _expect(self, key: str, came: Any, allowed: tuple) -> None:
+        if came not in allowed:
+            raise self._wrong(key, " or ".join(map(repr, allowed)), came)
+
+    def _size(self, key: str, default: int | None = None) -> int:
+        value = self._config.get(key)
+        value = default if value is None else value
+        if type(value) is not int or not 0 < value < 2**31:
+            raise self._wrong(key, "a whole number above 0 and below 2**31", value)
+        return value
+
+    def _number(self, key: str, default: float, value: Any = None) -> float:
+        value = self._config.get(key) if value is None else value
+        value = default if value is None else value
+        if type(value) not in (int, float) or not 0 < value < float("inf"):
+            raise self._wrong(key, "a number above 0", value)
+        return float(value)
+
+    def _flag(self, key: str) -> bool:
+        value = self._config.get(key, False)
+        if type(value) is not bool:
+            raise self._wrong(key, "true or false", value)
+        return value
+
+    def _wrong(self, key: str, expected: str, came: Any) -> CheckpointError:
+        return CheckpointError(f"{self._where}: {key}: expected {expected}, came {str(came)[:200]!r}")

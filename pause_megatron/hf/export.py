@@ -1,0 +1,213 @@
+"""A checkpoint as a Hugging Face folder: streamed, proven, and there only when it is complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pause_megatron.checkpoint.merge import MergedReader
+from pause_megatron.checkpoint.verify import Report
+from pause_megatron.durable import sync_file, sync_folder
+from pause_megatron.errors import CheckpointError
+from pause_megatron.hf.architecture import config_json
+from pause_megatron.hf.checkpoint import NativeCheckpoint, open_checkpoint
+from pause_megatron.hf.model_card import model_card
+from pause_megatron.hf.parity import Parity, prove, tokenizer_agrees
+from pause_megatron.hf.safetensors_file import Entry, SafetensorsWriter, split_into_files
+from pause_megatron.hf.tokenizer import HFTokenizer, convert_tokenizer
+from pause_megatron.hf.weights import HFTensor, hf_tensors
+
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_BLOCK_BYTES = 16 << 20
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export made.
+
+    Attributes:
+        folder: the Hugging Face folder
+        files: number of safetensors files
+        bytes: of the weights
+        parity: what the comparison with the native model found
+    """
+
+    folder: Path
+    files: int
+    bytes: int
+    parity: Parity
+
+
+def export(
+    source: str | Path,
+    output: str | Path,
+    *,
+    dtype: str = "fp32",
+    max_shard_size: int = 5_000_000_000,
+    finetuned_pauses: int | None = None,
+    report: Report = lambda stage, done, total: None,
+) -> Exported:
+    """Writes a checkpoint of any tensor-parallel size and ZeRO stage as a plain LlamaForCausalLM folder.
+
+    (Qwen2ForCausalLM where the model has biases on queries, keys and values, and Qwen2's tokenizer.) Digests are
+    checked first; the weights are streamed, so that memory holds a few rows; then `transformers` loads the folder and
+    its logits and ids are compared with the native ones. The folder appears only after that.
+
+    Args:
+        source: checkpoint, `.../latest`, or run folder
+        output: must not exist, or be empty
+        dtype: "fp32", "bf16" or "fp16"
+        max_shard_size: bytes of one safetensors file; a larger tensor has a file of its own
+        finetuned_pauses: M_ft, the pauses that the model was finetuned with
+        report: told what is being done, bytes done and bytes in all
+
+    Raises:
+        CheckpointError: a checkpoint that is damaged or has no exact counterpart, an output that is not empty, or an
+            export that does not compute the same.
+    """
+    output = Path(os.path.abspath(output))
+    require_empty(output)
+    checkpoint = open_checkpoint(source, report)
+    tokenizer = convert_tokenizer(checkpoint.folder / "tokenizer", checkpoint.tokenizer, checkpoint.pause_ids)
+    hidden = output.with_name(f".{output.name}.incoming")
+    shutil.rmtree(hidden, ignore_errors=True)
+    try:
+        hidden.mkdir(parents=True)
+        family = _write_descriptions(checkpoint, tokenizer, hidden, dtype, finetuned_pauses)
+        files = write_weights(checkpoint, hidden, TORCH_DTYPES[dtype], max_shard_size, report, family)
+        for path in hidden.iterdir():
+            sync_file(path)
+        sync_folder(hidden)
+        report("comparing with transformers", 0, 1)
+        parity = prove(checkpoint, hidden, TORCH_DTYPES[dtype])
+        report("comparing with transformers", 1, 1)
+        require_empty(output)
+        os.rename(hidden, output)
+        sync_folder(output.parent)
+    except OSError as error:
+        raise CheckpointError(f"{output}: cannot be written: {error.strerror or error}") from None
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+    total = sum((output / name).stat().st_size for name in files)
+    return Exported(output, len(files), total, parity)
+
+
+def require_empty(output: Path) -> None:
+    """Raises CheckpointError if there is something at `output` that a new folder would replace."""
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise CheckpointError(f"{output}: expected a new or an empty folder, found something else")
+    if output.is_dir() and any(output.iterdir()):
+        raise CheckpointError(f"{output}: expected a new or an empty folder, this one holds files; name another one")
+
+
+def write_weights(
+    checkpoint: NativeCheckpoint,
+    folder: Path,
+    dtype: torch.dtype,
+    max_shard_size: int,
+    report: Report,
+    family: str = "llama",
+) -> list[str]:
+    """Streams all tensors into safetensors files; with an index where there are several.
+
+    Returns:
+        The names of the files.
+    """
+    tensors = hf_tensors(checkpoint.config.model, checkpoint.vocabulary.size, family)
+    by_name = {tensor.name: tensor for tensor in tensors}
+    files = split_into_files([Entry(t.name, t.shape, dtype) for t in tensors], max_shard_size)
+    total, done = sum(entry.bytes for file in files for entry in file), 0
+    weight_map, names = {}, []
+    for number, entries in enumerate(files, start=1):
+        name = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        names.append(name)
+        with SafetensorsWriter(folder / name, entries) as writer:
+            for entry in entries:
+                _stream(by_name[entry.name], checkpoint.reader, writer, dtype)
+                weight_map[entry.name] = name
+                done += entry.bytes
+                report("writing weights", done, total)
+    if len(files) > 1:
+        _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return names
+
+
+def _stream(tensor: HFTensor, reader: MergedReader, writer: SafetensorsWriter, dtype: torch.dtype) -> None:
+    if not tensor.rows:
+        writer.zeros(tensor.shape[0], dtype)
+    width = tensor.shape[1] if len(tensor.shape) > 1 else 1
+    block = max(_BLOCK_BYTES // (4 * width), 1)
+    for rows in tensor.rows:
+        stop = rows.start + rows.count
+        for start in range(rows.start, stop, block):
+            values = reader.rows(rows.name, start, min(start + block, stop)).to(dtype)
+            if dtype == torch.float16 and not torch.isfinite(values).all():
+                raise CheckpointError(f"{tensor.name}: values beyond the range of fp16; export as bf16 or fp32")
+            writer.write(values)
+
+
+def _write_descriptions(
+    checkpoint: NativeCheckpoint, tokenizer: HFTokenizer, folder: Path, dtype: str, finetuned_pauses: int | None
+) -> str:
+    """Writes everything but the weights, and compares the tokenizer. Returns the model family."""
+    config, manifest = checkpoint.config, checkpoint.reader.manifest
+    length, live_rows = config.data.sequence_length, checkpoint.vocabulary.size
+    pause = pause_record(checkpoint, tokenizer.pauses, finetuned_pauses)
+    tokenizer.save(folder, sequence_length=length)
+
+    def write_config(family: str) -> None:
+        record = config_json(
+            config.model,
+            family=family,
+            live_rows=live_rows,
+            sequence_length=length,
+            dtype=dtype,
+            special_ids=tokenizer.special_ids,
+            pause=pause,
+        )
+        _write_json(folder / "config.json", record)
+
+    ids = {f"{role}_token_id": index for role, index in tokenizer.special_ids.items() if role != "unk"}
+    _write_json(folder / "generation_config.json", {**ids, "suppress_tokens": list(checkpoint.pause_ids)})
+    card = model_card(
+        config, progress=manifest.progress, pause=pause, step=manifest.step, live_rows=live_rows, dtype=dtype
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    # transformers reads the tokenizer of any folder of type qwen2 as Qwen2's own, whatever its files say. Where that
+    # gives other ids, the model is a Llama with attention biases.
+    if config.model.qkv_bias:
+        write_config("qwen2")
+        if tokenizer_agrees(checkpoint, folder):
+            return "qwen2"
+    write_config("llama")
+    return "llama"
+
+
+def pause_record(checkpoint: NativeCheckpoint, names: Sequence[str], finetuned_pauses: int | None) -> dict[str, Any]:
+    """What config.json says about pauses: the token, its ids, how it was trained, and M_ft."""
+    pause, progress = checkpoint.config.pause, checkpoint.reader.manifest.progress
+    tokens = progress.get("tokens", 0)
+    return {
+        "token": names[0],
+        "tokens": list(names),
+        "ids": list(checkpoint.pause_ids),
+        "m_ft": finetuned_pauses,
+        "rate": pause.rate,
+        "realised_rate": 1 - progress.get("text_tokens", 0) / tokens if tokens else None,
+        "window": pause.window,
+        "placement": pause.placement,
+        "softmax": pause.softmax,
+        "prefix_attention": "causal",
+    }
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,126 @@
+"""README.md of an exported folder: the recipe, the realised pause rate, M_ft, and how to prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pause_megatron.config.presets import parameters
+from pause_megatron.config.schema import RunConfig
+
+DEFAULT_PAUSES = 10
+"""Pauses that the card's example appends where no M_ft is known: the paper's better choice on most tasks."""
+
+
+def model_card(
+    config: RunConfig, *, progress: Mapping[str, int], pause: Mapping[str, Any], step: int, live_rows: int, dtype: str
+) -> str:
+    """The card's text.
+
+    Args:
+        config: of the run that made the weights
+        progress: the run's counters
+        pause: the "pause" record of config.json
+        step: optimizer steps taken
+        live_rows: rows of the embedding
+        dtype: "fp32", "bf16" or "fp16"
+    """
+    count = pause["m_ft"] or DEFAULT_PAUSES
+    sections = [
+        _FRONT,
+        f"# {'A model pretrained with pauses' if config.pause.rate else 'A model pretrained without pauses'}\n",
+        _INTRODUCTION,
+        "## Use\n",
+        _USAGE.format(token=pause["token"], count=count, ids=pause["ids"]),
+        "## Recipe\n",
+        _table(_recipe(config, progress, pause, step, live_rows, dtype)),
+        _notes(config, pause),
+    ]
+    return "\n".join(sections)
+
+
+_FRONT = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- pause-tokens
+- pause-megatron
+---
+"""
+
+_INTRODUCTION = """A plain decoder of the Llama family; it loads without code of its own (no `trust_remote_code`).
+Pause tokens (Goyal et al., "Think before you speak", ICLR 2024, arXiv:2310.02226) give a model extra positions to
+compute in before it answers.
+"""
+
+_USAGE = """```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+inputs = tokenizer(prompt + "{token}" * {count}, return_tensors="pt")
+output = model.generate(**inputs, max_new_tokens=64)
+print(tokenizer.decode(output[0], skip_special_tokens=True))
+```
+
+Append the pauses to the prompt, directly and without a space; they are read in one forward pass. What the model
+predicts before the last pause is ignored. The model must not emit pauses: `generation_config.json` suppresses the ids
+{ids} in transformers. vLLM and others do not read that: pass `bad_words` or a `logit_bias` there.
+"""
+
+
+def _recipe(
+    config: RunConfig, progress: Mapping[str, int], pause: Mapping[str, Any], step: int, live_rows: int, dtype: str
+) -> list[tuple[str, str]]:
+    model, realised = config.model, pause["realised_rate"]
+    rows = [
+        ("parameters", f"{parameters(model, live_rows):,} ({dtype})"),
+        (
+            "layers, hidden, heads, key/value heads, ffn",
+            f"{model.layers}, {model.hidden}, {model.heads}, {model.kv_heads}, {model.ffn}",
+        ),
+        ("window", f"{config.data.sequence_length:,} tokens, pauses included"),
+        ("optimizer steps", f"{step:,} of {config.batch.global_size:,} windows"),
+        ("raw tokens seen", f"{progress.get('tokens', 0):,}"),
+        ("text tokens seen", f"{progress.get('text_tokens', 0):,}"),
+        ("pauses asked for", f"{config.pause.rate:g} of the window, window `{config.pause.window}`"),
+        ("realised pause rate", "no tokens seen" if realised is None else f"{realised:.4%} of the input tokens"),
+        ("placement", f"`{config.pause.placement}`"),
+        ("pause embeddings", f"{config.pause.embeddings} (ids {pause['ids']})"),
+        ("pause softmax", f"`{config.pause.softmax}`"),
+        ("prefix attention", f"`{pause['prefix_attention']}`"),
+        ("M_ft", "none: not finetuned with pauses" if pause["m_ft"] is None else str(pause["m_ft"])),
+    ]
+    if config.model.from_:
+        rows.append(("initial weights", f"`{config.model.from_}`"))
+    if config.train.only:
+        rows.append(("trained", f"`{config.train.only}` only"))
+    return rows
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    return (
+        "\n".join(["| | |", "|---|---|", *(f"| {name} | {value.replace('|', '&#124;')} |" for name, value in rows)])
+        + "\n"
+    )
+
+
+def _notes(config: RunConfig, pause: Mapping[str, Any]) -> str:
+    notes = []
+    if pause["m_ft"] is None:
+        notes.append(
+            f"The example appends {DEFAULT_PAUSES} pauses. A model that was not finetuned with pauses need not gain "
+            "from them: compare with none."
+        )
+    if config.pause.softmax == "exclude":
+        notes.append(
+            "The pause logits took no part in the softmax of training, so they mean nothing. Losses and "
+            "probabilities computed from this folder must leave these columns out; in generation the suppression in "
+            "`generation_config.json` does just that."
+        )
+    if len(pause["ids"]) > 1:
+        notes.append(
+            f"The model has {len(pause['ids'])} pause vectors, which were used in turn within a run of pauses: "
+            f"{' '.join(pause['tokens'])}. Use them in this order too."
+        )
+    return "\n".join(["## Notes\n", *(f"- {note}" for note in notes)]) + "\n" if notes else ""

@@ -1,0 +1,284 @@
+"""Proof of an export: `transformers` alone, given the folder, computes the native model's logits and the native ids."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pause_megatron.checkpoint.merge import load_weights
+from pause_megatron.config.schema import ParallelSection
+from pause_megatron.data.corpora import open_corpora
+from pause_megatron.data.manifest import path_of
+from pause_megatron.data.pause import PauseInjector, PausePlan
+from pause_megatron.distributed import initialize
+from pause_megatron.distributed.ranks import Ranks
+from pause_megatron.errors import CheckpointError, PauseMegatronError
+from pause_megatron.hf.checkpoint import NativeCheckpoint
+from pause_megatron.model import build_model
+
+WINDOWS = 2
+_LONGEST_WINDOW = 512
+_LINES = 2000
+_TOKENS = 200_000
+_RELATIVE_TOLERANCE = 1e-5
+_DEFAULT_RATE = 0.1
+
+SENTENCES = (
+    "The committee met on Tuesday, 4 March 1997, and adjourned at 11:45 a.m. without a vote.",
+    "She asked how many apples were left; there were 3,141 of them, or about 12.5 % of the harvest.",
+    "It isn't what we don't know that gives us trouble, it's what we know that ain't so.",
+    "Water boils at 100 °C (212 °F) at sea level, but at 8,848 m it boils at roughly 70 °C.",
+    "for i in range(10):\n    print(f'{i:>3} squared is {i**2}')",
+    "The naïve café owner — Zoë, née Müller — paid €42.50 for a crème brûlée.",
+    "東京は日本の首都です。 Москва — столица России. القاهرة عاصمة مصر.",
+    "Two  spaces, three   spaces, a tab\tand a smile 🙂 end this line.",
+    "http://example.org/a/b?c=d&e=f#g is a link; user.name+tag@example.com is an address.",
+    "Supercalifragilisticexpialidocious antidisestablishmentarianism, pneumonoultramicroscopicsilicovolcanoconiosis!",
+)
+"""Text for folders whose corpus is gone: digits, punctuation, code, other scripts, runs of spaces."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What the comparison found.
+
+    Attributes:
+        largest_difference: of any logit
+        tolerance: what was allowed
+        rounding: how far rounding the weights to the folder's type moved any logit, in the native model itself
+        windows: windows compared, and how long they are
+        lines: texts that gave identical ids
+        source: "corpus" or "built-in sentences"
+    """
+
+    largest_difference: float
+    tolerance: float
+    rounding: float
+    windows: tuple[int, int]
+    lines: int
+    source: str
+
+
+def prove(checkpoint: NativeCheckpoint, folder: Path, dtype: torch.dtype) -> Parity:
+    """Compares ids, then logits.
+
+    The native model is given weights rounded to the folder's type and both compute in fp32, so that nothing but the
+    conversion is compared, whatever the type. The two models are in memory one after the other.
+
+    Args:
+        checkpoint: what was exported
+        folder: the export
+        dtype: type of its weights
+
+    Raises:
+        CheckpointError: something differs: the largest difference and where, or the text and its ids.
+    """
+    tokens, source = corpus_tokens(checkpoint)
+    lines = compare_tokenizers(checkpoint, folder, _lines(checkpoint, tokens))
+    windows = _windows(checkpoint, tokens)
+    native, rounding = native_logits(checkpoint, windows, dtype)
+    exported = exported_logits(folder, windows)
+    difference, tolerance = compare_logits(native, exported, windows)
+    return Parity(difference, tolerance, rounding, tuple(windows.shape), lines, source)
+
+
+def prove_import(checkpoint: NativeCheckpoint, source: Path, rows: int, new_rows: Sequence[int]) -> float:
+    """Compares the logits of an imported checkpoint with those that transformers computes from the source, on text.
+
+    Args:
+        checkpoint: what was imported
+        source: the folder it is from
+        rows: vocabulary rows of the source
+        new_rows: those that the import made, whose logits are not compared
+
+    Returns:
+        The largest difference of a logit.
+
+    Raises:
+        CheckpointError: they differ; see `compare_logits`.
+    """
+    config = checkpoint.config
+    tokens, _ = corpus_tokens(checkpoint)
+    length = min(config.data.sequence_length, _LONGEST_WINDOW)
+    windows = torch.from_numpy(tokens[: WINDOWS * length].reshape(WINDOWS, length))
+    both = torch.tensor([row for row in range(rows) if row not in set(new_rows)])
+    native, _ = native_logits(checkpoint, windows, torch.float32)
+    native = [logits[:, both] for logits in native]
+    exported = (logits[:, both] for logits in exported_logits(source, windows))
+    return compare_logits(native, exported, windows)[0]
+
+
+def corpus_tokens(checkpoint: NativeCheckpoint) -> tuple[np.ndarray, str]:
+    """Text tokens to look at, int64, and where they are from: the corpus of the run if it is still there."""
+    wanted = _TOKENS
+    try:
+        corpora = open_corpora(checkpoint.config.data, checkpoint.config.pause.embeddings)
+        if corpora.fingerprint == checkpoint.reader.manifest.corpus:
+            corpus = corpora.corpora[0]
+            tokens = np.memmap(path_of(corpus.prefix, "bin"), dtype=corpus.manifest.dtype, mode="r")
+            return np.array(tokens[:wanted], dtype=np.int64), "corpus"
+    except (PauseMegatronError, OSError, ValueError):
+        pass  # moved, gone, or never there: an imported model has none
+    ids = [i for text in checkpoint.tokenizer.encode_batch(SENTENCES) for i in (*text, checkpoint.tokenizer.eod)]
+    return np.tile(np.array(ids, dtype=np.int64), -(-WINDOWS * (_LONGEST_WINDOW + 1) // len(ids))), "built-in sentences"
+
+
+def tokenizer_agrees(checkpoint: NativeCheckpoint, folder: Path) -> bool:
+    """Whether transformers, which reads a tokenizer by the model type in config.json, gives the native ids.
+
+    Args:
+        checkpoint: what is exported
+        folder: config.json and the tokenizer's files
+    """
+    try:
+        compare_tokenizers(checkpoint, folder, _lines(checkpoint, corpus_tokens(checkpoint)[0]))
+    except CheckpointError:
+        return False
+    return True
+
+
+def compare_tokenizers(checkpoint: NativeCheckpoint, folder: Path, lines: Sequence[str]) -> int:
+    """Encodes lines with the native tokenizer and with the folder's, plain and with pauses appended.
+
+    Returns:
+        How many lines were compared.
+
+    Raises:
+        CheckpointError: a line whose ids differ, both lists, and how many lines differ.
+    """
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    # The name of a special token is that token in Hugging Face, and text in a corpus.
+    names = [token.content for token in theirs.added_tokens_decoder.values()]
+    lines = [line for line in lines if not any(name in line for name in names)]
+    expected = checkpoint.tokenizer.encode_batch(lines)
+    found = theirs(lines, add_special_tokens=False, verbose=False)["input_ids"]
+    wrong = [number for number in range(len(lines)) if list(expected[number]) != list(found[number])]
+    if wrong:
+        first = wrong[0]
+        raise CheckpointError(
+            f"the converted tokenizer gives other ids for {len(wrong)} of {len(lines)} lines, for example "
+            f"{lines[first][:200]!r}: expected {list(expected[first])[:40]}, came {list(found[first])[:40]}"
+        )
+    pauses = list(checkpoint.pause_ids)
+    text = theirs.convert_ids_to_tokens(pauses)
+    for line, ids in zip(lines[:10], expected[:10], strict=True):
+        came = theirs(line + "".join(text) + text[0] * 2, add_special_tokens=False, verbose=False)["input_ids"]
+        if came != [*ids, *pauses, pauses[0], pauses[0]]:
+            raise CheckpointError(
+                f"pauses after {line[:80]!r}: expected the ids {pauses} after its own, came {came[-40:]}"
+            )
+    if theirs.eos_token_id != checkpoint.tokenizer.eod:
+        raise CheckpointError(f"end of sequence: expected id {checkpoint.tokenizer.eod}, came {theirs.eos_token_id}")
+    return len(lines)
+
+
+def native_logits(checkpoint: NativeCheckpoint, windows: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], float]:
+    """Logits of the native model at tensor-parallel size 1, its weights rounded to `dtype`, computed in fp32.
+
+    Returns:
+        One fp32 [length, live ids] for each window, and how far the rounding moved any of them.
+    """
+    config = checkpoint.config
+    with initialize(ParallelSection(), ranks=Ranks(0, 0, 1, "127.0.0.1", 0, "alone")) as context:
+        model = build_model(
+            config.model.model_copy(update={"attention": "sdpa"}),
+            vocabulary=checkpoint.vocabulary,
+            sequence_length=config.data.sequence_length,
+            parallel=ParallelSection(),
+            precision="fp32",
+        )
+        load_weights(model, checkpoint.reader, live_rows=checkpoint.vocabulary.size, rank=0, ranks=1)
+        model.to(context.device).eval()
+
+        def run() -> list[Tensor]:
+            positions = torch.arange(windows.shape[1], device=context.device)[None]
+            return [model.logits(w[None].to(context.device), positions)[0].cpu() for w in windows]
+
+        with torch.no_grad():
+            logits = run()
+            if dtype == torch.float32:
+                return logits, 0.0
+            for parameter in model.parameters():
+                parameter.copy_(parameter.to(dtype))
+            rounded = run()
+    moved = max(float((a - b).abs().max()) for a, b in zip(logits, rounded, strict=True))
+    return rounded, moved
+
+
+def exported_logits(folder: Path, windows: Tensor) -> Iterator[Tensor]:
+    """Logits of a folder as transformers computes them in fp32, one [length, vocab_size] for each window."""
+    gc.collect()  # the native model
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = load_with_transformers(folder).to(device)
+    with torch.no_grad():
+        for window in windows:
+            yield model(window[None].to(device)).logits[0].float().cpu()
+
+
+def load_with_transformers(folder: Path) -> Any:
+    """The folder's model in fp32, for evaluation; no code of the folder's runs."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False, local_files_only=True, use_safetensors=True
+        ).eval()
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def compare_logits(native: list[Tensor], exported: Iterator[Tensor], windows: Tensor) -> tuple[float, float]:
+    """Largest difference of any logit, and what is allowed: 1e-5 of the largest logit, and of 1 where that is smaller.
+
+    Raises:
+        CheckpointError: more than that; the window, position and id of the largest difference are named.
+    """
+    largest, place = 0.0, (0, 0, 0)
+    tolerance = _RELATIVE_TOLERANCE * max(1.0, max(float(logits.abs().max()) for logits in native))
+    for number, (ours, theirs) in enumerate(zip(native, exported, strict=True)):
+        if ours.shape != theirs.shape:
+            raise CheckpointError(f"logits: expected {ours.shape[1]} ids, the folder's model gives {theirs.shape[1]}")
+        difference = (ours - theirs).abs().nan_to_num(nan=float("inf"))
+        highest = float(difference.max())
+        if highest >= largest:
+            position, token = divmod(int(difference.argmax()), ours.shape[1])
+            largest, place = highest, (number, position, token)
+    if largest > tolerance:
+        number, position, token = place
+        raise CheckpointError(
+            f"the exported model computes something else: largest difference of a logit {largest:.3g} (allowed "
+            f"{tolerance:.3g}), in window {number} at position {position} (input id {int(windows[number, position])}) "
+            f"for id {token}"
+        )
+    return largest, tolerance
+
+
+def _windows(checkpoint: NativeCheckpoint, tokens: np.ndarray) -> Tensor:
+    """Real windows with pauses, int64 [windows, length]. Never by the configuration's own placement policy: a
+    checkpoint could name any module there."""
+    config = checkpoint.config
+    length = min(config.data.sequence_length, _LONGEST_WINDOW)
+    plan = PausePlan(length, config.pause.rate or _DEFAULT_RATE)
+    inject = PauseInjector(plan, checkpoint.pause_ids, "parity", "valid")
+    texts = [tokens[i * plan.text_length : (i + 1) * plan.text_length] for i in range(WINDOWS)]
+    return torch.from_numpy(np.stack([inject(text, i).tokens[:length] for i, text in enumerate(texts)]))
+
+
+def _lines(checkpoint: NativeCheckpoint, tokens: np.ndarray) -> list[str]:
+    """Lines of text: the built-in sentences and the corpus's own."""
+    documents = np.split(tokens, np.flatnonzero(tokens == checkpoint.tokenizer.eod) + 1)
+    text = "\n".join(checkpoint.tokenizer.decode(document) for document in documents)
+    return [*SENTENCES, *(f" {text}" for text in SENTENCES), *filter(None, text.split("\n"))][:_LINES]

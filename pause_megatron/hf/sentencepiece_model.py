@@ -1,0 +1,160 @@
+"""A SentencePiece BPE model as a Hugging Face `tokenizer.json` that gives the same ids.
+
+transformers' own conversion also accepts what it cannot convert (a Unigram model loads, and encodes nearly every line
+differently) and treats text after a special token as the start of a sentence, so that an answer after `<pause>` would
+begin with a doubled space. This one takes what it can do exactly, refuses the rest, and is checked on real text at
+every export (`hf.parity`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from pause_megatron.errors import CheckpointError
+
+_SPACE = "▁"
+_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 2, 3, 4, 5
+_MODEL_TYPES = {1: "Unigram", 2: "BPE", 3: "word", 4: "char"}
+_BPE = 2
+
+
+def convert_bpe(content: bytes, where: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Translates a `.model` file.
+
+    Args:
+        content: its bytes
+        where: its name, for messages
+
+    Returns:
+        The content of tokenizer.json, and the names of the "unk", "bos", "eos" and "pad" pieces that it has.
+
+    Raises:
+        CheckpointError: not a SentencePiece model, or of a kind that Hugging Face tokenizers cannot imitate exactly.
+    """
+    model = _parse(content, where)
+    pieces = list(model.pieces)
+    spec, norm = model.trainer_spec, model.normalizer_spec
+    names = [piece.piece for piece in pieces]
+    added = [
+        _added_token(index, piece.piece, special=piece.type != _USER_DEFINED)
+        for index, piece in enumerate(pieces)
+        if piece.type in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+    ]
+    document = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": added,
+        "normalizer": _normalizer(norm),
+        "pre_tokenizer": _pre_tokenizer(norm),
+        "post_processor": None,
+        "decoder": _decoder(norm),
+        "model": {
+            "type": "BPE",
+            "dropout": None,
+            "unk_token": next((piece.piece for piece in pieces if piece.type == _UNKNOWN), None),
+            "continuing_subword_prefix": None,
+            "end_of_word_suffix": None,
+            "fuse_unk": True,
+            "byte_fallback": bool(spec.byte_fallback),
+            "ignore_merges": False,
+            "vocab": {name: index for index, name in enumerate(names)},
+            "merges": _merges(pieces),
+        },
+    }
+    ids = {"unk": spec.unk_id, "bos": spec.bos_id, "eos": spec.eos_id, "pad": spec.pad_id}
+    return document, {role: names[index] for role, index in ids.items() if 0 <= index < len(names)}
+
+
+def _parse(content: bytes, where: str) -> Any:
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    try:
+        model.ParseFromString(content)
+    except DecodeError as error:
+        raise CheckpointError(f"{where}: not a SentencePiece model ({error})") from None
+    kind = model.trainer_spec.model_type
+    if kind != _BPE:
+        raise CheckpointError(
+            f"{where}: expected a SentencePiece model of type BPE, came {_MODEL_TYPES.get(kind, kind)}. Hugging Face "
+            "tokenizers do not give a Unigram, word or char model's ids exactly; train BPE (pause-megatron "
+            "train-tokenizer does)"
+        )
+    for name, wrong in (
+        ("treat_whitespace_as_suffix", model.trainer_spec.treat_whitespace_as_suffix),
+        ("escape_whitespaces=false", not model.normalizer_spec.escape_whitespaces),
+        ("unused pieces", any(piece.type == _UNUSED for piece in model.pieces)),
+    ):
+        if wrong:
+            raise CheckpointError(f"{where}: a SentencePiece model with {name}, which has no exact counterpart")
+    return model
+
+
+def _merges(pieces: list[Any]) -> list[list[str]]:
+    """Every way of making a piece of two others, best piece first.
+
+    SentencePiece merges the pair whose piece scores best, the leftmost first among equals. Pieces of the same score are
+    runs of spaces, which it grows from the left: so among equals the longer left part comes first.
+    """
+    scores = {piece.piece: piece.score for piece in pieces if piece.type == 1}
+    found: list[tuple[float, int, int, str, str]] = []
+    for name, score in scores.items():
+        found += [(-score, -len(left), -len(right), left, right) for left, right in _splits(name, scores)]
+    found.sort(key=lambda merge: merge[:3])
+    return [[left, right] for *_, left, right in found]
+
+
+def _splits(name: str, known: dict[str, float]) -> Iterator[tuple[str, str]]:
+    for cut in range(1, len(name)):
+        left, right = name[:cut], name[cut:]
+        # A single character is there even where the vocabulary lost it; then nothing can be merged from it.
+        if left in known and right in known:
+            yield left, right
+
+
+def _normalizer(norm: Any) -> dict[str, Any]:
+    steps: list[dict[str, Any]] = []
+    if norm.precompiled_charsmap:
+        import base64
+
+        charsmap = base64.b64encode(norm.precompiled_charsmap).decode()
+        steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
+    if norm.remove_extra_whitespaces:
+        steps += [_replace({"Regex": " +$"}, ""), _replace({"Regex": " {2,}"}, " ")]
+    steps.append(_replace({"String": " "}, _SPACE))
+    return {"type": "Sequence", "normalizers": steps}
+
+
+def _pre_tokenizer(norm: Any) -> dict[str, Any] | None:
+    """The space that SentencePiece puts before a text: at the start of the text only, not after a special token."""
+    if not norm.add_dummy_prefix:
+        return None
+    if norm.remove_extra_whitespaces:
+        return _metaspace(_SPACE, "first")  # puts none before a space: as if it had been stripped and put again
+    # The first step looks for a plain space, of which the normalizer left none, so it always adds one.
+    steps = [_metaspace(" ", "first"), _metaspace(_SPACE, "never")]
+    return {"type": "Sequence", "pretokenizers": steps}
+
+
+def _decoder(norm: Any) -> dict[str, Any]:
+    steps = [_replace({"String": _SPACE}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
+    if norm.add_dummy_prefix:
+        steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
+    return {"type": "Sequence", "decoders": steps}
+
+
+def _replace(pattern: dict[str, str], content: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+def _metaspace(replacement: str, scheme: str) -> dict[str, Any]:
+    return {"type": "Metaspace", "replacement": replacement, "prepend_scheme": scheme, "split": False}
+
+
+def _added_token(index: int, name: str, *, special: bool) -> dict[str, Any]:
+    content = name if special else name.replace(_SPACE, " ")
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    return {"id": index, "content": content, **flags, "special": special}

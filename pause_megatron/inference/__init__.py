@@ -1,0 +1,26 @@
+"""Pause-aware generation over an exported model: one prefill of prompt and pauses, then decoding. See README.md."""
+
+from pause_megatron.inference.adaptive import FixedPauses, PausePolicy, SettledPauses
+from pause_megatron.inference.chat import pause_chat_template, write_chat_template
+from pause_megatron.inference.custom_generate import pause_generate
+from pause_megatron.inference.generate import PauseGenerator
+from pause_megatron.inference.loading import load, write_custom_generate
+from pause_megatron.inference.prompts import PauseInfo
+from pause_megatron.inference.results import Completion, Cost, Generation, Score
+
+__all__ = [
+    "Completion",
+    "Cost",
+    "FixedPauses",
+    "Generation",
+    "PauseGenerator",
+    "PauseInfo",
+    "PausePolicy",
+    "Score",
+    "SettledPauses",
+    "load",
+    "pause_chat_template",
+    "pause_generate",
+    "write_chat_template",
+    "write_custom_generate",
+]

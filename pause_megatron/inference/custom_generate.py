@@ -1,0 +1,124 @@
+"""Pauses for transformers' own `model.generate`. This file needs torch and transformers, and nothing of this project.
+
+As a callable it is no remote code: `model.generate(**inputs, custom_generate=pause_generate, pauses=10)`. Copied to
+FOLDER/custom_generate/generate.py it serves `model.generate(**inputs, custom_generate=FOLDER, pauses=10)`, which
+transformers grants only to callers who set trust_remote_code.
+
+The pauses go through the model behind the prompt, in the prefill. Logits processors, stopping criteria and the result
+never see them: lengths, penalties and stop conditions are those of the text.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers.cache_utils import DynamicCache
+from transformers.generation.utils import GenerateDecoderOnlyOutput
+
+
+@torch.no_grad()
+def pause_generate(
+    model,
+    input_ids,
+    logits_processor=None,
+    stopping_criteria=None,
+    generation_config=None,
+    pauses=None,
+    **model_kwargs,
+):
+    """Greedy decoding or sampling with M pauses behind the prompt; a decoding method for `generate`.
+
+    Args:
+        model: a decoder-only transformers model whose config has a "pause" entry (`ids`, `m_ft`).
+        input_ids: int64 [rows, tokens], left-padded.
+        pauses: M; None: the configuration's m_ft, or 0.
+        model_kwargs: attention_mask ([rows, tokens], or None) and others, as `generate` prepares them. A parameter of
+            its own for any of these would be taken away from `generate`.
+
+    Returns:
+        int64 [rows, tokens + new tokens], without pauses; or a GenerateDecoderOnlyOutput of these sequences, if
+        `return_dict_in_generate` is set.
+
+    Raises:
+        ValueError: a model without pauses or with a bidirectional prefix, beam search, a cache that is not empty, or
+            too many positions.
+    """
+    pause_ids, count = _pauses(model.config, pauses)
+    given = model_kwargs.get("past_key_values")
+    if given is not None and given.get_seq_length() > 0:
+        raise ValueError("pauses: expected an empty cache; they belong into the prefill of the prompt")
+    _check(model.config, generation_config, input_ids.shape[1], count)
+    input_ids = input_ids.to(model.device)
+    rows = input_ids.shape[0]
+    run = torch.tensor([pause_ids[i % len(pause_ids)] for i in range(count)], dtype=torch.int64, device=model.device)
+    step = torch.cat([input_ids, run.expand(rows, -1)], dim=1)
+    mask = model_kwargs.get("attention_mask")
+    mask = torch.ones_like(input_ids) if mask is None else mask.to(model.device)
+    mask = torch.cat([mask, mask.new_ones(rows, count)], dim=1)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = DynamicCache(config=model.config)
+    pad = generation_config._pad_token_tensor
+    unfinished = torch.ones(rows, dtype=torch.bool, device=model.device)
+    while True:
+        output = model(
+            input_ids=step,
+            attention_mask=None if mask.all() else mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits = output.logits[:, -1].to(torch.float32, copy=True)
+        logits[:, pause_ids] = float("-inf")
+        scores = logits_processor(input_ids, logits)
+        sample = generation_config.do_sample
+        chosen = torch.multinomial(scores.softmax(-1), 1).squeeze(1) if sample else scores.argmax(-1)
+        if pad is not None:
+            chosen = torch.where(unfinished, chosen, pad.to(chosen))
+        input_ids = torch.cat([input_ids, chosen[:, None]], dim=1)
+        unfinished = unfinished & ~stopping_criteria(input_ids, scores)
+        if not unfinished.any():
+            break
+        step, mask = chosen[:, None], torch.cat([mask, mask.new_ones(rows, 1)], dim=1)
+        positions = positions[:, -1:] + 1
+    if generation_config.return_dict_in_generate:
+        return GenerateDecoderOnlyOutput(sequences=input_ids, past_key_values=cache)
+    return input_ids
+
+
+def generate(inputs=None, generation_config=None, *, model, pauses=None, **kwargs):
+    """Entry point of the copied file: `model.generate` with pauses. Arguments as there, and `pauses`.
+
+    Raises:
+        ValueError: as `pause_generate`, or a streamer, which transformers does not hand to custom decoding methods.
+    """
+    if kwargs.pop("streamer", None) is not None:
+        raise ValueError("pauses: streamer: not supported; stream with pause_megatron.inference.PauseGenerator")
+    return type(model).generate(
+        model, inputs, generation_config=generation_config, custom_generate=pause_generate, pauses=pauses, **kwargs
+    )
+
+
+def _pauses(config, pauses):
+    """Pause ids and M."""
+    entry = getattr(config, "pause", None) or {}
+    pause_ids = [int(token_id) for token_id in entry.get("ids") or ()]
+    count = (entry.get("m_ft") or 0) if pauses is None else pauses
+    if not isinstance(count, int) or count < 0:
+        raise ValueError(f"pauses: expected a whole number, 0 or more, came {count!r}")
+    if count and not pause_ids:
+        raise ValueError('pauses: the model has none (its config.json has no "pause" entry with "ids")')
+    return pause_ids, count
+
+
+def _check(config, generation_config, prompt, pauses):
+    """`max_length` counts prompt and new tokens, as everywhere in transformers; pauses come on top."""
+    if generation_config.num_beams > 1:
+        raise ValueError("pauses: expected num_beams=1 (greedy or sampling)")
+    if (getattr(config, "pause", None) or {}).get("prefix_attention", "causal") != "causal":
+        raise ValueError("pauses: the model's prefix is bidirectional; use pause_megatron.inference.PauseGenerator")
+    available, max_length = getattr(config, "max_position_embeddings", None), generation_config.max_length
+    if available is not None and max_length is not None and max_length + pauses > available:
+        raise ValueError(
+            f"pauses: {prompt} prompt tokens + {pauses} pauses + {max_length - prompt} new tokens = "
+            f"{max_length + pauses} positions, but the model has {available} (max_position_embeddings)"
+        )

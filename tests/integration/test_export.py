@@ -1,0 +1,257 @@
+"""Export: transformers computes from the folder what the native model computes, whatever topology trained it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ranks import run_on_ranks
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from pause_megatron.checkpoint import Manifest
+from pause_megatron.cli import main
+from pause_megatron.config.load import load
+from pause_megatron.config.schema import RunConfig
+from pause_megatron.errors import CheckpointError
+from pause_megatron.hf import export as exporting
+from pause_megatron.hf import weights
+from pause_megatron.hf.export import export
+
+STEPS, SAMPLES, TOLERANCE = 3, 6, 1e-5
+# ranks, tensor, ZeRO stage, further keys. Heads are 8; key/value heads, tying, pauses and biases vary.
+CASES = [
+    (1, 1, 0, ["model.tied=true", "model.kv_heads=8"]),
+    (2, 1, 1, ["model.tied=false", "model.kv_heads=1", "pause.embeddings=3"]),
+    (2, 1, 3, ["model.tied=true", "model.kv_heads=4", "model.qkv_bias=true"]),
+    (2, 2, 0, ["model.tied=false", "model.kv_heads=8", "model.rope_base=500.0"]),
+    (2, 2, 2, ["model.tied=true", "model.kv_heads=2", "pause.softmax=exclude", "model.norm_eps=1e-3"]),
+    (2, 2, 3, ["model.tied=false", "model.kv_heads=4", "model.qkv_bias=true", "pause.embeddings=2"]),
+    (4, 4, 1, ["model.tied=true", "model.kv_heads=4", "parallel.sequence=true"]),
+    (4, 4, 3, ["model.tied=false", "model.kv_heads=8", "pause.softmax=exclude", "pause.embeddings=2"]),
+    (4, 2, 2, ["model.tied=false", "model.kv_heads=2"]),
+]
+
+
+def run_config(corpus: str, folder: Path | str, tensor: int, zero: int, extra: list[str]) -> RunConfig:
+    return load(
+        overrides=[
+            *(f"data.prefix={corpus}", f"run.dir={folder}", f"engine.zero_stage={zero}", f"parallel.tensor={tensor}"),
+            *("model.preset=null", "model.layers=2", "model.hidden=64", "model.heads=8", "model.vocab_multiple=32"),
+            *("data.sequence_length=64", "data.split=90,10,0", "batch.global_size=4", "batch.micro_size=1"),
+            *("engine.precision=fp32", "optim.lr=0.02", "optim.schedule=constant", f"train.steps={STEPS}"),
+            *("pause.rate=0.2", "checkpoint.every=0", f"validation.every={STEPS}", f"validation.samples={SAMPLES}"),
+            *("log.tensorboard=false", "model.init_std=0.1"),
+            *extra,
+        ]
+    )
+
+
+def train(corpus: str, folder: str, tensor: int, zero: int, extra: list[str]) -> list[torch.Tensor]:
+    """Trains; then the logits of the first validation windows, by the native model at the topology that trained it."""
+    from pause_megatron.checkpoint import CheckpointReader, restore_weights
+    from pause_megatron.checkpoint.store import resolve
+    from pause_megatron.data.corpora import open_corpora
+    from pause_megatron.distributed import initialize
+    from pause_megatron.train.pretrain import _datasets, _model, pretrain
+
+    config = run_config(corpus, folder, tensor, zero, extra)
+    assert pretrain(config) == 0
+    with initialize(config.parallel) as context:
+        datasets = _datasets(config, open_corpora(config.data, config.pause.embeddings))
+        model = _model(config, datasets)
+        restore_weights(model, CheckpointReader(resolve(folder), context.tp_rank))
+        windows = torch.stack([datasets.valid[i]["tokens"] for i in range(SAMPLES)])
+        positions = torch.arange(windows.shape[1]).expand_as(windows)
+        with torch.no_grad():
+            return [windows, model.eval().logits(windows, positions).clone()]
+
+
+def loss_by_transformers(model, config: RunConfig) -> float:
+    """Mean loss over the validation windows; nothing of the native model takes part."""
+    from pause_megatron.data.corpora import open_corpora
+    from pause_megatron.train.pretrain import _datasets
+
+    datasets = _datasets(config, open_corpora(config.data, config.pause.embeddings))
+    total, count = 0.0, 0
+    for number in range(SAMPLES):
+        sample = datasets.valid[number]
+        with torch.no_grad():
+            logits = model(sample["tokens"][None]).logits[0]
+        if config.pause.softmax == "exclude":
+            logits[:, model.config.pause["ids"]] = float("-inf")
+        losses = F.cross_entropy(logits, sample["labels"], reduction="none")
+        kept = sample["loss_mask"] > 0
+        total, count = total + float(losses[kept].double().sum()), count + int(kept.sum())
+    return total / count
+
+
+@pytest.mark.parametrize(("ranks", "tensor", "zero", "extra"), CASES)
+def test_exported_logits_and_validation_loss_are_the_native_ones(corpus, tmp_path, ranks, tensor, zero, extra):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run, out = tmp_path / "run", tmp_path / "out"
+    windows, native = run_on_ranks(ranks, train, corpus, str(run), tensor, zero, extra)[0]
+    done = export(run, out, max_shard_size=60_000)
+    assert done.files > 1
+    assert done.parity.largest_difference <= TOLERANCE and done.parity.source == "corpus"
+    model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=False, dtype=torch.float32).eval()
+    with torch.no_grad():
+        exported = model(windows).logits
+    assert exported.shape == native.shape
+    assert float((exported - native).abs().max()) <= TOLERANCE
+    assert bool((windows == model.config.pause["ids"][0]).any())
+
+    config = run_config(corpus, run, tensor, zero, extra)
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-1]["valid_loss"]
+    assert abs(loss_by_transformers(model, config) - logged) <= TOLERANCE
+
+    tokenizer = AutoTokenizer.from_pretrained(out, trust_remote_code=False)
+    assert tokenizer("Fellow citizens" + "<pause>" * 3)["input_ids"][-3:] == [model.config.pause["ids"][0]] * 3
+    assert model.generation_config.suppress_tokens == model.config.pause["ids"]
+    assert model.config.vocab_size == model.config.pause["ids"][-1] + 1
+    assert ("lm_head.weight" in names(out)) == (not config.model.tied)
+    assert type(model).__name__ == "LlamaForCausalLM"
+
+
+def names(folder: Path) -> list[str]:
+    found = []
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            found += file.keys()
+    return found
+
+
+@pytest.fixture(scope="module")
+def run(corpus, tmp_path_factory) -> Path:
+    """A run at tensor parallel 2, ZeRO 2, with grouped queries and two pauses."""
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    run_on_ranks(2, train, corpus, str(folder), 2, 2, ["model.tied=false", "model.kv_heads=4", "pause.embeddings=2"])
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_half_precision_is_the_rounding_of_the_weights_and_nothing_else(run, tmp_path, dtype):
+    whole = export(run, tmp_path / "fp32")
+    half = export(run, tmp_path / dtype, dtype=dtype)
+    assert half.bytes < 0.51 * whole.bytes
+    assert half.parity.rounding > 1e-4 > half.parity.largest_difference
+    high, low = (load_file(tmp_path / name / "model.safetensors") for name in ("fp32", dtype))
+    assert all(torch.equal(high[name].to(rounded.dtype), rounded) for name, rounded in low.items())
+
+
+def test_the_command_says_what_it_proved_and_writes_a_card(run, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main(["export-hf", str(run / "checkpoints" / "latest"), str(out), "--finetuned-pauses", "7"]) == 0
+    said = capsys.readouterr().out
+    assert "largest difference from the native model" in said and "identical ids on" in said
+    card = (out / "README.md").read_text()
+    progress = Manifest.load(run / "checkpoints" / "latest").progress
+    rate = 1 - progress["text_tokens"] / progress["tokens"]
+    assert f"realised pause rate | {rate:.4%}" in card and "| M_ft | 7 |" in card and '"<pause>" * 7' in card
+    config = json.loads((out / "config.json").read_text())
+    assert config["pause"]["m_ft"] == 7 and config["pause"]["realised_rate"] == pytest.approx(rate)
+    assert config["pause"]["tokens"] == ["<pause>", "<pause_1>"] and config["pause"]["rate"] == 0.2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+def gate_and_up_exchanged(model, rows: int, family: str) -> list:
+    tensors = {tensor.name: tensor for tensor in weights.hf_tensors(model, rows, family)}
+    other = {"gate_proj": "up_proj", "up_proj": "gate_proj"}
+    wrong = []
+    for tensor in tensors.values():
+        part = next((part for part in other if part in tensor.name), None)
+        rows_of = tensors[tensor.name.replace(part, other[part])] if part else tensor
+        wrong.append(replace(tensor, rows=rows_of.rows))
+    return wrong
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "wrong"),
+    [
+        (weights, "_attention_rows", lambda model, part: _ungrouped(model, part)),
+        (exporting, "hf_tensors", gate_and_up_exchanged),
+    ],
+    ids=["queries, keys and values not grouped", "gate and up exchanged"],
+)
+def test_a_wrong_conversion_is_found_and_leaves_nothing(run, tmp_path, monkeypatch, module, name, wrong):
+    monkeypatch.setattr(module, name, wrong)
+    with pytest.raises(
+        CheckpointError, match=r"computes something else: largest difference .* in window \d at position"
+    ):
+        export(run, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def _ungrouped(model, part: str) -> list[tuple[int, int]]:
+    """The layout that people expect: all queries, all keys, all values."""
+    width = model.hidden // model.heads * model.kv_heads
+    first = {"q": 0, "k": model.hidden, "v": model.hidden + width}[part]
+    return [(first, model.hidden if part == "q" else width)]
+
+
+def test_a_tokenizer_that_differs_is_found(run, tmp_path, monkeypatch):
+    from pause_megatron.hf import sentencepiece_model
+
+    right = sentencepiece_model._merges
+    monkeypatch.setattr(sentencepiece_model, "_merges", lambda pieces: right(pieces)[::-1])
+    with pytest.raises(CheckpointError, match=r"gives other ids for \d+ of \d+ lines, for example"):
+        export(run, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_is_not_empty_is_refused_before_any_work(run, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    reports = []
+    for name in ("full", "file"):
+        with pytest.raises(CheckpointError, match="expected a new or an empty folder"):
+            export(run, tmp_path / name, report=lambda *report: reports.append(report))
+    assert not reports
+    (tmp_path / "empty").mkdir()
+    assert export(run, tmp_path / "empty").folder == tmp_path / "empty"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "file", "full"]
+
+
+def test_damage_is_found_and_named(run, tmp_path):
+    source = (run / "checkpoints" / "latest").resolve()
+    for name in sorted(Manifest.load(source).files):
+        for kind in ("flip", "delete"):
+            copy = tmp_path / "copy"
+            shutil.copytree(source, copy)
+            content = bytearray((copy / name).read_bytes())
+            content[len(content) // 2] ^= 1
+            (copy / name).unlink()
+            if kind == "flip":
+                (copy / name).write_bytes(content)
+            with pytest.raises(CheckpointError, match=f"(?s)damaged.*{name}"):
+                export(copy, tmp_path / "out")
+            shutil.rmtree(copy)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_its_corpus_a_checkpoint_is_compared_on_other_text(run, tmp_path, monkeypatch):
+    source = tmp_path / "checkpoint"
+    shutil.copytree((run / "checkpoints" / "latest").resolve(), source)
+    config = (source / "config.yaml").read_text()
+    manifest = Manifest.load(source)
+    prefix = load(source / "config.yaml").data.prefix[0]
+    (source / "config.yaml").write_text(config.replace(prefix, "gone"))
+    rewrite_manifest(source, manifest)
+    done = export(source, tmp_path / "out")
+    assert done.parity.source == "built-in sentences" and done.parity.lines >= 20
+
+
+def rewrite_manifest(folder: Path, manifest: Manifest) -> None:
+    """Sizes and digests of the files as they are now: what somebody who forges a checkpoint would do."""
+    from pause_megatron.checkpoint.manifest import FileEntry
+    from pause_megatron.durable import digest_of
+
+    files = {name: FileEntry((folder / name).stat().st_size, digest_of(folder / name)) for name in manifest.files}
+    (folder / "manifest.json").write_text(replace(manifest, files=files).dumps())

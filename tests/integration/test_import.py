@@ -1,0 +1,303 @@
+"""Import: real Hugging Face models of the family become checkpoints, and come back bit for bit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from prose import documents, train_hugging_face, train_model
+from ranks import run_on_ranks
+from safetensors.torch import load_file, save_file
+
+from pause_megatron.checkpoint import CheckpointReader, Manifest
+from pause_megatron.checkpoint.layout import VOCABULARY
+from pause_megatron.cli import main
+from pause_megatron.config.load import load
+from pause_megatron.data.tokenizer import load_tokenizer
+from pause_megatron.engine import Address
+from pause_megatron.errors import CheckpointError, ConfigError, PauseMegatronError
+from pause_megatron.hf.export import export
+from pause_megatron.hf.importing import import_folder
+
+FAMILIES = {"Llama": "llama", "Mistral": "mistral", "Qwen2": "qwen2"}
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.1,
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tmp_path_factory) -> dict[str, Path]:
+    """Folders with the tokenizers of the families: SentencePiece, byte-level BPE, Qwen2's, each of 600 ids or so."""
+    from transformers import Qwen2Tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizers")
+    (folder / "sentencepiece").mkdir()
+    train_model(folder / "sentencepiece" / "tokenizer.model")
+    train_hugging_face(folder / "byte-level")
+    # As the Hub has it: the class of a model, and a template that is a program.
+    Qwen2Tokenizer().train_new_from_iterator(documents(300), 600).save_pretrained(str(folder / "qwen2"))
+    return {path.name: path for path in folder.iterdir()}
+
+
+def write_model(folder: Path, cls: str, tokenizer: Path, *, rows: int | None = None, dtype=torch.bfloat16, **changes):
+    """A folder as the Hub has them: a real, randomly initialised model in bf16, and a tokenizer."""
+    import transformers
+
+    size = load_tokenizer(tokenizer).vocab_size
+    config = getattr(transformers, f"{cls}Config")(vocab_size=rows or size, **{**SIZES, **changes})
+    torch.manual_seed(7)
+    model = getattr(transformers, f"{cls}ForCausalLM")(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() == 1:  # norms of 1 and biases of 0 would not notice being exchanged
+                parameter.copy_(torch.rand_like(parameter) + ("norm" in name))
+    model.to(dtype).save_pretrained(str(folder), max_shard_size="40KB")
+    shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
+    return folder
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for path in folder.glob("*.safetensors"):
+        found |= load_file(path)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("cls", "tokenizer", "tied", "tensor", "changes"),
+    [
+        ("Llama", "sentencepiece", False, 1, {}),
+        ("Llama", "byte-level", True, 4, {"rope_theta": 500000.0}),
+        ("Llama", "sentencepiece", True, 2, {"rms_norm_eps": 1e-3, "num_key_value_heads": 8}),
+        ("Mistral", "sentencepiece", False, 2, {"sliding_window": None}),
+        ("Mistral", "byte-level", True, 1, {"sliding_window": 4096, "num_key_value_heads": 1}),
+        ("Qwen2", "qwen2", True, 1, {}),
+        ("Qwen2", "qwen2", False, 4, {"rope_theta": 1e6}),
+    ],
+)
+@pytest.mark.parametrize("extra_rows", [0, 5])
+def test_import_then_export_gives_the_same_tensors(
+    tokenizers, tmp_path, cls, tokenizer, tied, tensor, changes, extra_rows
+):
+    size = load_tokenizer(tokenizers[tokenizer]).vocab_size
+    source = write_model(
+        tmp_path / "hf", cls, tokenizers[tokenizer], rows=size + extra_rows, tie_word_embeddings=tied, **changes
+    )
+    done = import_folder(source, tmp_path / "native", tensor_parallel=tensor)
+    pause = size + extra_rows - 1 if extra_rows else size
+    assert done.pause_ids == (pause,) and done.how == ("free slot" if extra_rows else "grown vocabulary")
+    assert done.largest_difference <= 1e-5 and done.family == FAMILIES[cls]
+    assert Manifest.load(tmp_path / "native").tensor_parallel == tensor
+
+    export(tmp_path / "native", tmp_path / "back", dtype="bf16")
+    before, after = tensors(source), tensors(tmp_path / "back")
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        new = after[name]
+        assert new.dtype == value.dtype == torch.bfloat16
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            assert new.shape[0] == max(len(value), pause + 1)
+            kept = torch.arange(len(value)) != pause
+            assert torch.equal(new[: len(value)][kept], value[kept])
+            check_pause_row(new[pause].float(), value[:size].float())
+        else:
+            assert torch.equal(new, value), name
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    original = json.loads((source / "config.json").read_text())
+    for key in ("num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "intermediate_size", "rope_parameters"):
+        assert config[key] == original[key], key
+    assert config["model_type"] == ("qwen2" if cls == "Qwen2" else "llama")
+
+
+def check_pause_row(row: torch.Tensor, text: torch.Tensor) -> None:
+    """Drawn from the text rows' own distribution: within 5 standard deviations in each channel, and not their mean."""
+    scores = (row - text.mean(dim=0)) / text.std(dim=0)
+    assert float(scores.abs().max()) < 5 and 0.6 < float(scores.std()) < 1.5
+
+
+def test_the_new_row_does_not_depend_on_how_the_checkpoint_is_cut(tokenizers, tmp_path):
+    source = write_model(tmp_path / "hf", "Llama", tokenizers["sentencepiece"])
+    rows = []
+    for tensor in (1, 2):
+        import_folder(source, tmp_path / f"tp{tensor}", tensor_parallel=tensor)
+        export(tmp_path / f"tp{tensor}", tmp_path / f"back{tensor}")
+        rows.append(
+            [tensors(tmp_path / f"back{tensor}")[name][-1] for name in ("model.embed_tokens.weight", "lm_head.weight")]
+        )
+    assert all(torch.equal(a, b) for a, b in zip(*rows, strict=True))
+    assert not torch.equal(*rows[0])  # a key of its own in the embedding and in the output layer
+
+
+def test_an_export_is_imported_with_its_pause_rows(tokenizers, tmp_path):
+    """Out, in and out again: the trained pause rows stay, K of them."""
+    source = write_model(tmp_path / "hf", "Llama", tokenizers["sentencepiece"], tie_word_embeddings=True)
+    import_folder(source, tmp_path / "native")
+    export(tmp_path / "native", tmp_path / "out")
+    done = import_folder(tmp_path / "out", tmp_path / "again", tensor_parallel=2)
+    assert done.how == "kept"
+    export(tmp_path / "again", tmp_path / "last")
+    first, last = tensors(tmp_path / "out"), tensors(tmp_path / "last")
+    assert first.keys() == last.keys() and all(torch.equal(first[name], last[name]) for name in first)
+    one, two = (json.loads((tmp_path / name / "tokenizer.json").read_text()) for name in ("out", "last"))
+    assert one == two
+
+
+def test_the_native_tokenizer_reserves_exactly_that_id(tokenizers, tmp_path):
+    for name in ("sentencepiece", "byte-level"):
+        source = write_model(tmp_path / f"{name}-hf", "Llama", tokenizers[name], rows=700)
+        done = import_folder(source, tmp_path / name)
+        tokenizer = load_tokenizer(tmp_path / name / "tokenizer")
+        assert tokenizer.pause_id == done.pause_ids[0] == 699
+        text = "My fellow citizens, <pause> is only text here."
+        assert tokenizer.encode(text) == load_tokenizer(tokenizers[name]).encode(text)
+
+
+def begin(corpus: str, checkpoint: str, folder: str, tensor: int, zero: int) -> dict[str, torch.Tensor]:
+    """Starts a run from a checkpoint at another topology; the weights before its first step, as this rank has them."""
+    from pause_megatron.data.corpora import open_corpora
+    from pause_megatron.distributed import initialize
+    from pause_megatron.train.initial import load_initial_weights
+    from pause_megatron.train.pretrain import _datasets, _model, pretrain
+
+    config = load(
+        overrides=[
+            *(f"data.prefix={corpus}", f"run.dir={folder}", f"model.from={checkpoint}", f"parallel.tensor={tensor}"),
+            *("data.sequence_length=64", "data.split=90,10,0", "batch.global_size=4", "batch.micro_size=1"),
+            *("train.steps=2", f"engine.zero_stage={zero}", "engine.precision=fp32", "optim.schedule=constant"),
+            *("optim.warmup_steps=0", "validation.every=0", "log.tensorboard=false", "model.vocab_multiple=8"),
+        ]
+    )
+    with initialize(config.parallel) as context:
+        corpora = open_corpora(config.data, config.pause.embeddings)
+        model = _model(config, _datasets(config, corpora))
+        load_initial_weights(model, config, corpora.tokenizer, context)
+        weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    assert pretrain(config) == 0
+    return weights
+
+
+def test_a_run_begins_with_imported_weights_at_any_topology(tokenizers, shards, tmp_path):
+    source = write_model(tmp_path / "hf", "Qwen2", tokenizers["qwen2"], dtype=torch.float32)
+    import_folder(source, tmp_path / "tp1", tensor_parallel=1)
+    import_folder(source, tmp_path / "tp4", tensor_parallel=4)
+    one = str(next(iter(sorted(shards.glob("c4-train.*")))))
+    prefix, tokenizer = str(tmp_path / "corpus"), str(tmp_path / "tp1" / "tokenizer")
+    assert main(["prepare", "--input", one, "--tokenizer", tokenizer, "--output", prefix]) == 0
+    # TP 4 -> TP 2: as when TP 2 had been written.
+    import_folder(source, tmp_path / "tp2", tensor_parallel=2)
+    loaded = run_on_ranks(2, begin, prefix, str(tmp_path / "tp4"), str(tmp_path / "run"), 2, 2)
+    for rank, weights in enumerate(loaded):
+        reader = CheckpointReader(tmp_path / "tp2", rank)
+        for name, value in weights.items():
+            if name not in VOCABULARY:  # padded to another multiple here: compared through the export below
+                assert torch.equal(value.flatten(), reader.read(Address(name, 0, value.numel()), "param")), name
+    assert (tmp_path / "run" / "config.yaml").read_text().count(f"from: {tmp_path / 'tp4'}") == 1
+    # It went on from there, with steps of its own, and is a run like any other: it exports.
+    done = export(tmp_path / "run", tmp_path / "out")
+    assert done.parity.source == "corpus"
+    before, after = tensors(source), tensors(tmp_path / "out")
+    moved = max(float((after[name][: len(value)] - value).abs().max()) for name, value in before.items())
+    assert 0 < moved < 5e-3  # two steps of AdamW at 3e-4 each
+
+
+def test_another_model_or_vocabulary_is_refused(tokenizers, corpus, tmp_path):
+    source = write_model(tmp_path / "hf", "Llama", tokenizers["sentencepiece"])
+    import_folder(source, tmp_path / "native")
+    common = ["pretrain", f"data.prefix={corpus}", f"run.dir={tmp_path / 'run'}", f"model.from={tmp_path / 'native'}"]
+    common += ["train.steps=2", "data.sequence_length=64", "optim.warmup_steps=0", "engine.precision=fp32"]
+    for key, expected in (
+        ("model.heads=4", "model.heads: 8 in the checkpoint, 4 in this run"),
+        ("", "tokenizer fingerprint"),
+    ):
+        with pytest.raises(CheckpointError, match=expected):
+            _pretrain([*common[1:], *([key] if key else [])])
+    with pytest.raises(ConfigError, match=r"model\.from: expected a checkpoint"):
+        load(overrides=[f"model.from={tmp_path / 'nothing'}"])
+
+
+def _pretrain(overrides: list[str]) -> None:
+    from pause_megatron.train.pretrain import pretrain
+
+    pretrain(load(overrides=overrides))
+
+
+def test_the_command(tokenizers, tmp_path, capsys):
+    source = write_model(tmp_path / "hf", "Llama", tokenizers["byte-level"])
+    assert main(["import-hf", str(source), str(tmp_path / "native"), "--tensor-parallel", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "grown vocabulary" in said and "tensor parallel 2" in said and "pretrain model.from=" in said
+    assert main(["import-hf", str(source), str(tmp_path / "native")]) == 2
+    assert "holds files" in capsys.readouterr().err
+    assert main(["import-hf", str(source), str(tmp_path / "x"), "--pause-token", "<think>"]) == 2
+    assert "has no such token" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "native"]
+
+
+def edit(folder: Path, **changes: object) -> None:
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"model_type": "gpt2"}, "model_type: expected one of llama, mistral, qwen2"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "architectures: expected"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0}}, "plain rotary positions"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "plain rotary positions"),
+        ({"hidden_act": "gelu"}, "hidden_act: expected 'silu'"),
+        ({"mlp_bias": True}, "mlp_bias"),
+        ({"head_dim": 16}, "head_dim"),
+        (
+            {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 32},
+            "--sequence-length 32",
+        ),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"num_hidden_layers": 3}, r"expected a tensor model\.layers\.2"),
+        ({"num_hidden_layers": 1}, r"model\.layers\.1.*does not have"),
+        ({"intermediate_size": 100}, r"expected shape \(64, 100\)"),
+        ({"vocab_size": 590}, "the embedding only 590 rows"),
+        ({"attention_bias": True}, r"expected a tensor .*bias"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers"),
+        ({"hidden_size": 2**31}, "hidden_size"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps: expected a number above 0"),
+        ({"tie_word_embeddings": True}, "lm_head.weight differs from the embedding"),
+        ({"auto_map": {"AutoModelForCausalLM": "evil.Model"}}, "auto_map asks for code"),
+    ],
+)
+def test_what_the_native_model_cannot_do_is_refused(tokenizers, tmp_path, changes, expected):
+    source = write_model(tmp_path / "hf", "Llama", tokenizers["sentencepiece"])
+    edit(source, **changes)
+    with pytest.raises(PauseMegatronError, match=expected):
+        import_folder(source, tmp_path / "native")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_mistral_with_a_sliding_window_is_imported_up_to_it(tokenizers, tmp_path):
+    source = write_model(tmp_path / "hf", "Mistral", tokenizers["sentencepiece"], sliding_window=32)
+    done = import_folder(source, tmp_path / "native", sequence_length=32)
+    assert done.largest_difference <= 1e-5
+    assert load(tmp_path / "native" / "config.yaml").data.sequence_length == 32
+
+
+def test_llama_with_attention_biases_needs_a_zero_output_bias(tokenizers, tmp_path):
+    source = write_model(tmp_path / "hf", "Llama", tokenizers["sentencepiece"], attention_bias=True)
+    with pytest.raises(CheckpointError, match=r"o_proj\.bias is not zero"):
+        import_folder(source, tmp_path / "native")
+    for path in source.glob("*.safetensors"):
+        content = {k: v * 0 if k.endswith("o_proj.bias") else v for k, v in load_file(path).items()}
+        save_file(content, path)
+    import_folder(source, tmp_path / "native")
+    export(tmp_path / "native", tmp_path / "out", dtype="bf16")
+    before, after = tensors(source), tensors(tmp_path / "out")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name][: len(value)], value) for name, value in before.items())

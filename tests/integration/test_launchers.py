@@ -1,0 +1,121 @@
+"""The launchers and the README's commands, run as they stand on few steps."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pause_megatron.checkpoint import Manifest, Store
+from pause_megatron.cli import VERBS
+from pause_megatron.config.load import load, recipe_names
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def environment() -> dict[str, str]:
+    """The environment that the tests run in, seen by the launchers as the one to use."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "NO_SETUP": "1", "OMP_NUM_THREADS": "1"}
+
+
+def run(command: str, cwd: Path, timeout: float = 240) -> str:
+    """Runs a command line as a user types it; returns what it printed."""
+    result = subprocess.run(
+        ["bash", "-c", command], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout
+    )
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
+    return result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory) -> tuple[Path, str]:
+    """`bash launchers/quickstart.sh` over four steps instead of 250."""
+    folder = tmp_path_factory.mktemp("quickstart")
+    keys = "train.steps=4 optim.warmup_steps=1 checkpoint.every=2 validation.every=2 validation.samples=8"
+    return folder, run(f"bash launchers/quickstart.sh {folder} {keys} log.samples_every=2", ROOT)
+
+
+def test_the_quickstart_leaves_what_it_says(quickstart):
+    folder, output = quickstart
+    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "realised pause rate 10." in output and "realised pause rate 0.00%" in output
+    for variant in ("std", "pause"):
+        lines = (folder / variant / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+        assert Store(folder / variant / "checkpoints").newest_complete()[0].name == "step-00000004"
+        assert load(folder / variant / "config.yaml").train.steps == 4
+    assert Manifest.load(folder / "pause" / "checkpoints" / "latest").progress["step"] == 4
+
+
+def test_the_quickstart_goes_on_and_finds_nothing_left_to_do(quickstart):
+    folder, _ = quickstart
+    keys = "train.steps=4 optim.warmup_steps=1 checkpoint.every=2 validation.every=2 validation.samples=8"
+    output = run(f"bash launchers/quickstart.sh {folder} {keys} log.samples_every=2", ROOT)
+    assert output.count("resuming after step 4") == 2
+    assert output.count("complete after step 4") == 2
+
+
+def test_tensorboard_shows_losses_rates_configuration_and_pauses(quickstart):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, _ = quickstart
+    events = EventAccumulator(str(folder / "pause" / "tensorboard")).Reload()
+    scalars = set(events.Tags()["scalars"])
+    assert scalars >= {
+        *("loss/train", "loss/train_after_pause", "loss/train_elsewhere", "perplexity/train", "data/pause_fraction"),
+        *("loss/valid", "loss/valid_after_pause", "loss/valid_elsewhere", "loss/valid_without_pauses"),
+        *("optimizer/learning_rate", "optimizer/grad_norm", "memory/peak_gib"),
+        *("throughput/raw_tokens_per_second", "throughput/text_tokens_per_second"),
+    }
+    assert [event.step for event in events.Scalars("loss/train")] == [1, 2, 3, 4]
+    texts = {tag: events.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]}
+    assert "rate: 0.1" in texts["configuration/text_summary"]
+    sample = texts["sample/text_summary"]
+    assert sample.count("<pause>") >= 20 and " the " in sample
+
+
+def test_torchrun_starts_a_run_too(quickstart, tmp_path):
+    folder, _ = quickstart
+    keys = f"data.prefix={folder}/english run.dir={tmp_path} train.steps=4 optim.warmup_steps=1 checkpoint.every=2"
+    keys += " validation.every=2 validation.samples=8 log.samples_every=2"
+    run(f"torchrun --nproc_per_node 2 -m pause_megatron pretrain --recipe tiny-pause {keys}", ROOT)
+    losses = [
+        [json.loads(line)["loss"] for line in (path / "metrics.jsonl").open()] for path in (folder / "pause", tmp_path)
+    ]
+    assert losses[0] == losses[1]
+
+
+def commands() -> list[str]:
+    """The shell commands in the README's code blocks, comments cut off."""
+    blocks = re.findall(r"^```\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    lines = [line.partition(" #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line.startswith(("bash ", "deepspeed ", "pause-megatron ", "tensorboard "))]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_of_the_readme_is_one_that_exists(command):
+    words = shlex.split(command)
+    if words[0] == "bash":
+        assert (ROOT / words[1]).is_file()
+        return
+    if words[0] == "tensorboard":
+        return
+    arguments = words[words.index("pause_megatron") + 1 :] if words[0] == "deepspeed" else words[1:]
+    verb = arguments[0]
+    assert verb in VERBS
+    if verb == "pretrain" and "--help" not in arguments:
+        from pause_megatron.cli import main
+
+        assert main([*arguments, "--dry-run"] if "--dry-run" not in arguments else arguments) == 0
+
+
+def test_the_readme_names_every_recipe():
+    assert set(re.findall(r"`((?:tiny|c4|paper)-[\w-]+)`", README)) == set(recipe_names())

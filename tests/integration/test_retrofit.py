@@ -1,0 +1,146 @@
+"""Retrofit: pause rows trained alone, everything else as it was to the bit; and LoRA on an exported folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_on_ranks
+
+from pause_megatron.checkpoint.merge import MergedReader
+from pause_megatron.checkpoint.store import resolve
+from pause_megatron.config.load import load
+from pause_megatron.errors import CheckpointError
+from pause_megatron.hf.export import export
+
+
+def pretrain(corpus: str, folder: str, tensor: int, zero: int, extra: list[str]) -> int:
+    from pause_megatron.train.pretrain import pretrain
+
+    return pretrain(
+        load(
+            overrides=[
+                *(f"data.prefix={corpus}", f"run.dir={folder}", f"engine.zero_stage={zero}"),
+                *("data.sequence_length=64", "data.split=90,10,0", "batch.global_size=4", "batch.micro_size=1"),
+                *("optim.schedule=constant", "optim.lr=0.01", "optim.warmup_steps=0", "optim.weight_decay=0.5"),
+                *("train.steps=4", "engine.precision=fp32", "pause.rate=0.2", "checkpoint.every=0"),
+                *("validation.every=4", "validation.samples=4", "log.tensorboard=false", f"parallel.tensor={tensor}"),
+                *extra,
+            ]
+        )
+    )
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
+def base(request, corpus, tmp_path_factory) -> Path:
+    """A run without pauses, of one rank; two pause rows that it never saw."""
+    folder = tmp_path_factory.mktemp("base") / "run"
+    sizes = ["model.preset=null", "model.layers=2", "model.hidden=32", "model.heads=4", "model.kv_heads=2"]
+    settings = [*sizes, f"model.tied={str(request.param).lower()}", "pause.rate=0", "pause.embeddings=2"]
+    run_on_ranks(1, pretrain, corpus, str(folder), 1, 1, settings)
+    return folder
+
+
+def changed_rows(before: Path, after: Path) -> dict[str, list[int]]:
+    """For each parameter that differs in a bit, the rows that do."""
+    one, two = MergedReader(resolve(before)), MergedReader(resolve(after))
+    found = {}
+    for name in one.manifest.parameters:
+        rows = min(one.shape(name)[0], two.shape(name)[0])  # vocabularies are padded by tensor-parallel size
+        differs = (one.rows(name, 0, rows) != two.rows(name, 0, rows)).view(rows, -1).any(dim=1)
+        if differs.any():
+            found[name] = differs.nonzero().flatten().tolist()
+    return found
+
+
+@pytest.mark.parametrize(
+    ("ranks", "tensor", "zero", "extra"),
+    [
+        (1, 1, 0, []),
+        (2, 1, 1, []),
+        (2, 2, 2, ["parallel.sequence=true"]),
+        (2, 1, 3, ["parallel.recompute=full"]),
+        (2, 2, 3, []),
+        (2, 2, 0, ["engine.precision=bf16"]),
+        (2, 1, 2, ["engine.precision=bf16"]),
+    ],
+)
+def test_only_pause_rows_move(base, corpus, tmp_path, ranks, tensor, zero, extra):
+    settings = [f"model.from={base}", "pause.embeddings=2", "train.only=pause_rows", *extra]
+    run_on_ranks(ranks, pretrain, corpus, str(tmp_path / "run"), tensor, zero, settings)
+    tokenizer_size = 1000
+    changed = changed_rows(base, tmp_path / "run")
+    tied = load(resolve(base) / "config.yaml").model.tied
+    matrices = ["embedding.word_embeddings.weight", *([] if tied else ["output_layer.weight"])]
+    assert changed == {name: [tokenizer_size, tokenizer_size + 1] for name in matrices}
+
+
+def test_the_second_stage_trains_everything_from_there(base, corpus, tmp_path):
+    first, second = str(tmp_path / "rows"), str(tmp_path / "all")
+    settings = ["pause.embeddings=2"]
+    run_on_ranks(2, pretrain, corpus, first, 1, 2, [f"model.from={base}", "train.only=pause_rows", *settings])
+    run_on_ranks(2, pretrain, corpus, second, 2, 1, [f"model.from={first}", *settings])
+    changed = changed_rows(Path(first), Path(second))
+    assert len(changed) == len(MergedReader(resolve(first)).manifest.parameters)
+    losses = [json.loads((Path(run) / "metrics.jsonl").read_text().splitlines()[-1]) for run in (first, second)]
+    assert losses[1]["valid_loss"] < losses[0]["valid_loss"]
+    done = export(second, tmp_path / "out")
+    assert f"`{first}`" in (done.folder / "README.md").read_text()
+
+
+def test_what_is_trained_cannot_change_in_a_run(base, corpus, tmp_path):
+    settings = [f"model.from={base}", "pause.embeddings=2"]
+    run_on_ranks(
+        1, pretrain, corpus, str(tmp_path / "run"), 1, 1, [*settings, "train.only=pause_rows", "train.steps=2"]
+    )
+    with pytest.raises(CheckpointError, match=r"train\.only: 'pause_rows' in the checkpoint, None in this run"):
+        pretrain(corpus, str(tmp_path / "run"), 1, 1, [*settings, "train.steps=2"])
+
+
+def test_lora_through_peft_on_an_exported_folder(base, tmp_path):
+    """A training step of an adapter on prompt + pauses + answer; the base stays, and pauses still work after merging."""
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    export(base, tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=False)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=False)
+    frozen = {name: value.clone() for name, value in model.state_dict().items()}
+    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_alpha=8, task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(model, settings)
+    prompt = tokenizer("The state of the union is" + "<pause>" * 5, return_tensors="pt")
+    answer = tokenizer(" strong, fellow citizens", add_special_tokens=False, return_tensors="pt")["input_ids"]
+    answer = answer if answer[0, 0] != tokenizer.pad_token_id else answer[:, 1:]
+    inputs = torch.cat([prompt["input_ids"], answer], dim=1)
+    labels = torch.cat([torch.full_like(prompt["input_ids"], -100), answer], dim=1)
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = adapted(input_ids=inputs, labels=labels).loss
+        losses.append(float(loss.detach()))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < 0.9 * losses[0]
+    for name, value in adapted.get_base_model().state_dict().items():
+        plain = name.replace(".base_layer", "")
+        assert "lora" in name or torch.equal(value, frozen[plain]), name
+
+    merged = adapted.merge_and_unload().eval()
+    merged.save_pretrained(tmp_path / "merged")
+    tokenizer.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", trust_remote_code=False).eval()
+    assert again.config.pause["ids"] == model.config.pause["ids"]
+    output = again.generate(**prompt, max_new_tokens=8, do_sample=False)
+    new = output[0, prompt["input_ids"].shape[1] :]
+    assert not set(new.tolist()) & set(again.config.pause["ids"])  # suppressed still
+    plain = again.generate(
+        **tokenizer("The state of the union is", return_tensors="pt"), max_new_tokens=8, do_sample=False
+    )
+    with torch.no_grad():
+        after_pauses = again(**prompt).logits[0, -1]
+        at_once = again(**tokenizer("The state of the union is", return_tensors="pt")).logits[0, -1]
+    assert not torch.allclose(after_pauses, at_once, atol=1e-3)  # the pauses are seen
+    assert "<pause>" not in tokenizer.decode(plain[0], skip_special_tokens=True)

@@ -1,0 +1,47 @@
+"""SIGTERM, SIGINT or SIGUSR2 to one rank: all finish the step, save, and say so with their exit code."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from forked_ranks import STEPS, assert_same, finish, metrics, run_config, start
+
+from pause_megatron.checkpoint import Store
+from pause_megatron.train.pretrain import EXIT_STOPPED
+
+
+@pytest.fixture(scope="module")
+def straight(corpus, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("straight")
+    finish(start(run_config(corpus, folder, 1), folder / "log"), folder / "log")
+    return folder
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
+def test_a_signal_to_one_rank_stops_all_and_loses_no_step(corpus, straight, tmp_path, number):
+    output = tmp_path / "log"
+    processes = start(run_config(corpus, tmp_path, 1), output)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "metrics.jsonl").exists() or len(metrics(tmp_path)) < 3:
+        assert time.monotonic() < deadline, output.read_text()
+        time.sleep(0.01)
+    os.kill(processes[1].pid, number)
+    finish(processes, output, code=EXIT_STOPPED)
+    done = metrics(tmp_path)[-1]["step"]
+    assert 3 <= done < STEPS
+    assert Store(tmp_path / "checkpoints").steps()[-1] == done
+    assert f"stopped after step {done}" in output.read_text()
+
+    finish(start(run_config(corpus, tmp_path, 1), output), output)
+    assert f"resuming after step {done}" in output.read_text()
+    assert_same(tmp_path, straight)
+
+
+def test_a_complete_run_says_so(corpus, straight):
+    output = straight / "log"
+    finish(start(run_config(corpus, straight, 1), output), output)
+    assert f"complete after step {STEPS}" in output.read_text().splitlines()[-1]

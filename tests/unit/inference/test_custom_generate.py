@@ -1,0 +1,145 @@
+"""Pauses in transformers' own generate: as a callable, and as a file that a model folder carries."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+
+import pytest
+import torch
+from tiny_llama import llama, write_folder
+
+from pause_megatron.inference import PauseGenerator, custom_generate, load, pause_generate, write_custom_generate
+
+PROMPTS = ["My fellow citizens,", "A", "The state of the Union is strong, and we"]
+
+# transformers runs a folder's own code for callers who say so; the folder of these tests is ours.
+OPT_IN = True
+
+
+@pytest.fixture
+def batch(sentencepiece):
+    sentencepiece.pad_token, sentencepiece.padding_side = "</s>", "left"
+    return sentencepiece(PROMPTS, return_tensors="pt", padding=True, return_token_type_ids=False)
+
+
+@pytest.mark.parametrize("pauses", [0, 5])
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2"])
+def test_equals_the_generator(sentencepiece, batch, family, pauses):
+    model = llama(len(sentencepiece), cls=family, seed=2)
+    output = model.generate(
+        **batch, custom_generate=pause_generate, pauses=pauses, max_new_tokens=8, do_sample=False, pad_token_id=2
+    )
+    expected = PauseGenerator(model, sentencepiece).generate(PROMPTS, pauses=pauses, max_new_tokens=8)
+    assert torch.equal(output[:, : batch.input_ids.shape[1]], batch.input_ids)
+    for row, completion in zip(output[:, batch.input_ids.shape[1] :].tolist(), expected.completions, strict=True):
+        assert row[: len(completion.ids)] == list(completion.ids)
+        assert all(token_id == 2 for token_id in row[len(completion.ids) :])
+        assert len(completion.ids) == 8 or completion.finish == "eos"
+
+
+def test_without_pauses_it_is_transformers_own_greedy_search(sentencepiece, batch):
+    model = llama(len(sentencepiece), seed=2)
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 2, "suppress_tokens": [600]}
+    ours = model.generate(**batch, **settings, custom_generate=pause_generate, pauses=0)
+    assert torch.equal(ours, model.generate(**batch, **settings))
+
+
+def test_with_pauses_it_is_plain_generate_behind_pause_ids(sentencepiece):
+    model = llama(len(sentencepiece), seed=2)
+    model.config.pause["m_ft"] = 6
+    ids = sentencepiece(PROMPTS[0], return_tensors="pt")["input_ids"]
+    settings = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 2, "suppress_tokens": [600]}
+    plain = model.generate(torch.cat([ids, torch.full((1, 6), 600)], dim=1), **settings)
+    ours = model.generate(ids, custom_generate=pause_generate, **settings)
+    assert plain[0, ids.shape[1] + 6 :].tolist() == ours[0, ids.shape[1] :].tolist()
+
+
+def test_settings_see_text_only(sentencepiece):
+    """Sampling, penalties, minimum length and max_length count no pauses; a pause is never drawn."""
+    model = llama(len(sentencepiece), seed=2)
+    with torch.no_grad():
+        model.lm_head.weight[600] = 50 * model.lm_head.weight.abs().sum(0)
+    ids = sentencepiece(PROMPTS[0], return_tensors="pt")["input_ids"]
+    output = model.generate(
+        ids, custom_generate=pause_generate, pauses=10, do_sample=True, temperature=1.5, repetition_penalty=1.3,
+        min_new_tokens=5, max_length=ids.shape[1] + 9, pad_token_id=2,
+    )  # fmt: skip
+    assert ids.shape[1] + 5 <= output.shape[1] <= ids.shape[1] + 9
+    assert 600 not in output
+    details = model.generate(
+        ids, custom_generate=pause_generate, pauses=3, max_new_tokens=4, return_dict_in_generate=True, pad_token_id=2
+    )
+    assert details.sequences.shape[1] <= ids.shape[1] + 4
+
+
+def test_one_prefill(sentencepiece):
+    model = llama(len(sentencepiece))
+    shapes = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    model.generate(
+        torch.tensor([[5, 6, 7]]), custom_generate=pause_generate, pauses=10, max_new_tokens=3, eos_token_id=None
+    )
+    assert shapes == [13, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pauses": 500}, r"3 prompt tokens \+ 500 pauses \+ 4 new tokens = 507 positions, but the model has 256"),
+        ({"pauses": -1}, "expected a whole number, 0 or more, came -1"),
+        ({"pauses": 2, "num_beams": 2}, "expected num_beams=1"),
+    ],
+)
+def test_wrong_settings_are_refused(generator, settings, message):
+    with pytest.raises(ValueError, match=message):
+        generator.model.generate(
+            torch.tensor([[5, 6, 7]]), custom_generate=pause_generate, max_new_tokens=4, **settings
+        )
+
+
+def test_a_bidirectional_model_is_refused():
+    model = llama(601)
+    model.config.pause["prefix_attention"] = "bidirectional"
+    with pytest.raises(ValueError, match="the model's prefix is bidirectional"):
+        model.generate(torch.tensor([[5]]), custom_generate=pause_generate, pauses=1, max_new_tokens=1)
+
+
+def test_a_model_without_pauses_is_refused():
+    with pytest.raises(ValueError, match="the model has none"):
+        llama(601, pauses=0).generate(torch.tensor([[5]]), custom_generate=pause_generate, pauses=1, max_new_tokens=1)
+
+
+def test_the_file_needs_nothing_of_this_project():
+    with open(custom_generate.__file__, encoding="utf-8") as file:
+        tree = ast.parse(file.read())
+    names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    assert {name.split(".")[0] for name in names} == {"__future__", "torch", "transformers"}
+
+
+def test_a_folder_can_carry_it_and_runs_it_only_for_those_who_trust_it(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    folder = write_folder(tmp_path / "out", m_ft=4)
+    generator = load(folder)
+    expected = generator.generate(PROMPTS[:1], max_new_tokens=6).completions[0]
+    assert expected.pauses == 4
+    ids = torch.tensor([generator.encoder.encode(PROMPTS[0])])
+    path = write_custom_generate(folder)
+    assert path == folder / "custom_generate" / "generate.py"
+    with pytest.raises(ValueError, match="contains custom generation code"):
+        generator.model.generate(ids, custom_generate=str(folder), trust_remote_code=False, max_new_tokens=6)
+    settings = {"max_new_tokens": 6, "do_sample": False}
+    output = generator.model.generate(ids, custom_generate=str(folder), trust_remote_code=OPT_IN, **settings)
+    assert tuple(output[0, ids.shape[1] :].tolist()[: len(expected.ids)]) == expected.ids
+    trusting = AutoModelForCausalLM.from_pretrained(str(folder), trust_remote_code=OPT_IN)
+    assert torch.equal(trusting.generate(ids, pauses=4, **settings), output)
+    assert load(folder).generate(PROMPTS[:1], max_new_tokens=6).completions[0] == expected
+    spec = importlib.util.spec_from_file_location("carried", path)
+    carried = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(carried)
+    with pytest.raises(ValueError, match="streamer: not supported"):
+        carried.generate(ids, model=generator.model, streamer=object())
