@@ -15,9 +15,21 @@ is pickled, so nothing in a checkpoint can run.
 """
 
 from pause_megatron.checkpoint.manifest import Manifest
+from pause_megatron.checkpoint.merge import MergedReader, ShardReader, load_weights, restore_masters
 from pause_megatron.checkpoint.reader import CheckpointReader
 from pause_megatron.checkpoint.restore import restore_engine, restore_weights
 from pause_megatron.checkpoint.save import save
 from pause_megatron.checkpoint.store import Store
 
-__all__ = ["CheckpointReader", "Manifest", "Store", "restore_engine", "restore_weights", "save"]
+__all__ = [
+    "CheckpointReader",
+    "Manifest",
+    "MergedReader",
+    "ShardReader",
+    "Store",
+    "load_weights",
+    "restore_engine",
+    "restore_masters",
+    "restore_weights",
+    "save",
+]

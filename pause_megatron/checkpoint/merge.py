@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from pause_megatron.checkpoint.layout import VOCABULARY, partition_dim, row_spans
 from pause_megatron.checkpoint.manifest import Manifest
 from pause_megatron.checkpoint.reader import CheckpointReader
-from pause_megatron.engine import Address
+from pause_megatron.engine import Address, Engine
 from pause_megatron.engine.state import MASTER
 from pause_megatron.errors import CheckpointError
 
@@ -44,7 +45,7 @@ class MergedReader:
         Raises:
             CheckpointError: there is no such parameter.
         """
-        entry = self.manifest.parameters.get(self._stored(name))
+        entry = self.manifest.parameters.get(self.stored_name(name))
         if entry is None:
             raise CheckpointError(f"{self.folder}: expected a parameter {name}, the checkpoint has none of that name")
         if entry.partition_dim != partition_dim(name):
@@ -83,11 +84,12 @@ class MergedReader:
             self._mapped = 0
         if rank not in self._readers:
             self._readers[rank] = CheckpointReader(self.folder, rank)
-        address = Address(self._stored(name), start * each, (stop - start) * each)
+        address = Address(self.stored_name(name), start * each, (stop - start) * each)
         values = self._readers[rank].read(address, MASTER)
         return values if width is None else values.view(-1, width)
 
-    def _stored(self, name: str) -> str:
+    def stored_name(self, name: str) -> str:
+        """Name under which the checkpoint has a parameter: Transformer Engine's for a fused norm."""
         if name not in self.manifest.parameters:
             for pair in _FUSED.items():
                 for this, other in (pair, pair[::-1]):
@@ -96,51 +98,79 @@ class MergedReader:
         return name
 
 
-def load_weights(model: nn.Module, reader: MergedReader, *, live_rows: int, rank: int, ranks: int) -> None:
-    """Copies master weights of any tensor-parallel size into one rank's shard of a model, before DeepSpeed sees it.
+class ShardReader:
+    """The weights of one tensor-parallel rank of a model, out of a checkpoint of any tensor-parallel size.
 
     Args:
-        model: a PauseGPTModel
         reader: of the checkpoint
-        live_rows: vocabulary rows that are text or pauses; padding rows become 0, however many there are
+        shapes: of the rank's parameters
+        live_rows: vocabulary rows that are text or pauses; padding rows are 0, however many there are
         rank, ranks: the model's place among its tensor-parallel ranks
 
     Raises:
         CheckpointError: names or shapes differ: the checkpoint is of another model.
     """
+
+    def __init__(
+        self, reader: MergedReader, shapes: Mapping[str, tuple[int, ...]], *, live_rows: int, rank: int, ranks: int
+    ) -> None:
+        self._reader, self._shapes, self._live_rows = reader, dict(shapes), live_rows
+        self._rank, self._ranks = rank, ranks
+        for name in self._shapes:
+            self._check(name)
+        known = {reader.stored_name(name) for name in self._shapes}
+        if unknown := sorted(reader.manifest.parameters.keys() - known):
+            raise CheckpointError(f"{reader.folder}: a checkpoint of another model: this one has no {unknown[0]}")
+
+    def shard(self, name: str) -> Tensor:
+        """The rank's shard of a parameter, fp32."""
+        shape, reader, rank = self._shapes[name], self._reader, self._rank
+        if name in VOCABULARY:
+            first = rank * shape[0]
+            stop = min(first + shape[0], self._live_rows)
+            values = torch.zeros(shape)
+            if first < stop:
+                values[: stop - first] = reader.rows(name, first, stop)
+            return values
+        if partition_dim(name) == 1:
+            return reader.rows(name, 0, shape[0])[:, rank * shape[1] : (rank + 1) * shape[1]]
+        if partition_dim(name) is None:
+            return reader.rows(name, 0, shape[0])
+        spans = [span for span in row_spans(name, shape[0] * self._ranks, self._ranks) if span.rank == rank]
+        return torch.cat([reader.rows(name, span.start, span.start + span.count) for span in spans])
+
+    def read(self, address: Address) -> Tensor:
+        """Elements of the flattened shard, fp32 [address.numel]."""
+        return self.shard(address.name).flatten()[address.start : address.start + address.numel]
+
+    def _check(self, name: str) -> None:
+        cut, found = partition_dim(name), self._reader.shape(name)
+        expected = tuple(n * self._ranks if dimension == cut else n for dimension, n in enumerate(self._shapes[name]))
+        fits = found == expected
+        if name in VOCABULARY:
+            fits = found[0] >= self._live_rows and found[1:] == expected[1:]
+        if not fits:
+            raise CheckpointError(
+                f"{self._reader.folder}: a checkpoint of another model: parameter {name} has shape {found} in the "
+                f"checkpoint and {expected} in this run"
+            )
+
+
+def load_weights(model: nn.Module, reader: MergedReader, *, live_rows: int, rank: int, ranks: int) -> ShardReader:
+    """Copies master weights into one rank's shard of a model, before DeepSpeed sees it. Arguments as `ShardReader`.
+
+    Returns:
+        What was read from, for the fp32 masters of the engine: under bf16 DeepSpeed makes them of rounded weights.
+    """
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    shards = ShardReader(reader, shapes, live_rows=live_rows, rank=rank, ranks=ranks)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            _check_shape(name, tuple(parameter.shape), reader, live_rows, ranks)
-            parameter.copy_(_shard(name, tuple(parameter.shape), reader, live_rows, rank, ranks))
-    known = {reader._stored(name) for name, _ in model.named_parameters()}
-    if unknown := sorted(reader.manifest.parameters.keys() - known):
-        raise CheckpointError(f"{reader.folder}: a checkpoint of another model: this one has no {unknown[0]}")
+            parameter.copy_(shards.shard(name))
+    return shards
 
 
-def _check_shape(name: str, shard: tuple[int, ...], reader: MergedReader, live_rows: int, ranks: int) -> None:
-    cut, found = partition_dim(name), reader.shape(name)
-    expected = tuple(n * ranks if dimension == cut else n for dimension, n in enumerate(shard))
-    fits = found == expected
-    if name in VOCABULARY:
-        fits = found[0] >= live_rows and found[1:] == expected[1:]
-    if not fits:
-        raise CheckpointError(
-            f"{reader.folder}: a checkpoint of another model: parameter {name} has shape {found} in the checkpoint and "
-            f"{expected} in this run"
-        )
-
-
-def _shard(name: str, shape: tuple[int, ...], reader: MergedReader, live_rows: int, rank: int, ranks: int) -> Tensor:
-    if name in VOCABULARY:
-        first = rank * shape[0]
-        stop = min(first + shape[0], live_rows)
-        values = torch.zeros(shape)
-        if first < stop:
-            values[: stop - first] = reader.rows(name, first, stop)
-        return values
-    if partition_dim(name) == 1:
-        return reader.rows(name, 0, shape[0])[:, rank * shape[1] : (rank + 1) * shape[1]]
-    if partition_dim(name) is None:
-        return reader.rows(name, 0, shape[0])
-    spans = [span for span in row_spans(name, shape[0] * ranks, ranks) if span.rank == rank]
-    return torch.cat([reader.rows(name, span.start, span.start + span.count) for span in spans])
+def restore_masters(engine: Engine, shards: ShardReader) -> None:
+    """Overwrites the engine's fp32 masters; its moments and step stay as they are."""
+    for address in engine.state.needed():
+        engine.state.set(address, MASTER, shards.read(address))

@@ -186,7 +186,8 @@ def _from_transformers(name: str, origin: str) -> HuggingFaceBackend:
     from transformers import AutoTokenizer
 
     try:
-        loaded = AutoTokenizer.from_pretrained(name)
+        # Said outright: left open, transformers asks on the terminal whether to run code that comes with the tokenizer.
+        loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         content = loaded.backend_tokenizer.to_str().encode()
     except Exception as error:  # transformers raises many kinds; each means that there is no usable tokenizer
         raise DataError(f"tokenizer {origin!r}: transformers cannot load it as a fast tokenizer ({error})") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from pause_megatron.checkpoint.merge import MergedReader, load_weights
+from pause_megatron.checkpoint.merge import MergedReader, ShardReader, load_weights
 from pause_megatron.checkpoint.store import Store, resolve
 from pause_megatron.config.initial import SHAPE
 from pause_megatron.config.load import load
@@ -17,7 +17,7 @@ from pause_megatron.model import PauseGPTModel
 
 def load_initial_weights(
     model: PauseGPTModel, config: RunConfig, tokenizer: Tokenizer, context: ParallelContext
-) -> None:
+) -> ShardReader:
     """Copies the weights of `model.from` into a fresh model. Every rank calls this, before DeepSpeed sees the model.
 
     The checkpoint may be of any tensor-parallel size, data-parallel size and ZeRO stage.
@@ -27,6 +27,9 @@ def load_initial_weights(
         config: of the run that begins
         tokenizer: of its corpus
         context: this rank's place
+
+    Returns:
+        What the weights were read from, for `restore_masters` when the engine is there.
 
     Raises:
         CheckpointError: no checkpoint there, a damaged one, or one of another model, vocabulary or tokenizer; each
@@ -59,8 +62,8 @@ def load_initial_weights(
             f"checkpoint's, and prepare the corpus with --tokenizer {folder / 'tokenizer'}:\n  "
             + "\n  ".join(differences)
         )
-    load_weights(
-        model, MergedReader(folder), live_rows=model.vocabulary.size, rank=context.tp_rank, ranks=context.tp_size
-    )
     if context.rank == 0:
         print(f"initial weights from {folder}", file=sys.stderr)
+    return load_weights(
+        model, MergedReader(folder), live_rows=model.vocabulary.size, rank=context.tp_rank, ranks=context.tp_size
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from pathlib import Path
 
-from pause_megatron.checkpoint import Store, restore_engine, restore_weights, save
+from pause_megatron.checkpoint import Store, restore_engine, restore_masters, restore_weights, save
 from pause_megatron.config.deepspeed import deepspeed_config
 from pause_megatron.config.load import dump
 from pause_megatron.config.plan import batch_plan
@@ -55,13 +55,16 @@ def pretrain(config: RunConfig) -> int:
         model = _model(config, datasets)
         store = Store(Path(config.run.dir) / "checkpoints", context.rank, context.world_size)
         resumed = find_resume(store, config, corpora.fingerprint, context)
+        initial = None
         if resumed:
             restore_weights(model, resumed.reader)
         elif config.model.from_:
-            load_initial_weights(model, config, corpora.tokenizer, context)
+            initial = load_initial_weights(model, config, corpora.tokenizer, context)
         engine = closing.enter_context(_engine(config, model, context))
         if resumed:
             restore_engine(engine, resumed.reader)
+        elif initial:
+            restore_masters(engine, initial)
         progress = resumed.progress if resumed else Progress()
         if context.rank == 0:
             plan = batch_plan(config, context.world_size)

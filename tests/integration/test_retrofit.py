@@ -9,7 +9,8 @@ import pytest
 import torch
 from ranks import run_on_ranks
 
-from pause_megatron.checkpoint.merge import MergedReader
+from pause_megatron.checkpoint import MergedReader
+from pause_megatron.checkpoint.layout import VOCABULARY
 from pause_megatron.checkpoint.store import resolve
 from pause_megatron.config.load import load
 from pause_megatron.errors import CheckpointError
@@ -33,14 +34,16 @@ def pretrain(corpus: str, folder: str, tensor: int, zero: int, extra: list[str])
     )
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["tied", "untied"])
-def base(request, corpus, tmp_path_factory) -> Path:
-    """A run without pauses, of one rank; two pause rows that it never saw."""
-    folder = tmp_path_factory.mktemp("base") / "run"
+@pytest.fixture(scope="module")
+def bases(corpus, tmp_path_factory) -> dict[str, Path]:
+    """Runs without pauses, of one rank, with tied and untied matrices; two pause rows that they never saw."""
     sizes = ["model.preset=null", "model.layers=2", "model.hidden=32", "model.heads=4", "model.kv_heads=2"]
-    settings = [*sizes, f"model.tied={str(request.param).lower()}", "pause.rate=0", "pause.embeddings=2"]
-    run_on_ranks(1, pretrain, corpus, str(folder), 1, 1, settings)
-    return folder
+    found = {}
+    for name, tied in (("tied", "true"), ("untied", "false")):
+        found[name] = tmp_path_factory.mktemp("base") / name
+        settings = [*sizes, f"model.tied={tied}", "pause.rate=0", "pause.embeddings=2"]
+        run_on_ranks(1, pretrain, corpus, str(found[name]), 1, 1, settings)
+    return found
 
 
 def changed_rows(before: Path, after: Path) -> dict[str, list[int]]:
@@ -56,31 +59,31 @@ def changed_rows(before: Path, after: Path) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "tensor", "zero", "extra"),
+    ("kind", "ranks", "tensor", "zero", "extra"),
     [
-        (1, 1, 0, []),
-        (2, 1, 1, []),
-        (2, 2, 2, ["parallel.sequence=true"]),
-        (2, 1, 3, ["parallel.recompute=full"]),
-        (2, 2, 3, []),
-        (2, 2, 0, ["engine.precision=bf16"]),
-        (2, 1, 2, ["engine.precision=bf16"]),
+        ("untied", 1, 1, 0, []),
+        ("tied", 2, 1, 1, []),
+        ("untied", 2, 2, 2, ["parallel.sequence=true"]),
+        ("tied", 2, 1, 3, ["parallel.recompute=full"]),
+        ("untied", 2, 2, 3, []),
+        ("tied", 2, 2, 0, ["engine.precision=bf16"]),
+        ("untied", 2, 1, 2, ["engine.precision=bf16"]),
     ],
 )
-def test_only_pause_rows_move(base, corpus, tmp_path, ranks, tensor, zero, extra):
-    settings = [f"model.from={base}", "pause.embeddings=2", "train.only=pause_rows", *extra]
+def test_only_pause_rows_move(bases, corpus, tmp_path, kind, ranks, tensor, zero, extra):
+    settings = [f"model.from={bases[kind]}", "pause.embeddings=2", "train.only=pause_rows", *extra]
     run_on_ranks(ranks, pretrain, corpus, str(tmp_path / "run"), tensor, zero, settings)
-    tokenizer_size = 1000
-    changed = changed_rows(base, tmp_path / "run")
-    tied = load(resolve(base) / "config.yaml").model.tied
-    matrices = ["embedding.word_embeddings.weight", *([] if tied else ["output_layer.weight"])]
-    assert changed == {name: [tokenizer_size, tokenizer_size + 1] for name in matrices}
+    text_size = 1000
+    matrices = VOCABULARY if kind == "untied" else VOCABULARY[:1]
+    assert changed_rows(bases[kind], tmp_path / "run") == {name: [text_size, text_size + 1] for name in matrices}
 
 
-def test_the_second_stage_trains_everything_from_there(base, corpus, tmp_path):
+def test_the_second_stage_trains_everything_from_there(bases, corpus, tmp_path):
     first, second = str(tmp_path / "rows"), str(tmp_path / "all")
     settings = ["pause.embeddings=2"]
-    run_on_ranks(2, pretrain, corpus, first, 1, 2, [f"model.from={base}", "train.only=pause_rows", *settings])
+    run_on_ranks(
+        2, pretrain, corpus, first, 1, 2, [f"model.from={bases['untied']}", "train.only=pause_rows", *settings]
+    )
     run_on_ranks(2, pretrain, corpus, second, 2, 1, [f"model.from={first}", *settings])
     changed = changed_rows(Path(first), Path(second))
     assert len(changed) == len(MergedReader(resolve(first)).manifest.parameters)
@@ -90,8 +93,8 @@ def test_the_second_stage_trains_everything_from_there(base, corpus, tmp_path):
     assert f"`{first}`" in (done.folder / "README.md").read_text()
 
 
-def test_what_is_trained_cannot_change_in_a_run(base, corpus, tmp_path):
-    settings = [f"model.from={base}", "pause.embeddings=2"]
+def test_what_is_trained_cannot_change_in_a_run(bases, corpus, tmp_path):
+    settings = [f"model.from={bases['untied']}", "pause.embeddings=2"]
     run_on_ranks(
         1, pretrain, corpus, str(tmp_path / "run"), 1, 1, [*settings, "train.only=pause_rows", "train.steps=2"]
     )
@@ -99,31 +102,31 @@ def test_what_is_trained_cannot_change_in_a_run(base, corpus, tmp_path):
         pretrain(corpus, str(tmp_path / "run"), 1, 1, [*settings, "train.steps=2"])
 
 
-def test_lora_through_peft_on_an_exported_folder(base, tmp_path):
-    """A training step of an adapter on prompt + pauses + answer; the base stays, and pauses still work after merging."""
+def test_lora_through_peft_on_an_exported_folder(bases, tmp_path):
+    """Steps of an adapter on prompt + pauses + answer; the base stays, and pauses still work after merging."""
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    export(base, tmp_path / "out")
+    export(bases["untied"], tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=False)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=False)
     frozen = {name: value.clone() for name, value in model.state_dict().items()}
-    settings = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_alpha=8, task_type="CAUSAL_LM")
+    settings = peft.LoraConfig(r=4, target_modules="all-linear", lora_alpha=16, task_type="CAUSAL_LM")
     adapted = peft.get_peft_model(model, settings)
     prompt = tokenizer("The state of the union is" + "<pause>" * 5, return_tensors="pt")
     answer = tokenizer(" strong, fellow citizens", add_special_tokens=False, return_tensors="pt")["input_ids"]
     answer = answer if answer[0, 0] != tokenizer.pad_token_id else answer[:, 1:]
     inputs = torch.cat([prompt["input_ids"], answer], dim=1)
     labels = torch.cat([torch.full_like(prompt["input_ids"], -100), answer], dim=1)
-    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=2e-2)
     losses = []
-    for _ in range(8):
+    for _ in range(15):
         loss = adapted(input_ids=inputs, labels=labels).loss
         losses.append(float(loss.detach()))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < losses[0] - 0.1
     for name, value in adapted.get_base_model().state_dict().items():
         plain = name.replace(".base_layer", "")
         assert "lora" in name or torch.equal(value, frozen[plain]), name

@@ -37,8 +37,8 @@ def test_the_papers_run(capsys):
 
 def test_text_tokens_of_a_standard_run_are_all_tokens(capsys):
     table = rows(capsys, "--recipe", "tiny-std")
-    assert table["raw tokens a step"] == "8,192"
-    assert table["text tokens a step"] == "8,192 (expected)"
+    assert table["raw tokens a step"] == "4,096"
+    assert table["text tokens a step"] == "4,096 (expected)"
 
 
 @pytest.mark.parametrize("name", recipe_names())

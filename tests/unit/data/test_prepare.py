@@ -394,11 +394,12 @@ def test_a_killed_worker_is_an_error_that_keeps_what_is_done(tmp_path: Path, tok
 
     shards = write_shards(tmp_path / "s", TEXTS * 100, 4)
 
+    others = {process.pid for process in multiprocessing.active_children()}  # the rank pools of other tests
     killed = []
 
     def kill_one(progress: Progress) -> None:
         if progress.documents and not killed:
-            killed.append(multiprocessing.active_children()[0].pid)
+            killed.append(next(p.pid for p in multiprocessing.active_children() if p.pid not in others))
             os.kill(killed[0], signal.SIGKILL)
 
     with pytest.raises(DataError, match="a worker process was killed"):
