@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,5 +87,11 @@ def _check_parameters(config: RunConfig, vocabulary: Vocabulary, reader: MergedR
                 f"{reader.folder}: parameter {name}: expected shape {shape} (config.yaml, a vocabulary of "
                 f"{vocabulary.size:,} padded to {padded:,}), the manifest says {reader.shape(name)}"
             )
+    held = sum(entry.bytes for name, entry in reader.manifest.files.items() if name.endswith(".safetensors"))
+    if (needed := sum(4 * math.prod(shape) for shape in expected.values())) > held:
+        raise CheckpointError(
+            f"{reader.folder}: the parameters take {needed:,} bytes, the state files hold {held:,}: the manifest, the "
+            "tokenizer's pause id or config.yaml is not this checkpoint's"
+        )
     if len(found) != len(expected):
         raise CheckpointError(f"{reader.folder}: expected {len(expected)} parameters, the manifest has {len(found)}")

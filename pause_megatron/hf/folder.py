@@ -110,28 +110,47 @@ class SourceWeights:
 
     Args:
         folder: where
-        shapes: every tensor that must be there, with its shape
-        unused: names that may be there besides, and are not read
 
     Raises:
-        CheckpointError: a file that is not safetensors; a tensor that is missing, unknown, there twice, or of another
-            shape or type.
+        CheckpointError: a file that is not safetensors; a tensor that is there twice or of another type.
     """
 
-    def __init__(self, folder: SourceFolder, shapes: dict[str, tuple[int, ...]], unused: tuple[str, ...] = ()) -> None:
+    def __init__(self, folder: SourceFolder) -> None:
+        self._folder = folder
         self._open: dict[Path, Any] = {}
         self._mapped = 0
         self._where: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
         for name in folder.weight_files():
-            self._index(folder.file(name), shapes, unused)
+            self._index(folder.file(name))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def check(self, shapes: dict[str, tuple[int, ...]], unused: tuple[str, ...] = ()) -> None:
+        """Compares names and shapes.
+
+        Args:
+            shapes: of every tensor that must be there
+            unused: ends of names that may be there besides, and are not read
+
+        Raises:
+            CheckpointError: a tensor that is missing, unknown, or of another shape.
+        """
+        for name, path in self._where.items():
+            if name not in shapes and not name.endswith(unused):
+                raise CheckpointError(f"{path}: a tensor {name[:200]!r}, which the model of config.json does not have")
+            if name in shapes and self._shapes[name] != shapes[name]:
+                raise CheckpointError(
+                    f"{path}: tensor {name}: expected shape {shapes[name]} by config.json, found {self._shapes[name]}"
+                )
         if missing := sorted(shapes.keys() - self._where.keys()):
             raise CheckpointError(
-                f"{folder.path}: expected a tensor {missing[0]} (and {len(missing) - 1} more), found none"
+                f"{self._folder.path}: expected a tensor {missing[0]} (and {len(missing) - 1} more), found none"
             )
-
-    def has(self, name: str) -> bool:
-        """Whether a tensor is there, an unused one too."""
-        return name in self._where
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows of a tensor, fp32 [stop - start, ...]; exact, whatever the type."""
@@ -144,23 +163,18 @@ class SourceWeights:
             self._mapped = 0
         return values
 
-    def _index(self, path: Path, shapes: dict[str, tuple[int, ...]], unused: tuple[str, ...]) -> None:
+    def _index(self, path: Path) -> None:
         file = self._file(path)
         for name in file.keys():  # noqa: SIM118 (not a dict)
-            if name not in shapes and not name.endswith(unused):
-                raise CheckpointError(f"{path}: a tensor {name[:200]!r}, which the model of config.json does not have")
             if name in self._where:
                 raise CheckpointError(f"{path}: tensor {name} is in {self._where[name].name} too")
             entry = file.get_slice(name)
-            if name in shapes and tuple(entry.get_shape()) != shapes[name]:
-                raise CheckpointError(
-                    f"{path}: tensor {name}: expected shape {shapes[name]} by config.json, found {entry.get_shape()}"
-                )
             if entry.get_dtype() not in _TYPES:
                 raise CheckpointError(
                     f"{path}: tensor {name}: expected {' or '.join(_TYPES)}, found {entry.get_dtype()}"
                 )
             self._where[name] = path
+            self._shapes[name] = tuple(entry.get_shape())
 
     def _file(self, path: Path) -> Any:
         if path not in self._open:

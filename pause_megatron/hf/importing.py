@@ -31,7 +31,7 @@ from pause_megatron.hf.folder import SourceFolder, SourceWeights
 from pause_megatron.hf.native_writer import PauseRows, write_native
 from pause_megatron.hf.parity import prove_import
 from pause_megatron.hf.tokenizer import with_pauses
-from pause_megatron.hf.weights import hf_tensors
+from pause_megatron.hf.weights import HFTensor, hf_tensors
 from pause_megatron.model import Vocabulary
 
 _UNUSED = ("rotary_emb.inv_freq",)
@@ -96,17 +96,10 @@ def import_folder(
     architecture = read_architecture(config_json, str(folder.path / "config.json"), sequence_length)
     if folder.has("adapter_config.json"):
         raise CheckpointError(f"{folder.path}: holds a PEFT adapter; merge it into the model first (merge_and_unload)")
+    weights, tensors = _weights(folder, architecture)
     tokenizer = _tokenizer(folder, architecture, pause_token)
     pause_ids = tuple(tokenizer.pause_ids)
     config = _config(architecture, len(pause_ids), tensor_parallel)
-    tensors = hf_tensors(config.model, architecture.rows, architecture.family)
-    unused = (*_UNUSED, "lm_head.weight") if config.model.tied else _UNUSED
-    weights = SourceWeights(folder, {tensor.name: tensor.shape for tensor in tensors}, unused)
-    if config.model.tied and weights.has("lm_head.weight"):
-        _check_tied(weights, architecture.rows, folder)
-    for tensor in tensors:
-        if not tensor.rows and weights.rows(tensor.name, 0, tensor.shape[0]).any():
-            raise CheckpointError(f"{folder.path}: {tensor.name} is not zero; the native model has no such bias")
     new_rows = () if tokenizer.kept else pause_ids
     hidden = output.with_name(f".{output.name}.incoming")
     shutil.rmtree(hidden, ignore_errors=True)
@@ -217,6 +210,25 @@ def _pause_ids(
             f"{token}), came {str(ids)[:80]}"
         )
     return range(existing, existing + len(ids))
+
+
+def _weights(folder: SourceFolder, architecture: Architecture) -> tuple[SourceWeights, list[HFTensor]]:
+    """The folder's tensors and what they should be, compared before anything of their size is made."""
+    model, weights = architecture.model, SourceWeights(folder)
+    if model.layers > len(weights):
+        raise CheckpointError(
+            f"{folder.path / 'config.json'}: num_hidden_layers: expected at most the {len(weights)} tensors that the "
+            f"files hold, came {model.layers}"
+        )
+    tensors = hf_tensors(model, architecture.rows, architecture.family)
+    unused = (*_UNUSED, "lm_head.weight") if model.tied else _UNUSED
+    weights.check({tensor.name: tensor.shape for tensor in tensors}, unused)
+    if model.tied and "lm_head.weight" in weights:
+        _check_tied(weights, architecture.rows, folder)
+    for tensor in tensors:
+        if not tensor.rows and weights.rows(tensor.name, 0, tensor.shape[0]).any():
+            raise CheckpointError(f"{folder.path}: {tensor.name} is not zero; the native model has no such bias")
+    return weights, tensors
 
 
 def _check_tied(weights: SourceWeights, rows: int, folder: SourceFolder) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pause_megatron.checkpoint import Manifest, Store
-from pause_megatron.cli import VERBS
+from pause_megatron.cli import VERBS, main
 from pause_megatron.config.load import load, recipe_names
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,9 +112,9 @@ def test_every_command_of_the_readme_is_one_that_exists(command):
     verb = arguments[0]
     assert verb in VERBS
     if verb == "pretrain" and "--help" not in arguments:
-        from pause_megatron.cli import main
-
-        assert main([*arguments, "--dry-run"] if "--dry-run" not in arguments else arguments) == 0
+        # A checkpoint to begin from is read at once, and this one is only an example.
+        arguments = [argument for argument in arguments if not argument.startswith(("model.from=", "--dry-run"))]
+        assert main([*arguments, "--dry-run"]) == 0
 
 
 def test_the_readme_names_every_recipe():

@@ -17,6 +17,7 @@ from prose import train_model
 from safetensors.torch import load_file, save_file
 
 from pause_megatron.checkpoint import Manifest
+from pause_megatron.checkpoint.layout import VOCABULARY
 from pause_megatron.checkpoint.manifest import FileEntry, ParameterEntry
 from pause_megatron.data.tokenizer import load_tokenizer
 from pause_megatron.durable import digest_of
@@ -235,6 +236,14 @@ def yaml_edit(folder: Path, before: str, after: str) -> None:
     (folder / "config.yaml").write_text(text.replace(before, after))
 
 
+def huge_pause_id(folder: Path) -> Manifest:
+    """A pause id far out, and a manifest that claims rows up to it: filling the gap would take for ever."""
+    edit(folder / "tokenizer" / "pause_tokenizer.json", pause_id=2**40)
+    manifest = Manifest.load(folder)
+    rows = {name: ParameterEntry((2**40 + 128, 16), 0) for name in VOCABULARY}
+    return replace(manifest, parameters=manifest.parameters | rows)
+
+
 BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{two}: &{two} [{', '.join([f'*{one}'] * 9)}]\n" for one, two in zip("abcdefghi", "bcdefghij", strict=True)
 )
@@ -266,6 +275,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a config of 10 GB": (lambda f: sparse(f / "config.yaml", 10**10), "config.yaml"),
     "a billion layers": (lambda f: yaml_edit(f, "layers: 1", "layers: 1000000000"), "1,000,000,000 layers"),
     "a hidden size of 2**40": (lambda f: yaml_edit(f, "hidden: 16", f"hidden: {2**40}"), "expected shape"),
+    "a pause id of 2**40": (huge_pause_id, "the state files hold"),
     "a parameter of 10**18 elements": (huge_shape, "expected shape"),
     "a manifest that leaves the folder": (
         lambda f: replace(Manifest.load(f), files={"../../etc/passwd": FileEntry(1, "")}),
