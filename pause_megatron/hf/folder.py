@@ -85,8 +85,8 @@ class SourceFolder:
         """
         if self.has(INDEX):
             weight_map = self.json(INDEX).get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise CheckpointError(f"{self.path / INDEX}: expected a weight_map, found none")
+            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+                raise CheckpointError(f"{self.path / INDEX}: expected a weight_map of tensors to files, found none")
             names = dict.fromkeys(weight_map.values())
             for name in names:
                 if self.file(name).suffix != ".safetensors":

@@ -220,8 +220,16 @@ def state(folder: Path) -> Path:
     return next(folder.glob("state-*"))
 
 
-def renamed_tensors(path: Path) -> None:
-    save_file({"no label": torch.zeros(2, 2)}, path)
+def kept_size(path: Path, change: Callable[[Path], None]) -> None:
+    size = path.stat().st_size
+    change(path)
+    with open(path, "r+b") as file:
+        file.truncate(size)
+
+
+def other_tensors(path: Path, label: str, shape: tuple[int, ...]) -> None:
+    path.unlink()
+    save_file({label: torch.zeros(shape)}, path)
 
 
 def huge_shape(folder: Path) -> Manifest:
@@ -248,14 +256,17 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{two}: &{two} [{', '.join([f'*{one}'] * 9)}]\n" for one, two in zip("abcdefghi", "bcdefghij", strict=True)
 )
 CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
-    "a pickled state file": (lambda f: pickled(state(f)), "expected a safetensors file"),
-    "a torch.save as state file": (lambda f: torch_saved(state(f)), "expected a safetensors file"),
+    "a pickled state file": (lambda f: kept_size(state(f), pickled), "expected a safetensors file"),
+    "a torch.save as state file": (lambda f: kept_size(state(f), torch_saved), "expected a safetensors file"),
     "a state file with a header of 2**63 bytes": (
-        lambda f: header(state(f), b"{}", 2**63),
+        lambda f: kept_size(state(f), lambda path: header(path, b"{}", 2**63)),
         "expected a safetensors file",
     ),
-    "a state file of other tensors": (lambda f: renamed_tensors(state(f)), "KEY|PARAMETER|START"),
-    "an empty state file": (lambda f: header(state(f), b"{}"), r"expected elements .* found 0"),
+    "a state file of other tensors": (lambda f: other_tensors(state(f), "no label", (300, 300)), "KEY.PARAMETER.START"),
+    "a state file without the parameters": (
+        lambda f: other_tensors(state(f), "param|x|0", (90_000,)),
+        r"expected elements .* found 0",
+    ),
     "a state file linked from elsewhere": (lambda f: moved_out(f, state(f).name), "a link out of the checkpoint"),
     "a tokenizer linked from elsewhere": (
         lambda f: linked(f / "tokenizer" / "tokenizer.model", "/etc/passwd"),
