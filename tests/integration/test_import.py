@@ -265,7 +265,7 @@ def edit(folder: Path, **changes: object) -> None:
         ({"num_hidden_layers": 3}, r"expected a tensor model\.layers\.2"),
         ({"num_hidden_layers": 1}, r"model\.layers\.1.*does not have"),
         ({"intermediate_size": 100}, r"expected shape \(64, 100\)"),
-        ({"vocab_size": 590}, "the embedding only 590 rows"),
+        ({"vocab_size": 590}, r"expected shape \(590, 64\)"),
         ({"attention_bias": True}, r"expected a tensor .*bias"),
         ({"num_hidden_layers": 10**12}, "num_hidden_layers"),
         ({"hidden_size": 2**31}, "hidden_size"),
@@ -280,6 +280,12 @@ def test_what_the_native_model_cannot_do_is_refused(tokenizers, tmp_path, change
     with pytest.raises(PauseMegatronError, match=expected):
         import_folder(source, tmp_path / "native")
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_tokenizer_with_more_ids_than_rows_is_refused(tokenizers, tmp_path):
+    source = write_model(tmp_path / "hf", "Llama", tokenizers["sentencepiece"], rows=590)
+    with pytest.raises(CheckpointError, match=r"ids up to 599, the embedding only 590 rows"):
+        import_folder(source, tmp_path / "native")
 
 
 def test_a_mistral_with_a_sliding_window_is_imported_up_to_it(tokenizers, tmp_path):
