@@ -1,6 +1,6 @@
 """P7: `export-hf` against a raw write (target: >= 0.8 of its speed), and its peak memory next to the largest shard.
 
-python -m tests.benchmarks.export [--folder DIR] [--rounds 7] [--shard-size 500000000]
+python -m tests.benchmarks.export [--folder DIR] [--sizes "0.1 G" "0.5 G"] [--rounds 7] [--shard-size 500000000]
 
 For models of 0.1 G and 0.5 G parameters with random weights, in checkpoints of tensor parallel 2: the weights are
 streamed into safetensors files and synced, in turn with writing as many bytes out of one buffer and syncing them. Peak
@@ -36,11 +36,11 @@ MB = 1e6
 class RandomWeights:
     """Stands for a Hugging Face folder: rows drawn when they are asked for."""
 
-    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        return torch.empty(stop - start, *self.shapes[name][1:]).normal_(0.0, 0.02)
-
     def __init__(self, shapes: dict[str, tuple[int, ...]]) -> None:
         self.shapes = shapes
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        return torch.empty(stop - start, *self.shapes[name][1:]).normal_(0.0, 0.02)
 
 
 def write_checkpoint(folder: Path, sizes: dict) -> None:
@@ -155,11 +155,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to write; default: the system's temporary folder")
     parser.add_argument("--rounds", type=int, default=7, help="counted rounds, at least 7")
     parser.add_argument("--shard-size", type=int, default=500_000_000, help="bytes of one safetensors file")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="parameters")
     arguments = parser.parse_args()
     context = multiprocessing.get_context("spawn")
-    for name, sizes in SIZES.items():
+    for name in arguments.sizes:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-            write_checkpoint(Path(folder) / "checkpoint", sizes)
+            write_checkpoint(Path(folder) / "checkpoint", SIZES[name])
             ours, theirs = context.Pipe()
             process = context.Process(
                 target=measure, args=(name, Path(folder), arguments.rounds, arguments.shard_size, theirs)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from ranks import run_on_ranks
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pause_megatron.checkpoint import Manifest
 from pause_megatron.cli import main
@@ -234,6 +234,27 @@ def test_damage_is_found_and_named(run, tmp_path):
                 export(copy, tmp_path / "out")
             shutil.rmtree(copy)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_norms_that_transformer_engine_keeps_in_linear_layers_are_found(run, tmp_path):
+    """`model.attention=te` names a norm's weight after the layer that follows it; all else is the same."""
+    source = tmp_path / "checkpoint"
+    shutil.copytree((run / "checkpoints" / "latest").resolve(), source)
+
+    def fused(name: str) -> str:
+        name = name.replace(".input_layernorm.weight", ".self_attention.linear_qkv.layer_norm_weight")
+        return name.replace(".pre_mlp_layernorm.weight", ".mlp.linear_fc1.layer_norm_weight")
+
+    for path in source.glob("state-*"):
+        save_file({fused(label): value for label, value in load_file(path).items()}, path)
+    manifest = Manifest.load(source)
+    parameters = {fused(name): entry for name, entry in manifest.parameters.items()}
+    assert parameters.keys() != manifest.parameters.keys()
+    rewrite_manifest(source, replace(manifest, parameters=parameters))
+    export(source, tmp_path / "fused")
+    export(run, tmp_path / "plain")
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("fused", "plain"))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_without_its_corpus_a_checkpoint_is_compared_on_other_text(run, tmp_path, monkeypatch):

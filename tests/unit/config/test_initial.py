@@ -1,0 +1,63 @@
+"""`model.from`: sizes come from the checkpoint unless they are given; a resolved configuration stands on its own."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from pause_megatron.config.load import dump, load
+from pause_megatron.errors import ConfigError
+
+SIZES = ["model.preset=null", "model.layers=3", "model.hidden=48", "model.heads=4", "model.kv_heads=2", "model.ffn=80"]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder with one checkpoint, as far as the configuration looks at it."""
+    config = load(overrides=[*SIZES, "model.tied=true", "model.rope_base=5e5", "model.qkv_bias=true", "optim.lr=0.5"])
+    folder = tmp_path / "run" / "checkpoints" / "step-00000007"
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(dump(config))
+    (folder / "manifest.json").write_text("{}")
+    (folder.parent / "latest").symlink_to(folder.name)
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("place", ["", "checkpoints", "checkpoints/latest", "checkpoints/step-00000007"])
+def test_sizes_come_from_the_checkpoint(run, place):
+    model = load(recipe="tiny-pause", overrides=[f"model.from={run / place}"]).model
+    assert (model.layers, model.hidden, model.heads, model.kv_heads, model.ffn) == (3, 48, 4, 2, 80)
+    assert (model.tied, model.rope_base, model.qkv_bias, model.preset) == (True, 5e5, True, None)
+    assert model.from_ == str(run / place)
+
+
+def test_nothing_else_comes_from_it(run):
+    assert load(overrides=[f"model.from={run}"]).optim == load().optim
+
+
+def test_a_size_that_is_given_stays(run):
+    """The run itself then refuses the weights, and says which size differs."""
+    assert load(overrides=[f"model.from={run}", "model.layers=5"]).model.layers == 5
+
+
+def test_a_resolved_configuration_needs_no_checkpoint(run, tmp_path):
+    config = load(overrides=[f"model.from={run}"])
+    shutil.rmtree(run)
+    (tmp_path / "config.yaml").write_text(dump(config))
+    assert "  from: " in dump(config)
+    assert load(tmp_path / "config.yaml") == config
+
+
+@pytest.mark.parametrize("missing", ["nothing", "run/checkpoints/step-00000008"])
+def test_no_checkpoint_there(run, tmp_path, missing):
+    with pytest.raises(ConfigError, match=r"model\.from: expected a checkpoint .* came .*"):
+        load(overrides=[f"model.from={tmp_path / missing}"])
+
+
+def test_what_is_trained_is_a_key():
+    assert (
+        load(overrides=["train.only=pause_rows", "train.steps=50", "optim.warmup_steps=1"]).train.only == "pause_rows"
+    )
+    with pytest.raises(ConfigError, match=r"train\.only: expected one of pause_rows, or null"):
+        load(overrides=["train.only=everything"])

@@ -1,0 +1,83 @@
+"""Hooks and the metrics file, on results made by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+
+from pause_megatron.errors import TrainingError
+from pause_megatron.train.hooks import Every, SkipLimit
+from pause_megatron.train.loop import Progress, StepResult
+from pause_megatron.train.losses import Losses, LossLedger
+from pause_megatron.train.monitoring import MetricsFile, Throughput
+
+
+def result(step: int, *, applied: bool = True, last: bool = False, stopped: bool = False) -> StepResult:
+    return StepResult(
+        progress=Progress(step, 100 * step, 90 * step),
+        losses=Losses.from_sums(30.0, 0.0, 10, 0),
+        grad_norm=1.0 if applied else math.nan,
+        lr=0.1,
+        applied=applied,
+        tokens=100,
+        text_tokens=90,
+        seconds=0.5,
+        sample=torch.zeros(4, dtype=torch.int64),
+        last=last,
+        stopped=stopped,
+    )
+
+
+def steps_seen(hook_options: dict, total: int = 7, stop_at: int | None = None) -> list[int]:
+    seen: list[int] = []
+    hook = Every(action=lambda r: seen.append(r.step), **hook_options)
+    for step in range(1, (stop_at or total) + 1):
+        hook(result(step, last=step == total, stopped=step == stop_at))
+    return seen
+
+
+def test_when_an_action_is_due():
+    assert steps_seen({"steps": 3}) == [3, 6, 7]
+    assert steps_seen({"steps": 3, "at_end": False}) == [3, 6]
+    assert steps_seen({"steps": 0}) == [7]
+    assert steps_seen({"steps": 3}, stop_at=5) == [3]
+    assert steps_seen({"steps": 3, "on_stop": True}, stop_at=5) == [3, 5]
+
+
+def test_a_run_ends_after_too_many_skipped_steps_in_a_row():
+    limit = SkipLimit(3)
+    for step, applied in enumerate((False, False, True, False, False), start=1):
+        limit(result(step, applied=applied))
+    with pytest.raises(TrainingError, match="3 steps in a row were not finite"):
+        limit(result(6, applied=False))
+
+
+def test_metrics_are_whole_lines_and_a_resumed_run_takes_its_steps_again(tmp_path):
+    path, rates = tmp_path / "metrics.jsonl", Throughput(flops_per_token=1e9, peak_flops=1e12)
+    file = MetricsFile(path, rates, resume_after=0)
+    for step in range(1, 5):
+        file(result(step))
+    file.close()
+    with path.open("a") as broken:
+        broken.write('{"step": 5, "lo')  # a kill in the middle of a line
+    file = MetricsFile(path, rates, resume_after=2)
+    file(result(3))
+    file.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert lines[0]["tokens_per_second"] == 200.0 and lines[0]["text_tokens_per_second"] == 180.0
+    assert lines[0]["mfu"] == pytest.approx(200.0 * 1e9 / 1e12)
+    assert lines[0]["loss"] == 3.0 and lines[0]["loss_after_pause"] is None
+    assert lines[0]["pause_fraction"] == pytest.approx(0.1)
+
+
+def test_losses_are_split_by_what_stands_before_them():
+    ledger = LossLedger(torch.device("cpu"))
+    ledger.enter(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([True, False, False]))
+    ledger.enter(torch.tensor([5.0]), torch.tensor([True]))
+    ledger.enter(torch.zeros(0), torch.zeros(0, dtype=torch.bool))
+    losses = Losses.from_sums(*ledger._sums.tolist())
+    assert losses == Losses(mean=11 / 4, after_pause=3.0, elsewhere=2.5, targets=4, after_pause_targets=2)
