@@ -25,6 +25,7 @@ setup(
         "megatron-core>=0.16",
         "datasets>=4",
         "sentencepiece>=0.2",
+        "protobuf>=4",
         "tensorboard>=2.15",
         "tokenizers>=0.21",
         "transformers>=5",

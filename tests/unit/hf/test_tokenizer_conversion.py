@@ -61,6 +61,7 @@ def differing(native, theirs, lines: list[str]) -> list[str]:
 
 def test_mistrals_real_tokenizer_on_ten_thousand_real_lines(tmp_path):
     import mistral_common
+
     path = Path(mistral_common.__file__).parent / "data" / "tokenizer.model.v1"
     (tmp_path / "tokenizer.model").write_bytes(path.read_bytes())
     native, theirs = converted(tmp_path, tmp_path / "tokenizer.model")
