@@ -15,6 +15,7 @@ import os
 import pickle
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -69,12 +70,15 @@ class Pool:
         self.world_size = world_size
         self.folder = Path(tempfile.mkdtemp(prefix=f"ranks-{world_size}-"))
         context = multiprocessing.get_context("spawn")
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
         self.pipes: list[Connection] = []
         self.processes = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, world_size, str(self.folder), theirs), daemon=True, name=f"rank-{rank}"
+                target=_serve, args=(rank, world_size, str(self.folder), port, theirs), daemon=True, name=f"rank-{rank}"
             )
             process.start()
             theirs.close()
@@ -177,7 +181,7 @@ def _resolve(address: tuple[str, str]) -> Callable[..., Any]:
     return getattr(module, name)
 
 
-def _serve(rank: int, world_size: int, folder: str, pipe: Connection) -> None:
+def _serve(rank: int, world_size: int, folder: str, port: int, pipe: Connection) -> None:
     stacks = open(Path(folder) / f"stacks-{rank}", "w")  # noqa: SIM115 (open as long as the process lives)
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     os.environ.update(
@@ -185,7 +189,7 @@ def _serve(rank: int, world_size: int, folder: str, pipe: Connection) -> None:
     )
     sys.path.insert(0, str(TESTS))
     try:
-        _start(rank, world_size, folder)
+        _start(rank, world_size, port)
         pipe.send_bytes(pickle.dumps((True, None)))
     except BaseException:
         pipe.send_bytes(pickle.dumps((False, traceback.format_exc())))
@@ -203,13 +207,14 @@ def _serve(rank: int, world_size: int, folder: str, pipe: Connection) -> None:
         gc.collect()  # an engine is a cycle that holds its process groups, and each of these three threads
 
 
-def _start(rank: int, world_size: int, folder: str) -> None:
+def _start(rank: int, world_size: int, port: int) -> None:
     import torch
     import torch.distributed as dist
 
     import pause_megatron.distributed  # noqa: F401 (megatron-core, once)
 
     torch.set_num_threads(1)
-    store = dist.FileStore(f"{folder}/store", world_size)
+    # Not a file store: that grows with every group that is made, and some tests limit the size of files.
+    store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     import deepspeed  # noqa: F401 (once)
