@@ -68,8 +68,17 @@ class CheckpointReader:
 
     def _file(self, path: Path) -> safe_open:
         if path not in self._open:
-            try:
-                self._open[path] = safe_open(path, framework="pt", device="cpu")
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{path}: expected a safetensors file: {error}") from None
+            self._open[path] = open_safetensors(path)
         return self._open[path]
+
+
+def open_safetensors(path: Path) -> safe_open:
+    """Maps a safetensors file for reading on the CPU.
+
+    Raises:
+        CheckpointError: it cannot be read or is no safetensors file.
+    """
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: expected a safetensors file: {error}") from None

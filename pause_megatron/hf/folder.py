@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from pause_megatron.checkpoint.reader import open_safetensors
 from pause_megatron.errors import CheckpointError
 
 _JSON_BYTES = 64 << 20
@@ -178,8 +178,5 @@ class SourceWeights:
 
     def _file(self, path: Path) -> Any:
         if path not in self._open:
-            try:
-                self._open[path] = safe_open(path, framework="pt", device="cpu")
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{path}: expected a safetensors file: {error}") from None
+            self._open[path] = open_safetensors(path)
         return self._open[path]
