@@ -34,6 +34,15 @@ def full(request: pytest.FixtureRequest) -> bool:
     return request.config.getoption("--full")
 
 
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real task records and text, which may lie beside the repository; tests that want it skip without."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
+    if not folder.is_dir():
+        pytest.skip("needs real task records in ../shared/data")
+    return folder
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _rank_pools() -> Iterator[None]:
     from ranks import close_pools
