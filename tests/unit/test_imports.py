@@ -18,8 +18,11 @@ RANKS = {
     **{"checkpoint": 2, "train": 3, "hf": 4, "inference": 5, "evaluate": 6, "plan": 6, "experiment": 7},
     **{"cli": 8, "__main__": 9},
 }
-NEIGHBOURS = {("config", "errors"), ("durable", "errors"), ("model", "distributed"), ("engine", "distributed")}
-NO_TORCH = {"config", "durable", "errors"}
+NEIGHBOURS = {
+    *{("config", "errors"), ("durable", "errors"), ("model", "distributed"), ("engine", "distributed")},
+    ("tasks", "data"),  # one reader of JSON lines
+}
+NO_TORCH = {"config", "durable", "errors", "tasks"}
 FORBIDDEN = ("allow_pickle=True", "weights_only=False", "trust_remote_code=True", "shell=True", "yaml.load(")
 
 

@@ -65,6 +65,7 @@ def test_everything_that_ships_is_in_the_wheel(installed):
     package = installed / "pause_megatron"
     for folder, pattern, source in (
         ("recipes", "*.yaml", ROOT / "pause_megatron" / "recipes"),
+        ("tasks", "*.yaml", ROOT / "pause_megatron" / "tasks"),
         ("ds_configs", "*.json", ROOT / "ds_configs"),
         (".", "**/*.py", ROOT / "pause_megatron"),
     ):

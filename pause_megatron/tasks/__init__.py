@@ -1,0 +1,23 @@
+"""What a model is asked and how its answers are judged: tasks, examples, metrics. Knows no torch and no model."""
+
+from __future__ import annotations
+
+from pause_megatron.tasks.load import load_task, task_names
+from pause_megatron.tasks.metrics import METRICS, Metric, answer_in
+from pause_megatron.tasks.read import fingerprint, read_examples
+from pause_megatron.tasks.task import DeclaredTask, Decoding, Example, FinetuneDefaults, Task
+
+__all__ = [
+    "METRICS",
+    "DeclaredTask",
+    "Decoding",
+    "Example",
+    "FinetuneDefaults",
+    "Metric",
+    "Task",
+    "answer_in",
+    "fingerprint",
+    "load_task",
+    "read_examples",
+    "task_names",
+]

@@ -1,0 +1,107 @@
+"""Tasks by name: those that ship, a YAML file of one's own, or an object named as 'module:attribute'."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from pause_megatron.config.spelling import nearest
+from pause_megatron.config.text import Entry, read_entries
+from pause_megatron.errors import ConfigError
+from pause_megatron.tasks.metrics import METRICS
+from pause_megatron.tasks.task import DeclaredTask, Task
+
+FOLDER = Path(__file__).resolve().parent
+
+
+def task_names() -> tuple[str, ...]:
+    """Names of the tasks that ship."""
+    return tuple(sorted(file.stem for file in FOLDER.glob("*.yaml")))
+
+
+def load_task(name: str) -> Task:
+    """A task by its name.
+
+    Args:
+        name: one of `task_names()`; a path that ends in .yaml; or 'module:attribute', an object shaped like `Task`.
+
+    Raises:
+        ConfigError: there is none of that name, or it is not a task; with file, line and key.
+    """
+    names = task_names()
+    if name in names:
+        return _read(FOLDER / f"{name}.yaml")
+    if name.endswith((".yaml", ".yml")):
+        return _read(Path(name))
+    if ":" in name:
+        return _imported(name)
+    raise ConfigError(
+        f"task.name: expected one of {', '.join(names)}, a .yaml file, or 'module:attribute'; came {name!r}"
+        f"{nearest(name, names)}"
+    )
+
+
+def _read(path: Path) -> DeclaredTask:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: expected UTF-8 text ({error})") from None
+    except OSError as error:
+        raise ConfigError(f"task.name: {path} cannot be read: {error.strerror}") from None
+    entries = {entry.path: entry for entry in read_entries(text, str(path))}
+    nested: dict[str, Any] = {"name": path.stem, "folder": path.stem}
+    for key, entry in entries.items():
+        section, _, inner = key.partition(".")
+        value = tuple(entry.value) if isinstance(entry.value, list) else entry.value
+        if inner:
+            nested.setdefault(section, {})[inner] = value
+        else:
+            nested[section] = value
+    try:
+        return DeclaredTask.model_validate(nested)
+    except ValidationError as error:
+        problems = [_problem(path, entries, dict(problem)) for problem in error.errors()]
+    raise ConfigError("\n".join(problems))
+
+
+def _problem(path: Path, entries: dict[str, Entry], problem: dict[str, Any]) -> str:
+    """One line about one key of a task's file."""
+    parts = [part for part in problem["loc"] if isinstance(part, str)]
+    key = ".".join(parts)
+    where = entries[key].where if key in entries else str(path)
+    if problem["type"] == "extra_forbidden":
+        known = _keys(parts[:-1])
+        return f"{where}: unknown key {key!r}{nearest(parts[-1], known) or '. Keys: ' + ', '.join(known)}"
+    if problem["type"] == "missing":
+        return f"{path}: expected the key {key!r}; it is not there"
+    message = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":
+        return f"{where}: {key}: {message}" if key else f"{path}: {message}"
+    return f"{where}: {key}: {message[:1].lower()}{message[1:]}; came {problem['input']!r}"
+
+
+def _keys(parents: list[str]) -> list[str]:
+    section = DeclaredTask
+    for parent in parents:
+        section = section.model_fields[parent].annotation
+    return [name for name in section.model_fields if name != "name"]
+
+
+def _imported(name: str) -> Task:
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"task.name: {name!r} cannot be imported ({error})") from None
+    if isinstance(found, type) or not isinstance(found, Task):
+        wanted = [*Task.__annotations__, "examples"]
+        absent = [attribute for attribute in wanted if not hasattr(found, attribute)]
+        what = f"lacks {', '.join(absent)}" if absent else "is a class; name an instance"
+        raise ConfigError(f"task.name: expected {name!r} to have {', '.join(wanted)}; it {what}")
+    for metric in (*found.metrics, found.primary):
+        if metric not in METRICS:
+            raise ConfigError(f"task {name}: unknown metric {metric!r}{nearest(metric, METRICS)}")
+    return found
