@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pause_megatron.tasks.declared import DeclaredTask
 from pause_megatron.tasks.load import load_task, task_names
 from pause_megatron.tasks.metrics import METRICS, Metric, answer_in
 from pause_megatron.tasks.read import fingerprint, read_examples
-from pause_megatron.tasks.task import DeclaredTask, Decoding, Example, FinetuneDefaults, Task
+from pause_megatron.tasks.task import Decoding, Example, FinetuneDefaults, Task
 
 __all__ = [
     "METRICS",

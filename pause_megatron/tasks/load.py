@@ -11,8 +11,9 @@ from pydantic import ValidationError
 from pause_megatron.config.spelling import nearest
 from pause_megatron.config.text import Entry, read_entries
 from pause_megatron.errors import ConfigError
+from pause_megatron.tasks.declared import DeclaredTask
 from pause_megatron.tasks.metrics import METRICS
-from pause_megatron.tasks.task import DeclaredTask, Task
+from pause_megatron.tasks.task import Task
 
 FOLDER = Path(__file__).resolve().parent
 
@@ -52,6 +53,10 @@ def _read(path: Path) -> DeclaredTask:
     except OSError as error:
         raise ConfigError(f"task.name: {path} cannot be read: {error.strerror}") from None
     entries = {entry.path: entry for entry in read_entries(text, str(path))}
+    if "name" in entries:
+        raise ConfigError(
+            f"{entries['name'].where}: expected no key 'name': the task is called {path.stem}, as its file"
+        )
     nested: dict[str, Any] = {"name": path.stem, "folder": path.stem}
     for key, entry in entries.items():
         section, _, inner = key.partition(".")

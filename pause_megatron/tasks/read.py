@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict
 
 import xxhash
 
@@ -40,7 +39,7 @@ def fingerprint(examples: Iterable[Example]) -> str:
     """Digest of all that a model is asked and judged by, as 'xxh3_128:HEX'."""
     hasher = xxhash.xxh3_128()
     for example in examples:
-        hasher.update(json.dumps(asdict(example), sort_keys=True).encode() + b"\n")
+        hasher.update(json.dumps(vars(example), sort_keys=True).encode() + b"\n")
     return f"xxh3_128:{hasher.hexdigest()}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import string
-from collections.abc import Mapping
+from typing import Protocol
 
 ANSWER = "answer"
 
@@ -25,6 +25,12 @@ def names_in(template: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def render(template: str, values: Mapping[str, str]) -> str:
+class Values(Protocol):
+    """Gives the text that stands for a name."""
+
+    def __getitem__(self, name: str, /) -> str: ...
+
+
+def render(template: str, values: Values) -> str:
     """The template with each name replaced by its value. What stands in a value is never read as a template."""
     return template.format_map(values)

@@ -50,7 +50,7 @@ def coqa_f1(prediction: str, references: Sequence[str]) -> float:
 
 
 def last_word(prediction: str, references: Sequence[str]) -> float:
-    """1.0 where the prediction's first word is a reference, else 0.0. Case counts; punctuation around words does not."""
+    """1.0 where the prediction's first word is a reference, else 0.0. Case counts; punctuation around it does not."""
     words = prediction.split(maxsplit=1)
     word = _bare(words[0]) if words else ""
     return float(bool(word) and any(word == _bare(reference) for reference in references))
