@@ -214,7 +214,28 @@ def _start(rank: int, world_size: int, port: int) -> None:
     import pause_megatron.distributed  # noqa: F401 (megatron-core, once)
 
     torch.set_num_threads(1)
+    _share_one_gloo_device()
     # Not a file store: that grows with every group that is made, and some tests limit the size of files.
     store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
     import deepspeed  # noqa: F401 (once)
+
+
+def _share_one_gloo_device() -> None:
+    """Lets all groups of this process share one event loop.
+
+    Each gloo group would have its own, which wakes a hundred times a second: megatron-core makes dozens of groups for a
+    topology, and the idle ranks of the pools would keep a core busy between them.
+    """
+    from torch.distributed import distributed_c10d
+
+    gloo = distributed_c10d.ProcessGroupGloo
+    device = gloo.create_device(interface="lo")
+
+    class SharedDevice(gloo):
+        def __init__(self, store: Any, rank: int, size: int, timeout: Any = None) -> None:
+            options = gloo._Options()
+            options._devices, options._timeout = [device], timeout
+            super().__init__(store, rank, size, options)
+
+    distributed_c10d.ProcessGroupGloo = SharedDevice
