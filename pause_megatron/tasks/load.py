@@ -104,7 +104,7 @@ def _imported(name: str) -> Task:
     if isinstance(found, type) or not isinstance(found, Task):
         wanted = [*Task.__annotations__, "examples"]
         absent = [attribute for attribute in wanted if not hasattr(found, attribute)]
-        what = f"lacks {', '.join(absent)}" if absent else "is a class; name an instance"
+        what = "is a class; name an instance" if isinstance(found, type) else f"lacks {', '.join(absent)}"
         raise ConfigError(f"task.name: expected {name!r} to have {', '.join(wanted)}; it {what}")
     for metric in (*found.metrics, found.primary):
         if metric not in METRICS:
