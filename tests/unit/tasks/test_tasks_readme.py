@@ -1,0 +1,58 @@
+"""What the folder's README shows is what the code does: its table, its prompts, and the tasks of one's own."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import pause_megatron.tasks
+from pause_megatron.tasks import METRICS, load_task, read_examples, task_names
+
+README = (Path(pause_megatron.tasks.__file__).parent / "README.md").read_text(encoding="utf-8")
+
+
+def block(language: str, first_line: str) -> str:
+    return next(text for text in re.findall(rf"```{language}\n(.*?)```", README, re.S) if text.startswith(first_line))
+
+
+@pytest.mark.parametrize("name", task_names())
+def test_the_table(name):
+    task = load_task(name)
+    further = [metric for metric in task.metrics if metric != task.primary]
+    metrics = f"`{task.primary}`" + (f" ({', '.join(f'`{metric}`' for metric in further)})" if further else "")
+    splits = f"{task.splits.train}, {task.splits.eval}"
+    assert f"| `{name}` | {task.kind} | {metrics} | {splits} | {task.finetune.pauses} |" in README
+
+
+def test_every_metric_is_described():
+    described = README.partition("## Metrics")[2].partition("\n## ")[0]
+    assert set(re.findall(r"`(\w+)`", described)) >= set(METRICS)
+
+
+@pytest.mark.parametrize("name", task_names())
+def test_the_prompts_are_real(shared_data, name):
+    shown = re.search(rf"^`{name}`.*\n```text\n(.*?)\n```", README, re.M | re.S).group(1)
+    pieces = ".*".join(re.escape(piece.strip()) for piece in shown.split("[...]"))
+    task = load_task(name)
+    examples = read_examples(task, "eval", str(shared_data / task.folder), 20)
+    assert any(re.fullmatch(pieces, example.prompt + example.target, re.S) for example in examples)
+
+
+def test_the_file_of_ones_own(tmp_path):
+    (tmp_path / "quiz.yaml").write_text(block("yaml", "# quiz.yaml"))
+    (tmp_path / "test.jsonl").write_text(re.search(r'This reads `(\{"question.*?\})`', README).group(1))
+    (example,) = read_examples(load_task(str(tmp_path / "quiz.yaml")), "eval", str(tmp_path))
+    assert (example.prompt, example.target, example.references) == ("Question: Who?\nAnswer:", " me", ("me", "I"))
+
+
+def test_the_object_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "my_tasks.py").write_text(block("python", "# my_tasks.py"))
+    monkeypatch.syspath_prepend(tmp_path)
+    task = load_task("my_tasks:PARITY")
+    examples = read_examples(task, "train", limit=50)
+    assert {example.target for example in examples} == {" odd", " even"}
+    assert examples == read_examples(task, "train", limit=50) != read_examples(task, "eval", limit=50)
+    assert json.dumps([vars(example) for example in examples])
