@@ -34,7 +34,7 @@ def test_every_metric_is_described():
 
 @pytest.mark.parametrize("name", task_names())
 def test_the_prompts_are_real(shared_data, name):
-    shown = re.search(rf"^`{name}`.*\n```text\n(.*?)\n```", README, re.M | re.S).group(1)
+    shown = re.search(rf"^`{name}`[^\n]*\n```text\n(.*?)\n```", README, re.M | re.S).group(1)
     pieces = ".*".join(re.escape(piece.strip()) for piece in shown.split("[...]"))
     task = load_task(name)
     examples = read_examples(task, "eval", str(shared_data / task.folder), 20)
