@@ -184,17 +184,32 @@ def test_braces_in_a_record_stay_braces(tmp_path):
     assert example.target == " {question} #### 1"
 
 
-def test_without_network_the_error_says_what_to_do(tmp_path):
+def test_records_through_datasets(tmp_path):
+    """`datasets` gives the examples that the file gives (it reads a folder as it reads the hub); and without network the
+    error says what to do. In a process of its own: `datasets` reads its environment when it is imported."""
+    records = [
+        {"id": str(n), "context": "Paris is old.", "question": f"{n}?", "answers": {"text": ["Paris", "old"][: n + 1]}}
+        for n in range(2)
+    ]
+    folder = write_records(tmp_path / "squad", "validation.jsonl", records)
     code = (
-        "from pause_megatron.errors import DataError\n"
-        "from pause_megatron.tasks import *\n"
-        "try: read_examples(load_task('web_questions'), 'eval')\n"
+        "import sys; from pause_megatron.errors import DataError; from pause_megatron.tasks import *\n"
+        "task = load_task('squad')\n"
+        "there = task.model_copy(update={'dataset': task.dataset.model_copy(update={'path': sys.argv[1]})})\n"
+        "print(fingerprint(read_examples(there, 'eval')))\n"
+        "try: read_examples(task, 'eval')\n"
         "except DataError as error: print(error)"
     )
-    offline = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", code], env=offline, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("the data set stanfordnlp/web_questions (split test) cannot be read from the Hugging")
-    assert "test.jsonl.gz): task.path=DIR, or --task-path ROOT with ROOT/webquestions/" in done.stdout
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], env=environment, capture_output=True, text=True, check=True
+    )
+    first, message = done.stdout.strip().split("\n")
+    assert first == fingerprint(read_examples(load_task("squad"), "eval", str(folder)))
+    assert message.startswith(
+        "the data set rajpurkar/squad (split validation) cannot be read from the Hugging Face hub"
+    )
+    assert message.endswith("validation.jsonl.gz): task.path=DIR, or --task-path ROOT with ROOT/squad/")
 
 
 def test_a_split_that_is_not_there(tmp_path):

@@ -116,6 +116,18 @@ def test_a_file_of_ones_own(tmp_path):
         read_examples(task, "train", str(tmp_path))
 
 
+def test_choices_with_further_accepted_answers(tmp_path):
+    """Finetuning learns the right choice, as it will be scored; decoded answers may be any of the references."""
+    path = tmp_path / "quiz.yaml"
+    choices = {"choices": ["first", "second"], "gold": "label", "metrics": ["exact_match", "choice_accuracy"]}
+    path.write_text(write_yaml({**DECLARATION, **choices, "primary": "exact_match"}))
+    record = '{"question": "Who?", "first": "you", "second": "me", "label": 1, "answer": ["I", "me"]}'
+    (tmp_path / "test.jsonl").write_text(record)
+    (example,) = read_examples(load_task(str(path)), "eval", str(tmp_path))
+    assert (example.target, example.references) == (" me", ("I", "me"))
+    assert (example.choices, example.gold) == ((" you", " me"), 1)
+
+
 # what is changed, the key whose line is named (None: the file alone), what the error says
 WRONG = [
     ({"promt": "x"}, "promt", "unknown key 'promt'. Did you mean 'prompt'?"),

@@ -65,6 +65,7 @@ def test_it_does_not_matter_where_generation_stopped(text, stop):
         ("final_number", "#### 1.2.3", ["#### 1.2.3"], 0.0),
         ("last_word", " signs, he said", ["signs"], 1.0),
         ("last_word", "Signs", ["signs"], 0.0),
+        ("last_word", "=signs$”", ["signs"], 1.0),
         ("last_word", "don’t", ["don’t"], 1.0),
         ("last_word", "...", ["..."], 0.0),
     ],
