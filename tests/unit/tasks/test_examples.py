@@ -185,8 +185,8 @@ def test_braces_in_a_record_stay_braces(tmp_path):
 
 
 def test_records_through_datasets(tmp_path):
-    """`datasets` gives the examples that the file gives (it reads a folder as it reads the hub); and without network the
-    error says what to do. In a process of its own: `datasets` reads its environment when it is imported."""
+    """`datasets` gives the examples that the file gives (it reads a folder as it reads the hub); and without network
+    the error says what to do. In a process of its own: `datasets` reads its environment when it is imported."""
     records = [
         {"id": str(n), "context": "Paris is old.", "question": f"{n}?", "answers": {"text": ["Paris", "old"][: n + 1]}}
         for n in range(2)
