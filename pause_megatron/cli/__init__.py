@@ -15,6 +15,7 @@ VERBS = {
     "train-tokenizer": "train a SentencePiece BPE tokenizer on shards of text",
     "prepare": "turn shards of text into a tokenized corpus (.bin, .idx, manifest)",
     "pretrain": "pretrain a model on windows with pauses",
+    "finetune": "finetune a model on a task with pauses behind the prompts",
     "import-hf": "turn a Hugging Face folder of the Llama family into a checkpoint with pauses",
     "export-hf": "turn a checkpoint into a Hugging Face folder that transformers and vLLM load",
     "generate": "continue prompts with pauses in the prefill, never in the text",

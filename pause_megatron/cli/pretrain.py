@@ -14,6 +14,14 @@ HELP = "pretrain a model on windows with pauses"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options, and list every configuration key at the end of --help."""
+    add_run_arguments(parser)
+    parser.add_argument(
+        "--vocab-size", type=_count, metavar="N", help="text tokens for --dry-run; default: the corpus's, or 32000"
+    )
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of every verb that trains."""
     from pause_megatron.config.load import recipe_names
 
     source = parser.add_mutually_exclusive_group()
@@ -25,9 +33,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--world-size", type=_count, metavar="N", help="ranks for --dry-run; default: the launcher's, or 1"
     )
-    parser.add_argument(
-        "--vocab-size", type=_count, metavar="N", help="text tokens for --dry-run; default: the corpus's, or 32000"
-    )
     parser.epilog = _key_table()
 
 
@@ -36,25 +41,21 @@ def run(args: argparse.Namespace) -> int:
     from pause_megatron.config import batch_plan, deepspeed_config, dump, load
 
     config = load(args.config, recipe=args.recipe, overrides=args.overrides)
-    first = _environment("RANK", "SLURM_PROCID", default=0) == 0
+    if config.task.name is not None:
+        raise ConfigError(f"task.name={config.task.name}: a finetuning; start it with pause-megatron finetune")
     if args.print_config:
-        if first:
+        if is_first_rank():
             print(dump(config), end="")
         return 0
-    world_size = _environment("WORLD_SIZE", "SLURM_NTASKS", default=1) if args.world_size is None else args.world_size
-    plan = batch_plan(config, world_size)
+    plan = batch_plan(config, world_size(args))
     engine = deepspeed_config(config, data_parallel=plan.data_parallel)
     if args.dry_run:
         from pause_megatron.cli.dry_run import describe
 
-        if first:
+        if is_first_rank():
             print(describe(config, plan, engine, vocab_size=args.vocab_size))
         return 0
-    for option in ("world_size", "vocab_size"):
-        if getattr(args, option) is not None:
-            raise ConfigError(
-                f"--{option.replace('_', '-')} belongs to --dry-run; a run takes it from its surroundings"
-            )
+    refuse_dry_run_options(args, "world_size", "vocab_size")
     if not config.data.prefix:
         raise ConfigError(
             "data.prefix: expected the prefix of a prepared corpus (see pause-megatron prepare), came none"
@@ -65,6 +66,25 @@ def run(args: argparse.Namespace) -> int:
     from pause_megatron.train.pretrain import pretrain
 
     return pretrain(config)
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that prints."""
+    return _environment("RANK", "SLURM_PROCID", default=0) == 0
+
+
+def world_size(args: argparse.Namespace) -> int:
+    """Ranks: --world-size, else the launcher's, else 1."""
+    return _environment("WORLD_SIZE", "SLURM_NTASKS", default=1) if args.world_size is None else args.world_size
+
+
+def refuse_dry_run_options(args: argparse.Namespace, *options: str) -> None:
+    """Raises ConfigError for an option that means nothing to a run."""
+    for option in options:
+        if getattr(args, option) is not None:
+            raise ConfigError(
+                f"--{option.replace('_', '-')} belongs to --dry-run; a run takes it from its surroundings"
+            )
 
 
 def silence_imports() -> None:

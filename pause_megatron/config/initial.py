@@ -1,4 +1,4 @@
-"""`model.from`: the sizes of a model whose weights a run begins with, read off that checkpoint's own config.yaml."""
+"""`model.from`: what a model whose weights a run begins with is like, read off that checkpoint's own config.yaml."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from pause_megatron.errors import ConfigError
 
 SHAPE = ("layers", "hidden", "heads", "kv_heads", "ffn", "tied", "qkv_bias", "rope_base", "norm_eps")
 """Keys of the model section that decide what a model with given weights computes."""
+
+PAUSES = ("pause.embeddings", "pause.softmax")
+"""Keys of the pause section that do."""
+
+_OF_A_TASK = ("pause.rate", "pause.window", "pause.placement", "pause.seed", "data.sequence_length")
+"""What a finetuning keeps of the pretraining besides: the window, and the record of how pauses were put into it."""
 
 _PLACES = ("", "latest", "checkpoints/latest")
 _LARGEST_BYTES = 1 << 20
@@ -47,7 +53,7 @@ def read_config_text(path: Path) -> str:
 
 
 def with_initial_sizes(entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """Adds the sizes that `model.from` implies and the entries do not give.
+    """Adds the sizes that `model.from` implies and the entries do not give; for a finetuning its window, too.
 
     A configuration that gives all of them (a run's own config.yaml) is left as it is: the run can go on when the
     checkpoint that it began with is gone.
@@ -55,8 +61,11 @@ def with_initial_sizes(entries: Mapping[str, Entry]) -> dict[str, Entry]:
     Raises:
         ConfigError: no checkpoint there.
     """
-    origin = entries.get("model.from")
-    missing = [f"model.{name}" for name in SHAPE if f"model.{name}" not in entries]
+    origin, task = entries.get("model.from"), entries.get("task.name")
+    wanted = [*(f"model.{name}" for name in SHAPE), *PAUSES]
+    if task is not None and task.value is not None:
+        wanted += _OF_A_TASK
+    missing = [name for name in wanted if name not in entries]
     if origin is None or origin.value is None or not missing:
         return dict(entries)
     path = checkpoint_config(str(origin.value))

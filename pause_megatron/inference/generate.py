@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pause_megatron.data.pause import LOCATIONS
 from pause_megatron.errors import ConfigError
 from pause_megatron.inference.adaptive import FixedPauses, PausePolicy
 from pause_megatron.inference.answer import Answer
 from pause_megatron.inference.prefill import Prefix, prefill, prepare
-from pause_megatron.inference.prompts import LOCATIONS, PREFIX_ATTENTIONS, PauseInfo, PromptEncoder
+from pause_megatron.inference.prompts import PREFIX_ATTENTIONS, PauseInfo, PromptEncoder
 from pause_megatron.inference.results import Completion, Cost, Generation, Score
 from pause_megatron.inference.sampling import Sampling
 from pause_megatron.inference.session import Session

@@ -34,6 +34,12 @@ BROKEN = {
         ["pause.placement=isolated", "pause.rate=0.6"],
         "no more pauses (1229) than text tokens (820)",
     ),
+    "finetune_pauses_can_be_counted": (["finetune.pauses=50..0"], "a range LOW..HIGH such as 0..50; came"),
+    "epochs_are_of_a_task": (["finetune.epochs=2"], "task.name with finetune.epochs"),
+    "masks_need_torch_attention": (
+        ["task.name=gsm8k", "model.attention=te"],
+        "model.attention=sdpa with packed examples or a bidirectional prefix",
+    ),
     "split_has_shares": (["data.split=1,0,0"], "a validation share > 0 in data.split, or validation.every=0"),
     "run_dir_is_named": (["run.dir=' '"], "the name of a folder"),
 }
@@ -66,6 +72,8 @@ def test_all_broken_rules_are_reported_together():
         ["data.split=1,0,0", "validation.every=0"],
         ["train.steps=10", "optim.warmup_steps=8", "optim.schedule=wsd"],
         ["parallel.tensor=4", "parallel.sequence=true", "model.preset=1b"],
+        ["task.name=gsm8k", "finetune.pauses=0..50", "finetune.epochs=0.5"],
+        ["task.name=gsm8k", "finetune.batching=padded", "model.attention=te"],
     ],
 )
 def test_combinations_that_are_fine(overrides):
