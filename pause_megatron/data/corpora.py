@@ -45,7 +45,8 @@ def open_corpora(data: DataSection, pause_embeddings: int) -> Corpora:
     corpora = tuple(open_corpus(prefix, data.tokenizer) for prefix in prefixes)
     content = [corpus.manifest.fingerprint for corpus in corpora]
     # One corpus keeps its own fingerprint; a blend is named by a digest of its parts and weights.
-    fingerprint = content[0] if len(content) == 1 else f"xxh3_128:{xxhash.xxh3_128_hexdigest(repr((content, weights)))}"
+    blend = xxhash.xxh3_128_hexdigest(repr((content, weights)).encode())
+    fingerprint = content[0] if len(content) == 1 else f"xxh3_128:{blend}"
     tokenizer = require_one_tokenizer(corpora)
     tokenizer.check_pause_ids(pause_embeddings)
     return Corpora(corpora, tokenizer, fingerprint)

@@ -84,7 +84,7 @@ def _recipe(
         ("raw tokens seen", f"{progress.get('tokens', 0):,}"),
         ("text tokens seen", f"{progress.get('text_tokens', 0):,}"),
         ("pauses asked for", f"{config.pause.rate:g} of the window, window `{config.pause.window}`"),
-        ("realised pause rate", "no tokens seen" if realised is None else f"{realised:.4%} of the input tokens"),
+        ("realised pause rate", "not recorded" if realised is None else f"{realised:.4%} of the input tokens"),
         ("placement", f"`{config.pause.placement}`"),
         ("pause embeddings", f"{config.pause.embeddings} (ids {pause['ids']})"),
         ("pause softmax", f"`{config.pause.softmax}`"),
@@ -93,6 +93,10 @@ def _recipe(
     ]
     if config.model.from_:
         rows.append(("initial weights", f"`{config.model.from_}`"))
+    if config.task.name is not None:
+        how = f"{config.finetune.pauses} pauses an example, `{pause['location']}`"
+        filler = "" if pause["filler"] is None else f", filler {pause['filler']!r} in place of the pauses"
+        rows.append(("finetuned on", f"`{config.task.name}`: {how}{filler}"))
     if config.train.only:
         rows.append(("trained", f"`{config.train.only}` only"))
     return rows

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pause_megatron.data.continuation import Continuations
-from pause_megatron.data.pause import add_pauses
+from pause_megatron.data.pause import LOCATIONS, add_pauses
 from pause_megatron.data.tokenizer import PAUSE_TOKEN, ids_before
 from pause_megatron.errors import DataError
 
@@ -28,11 +28,15 @@ class PauseInfo:
         ids: the K pause ids, used in turn within a run; empty for a model without pauses.
         m_ft: pauses that the model was finetuned with; None if it was not, or if nobody said so.
         prefix_attention: "causal" or "bidirectional" (a prefix-LM).
+        location: "append" or "prepend": where it was finetuned to have them.
+        filler: text of the ordinary token that it was finetuned with in their place; None: pauses.
     """
 
     ids: range = range(0)
     m_ft: int | None = None
     prefix_attention: str = "causal"
+    location: str = "append"
+    filler: str | None = None
 
     @classmethod
     def of(cls, config: Any, tokenizer: Any) -> PauseInfo:
@@ -68,6 +72,8 @@ class PauseInfo:
                 range(ids[0], ids[0] + len(ids)) if ids else range(0),
                 None if m_ft is None else int(m_ft),
                 entry.get("prefix_attention", "causal"),
+                entry.get("location", "append"),
+                entry.get("filler"),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f'config.json: "pause" is not readable ({type(error).__name__}: {error})') from None
@@ -75,11 +81,13 @@ class PauseInfo:
             raise DataError(f"config.json: pause.ids: expected consecutive ids, came {ids}")
         if info.m_ft is not None and info.m_ft < 0:
             raise DataError(f"config.json: pause.m_ft: expected null or 0 or more, came {info.m_ft}")
-        if info.prefix_attention not in PREFIX_ATTENTIONS:
-            raise DataError(
-                f"config.json: pause.prefix_attention: expected one of {', '.join(PREFIX_ATTENTIONS)}, came "
-                f"{info.prefix_attention!r}"
-            )
+        for name, allowed in (("prefix_attention", PREFIX_ATTENTIONS), ("location", LOCATIONS)):
+            if getattr(info, name) not in allowed:
+                raise DataError(
+                    f"config.json: pause.{name}: expected one of {', '.join(allowed)}, came {getattr(info, name)!r}"
+                )
+        if info.filler is not None and not (isinstance(info.filler, str) and info.filler):
+            raise DataError(f"config.json: pause.filler: expected null or the text of a token, came {info.filler!r}")
         return info
 
 

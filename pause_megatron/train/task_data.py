@@ -64,7 +64,7 @@ def open_task(config: RunConfig) -> TaskData:
     encoded = encode_examples(examples, tokenizer)
     windows = SupervisedWindows(encoded, arrangement, seed=config.run.seed, task=task.name)
     content = (fingerprint(examples), tokenizer.fingerprint, tokenizer.eod, tokenizer.pause_id)
-    digest = f"xxh3_128:{xxhash.xxh3_128_hexdigest(repr(content))}"
+    digest = f"xxh3_128:{xxhash.xxh3_128_hexdigest(repr(content).encode())}"
     return TaskData(with_steps(config, windows), windows, tokenizer, pause_ids, digest)
 
 
