@@ -195,8 +195,8 @@ def _write_descriptions(
 def pause_record(checkpoint: NativeCheckpoint, names: Sequence[str], finetuned_pauses: int | None) -> dict[str, Any]:
     """What config.json says about pauses: the token, its ids, how it was trained, and how it wants to be prompted.
 
-    `m_ft`, `location`, `filler` and `prefix_attention` are those of the finetuning, and inference's defaults; of a range
-    of pauses its upper end. `realised_rate` is of a pretraining.
+    `m_ft`, `location`, `filler` and `prefix_attention` are those of the finetuning, and inference's defaults; m_ft
+    is the upper end of a range. `realised_rate` is of a pretraining.
     """
     config, progress = checkpoint.config, checkpoint.reader.manifest.progress
     pause, finetune, finetuned = config.pause, config.finetune, config.task.name is not None
@@ -208,7 +208,7 @@ def pause_record(checkpoint: NativeCheckpoint, names: Sequence[str], finetuned_p
         "tokens": list(names),
         "ids": list(checkpoint.pause_ids),
         "m_ft": finetuned_pauses,
-        "rate": pause.rate,
+        "rate": pause.rate if config.model.from_ or not finetuned else 0.0,
         "realised_rate": 1 - progress.get("text_tokens", 0) / tokens if tokens else None,
         "window": pause.window,
         "placement": pause.placement,

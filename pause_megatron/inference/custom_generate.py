@@ -118,7 +118,7 @@ def _check(config, generation_config, prompt, pauses):
     for name, here in (("prefix_attention", "causal"), ("location", "append"), ("filler", None)):
         if entry.get(name, here) != here:
             raise ValueError(
-                f"pauses: the model has {name} {entry[name]!r}; use pause_megatron.inference.PauseGenerator"
+                f"pauses: the model's {name} is {entry[name]!r}; use pause_megatron.inference.PauseGenerator"
             )
     available, max_length = getattr(config, "max_position_embeddings", None), generation_config.max_length
     if available is not None and max_length is not None and max_length + pauses > available:
