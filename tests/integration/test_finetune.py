@@ -68,7 +68,8 @@ def pretrain_base(corpus: str, folder: str) -> int:
                 *(f"data.prefix={corpus}", f"run.dir={folder}", "train.steps=2", "optim.warmup_steps=1"),
                 *("model.preset=null", "model.layers=2", "model.hidden=64", "model.heads=4", "model.tied=false"),
                 *("pause.embeddings=2", "pause.softmax=exclude", "checkpoint.every=0", "validation.every=0"),
-                "log.tensorboard=false",
+                # Weights this large make attention sharp enough that a bidirectional prefix shows in the logits.
+                *("model.init_std=0.1", "log.tensorboard=false"),
             ],
         )
     )
@@ -197,7 +198,7 @@ def test_an_export_prompts_as_it_was_finetuned(base, data, reference, tmp_path):
         scores, _ = generator.score([example.prompt for example in examples], targets, pauses=count)
         assert [score.log_likelihood for score in scores] == pytest.approx(expected, rel=1e-5)
         causal, _ = generator.score([examples[0].prompt], targets[:1], pauses=count, prefix_attention="causal")
-        assert causal[0].log_likelihood != pytest.approx(expected[0], rel=1e-4)
+        assert causal[0].log_likelihood != pytest.approx(expected[0], rel=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +213,7 @@ def test_an_export_prompts_as_it_was_finetuned(base, data, reference, tmp_path):
         (["finetune.pauses=ten"], "a whole number of pauses, or a range LOW..HIGH"),
         (["finetune.epochs=null"], "finetune.epochs, train.steps or train.tokens: expected one of them"),
         (["task.path=/nonexistent"], "/nonexistent"),
-        (["task.name=null"], "task.name: expected a task to finetune on"),
+        (["task.name=null", "finetune.epochs=null"], "task.name: expected a task to finetune on"),
     ],
 )
 def test_bad_input_is_named(base, data, reference, overrides, message):
