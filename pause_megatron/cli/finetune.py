@@ -18,7 +18,10 @@ HELP = "finetune a model on a task with pauses behind the prompts"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options, and list every configuration key at the end of --help."""
-    add_run_arguments(parser)
+    from pause_megatron.config.load import recipe_names
+
+    tasks = [name.removeprefix("finetune-") for name in recipe_names() if name.startswith("finetune-")]
+    add_run_arguments(parser, recipes=f"finetune-TASK, where TASK is one of {', '.join(tasks)}")
 
 
 def run(args: argparse.Namespace) -> int:

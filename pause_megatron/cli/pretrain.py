@@ -14,18 +14,19 @@ HELP = "pretrain a model on windows with pauses"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options, and list every configuration key at the end of --help."""
-    add_run_arguments(parser)
+    from pause_megatron.config.load import recipe_names
+
+    names = [name for name in recipe_names() if not name.startswith("finetune-")]
+    add_run_arguments(parser, recipes=f"one of {', '.join(names)}")
     parser.add_argument(
         "--vocab-size", type=_count, metavar="N", help="text tokens for --dry-run; default: the corpus's, or 32000"
     )
 
 
-def add_run_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of every verb that trains."""
-    from pause_megatron.config.load import recipe_names
-
+def add_run_arguments(parser: argparse.ArgumentParser, *, recipes: str) -> None:
+    """The options of every verb that trains; `recipes` says which ones ship for it."""
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--recipe", metavar="NAME", help=f"one of {', '.join(recipe_names())}")
+    source.add_argument("--recipe", metavar="NAME", help=recipes)
     source.add_argument("--config", metavar="FILE", help="a YAML file, for example a run's own config.yaml")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys on top, for example optim.lr=3e-4")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
