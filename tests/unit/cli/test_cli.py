@@ -17,8 +17,8 @@ from pause_megatron import __version__, cli
 from pause_megatron.cli import main
 from pause_megatron.config.keys import keys
 from pause_megatron.config.load import load, recipe_names
-from pause_megatron.tasks import load_task, task_names
 from pause_megatron.errors import ConfigError, DataError
+from pause_megatron.tasks import load_task, task_names
 
 ROOT = Path(__file__).resolve().parents[3]
 
