@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from pause_megatron.config.schema import DataSection
 from pause_megatron.config.text import Entry, read_entries
 from pause_megatron.errors import ConfigError
 
@@ -29,8 +30,11 @@ def checkpoint_config(path: str | Path) -> Path:
     """
     for place in _PLACES:
         folder = Path(path) / place
-        if (folder / "manifest.json").is_file() and (folder / "config.yaml").is_file():
-            return folder / "config.yaml"
+        try:
+            if (folder / "manifest.json").is_file() and (folder / "config.yaml").is_file():
+                return folder / "config.yaml"
+        except OSError:  # a name that no file can have
+            break
     raise ConfigError(
         f"model.from: expected a checkpoint (a folder with manifest.json and config.yaml) or a run folder, came {path}"
     )
@@ -53,7 +57,7 @@ def read_config_text(path: Path) -> str:
 
 
 def with_initial_sizes(entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """Adds the sizes that `model.from` implies and the entries do not give; for a finetuning its window, too.
+    """Adds the sizes that `model.from` implies and the entries do not give; a finetuning takes its window.
 
     A configuration that gives all of them (a run's own config.yaml) is left as it is: the run can go on when the
     checkpoint that it began with is gone.
@@ -71,4 +75,12 @@ def with_initial_sizes(entries: Mapping[str, Entry]) -> dict[str, Entry]:
     path = checkpoint_config(str(origin.value))
     found = {entry.path: entry for entry in read_entries(read_config_text(path), str(path))}
     taken = {name: found[name] for name in ("model.preset", *missing) if name in found and name not in entries}
+    if _is_longer_than_default(taken.get("data.sequence_length")):
+        del taken["data.sequence_length"]
     return {**entries, **taken}
+
+
+def _is_longer_than_default(window: Entry | None) -> bool:
+    """Whether a checkpoint's window is one that nobody wants by default: imported models have 131,072 and more."""
+    longest = DataSection.model_fields["sequence_length"].default
+    return window is not None and isinstance(window.value, int) and window.value > longest

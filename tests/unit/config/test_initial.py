@@ -49,6 +49,8 @@ def test_pause_vectors_come_from_it_and_a_finetuning_takes_the_window_too(tmp_pa
         load(recipe="finetune-gsm8k", overrides=[f"model.from={run}", "data.sequence_length=64"]).data
         != finetuning.data
     )
+    path.write_text(dump(load(overrides=[*SIZES, "data.sequence_length=131072"])))
+    assert load(recipe="finetune-gsm8k", overrides=[f"model.from={run}"]).data.sequence_length == 2048
 
 
 def test_a_size_that_is_given_stays(run):
@@ -64,7 +66,7 @@ def test_a_resolved_configuration_needs_no_checkpoint(run, tmp_path):
     assert load(tmp_path / "config.yaml") == config
 
 
-@pytest.mark.parametrize("missing", ["nothing", "run/checkpoints/step-00000008"])
+@pytest.mark.parametrize("missing", ["nothing", "run/checkpoints/step-00000008", "x" * 300])
 def test_no_checkpoint_there(run, tmp_path, missing):
     with pytest.raises(ConfigError, match=r"model\.from: expected a checkpoint .* came .*"):
         load(overrides=[f"model.from={tmp_path / missing}"])
