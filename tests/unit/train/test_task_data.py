@@ -7,6 +7,7 @@ from prose import train_model
 
 from pause_megatron.config.load import dump, load
 from pause_megatron.data.batch import collate
+from pause_megatron.data.tokenizer import load_tokenizer
 from pause_megatron.errors import ConfigError
 from pause_megatron.train.finetune import show_window, training_data
 from pause_megatron.train.task_data import held_out, open_task
@@ -44,6 +45,19 @@ def test_a_model_needs_a_tokenizer(settings, tmp_path):
     without = [each for each in settings if not each.startswith("data.tokenizer")]
     with pytest.raises(ConfigError, match=r"data\.tokenizer: expected the tokenizer to train with, came none"):
         open_task(load(overrides=[*without, f"run.dir={tmp_path}", "finetune.epochs=1"]))
+
+
+def test_a_run_goes_on_with_its_own_tokenizer_when_the_one_it_began_with_is_gone(settings, tmp_path):
+    whole = load(overrides=[*settings, f"run.dir={tmp_path}", "finetune.epochs=1"])
+    folder = tmp_path / "checkpoints" / "latest"
+    load_tokenizer(whole.data.tokenizer).save(folder / "tokenizer")
+    for name in ("manifest.json", "config.yaml"):
+        (folder / name).write_text("{}")
+    changes = {
+        "data": whole.data.model_copy(update={"tokenizer": None}),
+        "model": whole.model.model_copy(update={"from_": str(tmp_path / "gone")}),
+    }
+    assert open_task(whole.model_copy(update=changes)).fingerprint == open_task(whole).fingerprint
 
 
 def test_held_out_examples_have_the_most_pauses_or_none(settings):
