@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import hashlib
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,8 +67,8 @@ class SupervisedWindows:
 
     def locate(self, window: int) -> tuple[int, int]:
         """(epoch, number within it) of a window."""
-        while not self._ends or self._ends[-1] <= window:
-            self.windows_in_epochs(len(self._ends) + 1)
+        while self._counted() <= window:
+            self._count_another_epoch()
         number = bisect.bisect_right(self._ends, window)
         return number, window - (self._ends[number - 1] if number else 0)
 
@@ -78,11 +79,16 @@ class SupervisedWindows:
     def windows_in_epochs(self, epochs: float) -> int:
         """Windows of so many epochs; a part of an epoch is rounded up."""
         while len(self._ends) < epochs:
-            self._ends.append(self.windows_in_epochs(len(self._ends)) + len(self.epoch(len(self._ends)).windows))
+            self._count_another_epoch()
         whole = int(epochs)
-        before = self._ends[whole - 1] if whole else 0
-        rest = epochs - whole
-        return before + (int(np.ceil(rest * (self._ends[whole] - before))) if rest else 0)
+        before, rest = self._ends[whole - 1] if whole else 0, epochs - whole
+        return before + (math.ceil(rest * (self._ends[whole] - before)) if rest else 0)
+
+    def _counted(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def _count_another_epoch(self) -> None:
+        self._ends.append(self._counted() + len(self.epoch(len(self._ends)).windows))
 
     def _make_epoch(self, number: int) -> Epoch:
         draw, size = self._generator("pauses", number), len(self.examples)
