@@ -99,7 +99,8 @@ class PauseGenerator:
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         numbers = list(range(len(prompts)) if rows is None else rows)
         _check_answers(len(prompts), numbers, max_new_tokens, stop)
-        attention, prefixes = self._prefixes(prompts, pauses, location, filler, prefix_attention, max_new_tokens)
+        new_tokens = [max_new_tokens] * len(prompts)
+        attention, prefixes = self._prefixes(prompts, pauses, location, filler, prefix_attention, new_tokens)
         if not prefixes:
             return Generation((), Cost(0, 0, 0, 0.0, 0.0))
         begun = time.perf_counter()
@@ -146,7 +147,9 @@ class PauseGenerator:
         if not all(wanted):
             raise ConfigError(f"continuation {wanted.index([])}: expected at least one token")
         longest = max(map(len, wanted), default=1)
-        attention, prefixes = self._prefixes(prompts, pauses, location, filler, prefix_attention, longest)
+        attention, prefixes = self._prefixes(
+            prompts, pauses, location, filler, prefix_attention, [len(ids) for ids in wanted]
+        )
         if not prefixes:
             return (), Cost(0, 0, 0, 0.0, 0.0)
         begun = time.perf_counter()
@@ -175,7 +178,7 @@ class PauseGenerator:
         location: str | None,
         filler: str | None,
         prefix_attention: str | None,
-        new_tokens: int,
+        new_tokens: Sequence[int],
     ) -> tuple[str, list[Prefix]]:
         """Check everything that can be checked before the first forward pass."""
         attention = self.pause.prefix_attention if prefix_attention is None else prefix_attention
@@ -195,8 +198,8 @@ class PauseGenerator:
             prepare(self.encoder, prompt, policy, location, fillers, name=f"prompt {i}")
             for i, (prompt, policy) in enumerate(zip(prompts, policies, strict=True))
         ]
-        for i, prefix in enumerate(prefixes):
-            prefix.check(self.model.config, f"prompt {i}", new_tokens, location, attention)
+        for i, (prefix, count) in enumerate(zip(prefixes, new_tokens, strict=True)):
+            prefix.check(self.model.config, f"prompt {i}", count, location, attention)
         return attention, prefixes
 
     def _policies(self, pauses: Pauses, count: int) -> list[PausePolicy]:
