@@ -55,10 +55,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     pauses.add_argument("--location", choices=("append", "prepend"), help="default: the model's own, else append")
     pauses.add_argument(
-        "--filler", metavar="TEXT", help='an ordinary token in place of <pause>, such as "." (default: the model\'s own)'
+        "--filler",
+        metavar="TEXT",
+        help='an ordinary token in place of <pause>, such as "." (default: the model\'s own)',
     )
     pauses.add_argument("--prefix-attention", choices=("causal", "bidirectional"), help="default: the model's own")
-    pauses.add_argument("--seed", metavar="N", default="0", help="a label of the results; of lm-eval's few-shot draws")
+    pauses.add_argument(
+        "--seed", metavar="N", default="0", help="a label of the results, such as the finetuning's seed"
+    )
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cpu)")
     machine.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: as stored")
@@ -91,17 +95,14 @@ def run(args: argparse.Namespace) -> int:
         if harness:
             from pause_megatron.evaluate.lm_eval_tasks import evaluate_harness
 
-            for each in settings:
-                entries += evaluate_harness(
-                    generator, harness, each, folder, batch_size=batch_size, limit=limit, include_path=args.include_path
-                )
+            entries += evaluate_harness(
+                generator, harness, settings, folder, batch_size=batch_size, limit=limit, include_path=args.include_path
+            )
     print(_table(entries))
     return 0
 
 
-def _examples(
-    names: Sequence[str], root: str | None, limit: int | None
-) -> list[tuple[Task, list[Example]]]:
+def _examples(names: Sequence[str], root: str | None, limit: int | None) -> list[tuple[Task, list[Example]]]:
     from pause_megatron.tasks import load_task, read_examples
 
     tasks = [load_task(name) for name in names]
@@ -109,7 +110,9 @@ def _examples(
     for task in tasks:
         path = None if root is None else Path(root) / task.folder
         if path is not None and not path.is_dir():
-            raise DataError(f"--task-path {root}: expected the folder {task.folder} with the records of {task.name} there")
+            raise DataError(
+                f"--task-path {root}: expected the folder {task.folder} with the records of {task.name} there"
+            )
         asked.append((task, read_examples(task, "eval", None if path is None else str(path), limit)))
     return asked
 
@@ -137,7 +140,9 @@ def _settings(
         dtype=next(name for name, dtype in DTYPES.items() if dtype == generator.model.dtype),
     )
     if counts is None:
-        why = "the model was finetuned with them" if generator.pause.m_ft is not None else "its config.json names no m_ft"
+        why = (
+            "the model was finetuned with them" if generator.pause.m_ft is not None else "its config.json names no m_ft"
+        )
         _say(f"pauses: {base.pauses} ({why})")
     found = [replace(base, pauses=count) for count in counts or [base.pauses]]
     for settings in found:

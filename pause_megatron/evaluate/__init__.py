@@ -1,4 +1,4 @@
-"""Evaluation with pauses: our own scorers for the nine tasks, lm-eval for the rest, and honest statistics. See README.md."""
+"""Evaluation with pauses: scorers of our own for the nine tasks, lm-eval for the rest, statistics. See README.md."""
 
 from pause_megatron.evaluate.evaluation import evaluate, identify
 from pause_megatron.evaluate.fingerprint import model_fingerprint

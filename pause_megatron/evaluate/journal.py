@@ -151,7 +151,7 @@ def parse_object(content: bytes, where: str) -> Record:
 def read_samples(path: str | Path) -> dict[str, Record]:
     """Records of a samples file (NAME.jsonl), by id, whether or not the evaluation has ended.
 
-    `{id: record["scores"]["exact_match"] for id, record in read_samples(path).items()}` is what `paired_bootstrap` takes.
+    `paired_bootstrap` takes `{id: record["scores"][metric] for id, record in read_samples(path).items()}`.
 
     Raises:
         DataError: it cannot be read, or a line of it is damaged.

@@ -1,9 +1,9 @@
 """The output folder of an evaluation: results.json, samples, one model, one writer.
 
-    results.json            every finished (task, metric, setting), see README.md; replaced as a whole
-    model.json              the model's fingerprint and the digests it was made of
-    samples/NAME.json       what NAME.jsonl was computed with
-    samples/NAME.jsonl      one record a line, in batches (journal.py)
+results.json            every finished (task, metric, setting), see README.md; replaced as a whole
+model.json              the model's fingerprint and the digests it was made of
+samples/NAME.json       what NAME.jsonl was computed with
+samples/NAME.jsonl      one record a line, in batches (journal.py)
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Settings:
         location: "append" or "prepend".
         filler: text of the token that stood in place of `<pause>`; None: pauses.
         prefix_attention: "causal" or "bidirectional".
-        seed: a label of this evaluation, such as the seed of the finetuning; lm-eval draws its few-shot examples by it.
+        seed: a label of this evaluation, such as the seed of the finetuning. Answers do not depend on it.
         dtype: type of the weights: "fp32", "bf16" or "fp16".
     """
 
@@ -126,6 +126,15 @@ class ResultsFolder:
         self.check(identity)
         return Journal(self.samples(identity), identity.document(), order)
 
+    def finished(self, identity: Identity) -> list[Record]:
+        """The entries that a task of lm-eval, or a group of tasks, has put here."""
+        settings = identity.document()["settings"]
+        return [
+            entry
+            for entry in self.entries
+            if entry.get("asked") == identity.task and all(entry[k] == v for k, v in settings.items())
+        ]
+
     def add(self, entries: Sequence[Record]) -> None:
         """Put entries into results.json in place of those of the same task, metric and settings."""
         new = {_key(entry): entry for entry in entries}
@@ -154,7 +163,7 @@ class ResultsFolder:
         for metric in records[0]["scores"]:
             found = mean([record["scores"][metric] for record in records])
             entry = {"task": identity.task, "metric": metric, "primary": metric == primary}
-            entries.append({**entry, "value": found.value, "standard_error": found.standard_error, "n": found.n, **shared})
+            entries.append({**entry, **asdict(found), **shared})
         return entries
 
     def shared(self, identity: Identity) -> Record:

@@ -156,8 +156,8 @@ class Scorer:
         for item, values in zip(batch, likelihoods, strict=True):
             if not all(map(math.isfinite, values)):
                 raise DataError(
-                    f"{self.task.name}: record {item.example.id!r}: expected finite log-likelihoods, came {values}: the "
-                    f"model computes no numbers for it (in fp16, try --dtype bf16 or fp32)"
+                    f"{self.task.name}: record {item.example.id!r}: expected finite log-likelihoods, came {values} "
+                    f"(where the model runs in fp16, try --dtype bf16 or fp32)"
                 )
         return likelihoods
 
