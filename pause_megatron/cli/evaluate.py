@@ -13,6 +13,7 @@ from pause_megatron.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from pause_megatron.evaluate import ResultsFolder, Settings
+    from pause_megatron.evaluate.lm_eval_tasks import Harness
     from pause_megatron.inference import PauseGenerator
     from pause_megatron.tasks import Example, Task
 
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     seed = _number("--seed", args.seed, least=0)
     names = list(dict.fromkeys(name.strip() for name in args.tasks.split(",")))
     asked = _examples([name for name in names if not name.startswith(_LM_EVAL)], args.task_path, limit)
-    harness = [name.removeprefix(_LM_EVAL) for name in names if name.startswith(_LM_EVAL)]
+    harness = _harness([name for name in names if name.startswith(_LM_EVAL)], args.include_path)
 
     from pause_megatron.cli.byte_progress import ByteProgress
     from pause_megatron.evaluate import ResultsFolder, model_fingerprint, opened
@@ -92,12 +93,9 @@ def run(args: argparse.Namespace) -> int:
         generator = _load(args)
         settings = _settings(args, generator, counts, seed)
         entries = _own(generator, asked, settings, folder, batch_size)
-        if harness:
-            from pause_megatron.evaluate.lm_eval_tasks import evaluate_harness
-
-            entries += evaluate_harness(
-                generator, harness, settings, folder, batch_size=batch_size, limit=limit, include_path=args.include_path
-            )
+        for name, of_lm_eval in harness.items():
+            for each in settings:
+                entries += of_lm_eval.evaluate(generator, name, each, folder, batch_size=batch_size, limit=limit)
     print(_table(entries))
     return 0
 
@@ -115,6 +113,18 @@ def _examples(names: Sequence[str], root: str | None, limit: int | None) -> list
             )
         asked.append((task, read_examples(task, "eval", None if path is None else str(path), limit)))
     return asked
+
+
+def _harness(names: Sequence[str], include_path: str | None) -> dict[str, Harness]:
+    """lm-eval for each of its tasks that was asked for; it knows them all, and their records can be had."""
+    if not names:
+        return {}
+    from pause_megatron.evaluate.lm_eval_tasks import Harness
+
+    harness = Harness(include_path)
+    for name in names:
+        harness.load(name.removeprefix(_LM_EVAL))
+    return {name.removeprefix(_LM_EVAL): harness for name in names}
 
 
 def _load(args: argparse.Namespace) -> PauseGenerator:
@@ -137,7 +147,7 @@ def _settings(
         filler=args.filler if args.filler is not None else own.get("filler"),
         prefix_attention=args.prefix_attention or generator.pause.prefix_attention,
         seed=seed,
-        dtype=next(name for name, dtype in DTYPES.items() if dtype == generator.model.dtype),
+        dtype={dtype: name for name, dtype in DTYPES.items()}.get(generator.model.dtype, str(generator.model.dtype)),
     )
     if counts is None:
         why = (

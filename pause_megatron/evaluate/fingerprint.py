@@ -33,7 +33,7 @@ def model_fingerprint(folder: Path, known: Path | None = None, report: Report | 
     Raises:
         DataError: no folder, no weights, or a file that cannot be read.
     """
-    files = sorted([*folder.glob("*.safetensors"), *(folder / name for name in _NAMES if (folder / name).is_file())])
+    files = sorted(path for path in (*folder.glob("*.safetensors"), *(folder / n for n in _NAMES)) if path.is_file())
     if not any(path.suffix == ".safetensors" for path in files):
         raise DataError(f"{folder}: expected a transformers folder with *.safetensors, as export-hf writes it")
     try:

@@ -6,7 +6,6 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +43,7 @@ class Harness:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         self.version = f"lm-eval {lm_eval.__version__}"
         self._manager = TaskManager(include_path=include_path)
+        self._loaded: dict[str, dict[str, Any]] = {}
 
     def load(self, name: str) -> dict[str, Any]:
         """The tasks that a name stands for (a task, a group, a tag), with their records.
@@ -51,17 +51,20 @@ class Harness:
         Raises:
             ConfigError: unknown. DataError: the records cannot be had.
         """
+        if name in self._loaded:
+            return self._loaded[name]
         known = self._manager.all_tasks
         if name not in known:
             raise ConfigError(f"--tasks: lm-eval has no task {name!r}{nearest(name, known)}; see also --include-path")
         try:
-            return dict(self._manager.load([name])["tasks"])
+            self._loaded[name] = dict(self._manager.load([name])["tasks"])
         except Exception as error:  # data set loaders raise whatever their formats' and the network's libraries raise
             lines = str(error).strip().splitlines() or [""]
             raise DataError(
                 f"lm_eval/{name}: its records cannot be loaded ({type(error).__name__}: {lines[0]}). Without network, "
                 f"describe the task in a file of --include-path, with dataset_path: json and data_files"
             ) from None
+        return self._loaded[name]
 
     def evaluate(
         self,
@@ -130,28 +133,6 @@ class Harness:
             use_cache=str(store),
             bootstrap_iters=1000,
         )
-
-
-def evaluate_harness(
-    generator: PauseGenerator,
-    names: Sequence[str],
-    settings: Sequence[Settings],
-    folder: ResultsFolder,
-    *,
-    batch_size: int = 8,
-    limit: int | None = None,
-    include_path: str | None = None,
-) -> list[Record]:
-    """Evaluate tasks of lm-eval under each of the settings. See `Harness`."""
-    harness = Harness(include_path)
-    for name in names:
-        harness.load(name)
-    return [
-        entry
-        for name in names
-        for each in settings
-        for entry in harness.evaluate(generator, name, each, folder, batch_size=batch_size, limit=limit)
-    ]
 
 
 def _fingerprint(tasks: dict[str, Any], limit: int | None) -> str:
