@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import sys
@@ -98,13 +99,18 @@ class Harness:
         if found and samples.exists():
             return found
         begun = time.perf_counter()
-        output = self._run(generator, name, settings, folder.path / "lm_eval" / samples.stem, batch_size, limit)
-        shared = {**folder.shared(identity), "seconds": time.perf_counter() - begun}
+        store = folder.path / "lm_eval" / samples.stem
+        output = self._run(generator, name, settings, store, batch_size, limit)
+        # lm-eval counts neither; and seconds are those of this run alone.
+        unknown = dict.fromkeys(("tokens", "cut", "positions", "forward_passes"))
+        shared = {**folder.shared(identity), **unknown, "seconds": time.perf_counter() - begun}
         entries = [entry for task in output["results"] for entry in _entries(output, task, shared)]
         folder.path.joinpath("samples").mkdir(exist_ok=True)
         write_whole(samples.with_suffix(".json"), json.dumps(identity.document(), indent=2).encode() + b"\n")
         write_whole(samples, _sample_lines(output["samples"], digest(identity.document())))
         folder.add([{**entry, "asked": identity.task} for entry in entries])
+        for path in store.parent.glob(f"{glob.escape(store.name)}_rank*.db"):
+            path.unlink()
         return entries
 
     def _run(
