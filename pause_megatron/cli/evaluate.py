@@ -78,7 +78,8 @@ def run(args: argparse.Namespace) -> int:
     seed = _number("--seed", args.seed, least=0)
     names = list(dict.fromkeys(name.strip() for name in args.tasks.split(",")))
     asked = _examples([name for name in names if not name.startswith(_LM_EVAL)], args.task_path, limit)
-    harness = _harness([name for name in names if name.startswith(_LM_EVAL)], args.include_path)
+    of_lm_eval = [name.removeprefix(_LM_EVAL) for name in names if name.startswith(_LM_EVAL)]
+    harness = _harness(of_lm_eval, args)
 
     from pause_megatron.cli.byte_progress import ByteProgress
     from pause_megatron.evaluate import ResultsFolder, model_fingerprint, opened
@@ -93,9 +94,9 @@ def run(args: argparse.Namespace) -> int:
         generator = _load(args)
         settings = _settings(args, generator, counts, seed)
         entries = _own(generator, asked, settings, folder, batch_size)
-        for name, of_lm_eval in harness.items():
+        for name in of_lm_eval:
             for each in settings:
-                entries += of_lm_eval.evaluate(generator, name, each, folder, batch_size=batch_size, limit=limit)
+                entries += harness.evaluate(generator, name, each, folder, batch_size=batch_size, limit=limit)
     print(_table(entries))
     return 0
 
@@ -115,16 +116,20 @@ def _examples(names: Sequence[str], root: str | None, limit: int | None) -> list
     return asked
 
 
-def _harness(names: Sequence[str], include_path: str | None) -> dict[str, Harness]:
-    """lm-eval for each of its tasks that was asked for; it knows them all, and their records can be had."""
+def _harness(names: Sequence[str], args: argparse.Namespace) -> Harness | None:
+    """lm-eval, which knows the tasks and can have their records; None where it is not needed."""
     if not names:
-        return {}
+        return None
+    if args.prefix_attention == "bidirectional":
+        raise ConfigError(
+            "lm_eval tasks: expected --prefix-attention causal, came bidirectional: lm-eval knows no other"
+        )
     from pause_megatron.evaluate.lm_eval_tasks import Harness
 
-    harness = Harness(include_path)
+    harness = Harness(args.include_path)
     for name in names:
-        harness.load(name.removeprefix(_LM_EVAL))
-    return {name.removeprefix(_LM_EVAL): harness for name in names}
+        harness.load(name)
+    return harness
 
 
 def _load(args: argparse.Namespace) -> PauseGenerator:
@@ -238,7 +243,7 @@ def _table(entries: Sequence[dict[str, Any]]) -> str:
         left = [text.ljust(width) for text, width in zip(row[:2], widths[:2], strict=True)]
         right = [text.rjust(width) for text, width in zip(row[2:], widths[2:], strict=True)]
         lines.append("  ".join([*left, *right]))
-    cut = sorted({f"{entry['task']}: {entry['cut']:,}" for entry in entries if entry.get("cut")})
+    cut = dict.fromkeys(f"{e['task']} M={e['pauses']}: {e['cut']:,}" for e in entries if e["cut"])
     return "\n".join(lines) + (f"\nprompts cut from the left to fit the model: {', '.join(cut)}" if cut else "")
 
 
