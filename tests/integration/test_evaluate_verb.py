@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
 import gzip
 import json
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,12 +16,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from ranks import run_on_ranks
 from tiny_llama import write_folder
 
 from pause_megatron.cli import main
-from pause_megatron.evaluate import paired_bootstrap, read_results, read_samples
+from pause_megatron.cli.evaluate import add_arguments
+from pause_megatron.evaluate import read_results, read_samples
 
+README = Path(__file__).resolve().parents[2] / "pause_megatron" / "evaluate" / "README.md"
 COUNTS = (0, 1, 10)
 NEW_TOKENS, RECORDS = 8, 6
 
@@ -41,7 +48,25 @@ def evaluate(folder, shared_data, tmp_path, capsys):
     return call
 
 
-def test_tasks_and_numbers_of_pauses_in_one_call(evaluate, folder, tmp_path):
+def blocks(language: str) -> list[str]:
+    """The README's code blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```$", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+
+
+def test_the_readmes_commands_and_files_are_what_the_verb_takes():
+    lines = [line for block in blocks("") for line in block.splitlines() if line.startswith("pause-megatron ")]
+    assert len(lines) == 2
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    for line in lines:
+        assert parser.parse_args(shlex.split(line)[2:]).output == "results/"
+    for code in blocks("python"):
+        ast.parse(code)
+    [task] = blocks("yaml")
+    assert yaml.safe_load(task)["doc_to_text"] == "Question: {{goal}}\nAnswer:"
+
+
+def test_tasks_and_numbers_of_pauses_in_one_call(evaluate, tmp_path, monkeypatch, capsys):
     code, out, err = evaluate("--tasks", "squad,piqa,lambada", "--pauses", "0,2", "--limit", "5", "--batch-size", "4")
     assert code == 0, err
     assert out.splitlines()[0].split() == ["task", "metric", "M", "value", "+-", "s.e.", "n"]
@@ -62,12 +87,10 @@ def test_tasks_and_numbers_of_pauses_in_one_call(evaluate, folder, tmp_path):
     code, out, err = evaluate("--tasks", "piqa", "--limit", "5", "--filler", ".", "--location", "prepend")
     assert code == 0 and "pauses: 3 (the model was finetuned with them)" in err
     assert len(read_results(tmp_path / "results")) == len(entries) + 2
-    one, other = (
-        {name: record["scores"]["choice_accuracy"] for name, record in read_samples(path).items()}
-        for path in sorted((tmp_path / "results" / "samples").glob("piqa-m[02]-append-seed0.jsonl"))
-    )
-    found = paired_bootstrap(one, other)
-    assert found.low <= found.value <= found.high and found.n == 5
+    monkeypatch.chdir(tmp_path)
+    [statistics] = [code for code in blocks("python") if "paired_bootstrap" in code]
+    exec(compile(statistics, str(README), "exec"), {})
+    assert "n=5, resamples=10000, seed=0)" in capsys.readouterr().out
 
 
 def test_a_killed_evaluation_goes_on(evaluate, folder, shared_data, tmp_path, capsys):
