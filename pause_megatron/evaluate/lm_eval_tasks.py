@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import json
 import logging
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
@@ -18,6 +19,9 @@ from pause_megatron.errors import ConfigError, DataError
 from pause_megatron.evaluate.journal import Record, digest
 from pause_megatron.evaluate.results import Identity, ResultsFolder, Settings
 from pause_megatron.inference import PauseGenerator
+
+if TYPE_CHECKING:
+    from lm_eval.tasks import TaskManager
 
 
 class Harness:
@@ -43,7 +47,9 @@ class Harness:
             ) from None
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         self.version = f"lm-eval {lm_eval.__version__}"
-        self._manager = TaskManager(include_path=include_path)
+        self._include_path = include_path
+        # Reading all that lm-eval ships takes seconds, so it waits until a task is not in the folder.
+        self._own = None if include_path is None else TaskManager(include_path=include_path, include_defaults=False)
         self._loaded: dict[str, dict[str, Any]] = {}
 
     def load(self, name: str) -> dict[str, Any]:
@@ -54,11 +60,12 @@ class Harness:
         """
         if name in self._loaded:
             return self._loaded[name]
-        known = self._manager.all_tasks
+        manager = self._manager(name)
+        known = manager.all_tasks
         if name not in known:
             raise ConfigError(f"--tasks: lm-eval has no task {name!r}{nearest(name, known)}; see also --include-path")
         try:
-            self._loaded[name] = dict(self._manager.load([name])["tasks"])
+            self._loaded[name] = dict(manager.load([name])["tasks"])
         except Exception as error:  # data set loaders raise whatever their formats' and the network's libraries raise
             lines = str(error).strip().splitlines() or [""]
             raise DataError(
@@ -113,6 +120,17 @@ class Harness:
             path.unlink()
         return entries
 
+    def _manager(self, name: str) -> TaskManager:
+        """Who knows a task; groups may name tasks that lm-eval ships, so that they are looked for in all."""
+        own = self._own is not None and name in self._own.all_subtasks
+        return self._own if own else self._everything
+
+    @functools.cached_property
+    def _everything(self) -> TaskManager:
+        from lm_eval.tasks import TaskManager
+
+        return TaskManager(include_path=self._include_path)
+
     def _run(
         self, generator: PauseGenerator, name: str, settings: Settings, store: Path, batch_size: int, limit: int | None
     ) -> dict[str, Any]:
@@ -134,7 +152,7 @@ class Harness:
         return simple_evaluate(
             model=model,
             tasks=[name],
-            task_manager=self._manager,
+            task_manager=self._manager(name),
             limit=limit,
             use_cache=str(store),
             bootstrap_iters=1000,

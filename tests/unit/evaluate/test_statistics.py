@@ -73,7 +73,7 @@ def test_pairing_sees_what_two_separate_means_do_not():
 def test_ninety_five_percent_intervals_hold_the_truth_as_often_as_they_say(few):
     """Both ways of resampling. Percentile intervals of 60 records: nominal 95 %, about 94 % in truth."""
     rng = np.random.default_rng(6)
-    trials, held = 400, 0
+    trials, held = 250, 0
     for trial in range(trials):
         differences = rng.choice([-1.0, 0.0, 1.0], 60, p=[0.2, 0.4, 0.4]) if few else rng.normal(0.2, 1, 60)
         found = paired_bootstrap(records(differences), records(np.zeros(60)), seed=trial, resamples=1000)
