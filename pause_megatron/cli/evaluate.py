@@ -142,18 +142,10 @@ def _settings(
     args: argparse.Namespace, generator: PauseGenerator, counts: list[int] | None, seed: int
 ) -> list[Settings]:
     """One for each M, checked; what was not given is the model's own, and said."""
-    from pause_megatron.evaluate import Settings, check_settings
-    from pause_megatron.inference.loading import DTYPES
+    from pause_megatron.evaluate import check_settings, own_settings
 
-    own = getattr(generator.model.config, "pause", None) or {}
-    base = Settings(
-        pauses=generator.default_pauses,
-        location=args.location or own.get("location") or "append",
-        filler=args.filler if args.filler is not None else own.get("filler"),
-        prefix_attention=args.prefix_attention or generator.pause.prefix_attention,
-        seed=seed,
-        dtype={dtype: name for name, dtype in DTYPES.items()}.get(generator.model.dtype, str(generator.model.dtype)),
-    )
+    given = {"location": args.location, "filler": args.filler, "prefix_attention": args.prefix_attention}
+    base = own_settings(generator, **given, seed=seed)
     if counts is None:
         why = (
             "the model was finetuned with them" if generator.pause.m_ft is not None else "its config.json names no m_ft"

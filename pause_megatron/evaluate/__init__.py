@@ -4,7 +4,7 @@ from pause_megatron.evaluate.evaluation import evaluate, identify
 from pause_megatron.evaluate.fingerprint import model_fingerprint
 from pause_megatron.evaluate.journal import read_samples
 from pause_megatron.evaluate.results import Identity, ResultsFolder, Settings, opened, read_results
-from pause_megatron.evaluate.scoring import Scorer, check_settings
+from pause_megatron.evaluate.scoring import Scorer, check_settings, own_settings
 from pause_megatron.evaluate.statistics import Difference, Mean, mean, paired_bootstrap
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "mean",
     "model_fingerprint",
     "opened",
+    "own_settings",
     "paired_bootstrap",
     "read_results",
     "read_samples",

@@ -22,6 +22,7 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 from pause_megatron.errors import ConfigError, DataError
+from pause_megatron.evaluate.scoring import own_settings
 from pause_megatron.inference import PauseGenerator
 
 
@@ -31,8 +32,8 @@ class PauseLM(HFLM):
     Args:
         generator: the model, as `inference.load` gives it.
         pauses: M; None: what the model was finetuned with.
-        location: "append", or "prepend" (behind a BOS).
-        filler: text of an ordinary token in place of `<pause>`.
+        location: "append", or "prepend" (behind a BOS); None: the model's own.
+        filler: text of an ordinary token in place of `<pause>`; "": pauses; None: the model's own.
         batch_size: rows of a forward pass.
         quiet: show no progress bars.
 
@@ -45,7 +46,7 @@ class PauseLM(HFLM):
         generator: PauseGenerator,
         *,
         pauses: int | None = None,
-        location: str = "append",
+        location: str | None = None,
         filler: str | None = None,
         batch_size: int = 8,
         quiet: bool = False,
@@ -55,9 +56,11 @@ class PauseLM(HFLM):
                 "lm-eval asks causal models; this one has a bidirectional prefix (pause.prefix_attention in its "
                 "config.json): evaluate it on the tasks of this project"
             )
+        settings = own_settings(generator, pauses=pauses, location=location, filler=filler)
+        filler = settings.filler
         self._generator = generator
-        self._count = generator.default_pauses if pauses is None else pauses
-        self._location = location
+        self._count = settings.pauses
+        self._location = settings.location
         self._filler = () if filler is None else (generator.encoder.filler_id(filler),)
         self._names = generator.encoder.tokenizer.convert_ids_to_tokens(list(generator.pause.ids))
         if self._count and filler is None and not self._names:

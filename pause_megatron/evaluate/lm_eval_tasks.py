@@ -144,7 +144,7 @@ class Harness:
             generator,
             pauses=settings.pauses,
             location=settings.location,
-            filler=settings.filler,
+            filler=settings.filler or "",
             batch_size=batch_size,
             quiet=not sys.stderr.isatty(),
         )

@@ -16,6 +16,7 @@ from pause_megatron.errors import DataError
 from pause_megatron.evaluate.journal import Record
 from pause_megatron.evaluate.results import Settings
 from pause_megatron.inference import PauseGenerator
+from pause_megatron.inference.loading import DTYPES
 from pause_megatron.tasks import METRICS, Example, Task, answer_in
 
 
@@ -122,22 +123,13 @@ class Scorer:
             )
         return Prepared(example, kept, choices, len(prompt) - len(kept))
 
-    def _options(self) -> dict[str, Any]:
-        settings = self.settings
-        return {
-            "pauses": settings.pauses,
-            "location": settings.location,
-            "filler": settings.filler,
-            "prefix_attention": settings.prefix_attention,
-        }
-
     def _decode(self, batch: Sequence[Prepared], cost: Cost) -> list[tuple[str, int]]:
         """Text and number of new tokens of each answer."""
         generation = self._generator.generate(
             [item.prompt for item in batch],
             max_new_tokens=self.task.decoding.max_new_tokens,
             stop=self.task.decoding.stop,
-            **self._options(),
+            **_options(self.settings),
         )
         cost.add(generation.cost)
         return [(completion.text, len(completion.ids)) for completion in generation.completions]
@@ -148,7 +140,7 @@ class Scorer:
         sums: list[float] = []
         for start in range(0, len(rows), self._batch_size):
             prompts, choices = zip(*rows[start : start + self._batch_size], strict=True)
-            scores, spent = self._generator.score(prompts, choices, **self._options())
+            scores, spent = self._generator.score(prompts, choices, **_options(self.settings))
             sums += [score.log_likelihood for score in scores]
             cost.add(spent)
         found = iter(sums)
@@ -181,20 +173,49 @@ class Scorer:
         return record
 
 
+def own_settings(
+    generator: PauseGenerator,
+    *,
+    pauses: int | None = None,
+    location: str | None = None,
+    filler: str | None = None,
+    prefix_attention: str | None = None,
+    seed: int = 0,
+) -> Settings:
+    """Settings in which what is None is the model's own: what it was finetuned with, as its config.json says.
+
+    Args:
+        filler: "" asks for pauses, whatever the model's own filler.
+    """
+    own = getattr(generator.model.config, "pause", None) or {}
+    dtypes = {dtype: name for name, dtype in DTYPES.items()}
+    return Settings(
+        pauses=generator.default_pauses if pauses is None else pauses,
+        location=location or own.get("location") or "append",
+        filler=(own.get("filler") if filler is None else filler) or None,
+        prefix_attention=prefix_attention or generator.pause.prefix_attention,
+        seed=seed,
+        dtype=dtypes.get(generator.model.dtype, str(generator.model.dtype)),
+    )
+
+
+def _options(settings: Settings) -> dict[str, Any]:
+    """Settings as the generator takes them: for it, no filler is a question, and "" the answer."""
+    return {
+        "pauses": settings.pauses,
+        "location": settings.location,
+        "filler": settings.filler or "",
+        "prefix_attention": settings.prefix_attention,
+    }
+
+
 def check_settings(generator: PauseGenerator, settings: Settings) -> None:
     """Check what can be checked without an example, by one token behind a short prompt.
 
     Raises:
         ConfigError: pauses for a model that has none, a filler of several tokens, more pauses than positions.
     """
-    generator.generate(
-        ["a"],
-        pauses=settings.pauses,
-        location=settings.location,
-        filler=settings.filler,
-        prefix_attention=settings.prefix_attention,
-        max_new_tokens=1,
-    )
+    generator.generate(["a"], max_new_tokens=1, **_options(settings))
 
 
 def room_for_prompt(generator: PauseGenerator, pauses: int, new: int) -> int:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from pause_megatron.errors import ConfigError, DataError
-from pause_megatron.evaluate import ResultsFolder, Scorer, Settings, evaluate, read_samples
+from pause_megatron.evaluate import ResultsFolder, Scorer, Settings, evaluate, own_settings, read_samples
 from pause_megatron.evaluate.scoring import cut_left
 from pause_megatron.tasks import Decoding
 
@@ -119,6 +119,16 @@ def test_examples_that_cannot_be_asked_are_named(generator, task, examples):
         prepare(examples[3], pauses=250)
     with pytest.raises(ConfigError, match="max_position_embeddings"):
         prepare(pauses=256)
+
+
+def test_what_is_not_given_is_the_models_own(generator, monkeypatch):
+    assert own_settings(generator) == Settings(pauses=0)
+    entry = {**generator.model.config.pause, "location": "prepend", "filler": "."}
+    monkeypatch.setattr(generator.model.config, "pause", entry)
+    monkeypatch.setattr(generator, "pause", replace(generator.pause, m_ft=7))
+    assert own_settings(generator, seed=2) == Settings(pauses=7, location="prepend", filler=".", seed=2)
+    given = own_settings(generator, pauses=0, location="append", filler="", prefix_attention="bidirectional")
+    assert given == Settings(pauses=0, prefix_attention="bidirectional")
 
 
 def test_a_model_without_a_pause_token(without_pause, task, examples):
