@@ -18,7 +18,7 @@ from pause_megatron.data.pause import LOCATIONS
 from pause_megatron.errors import ConfigError
 from pause_megatron.inference.adaptive import FixedPauses, PausePolicy
 from pause_megatron.inference.answer import Answer
-from pause_megatron.inference.prefill import Prefix, prefill, prepare
+from pause_megatron.inference.prefill import Prefix, distinct, prefill, prepare
 from pause_megatron.inference.prompts import PREFIX_ATTENTIONS, PauseInfo, PromptEncoder
 from pause_megatron.inference.results import Completion, Cost, Generation, Score
 from pause_megatron.inference.sampling import Sampling
@@ -137,7 +137,8 @@ class PauseGenerator:
         Args:
             continuations: one for each prompt. A text is encoded as one that goes on from its prompt.
 
-        Others, and errors, as for `generate`. Pause ids take no part in the softmax, as they are never emitted.
+        Others, and errors, as for `generate`. Pause ids take no part in the softmax, as they are never emitted. A
+        prompt that comes several times (the choices of a question do) is computed once.
         """
         if len(continuations) != len(prompts):
             raise ConfigError(f"expected {len(prompts)} continuations, one for each prompt, came {len(continuations)}")
@@ -153,8 +154,11 @@ class PauseGenerator:
         if not prefixes:
             return (), Cost(0, 0, 0, 0.0, 0.0)
         begun = time.perf_counter()
-        session = Session(self.model, len(prefixes))
-        first, used = prefill(session, prefixes, self.pause.ids, bidirectional=attention == "bidirectional")
+        alone, rows = distinct(prefixes)
+        session = Session(self.model, len(alone))
+        first, used = prefill(session, alone, self.pause.ids, bidirectional=attention == "bidirectional")
+        session.spread(rows)
+        first, used = first[rows], [used[row] for row in rows]
         session.wait()
         prefilled, passes = time.perf_counter(), session.forward_passes
         logits = first[:, None]
