@@ -101,7 +101,7 @@ def test_a_killed_evaluation_goes_on(evaluate, folder, shared_data, tmp_path, ca
     process = subprocess.Popen([sys.executable, "-m", "pause_megatron", "evaluate", *given, *options])
     samples = tmp_path / "results" / "samples"
     first, second = (samples / f"lambada-m{count}-append-seed0.jsonl" for count in (0, 2))
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while not (second.exists() and second.stat().st_size):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.002)
