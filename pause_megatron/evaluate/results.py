@@ -114,7 +114,9 @@ class ResultsFolder:
         """
         document = identity.document()
         for entry in self.entries:
-            if entry["task"] == identity.task and all(entry[k] == v for k, v in document["settings"].items()):
+            if entry.get("asked", entry["task"]) == identity.task and all(
+                entry[k] == v for k, v in document["settings"].items()
+            ):
                 came = {name: entry.get(name) for name in ("data", "harness")}
                 refuse_others(self.path / "results.json", {name: document[name] for name in came}, came)
         beside = self.samples(identity).with_suffix(".json")
@@ -211,5 +213,10 @@ def read_results(folder: str | Path) -> list[Record]:
 
 
 def _key(entry: Record) -> tuple[Any, ...]:
-    """What two entries must not share."""
-    return (entry["task"], entry["metric"], *(entry[name] for name in Settings.__dataclass_fields__))
+    """What two entries must not share. A task of lm-eval may be asked for alone and as part of a group."""
+    return (
+        entry["task"],
+        entry["metric"],
+        entry.get("asked"),
+        *(entry[name] for name in Settings.__dataclass_fields__),
+    )
