@@ -187,13 +187,13 @@ def own_settings(
     Args:
         filler: "" asks for pauses, whatever the model's own filler.
     """
-    own = getattr(generator.model.config, "pause", None) or {}
+    own = generator.pause
     dtypes = {dtype: name for name, dtype in DTYPES.items()}
     return Settings(
         pauses=generator.default_pauses if pauses is None else pauses,
-        location=location or own.get("location") or "append",
-        filler=(own.get("filler") if filler is None else filler) or None,
-        prefix_attention=prefix_attention or generator.pause.prefix_attention,
+        location=location or own.location,
+        filler=(own.filler if filler is None else filler) or None,
+        prefix_attention=prefix_attention or own.prefix_attention,
         seed=seed,
         dtype=dtypes.get(generator.model.dtype, str(generator.model.dtype)),
     )

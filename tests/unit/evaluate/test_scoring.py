@@ -123,9 +123,7 @@ def test_examples_that_cannot_be_asked_are_named(generator, task, examples):
 
 def test_what_is_not_given_is_the_models_own(generator, monkeypatch):
     assert own_settings(generator) == Settings(pauses=0)
-    entry = {**generator.model.config.pause, "location": "prepend", "filler": "."}
-    monkeypatch.setattr(generator.model.config, "pause", entry)
-    monkeypatch.setattr(generator, "pause", replace(generator.pause, m_ft=7))
+    monkeypatch.setattr(generator, "pause", replace(generator.pause, m_ft=7, location="prepend", filler="."))
     assert own_settings(generator, seed=2) == Settings(pauses=7, location="prepend", filler=".", seed=2)
     given = own_settings(generator, pauses=0, location="append", filler="", prefix_attention="bidirectional")
     assert given == Settings(pauses=0, prefix_attention="bidirectional")
