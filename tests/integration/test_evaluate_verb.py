@@ -207,13 +207,13 @@ def native(
     from pause_megatron.checkpoint import CheckpointReader, restore_weights
     from pause_megatron.checkpoint.store import resolve
     from pause_megatron.config.load import load
-    from pause_megatron.data.corpora import open_corpora
     from pause_megatron.distributed import initialize
-    from pause_megatron.train.pretrain import _datasets, _model
+    from pause_megatron.train.pretrain import corpus_data
+    from pause_megatron.train.run import new_model
 
     config = load(str(Path(folder) / "config.yaml"))
     with initialize(config.parallel) as context:
-        model = _model(config, _datasets(config, open_corpora(config.data, config.pause.embeddings)))
+        model = new_model(config, corpus_data(config, context.world_size))
         restore_weights(model, CheckpointReader(resolve(folder), context.tp_rank))
         model.eval()
         pauses = list(model.vocabulary.pause_ids)
