@@ -20,7 +20,7 @@ _LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-_SPLITS = (_LLAMA_3, _LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}"))
+SPLITS = (_LLAMA_3, _LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}"))
 
 
 def gigatoken_document(kind: str, content: bytes) -> str:
@@ -97,7 +97,7 @@ def _is_known(pre_tokenizer: dict[str, Any] | None) -> bool:
                 {"type": "ByteLevel", "use_regex": False, "add_prefix_space": False},
             ],
         }:
-            return split in _SPLITS
+            return split in SPLITS
     return False
 
 
