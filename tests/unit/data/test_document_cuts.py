@@ -67,6 +67,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple]:
 def tiny_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cut at every boundary that allows one: many more cuts than the real size makes."""
     monkeypatch.setattr(document_cuts, "CHUNK_CHARACTERS", 1)
+    monkeypatch.setattr(document_cuts, "LONG_CHARACTERS", 0)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -96,6 +97,7 @@ _text = st.lists(st.one_of(st.sampled_from(ATOMS), st.text(_characters, max_size
 def test_any_text(models, texts: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(document_cuts, "CHUNK_CHARACTERS", 1)
+        patch.setattr(document_cuts, "LONG_CHARACTERS", 2)  # some are cut, some are not
         for whole, pieces in models.values():
             assert [ids.tolist() for ids in pieces.encode(texts)] == whole.encode(texts, num_threads=1)
 
