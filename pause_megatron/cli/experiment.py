@@ -97,9 +97,15 @@ def _planned(args: argparse.Namespace) -> tuple[Grid, Plan]:
 
 def _status(args: argparse.Namespace) -> int:
     from pause_megatron.experiment.folder import counts, read_plan, state_of
+    from pause_megatron.experiment.slurm import job_in_queue, queued_jobs
 
     directory = _directory(args)
-    states = {name: state_of(directory / "cells" / name) for name in read_plan(directory)["cells"]}
+    folders = [directory / "cells" / name for name in read_plan(directory)["cells"]]
+    queue = queued_jobs() if any((folder / "job.json").exists() for folder in folders) else {}
+    states = {folder.name: state_of(folder) for folder in folders}
+    for folder in folders:
+        if states[folder.name] == "waiting" and job_in_queue(folder, queue):
+            states[folder.name] = "queued"
     width = max(map(len, states))
     for name, state in states.items():
         print(f"{name:{width}}  {state}")

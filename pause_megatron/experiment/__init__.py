@@ -1,3 +1,3 @@
-"""The paper's experiments as one program: a grid in YAML becomes cells, cells become results, results become a report."""
+"""A grid in YAML becomes cells, cells become results, results become a report that stands beside the paper's."""
 
 from __future__ import annotations

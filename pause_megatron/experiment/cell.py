@@ -66,7 +66,7 @@ class Cell:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of the verb, its identity, its input's fingerprint and the package's version: 32 hexadecimal digits."""
+        """Digest of verb, identity, the input's fingerprint and the package's version: 32 hexadecimal digits."""
         content = {
             "version": VERSION,
             "package": __version__,

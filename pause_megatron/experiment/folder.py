@@ -50,7 +50,7 @@ def write_plan(directory: Path, grid: Grid, plan: Plan, ranks: int) -> dict[str,
     """
     (directory / "cells").mkdir(parents=True, exist_ok=True)
     placed = place(directory, plan)
-    for fingerprint, entry in placed.items():
+    for entry in placed.values():
         entry.folder.mkdir(exist_ok=True)
         if not entry.done:
             source = entry.cell.input
@@ -86,7 +86,10 @@ def read_plan(directory: Path) -> dict[str, Any]:
 
 
 def state_of(folder: Path) -> State:
-    """What is known of a cell: done, running (a process holds its lock), queued in SLURM, failed, or waiting."""
+    """What its folder says of a cell: done, running (a process holds its lock), failed, or waiting.
+
+    Whether a waiting one is queued in SLURM, only SLURM knows.
+    """
     cell = read_json(folder / "cell.json")
     if is_done(folder, cell["fingerprint"]):
         return "done"
@@ -95,9 +98,7 @@ def state_of(folder: Path) -> State:
             pass
     except DataError:
         return "running"
-    if (folder / "failed.json").exists():
-        return "failed"
-    return "queued" if (folder / "job.json").exists() else "waiting"
+    return "failed" if (folder / "failed.json").exists() else "waiting"
 
 
 def counts(states: Iterable[str]) -> str:

@@ -18,7 +18,6 @@ from pause_megatron.experiment.inputs import Inputs
 from pause_megatron.experiment.models import Pretraining, as_overrides, resolve_models
 from pause_megatron.experiment.schema import Grid, Pauses, Variant, highest
 
-
 # What a finetuning takes from the checkpoint that it begins with, unless it is given.
 _INHERITED = frozenset(
     {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
@@ -116,17 +116,18 @@ def _plain(text: str) -> str:
 
 
 def _keys_of(path: tuple[str, ...]) -> list[str]:
-    """Keys of the group at a path, read off the schema; a named member of a dictionary, or of a list, is passed over."""
-    model: Any = Grid
+    """Keys of the group at a path, read off the schema."""
+    group: type[BaseModel] | None = Grid
+    named = False  # whether the next part is a name of the user's, or a position in a list
     for part in path:
-        if isinstance(model, type) and issubclass(model, BaseModel):
-            model = model.model_fields[part].annotation if part in model.model_fields else None
-        elif model is not None:  # dict[Name, Model], tuple[Curve, ...]
-            model = next((arg for arg in get_args(model) if isinstance(arg, type) and issubclass(arg, BaseModel)), None)
-        if model is not None and not isinstance(model, type):
-            inner = [arg for arg in get_args(model) if isinstance(arg, type) and issubclass(arg, BaseModel)]
-            model = inner[0] if inner and type(None) in get_args(model) else model
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+        if named:
+            named = False
+        elif group is not None and part in group.model_fields:
+            annotation = group.model_fields[part].annotation
+            members = [member for member in (annotation, *get_args(annotation)) if isinstance(member, type)]
+            group = next((member for member in members if issubclass(member, BaseModel)), None)
+            named = get_origin(annotation) in (dict, tuple)
+    return list(group.model_fields) if group else []
 
 
 def _check_names(grid: Grid, places: Places) -> None:
@@ -155,5 +156,6 @@ def _check_names(grid: Grid, places: Places) -> None:
     for path, name, known in used:
         if name not in known:
             raise ConfigError(
-                f"{_at(places, *path)}: {'.'.join(path)}: expected one of {', '.join(known)}; came {name!r}{nearest(name, known)}"
+                f"{_at(places, *path)}: {'.'.join(path)}: expected one of {', '.join(known)}; came {name!r}"
+                f"{nearest(name, known)}"
             )

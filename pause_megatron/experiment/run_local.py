@@ -55,10 +55,8 @@ class _Progress:
             self.say(f"{self._counter()} stopped {entry.cell.name}; the same command goes on")
         else:
             self.failed.append(entry.cell.name)
-            log = entry.folder / "log.txt"
-            self.say(
-                f"{self._counter()} FAILED  {entry.cell.name}: exit code {outcome.code}, {log}\n{last_lines(entry.folder)}"
-            )
+            log, end = entry.folder / "log.txt", last_lines(entry.folder)
+            self.say(f"{self._counter()} FAILED  {entry.cell.name}: exit code {outcome.code}, {log}\n{end}")
 
     def _counter(self) -> str:
         return f"[{self.cached + self.done}/{self.total}]"
@@ -141,8 +139,8 @@ def _by_verb(entries: list[Placed]) -> dict[str, int]:
 def _conclude(progress: _Progress, waiting: Mapping[str, Placed], stop: Stop, say: Say) -> int:
     minutes = (time.monotonic() - progress.begun) / 60
     say(
-        f"{progress.cached + progress.done} of {progress.total} cells done ({progress.done} now, in {minutes:.1f} min); "
-        f"{len(progress.failed)} failed, {len(waiting)} not run"
+        f"{progress.cached + progress.done} of {progress.total} cells done ({progress.done} now, in {minutes:.1f} "
+        f"min); {len(progress.failed)} failed, {len(waiting)} not run"
     )
     if progress.failed:
         say("failed: " + ", ".join(progress.failed))
