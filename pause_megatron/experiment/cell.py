@@ -32,11 +32,13 @@ class Estimate:
         raw_tokens: text and pauses; None if not known.
         flops_per_token: model FLOPs of forward and backward pass for a raw token in training, of the forward pass alone
             in evaluation.
+        parameters: of the model.
     """
 
     steps: int | None = None
     raw_tokens: int | None = None
     flops_per_token: float = 0.0
+    parameters: int = 0
 
     @property
     def flops(self) -> float | None:
@@ -97,6 +99,7 @@ def describe(cell: Cell, folder_of_input: str | None, ranks: int) -> dict[str, A
         "input": folder_of_input,
         "ranks": ranks,
         "flops_per_token": cell.estimate.flops_per_token,
+        "parameters": cell.estimate.parameters,
         "identity": cell.identity,
         "package": __version__,
     }

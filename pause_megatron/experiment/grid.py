@@ -102,7 +102,7 @@ def _pretrain(name: str, model: Pretraining, grid: Grid, inputs: Inputs) -> Cell
         "pretrain",
         (*model.source, *model.overrides, f"data.prefix={grid.data.prefix}", f"run.dir={OUTPUT}"),
         {"config": _plain(deciding_keys(model.config)), "corpus": inputs.corpus},
-        estimate=Estimate(train.steps, train.tokens, model.flops_per_token),
+        estimate=Estimate(train.steps, train.tokens, model.flops_per_token, model.parameters),
     )
 
 

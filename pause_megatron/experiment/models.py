@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pause_megatron.config.load import load
 from pause_megatron.config.plan import batch_plan
-from pause_megatron.config.presets import flops_per_token
+from pause_megatron.config.presets import flops_per_token, parameters
 from pause_megatron.config.schema import ModelSection, RunConfig
 from pause_megatron.errors import ConfigError
 from pause_megatron.experiment.schema import Budget, ExtraLayers, Grid, Keys
@@ -21,12 +21,14 @@ class Pretraining:
         overrides: KEY=VALUE on top, without data.prefix and run.dir.
         config: what they resolve to.
         flops_per_token: forward and backward pass of one raw token.
+        parameters: of the model, pause rows included.
     """
 
     source: tuple[str, str]
     overrides: tuple[str, ...]
     config: RunConfig
     flops_per_token: float
+    parameters: int
 
     def with_layers(self, layers: int, vocabulary: int) -> Pretraining:
         """The run with another depth."""
@@ -52,7 +54,8 @@ def pretraining(source: tuple[str, str], overrides: tuple[str, ...], vocabulary:
     kind, name = source
     config = load(name, overrides=overrides) if kind == "--config" else load(recipe=name, overrides=overrides)
     rows = vocabulary + config.pause.embeddings
-    return Pretraining(source, overrides, config, flops_per_token(config.model, rows, config.data.sequence_length))
+    per_token = flops_per_token(config.model, rows, config.data.sequence_length)
+    return Pretraining(source, overrides, config, per_token, parameters(config.model, rows))
 
 
 def resolve_models(grid: Grid, vocabulary: int) -> dict[str, Pretraining]:
