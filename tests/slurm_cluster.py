@@ -142,7 +142,7 @@ def _ready(cluster: Cluster) -> bool:
 def _start(running: contextlib.ExitStack, cluster: Cluster, command: list[str]) -> None:
     """Start a daemon in the foreground of a process of its own; it is ended when the stack is."""
     environment = {**os.environ, **cluster.environment}
-    log = running.enter_context(open(cluster.folder / f"{command[0]}-{len(command)}.out.log", "ab"))
+    log = running.enter_context((cluster.folder / "daemons.log").open("ab"))
     process = subprocess.Popen(
         command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,7 +67,7 @@ class Cell:
     input: Cell | None = None
     estimate: Estimate = field(default=Estimate(), compare=False)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Digest of verb, identity, the input's fingerprint and the package's version: 32 hexadecimal digits."""
         content = {

@@ -17,7 +17,7 @@ TOTAL = "all cells, each once"
 
 
 def by_variant(collected: Collected) -> dict[str, Ledger]:
-    """Costs of everything that a variant was made of; pretraining that variants share counts in each. Then the whole."""
+    """Costs of all that a variant was made of (pretraining that several share counts in each); then the whole."""
     found = {}
     for variant in collected.grid.variants:
         cells = {

@@ -37,7 +37,7 @@ def render(title: str, lead: str, parts: Sequence[Part]) -> str:
 def picture(path: Path, alt: str) -> str:
     """A PNG inside the page."""
     data = base64.b64encode(path.read_bytes()).decode()
-    return f'<p><img alt="{escape(alt, quote=True)}" src="data:image/png;base64,{data}"></p>'
+    return f'<p class=picture><img alt="{escape(alt, quote=True)}" src="data:image/png;base64,{data}"></p>'
 
 
 def paragraph(text: str, kind: str = "") -> str:

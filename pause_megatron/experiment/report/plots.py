@@ -92,9 +92,11 @@ def draw_curves(path: Path, panels: Mapping[str, Sequence[Series]], published: M
                 theirs.axis("off")
             continue
         title = list(panels)[index]
-        _lines(ours, title, panels[title], axis)
+        known = published.get(title)
+        counts = sorted({count for line in panels[title] for count in line.points} | set(known[1] if known else ()))
+        _lines(ours, title, panels[title], counts, axis)
         if theirs is not None:
-            _published_line(theirs, published.get(title), axis)
+            _published_line(theirs, known, counts, axis)
     _save(figure, path)
 
 
@@ -149,21 +151,19 @@ def _bars_of_task(axes: Any, task: str, main: Mapping[tuple[str, str], Summary],
         axes.bar(position, summary.value, color=COLORS[variant], width=0.7)
         if summary.error is not None:
             axes.errorbar(position, summary.value, yerr=summary.error, color="black", capsize=3, linewidth=1)
-        top = summary.value + (summary.error or 0)
-        axes.annotate(
-            f"{summary.value:.1f}", (position, top), (0, 2), textcoords="offset points", ha="center", fontsize=7
-        )
         for value in summary.by_seed.values():
             axes.plot(position, value, ".", color="black", markersize=3, alpha=0.6)
+        top = max([summary.value + (summary.error or 0), *summary.by_seed.values()])
+        _label(axes, position, top, summary.value)
     one = next((summary for _, summary in found if summary), None)
     sizes = f" (n={one.n:,}, {one.seeds} seed{'s' if one.seeds > 1 else ''})" if one else ""
     axes.set_title(f"{paper.title(task)}{sizes}", fontsize=9)
     chance = paper.chance(task)
     if chance:
         axes.axhline(chance, color="#aa0000", linestyle=":", linewidth=1)
-        axes.annotate("chance", (3.45, chance), fontsize=7, color="#aa0000", ha="right", va="bottom")
-    highest = max([1.0, chance or 0.0, *(s.value + (s.error or 0.0) for _, s in found if s)])
-    axes.set_ylim(0, 1.2 * highest)
+        axes.annotate("chance", (-0.45, chance), (0, 1), textcoords="offset points", fontsize=7, color="#aa0000")
+    tops = [max([s.value + (s.error or 0.0), *s.by_seed.values()]) for _, s in found if s]
+    axes.set_ylim(0, 1.2 * max([1.0, chance or 0.0, *tops]))
     _label_variants(axes, "ours, per cent")
 
 
@@ -174,9 +174,15 @@ def _published_bars(axes: Any, task: str, paper: Published) -> None:
         return
     for position, (variant, value) in enumerate(zip(VARIANTS, values, strict=True)):
         axes.bar(position, value, color="white", edgecolor=COLORS[variant], hatch="///", width=0.7)
-        axes.annotate(f"{value:.1f}", (position, value), (0, 2), textcoords="offset points", ha="center", fontsize=7)
+        _label(axes, position, value, value)
     axes.set_ylim(0, 1.25 * max(values))
     _label_variants(axes, "paper, 1B")
+
+
+def _label(axes: Any, position: float, height: float, value: float) -> None:
+    """The number above a bar."""
+    place = (position, height), (0, 2)
+    axes.annotate(f"{value:.1f}", *place, textcoords="offset points", ha="center", fontsize=7)
 
 
 def _label_variants(axes: Any, label: str) -> None:
@@ -187,9 +193,8 @@ def _label_variants(axes: Any, label: str) -> None:
     axes.set_axisbelow(True)
 
 
-def _lines(axes: Any, title: str, series: Sequence[Series], axis: str) -> None:
-    positions = sorted({count for line in series for count in line.points})
-    place = {count: index for index, count in enumerate(positions)}
+def _lines(axes: Any, title: str, series: Sequence[Series], counts: Sequence[int], axis: str) -> None:
+    place = {count: index for index, count in enumerate(counts)}
     for line in series:
         x = sorted(line.points)
         y = [line.points[count].value for count in x]
@@ -204,7 +209,8 @@ def _lines(axes: Any, title: str, series: Sequence[Series], axis: str) -> None:
             color=line.color,
             label=line.label,
         )
-    axes.set_xticks(range(len(positions)), positions, fontsize=8)
+    axes.set_xlim(-0.3, len(counts) - 0.7)
+    axes.set_xticks(range(len(counts)), counts, fontsize=8)
     axes.set_ylim(bottom=0)
     axes.set_title(title, fontsize=9)
     axes.set_xlabel(axis, fontsize=8)
@@ -214,14 +220,22 @@ def _lines(axes: Any, title: str, series: Sequence[Series], axis: str) -> None:
     axes.legend(fontsize=7)
 
 
-def _published_line(axes: Any, found: tuple[str, Mapping[int, float]] | None, axis: str) -> None:
+def _published_line(axes: Any, found: tuple[str, Mapping[int, float]] | None, counts: Sequence[int], axis: str) -> None:
     if found is None:
         axes.axis("off")
         return
     label, points = found
     x = sorted(points)
-    axes.plot(range(len(x)), [points[count] for count in x], "s--", color="#7f7f7f", markersize=4, label=label)
-    axes.set_xticks(range(len(x)), x, fontsize=8)
+    axes.plot(
+        [counts.index(count) for count in x],
+        [points[count] for count in x],
+        "s--",
+        color="#7f7f7f",
+        markersize=4,
+        label=label,
+    )
+    axes.set_xlim(-0.3, len(counts) - 0.7)
+    axes.set_xticks(range(len(counts)), counts, fontsize=8)
     axes.set_xlabel(axis, fontsize=8)
     axes.set_ylabel("paper, 1B", fontsize=8)
     axes.tick_params(axis="y", labelsize=7)

@@ -43,22 +43,23 @@ class Published:
         """Filler "." at inference, on StdPT_StdFT."""
         return self._tree["filler"].get(task)
 
-    def over_m_ft(self, task: str, variant: str) -> dict[int, float]:
-        """M_ft -> score, of Figure 4; empty where it has none."""
-        return self._points("m_ft", task=task, variant=variant)
+    def over_m_ft(self, task: str) -> tuple[str, dict[int, float]] | None:
+        """What is shown in Figure 4, and M_ft -> score; None where it has none."""
+        return self._curve("m_ft", task)
 
-    def over_m_inf(self, task: str, variant: str, m_ft: str) -> dict[int, float]:
-        """M_inf -> score, of Figure 4; empty where it has none."""
-        return self._points("m_inf", task=task, variant=variant, m_ft=m_ft)
+    def over_m_inf(self, task: str) -> tuple[str, dict[int, float]] | None:
+        """What is shown in Figure 4, and M_inf -> score; None where it has none."""
+        return self._curve("m_inf", task)
 
     def _task(self, name: str) -> dict[str, Any]:
         return self._tree["tasks"].get(name, {})
 
-    def _points(self, kind: str, **wanted: str) -> dict[int, float]:
+    def _curve(self, kind: str, task: str) -> tuple[str, dict[int, float]] | None:
         for curve in self._tree[kind]:
-            if all(curve[key] == value for key, value in wanted.items()):
-                return {int(count): score for count, score in curve["points"].items()}
-        return {}
+            if curve["task"] == task:
+                label = f"{curve['variant']}, M_ft={curve['m_ft']}" if "m_ft" in curve else curve["variant"]
+                return label, {int(count): score for count, score in curve["points"].items()}
+        return None
 
 
 def published() -> Published:

@@ -51,9 +51,9 @@ def variants_table(main: Main, comparisons: Comparisons, tasks: Sequence[str], b
             row.append("<br>".join(lines))
         rows.append(row)
     caption = (
-        "Per cent. Ours: mean over seeds ± standard error over seeds (over records where there is one seed). Below it the "
-        f"difference from {escape(baseline)} with the 95 % interval of a paired bootstrap over records; ◆ where the "
-        "interval over records and the one over seeds both leave out 0. Paper: 1B, read off figures, ±0.1."
+        "Per cent. Ours: mean over seeds ± standard error over seeds (over records where there is one seed). Below it "
+        f"the difference from {escape(baseline)} with the 95 % interval of a paired bootstrap over records; ◆ where "
+        "the interval over records and the one over seeds both leave out 0. Paper: 1B, read off figures, ±0.1."
     )
     return table(["", *VARIANTS], rows, caption)
 
@@ -87,14 +87,22 @@ def controls_table(
     return table(["", *(escape(paper.title(task)) for task in tasks)], rows)
 
 
-def points_table(points: Mapping[int, Summary], theirs: Mapping[int, float], axis: str, caption: str) -> str:
-    """A curve in numbers."""
-    counts = sorted({*points, *theirs})
-    ours = ["ours", *(number(points.get(count)) if count in points else "" for count in counts)]
-    rows = [ours]
+def curve_table(
+    axis: str,
+    ours: Mapping[str, Mapping[int, Summary]],
+    theirs: tuple[str, Mapping[int, float]] | None,
+    caption: str,
+) -> str:
+    """Curves of a task in numbers, a row each; the paper's last."""
+    counts = sorted({count for points in ours.values() for count in points} | set(theirs[1] if theirs else ()))
+    rows = [
+        [escape(label), *(number(points[count]) if count in points else "" for count in counts)]
+        for label, points in ours.items()
+    ]
     if theirs:
-        rows.append(["paper, 1B", *(f"{theirs[count]:.1f}" if count in theirs else "" for count in counts)])
-    return table([axis, *map(str, counts)], rows, caption)
+        cells = (f"<span class=paper>{theirs[1][count]:.1f}</span>" if count in theirs[1] else "" for count in counts)
+        rows.append([f"<span class=paper>paper, 1B: {escape(theirs[0])}</span>", *cells])
+    return table([f"{escape(caption)}: {axis}", *map(str, counts)], rows)
 
 
 def ledger_table(rows: Mapping[str, Ledger]) -> str:

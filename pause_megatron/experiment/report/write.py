@@ -176,7 +176,7 @@ def _caveats(found: Findings) -> list[str]:
     )
     lines.append(
         "Where several M_ft were tried, the best stands for the variant, as in the paper. It is picked on the records "
-        "that it is reported on, which favours variants with more of them; single seeds and all M_ft are in summary.json."
+        "that it is reported on, which favours variants with more of them; all M_ft and single seeds: summary.json."
     )
     lines.append(
         "Seeds are those of the finetuning. Each model is pretrained once: what another pretraining seed would change "
