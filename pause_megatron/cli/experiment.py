@@ -19,6 +19,8 @@ HELP = "run a grid of pretraining, finetuning and evaluation; report it beside t
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the actions and their options."""
+    from pause_megatron.experiment.load import recipe_names
+
     parser.epilog = (
         "examples:\n"
         "  pause-megatron experiment run --recipe tiny data.prefix=runs/quickstart/english --task-path data/\n"
@@ -28,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", choices=("run", "status", "report", "cell"), help="cell: one cell, as a job runs it")
     parser.add_argument("words", nargs="*", metavar="DIR|KEY=VALUE", help="status, report: DIR; run: keys on top")
     grid = parser.add_argument_group("run: which grid")
-    grid.add_argument("--recipe", metavar="NAME", help="an experiment that ships; --help-recipes is in the README")
+    grid.add_argument("--recipe", metavar="NAME", help=f"one of {', '.join(recipe_names())}")
     grid.add_argument("--config", metavar="FILE", help="a grid file, for example DIR/grid.yaml")
     grid.add_argument("--task-path", metavar="ROOT", help="folder with a folder of records per task (data.tasks)")
     grid.add_argument("--output", metavar="DIR", help="default: runs/experiments/NAME; report: default DIR/report")

@@ -121,10 +121,15 @@ def run_cell(folder: Path, launch: Launch, stop: Stop, say: Callable[[str], None
         code = _run_verb(folder, cell, launch, stop, lock)
         attempts[-1]["seconds"] = seconds = time.time() - begun
         write_json(folder / "attempts.json", {"version": VERSION, "attempts": attempts})
+        failure = {"version": VERSION, "code": code, "fingerprint": cell["fingerprint"]}
         if code == EXIT_DONE:
-            _finish(folder, cell, attempts)
+            try:
+                _finish(folder, cell, attempts)
+            except DataError:
+                write_json(folder / "failed.json", failure)
+                raise
         elif code != EXIT_STOPPED and not stop.asked:
-            write_json(folder / "failed.json", {"version": VERSION, "code": code, "fingerprint": cell["fingerprint"]})
+            write_json(folder / "failed.json", failure)
         return Outcome(EXIT_STOPPED if stop.asked and code else code, seconds)
 
 

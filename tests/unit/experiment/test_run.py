@@ -39,7 +39,7 @@ def states(placed: dict[str, Placed]) -> dict[str, str]:
 def test_a_failed_cell_stops_what_needs_it_and_nothing_else_and_the_next_run_goes_on(tmp_path):
     placed, said = tree(tmp_path), []
     assert run_local(placed, jobs=2, stop=Stop(), say=said.append) == 1
-    assert states(placed) == {"a": "done", "b": "done", "c": "done", "d": "waiting", "e": "waiting"}
+    assert states(placed) == {"a": "done", "b": "done", "c": "done", "d": "failed", "e": "waiting"}
     assert said[0] == "5 cells: 0 done before, 5 to run, 2 at a time"
     assert said[-2:] == [said[-2], "failed: d"] and said[-2].startswith("3 of 5 cells done")
     starts = [line.split()[-1] for line in said if " start " in line]
@@ -140,6 +140,6 @@ def test_status_says_what_is_done(tmp_path, capsys):
     write_json(tmp_path / "plan.json", {"version": 1, "cells": [e.folder.name for e in placed.values()], "points": []})
     run_local(placed, jobs=1, stop=Stop(), say=lambda text: None)
     assert main(["experiment", "status", str(tmp_path)]) == 0
-    assert capsys.readouterr().out.endswith("5 cells: 3 done, 2 waiting\n")
+    assert capsys.readouterr().out.endswith("5 cells: 3 done, 1 failed, 1 waiting\n")
     assert main(["experiment", "status", str(tmp_path / "nowhere")]) == 2
     assert "there is none" in capsys.readouterr().err
