@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
 PROGRAMS = ("sbatch", "slurmctld", "slurmd", "munged")
 
 CONFIG = """
@@ -82,8 +83,12 @@ class Cluster:
             AssertionError: some still are.
         """
         deadline = time.monotonic() + seconds
-        while queue := self.run("squeue", "--noheader", "--format=%i %j %T %r"):
-            assert time.monotonic() < deadline, f"{queue}\n{self.logs()}"
+        while True:
+            lines = self.run("squeue", "--noheader", "--states=all", "--format=%T %i %j %r").splitlines()
+            # A job that is being requeued is neither pending nor running for a moment.
+            if not (left := [line for line in lines if line.split()[0] not in ENDED]):
+                return
+            assert time.monotonic() < deadline, f"{left}\n{self.logs()}"
             time.sleep(0.2)
 
     def logs(self) -> str:

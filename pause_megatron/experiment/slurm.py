@@ -16,6 +16,19 @@ from pause_megatron.errors import ConfigError, PauseMegatronError
 from pause_megatron.experiment.cell import VERSION, read_json, write_json
 from pause_megatron.experiment.folder import TRAINING, Placed
 
+# A job in one of these states will not run any more.
+ENDED = {
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "BOOT_FAIL",
+    "DEADLINE",
+    "OUT_OF_MEMORY",
+    "REVOKED",
+}
+
 TEMPLATE = Path(__file__).resolve().parent / "job.sbatch"
 
 
@@ -80,8 +93,10 @@ def queued_jobs() -> dict[str, str]:
     """
     if shutil.which("squeue") is None:
         return {}
-    lines = _slurm(["squeue", "--noheader", "--me", "--format=%i %j"]).splitlines()
-    return dict(line.split(maxsplit=1) for line in lines if " " in line)
+    # All states: between its run and the queue a requeued job is in none of those that squeue shows by itself.
+    lines = _slurm(["squeue", "--noheader", "--me", "--states=all", "--format=%i %T %j"]).splitlines()
+    jobs = (line.split(maxsplit=2) for line in lines if line.strip())
+    return {number: name for number, state, name in jobs if state not in ENDED}
 
 
 def job_in_queue(folder: Path, queue: Mapping[str, str]) -> str | None:
