@@ -157,11 +157,11 @@ def _bars_of_task(axes: Any, task: str, main: Mapping[tuple[str, str], Summary],
         _label(axes, position, top, summary.value)
     one = next((summary for _, summary in found if summary), None)
     sizes = f" (n={one.n:,}, {one.seeds} seed{'s' if one.seeds > 1 else ''})" if one else ""
-    axes.set_title(f"{paper.title(task)}{sizes}", fontsize=9)
     chance = paper.chance(task)
+    dotted = ", dotted: chance" if chance else ""
+    axes.set_title(f"{paper.title(task)}{sizes}{dotted}", fontsize=9)
     if chance:
-        axes.axhline(chance, color="#aa0000", linestyle=":", linewidth=1)
-        axes.annotate("chance", (-0.45, chance), (0, 1), textcoords="offset points", fontsize=7, color="#aa0000")
+        axes.axhline(chance, color="#aa0000", linestyle=":", linewidth=1.5)
     tops = [max([s.value + (s.error or 0.0), *s.by_seed.values()]) for _, s in found if s]
     axes.set_ylim(0, 1.2 * max([1.0, chance or 0.0, *tops]))
     _label_variants(axes, "ours, per cent")

@@ -127,6 +127,7 @@ def _parts(found: Findings, output: Path) -> Iterator[Part]:
     yield Part("What these numbers can and cannot say", bullets(_caveats(found)))
     plots.draw_variants(output / "figure3.png", found.main, found.tasks, paper)
     figure3 = tables.variants_table(found.main, found.comparisons, found.tasks, grid.baseline, paper)
+    figure3 += paragraph("Bars: means over seeds; dots: single seeds; error bars: as in the table.", "quiet")
     alt = "Bars of the four variants on each task with error bars; below each, the paper's bars"
     yield Part(
         "Figure 3: pretraining x finetuning, with and without pauses", figure3 + picture(output / "figure3.png", alt)
