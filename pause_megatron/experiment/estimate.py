@@ -46,7 +46,9 @@ def _sums(placed: Sequence[Placed]) -> list[str]:
         flops[entry.cell.verb] += entry.cell.estimate.flops or 0.0
     parts = [f"{count} {verb}" for verb, count in cells.items()]
     known = ", ".join(f"{verb} {si(value)}FLOP" for verb, value in flops.items() if value)
+    open_ended = sum(cell.verb == "finetune" and cell.estimate.steps is None for cell in (e.cell for e in placed))
+    left_out = f"; {open_ended} finetuning cells count epochs, so their steps are not known yet" if open_ended else ""
     return [
         f"{len(placed)} cells: {', '.join(parts)}; {sum(entry.done for entry in placed)} done",
-        f"estimated: {known}; evaluation depends on the lengths of records and answers",
+        f"estimated: {known}; evaluation depends on the lengths of records and answers{left_out}",
     ]
