@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pause_megatron.config.identity import deciding_keys
-from pause_megatron.config.initial import SHAPE
+from pause_megatron.config.initial import OF_A_TASK, PAUSES, SHAPE
 from pause_megatron.config.load import load, recipe_names, recipe_path
 from pause_megatron.config.presets import flops_per_token
 from pause_megatron.config.schema import RunConfig
@@ -19,13 +19,7 @@ from pause_megatron.experiment.models import Pretraining, as_overrides, resolve_
 from pause_megatron.experiment.schema import Grid, Pauses, Variant, highest
 
 # What a finetuning takes from the checkpoint that it begins with, unless it is given.
-_INHERITED = frozenset(
-    {
-        *(f"model.{name}" for name in SHAPE),
-        *(f"pause.{name}" for name in ("embeddings", "softmax", "rate", "window", "placement", "seed")),
-        "data.sequence_length",
-    }
-)
+_INHERITED = frozenset({*(f"model.{name}" for name in SHAPE), *PAUSES, *OF_A_TASK})
 
 
 @dataclass(frozen=True)

@@ -74,6 +74,4 @@ def progress_record(progress: Progress) -> dict[str, int]:
 def config_differences(before: RunConfig, now: RunConfig) -> list[str]:
     """The keys that decide the losses and differ, one line each."""
     old, new = deciding_keys(before), deciding_keys(now)
-    return [
-        f"{key}: {old[key]!r} in the checkpoint, {new[key]!r} in this run" for key in new if old[key] != new[key]
-    ]
+    return [f"{key}: {old[key]!r} in the checkpoint, {new[key]!r} in this run" for key in new if old[key] != new[key]]

@@ -16,6 +16,8 @@ import pytest
 from small_grid import GRID, write_grid, write_records
 
 from pause_megatron.cli import main
+from pause_megatron.config.identity import deciding_keys
+from pause_megatron.config.load import load
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +98,16 @@ def test_killed_in_the_middle_and_started_again_it_ends_as_the_uninterrupted_one
     assert "resuming after step" in interrupted.read_text()
     found, expected = outcome(tmp_path / "out"), outcome(straight)
     assert len(found) == 4 and found == {name: expected[name] for name in found}
+
+
+def test_a_fingerprint_is_of_the_very_configuration_that_ran(straight):
+    for folder in (straight / "cells").glob("*"):
+        cell = json.loads((folder / "cell.json").read_text())
+        if cell["verb"] in ("pretrain", "finetune"):
+            ran = json.loads(json.dumps(deciding_keys(load(folder / "run" / "config.yaml"))))
+            named = cell["identity"]["config"]
+            # The checkpoint that a finetuning begins with is named by its fingerprint, not by its path.
+            assert {key for key in named if named[key] != ran[key]} <= {"model.from", "model.preset"}
 
 
 def test_the_report_of_it_stands_alone_and_counts_every_cell_once(straight, tmp_path, capsys):
