@@ -159,7 +159,7 @@ def _bars_of_task(axes: Any, task: str, main: Mapping[tuple[str, str], Summary],
     sizes = f" (n={one.n:,}, {one.seeds} seed{'s' if one.seeds > 1 else ''})" if one else ""
     chance = paper.chance(task)
     dotted = ", dotted: chance" if chance else ""
-    axes.set_title(f"{paper.title(task)}{sizes}{dotted}", fontsize=9)
+    axes.set_title(f"{paper.title(task)}{sizes}{dotted}", fontsize=8.5)
     if chance:
         axes.axhline(chance, color="#aa0000", linestyle=":", linewidth=1.5)
     tops = [max([s.value + (s.error or 0.0), *s.by_seed.values()]) for _, s in found if s]
