@@ -18,7 +18,11 @@ setup(
     ],
     # The DeepSpeed files live at the top of the repository, where users look for them, and install with the package.
     package_dir={"pause_megatron.ds_configs": "ds_configs"},
-    package_data={"pause_megatron": ["recipes/*.yaml", "tasks/*.yaml"], "pause_megatron.ds_configs": ["*.json"]},
+    package_data={
+        "pause_megatron": ["recipes/*.yaml", "recipes/experiments/*.yaml", "tasks/*.yaml"],
+        "pause_megatron.experiment": ["*.yaml", "*.sbatch", "report/*.css"],
+        "pause_megatron.ds_configs": ["*.json"],
+    },
     install_requires=[
         "torch>=2.10",
         "deepspeed>=0.19",
