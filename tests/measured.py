@@ -1,0 +1,195 @@
+"""What training steps really allocate and really send, measured on a CPU, for the comparison with `plan`.
+
+Memory: torch's CPU allocator reports every allocation and release to the profiler, temporaries inside operators and the
+backward pass included. The profiler runs from before the model is built, so the running sum is the memory that tensors
+hold, and its maximum what a caching allocator without fragmentation would need. (Resident memory would add the
+interpreter, libraries and the C library's own caching.)
+
+Communication: every collective goes through an operator of torch's `c10d` namespace, whoever calls it; a dispatch mode
+sees them all, with their tensors and groups.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._profiler import _EventType
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+TEXT_SIZE = 100
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one rank did.
+
+    Attributes:
+        parameters: name -> shape of every parameter of this rank, before DeepSpeed partitions any
+        built_bytes: tensors that exist after start-up
+        peak_bytes: largest sum of tensors during the steps
+        collectives: (operation, ranks of its group, element type, bytes of the whole tensor) -> calls in the last step
+    """
+
+    parameters: dict[str, tuple[int, ...]]
+    built_bytes: int
+    peak_bytes: int
+    collectives: dict[tuple[str, int, str, int], int]
+
+
+def measure(overrides: Sequence[str], steps: int = 3, text_size: int = TEXT_SIZE) -> Measured:
+    """Trains `steps` steps of a configuration on the torch.distributed world that exists: gloo, or fake ranks."""
+    from pause_megatron.config.load import load
+    from pause_megatron.distributed import initialize
+
+    config = load(overrides=list(overrides))
+    gc.collect()
+    counter = Collectives()
+    with initialize(config.parallel, device="cpu") as context, ExitStack() as stack:
+        recording = stack.enter_context(_profiler())
+        engine, shapes = _engine(config, context, text_size)
+        stack.enter_context(engine)
+        ledger, targets, batches = _step_inputs(config, context, text_size)
+        with torch.profiler.record_function("built"):
+            pass
+        for step in range(steps):
+            if step == steps - 1:
+                stack.enter_context(counter)
+            engine.train_step(batches, ledger.forward, lr=1e-3, global_targets=targets)
+        with torch.profiler.record_function("end"):
+            pass
+    built, peak = _memory(recording)
+    return Measured(shapes, built, peak, dict(counter.calls))
+
+
+def _engine(config: Any, context: Any, text_size: int) -> tuple[Any, dict[str, tuple[int, ...]]]:
+    from pause_megatron.config.deepspeed import deepspeed_config
+    from pause_megatron.engine import Engine
+    from pause_megatron.model import Vocabulary, build_model, parameter_groups
+
+    pause_ids = tuple(range(text_size, text_size + config.pause.embeddings))
+    model = build_model(
+        config.model,
+        vocabulary=Vocabulary(text_size, pause_ids),
+        sequence_length=config.data.sequence_length,
+        parallel=config.parallel,
+        softmax=config.pause.softmax,
+        precision=config.engine.precision,
+        seed=config.run.seed,
+    )
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    engine = Engine(
+        model,
+        groups=parameter_groups(model, config.optim.weight_decay),
+        ds_config=deepspeed_config(config, data_parallel=context.dp_size),
+        optim=config.optim,
+        mpu=context.mpu,
+        dp_rank=context.dp_rank,
+        dp_size=context.dp_size,
+    )
+    return engine, shapes
+
+
+def _step_inputs(config: Any, context: Any, text_size: int) -> tuple[Any, int, list[Any]]:
+    from pause_megatron.config.plan import batch_plan
+    from pause_megatron.data.batch import MicroBatch
+    from pause_megatron.train.losses import LossLedger
+
+    plan = batch_plan(config, context.world_size)
+    micro, length = plan.micro_size, plan.sequence_length
+    generator = torch.Generator().manual_seed(context.dp_rank)
+    batches = []
+    for _ in range(plan.accumulation):
+        tokens = torch.randint(0, text_size, (micro, length), generator=generator)
+        rows = micro * (length - plan.pauses)
+        batches.append(
+            MicroBatch(
+                tokens=tokens,
+                position_ids=torch.arange(length).expand(micro, length).contiguous(),
+                target_rows=torch.randperm(micro * length, generator=generator)[:rows].sort().values,
+                targets=torch.randint(0, text_size, (rows,), generator=generator),
+                after_pause=torch.zeros(rows, dtype=torch.bool),
+                sample_ids=torch.arange(micro),
+                pause_tokens=micro * plan.pauses,
+            )
+        )
+    targets = plan.global_size * (length - plan.pauses)
+    return LossLedger(context.device), targets, batches
+
+
+class Collectives(TorchDispatchMode):
+    """Counts collectives while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[tuple[str, int, str, int]] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function.namespace == "c10d":
+            self._count(function, args)
+        return function(*args, **(kwargs or {}))
+
+    def _count(self, function: Any, args: tuple) -> None:
+        group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject) and _is_group(a))
+        tensors = [tensor for argument in args for tensor in _tensors(argument)]
+        if function._schema.name == "c10d::barrier":
+            return
+        largest = max(tensors, key=lambda t: t.numel() * t.element_size())
+        name = function._schema.name.removeprefix("c10d::").strip("_")
+        size = largest.numel() * largest.element_size()
+        self.calls[name, group.size(), str(largest.dtype).removeprefix("torch."), size] += 1
+
+
+def _is_group(value: Any) -> bool:
+    return "ProcessGroup" in str(value._type())
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, (list, tuple)):
+        return [tensor for item in value for tensor in _tensors(item)]
+    return []
+
+
+def _profiler() -> profile:
+    return profile(activities=[ProfilerActivity.CPU], profile_memory=True, record_shapes=False)
+
+
+def _memory(recording: profile) -> tuple[int, int]:
+    """Bytes of all tensors at the mark "built", and their maximum from there until the mark "end".
+
+    Releases of what an earlier recording allocated are reported too; they do not count.
+    """
+    pending = list(recording.profiler.kineto_results.experimental_event_tree())
+    allocations, marks = [], {}
+    while pending:
+        event = pending.pop()
+        pending += event.children
+        if event.tag == _EventType.Allocation:
+            fields = event.extra_fields
+            allocations.append((event.start_time_ns, fields.ptr, fields.alloc_size))
+        elif event.name in ("built", "end"):
+            marks[event.name] = event.start_time_ns
+    sizes: dict[int, int] = {}
+    held = built = peak = 0
+    for when, pointer, size in sorted(allocations, key=lambda a: a[0]):
+        if when > marks["end"]:
+            break
+        if size > 0:
+            sizes[pointer] = size
+            held += size
+        else:
+            held -= sizes.pop(pointer, 0)
+        if when <= marks["built"]:
+            built = peak = held
+        peak = max(peak, held)
+    return built, peak
