@@ -12,6 +12,9 @@ sees them all, with their tensors and groups.
 from __future__ import annotations
 
 import gc
+import json
+import os
+import sys
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -26,6 +29,13 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 TEXT_SIZE = 100
+OPERATIONS = {
+    "allreduce": "all_reduce",
+    "allgather_base": "all_gather",
+    "reduce_scatter_base": "reduce_scatter",
+    "reduce": "reduce",
+}
+SCALAR_BYTES = 8  # of norms, flags and counts, which are left out
 
 
 @dataclass(frozen=True)
@@ -36,13 +46,13 @@ class Measured:
         parameters: name -> shape of every parameter of this rank, before DeepSpeed partitions any
         built_bytes: tensors that exist after start-up
         peak_bytes: largest sum of tensors during the steps
-        collectives: (operation, ranks of its group, element type, bytes of the whole tensor) -> calls in the last step
+        traffic: "operation ranks" -> bytes of the whole tensors in the last step; scalars and groups of one left out
     """
 
     parameters: dict[str, tuple[int, ...]]
     built_bytes: int
     peak_bytes: int
-    collectives: dict[tuple[str, int, str, int], int]
+    traffic: dict[str, int]
 
 
 def measure(overrides: Sequence[str], steps: int = 3, text_size: int = TEXT_SIZE) -> Measured:
@@ -67,7 +77,7 @@ def measure(overrides: Sequence[str], steps: int = 3, text_size: int = TEXT_SIZE
         with torch.profiler.record_function("end"):
             pass
     built, peak = _memory(recording)
-    return Measured(shapes, built, peak, dict(counter.calls))
+    return Measured(shapes, built, peak, dict(counter.bytes))
 
 
 def _engine(config: Any, context: Any, text_size: int) -> tuple[Any, dict[str, tuple[int, ...]]]:
@@ -126,26 +136,22 @@ def _step_inputs(config: Any, context: Any, text_size: int) -> tuple[Any, int, l
 
 
 class Collectives(TorchDispatchMode):
-    """Counts collectives while it is entered."""
+    """Sums the bytes of collectives while it is entered."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: Counter[tuple[str, int, str, int]] = Counter()
+        self.bytes: Counter[str] = Counter()
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if function.namespace == "c10d":
-            self._count(function, args)
+            self._count(function._schema.name.removeprefix("c10d::").strip("_"), args)
         return function(*args, **(kwargs or {}))
 
-    def _count(self, function: Any, args: tuple) -> None:
+    def _count(self, name: str, args: tuple) -> None:
         group = next(dist.ProcessGroup.unbox(a) for a in args if isinstance(a, torch.ScriptObject) and _is_group(a))
-        tensors = [tensor for argument in args for tensor in _tensors(argument)]
-        if function._schema.name == "c10d::barrier":
-            return
-        largest = max(tensors, key=lambda t: t.numel() * t.element_size())
-        name = function._schema.name.removeprefix("c10d::").strip("_")
-        size = largest.numel() * largest.element_size()
-        self.calls[name, group.size(), str(largest.dtype).removeprefix("torch."), size] += 1
+        size = max((t.numel() * t.element_size() for argument in args for t in _tensors(argument)), default=0)
+        if group.size() > 1 and size > SCALAR_BYTES:
+            self.bytes[f"{OPERATIONS.get(name, name)} {group.size()}"] += size
 
 
 def _is_group(value: Any) -> bool:
@@ -193,3 +199,25 @@ def _memory(recording: profile) -> tuple[int, int]:
             built = peak = held
         peak = max(peak, held)
     return built, peak
+
+
+def _on_fake_ranks(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Each case on the first of `ranks` fake ranks: collectives go through, send nothing, and take their time off."""
+    from dataclasses import asdict
+
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    results = []
+    for case in cases:
+        ranks = case["ranks"]
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+        results.append(asdict(measure(case["overrides"], steps=case.get("steps", 3))))
+        dist.destroy_process_group()
+    return results
+
+
+if __name__ == "__main__":
+    answers = _on_fake_ranks(json.loads(sys.argv[1]))
+    with open(sys.argv[2], "w", encoding="utf-8") as file:
+        json.dump(answers, file)

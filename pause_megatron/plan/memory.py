@@ -99,7 +99,7 @@ def rank_memory(layout: Layout, device: Device = "cuda") -> RankMemory:
 def _phases(layout: Layout, states: States, kept: Activations) -> dict[str, dict[str, int]]:
     layers = layout.model.layers
     all_layers = layers * (kept.layer_input if layout.recompute else kept.layer)
-    again = kept.layer if layout.recompute else 0
+    again = kept.layer + kept.layer_input if layout.recompute else 0  # with its output, made once more
     buffers = states.buffers + kept.gather_buffer
     in_backward = {"gathered parameters": states.live, "buffers": buffers + states.backward_buffers}
     phases = {
@@ -182,16 +182,18 @@ def _stage0(layout: Layout) -> States:
 
 
 def _bf16_stage1(layout: Layout) -> States:
-    """DeepSpeed's bf16 optimizer: the whole gradient in fp32 beside the bf16 one, on every rank, for good."""
+    """DeepSpeed's bf16 optimizer: the whole gradient in fp32 on every rank for good, and the bf16 one within a step."""
     flat = layout.flat_numel
-    decaying, others = (padded(numel, 2 * layout.data_parallel) for numel in layout.group_numels)
+    decaying = padded(layout.group_numels[0], 2 * layout.data_parallel)
     together = flat if decaying <= FALLBACK_BUCKET else 0  # a group alone in its bucket is summed where it lies
+    half = layout.element * layout.numel
+    held = half if layout.batch.accumulation > 1 else 0
     return States(
         weights=layout.element * flat,
         live=0,
         optimizer=12 * flat // layout.data_parallel,
-        gradients=layout.accumulation_bytes * flat + layout.element * layout.numel,
-        new_gradients=0,
+        gradients=layout.accumulation_bytes * flat + held,
+        new_gradients=half - held,
         buffers=0,
         backward_buffers=0,
         end_reduction=layout.communication_bytes * together,
