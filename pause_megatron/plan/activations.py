@@ -65,7 +65,7 @@ def activations(layout: Layout, device: Device) -> Activations:
     rows = 2 * element * layout.target_rows * hidden
     return Activations(
         attention=_attention(layout) + norm_and_input,
-        # The first layer's output, the activated gate, the other half (megatron-core adds an offset of 0), their product.
+        # The first matrix's output, the activated gate, the other half (plus megatron-core's offset of 0), the product.
         feed_forward=5 * element * inner + norm_and_input,
         layer_input=element * residual,
         final_norm=norm,
@@ -94,7 +94,7 @@ def _attention(layout: Layout) -> int:
 
 
 def _head_chunk(layout: Layout) -> int:
-    """`model/head.py`: logits of a chunk in the weights' type and in fp32, their gradient; the weight gradient in fp32."""
+    """`model/head.py`: a chunk's logits in the weights' type and in fp32, their gradient; the weight gradient in fp32."""
     chunk = min(layout.model.head_chunk, layout.target_rows)
     chunks = -(-layout.target_rows // chunk)
     logits, matrix = chunk * layout.rows, layout.rows * layout.model.hidden

@@ -1,8 +1,7 @@
-"""`plan` against what training steps allocate and send, on fake ranks: the real model, engine and sharding, one process.
+"""`plan` against what training steps allocate and send: the real model, engine and sharding on fake ranks.
 
 A fake process group lets one process be rank 0 of thousands: every collective is called with its real tensors and sends
-nothing. Memory does not depend on the values. Sequence parallelism checks values at start-up, so it is measured on real
-ranks (test_plan_traffic.py).
+nothing. Memory does not depend on the values.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,7 @@ SMALL = (
     *("model.preset=null", "model.layers=2", "model.hidden=64", "model.heads=4", "model.tied=false"),
     *("data.sequence_length=128", "batch.global_size=16", "batch.micro_size=2"),
 )
+SP = ("parallel.tensor=2", "parallel.sequence=true")
 MEMORY = {
     "stage 0, bf16": (4, ["engine.zero_stage=0"]),
     "stage 0, fp32": (4, ["engine.zero_stage=0", "engine.precision=fp32"]),
@@ -44,6 +45,16 @@ MEMORY = {
         8,
         ["engine.zero_stage=1", "parallel.tensor=2", "model.kv_heads=2", "model.layers=4"],
     ),
+    "stage 1, tensor parallel, recomputed, tied": (
+        4,
+        ["engine.zero_stage=1", "parallel.tensor=2", "parallel.recompute=full", "model.tied=true", "model.layers=4"],
+    ),
+    "stage 1, sequence parallel": (4, ["engine.zero_stage=1", *SP, "model.layers=4"]),
+    "stage 3, sequence parallel, recomputed": (
+        8,
+        ["engine.ds_config=DS/plain.json", "engine.zero_stage=3", *SP, "parallel.recompute=full", "model.layers=4"],
+    ),
+    "stage 3, offloaded": (4, ["engine.ds_config=DS/offload.json", "engine.zero_stage=3"]),
     "stage 2": (4, ["engine.ds_config=DS/plain.json", "engine.zero_stage=2"]),
     "stage 2, overlapped, gradients larger than a bucket, recomputed": (
         4,
@@ -92,6 +103,7 @@ def ds(tmp_path_factory) -> Path:
     for name, changes in {
         "plain": {},
         "overlap": {"overlap_comm": True},
+        "offload": {name: {"device": "cpu", "pin_memory": False} for name in ("offload_optimizer", "offload_param")},
         "release": {"stage3_max_reuse_distance": 100_000, "stage3_prefetch_bucket_size": 0},
     }.items():
         zero = {"contiguous_gradients": True, "overlap_comm": False, "reduce_bucket_size": 40_000} | changes
@@ -99,15 +111,12 @@ def ds(tmp_path_factory) -> Path:
     return folder
 
 
-def measure(cases: dict, ds: Path, output: Path, timeout: float = 300) -> dict[str, tuple[Layout, dict]]:
+def measure(cases: dict, ds: Path, output: Path, timeout: float = 550) -> dict[str, tuple[Layout, dict]]:
     listed = [{"ranks": ranks, "overrides": keys(given, ds)} for ranks, given in cases.values()]
     command = [sys.executable, str(TESTS / "measured.py"), json.dumps(listed), str(output)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout)
     assert done.returncode == 0, done.stderr[-4000:]
-    layouts = [
-        Layout.of(load(overrides=case["overrides"]), case["ranks"], TEXT_SIZE)
-        for case in listed
-    ]
+    layouts = [Layout.of(load(overrides=case["overrides"]), case["ranks"], TEXT_SIZE) for case in listed]
     return dict(zip(cases, zip(layouts, json.loads(output.read_text()), strict=True), strict=True))
 
 
@@ -123,10 +132,9 @@ def measured(ds, tmp_path_factory) -> dict[str, tuple[Layout, dict]]:
 def assert_sizes_and_traffic(layout: Layout, answer: dict) -> None:
     assert {p.name: list(p.shape) for p in layout.parameters} == answer["parameters"]
     assert [p.name for p in layout.parameters] == list(answer["parameters"])
-    expected: dict[str, int] = {}
-    for traffic in step_traffic(layout):
-        key = f"{traffic.operation} {traffic.ranks}"
-        expected[key] = expected.get(key, 0) + traffic.bytes
+    expected: Counter[str] = Counter()
+    for sent in step_traffic(layout):
+        expected[f"{sent.operation} {sent.ranks}"] += sent.bytes
     assert answer["traffic"] == expected
 
 
@@ -139,8 +147,9 @@ def test_sizes_and_traffic_are_exact(measured, name):
 def test_memory_is_within_5_percent(measured, name):
     layout, answer = measured[name]
     predicted = rank_memory(layout, "cpu")
-    assert predicted.peak_bytes == pytest.approx(answer["peak_bytes"], rel=0.05), predicted.phases
-    assert predicted.built_bytes == pytest.approx(answer["built_bytes"], rel=0.002)
+    host = predicted.host_bytes  # which is not another memory here
+    assert predicted.peak_bytes + host == pytest.approx(answer["peak_bytes"], rel=0.05), predicted.phases
+    assert predicted.built_bytes + host == pytest.approx(answer["built_bytes"], rel=0.002)
 
 
 @pytest.mark.slow
