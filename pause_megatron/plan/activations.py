@@ -94,7 +94,7 @@ def _attention(layout: Layout) -> int:
 
 
 def _head_chunk(layout: Layout) -> int:
-    """`model/head.py`: a chunk's logits in the weights' type and in fp32, their gradient; the weight gradient in fp32."""
+    """`model/head.py`: a chunk's logits in both types, their gradient; the weight gradient, summed in fp32."""
     chunk = min(layout.model.head_chunk, layout.target_rows)
     chunks = -(-layout.target_rows // chunk)
     logits, matrix = chunk * layout.rows, layout.rows * layout.model.hidden

@@ -91,7 +91,8 @@ def rank_memory(layout: Layout, device: Device = "cuda") -> RankMemory:
         "buffers": states.buffers + kept.gather_buffer,
         "batches": batches,
     }
-    phases = {name: always | extra for name, extra in _phases(layout, states, kept).items()}
+    phases = {"start-up": {"weights": _start_up(layout)}}
+    phases |= {name: always | extra for name, extra in _phases(layout, states, kept).items()}
     built = sum(always.values()) - states.gradients - kept.gather_buffer + _built_gradients(layout)
     return RankMemory(phases, built, states.host)
 
@@ -146,6 +147,12 @@ def _costliest_reduction(layout: Layout, states: States, kept: Activations) -> d
             }
         )
     return max(candidates, key=lambda candidate: sum(candidate.values()))
+
+
+def _start_up(layout: Layout) -> int:
+    """DeepSpeed moves the whole model to the GPU before it partitions it (3), and copies a group to flatten it (1, 2)."""
+    copied = max(layout.group_numels) if layout.stage in (1, 2) else 0
+    return layout.element * (layout.numel + copied)
 
 
 def _built_gradients(layout: Layout) -> int:

@@ -107,8 +107,8 @@ def _assumptions(plan: Plan) -> list[str]:
         lines.append(f"  {field.name:18} {assumption.value:g} {assumption.unit} ({assumption.source})")
     lines.append(
         f"  {gpu.name}: {gpu.memory_bytes / GIB:.1f} GiB, {gpu.peak_flops / 1e12:g} TFLOP/s bf16, "
-        f"{gpu.link_bytes / 1e9:g} GB/s NVLink, {gpu.network_bytes / 1e9:g} GB/s network, {gpu.host_link_bytes / 1e9:g} GB/s PCIe, each in one "
-        "direction (NVIDIA's data sheets; DGX machines)"
+        f"{gpu.link_bytes / 1e9:g} GB/s NVLink, {gpu.network_bytes / 1e9:g} GB/s network, "
+        f"{gpu.host_link_bytes / 1e9:g} GB/s PCIe, each in one direction (NVIDIA's data sheets; DGX machines)"
     )
     return lines
 
