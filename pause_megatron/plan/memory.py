@@ -150,7 +150,7 @@ def _costliest_reduction(layout: Layout, states: States, kept: Activations) -> d
 
 
 def _start_up(layout: Layout) -> int:
-    """DeepSpeed moves the whole model to the GPU before it partitions it (3), and copies a group to flatten it (1, 2)."""
+    """DeepSpeed moves the whole model to the GPU before it splits it (3), and copies a group to flatten it (1, 2)."""
     copied = max(layout.group_numels) if layout.stage in (1, 2) else 0
     return layout.element * (layout.numel + copied)
 
@@ -264,5 +264,6 @@ def _stage3(layout: Layout) -> States:
         backward_buffers=0,
         reduction=layout.communication_bytes,
         bucket=bucket,
-        host=(12 * share + gradients if to_host else 0) + (weights if weights_to_host else 0),
+        # Masters, moments, gradients that the step takes; the sums over micro-batches.
+        host=(16 * share + gradients if to_host else 0) + (weights if weights_to_host else 0),
     )
