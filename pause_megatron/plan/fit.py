@@ -88,14 +88,20 @@ def remedies(config: RunConfig, text_size: int, cluster: Cluster, assumptions: A
 def _alternatives(config: RunConfig, cluster: Cluster) -> Iterator[dict[str, object]]:
     if config.parallel.recompute == "none":
         yield {"parallel.recompute": "full"}
-    if not config.engine.ds_config or config.engine.ds_config in ds_config_names():
-        for name in ("zero1", "zero2", "zero3"):
-            yield {"engine.ds_config": name, "engine.zero_stage": None}
+    for name in ("zero1", "zero2", "zero3"):
+        yield from _with_file(config, name)
     for tensor in (2, 4, 8):
         if config.parallel.tensor < tensor <= cluster.gpus_per_node:
             yield {"parallel.tensor": tensor, "parallel.sequence": True}
-    if not config.engine.ds_config or config.engine.ds_config in ds_config_names():
-        yield {"engine.ds_config": "zero3-offload", "engine.zero_stage": None}
+    yield from _with_file(config, "zero3-offload")
+
+
+def _with_file(config: RunConfig, name: str) -> Iterator[dict[str, object]]:
+    """Another shipped DeepSpeed file, in place of a shipped one only; its stage too, where the run names one."""
+    engine = config.engine
+    if not engine.ds_config or engine.ds_config in ds_config_names():
+        stage = {} if engine.zero_stage is None else {"engine.zero_stage": int(name.removeprefix("zero")[0])}
+        yield {"engine.ds_config": name} | stage
 
 
 def _try(
@@ -113,9 +119,7 @@ def _try(
     size = _fits(_changed(config, nested), text_size, cluster, assumptions)
     if size:
         keys = tuple(
-            f"{path}={str(value).lower() if isinstance(value, bool) else value}"
-            for path, value in changes.items()
-            if value is not None
+            f"{path}={str(value).lower() if isinstance(value, bool) else value}" for path, value in changes.items()
         )
         found.append(Remedy(keys, size))
 

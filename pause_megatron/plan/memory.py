@@ -93,7 +93,7 @@ def rank_memory(layout: Layout, device: Device = "cuda") -> RankMemory:
     }
     phases = {"start-up": {"weights": _start_up(layout)}}
     phases |= {name: always | extra for name, extra in _phases(layout, states, kept).items()}
-    built = sum(always.values()) - states.gradients - kept.gather_buffer + _built_gradients(layout)
+    built = sum(always.values()) - states.gradients - kept.gather_buffer + _built_gradients(layout, states)
     return RankMemory(phases, built, states.host)
 
 
@@ -155,10 +155,11 @@ def _start_up(layout: Layout) -> int:
     return layout.element * (layout.numel + copied)
 
 
-def _built_gradients(layout: Layout) -> int:
+def _built_gradients(layout: Layout, states: States) -> int:
+    """Gradients that exist before the first step."""
     if layout.stage == 1 and layout.element < layout.accumulation_bytes:
         return layout.accumulation_bytes * layout.flat_numel
-    return _states(layout).gradients if layout.stage == 3 else 0
+    return states.gradients if layout.stage == 3 else 0
 
 
 def _states(layout: Layout) -> States:

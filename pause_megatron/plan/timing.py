@@ -68,7 +68,13 @@ def step_time(
     model_flops = flops_per_token(layout.model, layout.vocabulary, layout.batch.sequence_length) * tokens
     executed = model_flops + (_forward_flops(layout) * tokens if layout.recompute else 0)
     compute = executed / (cluster.ranks * cluster.gpu.peak_flops * assumptions.mfu.value)
-    wires = tuple(_wire(t, layout, cluster, assumptions, compute) for t in traffic)
+    seconds = [_seconds(t, layout, cluster, assumptions) for t in traffic]
+    hideable = sum(s for t, s in zip(traffic, seconds, strict=True) if _hides(t, layout))
+    hidden = min(assumptions.overlap.value, compute / hideable) if hideable else 0.0
+    wires = tuple(
+        _wire(t, s, hidden if _hides(t, layout) else 0.0, layout, cluster)
+        for t, s in zip(traffic, seconds, strict=True)
+    )
     exposed = sum(wire.exposed_seconds for wire in wires)
     return StepTime(model_flops, executed, compute, exposed, _offload(layout, cluster, assumptions)), wires
 
@@ -79,19 +85,26 @@ def _forward_flops(layout: Layout) -> int:
     return model.layers * (2 * layer_parameters(model) + 4 * model.hidden * layout.batch.sequence_length)
 
 
-def _wire(traffic: Traffic, layout: Layout, cluster: Cluster, assumptions: Assumptions, compute: float) -> Wire:
+def _seconds(traffic: Traffic, layout: Layout, cluster: Cluster, assumptions: Assumptions) -> float:
     members = _members_on_a_node(traffic, layout, cluster)
-    crosses = members < traffic.ranks
     bandwidth = cluster.gpu.link_bytes if members > 1 else float("inf")
-    if crosses:
+    if members < traffic.ranks:
         # Every member on a node has an adapter, and NCCL runs a ring through each.
         bandwidth = min(bandwidth, cluster.gpu.network_bytes * members)
-    seconds = traffic.wire_bytes / (bandwidth * assumptions.link_efficiency.value)
-    hidden = 0.0
-    if traffic.group == "data" and layout.zero.get("overlap_comm"):
-        hidden = min(seconds * assumptions.overlap.value, compute)
+    return traffic.wire_bytes / (bandwidth * assumptions.link_efficiency.value)
+
+
+def _hides(traffic: Traffic, layout: Layout) -> bool:
+    """Stages 2 and 3 can reduce while the backward pass goes on; stage 3 gathers ahead. Nothing else overlaps."""
+    overlaps = layout.zero.get("overlap_comm") and traffic.group == "data"
+    return bool(overlaps) and (layout.stage == 3 or (layout.stage == 2 and traffic.purpose == "gradients"))
+
+
+def _wire(traffic: Traffic, seconds: float, hidden: float, layout: Layout, cluster: Cluster) -> Wire:
+    members = _members_on_a_node(traffic, layout, cluster)
+    crosses = members < traffic.ranks
     leaving = traffic.wire_bytes / members if crosses else 0.0
-    return Wire(traffic, crosses, leaving, seconds, seconds - hidden)
+    return Wire(traffic, crosses, leaving, seconds, seconds * (1 - hidden))
 
 
 def _members_on_a_node(traffic: Traffic, layout: Layout, cluster: Cluster) -> int:

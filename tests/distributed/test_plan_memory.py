@@ -75,14 +75,14 @@ MEMORY = {
 }
 RANKS = {
     "8 ranks, TP 4": (8, ["engine.zero_stage=1", "parallel.tensor=4", "model.qkv_bias=true"]),
-    "512 ranks, TP 8, tied": (
-        512,
+    "128 ranks, TP 8, tied": (
+        128,
         [
             *("engine.zero_stage=2", "parallel.tensor=8", "model.heads=8", "model.tied=true", "batch.micro_size=1"),
             "batch.global_size=64",
         ],
     ),
-    "256 ranks, stage 3": (256, ["engine.zero_stage=3", "batch.global_size=512", "batch.micro_size=1"]),
+    "64 ranks, stage 3": (64, ["engine.zero_stage=3", "batch.global_size=128", "batch.micro_size=1"]),
 }
 HUGE = {
     "4096 ranks, stage 3": (4096, ["engine.zero_stage=3", "batch.global_size=4096", "batch.micro_size=1"]),
