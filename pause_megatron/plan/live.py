@@ -7,13 +7,22 @@ DeepSpeed frees a gathered parameter after the module that used it, unless a mod
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from pause_megatron.plan.layout import Layout, padded
 from pause_megatron.plan.shapes import Parameter
 
-_CALL_ORDER = ("input_layernorm", "linear_qkv", "linear_proj", "pre_mlp_layernorm", "linear_fc1", "linear_fc2")
+# The modules of a layer in the order in which they run, with their parameters.
+_CALL_ORDER = (
+    ("input_layernorm.weight",),
+    ("self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias"),
+    ("self_attention.linear_proj.weight",),
+    ("pre_mlp_layernorm.weight",),
+    ("mlp.linear_fc1.weight",),
+    ("mlp.linear_fc2.weight",),
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +48,7 @@ def live_parameters(layout: Layout) -> Live:
     gathered = held = peak = 0
     available: set[str] = set()
     visits = _visits(layout)
+    kept = _kept(visits, reuse)
     for index, module in enumerate(visits):
         for parameter in module:
             if parameter.numel > threshold and parameter.name not in available:
@@ -46,23 +56,25 @@ def live_parameters(layout: Layout) -> Live:
                 held += parameter.numel
                 gathered += padded(parameter.numel, layout.data_parallel)
         peak = max(peak, held)
-        soon = _used_within(visits, index + 1, reuse)
         for parameter in module:
-            if parameter.name in available and parameter.name not in soon:
+            if parameter.name in available and (index, parameter.name) not in kept:
                 available.remove(parameter.name)
                 held -= parameter.numel
     return Live(gathered, persistent, peak)
 
 
-def _used_within(visits: Sequence[tuple[Parameter, ...]], start: int, distance: int) -> set[str]:
-    names: set[str] = set()
-    passed = 0
-    for module in visits[start:]:
-        if passed >= distance:
-            break
-        names.update(parameter.name for parameter in module)
-        passed += sum(parameter.numel for parameter in module)
-    return names
+def _kept(visits: Sequence[tuple[Parameter, ...]], distance: int) -> set[tuple[int, str]]:
+    """(module, parameter) after which the parameter is kept: its next use is fewer than `distance` elements away."""
+    passed = [0, *accumulate(sum(parameter.numel for parameter in module) for module in visits)]
+    next_use: dict[str, int] = {}
+    kept = set()
+    for index in reversed(range(len(visits))):
+        for parameter in visits[index]:
+            again = next_use.get(parameter.name)
+            if again is not None and passed[again] - passed[index + 1] < distance:
+                kept.add((index, parameter.name))
+            next_use[parameter.name] = index
+    return kept
 
 
 def _visits(layout: Layout) -> list[tuple[Parameter, ...]]:
@@ -71,7 +83,7 @@ def _visits(layout: Layout) -> list[tuple[Parameter, ...]]:
     embedding = (by_name["embedding.word_embeddings.weight"],)
     norm = (by_name["decoder.final_layernorm.weight"],)
     output = (by_name["output_layer.weight"],) if "output_layer.weight" in by_name else embedding
-    layers = [_layer(layout.parameters, index) for index in range(layout.model.layers)]
+    layers = [_layer(by_name, index) for index in range(layout.model.layers)]
     forward = [embedding, *(module for layer in layers for module in layer), norm, output]
     backward = [output, norm]
     for layer in reversed(layers):
@@ -79,6 +91,6 @@ def _visits(layout: Layout) -> list[tuple[Parameter, ...]]:
     return [*forward, *backward, embedding]
 
 
-def _layer(parameters: Sequence[Parameter], index: int) -> list[tuple[Parameter, ...]]:
-    mine = [p for p in parameters if p.name.startswith(f"decoder.layers.{index}.")]
-    return [tuple(p for p in mine if f".{module}." in p.name) for module in _CALL_ORDER]
+def _layer(by_name: Mapping[str, Parameter], index: int) -> list[tuple[Parameter, ...]]:
+    prefix = f"decoder.layers.{index}."
+    return [tuple(by_name[prefix + name] for name in module if prefix + name in by_name) for module in _CALL_ORDER]
