@@ -41,7 +41,7 @@ def test_what_does_not_fit_ends_with_2_and_says_what_would(capsys):
     assert main([*RUN, "--gpu", "h200,a100-40", "batch.micro_size=1", "model.layers=150"]) == 2
     captured = capsys.readouterr()
     assert "a100-40: does not fit" in captured.out
-    assert "parallel.tensor=2 parallel.sequence=true" in captured.out
+    assert "parallel.tensor=4 parallel.sequence=true" in captured.out
     assert captured.err == "pause-megatron: does not fit on a100-40\n"
 
 
