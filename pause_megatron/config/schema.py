@@ -38,6 +38,11 @@ class DataSection(Section):
         None, description="tokenizer to insist on; default: the one kept beside the corpus. Another one is refused"
     )
     cache: str | None = Field(None, description="folder of index caches; default: 'cache' beside the first prefix")
+    verify: Literal["once", "always", "never"] = Field(
+        "once",
+        description="once: read each corpus whole at its first use and compare it with its digests; always: at every "
+        "start; never: check sizes and headers only",
+    )
     prefetch: int = Field(2, ge=0, description="steps whose batches are read ahead by a thread; 0 reads in the loop")
 
     @field_validator("prefix", mode="before")

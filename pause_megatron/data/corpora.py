@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import xxhash
 
+from pause_megatron.byte_progress import ByteProgress
 from pause_megatron.config.schema import DataSection
 from pause_megatron.data.build import parse_blend
-from pause_megatron.data.manifest import Corpus, open_corpus, require_one_tokenizer
+from pause_megatron.data.corpus import Corpus, open_corpus, require_one_tokenizer
+from pause_megatron.data.first_use import verify_at_use
 from pause_megatron.data.tokenizer import Tokenizer
 
 
@@ -24,6 +27,16 @@ class Corpora:
     corpora: tuple[Corpus, ...]
     tokenizer: Tokenizer
     fingerprint: str
+
+    def verify(self, data: DataSection) -> None:
+        """Reads each corpus whole at its first use, as data.verify says. Every rank calls this; one of them reads.
+
+        Raises:
+            DataError: a byte is not what `prepare` wrote; on every rank.
+        """
+        with ByteProgress(sys.stderr) as progress:
+            for corpus in self.corpora:
+                verify_at_use(corpus, data.verify, data.cache, report=progress.report, warn=_warn)
 
     def show(self, ids: Sequence[int]) -> str:
         """Text of token ids with pauses as `<pause>` and ends of documents as `<eod>`."""
@@ -49,3 +62,7 @@ def open_corpora(data: DataSection, pause_embeddings: int) -> Corpora:
     tokenizer = require_one_tokenizer(corpora)
     tokenizer.check_pause_ids(pause_embeddings)
     return Corpora(corpora, tokenizer, fingerprint)
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)

@@ -51,6 +51,7 @@ def pretrain(config: RunConfig) -> int:
     """
     with initialize(config.parallel) as context, StopRequest() as stop, ExitStack() as closing:
         corpora = open_corpora(config.data, config.pause.embeddings)
+        corpora.verify(config.data)
         datasets = _datasets(config, corpora)
         model = _model(config, datasets)
         store = Store(Path(config.run.dir) / "checkpoints", context.rank, context.world_size)
