@@ -15,6 +15,7 @@ VERBS = {
     "train-tokenizer": "train a SentencePiece BPE tokenizer on shards of text",
     "prepare": "turn shards of text into a tokenized corpus (.bin, .idx, manifest)",
     "verify": "read a corpus whole and compare it with the digests of its manifest",
+    "inspect": "show what a corpus holds, and its windows with their pauses",
     "pretrain": "pretrain a model on windows with pauses",
     "import-hf": "turn a Hugging Face folder of the Llama family into a checkpoint with pauses",
     "export-hf": "turn a checkpoint into a Hugging Face folder that transformers and vLLM load",
