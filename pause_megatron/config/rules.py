@@ -151,17 +151,32 @@ def isolated_pauses_fit(config: RunConfig) -> Broken:
     return None
 
 
+def _shares(split: str) -> list[float]:
+    """The numbers of data.split; none where one of them is no number."""
+    try:
+        return [float(share) for share in split.split(",")]
+    except ValueError:
+        return []
+
+
 @_rule
 def split_has_shares(config: RunConfig) -> Broken:
-    try:
-        shares = [float(share) for share in config.data.split.split(",")]
-    except ValueError:
-        shares = []
+    shares = _shares(config.data.split)
     if len(shares) != 3 or not all(0 <= share < float("inf") for share in shares) or shares[0] == 0:
         return ("data.split",), "three shares 'TRAIN,VALID,TEST', none negative, TRAIN > 0 (for example 99,1,0)"
+    if config.data.valid_prefix:
+        return None
     if config.validation.every and shares[1] == 0:
         keys = ("data.split", "validation.every")
-        return keys, "a validation share > 0 in data.split, or validation.every=0"
+        return keys, "a validation share > 0 in data.split, corpora in data.valid_prefix, or validation.every=0"
+    return None
+
+
+@_rule
+def all_of_the_corpus_trains(config: RunConfig) -> Broken:
+    if config.data.valid_prefix and any(_shares(config.data.split)[1:]):
+        keys = ("data.split", "data.valid_prefix")
+        return keys, "data.split=1,0,0 (or none) with data.valid_prefix: the whole of data.prefix trains"
     return None
 
 

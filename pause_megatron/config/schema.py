@@ -33,7 +33,15 @@ class DataSection(Section):
         "or a blend 'WEIGHT PREFIX WEIGHT PREFIX ...' as in Megatron-LM's --data-path",
     )
     sequence_length: int = Field(2048, ge=8, description="tokens of a window, pauses included")
-    split: str = Field("99,1,0", description="shares of the documents for train, validation, test")
+    valid_prefix: tuple[str, ...] = Field(
+        (),
+        description="prefix (or several, or a blend) of corpora to validate on; then all of data.prefix trains",
+    )
+    split: str | None = Field(
+        None,
+        description="shares of the documents for train, validation, test; default: 99,1,0, or with data.valid_prefix "
+        "1,0,0",
+    )
     tokenizer: str | None = Field(
         None, description="tokenizer to insist on; default: the one kept beside the corpus. Another one is refused"
     )
@@ -45,7 +53,7 @@ class DataSection(Section):
     )
     prefetch: int = Field(2, ge=0, description="steps whose batches are read ahead by a thread; 0 reads in the loop")
 
-    @field_validator("prefix", mode="before")
+    @field_validator("prefix", "valid_prefix", mode="before")
     @classmethod
     def _split_prefix(cls, value: object) -> object:
         if isinstance(value, str):

@@ -24,6 +24,7 @@ class MicroBatch:
         after_pause: bool [R], whether the input token at that row is a pause.
         sample_ids: int64 [batch], the global sample numbers.
         pause_tokens: Number of pauses among the input tokens.
+        dataset_ids: int64 [batch], which corpus of a blend each window is of. None: there is one corpus.
     """
 
     tokens: torch.Tensor
@@ -33,6 +34,12 @@ class MicroBatch:
     after_pause: torch.Tensor
     sample_ids: torch.Tensor
     pause_tokens: int
+    dataset_ids: torch.Tensor | None = None
+
+    @property
+    def target_datasets(self) -> torch.Tensor | None:
+        """int64 [R], which corpus of a blend each target is of."""
+        return None if self.dataset_ids is None else self.dataset_ids[self.target_rows % self.dataset_ids.numel()]
 
     @property
     def targets_count(self) -> int:
@@ -66,7 +73,8 @@ def collate(
     """Stacks samples of PauseGPTDataset (or GPTDataset) and lists their supervised positions.
 
     Args:
-        samples: Dictionaries with tokens, labels, position_ids int64 [seq] and loss_mask float [seq] of zeros and ones.
+        samples: Dictionaries with tokens, labels, position_ids int64 [seq] and loss_mask float [seq] of zeros and ones;
+            those of a BlendedDataset have a dataset_id.
         sample_ids: Their global sample numbers.
         pause_ids: The pause ids, to tell pauses from text.
     """
@@ -84,4 +92,7 @@ def collate(
         after_pause=is_pause.t().flatten()[target_rows],
         sample_ids=torch.tensor(sample_ids, dtype=torch.int64),
         pause_tokens=int(is_pause.sum()),
+        dataset_ids=torch.tensor([int(sample["dataset_id"]) for sample in samples])
+        if "dataset_id" in samples[0]
+        else None,
     )

@@ -31,18 +31,23 @@ class Datasets:
         valid: Held-out windows with pauses, or None where the split has no documents.
         valid_without_pauses: Held-out windows of the same length with text in every place (rate 0), or None likewise.
             They are `valid` itself where the run has no pauses.
+        train_names, valid_names: What the corpora of a blend are called, in the order of their dataset_id; empty for
+            one corpus.
         tokenizer: The corpus's tokenizer with the pause ids.
     """
 
     train: PauseGPTDataset | BlendedDataset
     valid: PauseGPTDataset | BlendedDataset | None
     valid_without_pauses: PauseGPTDataset | BlendedDataset | None
+    train_names: tuple[str, ...]
+    valid_names: tuple[str, ...]
     tokenizer: PauseTokenizer
 
 
 def build_datasets(
     prefix: Sequence[str],
     *,
+    valid_prefix: Sequence[str] = (),
     split: str,
     sequence_length: int,
     tokenizer: object,
@@ -61,6 +66,7 @@ def build_datasets(
     Args:
         prefix: Prefixes of prepared corpora: one; several, which are then read once each; or a blend
             (WEIGHT, PREFIX, WEIGHT, PREFIX, ...) as in Megatron-LM's --data-path, repeated as often as needed.
+        valid_prefix: Likewise, corpora to validate on; then `split` gives all of `prefix` to training.
         split: Shares of the documents for train, validation and test, e.g. "99,1,0".
         sequence_length: Tokens of a window, pauses included.
         tokenizer: The corpus's tokenizer; see PauseTokenizer for what it must have.
@@ -76,20 +82,20 @@ def build_datasets(
         DataError: a corpus that is missing, or a train split without documents.
     """
     blend = parse_blend(prefix)
+    valid_blend = parse_blend(valid_prefix) if valid_prefix else blend
     _check_split(split)
-    for name in blend[0]:
-        if not IndexedDataset.exists(name):
-            raise DataError(f"data.prefix: expected the files {name}.bin and {name}.idx, at least one is missing")
+    for key, names in (("data.prefix", blend[0]), ("data.valid_prefix", valid_blend[0])):
+        for name in names:
+            if not IndexedDataset.exists(name):
+                raise DataError(f"{key}: expected the files {name}.bin and {name}.idx, at least one is missing")
     cache = cache or os.path.join(os.path.dirname(os.path.abspath(blend[0][0])), "cache")
     _remove_cut_indices(Path(cache))
-    # BlendedDataset asks torch.distributed for the rank as soon as it has a cache folder.
-    blend_can_cache = len(blend[0]) == 1 or torch.distributed.is_initialized()
     config = PauseGPTDatasetConfig(
         random_seed=seed,
         sequence_length=sequence_length,
         blend=blend,
         split=split,
-        path_to_cache=cache if blend_can_cache else None,
+        path_to_cache=_blend_cache(blend, cache),
         window_cache_path=cache,
         tokenizer=PauseTokenizer(tokenizer, pause.embeddings),
         reset_position_ids=False,
@@ -101,15 +107,36 @@ def build_datasets(
         pause_placement=pause.placement,
         pause_seed=pause.seed,
     )
-    has_valid = valid_samples > 0 and _has_documents(config, Split.valid)
+    held_out = config
+    if valid_prefix:
+        path = _blend_cache(valid_blend, cache)
+        held_out = dataclasses.replace(config, blend=valid_blend, split="0,1,0", path_to_cache=path)
+    has_valid = valid_samples > 0 and _has_documents(held_out, Split.valid)
     if not _has_documents(config, Split.train):
         raise DataError(f"data.split={split}: expected documents for training, the split leaves none")
     train = _build(config, Split.train, train_samples)
-    valid = _build(config, Split.valid, valid_samples) if has_valid else None
+    valid = _build(held_out, Split.valid, valid_samples) if has_valid else None
     plain = valid
     if has_valid and pause.rate > 0:
-        plain = _build(dataclasses.replace(config, pause_rate=0.0), Split.valid, valid_samples)
-    return Datasets(train, valid, plain, config.tokenizer)
+        plain = _build(dataclasses.replace(held_out, pause_rate=0.0), Split.valid, valid_samples)
+    return Datasets(train, valid, plain, names_of(blend[0]), names_of(valid_blend[0]), config.tokenizer)
+
+
+def names_of(prefixes: Sequence[str]) -> tuple[str, ...]:
+    """Short names for the corpora of a blend: the prefixes from where they differ on; none for one corpus."""
+    if len(prefixes) < 2:
+        return ()
+    paths = [os.path.normpath(prefix).split(os.sep) for prefix in prefixes]
+    for parts in range(1, max(map(len, paths)) + 1):
+        names = ["/".join(path[-parts:]) for path in paths]
+        if len(set(names)) == len(names):
+            return tuple(names)
+    return tuple(f"{path[-1]}#{number}" for number, path in enumerate(paths, start=1))
+
+
+def _blend_cache(blend: Blend, cache: str) -> str | None:
+    # BlendedDataset asks torch.distributed for the rank as soon as it has a cache folder.
+    return cache if len(blend[0]) == 1 or torch.distributed.is_initialized() else None
 
 
 def parse_blend(prefix: Sequence[str]) -> Blend:

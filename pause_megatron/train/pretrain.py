@@ -82,6 +82,7 @@ def pretrain(config: RunConfig) -> int:
             total_steps=config.train.steps,
             progress=progress,
             stop=stop,
+            corpora=datasets.train_names,
         ):
             for hook in hooks:
                 hook(result)
@@ -95,6 +96,7 @@ def pretrain(config: RunConfig) -> int:
 def _datasets(config: RunConfig, corpora: Corpora) -> Datasets:
     return build_datasets(
         config.data.prefix,
+        valid_prefix=config.data.valid_prefix,
         split=config.data.split,
         sequence_length=config.data.sequence_length,
         tokenizer=corpora.tokenizer,
@@ -174,6 +176,7 @@ def _validate(config: RunConfig, engine: Engine, datasets: Datasets, context: Pa
             config.batch.micro_size,
             datasets.tokenizer.pause_ids,
             context,
+            datasets.valid_names,
         )
 
     def validate(result: StepResult) -> None:

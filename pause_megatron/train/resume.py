@@ -17,7 +17,7 @@ FREE_SECTIONS = frozenset({"parallel", "checkpoint", "validation", "log"})
 FREE_KEYS = frozenset(
     {
         "run.dir",
-        *("data.prefix", "data.tokenizer", "data.cache"),  # the corpus is compared by its content
+        *("data.prefix", "data.valid_prefix", "data.tokenizer", "data.cache"),  # the corpus is compared by its content
         *("data.verify", "data.prefetch"),
         *("model.attention", "model.head_chunk"),
         "batch.micro_size",
