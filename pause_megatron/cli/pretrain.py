@@ -55,9 +55,10 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(
                 f"--{option.replace('_', '-')} belongs to --dry-run; a run takes it from its surroundings"
             )
-    if not config.data.prefix:
+    if not config.data.prefix and not config.data.source:
         raise ConfigError(
-            "data.prefix: expected the prefix of a prepared corpus (see pause-megatron prepare), came none"
+            "data.prefix: expected the prefix of a prepared corpus (see pause-megatron prepare), came none; or text to "
+            "stream in data.source"
         )
     if config.train.steps is None:
         raise ConfigError("train.steps or train.tokens: expected one of them, came neither")

@@ -181,5 +181,27 @@ def all_of_the_corpus_trains(config: RunConfig) -> Broken:
 
 
 @_rule
+def text_has_one_source(config: RunConfig) -> Broken:
+    if config.data.prefix and config.data.source:
+        return ("data.prefix", "data.source"), "data.prefix (a prepared corpus) or data.source (a stream), not both"
+    return None
+
+
+@_rule
+def a_stream_needs_a_tokenizer(config: RunConfig) -> Broken:
+    if config.data.source and config.data.tokenizer is None:
+        return ("data.tokenizer", "data.source"), "the path of a tokenizer in data.tokenizer with data.source"
+    return None
+
+
+@_rule
+def a_stream_holds_nothing_out(config: RunConfig) -> Broken:
+    if config.data.source and config.validation.every and not config.data.valid_prefix:
+        keys = ("data.valid_prefix", "validation.every")
+        return keys, "a prepared corpus in data.valid_prefix, or validation.every=0, with data.source"
+    return None
+
+
+@_rule
 def run_dir_is_named(config: RunConfig) -> Broken:
     return None if config.run.dir.strip() else (("run.dir",), "the name of a folder")

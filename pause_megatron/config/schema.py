@@ -32,6 +32,14 @@ class DataSection(Section):
         description="prefix of a prepared corpus (PREFIX.bin, PREFIX.idx, PREFIX.manifest.json); or several; "
         "or a blend 'WEIGHT PREFIX WEIGHT PREFIX ...' as in Megatron-LM's --data-path",
     )
+    source: tuple[str, ...] = Field(
+        (),
+        description="instead of data.prefix: shards (paths or globs) or hf:NAME, read and tokenized while training; "
+        "hf:json may be followed by files",
+    )
+    source_config: str | None = Field(None, description="configuration of data.source=hf:NAME, for example en")
+    source_split: str = Field("train", description="split of data.source=hf:NAME")
+    text_key: str = Field("text", description="key of the text in data.source")
     sequence_length: int = Field(2048, ge=8, description="tokens of a window, pauses included")
     valid_prefix: tuple[str, ...] = Field(
         (),
@@ -53,7 +61,7 @@ class DataSection(Section):
     )
     prefetch: int = Field(2, ge=0, description="steps whose batches are read ahead by a thread; 0 reads in the loop")
 
-    @field_validator("prefix", "valid_prefix", mode="before")
+    @field_validator("prefix", "valid_prefix", "source", mode="before")
     @classmethod
     def _split_prefix(cls, value: object) -> object:
         if isinstance(value, str):

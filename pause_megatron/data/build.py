@@ -27,7 +27,7 @@ class Datasets:
     """The datasets of a pretraining run.
 
     Attributes:
-        train: At least as many samples as were asked for.
+        train: At least as many samples as were asked for; None without corpora to train on.
         valid: Held-out windows with pauses, or None where the split has no documents.
         valid_without_pauses: Held-out windows of the same length with text in every place (rate 0), or None likewise.
             They are `valid` itself where the run has no pauses.
@@ -36,7 +36,7 @@ class Datasets:
         tokenizer: The corpus's tokenizer with the pause ids.
     """
 
-    train: PauseGPTDataset | BlendedDataset
+    train: PauseGPTDataset | BlendedDataset | None
     valid: PauseGPTDataset | BlendedDataset | None
     valid_without_pauses: PauseGPTDataset | BlendedDataset | None
     train_names: tuple[str, ...]
@@ -65,7 +65,8 @@ def build_datasets(
 
     Args:
         prefix: Prefixes of prepared corpora: one; several, which are then read once each; or a blend
-            (WEIGHT, PREFIX, WEIGHT, PREFIX, ...) as in Megatron-LM's --data-path, repeated as often as needed.
+            (WEIGHT, PREFIX, WEIGHT, PREFIX, ...) as in Megatron-LM's --data-path, repeated as often as needed. None:
+            nothing to train on is built.
         valid_prefix: Likewise, corpora to validate on; then `split` gives all of `prefix` to training.
         split: Shares of the documents for train, validation and test, e.g. "99,1,0".
         sequence_length: Tokens of a window, pauses included.
@@ -81,45 +82,52 @@ def build_datasets(
             without weights holds.
         DataError: a corpus that is missing, or a train split without documents.
     """
-    blend = parse_blend(prefix)
-    valid_blend = parse_blend(valid_prefix) if valid_prefix else blend
     _check_split(split)
-    for key, names in (("data.prefix", blend[0]), ("data.valid_prefix", valid_blend[0])):
+    blends = {key: parse_blend(words) for key, words in (("prefix", prefix), ("valid_prefix", valid_prefix)) if words}
+    if not blends:
+        raise ConfigError("data.prefix: expected the prefix of a prepared corpus, got nothing")
+    for key, (names, _) in blends.items():
         for name in names:
             if not IndexedDataset.exists(name):
-                raise DataError(f"{key}: expected the files {name}.bin and {name}.idx, at least one is missing")
-    cache = cache or os.path.join(os.path.dirname(os.path.abspath(blend[0][0])), "cache")
+                raise DataError(f"data.{key}: expected the files {name}.bin and {name}.idx, at least one is missing")
+    first = next(iter(blends.values()))[0][0]
+    cache = cache or os.path.join(os.path.dirname(os.path.abspath(first)), "cache")
     _remove_cut_indices(Path(cache))
-    config = PauseGPTDatasetConfig(
-        random_seed=seed,
-        sequence_length=sequence_length,
-        blend=blend,
-        split=split,
-        path_to_cache=_blend_cache(blend, cache),
-        window_cache_path=cache,
-        tokenizer=PauseTokenizer(tokenizer, pause.embeddings),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-        pause_rate=pause.rate,
-        pause_window=pause.window,
-        pause_placement=pause.placement,
-        pause_seed=pause.seed,
-    )
-    held_out = config
-    if valid_prefix:
-        path = _blend_cache(valid_blend, cache)
-        held_out = dataclasses.replace(config, blend=valid_blend, split="0,1,0", path_to_cache=path)
-    has_valid = valid_samples > 0 and _has_documents(held_out, Split.valid)
-    if not _has_documents(config, Split.train):
-        raise DataError(f"data.split={split}: expected documents for training, the split leaves none")
-    train = _build(config, Split.train, train_samples)
-    valid = _build(held_out, Split.valid, valid_samples) if has_valid else None
-    plain = valid
-    if has_valid and pause.rate > 0:
-        plain = _build(dataclasses.replace(held_out, pause_rate=0.0), Split.valid, valid_samples)
-    return Datasets(train, valid, plain, names_of(blend[0]), names_of(valid_blend[0]), config.tokenizer)
+    pause_tokenizer = PauseTokenizer(tokenizer, pause.embeddings)
+
+    def config_of(blend: Blend, split: str) -> PauseGPTDatasetConfig:
+        return PauseGPTDatasetConfig(
+            random_seed=seed,
+            sequence_length=sequence_length,
+            blend=blend,
+            split=split,
+            path_to_cache=_blend_cache(blend, cache),
+            window_cache_path=cache,
+            tokenizer=pause_tokenizer,
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+            pause_rate=pause.rate,
+            pause_window=pause.window,
+            pause_placement=pause.placement,
+            pause_seed=pause.seed,
+        )
+
+    train = valid = plain = None
+    train_names = valid_names = ()
+    if prefix:
+        config = config_of(blends["prefix"], split)
+        if not _has_documents(config, Split.train):
+            raise DataError(f"data.split={split}: expected documents for training, the split leaves none")
+        train, train_names = _build(config, Split.train, train_samples), names_of(config.blend[0])
+    held_out = config_of(blends["valid_prefix"], "0,1,0") if valid_prefix else config
+    if valid_samples > 0 and _has_documents(held_out, Split.valid):
+        valid = plain = _build(held_out, Split.valid, valid_samples)
+        valid_names = names_of(held_out.blend[0])
+        if pause.rate > 0:
+            plain = _build(dataclasses.replace(held_out, pause_rate=0.0), Split.valid, valid_samples)
+    return Datasets(train, valid, plain, train_names, valid_names, pause_tokenizer)
 
 
 def names_of(prefixes: Sequence[str]) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from pause_megatron.config.schema import DataSection
 from pause_megatron.data.build import parse_blend
 from pause_megatron.data.corpus import Corpus, open_corpus, require_one_tokenizer
 from pause_megatron.data.first_use import verify_at_use
-from pause_megatron.data.tokenizer import Tokenizer
+from pause_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from pause_megatron.errors import DataError
 
 
@@ -23,7 +23,8 @@ class Corpora:
     corpora: in the order of data.prefix
     valid: in the order of data.valid_prefix
     tokenizer: the one that all of them share
-    fingerprint: of what is in those of data.prefix and how they are blended; where the files lie does not matter
+    fingerprint: of what is in those of data.prefix and how they are blended; where the files lie does not matter. For
+        data.source: of the tokenizer alone
     """
 
     corpora: tuple[Corpus, ...]
@@ -57,7 +58,7 @@ def open_corpora(data: DataSection, pause_embeddings: int) -> Corpora:
         DataError: a corpus is missing, unfinished, damaged, or prepared with another tokenizer than the others or
             than `data.tokenizer`; a corpus that both trains and validates; a pause id that is not free.
     """
-    prefixes, weights = parse_blend(data.prefix)
+    prefixes, weights = parse_blend(data.prefix) if data.prefix or not data.source else ([], None)
     corpora = tuple(open_corpus(prefix, data.tokenizer) for prefix in prefixes)
     valid_prefixes = parse_blend(data.valid_prefix)[0] if data.valid_prefix else []
     valid = tuple(open_corpus(prefix, data.tokenizer) for prefix in valid_prefixes)
@@ -66,7 +67,9 @@ def open_corpora(data: DataSection, pause_embeddings: int) -> Corpora:
     # One corpus keeps its own fingerprint; a blend is named by a digest of its parts and weights.
     blend = xxhash.xxh3_128_hexdigest(repr((content, weights)).encode())
     fingerprint = content[0] if len(content) == 1 else f"xxh3_128:{blend}"
-    tokenizer = require_one_tokenizer(corpora + valid)
+    tokenizer = require_one_tokenizer(corpora + valid) if corpora + valid else load_tokenizer(data.tokenizer)
+    if data.source:
+        fingerprint = f"stream/{tokenizer.fingerprint}/eod{tokenizer.eod}/pause{tokenizer.pause_id}"
     tokenizer.check_pause_ids(pause_embeddings)
     return Corpora(corpora, valid, tokenizer, fingerprint)
 

@@ -171,14 +171,12 @@ class HubReader:
         source = self._source
         number = 0
         try:
-            stream = _builder(source.dataset, source.options).as_streaming_dataset(split=source.options.split)
+            stream = hub_builder(source.dataset, source.options).as_streaming_dataset(split=source.options.split)
             for record in stream.shard(num_shards=source.shards, index=source.shard):
                 number += 1
                 yield parse_record(record, number, self._options.text_key)
         except Exception as error:  # loaders raise whatever their format's library raises
-            raise DataError(
-                f"{source.name}: datasets stopped after record {number:,} ({_first_line(error)})"
-            ) from error
+            raise DataError(f"{source.name}: datasets stopped after record {number:,} ({first_line(error)})") from error
 
 
 def find_sources(
@@ -257,7 +255,7 @@ def _digest_if_readable(path: Path) -> str | None:
 
 def _hub_sources(dataset: str, options: HubOptions, text_key: str) -> list[Source]:
     try:
-        builder = _builder(dataset, options)
+        builder = hub_builder(dataset, options)
         stream = builder.as_streaming_dataset(split=options.split)
         columns = stream.column_names
         shards = stream.num_shards
@@ -265,7 +263,7 @@ def _hub_sources(dataset: str, options: HubOptions, text_key: str) -> list[Sourc
         # Commit of the Hub, or times of local files: what tells one state of the data from another.
         origin = str(sorted(map(str, files.origin_metadata))) if files is not None else str(builder.hash)
     except Exception as error:  # loaders raise whatever their format's library raises
-        raise DataError(f"--input {HUB_PREFIX}{dataset}: datasets cannot open it ({_first_line(error)})") from error
+        raise DataError(f"--input {HUB_PREFIX}{dataset}: datasets cannot open it ({first_line(error)})") from error
     if columns is not None and text_key not in columns:
         raise DataError(
             f"--input {HUB_PREFIX}{dataset}: no column {text_key!r}; its columns are {', '.join(columns)} (--text-key)"
@@ -273,7 +271,8 @@ def _hub_sources(dataset: str, options: HubOptions, text_key: str) -> list[Sourc
     return [HubSource(dataset, options, shard, shards, origin) for shard in range(shards)]
 
 
-def _builder(dataset: str, options: HubOptions):
+def hub_builder(dataset: str, options: HubOptions):
+    """The builder of a data set, by `datasets`, which raises whatever its loaders raise."""
     from datasets import load_dataset_builder
 
     return load_dataset_builder(
@@ -284,7 +283,8 @@ def _builder(dataset: str, options: HubOptions):
     )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """An error's kind and the first line of what it says."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 

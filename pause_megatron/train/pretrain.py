@@ -12,6 +12,7 @@ from pause_megatron.config.plan import batch_plan
 from pause_megatron.config.schema import RunConfig
 from pause_megatron.data.build import Datasets, build_datasets
 from pause_megatron.data.corpora import Corpora, open_corpora
+from pause_megatron.data.dataset import PauseTokenizer
 from pause_megatron.data.loader import StepLoader
 from pause_megatron.data.sampler import StepSampler
 from pause_megatron.distributed import ParallelContext, initialize
@@ -29,6 +30,7 @@ from pause_megatron.train.loop import Progress, StepResult, training_steps
 from pause_megatron.train.monitoring import MetricsFile, ProgressBar, TensorBoard, Throughput, announce, conclude
 from pause_megatron.train.resume import find_resume, progress_record
 from pause_megatron.train.signals import StopRequest
+from pause_megatron.train.streaming import Stream
 from pause_megatron.train.validation import evaluate_loss, validation_losses
 
 EXIT_FINISHED = 0
@@ -70,10 +72,14 @@ def pretrain(config: RunConfig) -> int:
         if context.rank == 0:
             plan = batch_plan(config, context.world_size)
             announce(config, plan, model.vocabulary.size, engine.deepspeed.zero_optimization_stage(), context)
-        hooks = _hooks(config, engine, datasets, corpora, store, context, progress)
+        stream = None
+        if config.data.source:
+            stream = Stream(config, corpora.tokenizer, context, resumed.reader.folder if resumed else None)
+            closing.enter_context(stream)
+        hooks = _hooks(config, engine, datasets, corpora, store, context, progress, stream)
         for hook in hooks:
             closing.callback(hook.close)
-        batches = closing.enter_context(_batches(config, datasets, context, progress))
+        batches = closing.enter_context(_batches(config, datasets, context, progress, stream))
         for result in training_steps(
             engine,
             batches,
@@ -94,6 +100,8 @@ def pretrain(config: RunConfig) -> int:
 
 
 def _datasets(config: RunConfig, corpora: Corpora) -> Datasets:
+    if config.data.source and not config.data.valid_prefix:
+        return Datasets(None, None, None, (), (), PauseTokenizer(corpora.tokenizer, config.pause.embeddings))
     return build_datasets(
         config.data.prefix,
         valid_prefix=config.data.valid_prefix,
@@ -136,10 +144,12 @@ def _engine(config: RunConfig, model: PauseGPTModel, context: ParallelContext) -
     )
 
 
-def _batches(config: RunConfig, datasets: Datasets, context: ParallelContext, progress: Progress) -> StepLoader:
+def _batches(
+    config: RunConfig, datasets: Datasets, context: ParallelContext, progress: Progress, stream: Stream | None
+) -> StepLoader:
     sampler = StepSampler(config.batch.global_size, config.batch.micro_size, context.dp_rank, context.dp_size)
     return StepLoader(
-        datasets.train,
+        datasets.train if stream is None else stream.dataset,
         sampler,
         progress.step,
         config.train.steps,
@@ -156,6 +166,7 @@ def _hooks(
     store: Store,
     context: ParallelContext,
     progress: Progress,
+    stream: Stream | None,
 ) -> list[Hook]:
     """In this order: a step is validated, then logged, then saved, so that a checkpoint never precedes its log."""
     hooks: list[Hook] = [SkipLimit(SKIPPED_STEPS_IN_A_ROW)]
@@ -163,7 +174,8 @@ def _hooks(
         hooks.append(Every(config.validation.every, _validate(config, engine, datasets, context)))
     if context.rank == 0:
         hooks += _monitors(config, engine, corpora, context, progress)
-    hooks.append(Every(config.checkpoint.every, _save(config, engine, corpora, store, context), on_stop=True))
+    saving = _save(config, engine, corpora, store, context, stream)
+    hooks.append(Every(config.checkpoint.every, saving, on_stop=True))
     return hooks
 
 
@@ -209,7 +221,14 @@ def _monitors(
     return monitors
 
 
-def _save(config: RunConfig, engine: Engine, corpora: Corpora, store: Store, context: ParallelContext):
+def _save(
+    config: RunConfig,
+    engine: Engine,
+    corpora: Corpora,
+    store: Store,
+    context: ParallelContext,
+    stream: Stream | None,
+):
     def save_checkpoint(result: StepResult) -> None:
         save(
             store,
@@ -221,6 +240,7 @@ def _save(config: RunConfig, engine: Engine, corpora: Corpora, store: Store, con
             config_yaml=dump(config),
             save_tokenizer=corpora.tokenizer.save,
             keep=config.checkpoint.keep,
+            extra=stream.files(result.step) if stream else {},
         )
 
     return save_checkpoint

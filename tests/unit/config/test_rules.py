@@ -42,6 +42,18 @@ BROKEN = {
         ["data.valid_prefix=v", "data.split=99,1,0"],
         "data.split=1,0,0 (or none) with data.valid_prefix: the whole of data.prefix trains",
     ),
+    "text_has_one_source": (
+        ["data.prefix=a", "data.source=b", "data.tokenizer=t", "validation.every=0"],
+        "data.prefix (a prepared corpus) or data.source (a stream), not both",
+    ),
+    "a_stream_needs_a_tokenizer": (
+        ["data.source=hf:allenai/c4", "validation.every=0"],
+        "the path of a tokenizer in data.tokenizer with data.source",
+    ),
+    "a_stream_holds_nothing_out": (
+        ["data.source=hf:allenai/c4", "data.tokenizer=t"],
+        "a prepared corpus in data.valid_prefix, or validation.every=0, with data.source",
+    ),
     "run_dir_is_named": (["run.dir=' '"], "the name of a folder"),
 }
 
