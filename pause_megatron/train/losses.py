@@ -101,7 +101,6 @@ class LossLedger:
         self._sums += torch.stack(
             [losses.sum(), (losses * after_pause).sum(), losses.new_tensor(losses.numel()), after_pause.sum().double()]
         )
-
         if self._corpora and datasets is not None:
             # Not index_add: on a GPU it adds in another order every time.
             mine = datasets == torch.arange(len(self._corpora), device=datasets.device)[:, None]
