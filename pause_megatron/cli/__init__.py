@@ -17,6 +17,7 @@ VERBS = {
     "verify": "read a corpus whole and compare it with the digests of its manifest",
     "inspect": "show what a corpus holds, and its windows with their pauses",
     "pretrain": "pretrain a model on windows with pauses",
+    "finetune": "finetune a model on a task with pauses behind the prompts",
     "import-hf": "turn a Hugging Face folder of the Llama family into a checkpoint with pauses",
     "export-hf": "turn a checkpoint into a Hugging Face folder that transformers and vLLM load",
     "generate": "continue prompts with pauses in the prefill, never in the text",

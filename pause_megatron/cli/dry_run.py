@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pause_megatron.config.plan import BatchPlan
 from pause_megatron.config.presets import flops_per_token, parameters
 from pause_megatron.config.schema import RunConfig
+
+if TYPE_CHECKING:
+    from pause_megatron.train.task_data import TaskData
 
 ASSUMED_VOCABULARY = 32_000
 
@@ -24,16 +28,8 @@ def describe(config: RunConfig, plan: BatchPlan, engine: dict[str, Any], *, voca
         lines of "name value unit", aligned.
     """
     text_size, origin = _vocabulary(config, vocab_size)
-    size = text_size + config.pause.embeddings
-    flops = flops_per_token(config.model, size, plan.sequence_length) * plan.raw_tokens
-    stage, model = engine["zero_optimization"]["stage"], config.model
     rows = [
-        ("ranks", f"{plan.world_size} = {plan.data_parallel} data parallel x {plan.tensor} tensor parallel"),
-        (
-            "global batch",
-            f"{plan.global_size} windows = {plan.micro_size} micro x {plan.accumulation} accumulation "
-            f"x {plan.data_parallel} data parallel",
-        ),
+        *_batch_rows(plan),
         ("window", f"{plan.sequence_length:,} tokens, {plan.pauses:,} pauses inserted ({_window(config)})"),
         ("pause fraction", f"{plan.pause_fraction:.2%} of the input tokens (expected)"),
         ("raw tokens a step", f"{plan.raw_tokens:,}"),
@@ -41,6 +37,69 @@ def describe(config: RunConfig, plan: BatchPlan, engine: dict[str, Any], *, voca
         ("steps", _steps(config, plan)),
         ("raw tokens in all", _total(plan.total_tokens)),
         ("text tokens in all", _total(plan.steps and plan.steps * plan.text_tokens)),
+        *_model_rows(config, plan, engine, text_size, origin),
+    ]
+    return _table(rows)
+
+
+def describe_task(data: TaskData, plan: BatchPlan, engine: dict[str, Any]) -> str:
+    """Lay out the arithmetic of a finetuning.
+
+    Args:
+        data: its examples. plan: its batches. engine: its DeepSpeed dictionary.
+
+    Returns:
+        as `describe`.
+    """
+    from pause_megatron.data.supervised import summarize
+
+    config, facts, arrangement = data.config, summarize(data.windows), data.windows.arrangement
+    plan = replace(plan, steps=config.train.steps)
+    places, length = plan.steps * plan.global_size, arrangement.sequence_length
+    epochs = places / facts.windows
+    finetune = config.finetune
+    pauses = "pauses" if finetune.filler is None else f"fillers {finetune.filler!r}"
+    rows = [
+        *_batch_rows(plan),
+        ("task", f"{config.task.name}: {facts.examples:,} examples, {facts.truncated:,} prompts cut on the left"),
+        (
+            "window",
+            f"{length:,} tokens, {config.finetune.batching}: {facts.examples / facts.windows:.2f} examples each",
+        ),
+        ("windows an epoch", f"{facts.windows:,}, {facts.padding:.2%} padding"),
+        (
+            "pauses",
+            f"{config.finetune.pauses} {pauses} an example, {config.finetune.location}; {facts.pauses:,} an epoch",
+        ),
+        ("prefix attention", config.finetune.prefix_attention),
+        (
+            "tokens an epoch",
+            f"{facts.tokens:,} read ({facts.pauses / facts.tokens:.2%} pauses), {facts.targets:,} targets",
+        ),
+        ("steps", f"{plan.steps:,}, about {epochs:.2f} epochs (by the first one's windows)"),
+        *_model_rows(config, plan, engine, data.tokenizer.vocab_size, "the tokenizer's"),
+    ]
+    return _table(rows)
+
+
+def _batch_rows(plan: BatchPlan) -> list[tuple[str, str]]:
+    return [
+        ("ranks", f"{plan.world_size} = {plan.data_parallel} data parallel x {plan.tensor} tensor parallel"),
+        (
+            "global batch",
+            f"{plan.global_size} windows = {plan.micro_size} micro x {plan.accumulation} accumulation "
+            f"x {plan.data_parallel} data parallel",
+        ),
+    ]
+
+
+def _model_rows(
+    config: RunConfig, plan: BatchPlan, engine: dict[str, Any], text_size: int, origin: str
+) -> list[tuple[str, str]]:
+    """FLOPs are those of full windows, padding included."""
+    size, model = text_size + config.pause.embeddings, config.model
+    flops = flops_per_token(model, size, plan.sequence_length) * plan.raw_tokens
+    return [
         ("vocabulary", f"{size:,} = {text_size:,} text ({origin}) + {config.pause.embeddings} pause"),
         (
             "model",
@@ -50,8 +109,11 @@ def describe(config: RunConfig, plan: BatchPlan, engine: dict[str, Any], *, voca
         ("parameters", f"{parameters(model, size):,}"),
         ("FLOPs a step", f"{_si(flops)}FLOP ({_si(flops / plan.world_size)}FLOP a rank)"),
         ("FLOPs in all", "unknown" if plan.steps is None else f"{_si(flops * plan.steps)}FLOP"),
-        ("engine", f"ZeRO stage {stage}, {config.engine.precision}"),
+        ("engine", f"ZeRO stage {engine['zero_optimization']['stage']}, {config.engine.precision}"),
     ]
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
 

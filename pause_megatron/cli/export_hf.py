@@ -24,7 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-shard-size", type=size_in_bytes, default="5GB", metavar="SIZE", help="of one weight file (default: 5GB)"
     )
     parser.add_argument(
-        "--finetuned-pauses", type=_count, metavar="M", help="M_ft: pauses that the model was finetuned with, if it was"
+        "--finetuned-pauses",
+        type=_count,
+        metavar="M",
+        help="M_ft to write into config.json (default: the finetuning's own)",
     )
 
 

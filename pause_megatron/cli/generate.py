@@ -34,9 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="pauses behind each prompt; auto: until the next-token distribution has settled (default: what the "
         "model was finetuned with)",
     )
-    pauses.add_argument("--location", choices=("append", "prepend"), default="append", help="default: append")
+    pauses.add_argument("--location", choices=("append", "prepend"), help="default: the model's own")
     pauses.add_argument(
-        "--filler", metavar="TEXT", help='an ordinary token in place of <pause>, such as "." (a control)'
+        "--filler",
+        metavar="TEXT",
+        help="an ordinary token in place of <pause>, such as '.' (a control); '': <pause> (default: the model's own)",
     )
     pauses.add_argument("--prefix-attention", choices=("causal", "bidirectional"), help="default: the model's own")
     pauses.add_argument(

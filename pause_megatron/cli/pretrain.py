@@ -16,17 +16,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options, and list every configuration key at the end of --help."""
     from pause_megatron.config.load import recipe_names
 
+    names = [name for name in recipe_names() if not name.startswith("finetune-")]
+    add_run_arguments(parser, recipes=f"one of {', '.join(names)}")
+    parser.add_argument(
+        "--vocab-size", type=_count, metavar="N", help="text tokens for --dry-run; default: the corpus's, or 32000"
+    )
+
+
+def add_run_arguments(parser: argparse.ArgumentParser, *, recipes: str) -> None:
+    """The options of every verb that trains; `recipes` says which ones ship for it."""
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--recipe", metavar="NAME", help=f"one of {', '.join(recipe_names())}")
+    source.add_argument("--recipe", metavar="NAME", help=recipes)
     source.add_argument("--config", metavar="FILE", help="a YAML file, for example a run's own config.yaml")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys on top, for example optim.lr=3e-4")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("--dry-run", action="store_true", help="print the arithmetic of the run and stop; needs no GPU")
     parser.add_argument(
         "--world-size", type=_count, metavar="N", help="ranks for --dry-run; default: the launcher's, or 1"
-    )
-    parser.add_argument(
-        "--vocab-size", type=_count, metavar="N", help="text tokens for --dry-run; default: the corpus's, or 32000"
     )
     parser.epilog = _key_table()
 
@@ -36,25 +42,21 @@ def run(args: argparse.Namespace) -> int:
     from pause_megatron.config import batch_plan, deepspeed_config, dump, load
 
     config = load(args.config, recipe=args.recipe, overrides=args.overrides)
-    first = _environment("RANK", "SLURM_PROCID", default=0) == 0
+    if config.task.name is not None:
+        raise ConfigError(f"task.name={config.task.name}: a finetuning; start it with pause-megatron finetune")
     if args.print_config:
-        if first:
+        if is_first_rank():
             print(dump(config), end="")
         return 0
-    world_size = _environment("WORLD_SIZE", "SLURM_NTASKS", default=1) if args.world_size is None else args.world_size
-    plan = batch_plan(config, world_size)
+    plan = batch_plan(config, world_size(args))
     engine = deepspeed_config(config, data_parallel=plan.data_parallel)
     if args.dry_run:
         from pause_megatron.cli.dry_run import describe
 
-        if first:
+        if is_first_rank():
             print(describe(config, plan, engine, vocab_size=args.vocab_size))
         return 0
-    for option in ("world_size", "vocab_size"):
-        if getattr(args, option) is not None:
-            raise ConfigError(
-                f"--{option.replace('_', '-')} belongs to --dry-run; a run takes it from its surroundings"
-            )
+    refuse_dry_run_options(args, "world_size", "vocab_size")
     if not config.data.prefix and not config.data.source:
         raise ConfigError(
             "data.prefix: expected the prefix of a prepared corpus (see pause-megatron prepare), came none; or text to "
@@ -66,6 +68,25 @@ def run(args: argparse.Namespace) -> int:
     from pause_megatron.train.pretrain import pretrain
 
     return pretrain(config)
+
+
+def is_first_rank() -> bool:
+    """Whether this process is the one that prints."""
+    return _environment("RANK", "SLURM_PROCID", default=0) == 0
+
+
+def world_size(args: argparse.Namespace) -> int:
+    """Ranks: --world-size, else the launcher's, else 1."""
+    return _environment("WORLD_SIZE", "SLURM_NTASKS", default=1) if args.world_size is None else args.world_size
+
+
+def refuse_dry_run_options(args: argparse.Namespace, *options: str) -> None:
+    """Raises ConfigError for an option that means nothing to a run."""
+    for option in options:
+        if getattr(args, option) is not None:
+            raise ConfigError(
+                f"--{option.replace('_', '-')} belongs to --dry-run; a run takes it from its surroundings"
+            )
 
 
 def silence_imports() -> None:

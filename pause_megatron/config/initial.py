@@ -1,15 +1,22 @@
-"""`model.from`: the sizes of a model whose weights a run begins with, read off that checkpoint's own config.yaml."""
+"""`model.from`: what a model whose weights a run begins with is like, read off that checkpoint's own config.yaml."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
 
+from pause_megatron.config.schema import DataSection
 from pause_megatron.config.text import Entry, read_entries
 from pause_megatron.errors import ConfigError
 
 SHAPE = ("layers", "hidden", "heads", "kv_heads", "ffn", "tied", "qkv_bias", "rope_base", "norm_eps")
 """Keys of the model section that decide what a model with given weights computes."""
+
+PAUSES = ("pause.embeddings", "pause.softmax")
+"""Keys of the pause section that do."""
+
+_OF_A_TASK = ("pause.rate", "pause.window", "pause.placement", "pause.seed", "data.sequence_length")
+"""What a finetuning keeps of the pretraining besides: the window, and the record of how pauses were put into it."""
 
 _PLACES = ("", "latest", "checkpoints/latest")
 _LARGEST_BYTES = 1 << 20
@@ -23,8 +30,11 @@ def checkpoint_config(path: str | Path) -> Path:
     """
     for place in _PLACES:
         folder = Path(path) / place
-        if (folder / "manifest.json").is_file() and (folder / "config.yaml").is_file():
-            return folder / "config.yaml"
+        try:
+            if (folder / "manifest.json").is_file() and (folder / "config.yaml").is_file():
+                return folder / "config.yaml"
+        except OSError:  # a name that no file can have
+            break
     raise ConfigError(
         f"model.from: expected a checkpoint (a folder with manifest.json and config.yaml) or a run folder, came {path}"
     )
@@ -47,7 +57,7 @@ def read_config_text(path: Path) -> str:
 
 
 def with_initial_sizes(entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """Adds the sizes that `model.from` implies and the entries do not give.
+    """Adds the sizes that `model.from` implies and the entries do not give; a finetuning takes its window.
 
     A configuration that gives all of them (a run's own config.yaml) is left as it is: the run can go on when the
     checkpoint that it began with is gone.
@@ -55,11 +65,22 @@ def with_initial_sizes(entries: Mapping[str, Entry]) -> dict[str, Entry]:
     Raises:
         ConfigError: no checkpoint there.
     """
-    origin = entries.get("model.from")
-    missing = [f"model.{name}" for name in SHAPE if f"model.{name}" not in entries]
+    origin, task = entries.get("model.from"), entries.get("task.name")
+    wanted = [*(f"model.{name}" for name in SHAPE), *PAUSES]
+    if task is not None and task.value is not None:
+        wanted += _OF_A_TASK
+    missing = [name for name in wanted if name not in entries]
     if origin is None or origin.value is None or not missing:
         return dict(entries)
     path = checkpoint_config(str(origin.value))
     found = {entry.path: entry for entry in read_entries(read_config_text(path), str(path))}
     taken = {name: found[name] for name in ("model.preset", *missing) if name in found and name not in entries}
+    if _is_longer_than_default(taken.get("data.sequence_length")):
+        del taken["data.sequence_length"]
     return {**entries, **taken}
+
+
+def _is_longer_than_default(window: Entry | None) -> bool:
+    """Whether a checkpoint's window is one that nobody wants by default: imported models have 131,072 and more."""
+    longest = DataSection.model_fields["sequence_length"].default
+    return window is not None and isinstance(window.value, int) and window.value > longest

@@ -21,8 +21,9 @@ RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 # A later source that gives the first replaces what earlier sources said about the others.
 _REPLACES = {
-    "train.steps": ("train.tokens",),
-    "train.tokens": ("train.steps",),
+    "train.steps": ("train.tokens", "finetune.epochs"),
+    "train.tokens": ("train.steps", "finetune.epochs"),
+    "finetune.epochs": ("train.steps", "train.tokens"),
     "model.preset": ("model.layers", "model.hidden", "model.heads", "model.kv_heads", "model.ffn", "model.tied"),
     "data.valid_prefix": ("data.split",),
     "model.from": ("model.preset", *(f"model.{name}" for name in SHAPE)),

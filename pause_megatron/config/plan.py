@@ -13,6 +13,19 @@ def pauses_per_window(rate: float, sequence_length: int) -> int:
     return round(rate * sequence_length)
 
 
+def pause_range(text: str) -> range:
+    """ "10" or "0..50" (both ends included), as `finetune.pauses` has it -> the numbers of pauses that may be drawn.
+
+    Raises:
+        ConfigError: neither a number nor a range.
+    """
+    low, dots, high = text.partition("..")
+    ends = (low, high) if dots else (low, low)
+    if not all(end.strip().isdecimal() for end in ends) or int(ends[0]) > int(ends[1]):
+        raise ConfigError(f"finetune.pauses: expected a whole number or a range LOW..HIGH such as 0..50, came {text!r}")
+    return range(int(ends[0]), int(ends[1]) + 1)
+
+
 @dataclass(frozen=True)
 class BatchPlan:
     """How the windows of an optimizer step spread over ranks and passes. Sizes are windows, the rest is tokens."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from pause_megatron.config.plan import pauses_per_window
+from pause_megatron.config.plan import pause_range, pauses_per_window
 from pause_megatron.config.schema import RunConfig
 from pause_megatron.config.spelling import nearest
 from pause_megatron.errors import ConfigError
@@ -157,6 +157,32 @@ def _shares(split: str) -> list[float]:
         return [float(share) for share in split.split(",")]
     except ValueError:
         return []
+
+
+@_rule
+def finetune_pauses_can_be_counted(config: RunConfig) -> Broken:
+    try:
+        pause_range(config.finetune.pauses)
+    except ConfigError:
+        return ("finetune.pauses",), "a whole number of pauses, or a range LOW..HIGH such as 0..50"
+    return None
+
+
+@_rule
+def epochs_are_of_a_task(config: RunConfig) -> Broken:
+    if config.finetune.epochs is not None and config.task.name is None:
+        return ("finetune.epochs", "task.name"), "task.name with finetune.epochs; pretraining counts train.steps"
+    return None
+
+
+@_rule
+def masks_need_torch_attention(config: RunConfig) -> Broken:
+    finetune = config.finetune
+    masked = finetune.batching == "packed" or finetune.prefix_attention == "bidirectional"
+    if config.task.name is not None and config.model.attention == "te" and masked:
+        keys = ("model.attention", "finetune.batching", "finetune.prefix_attention")
+        return keys, "model.attention=sdpa with packed examples or a bidirectional prefix"
+    return None
 
 
 @_rule

@@ -51,7 +51,9 @@ class DataSection(Section):
         "1,0,0",
     )
     tokenizer: str | None = Field(
-        None, description="tokenizer to insist on; default: the one kept beside the corpus. Another one is refused"
+        None,
+        description="tokenizer to insist on (another one is refused); default: the one kept beside the corpus, or for "
+        "a finetuning that of model.from",
     )
     cache: str | None = Field(None, description="folder of index caches; default: 'cache' beside the first prefix")
     verify: Literal["once", "always", "never"] = Field(
@@ -125,6 +127,38 @@ class PauseSection(Section):
     )
     softmax: Literal["keep", "exclude"] = Field(
         "keep", description="whether the pause logits stay in the softmax denominator"
+    )
+
+
+class TaskSection(Section):
+    """What a model is finetuned on. A run with a task is a finetuning."""
+
+    name: str | None = Field(
+        None, description="a task that ships, a task's YAML file, or 'module:attribute'; null: pretraining on a corpus"
+    )
+    path: str | None = Field(
+        None, description="folder with this task's train.jsonl[.gz] and evaluation file; default: the Hugging Face Hub"
+    )
+    limit: int | None = Field(None, ge=1, description="train on the first so many records; default: all")
+
+
+class FinetuneSection(Section):
+    """Pauses behind prompts, and loss on targets alone (method: Goyal et al., ICLR 2024, section 3.2)."""
+
+    pauses: str = Field(
+        "0",
+        description="pauses of an example, M_ft; or a range LOW..HIGH that is drawn from for each example and epoch",
+    )
+    location: Literal["append", "prepend"] = Field("append", description="pauses behind or before the prompt")
+    prefix_attention: Literal["causal", "bidirectional"] = Field(
+        "causal", description="bidirectional: prompt and pauses see each other in both directions, as in the paper"
+    )
+    filler: str | None = Field(None, description="text of an ordinary token to use in place of <pause>, a control")
+    batching: Literal["packed", "padded"] = Field(
+        "packed", description="packed: several examples share a window and do not see each other; padded: one a window"
+    )
+    epochs: float | None = Field(
+        None, gt=0, description="passes over the examples; give this, train.steps or train.tokens"
     )
 
 
@@ -210,6 +244,8 @@ class RunConfig(Section):
     data: DataSection = DataSection()
     model: ModelSection = ModelSection()
     pause: PauseSection = PauseSection()
+    task: TaskSection = TaskSection()
+    finetune: FinetuneSection = FinetuneSection()
     train: TrainSection = TrainSection()
     batch: BatchSection = BatchSection()
     optim: OptimSection = OptimSection()

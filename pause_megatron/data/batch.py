@@ -25,6 +25,11 @@ class MicroBatch:
         sample_ids: int64 [batch], the global sample numbers.
         pause_tokens: Number of pauses among the input tokens.
         dataset_ids: int64 [batch], which corpus of a blend each window is of. None: there is one corpus.
+        segments: int32 [batch, seq], texts of a window that do not see each other, numbered from 0; -1 is padding.
+            None: every window is one text (with padding behind it, if any), which plain causal attention serves.
+        prefix: bool [batch, seq], tokens that see all tokens of their segment that are marked too, those behind them
+            as well (a prefix-LM). None: causal.
+        padding_tokens: Number of input tokens that are padding.
     """
 
     tokens: torch.Tensor
@@ -35,6 +40,9 @@ class MicroBatch:
     sample_ids: torch.Tensor
     pause_tokens: int
     dataset_ids: torch.Tensor | None = None
+    segments: torch.Tensor | None = None
+    prefix: torch.Tensor | None = None
+    padding_tokens: int = 0
 
     @property
     def target_datasets(self) -> torch.Tensor | None:
@@ -48,8 +56,8 @@ class MicroBatch:
 
     @property
     def raw_tokens(self) -> int:
-        """Input tokens, pauses included."""
-        return self.tokens.numel()
+        """Input tokens, pauses included, padding not."""
+        return self.tokens.numel() - self.padding_tokens
 
     @property
     def text_tokens(self) -> int:
@@ -74,7 +82,8 @@ def collate(
 
     Args:
         samples: Dictionaries with tokens, labels, position_ids int64 [seq] and loss_mask float [seq] of zeros and ones;
-            those of a BlendedDataset have a dataset_id.
+            those of a BlendedDataset have a dataset_id; all of them may have segments int32 [seq] and prefix bool
+            [seq] besides, as in MicroBatch.
         sample_ids: Their global sample numbers.
         pause_ids: The pause ids, to tell pauses from text.
     """
@@ -83,6 +92,13 @@ def collate(
         name: torch.stack([sample[name] for sample in samples], dim=1).flatten() for name in ("labels", "loss_mask")
     }
     is_pause = (tokens >= pause_ids.start) & (tokens < pause_ids.stop)
+    segments, prefix = (
+        torch.stack([sample[name] for sample in samples]) if name in samples[0] else None
+        for name in ("segments", "prefix")
+    )
+    padding_tokens = 0 if segments is None else int((segments < 0).sum())
+    if segments is not None and prefix is None and _is_one_text(segments):
+        segments = None
     target_rows = sequence_first["loss_mask"].nonzero().squeeze(1)
     return MicroBatch(
         tokens=tokens,
@@ -95,4 +111,12 @@ def collate(
         dataset_ids=torch.tensor([int(sample["dataset_id"]) for sample in samples])
         if "dataset_id" in samples[0]
         else None,
+        segments=segments,
+        prefix=prefix,
+        padding_tokens=padding_tokens,
     )
+
+
+def _is_one_text(segments: torch.Tensor) -> bool:
+    """Whether all windows are segment 0 with nothing but padding behind it: causal attention hides that by itself."""
+    return bool((segments[:, 0] == 0).all()) and bool((segments.diff(dim=1) <= 0).all())

@@ -156,6 +156,28 @@ def inject(text: np.ndarray, gaps: np.ndarray, pause_ids: range, length: int | N
     return window
 
 
+LOCATIONS = ("append", "prepend")
+"""Where the pauses of a prefix stand: behind it, or before it."""
+
+
+def add_pauses(ids: np.ndarray, count: int, pause_ids: range, *, location: str, kept: int = 0) -> np.ndarray:
+    """A prefix and its M pauses, for finetuning and inference (method.md, sections 2 and 3).
+
+    Args:
+        ids: int64 [tokens] of the prefix; there may be none.
+        count: M.
+        pause_ids: The K pause ids, used in turn; or a filler's one id.
+        location: One of LOCATIONS.
+        kept: Tokens at the beginning (a BOS) that prepended pauses stand behind.
+
+    Returns:
+        int64 [tokens + M].
+    """
+    # inject() never puts a pause before the first token: one that is taken away again stands there.
+    gap = 1 + (ids.size if location == "append" else kept)
+    return inject(np.concatenate([[0], ids]), np.full(count, gap, dtype=np.int64), pause_ids).tokens[1:]
+
+
 @dataclass(frozen=True)
 class PausePlan:
     """What `pause.*` and the sequence length mean for every window. Checked when made.

@@ -34,6 +34,7 @@ class Tokenizer:
         eod: id written after each document.
         pause_id: first id of `<pause>`; `vocab_size` unless the tokenizer has a slot for it.
         fingerprint: "KIND:SHA256" of the tokenizer's content; does not depend on where the file lies.
+        leading: ids that the exported tokenizer puts before a prompt (a BOS, if it does); `encode` never does.
     """
 
     def __init__(self, backend: TokenizerBackend, *, eod: int, pause_id: int) -> None:
@@ -43,6 +44,7 @@ class Tokenizer:
         self.eod = eod
         self.pause_id = pause_id
         self.fingerprint = f"{backend.kind}:{hashlib.sha256(backend.content).hexdigest()}"
+        self.leading = ids_before(backend.encode_whole("a"), backend.encode_batch(["a"])[0])
         self.check_pause_ids(1)
 
     def encode(self, text: str) -> list[int]:
@@ -121,6 +123,14 @@ class Tokenizer:
         # Decoders strip the space before the first piece; an anchor in front keeps the one that belongs to the text.
         anchor = self._backend.encode_batch(["a"])[0]
         return self._backend.decode(anchor + ids)[len(self._backend.decode(anchor)) :]
+
+
+def ids_before(whole: list[int], ids: list[int]) -> list[int]:
+    """What stands in `whole` before `ids`; nothing if they are not there."""
+    for start in range(len(whole) - len(ids) + 1):
+        if whole[start : start + len(ids)] == ids:
+            return whole[:start]
+    return []
 
 
 def load_tokenizer(path: str | Path, *, eod_token: str | None = None, pause_id: int | None = None) -> Tokenizer:

@@ -34,6 +34,9 @@ class TokenizerBackend(Protocol):
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text; no BOS or EOS added; text that looks like a special token stays text."""
 
+    def encode_whole(self, text: str) -> list[int]:
+        """Ids of a text with what an exported tokenizer puts around it."""
+
     def decode(self, ids: list[int]) -> str:
         """Text of ids below `vocab_size`; special tokens are left out."""
 
@@ -72,6 +75,9 @@ class SentencePieceBackend:
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         # num_threads=1: prepare runs one process per shard, and the default would start one thread per core in each.
         return self._model.encode(texts, out_type=int, num_threads=1)
+
+    def encode_whole(self, text: str) -> list[int]:
+        return self.encode_batch([text])[0]  # export-hf writes SentencePiece tokenizers without BOS or EOS
 
     def decode(self, ids: list[int]) -> str:
         return self._model.decode(ids)
@@ -119,6 +125,9 @@ class HuggingFaceBackend:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [item.ids for item in self._model.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def encode_whole(self, text: str) -> list[int]:
+        return self._model.encode(text, add_special_tokens=True).ids
 
     def decode(self, ids: list[int]) -> str:
         return self._model.decode(ids, skip_special_tokens=True)

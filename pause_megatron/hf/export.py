@@ -14,6 +14,7 @@ import torch
 
 from pause_megatron.checkpoint.merge import MergedReader
 from pause_megatron.checkpoint.verify import Report
+from pause_megatron.config.plan import pause_range
 from pause_megatron.durable import sync_file, sync_folder
 from pause_megatron.errors import CheckpointError
 from pause_megatron.hf.architecture import config_json
@@ -66,7 +67,7 @@ def export(
         output: must not exist, or be empty
         dtype: "fp32", "bf16" or "fp16"
         max_shard_size: bytes of one safetensors file; a larger tensor has a file of its own
-        finetuned_pauses: M_ft, the pauses that the model was finetuned with
+        finetuned_pauses: M_ft, the pauses that the model was finetuned with; None: as the run's configuration says
         report: told what is being done, bytes done and bytes in all
 
     Raises:
@@ -192,20 +193,29 @@ def _write_descriptions(
 
 
 def pause_record(checkpoint: NativeCheckpoint, names: Sequence[str], finetuned_pauses: int | None) -> dict[str, Any]:
-    """What config.json says about pauses: the token, its ids, how it was trained, and M_ft."""
-    pause, progress = checkpoint.config.pause, checkpoint.reader.manifest.progress
-    tokens = progress.get("tokens", 0)
+    """What config.json says about pauses: the token, its ids, how it was trained, and how it wants to be prompted.
+
+    `m_ft`, `location`, `filler` and `prefix_attention` are those of the finetuning, and inference's defaults; m_ft
+    is the upper end of a range. `realised_rate` is of a pretraining.
+    """
+    config, progress = checkpoint.config, checkpoint.reader.manifest.progress
+    pause, finetune, finetuned = config.pause, config.finetune, config.task.name is not None
+    if finetuned and finetuned_pauses is None:
+        finetuned_pauses = pause_range(finetune.pauses)[-1]
+    tokens = 0 if finetuned else progress.get("tokens", 0)
     return {
         "token": names[0],
         "tokens": list(names),
         "ids": list(checkpoint.pause_ids),
         "m_ft": finetuned_pauses,
-        "rate": pause.rate,
+        "rate": pause.rate if config.model.from_ or not finetuned else 0.0,
         "realised_rate": 1 - progress.get("text_tokens", 0) / tokens if tokens else None,
         "window": pause.window,
         "placement": pause.placement,
         "softmax": pause.softmax,
-        "prefix_attention": "causal",
+        "prefix_attention": finetune.prefix_attention if finetuned else "causal",
+        "location": finetune.location if finetuned else "append",
+        "filler": finetune.filler if finetuned else None,
     }
 
 

@@ -28,7 +28,7 @@ def model_card(
     count = pause["m_ft"] or DEFAULT_PAUSES
     sections = [
         _FRONT,
-        f"# {'A model pretrained with pauses' if config.pause.rate else 'A model pretrained without pauses'}\n",
+        f"# {_title(config, pause)}\n",
         _INTRODUCTION,
         "## Use\n",
         _USAGE.format(token=pause["token"], count=count, ids=pause["ids"]),
@@ -69,6 +69,14 @@ predicts before the last pause is ignored. The model must not emit pauses: `gene
 """
 
 
+def _title(config: RunConfig, pause: Mapping[str, Any]) -> str:
+    pretrained = f"pretrained {'with' if pause['rate'] else 'without'} pauses"
+    if config.task.name is None:
+        return f"A model {pretrained}"
+    finetuned = f"finetuned {'with' if pause['m_ft'] else 'without'} pauses on {config.task.name}"
+    return f"A model {pretrained}, {finetuned}" if config.model.from_ else f"A model {finetuned}"
+
+
 def _recipe(
     config: RunConfig, progress: Mapping[str, int], pause: Mapping[str, Any], step: int, live_rows: int, dtype: str
 ) -> list[tuple[str, str]]:
@@ -83,8 +91,8 @@ def _recipe(
         ("optimizer steps", f"{step:,} of {config.batch.global_size:,} windows"),
         ("raw tokens seen", f"{progress.get('tokens', 0):,}"),
         ("text tokens seen", f"{progress.get('text_tokens', 0):,}"),
-        ("pauses asked for", f"{config.pause.rate:g} of the window, window `{config.pause.window}`"),
-        ("realised pause rate", "no tokens seen" if realised is None else f"{realised:.4%} of the input tokens"),
+        ("pauses in pretraining", f"{pause['rate']:g} of the window, window `{config.pause.window}`"),
+        ("realised pause rate", "not recorded" if realised is None else f"{realised:.4%} of the input tokens"),
         ("placement", f"`{config.pause.placement}`"),
         ("pause embeddings", f"{config.pause.embeddings} (ids {pause['ids']})"),
         ("pause softmax", f"`{config.pause.softmax}`"),
@@ -93,6 +101,10 @@ def _recipe(
     ]
     if config.model.from_:
         rows.append(("initial weights", f"`{config.model.from_}`"))
+    if config.task.name is not None:
+        how = f"{config.finetune.pauses} pauses an example, `{pause['location']}`"
+        filler = "" if pause["filler"] is None else f", filler {pause['filler']!r} in place of the pauses"
+        rows.append(("finetuned on", f"`{config.task.name}`: {how}{filler}"))
     if config.train.only:
         rows.append(("trained", f"`{config.train.only}` only"))
     return rows

@@ -114,8 +114,12 @@ def _check(config, generation_config, prompt, pauses):
     """`max_length` counts prompt and new tokens, as everywhere in transformers; pauses come on top."""
     if generation_config.num_beams > 1:
         raise ValueError("pauses: expected num_beams=1 (greedy or sampling)")
-    if (getattr(config, "pause", None) or {}).get("prefix_attention", "causal") != "causal":
-        raise ValueError("pauses: the model's prefix is bidirectional; use pause_megatron.inference.PauseGenerator")
+    entry = getattr(config, "pause", None) or {}
+    for name, here in (("prefix_attention", "causal"), ("location", "append"), ("filler", None)):
+        if entry.get(name, here) != here:
+            raise ValueError(
+                f"pauses: the model's {name} is {entry[name]!r}; use pause_megatron.inference.PauseGenerator"
+            )
     available, max_length = getattr(config, "max_position_embeddings", None), generation_config.max_length
     if available is not None and max_length is not None and max_length + pauses > available:
         raise ValueError(

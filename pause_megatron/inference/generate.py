@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pause_megatron.data.pause import LOCATIONS
 from pause_megatron.errors import ConfigError
 from pause_megatron.inference.adaptive import FixedPauses, PausePolicy
 from pause_megatron.inference.answer import Answer
 from pause_megatron.inference.prefill import Prefix, prefill, prepare
-from pause_megatron.inference.prompts import LOCATIONS, PREFIX_ATTENTIONS, PauseInfo, PromptEncoder
+from pause_megatron.inference.prompts import PREFIX_ATTENTIONS, PauseInfo, PromptEncoder
 from pause_megatron.inference.results import Completion, Cost, Generation, Score
 from pause_megatron.inference.sampling import Sampling
 from pause_megatron.inference.session import Session
@@ -58,7 +59,7 @@ class PauseGenerator:
         prompts: Sequence[Prompt],
         *,
         pauses: Pauses = None,
-        location: str = "append",
+        location: str | None = None,
         filler: str | None = None,
         prefix_attention: str | None = None,
         max_new_tokens: int = 64,
@@ -77,8 +78,9 @@ class PauseGenerator:
         Args:
             prompts: texts, or token ids. Text never becomes a special token, whatever it spells.
             pauses: M, a policy, or one of these for each prompt; None: `default_pauses`.
-            location: "append" or "prepend" (before the prompt, after a BOS).
-            filler: text of one ordinary token to use in place of `<pause>`, the control.
+            location: "append" or "prepend" (before the prompt, after a BOS); None: as the model's configuration says.
+            filler: text of one ordinary token to use in place of `<pause>`, the control; "": `<pause>` itself; None: as
+                the model's configuration says.
             prefix_attention: "causal", or "bidirectional": prompt and pauses see each other in both directions, the
                 answer is causal (a prefix-LM); None: as the model's configuration says.
             max_new_tokens: tokens of an answer at most.
@@ -125,7 +127,7 @@ class PauseGenerator:
         continuations: Sequence[Prompt],
         *,
         pauses: Pauses = None,
-        location: str = "append",
+        location: str | None = None,
         filler: str | None = None,
         prefix_attention: str | None = None,
     ) -> tuple[tuple[Score, ...], Cost]:
@@ -170,13 +172,15 @@ class PauseGenerator:
         self,
         prompts: Sequence[Prompt],
         pauses: Pauses,
-        location: str,
+        location: str | None,
         filler: str | None,
         prefix_attention: str | None,
         new_tokens: int,
     ) -> tuple[str, list[Prefix]]:
         """Check everything that can be checked before the first forward pass."""
         attention = self.pause.prefix_attention if prefix_attention is None else prefix_attention
+        location = self.pause.location if location is None else location
+        filler = self.pause.filler if filler is None else filler
         for name, value, allowed in (
             ("location", location, LOCATIONS),
             ("prefix_attention", attention, PREFIX_ATTENTIONS),
@@ -186,7 +190,7 @@ class PauseGenerator:
         if isinstance(prompts, str):
             raise ConfigError("prompts: expected a list of prompts, came one string")
         policies = self._policies(pauses, len(prompts))
-        fillers = () if filler is None else (self.encoder.filler_id(filler),)
+        fillers = (self.encoder.filler_id(filler),) if filler else ()
         prefixes = [
             prepare(self.encoder, prompt, policy, location, fillers, name=f"prompt {i}")
             for i, (prompt, policy) in enumerate(zip(prompts, policies, strict=True))

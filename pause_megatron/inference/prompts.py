@@ -12,18 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from pause_megatron.data.pause import inject
-from pause_megatron.data.tokenizer import PAUSE_TOKEN
-from pause_megatron.errors import ConfigError, DataError
+from pause_megatron.data.continuation import Continuations
+from pause_megatron.data.pause import LOCATIONS, add_pauses
+from pause_megatron.data.tokenizer import PAUSE_TOKEN, ids_before
+from pause_megatron.errors import DataError
 
-LOCATIONS = ("append", "prepend")
 PREFIX_ATTENTIONS = ("causal", "bidirectional")
-
-# A decoder strips the space before the first piece of a text; behind this word an answer keeps it.
-_ANCHOR = "a"
-
-# Texts that a continuation is encoded behind; one of them will not merge with its first characters.
-_BEFORE = (_ANCHOR, ".", "\n")
 
 
 @dataclass(frozen=True)
@@ -34,11 +28,15 @@ class PauseInfo:
         ids: the K pause ids, used in turn within a run; empty for a model without pauses.
         m_ft: pauses that the model was finetuned with; None if it was not, or if nobody said so.
         prefix_attention: "causal" or "bidirectional" (a prefix-LM).
+        location: "append" or "prepend": where it was finetuned to have them.
+        filler: text of the ordinary token that it was finetuned with in their place; None: pauses.
     """
 
     ids: range = range(0)
     m_ft: int | None = None
     prefix_attention: str = "causal"
+    location: str = "append"
+    filler: str | None = None
 
     @classmethod
     def of(cls, config: Any, tokenizer: Any) -> PauseInfo:
@@ -74,6 +72,8 @@ class PauseInfo:
                 range(ids[0], ids[0] + len(ids)) if ids else range(0),
                 None if m_ft is None else int(m_ft),
                 entry.get("prefix_attention", "causal"),
+                entry.get("location", "append"),
+                entry.get("filler"),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DataError(f'config.json: "pause" is not readable ({type(error).__name__}: {error})') from None
@@ -81,11 +81,13 @@ class PauseInfo:
             raise DataError(f"config.json: pause.ids: expected consecutive ids, came {ids}")
         if info.m_ft is not None and info.m_ft < 0:
             raise DataError(f"config.json: pause.m_ft: expected null or 0 or more, came {info.m_ft}")
-        if info.prefix_attention not in PREFIX_ATTENTIONS:
-            raise DataError(
-                f"config.json: pause.prefix_attention: expected one of {', '.join(PREFIX_ATTENTIONS)}, came "
-                f"{info.prefix_attention!r}"
-            )
+        for name, allowed in (("prefix_attention", PREFIX_ATTENTIONS), ("location", LOCATIONS)):
+            if getattr(info, name) not in allowed:
+                raise DataError(
+                    f"config.json: pause.{name}: expected one of {', '.join(allowed)}, came {getattr(info, name)!r}"
+                )
+        if info.filler is not None and not (isinstance(info.filler, str) and info.filler):
+            raise DataError(f"config.json: pause.filler: expected null or the text of a token, came {info.filler!r}")
         return info
 
 
@@ -100,8 +102,7 @@ class PromptEncoder:
     def __init__(self, tokenizer: Any, pause: PauseInfo) -> None:
         self.tokenizer = tokenizer
         self.pause = pause
-        self.anchor = self._encode(_ANCHOR)
-        self._anchor_text = self._decode(self.anchor)
+        self._continuations = Continuations(self._encode, self._decode)
         self.leading = self._leading()
 
     def encode(self, prompt: str | Sequence[int]) -> list[int]:
@@ -116,23 +117,14 @@ class PromptEncoder:
     def encode_continuation(self, text: str) -> list[int]:
         """Ids of a text that goes on from another one, as an answer after pauses does.
 
-        A SentencePiece answer must start with a space-prefixed piece (`▁the` for " the", never `▁`, `▁the`), and the
-        middle of a word must not, which encoding the text on its own does not give. So it is encoded behind other text,
-        and what comes out must decode to exactly this text.
-
         Raises:
-            DataError: none does.
+            DataError: it has no encoding that decodes to exactly this text.
         """
-        for before in _BEFORE:
-            head, whole = self._encode(before), self._encode(before + text)
-            ids = whole[len(head) :]
-            if whole[: len(head)] == head and self.decode_continuation(ids) == text:
-                return ids
-        raise DataError(f"{text!r} has no encoding as a continuation that decodes to itself")
+        return self._continuations.encode(text)
 
     def decode_continuation(self, ids: Sequence[int]) -> str:
         """Text that ids add to the text before them. Special tokens, pauses among them, are not shown."""
-        return self._decode([*self.anchor, *ids])[len(self._anchor_text) :]
+        return self._continuations.decode(ids)
 
     def with_pauses(self, ids: Sequence[int], count: int, location: str, filler: Sequence[int] = ()) -> list[int]:
         """A prompt and its pauses.
@@ -148,10 +140,8 @@ class PromptEncoder:
         """
         pause_ids = range(filler[0], filler[0] + 1) if filler else self.pause.ids
         kept = len(self.leading) if list(ids[: len(self.leading)]) == self.leading else 0
-        # inject() never puts a pause before the first token: one that is taken away again stands there.
-        gap = 1 + (len(ids) if location == "append" else kept)
-        text = np.array([0, *ids], dtype=np.int64)
-        return inject(text, np.full(count, gap, dtype=np.int64), pause_ids).tokens[1:].tolist()
+        text = np.array(ids, dtype=np.int64)
+        return add_pauses(text, count, pause_ids, location=location, kept=kept).tolist()
 
     def filler_id(self, text: str) -> int:
         """The one token that a filler is.
@@ -159,13 +149,7 @@ class PromptEncoder:
         Raises:
             ConfigError: it is several tokens, or none.
         """
-        ids = self._encode(text)
-        if len(ids) == 2 and self.decode_continuation(ids[:1]) in ("", " "):
-            ids = ids[1:]  # SentencePiece puts a bare space before a piece that has no space-prefixed form
-        if len(ids) != 1:
-            pieces = self.tokenizer.convert_ids_to_tokens(ids)
-            raise ConfigError(f"filler: expected the text of one token, {text!r} is {len(ids)} ({' '.join(pieces)})")
-        return ids[0]
+        return self._continuations.filler_id(text)
 
     def _encode(self, text: str) -> list[int]:
         try:
@@ -179,11 +163,8 @@ class PromptEncoder:
 
     def _leading(self) -> list[int]:
         """What the tokenizer puts before a text. What it puts after one (an EOS) would end the prompt: left out."""
-        whole = self.tokenizer(_ANCHOR, add_special_tokens=True, split_special_tokens=True)["input_ids"]
-        for start in range(len(whole) - len(self.anchor) + 1):
-            if whole[start : start + len(self.anchor)] == self.anchor:
-                return whole[:start]
-        return []
+        whole = self.tokenizer("a", add_special_tokens=True, split_special_tokens=True)["input_ids"]
+        return ids_before(whole, self._encode("a"))
 
 
 def _special_id(tokenizer: Any, token: str) -> int | None:

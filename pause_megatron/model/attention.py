@@ -5,10 +5,32 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+
+
+def segment_mask(segments: Tensor, prefix: Tensor | None = None) -> Tensor:
+    """Who sees whom in windows of several texts: a token sees its own segment up to itself, and a prefix all of itself.
+
+    Token i sees token j if both are of the same segment, and j <= i or both are in the segment's prefix. Padding is
+    segment -1, so that it sees padding (itself at least: no softmax is over nothing) and nobody else sees it.
+
+    Args:
+        segments: int [batch, seq].
+        prefix: bool [batch, seq]; None: causal.
+
+    Returns:
+        bool [batch, 1, seq, seq], True where a query must not look, as SDPACoreAttention wants it. Made once for a
+        micro-batch: all layers use it.
+    """
+    seq = segments.shape[1]
+    seen = torch.ones(seq, seq, dtype=torch.bool, device=segments.device).tril_()
+    if prefix is not None:
+        seen = seen | (prefix[:, :, None] & prefix[:, None, :])
+    return ~(seen & (segments[:, :, None] == segments[:, None, :]))[:, None]
 
 
 class SDPACoreAttention(MegatronModule):

@@ -84,7 +84,8 @@ class PauseGPTModel(GPTModel):
         """Loss over the targets, losses per token, or logits.
 
         Args:
-            input_ids, position_ids: [batch, seq] int64.
+            input_ids, position_ids: [batch, seq] int64. Rotary positions are 0, 1, 2, ... without an attention mask,
+                else those of position_ids, which may start anew within a window.
             attention_mask: bool [batch, 1, seq, seq], True where a query must not look; None: causal.
             decoder_input: as GPTModel.
             labels: [batch, seq] int64, for Megatron-LM's own loss function.
@@ -99,6 +100,8 @@ class PauseGPTModel(GPTModel):
             With `targets`, an LMLoss. With `labels`, token losses [batch, seq] fp32, 0 where loss_mask is 0. Else
             logits [batch, seq, vocabulary shard], padding columns included.
         """
+        if attention_mask is None and self.position_embedding_type == "rope" and not _is_inference(options):
+            position_ids = None
         hidden = super().forward(input_ids, position_ids, attention_mask, decoder_input, **options)
         if not self.post_process or _is_inference(options):
             return hidden
@@ -113,6 +116,14 @@ class PauseGPTModel(GPTModel):
         """Logits of all live ids, gathered from all tensor-parallel ranks: [batch, seq, vocabulary.size] fp32."""
         logits = self(tokens, position_ids, attention_mask, runtime_gather_output=True)
         return logits[..., : self.vocabulary.size].float()
+
+    def _preprocess(self, input_ids: Tensor, position_ids: Tensor | None, *args: Any, **kwargs: Any) -> tuple:
+        # GPTModel ignores position_ids where positions are rotary: one table [seq, 1, 1, channels] for all windows.
+        hidden, rotary, *others = super()._preprocess(input_ids, position_ids, *args, **kwargs)
+        restarting = position_ids is not None and self.position_embedding_type == "rope"
+        if restarting and rotary is not None and kwargs.get("inference_context") is None:
+            rotary = rotary[:, 0, 0][position_ids].transpose(0, 1).unsqueeze(2)
+        return hidden, rotary, *others
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # GPTModel.forward ends here. The head comes after it, in our forward.

@@ -6,8 +6,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from pause_megatron.config.schema import OptimSection
 from pause_megatron.data.batch import MicroBatch
 from pause_megatron.distributed import ParallelContext
@@ -44,7 +42,7 @@ class StepResult:
         applied: False when the gradient was not finite and the step was skipped
         tokens, text_tokens: of this step, over all ranks
         seconds: wall time from having the batch to the end of the step
-        sample: [sequence] input ids of the first window of this rank, on the CPU
+        sample: this rank's first micro-batch, on the CPU
         last: the run is complete
         stopped: a rank was asked to stop, so that no step follows either
         validation: held-out losses by name; filled in by the validation hook, for the hooks after it
@@ -58,7 +56,7 @@ class StepResult:
     tokens: int
     text_tokens: int
     seconds: float
-    sample: Tensor
+    sample: MicroBatch
     last: bool
     stopped: bool
     validation: dict[str, float] = field(default_factory=dict)
@@ -120,7 +118,7 @@ def training_steps(
             tokens=tokens,
             text_tokens=text_tokens,
             seconds=time.perf_counter() - started,
-            sample=micro_batches[0].tokens[0],
+            sample=micro_batches[0],
             last=step + 1 == total_steps,
             stopped=stopped,
         )

@@ -10,7 +10,7 @@ import resource
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from tqdm import tqdm
 from pause_megatron.config.plan import BatchPlan
 from pause_megatron.config.presets import flops_per_token, parameters
 from pause_megatron.config.schema import RunConfig
+from pause_megatron.data.batch import MicroBatch
 from pause_megatron.distributed import ParallelContext
 from pause_megatron.train.loop import Progress, StepResult
 
@@ -143,7 +144,7 @@ class TensorBoard:
         *,
         resume_after: int,
         config_yaml: str,
-        show: Callable[[Sequence[int]], str],
+        show: Callable[[MicroBatch], str],
     ) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
@@ -168,7 +169,7 @@ class TensorBoard:
 
     def show_sample(self, result: StepResult) -> None:
         """The first window of the step as text."""
-        lines = self._show(result.sample.tolist()).splitlines()
+        lines = self._show(result.sample).splitlines()
         text = "\n".join(textwrap.fill(line, 120) for line in lines)
         self._writer.add_text("sample", _preformatted(text), result.step)
 
@@ -176,16 +177,18 @@ class TensorBoard:
         self._writer.close()
 
 
-def announce(config: RunConfig, plan: BatchPlan, vocabulary: int, zero_stage: int, context: ParallelContext) -> None:
-    """Says on stderr what is about to run."""
+def announce(
+    config: RunConfig, plan: BatchPlan, vocabulary: int, zero_stage: int, context: ParallelContext, data: str
+) -> None:
+    """Says on stderr what is about to run; `data` says what a step reads."""
     sequence = " with sequence parallelism" if config.parallel.sequence else ""
     _say(
         f"{plan.world_size} ranks on {context.device.type}: {plan.data_parallel} data parallel x {plan.tensor} tensor "
         f"parallel{sequence}, ZeRO {zero_stage}, {config.engine.precision}"
     )
     _say(
-        f"{parameters(config.model, vocabulary):,} parameters; {plan.steps:,} steps of {plan.raw_tokens:,} raw tokens "
-        f"(about {plan.text_tokens:,.0f} of text), run folder {config.run.dir}"
+        f"{parameters(config.model, vocabulary):,} parameters; {plan.steps:,} steps of {data}, run folder "
+        f"{config.run.dir}"
     )
 
 

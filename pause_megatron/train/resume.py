@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
-from pause_megatron.checkpoint import CheckpointReader, Store
+from pause_megatron.checkpoint import CheckpointReader, Store, restore_engine, restore_weights
 from pause_megatron.config.load import load
 from pause_megatron.config.schema import RunConfig
 from pause_megatron.distributed import ParallelContext
+from pause_megatron.engine import Engine
 from pause_megatron.errors import CheckpointError
+from pause_megatron.model import PauseGPTModel
 from pause_megatron.train.loop import Progress
 
 # What may change between the parts of a run, because the losses do not depend on it.
@@ -17,8 +20,9 @@ FREE_SECTIONS = frozenset({"parallel", "checkpoint", "validation", "log"})
 FREE_KEYS = frozenset(
     {
         "run.dir",
-        *("data.prefix", "data.valid_prefix", "data.tokenizer", "data.cache"),  # the corpus is compared by its content
+        *("data.prefix", "data.valid_prefix", "data.tokenizer", "data.cache"),  # the data are compared by their content
         *("data.verify", "data.prefetch"),
+        "task.path",
         *("model.attention", "model.head_chunk"),
         "batch.micro_size",
         *("engine.ds_config", "engine.zero_stage"),
@@ -32,6 +36,19 @@ class Resumed:
 
     reader: CheckpointReader
     progress: Progress
+
+    @property
+    def folder(self) -> Path:
+        """The checkpoint."""
+        return self.reader.folder
+
+    def weights_into(self, model: PauseGPTModel) -> None:
+        """Copies this rank's weights into a fresh model, before DeepSpeed sees it."""
+        restore_weights(model, self.reader)
+
+    def state_into(self, engine: Engine) -> None:
+        """Copies masters, moments and step."""
+        restore_engine(engine, self.reader)
 
 
 def find_resume(store: Store, config: RunConfig, corpus: str, context: ParallelContext) -> Resumed | None:

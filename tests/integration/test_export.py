@@ -56,17 +56,17 @@ def train(corpus: str, folder: str, tensor: int, zero: int, extra: list[str]) ->
     """Trains; then the logits of the first validation windows, by the native model at the topology that trained it."""
     from pause_megatron.checkpoint import CheckpointReader, restore_weights
     from pause_megatron.checkpoint.store import resolve
-    from pause_megatron.data.corpora import open_corpora
     from pause_megatron.distributed import initialize
-    from pause_megatron.train.pretrain import _datasets, _model, pretrain
+    from pause_megatron.train.pretrain import corpus_data, pretrain
+    from pause_megatron.train.run import new_model
 
     config = run_config(corpus, folder, tensor, zero, extra)
     assert pretrain(config) == 0
     with initialize(config.parallel) as context:
-        datasets = _datasets(config, open_corpora(config.data, config.pause.embeddings))
-        model = _model(config, datasets)
+        data = corpus_data(config, context.world_size)
+        model = new_model(config, data)
         restore_weights(model, CheckpointReader(resolve(folder), context.tp_rank))
-        windows = torch.stack([datasets.valid[i]["tokens"] for i in range(SAMPLES)])
+        windows = torch.stack([data.valid.windows[i]["tokens"] for i in range(SAMPLES)])
         positions = torch.arange(windows.shape[1]).expand_as(windows)
         with torch.no_grad():
             return [windows, model.eval().logits(windows, positions).clone()]
@@ -74,13 +74,12 @@ def train(corpus: str, folder: str, tensor: int, zero: int, extra: list[str]) ->
 
 def loss_by_transformers(model, config: RunConfig) -> float:
     """Mean loss over the validation windows; nothing of the native model takes part."""
-    from pause_megatron.data.corpora import open_corpora
-    from pause_megatron.train.pretrain import _datasets
+    from pause_megatron.train.pretrain import corpus_data
 
-    datasets = _datasets(config, open_corpora(config.data, config.pause.embeddings))
+    valid = corpus_data(config, 1).valid.windows
     total, count = 0.0, 0
     for number in range(SAMPLES):
-        sample = datasets.valid[number]
+        sample = valid[number]
         with torch.no_grad():
             logits = model(sample["tokens"][None]).logits[0]
         if config.pause.softmax == "exclude":

@@ -163,10 +163,10 @@ def test_the_native_tokenizer_reserves_exactly_that_id(tokenizers, tmp_path):
 
 def begin(corpus: str, checkpoint: str, folder: str, tensor: int, zero: int) -> dict[str, torch.Tensor]:
     """Starts a run from a checkpoint at another topology; the weights before its first step, as this rank has them."""
-    from pause_megatron.data.corpora import open_corpora
     from pause_megatron.distributed import initialize
-    from pause_megatron.train.initial import load_initial_weights
-    from pause_megatron.train.pretrain import _datasets, _model, pretrain
+    from pause_megatron.train.initial import InitialWeights
+    from pause_megatron.train.pretrain import corpus_data, pretrain
+    from pause_megatron.train.run import new_model
 
     config = load(
         overrides=[
@@ -177,9 +177,9 @@ def begin(corpus: str, checkpoint: str, folder: str, tensor: int, zero: int) -> 
         ]
     )
     with initialize(config.parallel) as context:
-        corpora = open_corpora(config.data, config.pause.embeddings)
-        model = _model(config, _datasets(config, corpora))
-        load_initial_weights(model, config, corpora.tokenizer, context)
+        data = corpus_data(config, context.world_size)
+        model = new_model(config, data)
+        InitialWeights(config, data.tokenizer, context).weights_into(model)
         weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     assert pretrain(config) == 0
     return weights

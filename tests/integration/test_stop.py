@@ -11,7 +11,7 @@ import pytest
 from forked_ranks import STEPS, assert_same, finish, metrics, run_config, start
 
 from pause_megatron.checkpoint import Store
-from pause_megatron.train.pretrain import EXIT_STOPPED
+from pause_megatron.train.run import EXIT_STOPPED
 
 
 @pytest.fixture(scope="module")

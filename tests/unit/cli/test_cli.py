@@ -18,6 +18,7 @@ from pause_megatron.cli import main
 from pause_megatron.config.keys import keys
 from pause_megatron.config.load import load, recipe_names
 from pause_megatron.errors import ConfigError, DataError
+from pause_megatron.tasks import load_task, task_names
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -70,8 +71,18 @@ def test_pretrain_help_lists_every_key(capsys):
     out = capsys.readouterr().out
     for key in keys().values():
         assert f"    {key.path:26} {key.expected}; default {key.default_text}\n" in out
-    assert all(name in out for name in recipe_names())
+    assert all(name in out for name in recipe_names() if not name.startswith("finetune-"))
     assert max(map(len, out.splitlines())) <= 120
+
+
+def test_finetune_has_a_recipe_for_every_task(capsys):
+    assert {f"finetune-{name}" for name in task_names()} == {n for n in recipe_names() if n.startswith("finetune-")}
+    for name in task_names():
+        config = load(recipe=f"finetune-{name}")
+        assert config.task.name == name and config.finetune.pauses == str(load_task(name).finetune.pauses)
+    assert main(["finetune", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in task_names()) and "    finetune.pauses " in out
 
 
 def test_python_dash_m_runs_the_program():

@@ -36,6 +36,23 @@ def test_nothing_else_comes_from_it(run):
     assert load(overrides=[f"model.from={run}"]).optim == load().optim
 
 
+def test_pause_vectors_come_from_it_and_a_finetuning_takes_the_window_too(tmp_path, run):
+    path = run / "checkpoints" / "step-00000007" / "config.yaml"
+    written = ["pause.embeddings=3", "pause.softmax=exclude", "pause.rate=0.2", "data.sequence_length=96"]
+    path.write_text(dump(load(overrides=[*SIZES, *written])))
+    pretraining = load(overrides=[f"model.from={run}"])
+    assert (pretraining.pause.embeddings, pretraining.pause.softmax) == (3, "exclude")
+    assert (pretraining.pause.rate, pretraining.data.sequence_length) == (0.1, 2048)
+    finetuning = load(recipe="finetune-gsm8k", overrides=[f"model.from={run}"])
+    assert (finetuning.pause.embeddings, finetuning.pause.rate, finetuning.data.sequence_length) == (3, 0.2, 96)
+    assert (
+        load(recipe="finetune-gsm8k", overrides=[f"model.from={run}", "data.sequence_length=64"]).data
+        != finetuning.data
+    )
+    path.write_text(dump(load(overrides=[*SIZES, "data.sequence_length=131072"])))
+    assert load(recipe="finetune-gsm8k", overrides=[f"model.from={run}"]).data.sequence_length == 2048
+
+
 def test_a_size_that_is_given_stays(run):
     """The run itself then refuses the weights, and says which size differs."""
     assert load(overrides=[f"model.from={run}", "model.layers=5"]).model.layers == 5
@@ -49,7 +66,7 @@ def test_a_resolved_configuration_needs_no_checkpoint(run, tmp_path):
     assert load(tmp_path / "config.yaml") == config
 
 
-@pytest.mark.parametrize("missing", ["nothing", "run/checkpoints/step-00000008"])
+@pytest.mark.parametrize("missing", ["nothing", "run/checkpoints/step-00000008", "x" * 300])
 def test_no_checkpoint_there(run, tmp_path, missing):
     with pytest.raises(ConfigError, match=r"model\.from: expected a checkpoint .* came .*"):
         load(overrides=[f"model.from={tmp_path / missing}"])

@@ -208,7 +208,7 @@ def test_every_default_round_trips_and_every_key_is_described():
 @pytest.mark.parametrize("name", recipe_names())
 def test_recipes_load_and_round_trip(name, tmp_path):
     config = load(recipe=name)
-    assert config.train.steps and config.run.dir == f"runs/{name}"
+    assert (config.train.steps or config.finetune.epochs) and config.run.dir == f"runs/{name}"
     assert load(write(tmp_path, dump(config))) == config
 
 

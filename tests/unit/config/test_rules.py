@@ -54,6 +54,12 @@ BROKEN = {
         ["data.source=hf:allenai/c4", "data.tokenizer=t"],
         "a prepared corpus in data.valid_prefix, or validation.every=0, with data.source",
     ),
+    "finetune_pauses_can_be_counted": (["finetune.pauses=50..0"], "a range LOW..HIGH such as 0..50; came"),
+    "epochs_are_of_a_task": (["finetune.epochs=2"], "task.name with finetune.epochs"),
+    "masks_need_torch_attention": (
+        ["task.name=gsm8k", "model.attention=te"],
+        "model.attention=sdpa with packed examples or a bidirectional prefix",
+    ),
     "run_dir_is_named": (["run.dir=' '"], "the name of a folder"),
 }
 
@@ -86,6 +92,8 @@ def test_all_broken_rules_are_reported_together():
         ["data.split=1,0,0", "data.valid_prefix=v"],
         ["train.steps=10", "optim.warmup_steps=8", "optim.schedule=wsd"],
         ["parallel.tensor=4", "parallel.sequence=true", "model.preset=1b"],
+        ["task.name=gsm8k", "finetune.pauses=0..50", "finetune.epochs=0.5"],
+        ["task.name=gsm8k", "finetune.batching=padded", "model.attention=te"],
     ],
 )
 def test_combinations_that_are_fine(overrides):

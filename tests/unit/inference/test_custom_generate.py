@@ -103,7 +103,7 @@ def test_wrong_settings_are_refused(generator, settings, message):
 def test_a_bidirectional_model_is_refused():
     model = llama(601)
     model.config.pause["prefix_attention"] = "bidirectional"
-    with pytest.raises(ValueError, match="the model's prefix is bidirectional"):
+    with pytest.raises(ValueError, match="the model's prefix_attention is 'bidirectional'"):
         model.generate(torch.tensor([[5]]), custom_generate=pause_generate, pauses=1, max_new_tokens=1)
 
 

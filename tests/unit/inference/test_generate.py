@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny_llama import llama, sentencepiece_tokenizer
@@ -290,3 +292,19 @@ def test_a_configuration_that_does_not_fit_is_refused(sentencepiece, entry, mess
 def test_policies_and_numbers_can_be_mixed(generator):
     mixed = generator.generate(PROMPTS[:2], pauses=[FixedPauses(3), 5], max_new_tokens=3)
     assert mixed.completions == generator.generate(PROMPTS[:2], pauses=[3, 5], max_new_tokens=3).completions
+
+
+def test_a_model_brings_its_location_filler_and_prefix_attention(generator):
+    """Left out, they are the configuration's; given, they win; filler "" asks for pauses themselves."""
+    info = replace(generator.pause, m_ft=3, location="prepend", filler=".", prefix_attention="bidirectional")
+    own = PauseGenerator(generator.model, generator.encoder.tokenizer, info)
+
+    def first_logits(model: PauseGenerator, **options: object) -> torch.Tensor:
+        completion = model.generate(["My fellow citizens"], max_new_tokens=1, keep_logits=True, **options)
+        return completion.completions[0].logits
+
+    said = {"location": "prepend", "filler": ".", "prefix_attention": "bidirectional"}
+    assert torch.equal(first_logits(own), first_logits(generator, pauses=3, **said))
+    back = {"location": "append", "filler": "", "prefix_attention": "causal"}
+    assert torch.equal(first_logits(own, **back), first_logits(generator, pauses=3))
+    assert not torch.equal(first_logits(own), first_logits(own, **back))

@@ -28,7 +28,7 @@ def result(step: int, *, applied: bool = True, last: bool = False, stopped: bool
         tokens=100,
         text_tokens=90,
         seconds=0.5,
-        sample=torch.zeros(4, dtype=torch.int64),
+        sample=None,  # no hook of these tests shows it
         last=last,
         stopped=stopped,
     )

@@ -1,0 +1,65 @@
+"""Pause-finetuning (Goyal et al., ICLR 2024, section 3.2): a run on a task's examples, with loss on their targets."""
+
+from __future__ import annotations
+
+from pause_megatron.config.schema import RunConfig
+from pause_megatron.data.batch import MicroBatch
+from pause_megatron.data.examples import continuations
+from pause_megatron.data.tokenizer import Tokenizer
+from pause_megatron.distributed import initialize
+from pause_megatron.train.inputs import HeldOut, TrainingData
+from pause_megatron.train.run import train
+from pause_megatron.train.signals import StopRequest
+from pause_megatron.train.task_data import TaskData, held_out, open_task
+
+
+def finetune(config: RunConfig) -> int:
+    """Trains on the examples of `task.name`; otherwise as `pretrain`: the same loop, checkpoints, resume and hooks.
+
+    Args:
+        config: a resolved configuration with a task
+
+    Returns:
+        EXIT_FINISHED, or EXIT_STOPPED after SIGTERM, SIGINT or SIGUSR2.
+
+    Raises:
+        PauseMegatronError: as `pretrain`, and a task, record or example that cannot be used.
+    """
+    with initialize(config.parallel) as context, StopRequest() as stop:
+        data = open_task(config)
+        return train(data.config, training_data(data), context, stop)
+
+
+def training_data(data: TaskData) -> TrainingData:
+    """A task's windows as the loop sees them."""
+    valid = plain = None
+    if data.config.validation.every:
+        with_pauses, without = held_out(data)
+        valid = HeldOut(with_pauses, with_pauses.windows_in_epochs(1))
+        plain = valid if without is with_pauses else HeldOut(without, without.windows_in_epochs(1))
+    return TrainingData(
+        train=data.windows,
+        valid=valid,
+        valid_without_pauses=plain,
+        tokenizer=data.tokenizer,
+        pause_ids=data.pause_ids,
+        fingerprint=data.fingerprint,
+        description=data.description,
+        show=lambda batch: show_window(batch, data.tokenizer),
+    )
+
+
+def show_window(batch: MicroBatch, tokenizer: Tokenizer) -> str:
+    """The examples of a micro-batch's first window, a line for each: prefix with its pauses, then [[target]]."""
+    size = batch.tokens.shape[0]
+    mine = batch.target_rows % size == 0
+    places, targets = batch.target_rows[mine] // size, batch.targets[mine]
+    segments = batch.segments[0] if batch.segments is not None else batch.tokens.new_zeros(batch.tokens.shape[1])
+    decode = continuations(tokenizer).decode
+    lines = []
+    for segment in segments[places].unique().tolist():
+        learned = segments[places] == segment
+        first = int(segments.eq(segment).nonzero()[0])
+        prefix = batch.tokens[0, first : int(places[learned][0]) + 1]
+        lines.append(f"{tokenizer.decode(prefix.tolist())}[[{decode(targets[learned].tolist())}]]")
+    return "\n".join(lines)

@@ -1,0 +1,206 @@
+"""A run from its data to its last checkpoint: the stages that pretraining and finetuning share, in their order."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+from pause_megatron.checkpoint import Store, save
+from pause_megatron.config.deepspeed import deepspeed_config
+from pause_megatron.config.load import dump
+from pause_megatron.config.plan import batch_plan
+from pause_megatron.config.schema import RunConfig
+from pause_megatron.data.loader import StepLoader
+from pause_megatron.data.sampler import StepSampler
+from pause_megatron.distributed import ParallelContext
+from pause_megatron.engine import Engine
+from pause_megatron.model import (
+    PauseGPTModel,
+    Vocabulary,
+    build_model,
+    parameter_groups,
+    train_pause_rows_only,
+)
+from pause_megatron.train.hooks import Every, Hook, SkipLimit
+from pause_megatron.train.inputs import HeldOut, TrainingData
+from pause_megatron.train.loop import Progress, StepResult, training_steps
+from pause_megatron.train.losses import Losses
+from pause_megatron.train.monitoring import MetricsFile, ProgressBar, TensorBoard, Throughput, announce, conclude
+from pause_megatron.train.resume import progress_record
+from pause_megatron.train.signals import StopRequest
+from pause_megatron.train.start import find_start
+from pause_megatron.train.streaming import Stream
+from pause_megatron.train.validation import evaluate_loss, validation_losses
+
+EXIT_FINISHED = 0
+EXIT_STOPPED = 75  # EX_TEMPFAIL: asked to stop, checkpoint saved, the same command goes on
+SKIPPED_STEPS_IN_A_ROW = 10
+
+
+def train(config: RunConfig, data: TrainingData, context: ParallelContext, stop: StopRequest) -> int:
+    """Trains on `data` until `train.steps` or a stop signal. Every rank calls this.
+
+    Args:
+        config: a resolved configuration, its number of steps known
+        data: what to train on
+        context: this rank's place in the process groups
+        stop: read once a step
+
+    Returns:
+        EXIT_FINISHED or EXIT_STOPPED.
+    """
+    with ExitStack() as closing:
+        model = new_model(config, data)
+        store = Store(Path(config.run.dir) / "checkpoints", context.rank, context.world_size)
+        start = find_start(store, config, data, context)
+        start.weights_into(model)
+        engine = closing.enter_context(_engine(config, model, context))
+        start.state_into(engine)
+        progress = start.progress
+        if context.rank == 0:
+            plan, stage = batch_plan(config, context.world_size), engine.deepspeed.zero_optimization_stage()
+            announce(config, plan, model.vocabulary.size, stage, context, data.description)
+        stream = closing.enter_context(data.stream(context, start.folder)) if data.stream else None
+        hooks = _hooks(config, engine, data, store, context, progress, stream)
+        for hook in hooks:
+            closing.callback(hook.close)
+        batches = closing.enter_context(_batches(config, data, context, progress, stream))
+        for result in training_steps(
+            engine,
+            batches,
+            context,
+            optim=config.optim,
+            total_steps=config.train.steps,
+            progress=progress,
+            stop=stop,
+            corpora=data.names,
+        ):
+            for hook in hooks:
+                hook(result)
+            progress = result.progress
+        stopped = progress.step < config.train.steps
+    if context.rank == 0:
+        conclude(progress, stopped)
+    return EXIT_STOPPED if stopped else EXIT_FINISHED
+
+
+def new_model(config: RunConfig, data: TrainingData) -> PauseGPTModel:
+    """This rank's shard with its initial weights."""
+    model = build_model(
+        config.model,
+        vocabulary=Vocabulary(data.tokenizer.vocab_size, tuple(data.pause_ids)),
+        sequence_length=config.data.sequence_length,
+        parallel=config.parallel,
+        softmax=config.pause.softmax,
+        precision=config.engine.precision,
+        seed=config.run.seed,
+    )
+    if config.train.only == "pause_rows":
+        train_pause_rows_only(model)
+    return model
+
+
+def _engine(config: RunConfig, model: PauseGPTModel, context: ParallelContext) -> Engine:
+    return Engine(
+        model,
+        # What must not move must not decay either.
+        groups=parameter_groups(model, 0.0 if config.train.only else config.optim.weight_decay),
+        ds_config=deepspeed_config(config, data_parallel=context.dp_size),
+        optim=config.optim,
+        mpu=context.mpu,
+        dp_rank=context.dp_rank,
+        dp_size=context.dp_size,
+    )
+
+
+def _batches(
+    config: RunConfig, data: TrainingData, context: ParallelContext, progress: Progress, stream: Stream | None
+) -> StepLoader:
+    sampler = StepSampler(config.batch.global_size, config.batch.micro_size, context.dp_rank, context.dp_size)
+    return StepLoader(
+        data.train if stream is None else stream.dataset,
+        sampler,
+        progress.step,
+        config.train.steps,
+        config.data.prefetch,
+        pause_ids=data.pause_ids,
+    )
+
+
+def _hooks(
+    config: RunConfig,
+    engine: Engine,
+    data: TrainingData,
+    store: Store,
+    context: ParallelContext,
+    progress: Progress,
+    stream: Stream | None,
+) -> list[Hook]:
+    """In this order: a step is validated, then logged, then saved, so that a checkpoint never precedes its log."""
+    hooks: list[Hook] = [SkipLimit(SKIPPED_STEPS_IN_A_ROW)]
+    if data.valid is not None:
+        hooks.append(Every(config.validation.every, _validate(config, engine, data, context)))
+    if context.rank == 0:
+        hooks += _monitors(config, engine, data, context, progress)
+    hooks.append(Every(config.checkpoint.every, _save(config, engine, data, store, context, stream), on_stop=True))
+    return hooks
+
+
+def _validate(config: RunConfig, engine: Engine, data: TrainingData, context: ParallelContext):
+    def score(held_out: HeldOut) -> Losses:
+        module, micro = engine.deepspeed, config.batch.micro_size
+        return evaluate_loss(module, held_out.windows, held_out.count, micro, data.pause_ids, context, held_out.names)
+
+    def validate(result: StepResult) -> None:
+        with_pauses = score(data.valid)
+        same = data.valid_without_pauses is data.valid
+        without_pauses = with_pauses if same else score(data.valid_without_pauses)
+        result.validation.update(validation_losses(with_pauses, without_pauses))
+
+    return validate
+
+
+def _monitors(
+    config: RunConfig, engine: Engine, data: TrainingData, context: ParallelContext, progress: Progress
+) -> list[Hook]:
+    folder = Path(config.run.dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
+    throughput = Throughput.of(config, engine.module.vocabulary.size, context)
+    monitors: list[Hook] = [
+        ProgressBar(config.train.steps, progress.step),
+        Every(config.log.every, MetricsFile(folder / "metrics.jsonl", throughput, progress.step)),
+    ]
+    if config.log.tensorboard:
+        board = TensorBoard(
+            folder / "tensorboard", throughput, resume_after=progress.step, config_yaml=dump(config), show=data.show
+        )
+        monitors.append(Every(config.log.every, board))
+        if config.log.samples_every:
+            monitors.append(Every(config.log.samples_every, board.show_sample, at_end=False))
+    return monitors
+
+
+def _save(
+    config: RunConfig,
+    engine: Engine,
+    data: TrainingData,
+    store: Store,
+    context: ParallelContext,
+    stream: Stream | None,
+):
+    def save_checkpoint(result: StepResult) -> None:
+        save(
+            store,
+            engine,
+            context,
+            step=result.step,
+            corpus=data.fingerprint,
+            progress=progress_record(result.progress),
+            config_yaml=dump(config),
+            save_tokenizer=data.tokenizer.save,
+            keep=config.checkpoint.keep,
+            extra=stream.files(result.step) if stream else {},
+        )
+
+    return save_checkpoint

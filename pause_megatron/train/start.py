@@ -1,0 +1,63 @@
+"""Where a run begins: a checkpoint of its own, the weights of another model, or initial weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from pause_megatron.checkpoint import Store
+from pause_megatron.config.schema import RunConfig
+from pause_megatron.distributed import ParallelContext
+from pause_megatron.engine import Engine
+from pause_megatron.model import PauseGPTModel
+from pause_megatron.train.initial import InitialWeights
+from pause_megatron.train.inputs import TrainingData
+from pause_megatron.train.loop import Progress
+from pause_megatron.train.resume import find_resume
+
+
+class Start(Protocol):
+    """Fills a fresh model, then the engine that DeepSpeed makes of it. Every rank calls both, in this order."""
+
+    @property
+    def folder(self) -> Path | None:
+        """The run's own checkpoint to go on from, where there is one."""
+        ...
+
+    @property
+    def progress(self) -> Progress:
+        """What the run has seen so far."""
+        ...
+
+    def weights_into(self, model: PauseGPTModel) -> None:
+        """Before DeepSpeed sees the model."""
+        ...
+
+    def state_into(self, engine: Engine) -> None:
+        """The fp32 master weights, and the optimizer's moments and step where there are any."""
+        ...
+
+
+class FromScratch:
+    """The model as it was made."""
+
+    folder = None
+    progress = Progress()
+
+    def weights_into(self, model: PauseGPTModel) -> None:
+        """Nothing to do."""
+
+    def state_into(self, engine: Engine) -> None:
+        """Nothing to do."""
+
+
+def find_start(store: Store, config: RunConfig, data: TrainingData, context: ParallelContext) -> Start:
+    """The newest complete checkpoint of the run; else `model.from`; else from scratch. Every rank calls this.
+
+    Raises:
+        CheckpointError: a checkpoint that is damaged, or of another run or model; the differences are named.
+    """
+    resumed = find_resume(store, config, data.fingerprint, context)
+    if resumed is not None:
+        return resumed
+    return InitialWeights(config, data.tokenizer, context) if config.model.from_ else FromScratch()

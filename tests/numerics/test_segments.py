@@ -1,0 +1,136 @@
+"""Texts that share a window: each computes what it computes alone, and none knows of its neighbours."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from ranks import run_on_ranks
+from tiny_model import SEQ, TEXT_SIZE, distance, take_gradients, tiny, whole
+
+from pause_megatron.config.schema import ParallelSection
+from pause_megatron.data.batch import MicroBatch, collate
+from pause_megatron.model.attention import segment_mask
+
+PAUSE = TEXT_SIZE
+# (tokens, tokens of the prefix); pauses stand at the end of a prefix.
+LENGTHS = [(5, 2), (7, 4), (3, 1), (9, 5)]
+PACKED = [[0, 1, 2], [3]]
+ALONE = [[number] for number in range(len(LENGTHS))]
+
+
+def texts(seed: int = 0) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    made = [torch.randint(0, TEXT_SIZE, (length + 1,), generator=generator) for length, _ in LENGTHS]
+    for text, (_, prefix) in zip(made, LENGTHS, strict=True):
+        text[prefix // 2 : prefix] = PAUSE
+    return made
+
+
+def window(numbers: list[int], every: list[torch.Tensor], bidirectional: bool, left: int = 0) -> dict:
+    """A sample with these texts one after the other, `left` tokens of padding before them and the rest behind."""
+    sample = {name: torch.zeros(SEQ, dtype=torch.int64) for name in ("tokens", "labels", "position_ids")}
+    sample["loss_mask"] = torch.zeros(SEQ)
+    sample["segments"] = torch.full((SEQ,), -1, dtype=torch.int32)
+    prefix = torch.zeros(SEQ, dtype=torch.bool)
+    start = left
+    for segment, number in enumerate(numbers):
+        length, marked = LENGTHS[number]
+        places = slice(start, start + length)
+        sample["tokens"][places], sample["labels"][places] = every[number][:-1], every[number][1:]
+        sample["position_ids"][places] = torch.arange(length)
+        sample["segments"][places] = segment
+        sample["loss_mask"][start + marked - 1 : start + length] = 1
+        prefix[start : start + marked] = bidirectional
+        start += length
+    return {**sample, "prefix": prefix} if bidirectional else sample
+
+
+def losses(batch: MicroBatch, layout: list[list[int]], values: torch.Tensor) -> dict[int, list[float]]:
+    """Token losses of each text, in order; `layout` says which texts the windows hold."""
+    found: dict[int, list[float]] = {}
+    segments = batch.segments if batch.segments is not None else torch.zeros_like(batch.tokens)
+    for row, value in zip(batch.target_rows.tolist(), values.tolist(), strict=True):
+        position, sample = divmod(row, len(layout))
+        found.setdefault(layout[sample][int(segments[sample, position])], []).append(value)
+    return found
+
+
+def run(layout: list[list[int]], every: list[torch.Tensor], bidirectional: bool, left: int, parallel: ParallelSection):
+    """Losses by text, and the gradients of their sum."""
+    from pause_megatron.distributed import initialize
+    from pause_megatron.train.losses import lm_loss
+
+    with initialize(parallel, device="cpu") as context:
+        model = tiny(parallel=parallel)
+        samples = [window(numbers, every, bidirectional, left) for numbers in layout]
+        batch = collate(samples, sample_ids=range(len(layout)), pause_ids=range(PAUSE, PAUSE + 1))
+        output = lm_loss(model, batch, 1.0)
+        output.loss.backward()
+        return losses(batch, layout, output.token_losses), whole(model, take_gradients(model), context.tp_group)
+
+
+def packed_and_alone(bidirectional: bool, tensor: int, sequence: bool, recompute: str) -> tuple[float, float]:
+    """How far losses (nats) and gradients (relative) of packed, padded and separate texts are apart."""
+    every, parallel = texts(), ParallelSection(tensor=tensor, sequence=sequence, recompute=recompute)
+    single = [run([numbers], every, bidirectional, 0, ParallelSection(tensor=tensor)) for numbers in ALONE]
+    expected = {number: values for of_one, _ in single for number, values in of_one.items()}
+    gradients = {name: sum(of_one[name] for _, of_one in single) for name in single[0][1]}
+    apart, moved = 0.0, 0.0
+    for layout, left in ((PACKED, 0), (ALONE, 0), (ALONE, 5), (PACKED[::-1], 1)):
+        found, theirs = run(layout, every, bidirectional, left, parallel)
+        assert found.keys() == expected.keys()
+        apart = max(apart, *(abs(a - b) for n in found for a, b in zip(found[n], expected[n], strict=True)))
+        moved = max(moved, distance(theirs, gradients))
+    return apart, moved
+
+
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize(
+    ("tensor", "sequence", "recompute"), [(1, False, "none"), (2, False, "none"), (2, True, "full")]
+)
+def test_packed_is_padded_is_one_at_a_time(bidirectional, tensor, sequence, recompute):
+    for apart, moved in run_on_ranks(tensor, packed_and_alone, bidirectional, tensor, sequence, recompute):
+        assert apart < 1e-6 and moved < 1e-6
+
+
+def leak(bidirectional: bool) -> list[bool]:
+    """Whether each text's losses keep every bit when the tokens of text 0 are exchanged."""
+    every, others = texts(), texts(seed=1)
+    changed = [others[0], *every[1:]]
+    before, _ = run(PACKED, every, bidirectional, 0, ParallelSection())
+    after, _ = run(PACKED, changed, bidirectional, 0, ParallelSection())
+    return [before[number] == after[number] for number in range(len(LENGTHS))]
+
+
+@pytest.mark.parametrize("bidirectional", [False, True], ids=["causal", "bidirectional"])
+def test_nothing_leaks_into_a_neighbour(bidirectional):
+    assert run_on_ranks(1, leak, bidirectional)[0] == [False, True, True, True]
+
+
+def test_mask_is_its_definition():
+    generator = torch.Generator().manual_seed(0)
+    segments = torch.tensor([[0, 0, 0, 1, 1, 1, 1, -1, -1], [-1, 0, 0, 0, 0, 2, 2, 2, 2]], dtype=torch.int32)
+    prefix = torch.rand(segments.shape, generator=generator) < 0.5
+    for marked in (None, prefix):
+        hidden = segment_mask(segments, marked)
+        assert hidden.shape == (2, 1, 9, 9) and hidden.dtype == torch.bool
+        for b in range(2):
+            for i in range(9):
+                for j in range(9):
+                    together = marked is not None and marked[b, i] and marked[b, j]
+                    sees = segments[b, i] == segments[b, j] and (j <= i or together)
+                    assert bool(hidden[b, 0, i, j]) is not bool(sees)
+        assert not hidden.diagonal(dim1=2, dim2=3).any()
+
+
+def test_windows_of_one_text_need_no_mask():
+    def batch(layout, **options):
+        samples = [window(numbers, texts(), **options) for numbers in layout]
+        return collate(samples, sample_ids=range(len(layout)), pause_ids=range(PAUSE, PAUSE + 1))
+
+    padded = batch(ALONE, bidirectional=False)
+    assert padded.segments is None and padded.prefix is None
+    assert padded.raw_tokens == sum(length for length, _ in LENGTHS)
+    assert batch(ALONE, bidirectional=False, left=1).segments is not None
+    assert batch(PACKED, bidirectional=False).segments is not None
+    assert batch(ALONE, bidirectional=True).prefix is not None

@@ -1,0 +1,85 @@
+"""A task's records as the loop sees them: steps from epochs, the tokenizer's place, and how a window is shown."""
+
+from __future__ import annotations
+
+import pytest
+from prose import train_model
+
+from pause_megatron.config.load import dump, load
+from pause_megatron.data.batch import collate
+from pause_megatron.data.tokenizer import load_tokenizer
+from pause_megatron.errors import ConfigError
+from pause_megatron.train.finetune import show_window, training_data
+from pause_megatron.train.task_data import held_out, open_task
+
+
+@pytest.fixture(scope="module")
+def settings(shared_data, tmp_path_factory) -> list[str]:
+    """A finetuning from initial weights on 40 real records."""
+    tokenizer = train_model(tmp_path_factory.mktemp("tokenizer") / "t.model")
+    task = ["task.name=commonsense_qa", f"task.path={shared_data / 'commonsense_qa'}", "task.limit=40"]
+    batch = ["data.sequence_length=256", "batch.global_size=4", "batch.micro_size=4", "validation.samples=6"]
+    return [*task, *batch, f"data.tokenizer={tokenizer}", "finetune.pauses=2..4"]
+
+
+def test_steps_follow_from_epochs_and_the_resolved_configuration_says_them(settings, tmp_path):
+    data = open_task(load(overrides=[*settings, "finetune.epochs=2.5"]))
+    steps = -(-data.windows.windows_in_epochs(2.5) // 4)
+    assert data.config.train.steps == steps and data.config.train.tokens == steps * 4 * 256
+    (tmp_path / "config.yaml").write_text(dump(data.config))
+    again = open_task(load(tmp_path / "config.yaml"))
+    assert again.config == data.config and again.fingerprint == data.fingerprint
+    given = open_task(load(overrides=[*settings, "train.steps=7"]))
+    assert given.config.train.steps == 7
+    with pytest.raises(ConfigError, match=r"expected optim\.warmup_steps < train\.steps"):
+        open_task(load(overrides=[*settings, "finetune.epochs=1", "optim.warmup_steps=50"]))
+
+
+def test_the_fingerprint_is_of_the_examples(settings):
+    epochs = [*settings, "finetune.epochs=1"]
+    one, fewer = (open_task(load(overrides=[*epochs, *more])) for more in ([], ["task.limit=39"]))
+    assert one.fingerprint.startswith("xxh3_128:") and one.fingerprint != fewer.fingerprint
+
+
+def test_a_model_needs_a_tokenizer(settings, tmp_path):
+    without = [each for each in settings if not each.startswith("data.tokenizer")]
+    with pytest.raises(ConfigError, match=r"data\.tokenizer: expected the tokenizer to train with, came none"):
+        open_task(load(overrides=[*without, f"run.dir={tmp_path}", "finetune.epochs=1"]))
+
+
+def test_a_run_goes_on_with_its_own_tokenizer_when_the_one_it_began_with_is_gone(settings, tmp_path):
+    whole = load(overrides=[*settings, f"run.dir={tmp_path}", "finetune.epochs=1"])
+    folder = tmp_path / "checkpoints" / "latest"
+    load_tokenizer(whole.data.tokenizer).save(folder / "tokenizer")
+    for name in ("manifest.json", "config.yaml"):
+        (folder / name).write_text("{}")
+    changes = {
+        "data": whole.data.model_copy(update={"tokenizer": None}),
+        "model": whole.model.model_copy(update={"from_": str(tmp_path / "gone")}),
+    }
+    assert open_task(whole.model_copy(update=changes)).fingerprint == open_task(whole).fingerprint
+
+
+def test_held_out_examples_have_the_most_pauses_or_none(settings):
+    data = open_task(load(overrides=[*settings, "finetune.epochs=1"]))
+    with_pauses, without = held_out(data)
+    assert with_pauses.epoch(0).counts.tolist() == [4] * 6 and without.epoch(0).counts.tolist() == [0] * 6
+    valid = training_data(data).valid
+    assert valid.count == len(with_pauses.epoch(0).windows)
+    same = training_data(open_task(load(overrides=[*settings, "finetune.pauses=0", "finetune.epochs=1"])))
+    assert same.valid_without_pauses is same.valid
+
+
+@pytest.mark.parametrize("batching", ["packed", "padded"])
+def test_a_window_is_shown_with_pauses_and_targets(settings, batching):
+    data = open_task(load(overrides=[*settings, "finetune.epochs=1", f"finetune.batching={batching}"]))
+    batch = collate([data.windows[0], data.windows[1]], sample_ids=[0, 1], pause_ids=data.pause_ids)
+    lines = show_window(batch, data.tokenizer).replace("\n", " ").split("]]")[:-1]
+    items = data.windows.epoch(0).windows[0]
+    assert len(lines) == len(items)
+    for line, item in zip(lines, items, strict=True):
+        prefix, _, target = line.partition("[[")
+        count = int(data.windows.epoch(0).counts[item])
+        assert prefix.endswith("Answer:" + "<pause>" * count) and prefix.count("<pause>") == count
+        _, _, ids = data.windows.examples[item]
+        assert target == data.tokenizer.decode([data.tokenizer.encode("a")[-1], *ids])[1:]
