@@ -76,7 +76,7 @@ def loss_by_transformers(model, config: RunConfig) -> float:
     """Mean loss over the validation windows; nothing of the native model takes part."""
     from pause_megatron.train.pretrain import corpus_data
 
-    valid = corpus_data(config, 1).valid.windows
+    valid = corpus_data(config, config.parallel.tensor).valid.windows
     total, count = 0.0, 0
     for number in range(SAMPLES):
         sample = valid[number]
