@@ -211,7 +211,11 @@ class PauseGPTDataset(GPTDataset):
     def _sample(self, text: np.ndarray, window: Window, supervised: bool) -> dict[str, torch.Tensor]:
         """GPTDataset's dictionary for a window of N + 1 tokens with pauses in."""
         config, tokens = self.config, window.tokens
-        labels, loss_mask = labels_of(window)
+        before_pause = window.places - 1
+        labels = tokens[1:].copy()
+        labels[before_pause] = 0
+        loss_mask = np.ones(labels.size, dtype=np.float32)
+        loss_mask[before_pause] = 0
         begins = None
         if config.eod_mask_loss or config.reset_position_ids or config.reset_attention_mask:
             begins = self._document_begins(text, window)
@@ -266,16 +270,6 @@ class PauseGPTDataset(GPTDataset):
                 f"{self.dataset_path}.bin: expected text only, found the pause id {text[found][0]} in the text of "
                 f"sample {sample} ({self.index_split.name}). Prepare the corpus again, or choose another pause id"
             )
-
-
-def labels_of(window: Window) -> tuple[np.ndarray, np.ndarray]:
-    """Labels int64 [N] and loss mask float32 [N] of a window of N + 1 tokens: 0 and 0 where the next is a pause."""
-    before_pause = window.places - 1
-    labels = window.tokens[1:].copy()
-    labels[before_pause] = 0
-    loss_mask = np.ones(labels.size, dtype=np.float32)
-    loss_mask[before_pause] = 0
-    return labels, loss_mask
 
 
 def _check_not_empty(

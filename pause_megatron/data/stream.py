@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from pause_megatron.data.dataset import labels_of
 from pause_megatron.data.documents import Tally
 from pause_megatron.data.pause import PauseInjector
 from pause_megatron.data.stream_documents import Documents
@@ -133,7 +132,11 @@ class StreamDataset:
 
     def __getitem__(self, idx: int) -> dict[str, torch.Tensor]:
         window = self._injector(self._windows.text(idx), idx)
-        labels, loss_mask = labels_of(window)
+        before_pause = window.places - 1
+        labels = window.tokens[1:].copy()
+        labels[before_pause] = 0
+        loss_mask = np.ones(labels.size, dtype=np.float32)
+        loss_mask[before_pause] = 0
         return {
             "tokens": torch.from_numpy(window.tokens[:-1]),
             "labels": torch.from_numpy(labels),
