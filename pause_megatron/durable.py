@@ -130,10 +130,11 @@ def digest_of(path: Path) -> str:
 
 
 @contextlib.contextmanager
-def only_writer(path: Path, what: str) -> Iterator[None]:
+def only_writer(path: Path, what: str) -> Iterator[int]:
     """Hold an exclusive lock on `path` (created, and removed at the end) while the body runs.
 
-    The lock goes with the process, so a killed one leaves no stale lock behind.
+    The lock goes with the process, so a killed one leaves no stale lock behind. A child that is given the descriptor
+    which the body receives (`subprocess.Popen(pass_fds=...)`) holds the lock too, should its parent be killed.
 
     Raises:
         DataError: another process holds it.
@@ -156,7 +157,7 @@ def only_writer(path: Path, what: str) -> Iterator[None]:
                 break
         os.close(descriptor)
     try:
-        yield
+        yield descriptor
     finally:
         path.unlink(missing_ok=True)
         os.close(descriptor)

@@ -21,6 +21,8 @@ VERBS = {
     "import-hf": "turn a Hugging Face folder of the Llama family into a checkpoint with pauses",
     "export-hf": "turn a checkpoint into a Hugging Face folder that transformers and vLLM load",
     "generate": "continue prompts with pauses in the prefill, never in the text",
+    "evaluate": "score a model on tasks, over numbers of pauses; interrupted, it goes on where it was",
+    "experiment": "run a grid of pretraining, finetuning and evaluation; report it beside the paper",
     "plot": "draw the loss curves of runs as a PNG",
     "doctor": "say what this machine has, what works, and what is missing",
 }

@@ -72,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = _prompts(args)
     if args.batch_size < 1:
         raise ConfigError(f"--batch-size: expected 1 or more, came {args.batch_size}")
-    generator = _load(args)
+    generator = load_quietly(args.model, device=args.device, dtype=args.dtype)
     pauses = _pauses(args, generator)
     batches = []
     for start in range(0, len(prompts), args.batch_size):
@@ -121,14 +121,15 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def _load(args: argparse.Namespace) -> PauseGenerator:
+def load_quietly(folder: str, *, device: str, dtype: str | None) -> PauseGenerator:
+    """The model in a folder, without what transformers has to say about loading it."""
     from transformers.utils import logging
 
     from pause_megatron.inference import load
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    return load(args.model, device=args.device, dtype=args.dtype)
+    return load(folder, device=device, dtype=dtype)
 
 
 def _pauses(args: argparse.Namespace, generator: PauseGenerator) -> int | SettledPauses:

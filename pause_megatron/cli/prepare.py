@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+ENCODERS = ("auto", "library", "gigatoken")  # those of data.encoders, which is too heavy to import for --help
 HELP = "turn shards of text into a tokenized corpus (.bin, .idx, manifest)"
 
 
@@ -24,6 +25,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx, .manifest.json, .tokenizer/"
     )
     parser.add_argument("--workers", type=int, metavar="N", help="processes, a shard each (default: the cores)")
+    parser.add_argument(
+        "--encoder",
+        choices=ENCODERS,
+        default="auto",
+        help="what computes the ids, which are the same: the tokenizer's own library, or gigatoken, which is faster; "
+        "auto: gigatoken where it is installed and proven for the tokenizer (default: auto)",
+    )
     parser.add_argument(
         "--eod-token", metavar="PIECE", help="piece that ends a document (default: the tokenizer's eos)"
     )
@@ -99,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
             hub=hub_options(args),
             options=ReadOptions(text_key=args.text_key, damaged_shards=args.damaged_shards),
             workers=args.workers,
+            encoder=args.encoder,
             max_malformed=args.max_malformed,
             overwrite=args.overwrite,
             on_progress=bar.update,

@@ -15,7 +15,7 @@ SHAPE = ("layers", "hidden", "heads", "kv_heads", "ffn", "tied", "qkv_bias", "ro
 PAUSES = ("pause.embeddings", "pause.softmax")
 """Keys of the pause section that do."""
 
-_OF_A_TASK = ("pause.rate", "pause.window", "pause.placement", "pause.seed", "data.sequence_length")
+OF_A_TASK = ("pause.rate", "pause.window", "pause.placement", "pause.seed", "data.sequence_length")
 """What a finetuning keeps of the pretraining besides: the window, and the record of how pauses were put into it."""
 
 _PLACES = ("", "latest", "checkpoints/latest")
@@ -68,7 +68,7 @@ def with_initial_sizes(entries: Mapping[str, Entry]) -> dict[str, Entry]:
     origin, task = entries.get("model.from"), entries.get("task.name")
     wanted = [*(f"model.{name}" for name in SHAPE), *PAUSES]
     if task is not None and task.value is not None:
-        wanted += _OF_A_TASK
+        wanted += OF_A_TASK
     missing = [name for name in wanted if name not in entries]
     if origin is None or origin.value is None or not missing:
         return dict(entries)

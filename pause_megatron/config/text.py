@@ -92,6 +92,35 @@ def read_entries(text: str, name: str) -> list[Entry]:
     return entries
 
 
+def read_tree(text: str, name: str) -> tuple[Any, dict[tuple[str, ...], str]]:
+    """A document of any depth: groups as dictionaries, lists as tuples, plain values.
+
+    Args:
+        text: the document; name: how errors call it (a path).
+
+    Returns:
+        the value, and "NAME:LINE" of everything in it by its path (positions in a list are "0", "1", ...).
+
+    Raises:
+        ConfigError: not YAML, a key given twice, or a tag that stands for an object.
+    """
+    places: dict[tuple[str, ...], str] = {}
+
+    def build(node: yaml.Node, path: tuple[str, ...], where: str) -> Any:
+        _refuse_tag(node, name)
+        places[path] = where
+        if isinstance(node, yaml.MappingNode):
+            prefix = "".join(f"{part}." for part in path)
+            return {key: build(child, (*path, key), at) for key, child, at in _items(node, name, prefix)}
+        if isinstance(node, yaml.SequenceNode):
+            items = enumerate(node.value)
+            return tuple(build(child, (*path, str(index)), _where(child, name)) for index, child in items)
+        return _value(node, name)[0]
+
+    root = _compose(text, name)
+    return (None, {}) if root is None else (build(root, (), f"{name}:1"), places)
+
+
 def read_override(override: str) -> Entry:
     """Parse one `section.name=value` of the command line; the value is a YAML scalar or list, else plain text."""
     path, equals, text = override.partition("=")

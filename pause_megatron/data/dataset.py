@@ -180,6 +180,7 @@ class PauseGPTDataset(GPTDataset):
         text_config.sequence_length = plan.text_length - 1
         text_config.path_to_cache = config.window_cache_path or config.path_to_cache
         self._position_ids = torch.arange(plan.sequence_length)
+        self._all_ones = np.ones(plan.sequence_length, dtype=np.float32)
         self._attention_mask: torch.Tensor | None = None
         super().__init__(indexed_dataset, dataset_path, indexed_indices, num_samples, index_split, text_config)
 
@@ -214,7 +215,7 @@ class PauseGPTDataset(GPTDataset):
         before_pause = window.places - 1
         labels = tokens[1:].copy()
         labels[before_pause] = 0
-        loss_mask = np.ones(labels.size, dtype=np.float32)
+        loss_mask = self._all_ones.copy()
         loss_mask[before_pause] = 0
         begins = None
         if config.eod_mask_loss or config.reset_position_ids or config.reset_attention_mask:

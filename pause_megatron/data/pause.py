@@ -124,7 +124,8 @@ class Window(NamedTuple):
     @property
     def is_text(self) -> np.ndarray:
         """bool [L], False where a pause stands."""
-        is_text = np.ones(self.tokens.size, dtype=bool)
+        is_text = np.empty(self.tokens.size, dtype=bool)
+        is_text.fill(True)  # np.ones takes 1 us more
         is_text[self.places] = False
         return is_text
 
@@ -148,11 +149,13 @@ def inject(text: np.ndarray, gaps: np.ndarray, pause_ids: range, length: int | N
     elif length < text.size + gaps.size:
         kept = int(places.searchsorted(length))
         places, text = places[:kept], text[: length - kept]
-    window = Window(np.full(length, pause_ids.start, dtype=np.int64), places)
-    if len(pause_ids) > 1:
-        index_in_run = index - gaps.searchsorted(gaps)
-        window.tokens[places] += index_in_run[: places.size] % len(pause_ids)
+    window = Window(np.empty(length, dtype=np.int64), places)
     window.tokens[window.is_text] = text
+    if len(pause_ids) == 1:
+        window.tokens[places] = pause_ids.start
+    else:
+        index_in_run = index - gaps.searchsorted(gaps)
+        window.tokens[places] = pause_ids.start + index_in_run[: places.size] % len(pause_ids)
     return window
 
 

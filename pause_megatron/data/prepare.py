@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pause_megatron.data.corpus import open_corpus
 from pause_megatron.data.documents import Tally
+from pause_megatron.data.encoders import EncoderName, choose_encoder
 from pause_megatron.data.malformed_limit import MalformedLimit
 from pause_megatron.data.manifest import Manifest, Plan, TokenizerRecord, path_of, read_record
 from pause_megatron.data.prepare_merge import join_parts, remove_partial_files
@@ -44,12 +45,14 @@ class Prepared:
         already_done: True when a complete corpus of the same plan was there.
         parts_reused: finished parts that an earlier run had left.
         seconds: wall-clock time of this run.
+        encoder: what computed the ids, "library" or "gigatoken".
     """
 
     manifest: Manifest
     already_done: bool
     parts_reused: int
     seconds: float
+    encoder: EncoderName = "library"
 
 
 def prepare(
@@ -60,6 +63,7 @@ def prepare(
     hub: HubOptions | None = None,
     options: ReadOptions | None = None,
     workers: int | None = None,
+    encoder: EncoderName = "auto",
     max_malformed: int | float = MAX_MALFORMED,
     overwrite: bool = False,
     on_progress: Callable[[Progress], None] = lambda progress: None,
@@ -73,6 +77,8 @@ def prepare(
         hub: config, split, ... of `hf:NAME`.
         options: text key, and what to do with damaged shards.
         workers: processes, a shard each; default: the cores of this process. 1 works in a thread of this process.
+        encoder: "library": the tokenizer's own; "gigatoken": a faster one; "auto": gigatoken where it is installed and
+            proven to give the same ids. The corpus does not depend on it.
         max_malformed: lines that may be malformed (int), or their fraction of all lines (float).
         overwrite: replace a corpus (or parts) of another plan. The old corpus stays until the new one is complete.
         on_progress: called about five times a second.
@@ -100,8 +106,9 @@ def prepare(
             if not overwrite and (done := workplace.complete()):
                 return Prepared(done, True, 0, time.perf_counter() - begun)
             try:
+                encoder = choose_encoder(encoder, tokenizer)
                 finished = workplace.open(tokenizer, overwrite)
-                outcomes = _all_outcomes(workplace, finished, options, workers or _cores(), limit, on_progress)
+                outcomes = _all_outcomes(workplace, finished, options, encoder, workers or _cores(), limit, on_progress)
                 manifest = join_parts(output, workplace.folder, plan, outcomes, tokenizer, on_progress)
             finally:
                 workplace.leave()
@@ -112,7 +119,7 @@ def prepare(
             f"cannot write {error.filename or output}: {os.strerror(error.errno or 0)}; finished shards are kept: mend "
             "it and run the same command again"
         ) from None
-    return Prepared(manifest, False, len(finished), time.perf_counter() - begun)
+    return Prepared(manifest, False, len(finished), time.perf_counter() - begun, encoder)
 
 
 class _Workplace:
@@ -203,6 +210,7 @@ def _all_outcomes(
     workplace: _Workplace,
     finished: dict[int, Part],
     options: ReadOptions,
+    encoder: EncoderName,
     workers: int,
     limit: MalformedLimit,
     on_progress: Callable[[Progress], None],
@@ -215,6 +223,7 @@ def _all_outcomes(
         outcomes,
         workplace.folder,
         options,
+        encoder,
         workers=workers,
         hopeless=lambda now: limit.hopeless(now.malformed, now.documents, now.done_bytes, now.total_bytes),
         total_bytes=_total_bytes(workplace.sources),
@@ -264,7 +273,8 @@ def summary(prepared: Prepared, output: str | Path) -> str:
         rate = 1 / prepared.seconds
         lines.append(
             f"time: {prepared.seconds:,.1f} s ({counts.documents * rate:,.0f} documents/s, "
-            f"{counts.text_bytes / 1e6 * rate:,.2f} MB/s of text, {counts.tokens * rate:,.0f} tokens/s)"
+            f"{counts.text_bytes / 1e6 * rate:,.2f} MB/s of text, {counts.tokens * rate:,.0f} tokens/s), encoder: "
+            f"{prepared.encoder}"
         )
     elif prepared.parts_reused:
         lines.append(f"time: {prepared.seconds:,.1f} s; {prepared.parts_reused:,} finished shards were kept")

@@ -11,6 +11,7 @@ from multiprocessing.context import SpawnContext
 from pathlib import Path
 from typing import Literal
 
+from pause_megatron.data.encoders import EncoderName
 from pause_megatron.data.prepare_shard import Counters, ShardOutcome, ShardTask, run_task, start_worker
 from pause_megatron.data.sources import ReadOptions
 from pause_megatron.errors import DataError
@@ -44,6 +45,7 @@ def run_tasks(
     finished: list[ShardOutcome],
     folder: Path,
     options: ReadOptions,
+    encoder: EncoderName,
     *,
     workers: int,
     hopeless: Callable[[Progress], bool],
@@ -57,6 +59,7 @@ def run_tasks(
         finished: outcomes of earlier runs, for the sums.
         folder: PREFIX.parts/, with the tokenizer in it.
         options: how shards are read.
+        encoder: "library" or "gigatoken".
         workers: processes; 1 works in a thread of this process.
         hopeless: whether to stop all workers early; the caller says why.
         total_bytes: of all sources, where known.
@@ -76,7 +79,7 @@ def run_tasks(
     counters = Counters(context.Array("q", size, lock=False) if workers > 1 else [0] * size)
     for outcome in finished:
         _count_finished(counters, outcome)
-    executor = _executor(min(workers, len(tasks)), context, (folder, options, counters.cells))
+    executor = _executor(min(workers, len(tasks)), context, (folder, options, encoder, counters.cells))
 
     def report(done: int) -> None:
         progress = _read_progress(counters, total_bytes, len(finished) + done, shards)

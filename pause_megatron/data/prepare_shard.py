@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import multiprocessing
 import os
 import signal
 import threading
+from array import array
 from collections.abc import Iterator, MutableSequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from pause_megatron.data.documents import Malformed, Tally
+from pause_megatron.data.encoders import Encoder, EncoderName, open_encoder
 from pause_megatron.data.indexed import token_dtype, write_index
 from pause_megatron.data.manifest import FileRecord, Record, SourceRecord
 from pause_megatron.data.sources import ReadOptions, Source
@@ -94,6 +95,7 @@ class Worker:
 
     folder: Path
     tokenizer: Tokenizer
+    encoder: Encoder
     options: ReadOptions
     counters: Counters
 
@@ -112,14 +114,14 @@ class Worker:
             try:
                 bin_file = DigestFile(bin_path)
                 closing.callback(bin_file.discard)
-                writer = _PartWriter(bin_file, self.tokenizer)
+                writer = _PartWriter(bin_file, self.tokenizer, self.encoder)
                 outcome = self._tokenize(task, writer)
                 if outcome is None:
                     return ShardOutcome(task.number, None, writer.malformed)
                 bin_file.publish()
                 idx_file = DigestFile(idx_path)
                 closing.callback(idx_file.discard)
-                lengths = np.asarray(writer.lengths, dtype=np.int32)
+                lengths = np.frombuffer(writer.lengths, dtype=np.int32)
                 write_index(idx_file, writer.dtype, len(lengths), lambda: [lengths])
                 idx_file.publish()
                 sync_folder(self.folder)
@@ -160,11 +162,12 @@ class Worker:
 class _PartWriter:
     """Tokenizes batches of documents into a `.bin`, an EOD after each, and remembers their lengths."""
 
-    def __init__(self, file: DigestFile, tokenizer: Tokenizer) -> None:
+    def __init__(self, file: DigestFile, tokenizer: Tokenizer, encoder: Encoder) -> None:
         self._file = file
         self._tokenizer = tokenizer
+        self._encoder = encoder
         self.dtype = corpus_dtype(tokenizer)
-        self.lengths: list[int] = []
+        self.lengths = array("i")  # 4 bytes a document, where a list of integers takes 36
         self.malformed = Tally()
         self._tokens = 0
         self._text_bytes = 0
@@ -177,14 +180,11 @@ class _PartWriter:
         """Append documents."""
         if not texts:
             return
-        batch = self._tokenizer.encode_batch(texts)
-        for ids in batch:
-            ids.append(self._tokenizer.eod)
-        lengths = [len(ids) for ids in batch]
-        flat = np.fromiter(itertools.chain.from_iterable(batch), dtype=np.int64, count=sum(lengths))
+        encoded = self._encoder.encode_flat(texts)
+        flat = np.insert(encoded.ids, np.cumsum(encoded.lengths), self._tokenizer.eod)
         self._check(flat, name)
         self._file.write(flat.astype(self.dtype).tobytes())
-        self.lengths += lengths
+        self.lengths.frombytes((encoded.lengths + 1).astype(np.int32).tobytes())
         self._tokens += len(flat)
         self._text_bytes += sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
 
@@ -232,13 +232,16 @@ def _batches(documents: Iterator[str | Malformed], name: str, tally: Tally) -> I
 _local = threading.local()
 
 
-def start_worker(folder: Path, options: ReadOptions, cells: MutableSequence[int], own_process: bool) -> None:
+def start_worker(
+    folder: Path, options: ReadOptions, encoder: EncoderName, cells: MutableSequence[int], own_process: bool
+) -> None:
     """Make this thread or process ready for `run_task`."""
     if own_process:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent stops the workers
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process per shard is the parallelism
         threading.Thread(target=_die_with_parent, daemon=True).start()
-    _local.worker = Worker(folder, load_tokenizer(folder / "tokenizer"), options, Counters(cells))
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    _local.worker = Worker(folder, tokenizer, open_encoder(encoder, tokenizer), options, Counters(cells))
 
 
 def run_task(task: ShardTask) -> ShardOutcome:

@@ -7,12 +7,14 @@ the literal characters "<pause>" included, ever encodes to it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from pause_megatron.data.tokenizer_backends import (
+    Encoded,
     HuggingFaceBackend,
     SentencePieceBackend,
     TokenizerBackend,
@@ -30,6 +32,7 @@ class Tokenizer:
 
     Attributes:
         kind: "sentencepiece" or "huggingface".
+        content: bytes of the tokenizer's file, which determine every id.
         vocab_size: ordinary ids (largest id in the tokenizer's file + 1).
         eod: id written after each document.
         pause_id: first id of `<pause>`; `vocab_size` unless the tokenizer has a slot for it.
@@ -40,6 +43,7 @@ class Tokenizer:
     def __init__(self, backend: TokenizerBackend, *, eod: int, pause_id: int) -> None:
         self._backend = backend
         self.kind = backend.kind
+        self.content = backend.content
         self.vocab_size = backend.vocab_size
         self.eod = eod
         self.pause_id = pause_id
@@ -53,10 +57,13 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of several texts, in order, each as `encode` gives it."""
-        try:
+        with _encodable(texts):
             return self._backend.encode_batch(list(texts))
-        except (RuntimeError, UnicodeError, TypeError) as error:
-            raise DataError(f"text cannot be encoded: {_why_not_encodable(texts, error)}") from None
+
+    def encode_flat(self, texts: Sequence[str]) -> Encoded:
+        """The same ids in one array, without a Python object for each."""
+        with _encodable(texts):
+            return self._backend.encode_flat(list(texts))
 
     def decode(self, ids: Sequence[int], pause_text: str = PAUSE_TOKEN, eod_text: str = "") -> str:
         """Text of ids, pauses shown as `pause_text` and ends of documents as `eod_text`.
@@ -217,6 +224,14 @@ def _own_pause_id(backend: TokenizerBackend, path: str) -> int:
             f"that spells {PAUSE_TOKEN} would be full of pauses; {fix}"
         )
     return token_id
+
+
+@contextlib.contextmanager
+def _encodable(texts: Sequence[str]) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, UnicodeError, TypeError) as error:
+        raise DataError(f"text cannot be encoded: {_why_not_encodable(texts, error)}") from None
 
 
 def _why_not_encodable(texts: Sequence[str], error: Exception) -> str:

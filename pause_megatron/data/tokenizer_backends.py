@@ -5,13 +5,35 @@ The rest of the code uses `pause_megatron.data.tokenizer`.
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
+import numpy as np
+
+from pause_megatron.data.document_cuts import PiecewiseEncoder, can_be_cut
 from pause_megatron.errors import DataError
 
 ROLES = ("eos", "bos", "pad", "unk")
+
+
+class Encoded(NamedTuple):
+    """Ids of several texts, end to end.
+
+    Attributes:
+        ids: int32, uint32 or int64 [sum of the lengths].
+        lengths: int64 [texts], tokens of each text.
+    """
+
+    ids: np.ndarray
+    lengths: np.ndarray
+
+    @classmethod
+    def of(cls, texts: list[np.ndarray]) -> Encoded:
+        """Of ids text by text."""
+        lengths = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))
+        return cls(np.concatenate(texts) if texts else np.empty(0, np.int32), lengths)
 
 
 class TokenizerBackend(Protocol):
@@ -36,6 +58,9 @@ class TokenizerBackend(Protocol):
 
     def encode_whole(self, text: str) -> list[int]:
         """Ids of a text with what an exported tokenizer puts around it."""
+
+    def encode_flat(self, texts: list[str]) -> Encoded:
+        """The same ids in one array: what `prepare` needs, without a Python object for each."""
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids below `vocab_size`; special tokens are left out."""
@@ -64,6 +89,7 @@ class SentencePieceBackend:
         if not content or self.vocab_size == 0:
             raise DataError(f"{origin}: not a SentencePiece model (it holds no pieces)")
         self.content = content
+        self._piecewise = PiecewiseEncoder(self._model, content) if can_be_cut(content) else None
         ids = {
             "eos": self._model.eos_id(),
             "bos": self._model.bos_id(),
@@ -73,8 +99,15 @@ class SentencePieceBackend:
         self.roles = {role: token_id for role, token_id in ids.items() if token_id >= 0}
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        # num_threads=1: prepare runs one process per shard, and the default would start one thread per core in each.
-        return self._model.encode(texts, out_type=int, num_threads=1)
+        return [ids.tolist() for ids in self._encode(texts)]
+
+    def encode_flat(self, texts: list[str]) -> Encoded:
+        return Encoded.of(self._encode(texts))
+
+    def _encode(self, texts: list[str]) -> list[np.ndarray]:
+        if self._piecewise is not None:
+            return self._piecewise.encode(texts)
+        return self._model.encode(texts, return_type="numpy", num_threads=1)
 
     def encode_whole(self, text: str) -> list[int]:
         return self.encode_batch([text])[0]  # export-hf writes SentencePiece tokenizers without BOS or EOS
@@ -128,6 +161,12 @@ class HuggingFaceBackend:
 
     def encode_whole(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=True).ids
+
+    def encode_flat(self, texts: list[str]) -> Encoded:
+        ids = self.encode_batch(texts)
+        lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
+        flat = np.fromiter(itertools.chain.from_iterable(ids), dtype=np.int64, count=int(lengths.sum()))
+        return Encoded(flat, lengths)
 
     def decode(self, ids: list[int]) -> str:
         return self._model.decode(ids, skip_special_tokens=True)

@@ -8,15 +8,20 @@ every export (`hf.parity`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-from pause_megatron.errors import CheckpointError
-
-_SPACE = "▁"
-_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 2, 3, 4, 5
-_MODEL_TYPES = {1: "Unigram", 2: "BPE", 3: "word", 4: "char"}
-_BPE = 2
+from pause_megatron.data.sentencepiece_proto import (
+    BPE,
+    CONTROL,
+    MODEL_TYPES,
+    SPACE,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    merges,
+    parse_model,
+)
+from pause_megatron.errors import CheckpointError, DataError
 
 
 def convert_bpe(content: bytes, where: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -37,9 +42,9 @@ def convert_bpe(content: bytes, where: str) -> tuple[dict[str, Any], dict[str, s
     spec, norm = model.trainer_spec, model.normalizer_spec
     names = [piece.piece for piece in pieces]
     added = [
-        _added_token(index, piece.piece, special=piece.type != _USER_DEFINED)
+        _added_token(index, piece.piece, special=piece.type != USER_DEFINED)
         for index, piece in enumerate(pieces)
-        if piece.type in (_UNKNOWN, _CONTROL, _USER_DEFINED)
+        if piece.type in (UNKNOWN, CONTROL, USER_DEFINED)
     ]
     document = {
         "version": "1.0",
@@ -53,14 +58,14 @@ def convert_bpe(content: bytes, where: str) -> tuple[dict[str, Any], dict[str, s
         "model": {
             "type": "BPE",
             "dropout": None,
-            "unk_token": next((piece.piece for piece in pieces if piece.type == _UNKNOWN), None),
+            "unk_token": next((piece.piece for piece in pieces if piece.type == UNKNOWN), None),
             "continuing_subword_prefix": None,
             "end_of_word_suffix": None,
             "fuse_unk": True,
             "byte_fallback": bool(spec.byte_fallback),
             "ignore_merges": False,
             "vocab": {name: index for index, name in enumerate(names)},
-            "merges": _merges(pieces),
+            "merges": merges(pieces),
         },
     }
     ids = {"unk": spec.unk_id, "bos": spec.bos_id, "eos": spec.eos_id, "pad": spec.pad_id}
@@ -68,51 +73,25 @@ def convert_bpe(content: bytes, where: str) -> tuple[dict[str, Any], dict[str, s
 
 
 def _parse(content: bytes, where: str) -> Any:
-    from google.protobuf.message import DecodeError
-    from sentencepiece import sentencepiece_model_pb2
-
-    model = sentencepiece_model_pb2.ModelProto()
     try:
-        model.ParseFromString(content)
-    except DecodeError as error:
-        raise CheckpointError(f"{where}: not a SentencePiece model ({error})") from None
+        model = parse_model(content, where)
+    except DataError as error:
+        raise CheckpointError(str(error)) from None
     kind = model.trainer_spec.model_type
-    if kind != _BPE:
+    if kind != BPE:
         raise CheckpointError(
-            f"{where}: expected a SentencePiece model of type BPE, came {_MODEL_TYPES.get(kind, kind)}. Hugging Face "
+            f"{where}: expected a SentencePiece model of type BPE, came {MODEL_TYPES.get(kind, kind)}. Hugging Face "
             "tokenizers do not give a Unigram, word or char model's ids exactly; train BPE (pause-megatron "
             "train-tokenizer does)"
         )
     for name, wrong in (
         ("treat_whitespace_as_suffix", model.trainer_spec.treat_whitespace_as_suffix),
         ("escape_whitespaces=false", not model.normalizer_spec.escape_whitespaces),
-        ("unused pieces", any(piece.type == _UNUSED for piece in model.pieces)),
+        ("unused pieces", any(piece.type == UNUSED for piece in model.pieces)),
     ):
         if wrong:
             raise CheckpointError(f"{where}: a SentencePiece model with {name}, which has no exact counterpart")
     return model
-
-
-def _merges(pieces: list[Any]) -> list[list[str]]:
-    """Every way of making a piece of two others, best piece first.
-
-    SentencePiece merges the pair whose piece scores best, the leftmost first among equals. Pieces of the same score are
-    runs of spaces, which it grows from the left: so among equals the longer left part comes first.
-    """
-    scores = {piece.piece: piece.score for piece in pieces if piece.type == 1}
-    found: list[tuple[float, int, int, str, str]] = []
-    for name, score in scores.items():
-        found += [(-score, -len(left), -len(right), left, right) for left, right in _splits(name, scores)]
-    found.sort(key=lambda merge: merge[:3])
-    return [[left, right] for *_, left, right in found]
-
-
-def _splits(name: str, known: dict[str, float]) -> Iterator[tuple[str, str]]:
-    for cut in range(1, len(name)):
-        left, right = name[:cut], name[cut:]
-        # A single character is there even where the vocabulary lost it; then nothing can be merged from it.
-        if left in known and right in known:
-            yield left, right
 
 
 def _normalizer(norm: Any) -> dict[str, Any]:
@@ -124,7 +103,7 @@ def _normalizer(norm: Any) -> dict[str, Any]:
         steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
     if norm.remove_extra_whitespaces:
         steps += [_replace({"Regex": " +$"}, ""), _replace({"Regex": " {2,}"}, " ")]
-    steps.append(_replace({"String": " "}, _SPACE))
+    steps.append(_replace({"String": " "}, SPACE))
     return {"type": "Sequence", "normalizers": steps}
 
 
@@ -133,14 +112,14 @@ def _pre_tokenizer(norm: Any) -> dict[str, Any] | None:
     if not norm.add_dummy_prefix:
         return None
     if norm.remove_extra_whitespaces:
-        return _metaspace(_SPACE, "first")  # puts none before a space: as if it had been stripped and put again
+        return _metaspace(SPACE, "first")  # puts none before a space: as if it had been stripped and put again
     # The first step looks for a plain space, of which the normalizer left none, so it always adds one.
-    steps = [_metaspace(" ", "first"), _metaspace(_SPACE, "never")]
+    steps = [_metaspace(" ", "first"), _metaspace(SPACE, "never")]
     return {"type": "Sequence", "pretokenizers": steps}
 
 
 def _decoder(norm: Any) -> dict[str, Any]:
-    steps = [_replace({"String": _SPACE}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
+    steps = [_replace({"String": SPACE}, " "), {"type": "ByteFallback"}, {"type": "Fuse"}]
     if norm.add_dummy_prefix:
         steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
     return {"type": "Sequence", "decoders": steps}
@@ -155,6 +134,6 @@ def _metaspace(replacement: str, scheme: str) -> dict[str, Any]:
 
 
 def _added_token(index: int, name: str, *, special: bool) -> dict[str, Any]:
-    content = name if special else name.replace(_SPACE, " ")
+    content = name if special else name.replace(SPACE, " ")
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     return {"id": index, "content": content, **flags, "special": special}

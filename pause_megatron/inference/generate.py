@@ -18,7 +18,7 @@ from pause_megatron.data.pause import LOCATIONS
 from pause_megatron.errors import ConfigError
 from pause_megatron.inference.adaptive import FixedPauses, PausePolicy
 from pause_megatron.inference.answer import Answer
-from pause_megatron.inference.prefill import Prefix, prefill, prepare
+from pause_megatron.inference.prefill import Prefix, distinct, prefill, prepare
 from pause_megatron.inference.prompts import PREFIX_ATTENTIONS, PauseInfo, PromptEncoder
 from pause_megatron.inference.results import Completion, Cost, Generation, Score
 from pause_megatron.inference.sampling import Sampling
@@ -99,7 +99,8 @@ class PauseGenerator:
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         numbers = list(range(len(prompts)) if rows is None else rows)
         _check_answers(len(prompts), numbers, max_new_tokens, stop)
-        attention, prefixes = self._prefixes(prompts, pauses, location, filler, prefix_attention, max_new_tokens)
+        new_tokens = [max_new_tokens] * len(prompts)
+        attention, prefixes = self._prefixes(prompts, pauses, location, filler, prefix_attention, new_tokens)
         if not prefixes:
             return Generation((), Cost(0, 0, 0, 0.0, 0.0))
         begun = time.perf_counter()
@@ -136,7 +137,8 @@ class PauseGenerator:
         Args:
             continuations: one for each prompt. A text is encoded as one that goes on from its prompt.
 
-        Others, and errors, as for `generate`. Pause ids take no part in the softmax, as they are never emitted.
+        Others, and errors, as for `generate`. Pause ids take no part in the softmax, as they are never emitted. A
+        prompt that comes several times (the choices of a question do) is computed once.
         """
         if len(continuations) != len(prompts):
             raise ConfigError(f"expected {len(prompts)} continuations, one for each prompt, came {len(continuations)}")
@@ -146,12 +148,17 @@ class PauseGenerator:
         if not all(wanted):
             raise ConfigError(f"continuation {wanted.index([])}: expected at least one token")
         longest = max(map(len, wanted), default=1)
-        attention, prefixes = self._prefixes(prompts, pauses, location, filler, prefix_attention, longest)
+        attention, prefixes = self._prefixes(
+            prompts, pauses, location, filler, prefix_attention, [len(ids) for ids in wanted]
+        )
         if not prefixes:
             return (), Cost(0, 0, 0, 0.0, 0.0)
         begun = time.perf_counter()
-        session = Session(self.model, len(prefixes))
-        first, used = prefill(session, prefixes, self.pause.ids, bidirectional=attention == "bidirectional")
+        alone, rows = distinct(prefixes)
+        session = Session(self.model, len(alone))
+        first, used = prefill(session, alone, self.pause.ids, bidirectional=attention == "bidirectional")
+        session.spread(rows)
+        first, used = first[rows], [used[row] for row in rows]
         session.wait()
         prefilled, passes = time.perf_counter(), session.forward_passes
         logits = first[:, None]
@@ -175,7 +182,7 @@ class PauseGenerator:
         location: str | None,
         filler: str | None,
         prefix_attention: str | None,
-        new_tokens: int,
+        new_tokens: Sequence[int],
     ) -> tuple[str, list[Prefix]]:
         """Check everything that can be checked before the first forward pass."""
         attention = self.pause.prefix_attention if prefix_attention is None else prefix_attention
@@ -195,8 +202,8 @@ class PauseGenerator:
             prepare(self.encoder, prompt, policy, location, fillers, name=f"prompt {i}")
             for i, (prompt, policy) in enumerate(zip(prompts, policies, strict=True))
         ]
-        for i, prefix in enumerate(prefixes):
-            prefix.check(self.model.config, f"prompt {i}", new_tokens, location, attention)
+        for i, (prefix, count) in enumerate(zip(prefixes, new_tokens, strict=True)):
+            prefix.check(self.model.config, f"prompt {i}", count, location, attention)
         return attention, prefixes
 
     def _policies(self, pauses: Pauses, count: int) -> list[PausePolicy]:

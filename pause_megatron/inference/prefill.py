@@ -93,6 +93,23 @@ def prepare(
     return Prefix(whole, len(ids), policy)
 
 
+def distinct(prefixes: Sequence[Prefix]) -> tuple[list[Prefix], list[int]]:
+    """Rows without those that are the same as an earlier one. Of adaptive rows each is its own.
+
+    Returns:
+        the rows that are left; and which of them each row is, [rows].
+    """
+    found: dict[object, int] = {}
+    alone: list[Prefix] = []
+    rows = []
+    for index, prefix in enumerate(prefixes):
+        row = found.setdefault(index if prefix.adaptive else (prefix.policy.limit, *prefix.ids), len(alone))
+        if row == len(alone):
+            alone.append(prefix)
+        rows.append(row)
+    return alone, rows
+
+
 def prefill(
     session: Session, prefixes: Sequence[Prefix], pause_ids: range, *, bidirectional: bool
 ) -> tuple[Tensor, list[int]]:

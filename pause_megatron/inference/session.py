@@ -75,6 +75,13 @@ class Session:
             self._valid[row, self._valid[row].nonzero()[-count:, 0]] = False
             self.lengths[row] -= count
 
+    def spread(self, rows: Sequence[int]) -> None:
+        """Form the batch anew: row i goes on from what was row `rows[i]`. A row may be taken several times."""
+        if list(rows) != list(range(len(self.lengths))):
+            index = torch.tensor(rows, device=self._model.device)
+            self._cache.batch_select_indices(index)
+            self._valid, self.lengths = self._valid[index], self.lengths[index]
+
     def wait(self) -> None:
         """Wait until what was asked of the device is done, so that a clock may be read."""
         if self._model.device.type == "cuda":

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pause_megatron.checkpoint import CheckpointReader, Store, restore_engine, restore_weights
+from pause_megatron.config.identity import deciding_keys
 from pause_megatron.config.load import load
 from pause_megatron.config.schema import RunConfig
 from pause_megatron.distributed import ParallelContext
@@ -14,20 +15,6 @@ from pause_megatron.engine import Engine
 from pause_megatron.errors import CheckpointError
 from pause_megatron.model import PauseGPTModel
 from pause_megatron.train.loop import Progress
-
-# What may change between the parts of a run, because the losses do not depend on it.
-FREE_SECTIONS = frozenset({"parallel", "checkpoint", "validation", "log"})
-FREE_KEYS = frozenset(
-    {
-        "run.dir",
-        *("data.prefix", "data.valid_prefix", "data.tokenizer", "data.cache"),  # the data are compared by their content
-        *("data.verify", "data.prefetch"),
-        "task.path",
-        *("model.attention", "model.head_chunk"),
-        "batch.micro_size",
-        *("engine.ds_config", "engine.zero_stage"),
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -92,13 +79,5 @@ def progress_record(progress: Progress) -> dict[str, int]:
 
 def config_differences(before: RunConfig, now: RunConfig) -> list[str]:
     """The keys that decide the losses and differ, one line each."""
-    lines = []
-    for section in type(now).model_fields:
-        old, new = getattr(before, section), getattr(now, section)
-        for name, field in type(new).model_fields.items():
-            key = f"{section}.{field.alias or name}"
-            if section in FREE_SECTIONS or key in FREE_KEYS:
-                continue
-            if getattr(old, name) != getattr(new, name):
-                lines.append(f"{key}: {getattr(old, name)!r} in the checkpoint, {getattr(new, name)!r} in this run")
-    return lines
+    old, new = deciding_keys(before), deciding_keys(now)
+    return [f"{key}: {old[key]!r} in the checkpoint, {new[key]!r} in this run" for key in new if old[key] != new[key]]

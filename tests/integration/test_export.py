@@ -197,8 +197,8 @@ def _ungrouped(model, part: str) -> list[tuple[int, int]]:
 def test_a_tokenizer_that_differs_is_found(run, tmp_path, monkeypatch):
     from pause_megatron.hf import sentencepiece_model
 
-    right = sentencepiece_model._merges
-    monkeypatch.setattr(sentencepiece_model, "_merges", lambda pieces: right(pieces)[::-1])
+    right = sentencepiece_model.merges
+    monkeypatch.setattr(sentencepiece_model, "merges", lambda pieces: right(pieces)[::-1])
     with pytest.raises(CheckpointError, match=r"gives other ids for \d+ of \d+ lines, for example"):
         export(run, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

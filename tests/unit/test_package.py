@@ -65,7 +65,11 @@ def test_everything_that_ships_is_in_the_wheel(installed):
     package = installed / "pause_megatron"
     for folder, pattern, source in (
         ("recipes", "*.yaml", ROOT / "pause_megatron" / "recipes"),
+        ("recipes/experiments", "*.yaml", ROOT / "pause_megatron" / "recipes" / "experiments"),
         ("tasks", "*.yaml", ROOT / "pause_megatron" / "tasks"),
+        ("experiment", "*.yaml", ROOT / "pause_megatron" / "experiment"),
+        ("experiment", "*.sbatch", ROOT / "pause_megatron" / "experiment"),
+        ("experiment/report", "*.css", ROOT / "pause_megatron" / "experiment" / "report"),
         ("ds_configs", "*.json", ROOT / "ds_configs"),
         (".", "**/*.py", ROOT / "pause_megatron"),
     ):

@@ -216,6 +216,21 @@ def test_score_is_the_sum_of_log_probabilities(generator):
         assert (score.tokens, score.pauses) == (len(wanted), count)
 
 
+@pytest.mark.parametrize("attention", ["causal", "bidirectional"])
+def test_a_prompt_of_several_continuations_is_computed_once(generator, attention):
+    texts = [" the state of the Union", " and", " we must go on, all of us together", " it", " war", " peace"]
+    options = {"pauses": [3, 3, 0, 3, 5, 0], "prefix_attention": attention}
+    prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[0], PROMPTS[0], PROMPTS[0]]
+    scores, cost = generator.score(prompts, texts, **options)
+    read = {(prompt, count) for prompt, count in zip(prompts, options["pauses"], strict=True)}
+    given = sum(len(generator.encoder.encode(prompt)) + count for prompt, count in read)
+    assert cost.positions == given + sum(score.tokens - 1 for score in scores) and cost.forward_passes == 2
+    for prompt, text, count, score in zip(prompts, texts, options["pauses"], scores, strict=True):
+        [alone], _ = generator.score([prompt], [text], pauses=count, prefix_attention=attention)
+        assert score.log_likelihood == pytest.approx(alone.log_likelihood, abs=1e-4)
+        assert (score.tokens, score.pauses) == (alone.tokens, alone.pauses)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

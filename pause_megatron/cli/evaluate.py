@@ -1,0 +1,256 @@
+"""`pause-megatron evaluate`: tasks x numbers of pauses in, results.json and samples out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pause_megatron.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from pause_megatron.evaluate import ResultsFolder, Settings
+    from pause_megatron.evaluate.lm_eval_tasks import Harness
+    from pause_megatron.inference import PauseGenerator
+    from pause_megatron.tasks import Example, Task
+
+HELP = "score a model on tasks, over numbers of pauses; interrupted, it goes on where it was"
+
+_LM_EVAL = "lm_eval/"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    from pause_megatron.tasks import task_names
+
+    parser.epilog = (
+        "The same command again goes on where an interrupted one stopped, and computes nothing twice.\n\nexamples:\n"
+        "  pause-megatron evaluate --model out/ --tasks gsm8k,squad --pauses 0,2,5,10,25,50 --output results/\n"
+        "  pause-megatron evaluate --model out/ --tasks lambada --task-path data/ --filler . --output results/\n"
+        "  pause-megatron evaluate --model out/ --tasks lm_eval/arc_easy --pauses 0,10 --output results/"
+    )
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="folder that export-hf wrote, or a Llama-like one"
+    )
+    parser.add_argument(
+        "--tasks",
+        required=True,
+        metavar="NAME,...",
+        help=f"of {', '.join(task_names())}; FILE.yaml; module:attribute; lm_eval/NAME for a task of lm-eval",
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder of results.json and samples/")
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--task-path",
+        metavar="ROOT",
+        help="folder that holds a folder of JSON lines for each task (default: the Hugging Face hub)",
+    )
+    data.add_argument("--limit", metavar="N", help="the first N records of each task (default: all)")
+    data.add_argument("--include-path", metavar="DIR", help="folder of lm-eval task files (*.yaml) of your own")
+    pauses = parser.add_argument_group("pauses")
+    pauses.add_argument(
+        "--pauses", metavar="N,...", help="behind each prompt (default: what the model was finetuned with)"
+    )
+    pauses.add_argument("--location", choices=("append", "prepend"), help="default: the model's own, else append")
+    pauses.add_argument(
+        "--filler",
+        metavar="TEXT",
+        help='an ordinary token in place of <pause>, such as "." (default: the model\'s own)',
+    )
+    pauses.add_argument("--prefix-attention", choices=("causal", "bidirectional"), help="default: the model's own")
+    pauses.add_argument(
+        "--seed", metavar="N", default="0", help="a label of the results, such as the finetuning's seed"
+    )
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cpu)")
+    machine.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: as stored")
+    machine.add_argument("--batch-size", default="8", metavar="N", help="rows of a forward pass (default: 8)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check all that can be checked, then evaluate task by task, and print a table."""
+    counts = None if args.pauses is None else _numbers("--pauses", args.pauses)
+    batch_size = _number("--batch-size", args.batch_size, least=1)
+    limit = None if args.limit is None else _number("--limit", args.limit, least=1)
+    seed = _number("--seed", args.seed, least=0)
+    names = list(dict.fromkeys(name.strip() for name in args.tasks.split(",")))
+    asked = _examples([name for name in names if not name.startswith(_LM_EVAL)], args.task_path, limit)
+    of_lm_eval = [name.removeprefix(_LM_EVAL) for name in names if name.startswith(_LM_EVAL)]
+    harness = _harness(of_lm_eval, args)
+
+    from pause_megatron.byte_progress import ByteProgress
+    from pause_megatron.evaluate import ResultsFolder, model_fingerprint, opened
+
+    model = Path(args.model)
+    if not model.is_dir():
+        raise DataError(f"--model {args.model}: expected a folder as export-hf writes it; there is no such folder")
+    with opened(Path(args.output)) as output:
+        with ByteProgress(sys.stderr) as progress:
+            fingerprint = model_fingerprint(model, output / "model.json", progress.report)
+        folder = ResultsFolder(output, fingerprint, str(args.model))
+        generator = _load(args)
+        settings = _settings(args, generator, counts, seed)
+        entries = _own(generator, asked, settings, folder, batch_size)
+        for name in of_lm_eval:
+            for each in settings:
+                entries += harness.evaluate(generator, name, each, folder, batch_size=batch_size, limit=limit)
+    print(_table(entries))
+    return 0
+
+
+def _examples(names: Sequence[str], root: str | None, limit: int | None) -> list[tuple[Task, list[Example]]]:
+    from pause_megatron.tasks import load_task, read_examples
+
+    tasks = [load_task(name) for name in names]
+    asked = []
+    for task in tasks:
+        path = None if root is None else Path(root) / task.folder
+        if path is not None and not path.is_dir():
+            raise DataError(
+                f"--task-path {root}: expected the folder {task.folder} with the records of {task.name} there"
+            )
+        asked.append((task, read_examples(task, "eval", None if path is None else str(path), limit)))
+    return asked
+
+
+def _harness(names: Sequence[str], args: argparse.Namespace) -> Harness | None:
+    """lm-eval, which knows the tasks and can have their records; None where it is not needed."""
+    if not names:
+        return None
+    if args.prefix_attention == "bidirectional":
+        raise ConfigError(
+            "lm_eval tasks: expected --prefix-attention causal, came bidirectional: lm-eval knows no other"
+        )
+    from pause_megatron.evaluate.lm_eval_tasks import Harness
+
+    harness = Harness(args.include_path)
+    for name in names:
+        harness.load(name)
+    return harness
+
+
+def _load(args: argparse.Namespace) -> PauseGenerator:
+    from pause_megatron.cli.generate import load_quietly
+
+    return load_quietly(args.model, device=args.device, dtype=args.dtype)
+
+
+def _settings(
+    args: argparse.Namespace, generator: PauseGenerator, counts: list[int] | None, seed: int
+) -> list[Settings]:
+    """One for each M, checked; what was not given is the model's own, and said."""
+    from pause_megatron.evaluate import check_settings, own_settings
+
+    given = {"location": args.location, "filler": args.filler, "prefix_attention": args.prefix_attention}
+    base = own_settings(generator, **given, seed=seed)
+    if counts is None:
+        why = (
+            "the model was finetuned with them" if generator.pause.m_ft is not None else "its config.json names no m_ft"
+        )
+        _say(f"pauses: {base.pauses} ({why})")
+    found = [replace(base, pauses=count) for count in counts or [base.pauses]]
+    for settings in found:
+        check_settings(generator, settings)
+    return found
+
+
+def _own(
+    generator: PauseGenerator,
+    asked: Sequence[tuple[Task, list[Example]]],
+    settings: Sequence[Settings],
+    folder: ResultsFolder,
+    batch_size: int,
+) -> list[dict[str, Any]]:
+    """Our own tasks, all numbers of pauses of one after the other."""
+    from pause_megatron.evaluate import evaluate, identify
+
+    for task, examples in asked:
+        for each in settings:
+            folder.check(identify(task, examples, each, folder))
+    entries = []
+    for task, examples in asked:
+        for each in settings:
+            with _RecordProgress(f"{task.name} M={each.pauses}") as progress:
+                entries += evaluate(
+                    generator, task, examples, each, folder, batch_size=batch_size, report=progress.report
+                )
+            _say(f"{task.name} M={each.pauses}: {progress.total} records, {progress.found} of them from an earlier run")
+    return entries
+
+
+class _RecordProgress:
+    """A bar over records, once a task has taken two seconds: lively on a terminal, a line now and then in a log."""
+
+    def __init__(self, name: str) -> None:
+        self.total = self.found = 0
+        self._name = name
+        self._bar: Any = None
+
+    def __enter__(self) -> _RecordProgress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def report(self, done: int, total: int, found: int) -> None:
+        """Takes a report: records done, records in all, records of an earlier run."""
+        if self._bar is None:
+            from tqdm import tqdm
+
+            self.total, self.found = total, found
+            self._bar = tqdm(
+                desc=self._name,
+                total=total,
+                initial=done,
+                unit=" records",
+                file=sys.stderr,
+                delay=2.0,
+                mininterval=0.3 if sys.stderr.isatty() else 10.0,
+                leave=False,
+            )
+        self._bar.update(done - self._bar.n)
+
+
+def _table(entries: Sequence[dict[str, Any]]) -> str:
+    """A line for each task, metric and M."""
+    head = ("task", "metric", "M", "value", "+- s.e.", "n")
+    rows = [
+        (
+            entry["task"],
+            entry["metric"],
+            str(entry["pauses"]),
+            f"{entry['value']:.4f}",
+            "" if entry["standard_error"] is None else f"{entry['standard_error']:.4f}",
+            f"{entry['n']:,}",
+        )
+        for entry in entries
+    ]
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    lines = []
+    for row in (head, *rows):
+        left = [text.ljust(width) for text, width in zip(row[:2], widths[:2], strict=True)]
+        right = [text.rjust(width) for text, width in zip(row[2:], widths[2:], strict=True)]
+        lines.append("  ".join([*left, *right]))
+    cut = dict.fromkeys(f"{e['task']} M={e['pauses']}: {e['cut']:,}" for e in entries if e["cut"])
+    return "\n".join(lines) + (f"\nprompts cut from the left to fit the model: {', '.join(cut)}" if cut else "")
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() for part in parts):
+        raise ConfigError(f"{option}: expected numbers, 0 or more, with commas between them, came {text!r}")
+    return list(dict.fromkeys(map(int, parts)))
+
+
+def _number(option: str, text: str, *, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise ConfigError(f"{option}: expected a number, {least} or more, came {text!r}")
+    return int(text)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

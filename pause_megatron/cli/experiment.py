@@ -1,0 +1,168 @@
+"""`pause-megatron experiment`: a grid of runs, their states, and the report of what they found."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pause_megatron.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pause_megatron.experiment.grid import Plan
+    from pause_megatron.experiment.schema import Grid
+
+HELP = "run a grid of pretraining, finetuning and evaluation; report it beside the paper"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the actions and their options."""
+    from pause_megatron.experiment.load import recipe_names
+
+    parser.epilog = (
+        "examples:\n"
+        "  pause-megatron experiment run --recipe tiny data.prefix=runs/quickstart/english --task-path data/\n"
+        "  pause-megatron experiment status runs/experiments/tiny\n"
+        "  pause-megatron experiment report runs/experiments/tiny --output report/"
+    )
+    parser.add_argument("action", choices=("run", "status", "report", "cell"), help="cell: one cell, as a job runs it")
+    parser.add_argument("words", nargs="*", metavar="DIR|KEY=VALUE", help="status, report: DIR; run: keys on top")
+    grid = parser.add_argument_group("run: which grid")
+    grid.add_argument("--recipe", metavar="NAME", help=f"one of {', '.join(recipe_names())}")
+    grid.add_argument("--config", metavar="FILE", help="a grid file, for example DIR/grid.yaml")
+    grid.add_argument("--task-path", metavar="ROOT", help="folder with a folder of records per task (data.tasks)")
+    grid.add_argument("--output", metavar="DIR", help="default: runs/experiments/NAME; report: default DIR/report")
+    grid.add_argument("--dry-run", action="store_true", help="list cells, steps, FLOPs and order, and stop")
+    local = parser.add_argument_group("run: here")
+    local.add_argument("--jobs", type=_count, default=1, metavar="N", help="cells at a time (default: 1)")
+    local.add_argument("--ranks", type=_count, default=1, metavar="R", help="ranks of a training cell (default: 1)")
+    slurm = parser.add_argument_group("run: as SLURM jobs")
+    slurm.add_argument("--slurm", action="store_true", help="submit a job per cell, with dependencies, and return")
+    slurm.add_argument("--partition", metavar="P", help="partition")
+    slurm.add_argument("--time", metavar="T", help="time limit of a job, for example 4:00:00")
+    slurm.add_argument("--nodes", type=_count, default=1, metavar="N", help="nodes of a training cell (default: 1)")
+    slurm.add_argument("--gpus", type=_count, metavar="N", help="GPUs of each task of a job")
+    slurm.add_argument(
+        "--sbatch", action="append", default=[], metavar="LINE", help="a further #SBATCH line; repeatable"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what was asked."""
+    actions = {"run": _run, "status": _status, "report": _report, "cell": _cell}
+    return actions[args.action](args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from pause_megatron.durable import only_writer
+    from pause_megatron.experiment.estimate import describe
+    from pause_megatron.experiment.folder import place, write_plan
+    from pause_megatron.experiment.run_local import run_local, set_threads
+
+    grid, plan = _planned(args)
+    directory = Path(args.output or f"runs/experiments/{grid.name}").resolve()
+    if args.dry_run:
+        print(describe(list(place(directory, plan).values())))
+        return 0
+    directory.mkdir(parents=True, exist_ok=True)
+    with only_writer(directory / ".lock", f"the experiment {directory}"):
+        placed = write_plan(directory, grid, plan, args.ranks)
+        if args.slurm:
+            from pause_megatron.experiment.slurm import JobOptions, submit
+
+            options = JobOptions(args.partition, args.time, args.nodes, args.gpus, tuple(args.sbatch))
+            return submit(directory, placed, options, say=_say)
+        set_threads(args.jobs, args.ranks)
+        code = run_local(placed, jobs=args.jobs, stop=_stop_on_signals(), say=_say)
+    if code == 0:
+        _say(f"next: pause-megatron experiment report {directory}")
+    return code
+
+
+def _planned(args: argparse.Namespace) -> tuple[Grid, Plan]:
+    """The grid with the command line's keys, and its cells."""
+    from pause_megatron.experiment.grid import expand
+    from pause_megatron.experiment.inputs import assume, gather
+    from pause_megatron.experiment.load import load_grid
+
+    overrides = list(args.words)
+    if args.task_path is not None:
+        overrides.append(f"data.tasks={args.task_path}")
+    grid = load_grid(args.config, recipe=args.recipe, overrides=overrides)
+    without_data = args.dry_run and not grid.data.prefix
+    if without_data:
+        _say("data.prefix is not given: what is done already is not known, and the vocabulary is assumed")
+    return grid, expand(grid, assume(grid) if without_data else gather(grid))
+
+
+def _status(args: argparse.Namespace) -> int:
+    from pause_megatron.experiment.folder import counts, read_plan, state_of
+    from pause_megatron.experiment.slurm import job_in_queue, queued_jobs
+
+    directory = _directory(args)
+    folders = [directory / "cells" / name for name in read_plan(directory)["cells"]]
+    queue = queued_jobs() if any((folder / "job.json").exists() for folder in folders) else {}
+    states = {folder.name: state_of(folder) for folder in folders}
+    for folder in folders:
+        if states[folder.name] == "waiting" and job_in_queue(folder, queue):
+            states[folder.name] = "queued"
+    width = max(map(len, states))
+    for name, state in states.items():
+        print(f"{name:{width}}  {state}")
+    print(f"\n{len(states)} cells: {counts(states.values())}")
+    return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from pause_megatron.experiment.report import write_report
+
+    directory = _directory(args)
+    output = Path(args.output) if args.output else directory / "report"
+    for line in write_report(directory, output):
+        print(line)
+    return 0
+
+
+def _cell(args: argparse.Namespace) -> int:
+    from pause_megatron.experiment.execute import run_cell, under_srun
+
+    folder = _directory(args)
+    outcome = run_cell(folder, under_srun, _stop_on_signals(), _say)
+    _say(f"{folder.name}: {'done before' if outcome.already else f'exit code {outcome.code}'}")
+    return outcome.code
+
+
+def _directory(args: argparse.Namespace) -> Path:
+    """The one folder that status, report and cell are about."""
+    if len(args.words) != 1:
+        raise ConfigError(f"experiment {args.action}: expected one folder, came {len(args.words)}")
+    return Path(args.words[0]).resolve()
+
+
+def _stop_on_signals():
+    """A Stop that SIGINT and SIGTERM ask."""
+    from pause_megatron.experiment.execute import Stop
+
+    stop = Stop()
+
+    def ask(number: int, frame: object) -> None:
+        if stop.asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        _say("stopping: the running cells save what they have")
+        stop.ask()
+
+    signal.signal(signal.SIGINT, ask)
+    signal.signal(signal.SIGTERM, ask)
+    return stop
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer >= 1, came {text!r}")
+    return int(text)

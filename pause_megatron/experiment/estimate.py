@@ -1,0 +1,54 @@
+"""A grid before it is run, as text: cells, steps, FLOPs, order. No torch."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+from pause_megatron.experiment.folder import Placed
+
+
+def si(value: float) -> str:
+    """1234567 -> "1.23 M"."""
+    for power, prefix in ((24, "Y"), (21, "Z"), (18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
+        if value >= 10**power:
+            return f"{value / 10**power:.3g} {prefix}"
+    return f"{value:.3g} "
+
+
+def describe(placed: Sequence[Placed]) -> str:
+    """One line a cell in the order in which they are run, then sums.
+
+    Args:
+        placed: inputs first.
+    """
+    number = {entry.cell.fingerprint: index for index, entry in enumerate(placed, start=1)}
+    width = max(len(entry.cell.name) for entry in placed)
+    lines = [f"{'':>5}  {'cell':{width}}  {'after':>5}  {'steps':>9}  {'raw tokens':>10}  {'FLOP':>8}"]
+    for entry in placed:
+        cell, cost = entry.cell, entry.cell.estimate
+        after = number[cell.input.fingerprint] if cell.input else ""
+        steps = "" if cost.steps is None else f"{cost.steps:,}"
+        tokens = "" if cost.raw_tokens is None else si(cost.raw_tokens)
+        flops = "" if not cost.flops else si(cost.flops)
+        done = "  done" if entry.done else ""
+        index = number[cell.fingerprint]
+        lines.append(f"{index:>5}  {cell.name:{width}}  {after:>5}  {steps:>9}  {tokens:>10}  {flops:>8}{done}")
+    lines += ["", *_sums(placed)]
+    return "\n".join(lines)
+
+
+def _sums(placed: Sequence[Placed]) -> list[str]:
+    cells: dict[str, int] = defaultdict(int)
+    flops: dict[str, float] = defaultdict(float)
+    for entry in placed:
+        cells[entry.cell.verb] += 1
+        flops[entry.cell.verb] += entry.cell.estimate.flops or 0.0
+    parts = [f"{count} {verb}" for verb, count in cells.items()]
+    known = ", ".join(f"{verb} {si(value)}FLOP" for verb, value in flops.items() if value)
+    open_ended = sum(cell.verb == "finetune" and cell.estimate.steps is None for cell in (e.cell for e in placed))
+    left_out = f"; {open_ended} finetuning cells count epochs, so their steps are not known yet" if open_ended else ""
+    return [
+        f"{len(placed)} cells: {', '.join(parts)}; {sum(entry.done for entry in placed)} done",
+        f"estimated: {known}; evaluation depends on the lengths of records and answers{left_out}",
+    ]

@@ -1,0 +1,83 @@
+"""Figure 4: scores over the pauses of the finetuning (M_ft) and over those of the inference (M_inf)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pause_megatron.experiment.report.collect import Collected
+from pause_megatron.experiment.report.compare import Key, Summary
+from pause_megatron.experiment.report.plots import Series, color_of
+from pause_megatron.experiment.report.published import Published
+from pause_megatron.experiment.report.tables import curve_table
+
+Theirs = Mapping[str, tuple[str, Mapping[int, float]] | None]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A set of panels.
+
+    Attributes:
+        panels: title -> lines. published: title -> (label, {pauses: per cent}). tables: HTML.
+    """
+
+    panels: Mapping[str, tuple[Series, ...]]
+    published: Theirs
+    tables: str
+
+
+def over_m_ft(collected: Collected, summaries: Mapping[Key, Summary], paper: Published) -> Figure:
+    """The M_ft ablation: each model prompted with as many pauses as it was finetuned with. Fixed numbers only."""
+    found: dict[str, dict[str, dict[int, Summary]]] = {}
+    for summary in summaries.values():
+        if summary.m_ft.isdecimal() and summary.m_ft == str(summary.m_inf):
+            points = found.setdefault(summary.task, {}).setdefault(summary.variant, {})
+            points[int(summary.m_ft)] = summary
+    curves = {
+        task: {variant: (variant, points) for variant, points in lines.items() if len(points) > 1}
+        for task, lines in found.items()
+    }
+    return _figure(collected, curves, {task: paper.over_m_ft(task) for task in curves}, paper, "M_ft")
+
+
+def over_m_inf(collected: Collected, summaries: Mapping[Key, Summary], paper: Published) -> Figure:
+    """The M_inf curves: one model, prompted with other numbers of pauses than it was finetuned with."""
+    found: dict[str, dict[tuple[str, str], dict[int, Summary]]] = {}
+    for summary in summaries.values():
+        points = found.setdefault(summary.task, {}).setdefault((summary.variant, summary.m_ft), {})
+        points[summary.m_inf] = summary
+    # A control that is only prompted with several fillers is no curve: it has no point that is not its own.
+    curves = {
+        task: {
+            f"{variant}, M_ft={m_ft}": (variant, points)
+            for (variant, m_ft), points in lines.items()
+            if not all(each.own for each in points.values())
+        }
+        for task, lines in found.items()
+    }
+    return _figure(collected, curves, {task: paper.over_m_inf(task) for task in curves}, paper, "M_inf")
+
+
+def _figure(
+    collected: Collected,
+    curves: Mapping[str, Mapping[str, tuple[str, Mapping[int, Summary]]]],
+    theirs: Theirs,
+    paper: Published,
+    axis: str,
+) -> Figure:
+    """Panels and tables of task -> {label: (variant, points)}, in the grid's order of tasks."""
+    variants, tasks = list(collected.grid.variants), [task for task in collected.grid.tasks if curves.get(task)]
+    panels = {
+        paper.title(task): tuple(
+            Series(label, color_of(variant, variants), points) for label, (variant, points) in curves[task].items()
+        )
+        for task in tasks
+    }
+    html = (
+        curve_table(
+            axis, {line.label: line.points for line in panels[paper.title(task)]}, theirs[task], paper.title(task)
+        )
+        for task in tasks
+    )
+    return Figure(panels, {paper.title(task): theirs[task] for task in tasks if theirs[task]}, "".join(html))

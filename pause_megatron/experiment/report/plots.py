@@ -1,0 +1,257 @@
+"""The pictures of a report: Figure 3, the two halves of Figure 4, and the controls. Ours above, the paper's below."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pause_megatron.experiment.report.compare import Summary
+from pause_megatron.experiment.report.published import VARIANTS, Published
+
+# Okabe & Ito's colours, which people with any colour vision tell apart. Colour names a variant, never a winner.
+COLORS = {
+    "StdPT_StdFT": "#7f7f7f",
+    "StdPT_PauseFT": "#56b4e9",
+    "PausePT_StdFT": "#e69f00",
+    "PausePT_PauseFT": "#0072b2",
+}
+_FURTHER = ("#009e73", "#cc79a7", "#d55e00", "#8c6d31", "#332288", "#117733")
+_COLUMNS = 3
+_SHORT = {"StdPT_StdFT": "Std/Std", "StdPT_PauseFT": "Std/Pause", "PausePT_StdFT": "Pause/Std"}
+_SHORT |= {"PausePT_PauseFT": "Pause/Pause"}
+
+
+@dataclass(frozen=True)
+class Series:
+    """A line of a plot: y over x (pauses), in per cent."""
+
+    label: str
+    color: str
+    points: Mapping[int, Summary]
+
+
+def color_of(variant: str, variants: Sequence[str]) -> str:
+    """The colour that names a variant."""
+    if variant in COLORS:
+        return COLORS[variant]
+    others = [name for name in variants if name not in COLORS]
+    return _FURTHER[others.index(variant) % len(_FURTHER)]
+
+
+def draw_variants(path: Path, main: Mapping[tuple[str, str], Summary], tasks: Sequence[str], paper: Published) -> None:
+    """Figure 3: a panel per task, the four variants; below it the paper's."""
+    plt = _pyplot()
+    columns = min(_COLUMNS, len(tasks))
+    rows = -(-len(tasks) // columns)
+    figure, axes = plt.subplots(
+        2 * rows,
+        columns,
+        figsize=(3.5 * columns, 3.9 * rows),
+        squeeze=False,
+        layout="constrained",
+        gridspec_kw={"height_ratios": [2, 1] * rows},
+    )
+    for index in range(rows * columns):
+        ours, theirs = axes[2 * (index // columns)][index % columns], axes[2 * (index // columns) + 1][index % columns]
+        if index >= len(tasks):
+            ours.axis("off"), theirs.axis("off")
+            continue
+        _bars_of_task(ours, tasks[index], main, paper)
+        _published_bars(theirs, tasks[index], paper)
+    _save(figure, path)
+
+
+def draw_curves(path: Path, panels: Mapping[str, Sequence[Series]], published: Mapping[str, Any], axis: str) -> None:
+    """Scores over a number of pauses: a panel per title, the paper's curve below where it has one.
+
+    Args:
+        panels: title -> lines. published: title -> (label, {pauses: per cent}). axis: what x is.
+    """
+    plt = _pyplot()
+    count = len(panels)
+    columns = min(_COLUMNS, count)
+    rows = -(-count // columns)
+    height = 2 if published else 1
+    ratios = [2, 1.3] * rows if published else [1] * rows
+    figure, axes = plt.subplots(
+        height * rows,
+        columns,
+        figsize=(3.8 * columns, (4.6 if published else 3.0) * rows),
+        squeeze=False,
+        layout="constrained",
+        gridspec_kw={"height_ratios": ratios},
+    )
+    for index in range(rows * columns):
+        row, column = height * (index // columns), index % columns
+        ours, theirs = axes[row][column], axes[row + 1][column] if published else None
+        if index >= count:
+            ours.axis("off")
+            if theirs is not None:
+                theirs.axis("off")
+            continue
+        title = list(panels)[index]
+        known = published.get(title)
+        counts = sorted({count for line in panels[title] for count in line.points} | set(known[1] if known else ()))
+        _lines(ours, title, panels[title], counts, axis)
+        if theirs is not None:
+            _published_line(theirs, known, counts, axis)
+    _save(figure, path)
+
+
+def draw_all(
+    path: Path,
+    main: Mapping[tuple[str, str], Summary],
+    tasks: Sequence[str],
+    variants: Sequence[str],
+    baseline: str,
+    paper: Published,
+) -> None:
+    """Every variant and control as a point with its error bar; the dashed line is the baseline."""
+    plt = _pyplot()
+    columns = min(_COLUMNS, len(tasks))
+    rows = -(-len(tasks) // columns)
+    shown = [variant for variant in variants if any((variant, task) in main for task in tasks)]
+    figure, axes = plt.subplots(
+        rows,
+        columns,
+        figsize=(1.6 + 3.2 * columns, rows * (0.9 + 0.3 * len(shown))),
+        squeeze=False,
+        sharey=True,
+        layout="constrained",
+    )
+    for index, axis in enumerate(axes.flat):
+        if index >= len(tasks):
+            axis.axis("off")
+            continue
+        task = tasks[index]
+        for row, variant in enumerate(shown):
+            if (summary := main.get((variant, task))) is not None:
+                axis.errorbar(
+                    summary.value, row, xerr=summary.error, fmt="o", color=color_of(variant, variants), capsize=3
+                )
+        if (base := main.get((baseline, task))) is not None:
+            axis.axvline(base.value, color="#7f7f7f", linestyle="--", linewidth=1)
+        axis.set_yticks(range(len(shown)), shown, fontsize=8)
+        axis.set_ylim(len(shown) - 0.5, -0.5)
+        axis.set_xlim(left=min(0.0, axis.get_xlim()[0]))
+        axis.set_title(paper.title(task), fontsize=10)
+        axis.set_xlabel("per cent", fontsize=8)
+        axis.grid(alpha=0.25, axis="x")
+    _save(figure, path)
+
+
+def _bars_of_task(axes: Any, task: str, main: Mapping[tuple[str, str], Summary], paper: Published) -> None:
+    found = [(variant, main.get((variant, task))) for variant in VARIANTS]
+    for position, (variant, summary) in enumerate(found):
+        if summary is None:
+            axes.text(position, 0, "not run", ha="center", va="bottom", rotation=90, fontsize=7, color="#7f7f7f")
+            continue
+        axes.bar(position, summary.value, color=COLORS[variant], width=0.7)
+        if summary.error is not None:
+            axes.errorbar(position, summary.value, yerr=summary.error, color="black", capsize=3, linewidth=1)
+        for value in summary.by_seed.values():
+            axes.plot(position, value, ".", color="black", markersize=3, alpha=0.6)
+        top = max([summary.value + (summary.error or 0), *summary.by_seed.values()])
+        _label(axes, position, top, summary.value)
+    one = next((summary for _, summary in found if summary), None)
+    sizes = f" (n={one.n:,}, {one.seeds} seed{'s' if one.seeds > 1 else ''})" if one else ""
+    chance = paper.chance(task)
+    dotted = ", dotted: chance" if chance else ""
+    axes.set_title(f"{paper.title(task)}{sizes}{dotted}", fontsize=8.5)
+    if chance:
+        axes.axhline(chance, color="#aa0000", linestyle=":", linewidth=1.5)
+    tops = [max([s.value + (s.error or 0.0), *s.by_seed.values()]) for _, s in found if s]
+    axes.set_ylim(0, 1.2 * max([1.0, chance or 0.0, *tops]))
+    _label_variants(axes, "ours, per cent")
+
+
+def _published_bars(axes: Any, task: str, paper: Published) -> None:
+    values = [paper.score(task, variant) for variant in VARIANTS]
+    if not any(value is not None for value in values):
+        axes.axis("off")
+        return
+    for position, (variant, value) in enumerate(zip(VARIANTS, values, strict=True)):
+        axes.bar(position, value, color="white", edgecolor=COLORS[variant], hatch="///", width=0.7)
+        _label(axes, position, value, value)
+    axes.set_ylim(0, 1.25 * max(values))
+    _label_variants(axes, "paper, 1B")
+
+
+def _label(axes: Any, position: float, height: float, value: float) -> None:
+    """The number above a bar."""
+    place = (position, height), (0, 2)
+    axes.annotate(f"{value:.1f}", *place, textcoords="offset points", ha="center", fontsize=7)
+
+
+def _label_variants(axes: Any, label: str) -> None:
+    axes.set_xticks(range(len(VARIANTS)), [_SHORT[variant] for variant in VARIANTS], fontsize=7)
+    axes.tick_params(axis="y", labelsize=7)
+    axes.set_ylabel(label, fontsize=8)
+    axes.grid(alpha=0.25, axis="y")
+    axes.set_axisbelow(True)
+
+
+def _lines(axes: Any, title: str, series: Sequence[Series], counts: Sequence[int], axis: str) -> None:
+    place = {count: index for index, count in enumerate(counts)}
+    for line in series:
+        x = sorted(line.points)
+        y = [line.points[count].value for count in x]
+        errors = [line.points[count].error or 0.0 for count in x]
+        axes.errorbar(
+            [place[c] for c in x],
+            y,
+            yerr=errors,
+            marker="o",
+            markersize=4,
+            capsize=3,
+            color=line.color,
+            label=line.label,
+        )
+    axes.set_xlim(-0.3, len(counts) - 0.7)
+    axes.set_xticks(range(len(counts)), counts, fontsize=8)
+    axes.set_ylim(bottom=0)
+    axes.set_title(title, fontsize=9)
+    axes.set_xlabel(axis, fontsize=8)
+    axes.set_ylabel("ours, per cent", fontsize=8)
+    axes.tick_params(axis="y", labelsize=7)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=7)
+
+
+def _published_line(axes: Any, found: tuple[str, Mapping[int, float]] | None, counts: Sequence[int], axis: str) -> None:
+    if found is None:
+        axes.axis("off")
+        return
+    label, points = found
+    x = sorted(points)
+    axes.plot(
+        [counts.index(count) for count in x],
+        [points[count] for count in x],
+        "s--",
+        color="#7f7f7f",
+        markersize=4,
+        label=label,
+    )
+    axes.set_xlim(-0.3, len(counts) - 0.7)
+    axes.set_xticks(range(len(counts)), counts, fontsize=8)
+    axes.set_xlabel(axis, fontsize=8)
+    axes.set_ylabel("paper, 1B", fontsize=8)
+    axes.tick_params(axis="y", labelsize=7)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=7)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure: Any, path: Path) -> None:
+    figure.savefig(path, dpi=130, facecolor="white")
+    _pyplot().close(figure)

@@ -1,0 +1,84 @@
+"""An experiment as SLURM jobs on a real cluster of two nodes: order, failure, submitting again."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from slurm_cluster import Cluster, installed, slurm_cluster
+from small_grid import cheap_cell, give_product, place_cells
+
+from pause_megatron.experiment.cell import read_json
+from pause_megatron.experiment.folder import Placed
+from pause_megatron.experiment.slurm import JobOptions, job_in_queue, queued_jobs, render, submit
+
+pytestmark = pytest.mark.skipif(not installed(), reason="needs the Debian packages slurm-wlm and munge, and root")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory):
+    with slurm_cluster(tmp_path_factory.mktemp("slurm")) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def _its_commands(cluster: Cluster, monkeypatch):
+    for name, value in cluster.environment.items():
+        monkeypatch.setenv(name, value)
+
+
+def entries(placed: dict[str, Placed]) -> dict[str, Placed]:
+    return {entry.cell.name: entry for entry in placed.values()}
+
+
+def test_jobs_run_in_order_and_submitting_again_submits_what_is_left(cluster, tmp_path):
+    a, d = cheap_cell("a"), cheap_cell("d")
+    b = cheap_cell("b", a)
+    placed = place_cells(tmp_path, [a, b, cheap_cell("c", b), d, cheap_cell("e", d)])
+    named = entries(placed)
+    for name in "abce":  # d will fail: its verb leaves nothing
+        give_product(named[name])
+
+    said: list[str] = []
+    held = JobOptions(partition="main", time="10:00", lines=("--hold",))
+    assert submit(tmp_path, placed, held, said.append) == 0
+    assert said[-2].startswith("5 jobs submitted, 0 in the queue before, 0 cells done")
+    jobs = {name: read_json(entry.folder / "job.json")["job"] for name, entry in named.items()}
+    assert said[1] == f"job {jobs['b']} after {jobs['a']}: b"
+    assert all(job_in_queue(entry.folder, queued_jobs()) for entry in named.values())
+
+    said.clear()
+    submit(tmp_path, placed, held, said.append)
+    assert said[-2].startswith("0 jobs submitted, 5 in the queue before")
+
+    cluster.run("scontrol", "release", ",".join(jobs.values()))
+    cluster.wait_until_idle()
+    assert {name: entry.done for name, entry in named.items()} == {**dict.fromkeys("abc", True), "d": False, "e": False}
+    ends = [(named[name].folder / "done.json").stat().st_mtime_ns for name in "abc"]
+    assert ends == sorted(ends)
+    assert "is not there" in (named["d"].folder / "job.txt").read_text()
+    assert not (named["e"].folder / "job.txt").exists(), "e was started although d failed"
+
+    give_product(named["d"])
+    said.clear()
+    submit(tmp_path, placed, JobOptions(), said.append)
+    assert said[-2].startswith("2 jobs submitted, 0 in the queue before, 3 cells done")
+    cluster.wait_until_idle()
+    assert all(entry.done for entry in named.values())
+    assert [(named[name].folder / "done.json").stat().st_mtime_ns for name in "abc"] == ends
+
+
+def test_a_job_script_asks_for_what_the_site_wants(tmp_path):
+    folder = tmp_path / "with blanks"
+    options = JobOptions(partition="gpu", time="4:00:00", nodes=2, gpus=1, lines=("--account=us",))
+    script = render(folder, "pretrain", 16, options)
+    for line in (
+        "--nodes=2",
+        "--ntasks-per-node=8",
+        "--partition=gpu",
+        "--gpus-per-task=1",
+        "--account=us",
+        "--requeue",
+    ):
+        assert f"#SBATCH {line}\n" in script
+    assert not re.search("@[A-Z_]+@", script) and "--nodes=1\n" in render(folder, "evaluate", 1, options)

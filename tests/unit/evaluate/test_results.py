@@ -1,0 +1,88 @@
+"""results.json: every task, metric and setting once, of one model, from one writer."""
+
+from __future__ import annotations
+
+import pytest
+
+from pause_megatron.errors import DataError
+from pause_megatron.evaluate import Identity, ResultsFolder, Settings, opened, read_results
+
+ORDER = [str(number) for number in range(6)]
+COST = {"forward_passes": 1, "positions": 9, "seconds": 0.5}
+
+
+def identity(**changes) -> Identity:
+    values = {"task": "t", "model": "m", "data": "d", "settings": Settings(pauses=2), "decoding": {}}
+    return Identity(**{**values, **changes})
+
+
+def record(name: str) -> dict:
+    scores, tokens = {"exact_match": 1.0, "f1": 0.5}, {"prompt": 3, "pauses": 2, "new": 1}
+    return {"id": name, "scores": scores, "tokens": tokens, "cut": 0}
+
+
+def finish(folder: ResultsFolder, of: Identity) -> list[dict]:
+    with folder.journal(of, ORDER) as journal:
+        if len(journal.records) < len(ORDER):
+            journal.append([record(name) for name in ORDER], COST)
+        entries = folder.summarise(of, journal.records, "f1")
+    folder.add(entries)
+    return entries
+
+
+def test_results_hold_every_task_metric_and_setting_once(tmp_path):
+    folder = ResultsFolder(tmp_path, "m", "out")
+    finish(folder, identity())
+    finish(folder, identity(settings=Settings(pauses=5, filler="/.")))
+    again = ResultsFolder(tmp_path, "m", "out")
+    finish(again, identity())
+    entries = read_results(tmp_path)
+    assert [(entry["metric"], entry["pauses"]) for entry in entries] == [
+        ("exact_match", 2),
+        ("exact_match", 5),
+        ("f1", 2),
+        ("f1", 5),
+    ]
+    assert entries[2] == {
+        **{"task": "t", "metric": "f1", "primary": True, "value": 0.5, "standard_error": 0.0, "n": 6},
+        **{"pauses": 2, "location": "append", "filler": None, "prefix_attention": "causal", "seed": 0, "dtype": "fp32"},
+        **{"model": "m", "model_path": "out", "data": "d", "harness": "pause-megatron", "cut": 0, "seconds": 0.5},
+        **{"tokens": {"prompt": 18, "pauses": 12, "new": 6}, "positions": 9, "forward_passes": 1},
+    }
+    names = sorted(path.name for path in (tmp_path / "samples").iterdir())
+    assert names[2:] == ["t-m5-append-filler-%2F.-seed0.json", "t-m5-append-filler-%2F.-seed0.jsonl"]
+
+
+def test_another_model_or_other_data_is_refused_even_where_samples_are_gone(tmp_path):
+    folder = ResultsFolder(tmp_path, "m", "out")
+    finish(folder, identity())
+    with pytest.raises(DataError, match=r"results.json: model: expected n \(other\), came m \(out\)"):
+        ResultsFolder(tmp_path, "n", "other")
+    for path in (tmp_path / "samples").iterdir():
+        path.unlink()
+    with pytest.raises(DataError, match=r"results.json: data: expected 'e' \(this run\), came 'd'"):
+        folder.check(identity(data="e"))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "damaged"),
+        ('{"version": 2, "results": []}', "version: expected 1, came 2"),
+        ('{"version": 1}', r"results\[0\]: expected an object"),
+        ('{"version": 1, "results": [{"task": "t"}]}', r"results\[0\]: expected an object with"),
+    ],
+)
+def test_damaged_results_are_named(tmp_path, content, message):
+    (tmp_path / "results.json").write_text(content)
+    with pytest.raises(DataError, match=rf"results.json.*{message}"):
+        ResultsFolder(tmp_path, "m", "out")
+
+
+def test_one_writer_at_a_time(tmp_path):
+    busy = pytest.raises(DataError, match="another process is working on the results in")
+    with opened(tmp_path / "a" / "results") as path, busy, opened(path):
+        pass
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot be made"), opened(tmp_path / "file" / "results"):
+        pass

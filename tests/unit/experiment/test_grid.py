@@ -1,0 +1,206 @@
+"""Grids: errors that name the line, cells that are shared, fingerprints that depend on content alone."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from small_grid import GRID, write_grid
+
+from pause_megatron.config.presets import fill_sizes
+from pause_megatron.config.schema import ModelSection
+from pause_megatron.errors import ConfigError
+from pause_megatron.experiment.grid import Plan, expand
+from pause_megatron.experiment.inputs import assume
+from pause_megatron.experiment.load import dump_grid, load_grid, recipe_names
+from pause_megatron.experiment.models import count_extra_layers, resolve_models
+from pause_megatron.experiment.schema import ExtraLayers
+
+
+@pytest.fixture
+def small(tmp_path):
+    return write_grid(tmp_path / "grid.yaml")
+
+
+def plan_of(path, *overrides: str) -> Plan:
+    grid = load_grid(path, overrides=overrides)
+    return expand(grid, assume(grid))
+
+
+def by_name(plan: Plan) -> dict[str, str]:
+    return {cell.name: cell.fingerprint for cell in plan.cells}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("limit: 8", "limt: 8", r":LINE: unknown key 'evaluate.limt'. Did you mean 'limit'\?"),
+        ("pauses: [3]", "pausses: [3]", r":LINE: unknown key 'tasks.web_questions.pausses'. Did you mean 'pauses'\?"),
+        ("pauses: [3]", "pauses: []", r":LINE: tasks.web_questions.pauses: expected a list with at least 1 item"),
+        ("pauses: [3]", "pauses: [many]", r":LINE: tasks.web_questions.pauses.0: expected .*; came 'many'"),
+        ("seeds: [1]", "seeds: 1", r":LINE: seeds: expected a list; came 1"),
+        (
+            "finetune: standard",
+            "finetune: none",
+            r":LINE: variants.StdPT_StdFT.finetune: expected 'standard' or 'pauses'",
+        ),
+        ("model: StdPT, finetune: pauses", "model: StdTP, finetune: pauses", r":LINE: .*Did you mean 'StdPT'\?"),
+        ("variants: [StdPT_PauseFT]", "variants: [StdPT_PausFT]", r":LINE: .*Did you mean 'StdPT_PauseFT'\?"),
+        ("recipe: tiny-std", "", r":LINE: models.StdPT: expected recipe or config, one of them"),
+        ("recipe: tiny-std", "recipe: tiny-sdt", r"models.StdPT: --recipe: .*Did you mean 'tiny-std'\?"),
+        ("model.layers: 2", "model.layer: 2", r"models.StdPT: .*unknown key 'model.layer'"),
+        ("optim.lr: 1e-3", "optim.lr: fast", r"tasks.web_questions: .*optim.lr: expected a number"),
+    ],
+)
+def test_a_wrong_grid_names_the_line_and_what_was_meant(tmp_path, old, new, message):
+    assert old in GRID
+    path = write_grid(tmp_path / "grid.yaml", GRID.replace(old, new, 1))
+    line = GRID[: GRID.index(old)].count("\n") + 1 - (not new)  # a missing key is at the group that lacks it
+    with pytest.raises(ConfigError, match=message.replace("LINE", str(line))):
+        plan_of(path)
+
+
+@pytest.fixture(scope="module")
+def paper() -> Plan:
+    """The cells of the paper's experiment: 1300 of them."""
+    grid = load_grid(recipe="paper-1b")
+    return expand(grid, assume(grid))
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_shipped_experiments_load_and_dump_loads_back(recipe, tmp_path):
+    grid = load_grid(recipe=recipe)
+    assert load_grid(write_grid(tmp_path / "again.yaml", dump_grid(grid))) == grid
+
+
+def test_the_large_experiments_differ_in_size_alone():
+    large, small = (load_grid(recipe=f"paper-{size}").model_dump_json() for size in ("1b", "130m"))
+    for old, new in (("paper-1b", "paper-130m"), ("paper_1b", "paper_130m"), ("1B", "130M")):
+        large = large.replace(old, new)
+    assert large == small
+
+
+@pytest.mark.parametrize("recipe", ["tiny", "paper-1b"])
+def test_inputs_come_first_and_no_folder_is_used_twice(recipe, paper):
+    grid = load_grid(recipe=recipe)
+    plan = paper if recipe == "paper-1b" else expand(grid, assume(grid))
+    seen: set[str] = set()
+    for cell in plan.cells:
+        assert cell.input is None or cell.input.fingerprint in seen
+        seen.add(cell.fingerprint)
+    assert len({cell.folder_name for cell in plan.cells}) == len(plan.cells)
+    four = {"StdPT_StdFT", "StdPT_PauseFT", "PausePT_StdFT", "PausePT_PauseFT"}
+    assert four < set(grid.variants) and len({(p.variant, p.task) for p in plan.points}) >= 4 * len(grid.tasks)
+
+
+def test_the_papers_grid_is_the_papers(paper):
+    grid = load_grid(recipe="paper-1b")
+    assert len(grid.tasks) == 9 and len(grid.seeds) == 5
+    assert grid.tasks["gsm8k"].pauses == (2, 10, 25, 50)
+    assert all(task.pauses == (10, 50) for name, task in grid.tasks.items() if name != "gsm8k")
+    # One model is pretrained once, whatever is made of it.
+    assert sorted(cell.name for cell in paper.cells if cell.verb == "pretrain") == sorted(
+        f"pretrain-{name}" for name in grid.models
+    )
+    options = {cell.name: cell.arguments for cell in paper.cells if cell.verb == "evaluate"}
+    curve = options["evaluate-PausePT-gsm8k-m10-s1-curve0to50"]
+    assert curve[curve.index("--pauses") + 1] == "0,2,5,10,25,50"
+    filler = options["evaluate-StdPT-gsm8k-m0-s1-filler-curve10to50"]
+    assert filler[filler.index("--filler") + 1] == "."
+
+
+def test_equal_cells_are_one(small):
+    plan = plan_of(small)
+    assert len(plan.cells) == 7  # 1 pretraining; 2 x (finetune, export, evaluate)
+    same = plan_of(
+        small, "variants.Again.model=StdPT", "variants.Again.finetune=pauses", "variants.Again.about=the same"
+    )
+    again = [point for point in same.points if point.variant == "Again"]
+    # It belongs to no curve, so only its evaluation differs.
+    assert len(same.cells) == 8 and len(again) == 1 and again[0].cell.input.fingerprint in by_name(plan).values()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "evaluate.batch_size=3",
+        "evaluate.device=cuda",
+        "finetune.set.batch.micro_size=2",
+        "finetune.set.checkpoint.every=7",
+        "models.StdPT.set.log.every=5",
+        "models.StdPT.set.engine.zero_stage=2",
+        "variants.StdPT_StdFT.about=words",
+        "name=other",
+    ],
+)
+def test_a_fingerprint_does_not_depend_on_hardware_speed_or_words(small, override):
+    assert by_name(plan_of(small, override)) == by_name(plan_of(small))
+
+
+@pytest.mark.parametrize(
+    ("override", "changed"),
+    [
+        ("models.StdPT.set.train.steps=3", {"pretrain", "finetune", "export", "evaluate"}),
+        ("finetune.set.optim.lr=2e-3", {"finetune", "export", "evaluate"}),
+        ("evaluate.limit=7", {"evaluate"}),
+        ("curves=[]", {"evaluate"}),
+    ],
+)
+def test_a_change_reaches_what_depends_on_it_and_nothing_else(small, override, changed):
+    before, after = set(by_name(plan_of(small)).values()), by_name(plan_of(small, override))
+    assert {name.split("-")[0] for name, fingerprint in after.items() if fingerprint not in before} == changed
+
+
+def test_a_fingerprint_depends_on_the_data_and_not_on_where_it_lies(small):
+    grid = load_grid(small, overrides=["data.prefix=/here/english", "data.tasks=/here"])
+    moved = load_grid(small, overrides=["data.prefix=/there/english", "data.tasks=/there"])
+    inputs = assume(grid)
+    there = {name: dataclasses.replace(records, folder="/there") for name, records in inputs.tasks.items()}
+    before = by_name(expand(grid, inputs))
+    assert by_name(expand(moved, dataclasses.replace(inputs, tasks=there))) == before
+    other = expand(grid, dataclasses.replace(inputs, corpus="another text"))
+    assert not set(by_name(other).values()) & set(before.values())
+    scored = {name: dataclasses.replace(records, evaluation="other") for name, records in inputs.tasks.items()}
+    changed = set(by_name(expand(grid, dataclasses.replace(inputs, tasks=scored))).items()) - set(before.items())
+    assert {name.split("-")[0] for name, _ in changed} == {"evaluate"}
+
+
+def test_budgets_make_models_equally_long(tmp_path):
+    pause = "  PausePT: {recipe: tiny-pause, set: {train.steps: 90}, budget: {like: StdPT, equal: EQUAL}}\nfinetune:"
+    for equal in ("total_tokens", "text_tokens", "flops"):
+        text = GRID.replace("finetune:\n", pause.replace("EQUAL", equal) + "\n", 1)
+        text = text.replace("train.steps: 2\n", "train.steps: 20000\n")
+        models = resolve_models(load_grid(write_grid(tmp_path / "g.yaml", text)), 1000)
+        std, pauses = models["StdPT"], models["PausePT"]
+        measure = {
+            "total_tokens": lambda run: run.config.train.tokens,
+            "text_tokens": lambda run: run.config.train.tokens * run.text_share,
+            "flops": lambda run: run.config.train.tokens * run.flops_per_token,
+        }[equal]
+        assert measure(pauses) == pytest.approx(measure(std), rel=1e-5)
+        assert std.text_share == 1 and pauses.text_share == pytest.approx(0.9, abs=0.01)
+    circle = text.replace("recipe: tiny-std", "recipe: tiny-std\n    budget: {like: PausePT, equal: flops}", 1)
+    with pytest.raises(ConfigError, match="StdPT -> PausePT -> StdPT"):
+        resolve_models(load_grid(write_grid(tmp_path / "g.yaml", circle)), 1000)
+
+
+def test_ten_pauses_behind_100_tokens_cost_about_two_layers_of_24():
+    model = fill_sizes(ModelSection(preset="1b", layers=24))
+    wanted = ExtraLayers(pauses=10, prefix_tokens=100)
+    assert count_extra_layers(model, wanted, vocabulary=0) == 2
+    assert count_extra_layers(model, wanted, vocabulary=32_000) in (2, 3)
+    assert count_extra_layers(model, ExtraLayers(pauses=50, prefix_tokens=100), vocabulary=0) == pytest.approx(
+        12, abs=1
+    )
+
+
+def test_the_dry_run_lists_cells_steps_flops_and_order(small, capsys):
+    from pause_megatron.cli import main
+
+    assert main(["experiment", "run", "--config", str(small), "--dry-run"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == 1 + 7 + 3
+    assert out[2].split()[:4] == ["2", "finetune-StdPT-web_questions-m0-s1", "1", "40"]
+    assert out[-2] == "7 cells: 1 pretrain, 2 finetune, 2 export-hf, 2 evaluate; 0 done"
+    assert main(["experiment", "run", "--config", str(small)]) == 2
+    assert "data.prefix: expected the prefix of a prepared corpus" in capsys.readouterr().err

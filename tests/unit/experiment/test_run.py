@@ -1,0 +1,145 @@
+"""Running cells here: order, failures that stay where they are, one runner at a time, costs. Real verbs, cheap ones."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from small_grid import cheap_cell, give_product, place_cells
+
+from pause_megatron.cli import main
+from pause_megatron.durable import only_writer
+from pause_megatron.experiment.cell import find_folder, read_json, write_json
+from pause_megatron.experiment.execute import Stop, alone_or_deepspeed, arguments_of, under_srun
+from pause_megatron.experiment.folder import Placed, state_of
+from pause_megatron.experiment.ledger import Ledger, ledger_of, total
+from pause_megatron.experiment.run_local import run_local
+
+
+def tree(directory: Path) -> dict[str, Placed]:
+    """a <- b <- c, and d <- e; d will fail: its verb leaves no product, and it has none."""
+    a = cheap_cell("a")
+    b = cheap_cell("b", a)
+    d = cheap_cell("d")
+    placed = place_cells(directory, [a, b, cheap_cell("c", b), d, cheap_cell("e", d)])
+    for entry in placed.values():
+        if entry.cell.name != "d":
+            give_product(entry)
+    return placed
+
+
+def states(placed: dict[str, Placed]) -> dict[str, str]:
+    return {entry.cell.name: state_of(entry.folder) for entry in placed.values()}
+
+
+def test_a_failed_cell_stops_what_needs_it_and_nothing_else_and_the_next_run_goes_on(tmp_path):
+    placed, said = tree(tmp_path), []
+    assert run_local(placed, jobs=2, stop=Stop(), say=said.append) == 1
+    assert states(placed) == {"a": "done", "b": "done", "c": "done", "d": "failed", "e": "waiting"}
+    assert said[0] == "5 cells: 0 done before, 5 to run, 2 at a time"
+    assert said[-2:] == [said[-2], "failed: d"] and said[-2].startswith("3 of 5 cells done")
+    starts = [line.split()[-1] for line in said if " start " in line]
+    assert starts.index("a") < starts.index("b") < starts.index("c") and "e" not in starts
+
+    before = {name: (entry.folder / "done.json").stat().st_mtime_ns for name, entry in placed.items() if entry.done}
+    give_product(next(entry for entry in placed.values() if entry.cell.name == "d"))
+    said.clear()
+    assert run_local(placed, jobs=2, stop=Stop(), say=said.append) == 0
+    assert said[0] == "5 cells: 3 done before, 2 to run, 2 at a time"
+    assert all((placed[name].folder / "done.json").stat().st_mtime_ns == when for name, when in before.items())
+    done = read_json(next(entry for entry in placed.values() if entry.cell.name == "d").folder / "done.json")
+    assert done["attempts"] == 2 and done["ledger"]["raw_tokens"] == 30 and done["ledger"]["pauses"] == 3
+
+
+def test_the_last_lines_of_a_failed_verb_are_shown(tmp_path):
+    placed, said = place_cells(tmp_path, [cheap_cell("a")]), []
+    (entry,) = placed.values()
+    record = read_json(entry.folder / "cell.json")
+    write_json(entry.folder / "cell.json", {**record, "arguments": ["--recipe", "tiny-sdt"]})
+    assert run_local(placed, jobs=1, stop=Stop(), say=said.append) == 1
+    failure = next(line for line in said if "FAILED" in line)
+    assert "exit code 2" in failure and "Did you mean 'tiny-std'?" in failure and str(entry.folder) in failure
+    assert states(placed) == {"a": "failed"}
+    assert read_json(entry.folder / "failed.json")["code"] == 2
+
+
+def test_a_cell_that_a_process_of_a_killed_run_still_works_on_is_waited_for(tmp_path):
+    placed, said = place_cells(tmp_path, [cheap_cell("a")]), []
+    (entry,) = placed.values()
+    give_product(entry)
+    # A process that inherited the lock, as a verb whose runner was killed.
+    code = "import sys, time; print('up', flush=True); time.sleep(600)"
+    with only_writer(entry.folder / ".lock", "a") as lock:
+        orphan = subprocess.Popen([sys.executable, "-c", code], pass_fds=(lock,), stdout=subprocess.PIPE)
+        orphan.stdout.readline()
+        runner = threading.Thread(
+            target=run_local, args=(placed,), kwargs={"jobs": 1, "stop": Stop(), "say": said.append}
+        )
+        runner.start()
+        while not any("earlier run" in line for line in said):
+            time.sleep(0.05)
+        assert state_of(entry.folder) == "running"
+    orphan.kill()
+    orphan.wait()
+    runner.join(60)
+    assert states(placed) == {"a": "done"}
+
+
+def test_asked_to_stop_nothing_starts(tmp_path):
+    placed, stop, said = tree(tmp_path), Stop(), []
+    stop.ask()
+    assert run_local(placed, jobs=2, stop=stop, say=said.append) == 75
+    assert set(states(placed).values()) == {"waiting"}
+
+
+def test_a_cell_is_found_by_its_content_whatever_it_was_called(tmp_path):
+    a = cheap_cell("a")
+    (entry,) = place_cells(tmp_path, [a]).values()
+    renamed = type(a)("other", a.verb, a.arguments, a.identity)
+    assert renamed.fingerprint == a.fingerprint
+    assert find_folder(tmp_path / "cells", renamed) == entry.folder
+    assert find_folder(tmp_path / "cells", cheap_cell("b")).name.startswith("b-")
+
+
+def test_arguments_get_folders_and_launchers_their_ranks(tmp_path):
+    a = cheap_cell("a")
+    placed = place_cells(tmp_path, [a, type(a)("b", "export-hf", ("{input}", "{output}"), {}, a)])
+    b = placed[list(placed)[1]].folder
+    expected = [str(tmp_path / "cells" / a.folder_name / "run"), str(b / "hf")]
+    assert arguments_of(b, read_json(b / "cell.json")) == expected
+    assert alone_or_deepspeed(["m", "v"], 1) == [sys.executable, "-m", "m", "v"]
+    command = alone_or_deepspeed(["m", "v"], 2)
+    assert command[1:5] == ["-m", "deepspeed.launcher.runner", "--num_gpus", "2"] and command[-3:] == [
+        "--module",
+        "m",
+        "v",
+    ]
+    assert under_srun(["m"], 4)[:3] == ["srun", "--ntasks", "4"]
+
+
+def test_ledgers_add_up(tmp_path):
+    lines = [{"step": step, "seconds": 2.0, "tokens": 10 * step, "text_tokens": 9 * step} for step in (2, 4)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    trained = ledger_of("pretrain", tmp_path, 3.0, wall_seconds=20, ranks=2)
+    assert trained == Ledger(120.0, 40, 36, 4, 8.0, 20, 40, 1)
+    entry = {"task": "t", "pauses": 5, "location": "append", "filler": None, "seconds": 1.5}
+    entry["tokens"] = {"prompt": 50, "pauses": 10, "new": 40}
+    entries = [{**entry, "metric": "exact_match"}, {**entry, "metric": "f1"}, {**entry, "metric": "f1", "pauses": 0}]
+    (tmp_path / "results.json").write_text(json.dumps({"results": entries}))
+    scored = ledger_of("evaluate", tmp_path, 1.0, wall_seconds=4, ranks=1)
+    assert scored == Ledger(200.0, 200, 180, 20, 3.0, 4, 4, 1)
+    assert total([trained, scored]) == Ledger(320.0, 240, 216, 24, 11.0, 24, 44, 2)
+
+
+def test_status_says_what_is_done(tmp_path, capsys):
+    placed = tree(tmp_path)
+    write_json(tmp_path / "plan.json", {"version": 1, "cells": [e.folder.name for e in placed.values()], "points": []})
+    run_local(placed, jobs=1, stop=Stop(), say=lambda text: None)
+    assert main(["experiment", "status", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.endswith("5 cells: 3 done, 1 failed, 1 waiting\n")
+    assert main(["experiment", "status", str(tmp_path / "nowhere")]) == 2
+    assert "there is none" in capsys.readouterr().err
