@@ -1,9 +1,9 @@
 """A synthetic task whose answer takes parallel work behind the prompt: how many of n bits are ones, modulo q?
 
 With q = 2 this is parity, which London and Kanade (2025, arXiv:2505.21024) use to tell transformers with pauses from
-those without. The remainder has n/q periods in the number of ones. Averaging over the prompt gives a model that number
-with one attention head; to tell its n + 1 values apart takes hidden units at the position that answers, of which a
-narrow model has few. Each pause is a position with as many again.
+those without. The remainder has n/q periods in the number of ones. Averaging over the prompt gives that number to one
+attention head; to tell its n + 1 values apart takes hidden units at the position that answers, of which a narrow model
+has few. Each pause is a position with as many again. `tests/benchmarks/pauses_matter.py` measures what that brings.
 
 Numbers of ones are drawn evenly from 0 to n (fair coins would nearly always give about n/2), then their places.
 Examples are made, not read: `task.name=pause_megatron.tasks.counting:MOD4_OF_24`, no `task.path`.
@@ -14,16 +14,18 @@ from __future__ import annotations
 import json
 import random
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 from pause_megatron.errors import ConfigError
 from pause_megatron.tasks.task import Decoding, Example, FinetuneDefaults, Split
 
-SIZES = {"train": 8192, "eval": 2048}
+SIZES: Mapping[Split, int] = MappingProxyType({"train": 8192, "eval": 2048})
+"""Examples of each split."""
 
 
 @dataclass(frozen=True, kw_only=True)
