@@ -1,6 +1,6 @@
-"""Pauses change how fast a small model learns: the number of ones among 16 bits, modulo 4, with and without pauses.
+"""Do pauses help a small model learn? The number of ones among n bits, modulo 4, with and without pauses.
 
-python -m tests.benchmarks.pauses_matter --output FOLDER [--seeds 0-4] [--settings NAME,NAME] [--jobs 2] [--steps 300]
+python -m tests.benchmarks.pauses_matter --output FOLDER [--bits 16] [--seeds 0-4] [--settings NAME,NAME] [--steps 300]
 
 Trains each setting with each seed through this project's finetuning (data path, DeepSpeed engine, loss; from initial
 weights), exports it, and lets the exported model answer evaluation prompts that were never trained on.
@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.timing import environment
 
-from pause_megatron.tasks.counting import MOD4_OF_16, write_tokenizer
+from pause_megatron.tasks import load_task
+from pause_megatron.tasks.counting import write_tokenizer
 
-TASK, BITS = "pause_megatron.tasks.counting:MOD4_OF_16", MOD4_OF_16.bits
 BATCH = 128
 EVALUATED = 2048
 
@@ -42,6 +42,7 @@ class Setting:
 
     Attributes:
         what: for the report.
+        bits: n.
         pauses: M.
         distinct: number of pause vectors, used in turn; 1 is the paper's.
         layers, ffn: of the model; its width is 16, with one attention head.
@@ -50,6 +51,7 @@ class Setting:
     """
 
     what: str
+    bits: int = 16
     pauses: int = 0
     distinct: int = 1
     layers: int = 2
@@ -60,7 +62,12 @@ class Setting:
     @property
     def window(self) -> int:
         """Positions of an example: bits, "=", pauses, the answer (the end of the text behind it is predicted only)."""
-        return BITS + 2 + self.pauses
+        return self.bits + 2 + self.pauses
+
+    @property
+    def task(self) -> str:
+        """Its name for `load_task`."""
+        return f"pause_megatron.tasks.counting:MOD4_OF_{self.bits}"
 
 
 SETTINGS = {
@@ -70,12 +77,18 @@ SETTINGS = {
     "pauses-16": Setting(what="16 pauses, distinct vectors", pauses=16, distinct=16),
     "shared-8": Setting(what="8 pauses, one vector (the paper's)", pauses=8),
     "filler-8": Setting(what="8 fillers: the ordinary token `=`", pauses=8, filler="="),
-    "prepended-8": Setting(
-        what="8 pauses before the prompt, distinct vectors", pauses=8, distinct=8, location="prepend"
-    ),
+    "prepended-8": Setting(what="8 distinct pauses before the prompt", pauses=8, distinct=8, location="prepend"),
     "deeper": Setting(what="control: 4 layers, no pauses", layers=4),
     "wider": Setting(what="control: feed-forward width 40, no pauses", ffn=40),
+    "standard-of-24": Setting(what="no pauses", bits=24),
+    "pauses-24-of-24": Setting(what="24 pauses, distinct vectors", bits=24, pauses=24, distinct=24),
+    "deeper-of-24": Setting(what="control: 6 layers, no pauses", bits=24, layers=6),
+    "wider-of-24": Setting(what="control: feed-forward width 96, no pauses", bits=24, ffn=96),
 }
+BASE = {16: "standard", 24: "standard-of-24"}
+CONTROLS = {16: ("deeper", "wider"), 24: ("deeper-of-24", "wider-of-24")}
+CURVE = {16: ("standard", "pauses-4", "pauses-8", "pauses-16"), 24: ("standard-of-24", "pauses-24-of-24")}
+OTHERS = ("shared-8", "filler-8", "prepended-8")
 
 
 def run_config(setting: Setting, seed: int, steps: int, folder: Path):
@@ -85,7 +98,7 @@ def run_config(setting: Setting, seed: int, steps: int, folder: Path):
     values = {
         "run.dir": folder / "run",
         "run.seed": seed,
-        "task.name": TASK,
+        "task.name": setting.task,
         "data.tokenizer": folder / "tokenizer",
         "data.sequence_length": setting.window,
         "data.prefetch": 0,
@@ -141,7 +154,7 @@ def train_and_score(setting: Setting, seed: int, steps: int, examples: int = EVA
         lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         export(folder / "run", folder / "hf")
         generator = load(folder / "hf")  # carries M, the place of the pauses, and the filler
-        asked = MOD4_OF_16.examples("eval", None, examples)
+        asked = load_task(setting.task).examples("eval", None, examples)
         answers = generator.generate([example.prompt for example in asked], max_new_tokens=1).completions
     right = sum(answer.text == example.target for answer, example in zip(answers, asked, strict=True))
     return {
@@ -171,7 +184,6 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 def report(results: list[dict], command: str) -> str:
     """The table, a row for each setting."""
-    base = flops(SETTINGS["standard"])[1]
     lines = [
         "| setting | what | parameters | FLOPs of an example | accuracy % | 95 % interval | seeds | each seed |",
         "|---|---|---|---|---|---|---|---|",
@@ -183,6 +195,7 @@ def report(results: list[dict], command: str) -> str:
         values = [100 * r["accuracy"] for r in mine]
         mean, half = interval(values)
         size, cost = flops(setting)
+        base = flops(SETTINGS[BASE[setting.bits]])[1]
         each = " ".join(f"{value:.1f}" for value in values)
         lines.append(
             f"| {name} | {setting.what} | {size:,} | {cost / base:.2f} | {mean:.1f} | {mean - half:.1f} .. "
@@ -194,7 +207,7 @@ def report(results: list[dict], command: str) -> str:
     return "\n".join([*lines, "", f"`{command}`", "", machine, ""])
 
 
-def draw(results: list[dict], output: Path) -> None:
+def draw(results: list[dict], bits: int, output: Path) -> None:
     """Accuracy against M with 95 % intervals; the controls without pauses as horizontal bands."""
     import matplotlib
 
@@ -203,24 +216,22 @@ def draw(results: list[dict], output: Path) -> None:
 
     of = {name: [100 * r["accuracy"] for r in results if r["setting"] == name] for name in SETTINGS}
     figure, axes = plt.subplots(figsize=(7.5, 4.8), constrained_layout=True)
-    for number, name in enumerate(("deeper", "wider")):
+    for number, name in enumerate(CONTROLS[bits], start=1):
         if of[name]:
             mean, half = interval(of[name])
-            axes.axhline(mean, color=f"C{number + 1}", label=SETTINGS[name].what)
-            axes.axhspan(mean - half, min(mean + half, 100), color=f"C{number + 1}", alpha=0.12)
-    curve = [name for name in ("standard", "pauses-4", "pauses-8", "pauses-16") if of[name]]
-    kinds = {"standard model + M pauses": (curve, "C0", "o-")}
-    for number, name in enumerate(("shared-8", "filler-8", "prepended-8")):
-        kinds[SETTINGS[name].what] = ([name] if of[name] else [], f"C{number + 3}", "s^v"[number])
-    for label, (names, color, style) in kinds.items():
+            axes.axhline(mean, color=f"C{number}", label=SETTINGS[name].what)
+            axes.axhspan(mean - half, mean + half, color=f"C{number}", alpha=0.12)
+    lines = [("standard model + M pauses", CURVE[bits]), *((SETTINGS[name].what, (name,)) for name in OTHERS)]
+    for number, (label, names) in enumerate(lines):
+        names = [name for name in names if of[name] and SETTINGS[name].bits == bits]
         if names:
             means, halves = zip(*(interval(of[name]) for name in names), strict=True)
-            shift = 0.25 * list(kinds).index(label)  # side by side
-            places = [SETTINGS[name].pauses + shift for name in names]
-            axes.errorbar(places, means, yerr=halves, color=color, fmt=style, capsize=4, label=label)
-    axes.axhline(100 / MOD4_OF_16.modulus, color="grey", linestyle=":", label="chance")
+            places = [SETTINGS[name].pauses + 0.2 * number for name in names]  # side by side
+            color = f"C{number + 2}" if number else "C0"
+            axes.errorbar(places, means, yerr=halves, color=color, fmt="o-", capsize=4, label=label)
+    axes.axhline(25, color="grey", linestyle=":", label="chance")
     axes.set(xlabel="M, positions added to the prompt", ylabel="accuracy %, mean and 95 % interval over seeds")
-    axes.set(title=f"ones among {BITS} bits, modulo {MOD4_OF_16.modulus}", ylim=(0, 105))
+    axes.set(title=f"number of ones among {bits} bits, modulo 4", ylim=(0, 105))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="lower right")
     figure.savefig(output, dpi=120)
@@ -232,6 +243,10 @@ def _work(cell: tuple[str, int, int]) -> dict:
     return {"setting": name, "seed": seed, "steps": steps, **train_and_score(SETTINGS[name], seed, steps)}
 
 
+def _settings_of(bits: int) -> list[str]:
+    return [name for name, setting in SETTINGS.items() if setting.bits == bits]
+
+
 def _one_thread() -> None:
     os.environ.update(CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
 
@@ -240,10 +255,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--seeds", default="0-4", help="FIRST-LAST")
-    parser.add_argument("--settings", default=",".join(SETTINGS))
+    parser.add_argument("--bits", type=int, default=16, choices=sorted(BASE))
+    parser.add_argument("--settings", help="default: all of that many bits")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--jobs", type=int, default=2, help="processes, a core each")
     arguments = parser.parse_args()
+    names = arguments.settings.split(",") if arguments.settings else _settings_of(arguments.bits)
     first, last = map(int, arguments.seeds.split("-"))
     arguments.output.mkdir(parents=True, exist_ok=True)
     file = arguments.output / "results.jsonl"
@@ -252,7 +269,7 @@ def main() -> None:
     cells = [
         (name, seed, arguments.steps)
         for seed in range(first, last + 1)
-        for name in arguments.settings.split(",")
+        for name in names
         if (name, seed, arguments.steps) not in done
     ]
     _one_thread()
@@ -264,7 +281,7 @@ def main() -> None:
             print(json.dumps(result), flush=True)
     command = f"python -m tests.benchmarks.pauses_matter {' '.join(sys.argv[1:])}"
     (arguments.output / "report.md").write_text(report(results, command), encoding="utf-8")
-    draw(results, arguments.output / "accuracy.png")
+    draw(results, arguments.bits, arguments.output / "accuracy.png")
     print(f"wrote {arguments.output}/report.md and accuracy.png")
 
 
