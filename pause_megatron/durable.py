@@ -60,6 +60,33 @@ class DigestFile:
         self._temporary.unlink(missing_ok=True)
 
 
+class BlockDigests:
+    """Digests of a file in blocks of `block_bytes`, taken piece by piece as the file is written."""
+
+    def __init__(self, block_bytes: int) -> None:
+        self.block_bytes = block_bytes
+        self._finished: list[str] = []
+        self._hash = xxhash.xxh3_128()
+        self._filled = 0
+
+    def update(self, data: bytes) -> None:
+        """Append bytes."""
+        rest = memoryview(data)
+        while rest:
+            piece = rest[: self.block_bytes - self._filled]
+            self._hash.update(piece)
+            self._filled += len(piece)
+            rest = rest[len(piece) :]
+            if self._filled == self.block_bytes:
+                self._finished.append(f"xxh3_128:{self._hash.hexdigest()}")
+                self._hash, self._filled = xxhash.xxh3_128(), 0
+
+    @property
+    def digests(self) -> list[str]:
+        """Digests of the blocks so far, the last one maybe shorter, each as 'xxh3_128:HEX'."""
+        return [*self._finished, f"xxh3_128:{self._hash.hexdigest()}"] if self._filled else [*self._finished]
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write a small file so that it appears complete or not at all, and survives a power cut."""
     file = DigestFile(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from safetensors.torch import save_file
@@ -29,6 +30,7 @@ def save(
     config_yaml: str,
     save_tokenizer: Callable[[Path], Any],
     keep: int,
+    extra: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Path:
     """Writes a checkpoint. Every rank calls this; it returns when the checkpoint is complete and `latest` points at it.
 
@@ -42,6 +44,7 @@ def save(
         config_yaml: the resolved configuration
         save_tokenizer: writes the tokenizer's files into the folder it is given
         keep: newest checkpoints that stay
+        extra: further files by name; those of rank 0 are written
 
     Raises:
         CheckpointError: a rank could not write (a full disk, say). Nothing is left of the new checkpoint.
@@ -49,7 +52,7 @@ def save(
     hidden = store.hidden(step)
     begun = _attempt(lambda: store.begin(step)) if context.rank == 0 else None
     _give_up_on_failure(hidden, step, gather_objects(begun), context.rank)
-    mine = _attempt(lambda: _write_mine(hidden, engine, context, config_yaml, save_tokenizer))
+    mine = _attempt(lambda: _write_mine(hidden, engine, context, config_yaml, save_tokenizer, extra))
     outcomes = gather_objects(mine)
     _give_up_on_failure(hidden, step, outcomes, context.rank)
     written = {name: entry for outcome in outcomes for name, entry in outcome.items()}
@@ -73,7 +76,12 @@ def save(
 
 
 def _write_mine(
-    hidden: Path, engine: Engine, context: ParallelContext, config_yaml: str, save_tokenizer: Callable[[Path], Any]
+    hidden: Path,
+    engine: Engine,
+    context: ParallelContext,
+    config_yaml: str,
+    save_tokenizer: Callable[[Path], Any],
+    extra: Mapping[str, bytes],
 ) -> dict[str, FileEntry]:
     state = engine.state
     tensors = {
@@ -90,7 +98,10 @@ def _write_mine(
     if context.rank == 0:
         write_whole(hidden / "config.yaml", config_yaml.encode())
         save_tokenizer(hidden / "tokenizer")
-        paths += [hidden / "config.yaml", *sorted(p for p in (hidden / "tokenizer").rglob("*") if p.is_file())]
+        for name, content in extra.items():
+            write_whole(hidden / name, content)
+        paths += [hidden / name for name in ("config.yaml", *extra)]
+        paths += [*sorted(p for p in (hidden / "tokenizer").rglob("*") if p.is_file())]
     entries = {}
     for path in paths:
         sync_file(path)

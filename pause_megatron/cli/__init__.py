@@ -14,6 +14,8 @@ from pause_megatron.errors import ConfigError, PauseMegatronError
 VERBS = {
     "train-tokenizer": "train a SentencePiece BPE tokenizer on shards of text",
     "prepare": "turn shards of text into a tokenized corpus (.bin, .idx, manifest)",
+    "verify": "read a corpus whole and compare it with the digests of its manifest",
+    "inspect": "show what a corpus holds, and its windows with their pauses",
     "pretrain": "pretrain a model on windows with pauses",
     "finetune": "finetune a model on a task with pauses behind the prompts",
     "import-hf": "turn a Hugging Face folder of the Llama family into a checkpoint with pauses",

@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
     of_lm_eval = [name.removeprefix(_LM_EVAL) for name in names if name.startswith(_LM_EVAL)]
     harness = _harness(of_lm_eval, args)
 
-    from pause_megatron.cli.byte_progress import ByteProgress
+    from pause_megatron.byte_progress import ByteProgress
     from pause_megatron.evaluate import ResultsFolder, model_fingerprint, opened
 
     model = Path(args.model)

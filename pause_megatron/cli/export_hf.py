@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Export and say what was found."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # one process on the CPU; set before torch is imported
-    from pause_megatron.cli.byte_progress import ByteProgress
+    from pause_megatron.byte_progress import ByteProgress
     from pause_megatron.cli.pretrain import silence_imports
 
     silence_imports()

@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Import and say what was found and how to go on."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # one process on the CPU; set before torch is imported
-    from pause_megatron.cli.byte_progress import ByteProgress
+    from pause_megatron.byte_progress import ByteProgress
     from pause_megatron.cli.pretrain import silence_imports
 
     silence_imports()

@@ -92,10 +92,11 @@ def hub_options(args: argparse.Namespace):
 def run(args: argparse.Namespace) -> int:
     """Prepare the corpus."""
     from pause_megatron.cli.prepare_progress import ProgressBar
-    from pause_megatron.data.manifest import open_corpus
+    from pause_megatron.data.corpus import open_corpus
     from pause_megatron.data.prepare import prepare, summary
     from pause_megatron.data.sources import ReadOptions
     from pause_megatron.data.tokenizer import load_tokenizer
+    from pause_megatron.data.verify import verify_corpus
 
     tokenizer = load_tokenizer(args.tokenizer, eod_token=args.eod_token, pause_id=args.pause_id)
     with ProgressBar(sys.stderr) as bar:
@@ -113,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
         )
     print(summary(prepared, args.output))
     if args.verify:
-        open_corpus(args.output).verify()
+        verify_corpus(open_corpus(args.output))
         print("verified: the digests of .bin and .idx are those of the manifest")
     return 0
 

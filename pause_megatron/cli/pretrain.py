@@ -57,9 +57,10 @@ def run(args: argparse.Namespace) -> int:
             print(describe(config, plan, engine, vocab_size=args.vocab_size))
         return 0
     refuse_dry_run_options(args, "world_size", "vocab_size")
-    if not config.data.prefix:
+    if not config.data.prefix and not config.data.source:
         raise ConfigError(
-            "data.prefix: expected the prefix of a prepared corpus (see pause-megatron prepare), came none"
+            "data.prefix: expected the prefix of a prepared corpus (see pause-megatron prepare), came none; or text to "
+            "stream in data.source"
         )
     if config.train.steps is None:
         raise ConfigError("train.steps or train.tokens: expected one of them, came neither")

@@ -11,7 +11,8 @@ FREE_SECTIONS = frozenset({"parallel", "checkpoint", "validation", "log"})
 FREE_KEYS = frozenset(
     {
         "run.dir",
-        *("data.prefix", "data.tokenizer", "data.cache", "data.prefetch"),  # the data are compared by their content
+        *("data.prefix", "data.valid_prefix", "data.tokenizer", "data.cache"),  # the data are compared by their content
+        *("data.verify", "data.prefetch"),
         "task.path",
         *("model.attention", "model.head_chunk"),
         "batch.micro_size",

@@ -25,6 +25,7 @@ _REPLACES = {
     "train.tokens": ("train.steps", "finetune.epochs"),
     "finetune.epochs": ("train.steps", "train.tokens"),
     "model.preset": ("model.layers", "model.hidden", "model.heads", "model.kv_heads", "model.ffn", "model.tied"),
+    "data.valid_prefix": ("data.split",),
     "model.from": ("model.preset", *(f"model.{name}" for name in SHAPE)),
 }
 
@@ -79,7 +80,8 @@ def recipe_path(name: str) -> Path:
 
 
 def resolve(config: RunConfig) -> RunConfig:
-    """Fill in what follows from other keys: the model's sizes; steps from tokens (upwards) or tokens from steps."""
+    """Fill in what follows from other keys: the model's sizes; steps from tokens (upwards) or tokens from steps; shares
+    of the splits."""
     per_step = config.batch.global_size * config.data.sequence_length
     steps, tokens = config.train.steps, config.train.tokens
     if steps is None and tokens is not None:
@@ -87,7 +89,10 @@ def resolve(config: RunConfig) -> RunConfig:
     elif steps is not None and tokens is None:
         tokens = steps * per_step
     train = TrainSection(**{**config.train.model_dump(), "steps": steps, "tokens": tokens})
-    changes = {"model": fill_sizes(config.model), "train": train}
+    data = config.data
+    if data.split is None:
+        data = data.model_copy(update={"split": "1,0,0" if data.valid_prefix else "99,1,0"})
+    changes = {"model": fill_sizes(config.model), "train": train, "data": data}
     return config.model_copy(update=changes)
 
 

@@ -151,6 +151,14 @@ def isolated_pauses_fit(config: RunConfig) -> Broken:
     return None
 
 
+def _shares(split: str) -> list[float]:
+    """The numbers of data.split; none where one of them is no number."""
+    try:
+        return [float(share) for share in split.split(",")]
+    except ValueError:
+        return []
+
+
 @_rule
 def finetune_pauses_can_be_counted(config: RunConfig) -> Broken:
     try:
@@ -179,15 +187,44 @@ def masks_need_torch_attention(config: RunConfig) -> Broken:
 
 @_rule
 def split_has_shares(config: RunConfig) -> Broken:
-    try:
-        shares = [float(share) for share in config.data.split.split(",")]
-    except ValueError:
-        shares = []
+    shares = _shares(config.data.split)
     if len(shares) != 3 or not all(0 <= share < float("inf") for share in shares) or shares[0] == 0:
         return ("data.split",), "three shares 'TRAIN,VALID,TEST', none negative, TRAIN > 0 (for example 99,1,0)"
+    if config.data.valid_prefix:
+        return None
     if config.validation.every and shares[1] == 0:
         keys = ("data.split", "validation.every")
-        return keys, "a validation share > 0 in data.split, or validation.every=0"
+        return keys, "a validation share > 0 in data.split, corpora in data.valid_prefix, or validation.every=0"
+    return None
+
+
+@_rule
+def all_of_the_corpus_trains(config: RunConfig) -> Broken:
+    if config.data.valid_prefix and any(_shares(config.data.split)[1:]):
+        keys = ("data.split", "data.valid_prefix")
+        return keys, "data.split=1,0,0 (or none) with data.valid_prefix: the whole of data.prefix trains"
+    return None
+
+
+@_rule
+def text_has_one_source(config: RunConfig) -> Broken:
+    if config.data.prefix and config.data.source:
+        return ("data.prefix", "data.source"), "data.prefix (a prepared corpus) or data.source (a stream), not both"
+    return None
+
+
+@_rule
+def a_stream_needs_a_tokenizer(config: RunConfig) -> Broken:
+    if config.data.source and config.data.tokenizer is None:
+        return ("data.tokenizer", "data.source"), "the path of a tokenizer in data.tokenizer with data.source"
+    return None
+
+
+@_rule
+def a_stream_holds_nothing_out(config: RunConfig) -> Broken:
+    if config.data.source and config.validation.every and not config.data.valid_prefix:
+        keys = ("data.valid_prefix", "validation.every")
+        return keys, "a prepared corpus in data.valid_prefix, or validation.every=0, with data.source"
     return None
 
 

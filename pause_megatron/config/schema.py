@@ -32,17 +32,38 @@ class DataSection(Section):
         description="prefix of a prepared corpus (PREFIX.bin, PREFIX.idx, PREFIX.manifest.json); or several; "
         "or a blend 'WEIGHT PREFIX WEIGHT PREFIX ...' as in Megatron-LM's --data-path",
     )
+    source: tuple[str, ...] = Field(
+        (),
+        description="instead of data.prefix: shards (paths or globs) or hf:NAME, read and tokenized while training; "
+        "hf:json may be followed by files",
+    )
+    source_config: str | None = Field(None, description="configuration of data.source=hf:NAME, for example en")
+    source_split: str = Field("train", description="split of data.source=hf:NAME")
+    text_key: str = Field("text", description="key of the text in data.source")
     sequence_length: int = Field(2048, ge=8, description="tokens of a window, pauses included")
-    split: str = Field("99,1,0", description="shares of the documents for train, validation, test")
+    valid_prefix: tuple[str, ...] = Field(
+        (),
+        description="prefix (or several, or a blend) of corpora to validate on; then all of data.prefix trains",
+    )
+    split: str | None = Field(
+        None,
+        description="shares of the documents for train, validation, test; default: 99,1,0, or with data.valid_prefix "
+        "1,0,0",
+    )
     tokenizer: str | None = Field(
         None,
         description="tokenizer to insist on (another one is refused); default: the one kept beside the corpus, or for "
         "a finetuning that of model.from",
     )
     cache: str | None = Field(None, description="folder of index caches; default: 'cache' beside the first prefix")
+    verify: Literal["once", "always", "never"] = Field(
+        "once",
+        description="once: read each corpus whole at its first use and compare it with its digests; always: at every "
+        "start; never: check sizes and headers only",
+    )
     prefetch: int = Field(2, ge=0, description="steps whose batches are read ahead by a thread; 0 reads in the loop")
 
-    @field_validator("prefix", mode="before")
+    @field_validator("prefix", "valid_prefix", "source", mode="before")
     @classmethod
     def _split_prefix(cls, value: object) -> object:
         if isinstance(value, str):

@@ -24,6 +24,7 @@ class MicroBatch:
         after_pause: bool [R], whether the input token at that row is a pause.
         sample_ids: int64 [batch], the global sample numbers.
         pause_tokens: Number of pauses among the input tokens.
+        dataset_ids: int64 [batch], which corpus of a blend each window is of. None: there is one corpus.
         segments: int32 [batch, seq], texts of a window that do not see each other, numbered from 0; -1 is padding.
             None: every window is one text (with padding behind it, if any), which plain causal attention serves.
         prefix: bool [batch, seq], tokens that see all tokens of their segment that are marked too, those behind them
@@ -38,9 +39,15 @@ class MicroBatch:
     after_pause: torch.Tensor
     sample_ids: torch.Tensor
     pause_tokens: int
+    dataset_ids: torch.Tensor | None = None
     segments: torch.Tensor | None = None
     prefix: torch.Tensor | None = None
     padding_tokens: int = 0
+
+    @property
+    def target_datasets(self) -> torch.Tensor | None:
+        """int64 [R], which corpus of a blend each target is of."""
+        return None if self.dataset_ids is None else self.dataset_ids[self.target_rows % self.dataset_ids.numel()]
 
     @property
     def targets_count(self) -> int:
@@ -75,7 +82,8 @@ def collate(
 
     Args:
         samples: Dictionaries with tokens, labels, position_ids int64 [seq] and loss_mask float [seq] of zeros and ones;
-            all of them may have segments int32 [seq] and prefix bool [seq] besides, as in MicroBatch.
+            those of a BlendedDataset have a dataset_id; all of them may have segments int32 [seq] and prefix bool
+            [seq] besides, as in MicroBatch.
         sample_ids: Their global sample numbers.
         pause_ids: The pause ids, to tell pauses from text.
     """
@@ -100,6 +108,9 @@ def collate(
         after_pause=is_pause.t().flatten()[target_rows],
         sample_ids=torch.tensor(sample_ids, dtype=torch.int64),
         pause_tokens=int(is_pause.sum()),
+        dataset_ids=torch.tensor([int(sample["dataset_id"]) for sample in samples])
+        if "dataset_id" in samples[0]
+        else None,
         segments=segments,
         prefix=prefix,
         padding_tokens=padding_tokens,

@@ -27,22 +27,27 @@ class Datasets:
     """The datasets of a pretraining run.
 
     Attributes:
-        train: At least as many samples as were asked for.
+        train: At least as many samples as were asked for; None without corpora to train on.
         valid: Held-out windows with pauses, or None where the split has no documents.
         valid_without_pauses: Held-out windows of the same length with text in every place (rate 0), or None likewise.
             They are `valid` itself where the run has no pauses.
+        train_names, valid_names: What the corpora of a blend are called, in the order of their dataset_id; empty for
+            one corpus.
         tokenizer: The corpus's tokenizer with the pause ids.
     """
 
-    train: PauseGPTDataset | BlendedDataset
+    train: PauseGPTDataset | BlendedDataset | None
     valid: PauseGPTDataset | BlendedDataset | None
     valid_without_pauses: PauseGPTDataset | BlendedDataset | None
+    train_names: tuple[str, ...]
+    valid_names: tuple[str, ...]
     tokenizer: PauseTokenizer
 
 
 def build_datasets(
     prefix: Sequence[str],
     *,
+    valid_prefix: Sequence[str] = (),
     split: str,
     sequence_length: int,
     tokenizer: object,
@@ -60,7 +65,9 @@ def build_datasets(
 
     Args:
         prefix: Prefixes of prepared corpora: one; several, which are then read once each; or a blend
-            (WEIGHT, PREFIX, WEIGHT, PREFIX, ...) as in Megatron-LM's --data-path, repeated as often as needed.
+            (WEIGHT, PREFIX, WEIGHT, PREFIX, ...) as in Megatron-LM's --data-path, repeated as often as needed. None:
+            nothing to train on is built.
+        valid_prefix: Likewise, corpora to validate on; then `split` gives all of `prefix` to training.
         split: Shares of the documents for train, validation and test, e.g. "99,1,0".
         sequence_length: Tokens of a window, pauses included.
         tokenizer: The corpus's tokenizer; see PauseTokenizer for what it must have.
@@ -75,41 +82,69 @@ def build_datasets(
             without weights holds.
         DataError: a corpus that is missing, or a train split without documents.
     """
-    blend = parse_blend(prefix)
     _check_split(split)
-    for name in blend[0]:
-        if not IndexedDataset.exists(name):
-            raise DataError(f"data.prefix: expected the files {name}.bin and {name}.idx, at least one is missing")
-    cache = cache or os.path.join(os.path.dirname(os.path.abspath(blend[0][0])), "cache")
+    blends = {key: parse_blend(words) for key, words in (("prefix", prefix), ("valid_prefix", valid_prefix)) if words}
+    if not blends:
+        raise ConfigError("data.prefix: expected the prefix of a prepared corpus, got nothing")
+    for key, (names, _) in blends.items():
+        for name in names:
+            if not IndexedDataset.exists(name):
+                raise DataError(f"data.{key}: expected the files {name}.bin and {name}.idx, at least one is missing")
+    first = next(iter(blends.values()))[0][0]
+    cache = cache or os.path.join(os.path.dirname(os.path.abspath(first)), "cache")
     _remove_cut_indices(Path(cache))
+    pause_tokenizer = PauseTokenizer(tokenizer, pause.embeddings)
+
+    def config_of(blend: Blend, split: str) -> PauseGPTDatasetConfig:
+        return PauseGPTDatasetConfig(
+            random_seed=seed,
+            sequence_length=sequence_length,
+            blend=blend,
+            split=split,
+            path_to_cache=_blend_cache(blend, cache),
+            window_cache_path=cache,
+            tokenizer=pause_tokenizer,
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+            pause_rate=pause.rate,
+            pause_window=pause.window,
+            pause_placement=pause.placement,
+            pause_seed=pause.seed,
+        )
+
+    train = valid = plain = None
+    train_names = valid_names = ()
+    if prefix:
+        config = config_of(blends["prefix"], split)
+        if not _has_documents(config, Split.train):
+            raise DataError(f"data.split={split}: expected documents for training, the split leaves none")
+        train, train_names = _build(config, Split.train, train_samples), names_of(config.blend[0])
+    held_out = config_of(blends["valid_prefix"], "0,1,0") if valid_prefix else config
+    if valid_samples > 0 and _has_documents(held_out, Split.valid):
+        valid = plain = _build(held_out, Split.valid, valid_samples)
+        valid_names = names_of(held_out.blend[0])
+        if pause.rate > 0:
+            plain = _build(dataclasses.replace(held_out, pause_rate=0.0), Split.valid, valid_samples)
+    return Datasets(train, valid, plain, train_names, valid_names, pause_tokenizer)
+
+
+def names_of(prefixes: Sequence[str]) -> tuple[str, ...]:
+    """Short names for the corpora of a blend: the prefixes from where they differ on; none for one corpus."""
+    if len(prefixes) < 2:
+        return ()
+    paths = [os.path.normpath(prefix).split(os.sep) for prefix in prefixes]
+    for parts in range(1, max(map(len, paths)) + 1):
+        names = ["/".join(path[-parts:]) for path in paths]
+        if len(set(names)) == len(names):
+            return tuple(names)
+    return tuple(f"{path[-1]}#{number}" for number, path in enumerate(paths, start=1))
+
+
+def _blend_cache(blend: Blend, cache: str) -> str | None:
     # BlendedDataset asks torch.distributed for the rank as soon as it has a cache folder.
-    blend_can_cache = len(blend[0]) == 1 or torch.distributed.is_initialized()
-    config = PauseGPTDatasetConfig(
-        random_seed=seed,
-        sequence_length=sequence_length,
-        blend=blend,
-        split=split,
-        path_to_cache=cache if blend_can_cache else None,
-        window_cache_path=cache,
-        tokenizer=PauseTokenizer(tokenizer, pause.embeddings),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
-        pause_rate=pause.rate,
-        pause_window=pause.window,
-        pause_placement=pause.placement,
-        pause_seed=pause.seed,
-    )
-    has_valid = valid_samples > 0 and _has_documents(config, Split.valid)
-    if not _has_documents(config, Split.train):
-        raise DataError(f"data.split={split}: expected documents for training, the split leaves none")
-    train = _build(config, Split.train, train_samples)
-    valid = _build(config, Split.valid, valid_samples) if has_valid else None
-    plain = valid
-    if has_valid and pause.rate > 0:
-        plain = _build(dataclasses.replace(config, pause_rate=0.0), Split.valid, valid_samples)
-    return Datasets(train, valid, plain, config.tokenizer)
+    return cache if len(blend[0]) == 1 or torch.distributed.is_initialized() else None
 
 
 def parse_blend(prefix: Sequence[str]) -> Blend:

@@ -2,28 +2,45 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import xxhash
 
+from pause_megatron.byte_progress import ByteProgress
 from pause_megatron.config.schema import DataSection
 from pause_megatron.data.build import parse_blend
-from pause_megatron.data.manifest import Corpus, open_corpus, require_one_tokenizer
-from pause_megatron.data.tokenizer import Tokenizer
+from pause_megatron.data.corpus import Corpus, open_corpus, require_one_tokenizer
+from pause_megatron.data.first_use import verify_at_use
+from pause_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from pause_megatron.errors import DataError
 
 
 @dataclass(frozen=True)
 class Corpora:
     """Attributes:
     corpora: in the order of data.prefix
+    valid: in the order of data.valid_prefix
     tokenizer: the one that all of them share
-    fingerprint: of what is in them and how they are blended; where the files lie does not matter
+    fingerprint: of what is in those of data.prefix and how they are blended; where the files lie does not matter. For
+        data.source: of the tokenizer alone
     """
 
     corpora: tuple[Corpus, ...]
+    valid: tuple[Corpus, ...]
     tokenizer: Tokenizer
     fingerprint: str
+
+    def verify(self, data: DataSection) -> None:
+        """Reads each corpus whole at its first use, as data.verify says. Every rank calls this; one of them reads.
+
+        Raises:
+            DataError: a byte is not what `prepare` wrote; on every rank.
+        """
+        with ByteProgress(sys.stderr) as progress:
+            for corpus in self.corpora + self.valid:
+                verify_at_use(corpus, data.verify, data.cache, report=progress.report, warn=_warn)
 
     def show(self, ids: Sequence[int]) -> str:
         """Text of token ids with pauses as `<pause>` and ends of documents as `<eod>`."""
@@ -31,7 +48,7 @@ class Corpora:
 
 
 def open_corpora(data: DataSection, pause_embeddings: int) -> Corpora:
-    """Opens every corpus of `data.prefix` with the checks that take constant time.
+    """Opens every corpus of `data.prefix` and `data.valid_prefix` with the checks that take constant time.
 
     Args:
         data: prefixes or blend, and the tokenizer to insist on
@@ -39,14 +56,33 @@ def open_corpora(data: DataSection, pause_embeddings: int) -> Corpora:
 
     Raises:
         DataError: a corpus is missing, unfinished, damaged, or prepared with another tokenizer than the others or
-            than `data.tokenizer`; a pause id that is not free.
+            than `data.tokenizer`; a corpus that both trains and validates; a pause id that is not free.
     """
-    prefixes, weights = parse_blend(data.prefix)
+    prefixes, weights = parse_blend(data.prefix) if data.prefix or not data.source else ([], None)
     corpora = tuple(open_corpus(prefix, data.tokenizer) for prefix in prefixes)
+    valid_prefixes = parse_blend(data.valid_prefix)[0] if data.valid_prefix else []
+    valid = tuple(open_corpus(prefix, data.tokenizer) for prefix in valid_prefixes)
+    _refuse_overlap(corpora, valid)
     content = [corpus.manifest.fingerprint for corpus in corpora]
     # One corpus keeps its own fingerprint; a blend is named by a digest of its parts and weights.
     blend = xxhash.xxh3_128_hexdigest(repr((content, weights)).encode())
     fingerprint = content[0] if len(content) == 1 else f"xxh3_128:{blend}"
-    tokenizer = require_one_tokenizer(corpora)
+    tokenizer = require_one_tokenizer(corpora + valid) if corpora + valid else load_tokenizer(data.tokenizer)
+    if data.source:
+        fingerprint = f"stream/{tokenizer.fingerprint}/eod{tokenizer.eod}/pause{tokenizer.pause_id}"
     tokenizer.check_pause_ids(pause_embeddings)
-    return Corpora(corpora, tokenizer, fingerprint)
+    return Corpora(corpora, valid, tokenizer, fingerprint)
+
+
+def _refuse_overlap(corpora: Sequence[Corpus], valid: Sequence[Corpus]) -> None:
+    trained = {corpus.manifest.files["bin"].digest: corpus.prefix for corpus in corpora}
+    for corpus in valid:
+        if (prefix := trained.get(corpus.manifest.files["bin"].digest)) is not None:
+            raise DataError(
+                f"data.valid_prefix: {corpus.prefix} holds the same documents as {prefix} in data.prefix; a held-out "
+                "loss needs documents that are not trained on"
+            )
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)

@@ -200,9 +200,14 @@ class PauseGPTDataset(GPTDataset):
         if plan.count == 0:
             return super().__getitem__(idx)
         sample = 0 if idx is None else int(idx)
-        text, _ = self._query_document_sample_shuffle_indices(sample)
+        text = self.window_text(sample)
         self._refuse_pause_ids(text, sample)
         return self._sample(text, self.injector(text, sample % len(self)), supervised=idx is not None)
+
+    def window_text(self, sample: int) -> np.ndarray:
+        """The text of a window before its pauses: int64 [T]."""
+        text, _ = self._query_document_sample_shuffle_indices(sample)
+        return text
 
     def _sample(self, text: np.ndarray, window: Window, supervised: bool) -> dict[str, torch.Tensor]:
         """GPTDataset's dictionary for a window of N + 1 tokens with pauses in."""

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
 PLACES_KEPT = 10
+MAX_NESTING = 200
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
+_BRACKET = re.compile(r"[\[\]{}]")
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 KINDS = {
     "blank-line": "nothing on the line",
     "too-long": "a line of more than 64 MiB",
     "invalid-utf8": "bytes that are not UTF-8",
+    "null-bytes": "NUL bytes, as a writer that crashed, or UTF-16, leaves them",
     "not-json": "not one JSON value",
+    "too-deep": "lists and objects nested more than 200 deep",
     "not-object": "JSON, but not an object",
     "no-text": "an object without the text key",
+    "two-texts": "an object that has the text key twice",
     "text-not-string": "the text is null, a number, a list or an object",
     "empty": "the text is empty or only white space",
     "lone-surrogate": "the text holds half of a UTF-16 pair, which is no character",
-    "damaged-shard": "the shard's compressed data ends or breaks here; what follows is lost",
+    "damaged-shard": "the shard cannot be read from here on (compressed data ends or breaks, the disk fails)",
 }
 
 
@@ -102,23 +110,30 @@ def parse_line(line: bytes | None, number: int, text_key: str) -> str | Malforme
     """
     if line is None:
         return Malformed("too-long", number, "")
-    if number == 1:
-        line = line.removeprefix(b"\xef\xbb\xbf")  # byte order mark
+    line = line.removeprefix(_BYTE_ORDER_MARK)  # at the start, or in the middle of files that were joined
     if not line.strip():
         return Malformed("blank-line", number, "")
     try:
         decoded = line.decode("utf-8")
     except UnicodeDecodeError as error:
         return Malformed("invalid-utf8", number, f"byte 0x{line[error.start]:02x} at column {error.start + 1}")
+    if b"\0" in line:
+        return Malformed("null-bytes", number, f"{line.count(0):,} of {len(line):,} bytes")
+    # Told from the text, not by Python's recursion limit: that depends on who calls.
+    if line.count(b"[") + line.count(b"{") > MAX_NESTING and (depth := _nesting(decoded)) > MAX_NESTING:
+        return Malformed("too-deep", number, f"{depth:,} deep")
     try:
         value = json.loads(decoded)
-    except RecursionError:
-        return Malformed("not-json", number, "nested too deeply")
     except ValueError as error:
         message = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
         return Malformed("not-json", number, f"{message}: {_shown(decoded)}")
     if not isinstance(value, dict):
         return Malformed("not-object", number, _shown(decoded))
+    key = json.dumps(text_key, ensure_ascii=False)
+    if decoded.count(key) > 1:
+        pairs = json.loads(decoded, object_pairs_hook=list)
+        if (times := [name for name, _ in pairs].count(text_key)) > 1:
+            return Malformed("two-texts", number, f"{key} {times} times")
     return parse_record(value, number, text_key)
 
 
@@ -143,6 +158,15 @@ def parse_lines(lines: Iterator[bytes | None], text_key: str) -> Iterator[str | 
     """`parse_line` over a whole shard."""
     for number, line in enumerate(lines, start=1):
         yield parse_line(line, number, text_key)
+
+
+def _nesting(text: str) -> int:
+    """How deep the lists and objects of a JSON text are nested. Brackets inside strings do not count."""
+    depth = deepest = 0
+    for bracket in _BRACKET.findall(_STRING.sub("", text)):
+        depth += 1 if bracket in "[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _shown(text: str) -> str:

@@ -1,24 +1,25 @@
-"""What a prepared corpus is and was made of, and opening one with every check that takes constant time.
+"""What a prepared corpus is and was made of.
 
-`PREFIX.manifest.json` appears last and is the mark of a complete corpus.
+`PREFIX.manifest.json` appears last and is the mark of a complete corpus. It carries a digest of itself, so that an
+edited or damaged manifest is told from the one that `prepare` wrote.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
 from pathlib import Path
 from typing import Literal
 
+import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pause_megatron.data.documents import Place
-from pause_megatron.data.indexed import read_header
-from pause_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from pause_megatron.durable import digest_of, write_whole
+from pause_megatron.data.tokenizer import Tokenizer
+from pause_megatron.durable import write_whole
 from pause_megatron.errors import DataError
 
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
+BLOCK_BYTES = 64 << 20
 
 
 class Record(BaseModel):
@@ -32,6 +33,16 @@ class FileRecord(Record):
 
     bytes: int = Field(ge=0)
     digest: str
+
+
+class BlockRecord(Record):
+    """Digests ('xxh3_128:HEX') of the `.bin` in blocks of so many bytes, the last one maybe shorter.
+
+    They say where in hundreds of gigabytes the damage is.
+    """
+
+    bytes: int = Field(ge=1)
+    digests: list[str]
 
 
 class Counts(Record):
@@ -102,15 +113,17 @@ class Plan(Record):
 
 
 class Manifest(Record):
-    """The content of `PREFIX.manifest.json`.
+    """The content of `PREFIX.manifest.json`, but for the digest over all of it that the file ends with.
 
     Attributes:
+        version: 1 has neither blocks nor a digest of the manifest; it is still read.
         dtype: of the ids in `.bin`, "uint16" or "int32".
         places: the first malformed lines of each kind.
         files: "bin" and "idx".
+        blocks: of the `.bin`.
     """
 
-    version: Literal[1] = MANIFEST_VERSION
+    version: Literal[1, 2] = MANIFEST_VERSION
     tokenizer: TokenizerRecord
     text_key: str
     damaged_shards: Literal["error", "keep"]
@@ -118,6 +131,7 @@ class Manifest(Record):
     counts: Counts
     places: dict[str, list[Place]]
     files: dict[Literal["bin", "idx"], FileRecord]
+    blocks: BlockRecord | None
     sources: list[SourceRecord]
 
     @property
@@ -146,43 +160,39 @@ class Manifest(Record):
 
     def save(self, prefix: str | Path) -> None:
         """Write `PREFIX.manifest.json`, whole or not at all."""
-        write_whole(path_of(prefix, "manifest.json"), (self.model_dump_json(indent=1) + "\n").encode())
+        content = {**self.model_dump(mode="json"), "digest": self._digest()}
+        text = json.dumps(content, indent=1, ensure_ascii=False)
+        write_whole(path_of(prefix, "manifest.json"), (text + "\n").encode())
 
     @classmethod
     def load(cls, prefix: str | Path) -> Manifest:
         """Read `PREFIX.manifest.json`.
 
         Raises:
-            DataError: missing, unreadable, of another version, or with fields that do not fit.
+            DataError: missing, unreadable, of another version, with fields that do not fit, or edited.
         """
         path = path_of(prefix, "manifest.json")
         if not path.is_file():
             raise DataError(_why_no_manifest(prefix))
-        return read_record(path, cls)
+        file = read_record(path, _ManifestFile)
+        manifest = cls(**{name: getattr(file, name) for name in cls.model_fields})
+        if file.digest != manifest._digest() or (manifest.version > 1) == (manifest.blocks is None):
+            raise DataError(
+                f"{path}: edited or damaged since `prepare` wrote it (expected digest {manifest._digest()}, came "
+                f"{file.digest}); copy it again, or prepare the corpus again with --overwrite"
+            )
+        return manifest
+
+    def _digest(self) -> str | None:
+        if self.version == 1:
+            return None
+        content = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return f"xxh3_128:{xxhash.xxh3_128_hexdigest(content.encode())}"
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """A prepared corpus that passed the constant-time checks."""
-
-    prefix: str
-    manifest: Manifest
-    tokenizer: Tokenizer
-
-    def verify(self) -> None:
-        """Read `.bin` and `.idx` whole and compare their digests with the manifest's (GB/s, so minutes for C4).
-
-        Raises:
-            DataError: a byte differs from what `prepare` wrote.
-        """
-        for name, record in self.manifest.files.items():
-            path = path_of(self.prefix, name)
-            found = digest_of(path)
-            if found != record.digest:
-                raise DataError(
-                    f"{path}: altered since it was prepared (expected {record.digest}, came {found}); prepare it again "
-                    "with --overwrite"
-                )
+class _ManifestFile(Manifest):
+    blocks: BlockRecord | None = None
+    digest: str | None = None
 
 
 def path_of(prefix: str | Path, extension: str) -> Path:
@@ -200,79 +210,6 @@ def read_record(path: Path, kind: type[Record]):
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise DataError(f"{path}: {where}: {first['msg']} (came {str(first['input'])[:60]!r})") from None
-
-
-def open_corpus(prefix: str | Path, tokenizer: Tokenizer | str | Path | None = None) -> Corpus:
-    """Open a prepared corpus after checking, in constant time, that its files belong together.
-
-    Args:
-        prefix: of `.bin`, `.idx`, `.manifest.json` and `.tokenizer/`.
-        tokenizer: one to insist on; default: the one kept beside the corpus.
-
-    Raises:
-        DataError: unfinished, foreign, truncated, mixed up, or prepared with another tokenizer.
-    """
-    manifest = Manifest.load(prefix)
-    _check_files(prefix, manifest)
-    kept = load_tokenizer(path_of(prefix, "tokenizer"))
-    if tokenizer is not None:
-        given = tokenizer if isinstance(tokenizer, Tokenizer) else load_tokenizer(tokenizer)
-        if given.fingerprint != manifest.tokenizer.fingerprint:
-            raise DataError(
-                f"corpus {prefix} was prepared with tokenizer {manifest.tokenizer.fingerprint} "
-                f"({manifest.tokenizer.vocab_size:,} ids), but the one given is {given.fingerprint} "
-                f"({given.vocab_size:,} ids): leave data.tokenizer out to use the corpus's own, or prepare it again"
-            )
-    if TokenizerRecord.of(kept) != manifest.tokenizer:
-        raise DataError(
-            f"{path_of(prefix, 'tokenizer')} is not the tokenizer that the corpus was prepared with: expected "
-            f"{manifest.tokenizer}, came {TokenizerRecord.of(kept)}"
-        )
-    return Corpus(str(prefix), manifest, kept)
-
-
-def require_one_tokenizer(corpora: Sequence[Corpus]) -> Tokenizer:
-    """The tokenizer that all corpora of a blend share, EOD and pause id included.
-
-    Raises:
-        DataError: two of them differ.
-    """
-    first = corpora[0]
-    for other in corpora[1:]:
-        if other.manifest.tokenizer != first.manifest.tokenizer:
-            raise DataError(
-                f"corpora {first.prefix} and {other.prefix} cannot be blended, their tokenizers differ: "
-                f"{first.manifest.tokenizer} and {other.manifest.tokenizer}"
-            )
-    return first.tokenizer
-
-
-def _check_files(prefix: str | Path, manifest: Manifest) -> None:
-    sizes = {}
-    for name in ("bin", "idx"):
-        path = path_of(prefix, name)
-        if not path.is_file():
-            raise DataError(f"{path} is missing, though {path_of(prefix, 'manifest.json')} says that it was prepared")
-        sizes[name] = path.stat().st_size
-    header = read_header(path_of(prefix, "idx"))
-    bin_path, idx_path = path_of(prefix, "bin"), path_of(prefix, "idx")
-    if sizes["bin"] != header.bin_bytes:
-        relation = "shorter" if sizes["bin"] < header.bin_bytes else "longer"
-        raise DataError(
-            f"{bin_path} is {relation} than its index says: {idx_path.name} needs {header.bin_bytes:,} bytes, the file "
-            f"has {sizes['bin']:,}; it was cut or overwritten. Copy it again, or prepare it with --overwrite"
-        )
-    for name, size in sizes.items():
-        if size != manifest.files[name].bytes:
-            raise DataError(
-                f"{path_of(prefix, name)}: {size:,} bytes, but its manifest says {manifest.files[name].bytes:,}: the "
-                "files are of different corpora"
-            )
-    if (header.dtype, header.documents) != (manifest.dtype, manifest.counts.documents):
-        raise DataError(
-            f"{idx_path}: {header.documents:,} documents of {header.dtype}, but its manifest says "
-            f"{manifest.counts.documents:,} of {manifest.dtype}: the files are of different corpora"
-        )
 
 
 def _why_no_manifest(prefix: str | Path) -> str:

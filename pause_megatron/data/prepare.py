@@ -15,9 +15,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pause_megatron.data.corpus import open_corpus
 from pause_megatron.data.documents import Tally
 from pause_megatron.data.encoders import EncoderName, choose_encoder
-from pause_megatron.data.manifest import Manifest, Plan, TokenizerRecord, open_corpus, path_of, read_record
+from pause_megatron.data.malformed_limit import MalformedLimit
+from pause_megatron.data.manifest import Manifest, Plan, TokenizerRecord, path_of, read_record
 from pause_megatron.data.prepare_merge import join_parts, remove_partial_files
 from pause_megatron.data.prepare_pool import Progress, run_tasks
 from pause_megatron.data.prepare_shard import Part, ShardOutcome, ShardTask
@@ -86,8 +88,10 @@ def prepare(
     """
     begun = time.perf_counter()
     options = options or ReadOptions()
-    _check_limits(workers, max_malformed)
-    sources = find_sources(inputs, hub, options.text_key)
+    limit = MalformedLimit(max_malformed)
+    if workers is not None and workers < 1:
+        raise DataError(f"--workers {workers}: expected 1 or more")
+    sources = find_sources(inputs, hub, options.text_key, options.damaged_shards)
     plan = Plan(
         tokenizer=TokenizerRecord.of(tokenizer),
         text_key=options.text_key,
@@ -104,9 +108,7 @@ def prepare(
             try:
                 encoder = choose_encoder(encoder, tokenizer)
                 finished = workplace.open(tokenizer, overwrite)
-                outcomes = _all_outcomes(
-                    workplace, finished, options, encoder, workers or _cores(), max_malformed, on_progress
-                )
+                outcomes = _all_outcomes(workplace, finished, options, encoder, workers or _cores(), limit, on_progress)
                 manifest = join_parts(output, workplace.folder, plan, outcomes, tokenizer, on_progress)
             finally:
                 workplace.leave()
@@ -118,13 +120,6 @@ def prepare(
             "it and run the same command again"
         ) from None
     return Prepared(manifest, False, len(finished), time.perf_counter() - begun, encoder)
-
-
-def _check_limits(workers: int | None, max_malformed: int | float) -> None:
-    if workers is not None and workers < 1:
-        raise DataError(f"--workers {workers}: expected 1 or more")
-    if max_malformed < 0 or (isinstance(max_malformed, float) and max_malformed > 1):
-        raise DataError(f"--max-malformed {max_malformed}: expected a number of lines, or a fraction from 0.0 to 1.0")
 
 
 class _Workplace:
@@ -217,7 +212,7 @@ def _all_outcomes(
     options: ReadOptions,
     encoder: EncoderName,
     workers: int,
-    max_malformed: int | float,
+    limit: MalformedLimit,
     on_progress: Callable[[Progress], None],
 ) -> list[ShardOutcome]:
     """Outcomes of all shards in order: those finished before and those prepared now. Checks the malformed limit."""
@@ -230,7 +225,7 @@ def _all_outcomes(
         options,
         encoder,
         workers=workers,
-        stop_above=max_malformed if isinstance(max_malformed, int) else None,
+        hopeless=lambda now: limit.hopeless(now.malformed, now.documents, now.done_bytes, now.total_bytes),
         total_bytes=_total_bytes(workplace.sources),
         on_progress=on_progress,
     )
@@ -239,10 +234,10 @@ def _all_outcomes(
     for outcome in outcomes:
         malformed.merge(outcome.malformed)
     documents = sum(outcome.part.source.counts.documents for outcome in outcomes if outcome.part)
-    limit = max_malformed if isinstance(max_malformed, int) else max_malformed * (documents + malformed.total)
-    if malformed.total > limit:
+    stopped = len(outcomes) < len(workplace.sources) or any(outcome.part is None for outcome in outcomes)
+    if stopped or limit.exceeded(malformed.total, documents):
         raise DataError(
-            f"stopped after {malformed.total:,} malformed lines, more than --max-malformed {max_malformed} allows:\n"
+            f"stopped after {malformed.total:,} malformed lines, more than --max-malformed {limit.value} allows:\n"
             f"{malformed.describe()}"
         )
     if not documents:

@@ -12,11 +12,11 @@ import xxhash
 
 from pause_megatron.data.documents import Tally
 from pause_megatron.data.indexed import read_lengths, write_index
-from pause_megatron.data.manifest import Counts, FileRecord, Manifest, Plan, path_of
+from pause_megatron.data.manifest import BLOCK_BYTES, BlockRecord, Counts, FileRecord, Manifest, Plan, path_of
 from pause_megatron.data.prepare_pool import Progress
 from pause_megatron.data.prepare_shard import Part, ShardOutcome, corpus_dtype
 from pause_megatron.data.tokenizer import Tokenizer
-from pause_megatron.durable import READ_BYTES, DigestFile, sync_folder
+from pause_megatron.durable import READ_BYTES, BlockDigests, DigestFile, sync_folder
 from pause_megatron.errors import DataError
 
 
@@ -48,8 +48,9 @@ def join_parts(
         malformed.merge(outcome.malformed)
     counts = _sum_of([part.source.counts for part in parts], malformed)
     bin_file, idx_file = DigestFile(path_of(output, "bin")), DigestFile(path_of(output, "idx"))
+    blocks = BlockDigests(BLOCK_BYTES)
     try:
-        _join_bins(bin_file, folder, parts, counts, on_progress)
+        _join_bins(bin_file, blocks, folder, parts, counts, on_progress)
         write_index(idx_file, corpus_dtype(tokenizer), counts.documents, lambda: _all_lengths(folder, parts))
         bin_file.finish()
         idx_file.finish()
@@ -59,6 +60,7 @@ def join_parts(
             counts=counts,
             places={kind: malformed.places[kind] for kind in sorted(malformed.places)},
             files={name: _record(file) for name, file in (("bin", bin_file), ("idx", idx_file))},
+            blocks=BlockRecord(bytes=blocks.block_bytes, digests=blocks.digests),
             sources=[part.source for part in parts],
         )
         tokenizer.save(path_of(output, "tokenizer.tmp"))
@@ -100,7 +102,12 @@ def _record(file: DigestFile) -> FileRecord:
 
 
 def _join_bins(
-    file: DigestFile, folder: Path, parts: list[Part], counts: Counts, on_progress: Callable[[Progress], None]
+    file: DigestFile,
+    blocks: BlockDigests,
+    folder: Path,
+    parts: list[Part],
+    counts: Counts,
+    on_progress: Callable[[Progress], None],
 ) -> None:
     total = sum(part.bin.bytes for part in parts)
     for number, part in enumerate(parts):
@@ -110,6 +117,7 @@ def _join_bins(
         with open(path, "rb") as source:
             while block := source.read(READ_BYTES):
                 file.write(block)
+                blocks.update(block)
                 hasher.update(block)
                 on_progress(
                     Progress(

@@ -48,7 +48,7 @@ def run_tasks(
     encoder: EncoderName,
     *,
     workers: int,
-    stop_above: int | None,
+    hopeless: Callable[[Progress], bool],
     total_bytes: int | None,
     on_progress: Callable[[Progress], None],
 ) -> list[ShardOutcome]:
@@ -61,7 +61,7 @@ def run_tasks(
         options: how shards are read.
         encoder: "library" or "gigatoken".
         workers: processes; 1 works in a thread of this process.
-        stop_above: malformed lines after which all stop early; the caller judges.
+        hopeless: whether to stop all workers early; the caller says why.
         total_bytes: of all sources, where known.
         on_progress: called every POLL_SECONDS.
 
@@ -82,8 +82,9 @@ def run_tasks(
     executor = _executor(min(workers, len(tasks)), context, (folder, options, encoder, counters.cells))
 
     def report(done: int) -> None:
-        on_progress(_read_progress(counters, total_bytes, len(finished) + done, shards))
-        if stop_above is not None and counters.sum("malformed") > stop_above:
+        progress = _read_progress(counters, total_bytes, len(finished) + done, shards)
+        on_progress(progress)
+        if hopeless(progress):
             counters.stop()
 
     report(0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import xxhash
@@ -14,6 +14,10 @@ SUFFIXES = (".json", ".jsonl", ".ndjson")
 COMPRESSIONS = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}
 MAX_LINE_BYTES = 64 << 20
 _READ_BYTES = 1 << 16
+# Decompressed data that exists at one time: a few KiB of a compressed file can hold gigabytes of one letter.
+_MOST_BYTES = 1 << 20
+# zstandard has no such limit, but 4 bytes of it cannot give more than 128 KiB.
+_ZSTD_BYTES = 1 << 10
 
 
 class DamagedShard(DataError):
@@ -86,8 +90,9 @@ class ShardFile:
     def _decompressed(self, raw: Iterator[bytes], compression: str) -> Iterator[bytes]:
         # zlib and zstandard decompression objects share `decompress`, `eof` and `unused_data`. The file classes on top
         # of them do not serve here: zstandard's reader takes a cut file for a complete one.
-        engine = None
+        engine, begun = None, False
         for block in raw:
+            begun = True
             while block:
                 if engine is None:
                     if compression == ".gz" and self.text_bytes:
@@ -96,11 +101,12 @@ class ShardFile:
                             break
                     engine = _decompressor(compression)
                 try:
-                    yield engine.decompress(block)
+                    block = yield from _PIECES[compression](engine, block)
                 except _decompression_errors() as error:
                     raise self._damaged(f"damaged {compression} data ({error})") from None
-                block = engine.unused_data if engine.eof else b""
                 engine = None if engine.eof else engine
+        if not begun:
+            raise self._damaged(f"empty: there is no {compression} data at all")
         if engine is not None:
             raise self._damaged(f"truncated: the {compression} data stops before its end mark")
 
@@ -127,6 +133,15 @@ def compression_of(path: Path) -> str | None:
     return compression
 
 
+def is_shard_name(name: str) -> bool:
+    """Whether `compression_of` takes this name."""
+    try:
+        compression_of(Path(name))
+    except DataError:
+        return False
+    return True
+
+
 def check_start(path: Path) -> None:
     """Check that a shard can be opened and that a compressed one begins as its name says.
 
@@ -150,6 +165,28 @@ def _decompressor(compression: str):
     import zstandard
 
     return zstandard.ZstdDecompressor().decompressobj()
+
+
+def _gzip_pieces(engine, block: bytes) -> Generator[bytes, None, bytes]:
+    """What a block holds, at most _MOST_BYTES at a time; returns what follows the end of the member."""
+    while True:
+        piece = engine.decompress(block, _MOST_BYTES)
+        yield piece
+        block = engine.unconsumed_tail
+        if engine.eof or (not block and len(piece) < _MOST_BYTES):
+            return engine.unused_data
+
+
+def _zstd_pieces(engine, block: bytes) -> Generator[bytes, None, bytes]:
+    """What a block holds, of _ZSTD_BYTES at a time; returns what follows the end of the frame."""
+    for start in range(0, len(block), _ZSTD_BYTES):
+        yield engine.decompress(block[start : start + _ZSTD_BYTES])
+        if engine.eof:
+            return engine.unused_data + block[start + _ZSTD_BYTES :]
+    return b""
+
+
+_PIECES = {".gz": _gzip_pieces, ".zst": _zstd_pieces}
 
 
 def _decompression_errors() -> tuple[type[Exception], ...]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from pause_megatron.data.documents import Malformed, parse_lines, parse_record
-from pause_megatron.data.shard_file import DamagedShard, ShardFile, check_start, compression_of
+from pause_megatron.data.shard_file import DamagedShard, ShardFile, check_start, compression_of, is_shard_name
 from pause_megatron.durable import digest_of
 from pause_megatron.errors import DataError
 
@@ -74,11 +74,14 @@ class FileSource:
         return {"name": self.name, "bytes": self.bytes}
 
     def stamp(self) -> dict:
-        return {"mtime_ns": os.stat(self.name).st_mtime_ns}
+        try:
+            return {"mtime_ns": os.stat(self.name).st_mtime_ns}
+        except OSError:
+            return {"mtime_ns": None}  # gone, or never there: reading it says so
 
     def unchanged(self, stamp: dict, digest: str | None) -> bool:
         # A copy or a fresh download has another time but the same bytes: then the digest decides.
-        return stamp == self.stamp() or digest == digest_of(Path(self.name))
+        return stamp == self.stamp() or digest == _digest_if_readable(Path(self.name))
 
     def open(self, options: ReadOptions) -> FileReader:
         return FileReader(self, options)
@@ -90,7 +93,7 @@ class FileReader:
     def __init__(self, source: FileSource, options: ReadOptions) -> None:
         self._file = ShardFile(source.name)
         self._options = options
-        self._digest: str | None = None
+        self._broke_off = False
 
     @property
     def read_bytes(self) -> int:
@@ -98,7 +101,8 @@ class FileReader:
 
     @property
     def digest(self) -> str | None:
-        return self._digest or self._file.digest
+        # The one taken on the way is of what was read.
+        return _digest_if_readable(self._file.path) if self._broke_off else self._file.digest
 
     def documents(self) -> Iterator[str | Malformed]:
         try:
@@ -106,7 +110,7 @@ class FileReader:
         except DamagedShard as error:
             if self._options.damaged_shards == "error":
                 raise
-            self._digest = digest_of(self._file.path)  # reading broke off, so the one taken on the way is of a part
+            self._broke_off = True
             yield Malformed("damaged-shard", self._file.line + 1, error.reason)
 
 
@@ -167,23 +171,27 @@ class HubReader:
         source = self._source
         number = 0
         try:
-            stream = _builder(source.dataset, source.options).as_streaming_dataset(split=source.options.split)
+            stream = hub_builder(source.dataset, source.options).as_streaming_dataset(split=source.options.split)
             for record in stream.shard(num_shards=source.shards, index=source.shard):
                 number += 1
                 yield parse_record(record, number, self._options.text_key)
         except Exception as error:  # loaders raise whatever their format's library raises
-            raise DataError(
-                f"{source.name}: datasets stopped after record {number:,} ({_first_line(error)})"
-            ) from error
+            raise DataError(f"{source.name}: datasets stopped after record {number:,} ({first_line(error)})") from error
 
 
-def find_sources(inputs: Sequence[str], hub: HubOptions | None = None, text_key: str = "text") -> list[Source]:
+def find_sources(
+    inputs: Sequence[str],
+    hub: HubOptions | None = None,
+    text_key: str = "text",
+    damaged_shards: Literal["error", "keep"] = "error",
+) -> list[Source]:
     """Resolve what a user named into sources, in the order in which their documents will stand.
 
     Args:
         inputs: paths and globs of shards, or one `hf:NAME`. Each glob's files come in natural order (2 before 10).
         hub: for `hf:NAME`.
         text_key: column that must be there, where a data set says its columns beforehand.
+        damaged_shards: "keep" leaves it to the reading to say which shards cannot be opened or are something else.
 
     Raises:
         DataError: nothing there, nothing in it, not readable, or of an unknown kind.
@@ -198,13 +206,15 @@ def find_sources(inputs: Sequence[str], hub: HubOptions | None = None, text_key:
         for path in _matches(pattern):
             compression_of(path)
             name = os.path.abspath(path)
-            sources.setdefault(name, FileSource(name, path.stat().st_size))  # two globs may overlap
+            size = path.stat().st_size if path.is_file() else 0
+            sources.setdefault(name, FileSource(name, size))  # two globs may overlap
     if not sources:
         raise DataError("no input: give shards (paths or globs) or hf:NAME with --input")
     if not any(source.bytes for source in sources.values()):
         raise DataError(f"the input is empty: {_count(len(sources))} of 0 bytes, the first is {next(iter(sources))}")
-    for name in sources:
-        check_start(Path(name))
+    if damaged_shards == "error":
+        for name in sources:
+            check_start(Path(name))
     return list(sources.values())
 
 
@@ -220,7 +230,8 @@ def _matches(pattern: str) -> list[Path]:
     if path.exists():
         return [path]
     found = sorted(glob.glob(os.path.expanduser(pattern), recursive=True), key=natural_order)
-    files = [Path(name) for name in found if os.path.isfile(name)]
+    # A folder or a broken link among the shards is passed over, unless it has the name of a shard: then it is damage.
+    files = [Path(name) for name in found if os.path.isfile(name) or (is_shard_name(name) and not _is_special(name))]
     if not files:
         folder = path.parent
         raise DataError(
@@ -230,9 +241,21 @@ def _matches(pattern: str) -> list[Path]:
     return files
 
 
+def _is_special(name: str) -> bool:
+    """A pipe, a socket or a device: opening one may wait for ever."""
+    return os.path.exists(name) and not os.path.isfile(name) and not os.path.isdir(name)
+
+
+def _digest_if_readable(path: Path) -> str | None:
+    try:
+        return digest_of(path)
+    except OSError:
+        return None
+
+
 def _hub_sources(dataset: str, options: HubOptions, text_key: str) -> list[Source]:
     try:
-        builder = _builder(dataset, options)
+        builder = hub_builder(dataset, options)
         stream = builder.as_streaming_dataset(split=options.split)
         columns = stream.column_names
         shards = stream.num_shards
@@ -240,7 +263,7 @@ def _hub_sources(dataset: str, options: HubOptions, text_key: str) -> list[Sourc
         # Commit of the Hub, or times of local files: what tells one state of the data from another.
         origin = str(sorted(map(str, files.origin_metadata))) if files is not None else str(builder.hash)
     except Exception as error:  # loaders raise whatever their format's library raises
-        raise DataError(f"--input {HUB_PREFIX}{dataset}: datasets cannot open it ({_first_line(error)})") from error
+        raise DataError(f"--input {HUB_PREFIX}{dataset}: datasets cannot open it ({first_line(error)})") from error
     if columns is not None and text_key not in columns:
         raise DataError(
             f"--input {HUB_PREFIX}{dataset}: no column {text_key!r}; its columns are {', '.join(columns)} (--text-key)"
@@ -248,7 +271,8 @@ def _hub_sources(dataset: str, options: HubOptions, text_key: str) -> list[Sourc
     return [HubSource(dataset, options, shard, shards, origin) for shard in range(shards)]
 
 
-def _builder(dataset: str, options: HubOptions):
+def hub_builder(dataset: str, options: HubOptions):
+    """The builder of a data set, by `datasets`, which raises whatever its loaders raise."""
     from datasets import load_dataset_builder
 
     return load_dataset_builder(
@@ -259,7 +283,8 @@ def _builder(dataset: str, options: HubOptions):
     )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """An error's kind and the first line of what it says."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 

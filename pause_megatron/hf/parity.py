@@ -120,7 +120,7 @@ def corpus_tokens(checkpoint: NativeCheckpoint) -> tuple[np.ndarray, str]:
     wanted = _TOKENS
     try:
         corpora = open_corpora(checkpoint.config.data, checkpoint.config.pause.embeddings)
-        if corpora.fingerprint == checkpoint.reader.manifest.corpus:
+        if corpora.corpora and corpora.fingerprint == checkpoint.reader.manifest.corpus:
             corpus = corpora.corpora[0]
             tokens = np.memmap(path_of(corpus.prefix, "bin"), dtype=corpus.manifest.dtype, mode="r")
             return np.array(tokens[:wanted], dtype=np.int64), "corpus"

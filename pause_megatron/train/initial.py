@@ -31,6 +31,7 @@ class InitialWeights:
             difference is named.
     """
 
+    folder = None
     progress = Progress()
 
     def __init__(self, config: RunConfig, tokenizer: Tokenizer, context: ParallelContext) -> None:

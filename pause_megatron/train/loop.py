@@ -76,6 +76,7 @@ def training_steps(
     total_steps: int,
     progress: Progress,
     stop: StopRequest,
+    corpora: Sequence[str] = (),
 ) -> Iterator[StepResult]:
     """Takes optimizer steps until `total_steps` or a stop request.
 
@@ -87,10 +88,11 @@ def training_steps(
         total_steps: steps of the whole run
         progress: where the run stands
         stop: read once a step; any rank's request stops all of them
+        corpora: names of the corpora of a blend, whose losses are told apart
     """
     for step, micro_batches in batches:
         started = time.perf_counter()
-        ledger = LossLedger(context.device)
+        ledger = LossLedger(context.device, corpora)
         counts = [
             sum(batch.targets_count for batch in micro_batches),
             sum(batch.raw_tokens for batch in micro_batches),

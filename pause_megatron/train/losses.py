@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ class Losses:
         elsewhere: over the other targets. A model that uses its pauses predicts worse elsewhere than after them.
         targets: number of targets
         after_pause_targets: number of targets directly after a pause
+        by_corpus: mean over the targets of each corpus of a blend, by its name; empty for one corpus
     """
 
     mean: float
@@ -31,18 +33,31 @@ class Losses:
     elsewhere: float
     targets: int
     after_pause_targets: int
+    by_corpus: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def from_sums(cls, total: float, after_pause: float, targets: float, after_pause_targets: float) -> Losses:
-        """From sums of token losses and counts of targets."""
+    def from_sums(
+        cls,
+        total: float,
+        after_pause: float,
+        targets: float,
+        after_pause_targets: float,
+        by_corpus: dict[str, tuple[float, float]] | None = None,
+    ) -> Losses:
+        """From sums of token losses and counts of targets; `by_corpus` likewise, (sum, count) of each."""
         others = targets - after_pause_targets
         return cls(
-            mean=total / targets if targets else math.nan,
-            after_pause=after_pause / after_pause_targets if after_pause_targets else math.nan,
-            elsewhere=(total - after_pause) / others if others else math.nan,
+            mean=_mean(total, targets),
+            after_pause=_mean(after_pause, after_pause_targets),
+            elsewhere=_mean(total - after_pause, others),
             targets=int(targets),
             after_pause_targets=int(after_pause_targets),
+            by_corpus={name: _mean(*sums) for name, sums in (by_corpus or {}).items()},
         )
+
+
+def _mean(total: float, count: float) -> float:
+    return total / count if count else math.nan
 
 
 def lm_loss(module: nn.Module, batch: MicroBatch, scale: float):
@@ -59,24 +74,44 @@ def lm_loss(module: nn.Module, batch: MicroBatch, scale: float):
 
 
 class LossLedger:
-    """Sums of the token losses that a rank has seen. Stays on the device until it is read."""
+    """Sums of the token losses that a rank has seen. Stays on the device until it is read.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: of the token losses
+        corpora: names of the corpora of a blend, in the order of their dataset_id; empty for one corpus
+    """
+
+    def __init__(self, device: torch.device, corpora: Sequence[str] = ()) -> None:
+        self._corpora = corpora
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self._of_corpora = torch.zeros(len(corpora), 2, dtype=torch.float64, device=device)
 
     def forward(self, module: nn.Module, batch: MicroBatch, scale: float) -> Tensor:
         """The scaled loss of a micro-batch, for `Engine.train_step`; its token losses are entered here."""
         output = lm_loss(module, batch, scale)
-        self.enter(output.token_losses, batch.after_pause)
+        self.enter(output.token_losses, batch.after_pause, batch.target_datasets)
         return output.loss
 
-    def enter(self, token_losses: Tensor, after_pause: Tensor) -> None:
-        """Adds token losses [R], fp32; `after_pause` [R] marks those predicted from a pause."""
+    def enter(self, token_losses: Tensor, after_pause: Tensor, datasets: Tensor | None = None) -> None:
+        """Adds token losses [R], fp32.
+
+        Args:
+            token_losses: fp32 [R]
+            after_pause: bool [R], those predicted from a pause
+            datasets: int64 [R], the number of their corpus in the blend
+        """
         losses = token_losses.double()
         self._sums += torch.stack(
             [losses.sum(), (losses * after_pause).sum(), losses.new_tensor(losses.numel()), after_pause.sum().double()]
         )
+        if self._corpora and datasets is not None:
+            # Not index_add: on a GPU it adds in another order every time.
+            mine = datasets == torch.arange(len(self._corpora), device=datasets.device)[:, None]
+            self._of_corpora += torch.stack([(mine * losses).sum(1), mine.sum(1).double()], dim=1)
 
     def totals(self, context: ParallelContext) -> Losses:
         """Means over all ranks. Every rank calls this."""
-        return Losses.from_sums(*sum_over_data_parallel(self._sums.tolist(), context))
+        sums = torch.cat([self._sums, self._of_corpora.flatten()]).tolist()
+        sums = sum_over_data_parallel(sums, context)
+        pairs = zip(sums[4::2], sums[5::2], strict=True)
+        return Losses.from_sums(*sums[:4], dict(zip(self._corpora, pairs, strict=True)))

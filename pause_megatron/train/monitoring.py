@@ -66,6 +66,7 @@ def metrics_record(result: StepResult, throughput: Throughput) -> dict[str, floa
         "loss": result.losses.mean,
         "loss_after_pause": result.losses.after_pause,
         "loss_elsewhere": result.losses.elsewhere,
+        **{f"loss/{name}": loss for name, loss in result.losses.by_corpus.items()},
         "grad_norm": result.grad_norm,
         "lr": result.lr,
         "tokens": result.progress.tokens,
@@ -157,6 +158,10 @@ class TensorBoard:
         for key, tag in TAGS.items():
             if (value := record.get(key)) is not None:
                 self._writer.add_scalar(tag, value, result.step)
+        for key, value in record.items():  # of the corpora of a blend
+            for prefix, tag in (("loss/", "loss_by_corpus/train_"), ("valid_loss/", "loss_by_corpus/valid_")):
+                if key.startswith(prefix) and value is not None:
+                    self._writer.add_scalar(tag + key.removeprefix(prefix), value, result.step)
         self._writer.add_scalar("perplexity/train", _perplexity(result.losses.mean), result.step)
         if "valid_loss" in result.validation:
             self._writer.add_scalar("perplexity/valid", _perplexity(result.validation["valid_loss"]), result.step)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from pause_megatron.config.plan import batch_plan
 from pause_megatron.config.schema import RunConfig
 from pause_megatron.data.build import Datasets, build_datasets
 from pause_megatron.data.corpora import Corpora, open_corpora
+from pause_megatron.data.dataset import PauseTokenizer
 from pause_megatron.distributed import initialize
 from pause_megatron.train.inputs import HeldOut, TrainingData
 from pause_megatron.train.run import train
 from pause_megatron.train.signals import StopRequest
+from pause_megatron.train.streaming import Stream
 
 
 def pretrain(config: RunConfig) -> int:
@@ -30,14 +34,15 @@ def pretrain(config: RunConfig) -> int:
 
 
 def corpus_data(config: RunConfig, world_size: int) -> TrainingData:
-    """The windows of `data.prefix`. Every rank calls this: rank 0 builds the index caches."""
+    """The windows of `data.prefix`, or of `data.source`. Every rank calls this: rank 0 builds the index caches."""
     corpora = open_corpora(config.data, config.pause.embeddings)
+    corpora.verify(config.data)
     datasets = _datasets(config, corpora)
     plan = batch_plan(config, world_size)
-    valid = None if datasets.valid is None else HeldOut(datasets.valid, config.validation.samples)
+    valid = None if datasets.valid is None else HeldOut(datasets.valid, config.validation.samples, datasets.valid_names)
     plain = valid
     if datasets.valid_without_pauses is not datasets.valid:
-        plain = HeldOut(datasets.valid_without_pauses, config.validation.samples)
+        plain = HeldOut(datasets.valid_without_pauses, config.validation.samples, datasets.valid_names)
     return TrainingData(
         train=datasets.train,
         valid=valid,
@@ -47,12 +52,17 @@ def corpus_data(config: RunConfig, world_size: int) -> TrainingData:
         fingerprint=corpora.fingerprint,
         description=f"{plan.raw_tokens:,} raw tokens (about {plan.text_tokens:,.0f} of text)",
         show=lambda batch: corpora.show(batch.tokens[0].tolist()),
+        names=datasets.train_names,
+        stream=partial(Stream, config, corpora.tokenizer) if config.data.source else None,
     )
 
 
 def _datasets(config: RunConfig, corpora: Corpora) -> Datasets:
+    if config.data.source and not config.data.valid_prefix:
+        return Datasets(None, None, None, (), (), PauseTokenizer(corpora.tokenizer, config.pause.embeddings))
     return build_datasets(
         config.data.prefix,
+        valid_prefix=config.data.valid_prefix,
         split=config.data.split,
         sequence_length=config.data.sequence_length,
         tokenizer=corpora.tokenizer,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from pause_megatron.checkpoint import CheckpointReader, Store, restore_engine, restore_weights
 from pause_megatron.config.identity import deciding_keys
@@ -22,6 +23,11 @@ class Resumed:
 
     reader: CheckpointReader
     progress: Progress
+
+    @property
+    def folder(self) -> Path:
+        """The checkpoint."""
+        return self.reader.folder
 
     def weights_into(self, model: PauseGPTModel) -> None:
         """Copies this rank's weights into a fresh model, before DeepSpeed sees it."""

@@ -29,6 +29,7 @@ from pause_megatron.train.monitoring import MetricsFile, ProgressBar, TensorBoar
 from pause_megatron.train.resume import progress_record
 from pause_megatron.train.signals import StopRequest
 from pause_megatron.train.start import find_start
+from pause_megatron.train.streaming import Stream
 from pause_megatron.train.validation import evaluate_loss, validation_losses
 
 EXIT_FINISHED = 0
@@ -59,10 +60,11 @@ def train(config: RunConfig, data: TrainingData, context: ParallelContext, stop:
         if context.rank == 0:
             plan, stage = batch_plan(config, context.world_size), engine.deepspeed.zero_optimization_stage()
             announce(config, plan, model.vocabulary.size, stage, context, data.description)
-        hooks = _hooks(config, engine, data, store, context, progress)
+        stream = closing.enter_context(data.stream(context, start.folder)) if data.stream else None
+        hooks = _hooks(config, engine, data, store, context, progress, stream)
         for hook in hooks:
             closing.callback(hook.close)
-        batches = closing.enter_context(_batches(config, data, context, progress))
+        batches = closing.enter_context(_batches(config, data, context, progress, stream))
         for result in training_steps(
             engine,
             batches,
@@ -71,6 +73,7 @@ def train(config: RunConfig, data: TrainingData, context: ParallelContext, stop:
             total_steps=config.train.steps,
             progress=progress,
             stop=stop,
+            corpora=data.names,
         ):
             for hook in hooks:
                 hook(result)
@@ -110,10 +113,12 @@ def _engine(config: RunConfig, model: PauseGPTModel, context: ParallelContext) -
     )
 
 
-def _batches(config: RunConfig, data: TrainingData, context: ParallelContext, progress: Progress) -> StepLoader:
+def _batches(
+    config: RunConfig, data: TrainingData, context: ParallelContext, progress: Progress, stream: Stream | None
+) -> StepLoader:
     sampler = StepSampler(config.batch.global_size, config.batch.micro_size, context.dp_rank, context.dp_size)
     return StepLoader(
-        data.train,
+        data.train if stream is None else stream.dataset,
         sampler,
         progress.step,
         config.train.steps,
@@ -129,6 +134,7 @@ def _hooks(
     store: Store,
     context: ParallelContext,
     progress: Progress,
+    stream: Stream | None,
 ) -> list[Hook]:
     """In this order: a step is validated, then logged, then saved, so that a checkpoint never precedes its log."""
     hooks: list[Hook] = [SkipLimit(SKIPPED_STEPS_IN_A_ROW)]
@@ -136,14 +142,14 @@ def _hooks(
         hooks.append(Every(config.validation.every, _validate(config, engine, data, context)))
     if context.rank == 0:
         hooks += _monitors(config, engine, data, context, progress)
-    hooks.append(Every(config.checkpoint.every, _save(config, engine, data, store, context), on_stop=True))
+    hooks.append(Every(config.checkpoint.every, _save(config, engine, data, store, context, stream), on_stop=True))
     return hooks
 
 
 def _validate(config: RunConfig, engine: Engine, data: TrainingData, context: ParallelContext):
     def score(held_out: HeldOut) -> Losses:
         module, micro = engine.deepspeed, config.batch.micro_size
-        return evaluate_loss(module, held_out.windows, held_out.count, micro, data.pause_ids, context)
+        return evaluate_loss(module, held_out.windows, held_out.count, micro, data.pause_ids, context, held_out.names)
 
     def validate(result: StepResult) -> None:
         with_pauses = score(data.valid)
@@ -175,7 +181,14 @@ def _monitors(
     return monitors
 
 
-def _save(config: RunConfig, engine: Engine, data: TrainingData, store: Store, context: ParallelContext):
+def _save(
+    config: RunConfig,
+    engine: Engine,
+    data: TrainingData,
+    store: Store,
+    context: ParallelContext,
+    stream: Stream | None,
+):
     def save_checkpoint(result: StepResult) -> None:
         save(
             store,
@@ -187,6 +200,7 @@ def _save(config: RunConfig, engine: Engine, data: TrainingData, store: Store, c
             config_yaml=dump(config),
             save_tokenizer=data.tokenizer.save,
             keep=config.checkpoint.keep,
+            extra=stream.files(result.step) if stream else {},
         )
 
     return save_checkpoint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Protocol
 
 from pause_megatron.checkpoint import Store
@@ -17,6 +18,11 @@ from pause_megatron.train.resume import find_resume
 
 class Start(Protocol):
     """Fills a fresh model, then the engine that DeepSpeed makes of it. Every rank calls both, in this order."""
+
+    @property
+    def folder(self) -> Path | None:
+        """The run's own checkpoint to go on from, where there is one."""
+        ...
 
     @property
     def progress(self) -> Progress:
@@ -35,6 +41,7 @@ class Start(Protocol):
 class FromScratch:
     """The model as it was made."""
 
+    folder = None
     progress = Progress()
 
     def weights_into(self, model: PauseGPTModel) -> None:

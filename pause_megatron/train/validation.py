@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -15,7 +15,13 @@ from pause_megatron.train.losses import Losses, LossLedger, lm_loss
 
 
 def evaluate_loss(
-    module: nn.Module, dataset: Samples, samples: int, micro_size: int, pause_ids: range, context: ParallelContext
+    module: nn.Module,
+    dataset: Samples,
+    samples: int,
+    micro_size: int,
+    pause_ids: range,
+    context: ParallelContext,
+    corpora: Sequence[str] = (),
 ) -> Losses:
     """Mean token losses over the first `samples` windows of a dataset. Every rank calls this; all get the same.
 
@@ -26,14 +32,15 @@ def evaluate_loss(
         micro_size: windows per forward pass on one rank
         pause_ids: to tell pauses from text
         context: this rank's place
+        corpora: names of the corpora of a blend, whose losses are told apart
     """
-    ledger = LossLedger(context.device)
+    ledger = LossLedger(context.device, corpora)
     module.eval()
     try:
         with torch.no_grad():
             for batch in _shares(dataset, samples, micro_size, pause_ids, context):
                 batch = batch.to(context.device)
-                ledger.enter(lm_loss(module, batch, 1.0).token_losses, batch.after_pause)
+                ledger.enter(lm_loss(module, batch, 1.0).token_losses, batch.after_pause, batch.target_datasets)
     finally:
         module.train()
     return ledger.totals(context)
@@ -46,6 +53,7 @@ def validation_losses(with_pauses: Losses, without_pauses: Losses) -> dict[str, 
         "valid_loss_after_pause": with_pauses.after_pause,
         "valid_loss_elsewhere": with_pauses.elsewhere,
         "valid_loss_without_pauses": without_pauses.mean,
+        **{f"valid_loss/{name}": loss for name, loss in with_pauses.by_corpus.items()},
     }
 
 

@@ -34,13 +34,32 @@ BROKEN = {
         ["pause.placement=isolated", "pause.rate=0.6"],
         "no more pauses (1229) than text tokens (820)",
     ),
+    "split_has_shares": (
+        ["data.split=1,0,0"],
+        "a validation share > 0 in data.split, corpora in data.valid_prefix, or",
+    ),
+    "all_of_the_corpus_trains": (
+        ["data.valid_prefix=v", "data.split=99,1,0"],
+        "data.split=1,0,0 (or none) with data.valid_prefix: the whole of data.prefix trains",
+    ),
+    "text_has_one_source": (
+        ["data.prefix=a", "data.source=b", "data.tokenizer=t", "validation.every=0"],
+        "data.prefix (a prepared corpus) or data.source (a stream), not both",
+    ),
+    "a_stream_needs_a_tokenizer": (
+        ["data.source=hf:allenai/c4", "validation.every=0"],
+        "the path of a tokenizer in data.tokenizer with data.source",
+    ),
+    "a_stream_holds_nothing_out": (
+        ["data.source=hf:allenai/c4", "data.tokenizer=t"],
+        "a prepared corpus in data.valid_prefix, or validation.every=0, with data.source",
+    ),
     "finetune_pauses_can_be_counted": (["finetune.pauses=50..0"], "a range LOW..HIGH such as 0..50; came"),
     "epochs_are_of_a_task": (["finetune.epochs=2"], "task.name with finetune.epochs"),
     "masks_need_torch_attention": (
         ["task.name=gsm8k", "model.attention=te"],
         "model.attention=sdpa with packed examples or a bidirectional prefix",
     ),
-    "split_has_shares": (["data.split=1,0,0"], "a validation share > 0 in data.split, or validation.every=0"),
     "run_dir_is_named": (["run.dir=' '"], "the name of a folder"),
 }
 
@@ -70,6 +89,7 @@ def test_all_broken_rules_are_reported_together():
         ["pause.placement=bernoulli", "pause.window=trim"],
         ["pause.placement=isolated", "pause.rate=0.5"],
         ["data.split=1,0,0", "validation.every=0"],
+        ["data.split=1,0,0", "data.valid_prefix=v"],
         ["train.steps=10", "optim.warmup_steps=8", "optim.schedule=wsd"],
         ["parallel.tensor=4", "parallel.sequence=true", "model.preset=1b"],
         ["task.name=gsm8k", "finetune.pauses=0..50", "finetune.epochs=0.5"],
@@ -98,3 +118,10 @@ def test_missing_sizes_are_named():
         load(overrides=["model.preset=null", "model.hidden=64"])
     model = load(overrides=["model.preset=null", "model.hidden=64", "model.layers=2", "model.heads=4"]).model
     assert (model.ffn, model.kv_heads, model.tied) == (192, 4, False)
+
+
+def test_with_corpora_to_validate_on_all_of_data_prefix_trains():
+    assert load().data.split == "99,1,0"
+    assert load(overrides=["data.valid_prefix=v w"]).data.split == "1,0,0"
+    config = load(recipe="tiny-pause", overrides=["data.valid_prefix=0.3 v 0.7 w"])
+    assert (config.data.split, config.data.valid_prefix) == ("1,0,0", ("0.3", "v", "0.7", "w"))

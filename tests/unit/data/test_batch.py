@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from corpora import ByteTokenizer, make_config, make_dataset, paragraphs, write_corpus
@@ -80,3 +81,11 @@ def test_batches_of_gpt_dataset_need_no_pauses(tmp_path: Path) -> None:
     batch = collate([dataset[0], dataset[1]], sample_ids=[0, 1], pause_ids=range(PAUSE, PAUSE + 1))
     assert batch.target_rows.tolist() == list(range(32))
     assert batch.pause_tokens == 0
+
+
+def test_each_target_of_a_blend_knows_its_corpus(dataset: PauseGPTDataset) -> None:
+    samples = [{"dataset_id": np.int16(7 - number), **dataset[number]} for number in range(3)]
+    batch = collate(samples, sample_ids=range(3), pause_ids=range(PAUSE, PAUSE + 2))
+    assert batch.dataset_ids.tolist() == [7, 6, 5]
+    assert batch.target_datasets.tolist() == [7 - row % 3 for row in batch.target_rows.tolist()]
+    assert collate([dataset[0]], sample_ids=[0], pause_ids=range(PAUSE, PAUSE + 2)).target_datasets is None

@@ -17,7 +17,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset
 
 from pause_megatron.config.schema import PauseSection
-from pause_megatron.data.build import Datasets, build_datasets, parse_blend
+from pause_megatron.data.build import Datasets, build_datasets, names_of, parse_blend
 from pause_megatron.data.dataset import PauseGPTDataset, PauseTokenizer
 from pause_megatron.errors import ConfigError, DataError
 
@@ -203,3 +203,33 @@ def test_an_index_that_a_kill_cut_short_is_built_again(build: Callable[..., Data
             path.write_bytes(path.read_bytes()[:keep])
         again = build()
         assert all(torch.equal(again.train[number]["tokens"], tokens) for number, tokens in enumerate(whole))
+
+
+def test_corpora_to_validate_on(build: Callable[..., Datasets], corpora: list[str]) -> None:
+    """All documents of data.prefix train, all of data.valid_prefix are held out."""
+    datasets = build([corpora[0]], valid_prefix=[corpora[1]], split="1,0,0")
+    assert sorted(datasets.train.indices.tolist()) == list(range(40))
+    for valid in (datasets.valid, datasets.valid_without_pauses):
+        assert valid.dataset_path == corpora[1] and sorted(valid.indices.tolist()) == list(range(20))
+    assert has_pauses(datasets.valid) and not has_pauses(datasets.valid_without_pauses)
+    assert datasets.valid.injector.split == "valid"
+    alone = build([corpora[0]], split="1,0,0").train
+    assert all(torch.equal(datasets.train[number]["tokens"], alone[number]["tokens"]) for number in range(40))
+    assert (datasets.train_names, datasets.valid_names) == ((), ())
+
+
+def test_a_blend_to_validate_on(build: Callable[..., Datasets], corpora: list[str]) -> None:
+    blend = ["1", corpora[0], "1", corpora[1]]
+    datasets = build([corpora[0]], valid_prefix=blend, split="1,0,0", valid_samples=20)
+    ids = [int(datasets.valid[number]["dataset_id"]) for number in range(20)]
+    assert sorted(ids) == [0] * 10 + [1] * 10
+    assert (datasets.train_names, datasets.valid_names) == ((), ("one", "two"))
+    with pytest.raises(DataError, match=r"data\.valid_prefix: expected the files .*no\.bin"):
+        build([corpora[0]], valid_prefix=["no"], split="1,0,0")
+
+
+def test_names_of_corpora() -> None:
+    assert names_of(["data/c4"]) == ()
+    assert names_of(["data/c4", "data/wiki"]) == ("c4", "wiki")
+    assert names_of(["c4/en", "wiki/en", "/x/en"]) == ("c4/en", "wiki/en", "x/en")
+    assert names_of(["c4", "c4"]) == ("c4#1", "c4#2")

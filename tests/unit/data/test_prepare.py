@@ -20,11 +20,13 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 from prose import C4, documents, json_lines, small_tokenizer, train_model, write_shards
 
-from pause_megatron.data.manifest import Manifest, open_corpus
+from pause_megatron.data.corpus import open_corpus
+from pause_megatron.data.manifest import Manifest
 from pause_megatron.data.prepare import prepare, summary
 from pause_megatron.data.prepare_pool import Progress
 from pause_megatron.data.sources import HubOptions, ReadOptions
 from pause_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from pause_megatron.data.verify import verify_corpus
 from pause_megatron.errors import DataError
 
 TEXTS = documents(240)
@@ -75,7 +77,7 @@ def test_stock_reader_gives_each_document_and_its_end(folder: Path, reference, t
     assert manifest.counts.tokens * 2 == len(reference[".bin"])
     assert manifest.counts.text_bytes == sum(len(text.encode()) for text in TEXTS)
     assert [record.counts.documents for record in manifest.sources] == [40] * 6
-    open_corpus(folder / "reference", tokenizer).verify()
+    verify_corpus(open_corpus(folder / "reference", tokenizer))
 
 
 _TOKENIZER_FILES = ("tokenizer.model", "pause_tokenizer.json")
@@ -308,7 +310,7 @@ def test_killed_at_every_file_operation_and_started_again(
 
         status = _in_child(body)
         if (place / "c.manifest.json").exists():
-            open_corpus(place / "c").verify()
+            verify_corpus(open_corpus(place / "c"))
         kept = {path.name: path.stat().st_mtime_ns for path in place.glob("c.parts/0*.json")}
         prepared = prepare(few, tokenizer, place / "c", workers=1, encoder="library")
         assert prepared.parts_reused == (len(kept) if not prepared.already_done else 0)
@@ -449,7 +451,7 @@ def test_two_preparations_of_one_corpus_refuse_each_other(tmp_path: Path, shards
 
     prepare([shards], tokenizer, tmp_path / "c", workers=1, on_progress=second)
     assert messages and "another process is working on corpus" in messages[0]
-    open_corpus(tmp_path / "c").verify()
+    verify_corpus(open_corpus(tmp_path / "c"))
 
 
 def test_the_verbs_end_to_end(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from pause_megatron.train.hooks import Every, SkipLimit
 from pause_megatron.train.loop import Progress, StepResult
 from pause_megatron.train.losses import Losses, LossLedger
 from pause_megatron.train.monitoring import MetricsFile, Throughput
+
+ALONE = SimpleNamespace(device=torch.device("cpu"), world_size=1, dp_group=None)
 
 
 def result(step: int, *, applied: bool = True, last: bool = False, stopped: bool = False) -> StepResult:
@@ -81,3 +84,13 @@ def test_losses_are_split_by_what_stands_before_them():
     ledger.enter(torch.zeros(0), torch.zeros(0, dtype=torch.bool))
     losses = Losses.from_sums(*ledger._sums.tolist())
     assert losses == Losses(mean=11 / 4, after_pause=3.0, elsewhere=2.5, targets=4, after_pause_targets=2)
+
+
+def test_losses_of_the_corpora_of_a_blend():
+    ledger = LossLedger(torch.device("cpu"), ("c4", "wiki", "code"))
+    ledger.enter(torch.tensor([1.0, 2.0, 3.0]), torch.zeros(3, dtype=torch.bool), torch.tensor([0, 1, 0]))
+    ledger.enter(torch.tensor([6.0]), torch.zeros(1, dtype=torch.bool), torch.tensor([0]))
+    losses = ledger.totals(ALONE)
+    assert (losses.by_corpus["c4"], losses.by_corpus["wiki"], losses.mean) == (10 / 3, 2.0, 3.0)
+    assert math.isnan(losses.by_corpus["code"])
+    assert LossLedger(torch.device("cpu")).totals(ALONE).by_corpus == {}

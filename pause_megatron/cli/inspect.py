@@ -1,0 +1,79 @@
+"""pause-megatron inspect: what is in a corpus, and what its windows look like with pauses in."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+HELP = "show what a corpus holds, and its windows with their pauses"
+
+# Configuration keys that decide what a window looks like; each is an option of the same name.
+KEYS = (
+    *("pause.rate", "pause.window", "pause.placement", "pause.seed", "pause.embeddings"),
+    *("data.sequence_length", "run.seed"),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    from pause_megatron.config.keys import keys
+
+    parser.epilog = "example: pause-megatron inspect data/c4 --sample 3 --pause.rate 0.2 --png c4.png"
+    parser.add_argument("prefix", metavar="PREFIX", help="prefix of a corpus that `prepare` made")
+    parser.add_argument(
+        "--sample", type=_number, action="append", default=[], metavar="N", help="show window N; may be repeated"
+    )
+    parser.add_argument(
+        "--windows", type=_number, default=200, metavar="N", help="windows that the pause statistics are of (200)"
+    )
+    parser.add_argument("--png", metavar="FILE", help="draw the histograms")
+    parser.add_argument("--json", action="store_true", help="print everything as one JSON object instead")
+    windows = parser.add_argument_group("windows, as in a run's configuration")
+    for key in KEYS:
+        found = keys()[key]
+        windows.add_argument(f"--{key}", metavar="VALUE", help=f"{found.expected}; default {found.default_text}")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Look, and say what was found."""
+    from pause_megatron.cli.pretrain import silence_imports
+    from pause_megatron.config.load import load
+    from pause_megatron.data.corpus import open_corpus
+
+    given = {key: getattr(args, key) for key in KEYS if getattr(args, key) is not None}
+    config = load(overrides=[f"{key}={value}" for key, value in given.items()])
+    corpus = open_corpus(args.prefix)
+    silence_imports()
+    from pause_megatron.cli.inspect_report import as_json, as_text
+    from pause_megatron.data.inspection import Windows, document_lengths, fertility
+
+    corpus.tokenizer.check_pause_ids(config.pause.embeddings)
+    windows = Windows(
+        corpus,
+        config.pause,
+        sequence_length=config.data.sequence_length,
+        seed=config.run.seed,
+        samples=max([args.windows, *(sample + 1 for sample in args.sample)]),
+    )
+    found = {
+        "corpus": corpus,
+        "lengths": document_lengths(corpus),
+        "fertility": fertility(corpus),
+        "config": config,
+        "policies": windows.policies([config.pause.placement]),
+        "windows": [windows.show(sample) for sample in args.sample],
+    }
+    print(as_json(**found) if args.json else as_text(**found, colour=sys.stdout.isatty()))
+    if args.png:
+        from pause_megatron.cli.inspect_figure import draw
+
+        draw(Path(args.prefix).name, found["lengths"], found["policies"], Path(args.png))
+        print(f"wrote {args.png}", file=sys.stderr)
+    return 0
+
+
+def _number(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a number >= 0, came {text!r}")
+    return int(text)

@@ -1,0 +1,50 @@
+"""pause-megatron verify: read prepared corpora whole and compare them with their digests."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from pause_megatron.errors import DataError
+
+HELP = "read a corpus whole and compare it with the digests of its manifest"
+EXIT_DAMAGED = 1
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="prefix of a corpus that `prepare` made")
+    parser.epilog = "exit code: 0 when all are as they were prepared, 1 when one is damaged, incomplete or missing"
+
+
+def run(args: argparse.Namespace) -> int:
+    """Verify each corpus; go on after a damaged one."""
+    return max([_verify(prefix) for prefix in args.prefixes])
+
+
+def _verify(prefix: str) -> int:
+    import time
+
+    from pause_megatron.byte_progress import ByteProgress
+    from pause_megatron.data.corpus import open_corpus
+    from pause_megatron.data.verify import damage_of
+
+    begun = time.perf_counter()
+    try:
+        corpus = open_corpus(prefix)
+        with ByteProgress(sys.stderr) as progress:
+            damage = damage_of(corpus, progress.report)
+    except DataError as error:
+        print(f"DAMAGED  {prefix}\n  {error}", flush=True)
+        return EXIT_DAMAGED
+    if damage:
+        print(f"DAMAGED  {prefix}", *damage, sep="\n  ", flush=True)
+        return EXIT_DAMAGED
+    counts, seconds = corpus.manifest.counts, time.perf_counter() - begun
+    size = sum(record.bytes for record in corpus.manifest.files.values())
+    print(
+        f"whole    {prefix}: {counts.documents:,} documents, {counts.tokens:,} tokens, {size / 1e6:,.1f} MB read in "
+        f"{seconds:.1f} s ({size / 1e6 / seconds:,.0f} MB/s)",
+        flush=True,
+    )
+    return 0

@@ -1,0 +1,52 @@
+"""A run on data.source: read while training, gone on from a checkpoint bit for bit, whatever the number of ranks."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from prose import documents, small_tokenizer, write_shards
+from ranks import run_on_ranks
+
+from pause_megatron.cli import main
+from pause_megatron.data.prepare import prepare
+
+
+def pretrain(overrides: list[str]) -> int:
+    return main(["pretrain", *overrides])
+
+
+def _losses(folder: Path) -> list[tuple]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"], line["grad_norm"], line["text_tokens"]) for line in lines]
+
+
+@pytest.mark.parametrize("source", ["shards", "datasets"])
+def test_a_stream_goes_on_from_a_checkpoint(tmp_path: Path, source: str) -> None:
+    tokenizer = small_tokenizer(tmp_path)
+    shards = write_shards(tmp_path / "s", documents(60), 3)
+    prepare([write_shards(tmp_path / "v", documents(80)[60:], 1)], tokenizer, tmp_path / "valid", workers=1)
+    files = " ".join(map(str, sorted((tmp_path / "s").iterdir())))
+    overrides = [
+        f"data.source={shards if source == 'shards' else 'hf:json ' + files}",
+        *(f"data.valid_prefix={tmp_path}/valid", f"data.tokenizer={tmp_path}/tok.model", "train.steps=6"),
+        *("model.preset=null", "model.layers=1", "model.hidden=32", "model.heads=2", "data.sequence_length=128"),
+        *("batch.global_size=8", "batch.micro_size=2", "validation.every=6", "validation.samples=4"),
+        *("engine.precision=fp32", "model.vocab_multiple=32", "checkpoint.every=3", "log.tensorboard=false"),
+    ]
+    assert run_on_ranks(2, pretrain, [*overrides, f"run.dir={tmp_path}/whole"]) == [0, 0]
+    whole = _losses(tmp_path / "whole")
+    assert [step for step, *_ in whole] == [1, 2, 3, 4, 5, 6]
+    for ranks in (2, 1):
+        folder = tmp_path / f"again{ranks}"
+        shutil.copytree(tmp_path / "whole", folder, symlinks=True)
+        shutil.rmtree(folder / "checkpoints" / "step-00000006")
+        (folder / "checkpoints" / "latest").unlink()
+        assert run_on_ranks(ranks, pretrain, [*overrides, f"run.dir={folder}"]) == [0] * ranks
+        again = _losses(folder)
+        if ranks == 2:
+            assert again == whole
+        for (_, *one), (_, *two) in zip(again, whole, strict=True):
+            assert one == pytest.approx(two, rel=1e-5)
