@@ -24,6 +24,7 @@ VERBS = {
     "evaluate": "score a model on tasks, over numbers of pauses; interrupted, it goes on where it was",
     "experiment": "run a grid of pretraining, finetuning and evaluation; report it beside the paper",
     "plot": "draw the loss curves of runs as a PNG",
+    "plan": "say what a run needs and takes on a cluster: memory, communication, days, GPU-hours",
     "doctor": "say what this machine has, what works, and what is missing",
 }
 

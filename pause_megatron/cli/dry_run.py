@@ -27,7 +27,7 @@ def describe(config: RunConfig, plan: BatchPlan, engine: dict[str, Any], *, voca
     Returns:
         lines of "name value unit", aligned.
     """
-    text_size, origin = _vocabulary(config, vocab_size)
+    text_size, origin = text_vocabulary(config, vocab_size)
     rows = [
         *_batch_rows(plan),
         ("window", f"{plan.sequence_length:,} tokens, {plan.pauses:,} pauses inserted ({_window(config)})"),
@@ -143,7 +143,8 @@ def _si(value: float) -> str:
     return f"{value:.0f} "
 
 
-def _vocabulary(config: RunConfig, given: int | None) -> tuple[int, str]:
+def text_vocabulary(config: RunConfig, given: int | None) -> tuple[int, str]:
+    """Ids of the text, and where the number comes from: given, the manifest of the first corpus, or assumed."""
     if given is not None:
         return given, "--vocab-size"
     for prefix in config.data.prefix:  # in a blend, weights stand between the prefixes

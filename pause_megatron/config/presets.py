@@ -16,6 +16,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     # 1.042 G [32001]: 0.911 G in the layers. The paper's larger model has 1 G; heads of 128 and a width that
     # tensor parallelism over 2, 4, 8 or 16 ranks divides were preferred to its depth.
     "1b": {"layers": 18, "hidden": 2048, "heads": 16, "tied": False},
+    # 6.738 G [32001]: the sizes of Llama 2 7B (Touvron et al. 2023), for comparison with other people's figures.
+    "7b": {"layers": 32, "hidden": 4096, "heads": 32, "ffn": 11008, "tied": False},
 }
 
 
@@ -34,7 +36,9 @@ def fill_sizes(model: ModelSection) -> ModelSection:
     if missing:
         raise ConfigError(f"{', '.join(missing)}: expected a value because model.preset is null, came none")
     sizes["kv_heads"] = model.kv_heads or sizes["heads"]
-    sizes["ffn"] = model.ffn or -(-8 * sizes["hidden"] // (3 * 64)) * 64
+    if sizes["hidden"] == preset.get("hidden"):
+        sizes["ffn"] = model.ffn or preset.get("ffn")
+    sizes["ffn"] = sizes.get("ffn") or model.ffn or -(-8 * sizes["hidden"] // (3 * 64)) * 64
     return ModelSection(**{**model.model_dump(), **sizes})
 
 

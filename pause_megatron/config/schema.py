@@ -93,7 +93,7 @@ class ModelSection(Section):
         description="checkpoint to take initial weights from (a run, a checkpoint, or what import-hf made); sizes left "
         "out come from it. Optimizer, step and data begin anew",
     )
-    preset: Literal["tiny", "130m", "1b"] | None = Field(
+    preset: Literal["tiny", "130m", "1b", "7b"] | None = Field(
         "tiny", description="sizes to start from; null: give layers, hidden, heads"
     )
     layers: int | None = Field(None, ge=1, description="transformer layers")

@@ -13,7 +13,7 @@ from pause_megatron.config.deepspeed import deepspeed_config, ds_config_names, z
 from pause_megatron.config.load import load
 from pause_megatron.errors import ConfigError
 
-NAMES = ("zero0", "zero1", "zero2", "zero3", "zero3-offload")
+NAMES = ("zero0", "zero1", "zero2", "zero2-overlap", "zero3", "zero3-offload")
 
 
 def config_with(tmp_path: Path, document: object, *overrides: str):

@@ -39,7 +39,7 @@ VALUES = {
     "data.prefix": st.lists(PLAIN_TEXT, max_size=3),
     "data.tokenizer": st.none() | PLAIN_TEXT,
     "data.cache": st.none() | st.text(st.characters(exclude_categories=["Cs"])),
-    "model.preset": st.sampled_from(["tiny", "130m", "1b"]),
+    "model.preset": st.sampled_from(["tiny", "130m", "1b", "7b"]),
     "model.rope_base": st.floats(1e-3, 1e9),
     "model.init_std": st.floats(min_value=0, exclude_min=True, allow_infinity=False),
     "model.tied": st.none() | st.booleans(),
@@ -213,7 +213,7 @@ def test_recipes_load_and_round_trip(name, tmp_path):
 
 
 def test_recipes_that_are_compared_differ_in_pauses_only():
-    for size in ("tiny", "c4-130m", "c4-1b"):
+    for size in ("tiny", "c4-130m", "c4-1b", "c4-7b"):
         pause, standard = (load(recipe=f"{size}-{variant}").model_dump() for variant in ("pause", "std"))
         assert pause.pop("run")["seed"] == standard.pop("run")["seed"]
         assert (pause["pause"].pop("rate"), standard["pause"].pop("rate")) == (0.1, 0)

@@ -54,7 +54,8 @@ def test_expected_pause_fraction_is_the_mean_over_all_interleavings(window):
 
 
 @pytest.mark.parametrize(
-    ("preset", "vocabulary", "millions"), [("tiny", 8193, 1.90), ("130m", 32001, 134.1), ("1b", 32001, 1041.8)]
+    ("preset", "vocabulary", "millions"),
+    [("tiny", 8193, 1.90), ("130m", 32001, 134.1), ("1b", 32001, 1041.8), ("7b", 32000, 6738.415616)],
 )
 def test_preset_sizes(preset, vocabulary, millions):
     model = load(overrides=[f"model.preset={preset}"]).model
@@ -62,13 +63,19 @@ def test_preset_sizes(preset, vocabulary, millions):
 
 
 def test_every_preset_is_tested():
-    assert set(PRESETS) == {"tiny", "130m", "1b"}
+    assert set(PRESETS) == {"tiny", "130m", "1b", "7b"}
 
 
 def test_parameters_of_a_llama_2_7b():
     sizes = {"layers": 32, "hidden": 4096, "heads": 32, "ffn": 11008}
     model = load(overrides=["model.preset=null", *(f"model.{name}={size}" for name, size in sizes.items())]).model
     assert parameters(model, 32000) == 6_738_415_616
+
+
+def test_another_width_does_not_keep_the_width_of_the_presets_feed_forward():
+    assert load(overrides=["model.preset=7b"]).model.ffn == 11008
+    assert load(overrides=["model.preset=7b", "model.hidden=2048"]).model.ffn == 5504
+    assert load(overrides=["model.preset=7b", "model.ffn=4096"]).model.ffn == 4096
 
 
 def test_parameters_of_a_tinyllama_1_1b_with_grouped_queries():

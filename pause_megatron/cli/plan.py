@@ -1,0 +1,84 @@
+"""`pause-megatron plan`: memory, communication, time and cost of a run before it is submitted. No torch, no GPU."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+
+from pause_megatron.errors import ConfigError
+
+HELP = "say what a run needs and takes on a cluster: memory, communication, days, GPU-hours"
+
+EXIT_FITS = 0
+EXIT_DOES_NOT_FIT = 2
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    from pause_megatron.config.load import recipe_names
+    from pause_megatron.plan import GPUS
+
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--recipe", metavar="NAME", help=f"one of {', '.join(recipe_names())}")
+    source.add_argument("--config", metavar="FILE", help="a YAML file, for example a run's own config.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys on top, for example batch.micro_size=8")
+    parser.add_argument("--nodes", type=_count, default=1, metavar="N", help="machines; default: 1")
+    parser.add_argument("--gpus-per-node", type=_count, default=8, metavar="N", help="default: 8")
+    parser.add_argument(
+        "--gpu", default="h100", metavar="NAMES", help=f"one or several, with commas: {', '.join(GPUS)}; default: h100"
+    )
+    parser.add_argument("--mfu", type=float, metavar="F", help="model FLOPs utilisation while computing, 0 to 1")
+    parser.add_argument(
+        "--assume", action="append", default=[], metavar="NAME=VALUE", help="replace an assumption that the table lists"
+    )
+    parser.add_argument("--vocab-size", type=_count, metavar="N", help="text tokens; default: the corpus's, or 32000")
+    parser.add_argument("--json", action="store_true", help="everything as JSON, in bytes and seconds")
+    parser.epilog = "exit code: 0, or 2 when the run does not fit on one of the GPUs (what would fit is said)."
+
+
+def run(args: argparse.Namespace) -> int:
+    """Plan for each kind of GPU, print, and say by the exit code whether all of them hold the run."""
+    from pause_megatron.cli.dry_run import text_vocabulary
+    from pause_megatron.config import load
+    from pause_megatron.plan import Cluster, as_json, as_table, gpu_named, make_plan
+
+    assumptions = _assumptions(args)
+    gpus = [gpu_named(name.strip()) for name in args.gpu.split(",")]
+    config = load(args.config, recipe=args.recipe, overrides=args.overrides)
+    text_size, _ = text_vocabulary(config, args.vocab_size)
+    plans = [
+        make_plan(config, Cluster(gpu, args.nodes, args.gpus_per_node), text_size=text_size, assumptions=assumptions)
+        for gpu in gpus
+    ]
+    print(json.dumps(as_json(plans), indent=2) if args.json else as_table(plans))
+    if all(plan.fits for plan in plans):
+        return EXIT_FITS
+    names = ", ".join(plan.cluster.gpu.name for plan in plans if not plan.fits)
+    print(f"pause-megatron: does not fit on {names}", file=sys.stderr)
+    return EXIT_DOES_NOT_FIT
+
+
+def _assumptions(args: argparse.Namespace):
+    from pause_megatron.plan import Assumptions
+
+    changes = {}
+    for text in args.assume:
+        name, equals, value = text.partition("=")
+        try:
+            changes[name] = float(value)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise ConfigError(f"--assume: expected NAME=NUMBER, came {text!r}")
+    if args.mfu is not None:
+        changes["mfu"] = args.mfu
+    if changes.get("mfu", 0) > 1:
+        raise ConfigError(f"--mfu: expected a share, 0 to 1, came {changes['mfu']}")
+    return Assumptions().with_values(changes)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer >= 1, came {text!r}")
+    return int(text)

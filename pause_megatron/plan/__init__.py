@@ -1,0 +1,9 @@
+"""Memory, communication and time of a run before it is submitted: arithmetic only, so that it is instant. No torch."""
+
+from __future__ import annotations
+
+from pause_megatron.plan.machine import GPUS, Assumptions, Cluster, gpu_named
+from pause_megatron.plan.plan import Plan, make_plan
+from pause_megatron.plan.report import as_json, as_table
+
+__all__ = ["GPUS", "Assumptions", "Cluster", "Plan", "as_json", "as_table", "gpu_named", "make_plan"]

@@ -1,0 +1,112 @@
+"""The collectives of one optimizer step, by what they are for: exact bytes. No torch.
+
+Counted are the collectives that carry parameters, gradients, activations and token losses. Not counted: a handful of
+scalars a step (gradient norms, overflow flags, token counts).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pause_megatron.plan.layout import Layout
+from pause_megatron.plan.live import live_parameters
+
+Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "reduce"]
+Group = Literal["data", "tensor"]
+
+_ROUNDS = {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1, "reduce": 1}
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Collectives of one kind over one optimizer step.
+
+    Attributes:
+        purpose: what is sent
+        operation: which collective
+        group: over the data-parallel or over the tensor-parallel ranks
+        ranks: size of that group
+        bytes: of the whole tensors (the input of an all-reduce or reduce-scatter, the output of an all-gather)
+    """
+
+    purpose: str
+    operation: Operation
+    group: Group
+    ranks: int
+    bytes: int
+
+    @property
+    def wire_bytes(self) -> float:
+        """What one rank sends with a ring: 2 (n-1)/n of the bytes for an all-reduce, (n-1)/n for the others."""
+        return _ROUNDS[self.operation] * (self.ranks - 1) / self.ranks * self.bytes
+
+
+def step_traffic(layout: Layout) -> tuple[Traffic, ...]:
+    """All collectives of an optimizer step; none for groups of one rank."""
+    found = [*_data_parallel(layout), *_tensor_parallel(layout)]
+    return tuple(t for t in found if t.ranks > 1 and t.bytes > 0)
+
+
+def _data_parallel(layout: Layout) -> list[Traffic]:
+    ranks, stage, accumulation = layout.data_parallel, layout.stage, layout.batch.accumulation
+
+    def traffic(purpose: str, operation: Operation, size: int) -> Traffic:
+        return Traffic(purpose, operation, "data", ranks, size)
+
+    if stage == 3:
+        live = live_parameters(layout)
+        gradients = layout.communication_bytes * layout.partitioned_numel * accumulation
+        gathered = layout.element * (live.gathered_numel * accumulation + live.persistent_numel)
+        return [traffic("gradients", "reduce_scatter", gradients), traffic("parameters", "all_gather", gathered)]
+    if stage == 2:
+        gradients = layout.communication_bytes * layout.numel * accumulation
+        operation: Operation = "all_reduce" if _reduces_whole(layout) else "reduce"
+        found = [traffic("gradients", operation, gradients)]
+    elif stage == 1 and layout.element != layout.accumulation_bytes:
+        # DeepSpeed's bf16 optimizer sums its flat fp32 groups, alignment included.
+        found = [traffic("gradients", "all_reduce", layout.communication_bytes * layout.flat_numel)]
+    else:
+        found = [traffic("gradients", "all_reduce", layout.communication_bytes * layout.numel)]
+    if stage > 0:
+        found.append(traffic("parameters", "all_gather", layout.element * layout.flat_numel))
+    return found
+
+
+def _reduces_whole(layout: Layout) -> bool:
+    return layout.zero.get("use_multi_rank_bucket_allreduce", True) or not layout.zero.get("reduce_scatter", True)
+
+
+def _tensor_parallel(layout: Layout) -> list[Traffic]:
+    """Per layer and pass: Megatron's f and g (Shoeybi et al. 2019), or their split form (Korthikanti et al. 2022)."""
+    ranks, layers, passes = layout.tensor, layout.model.layers, layout.batch.accumulation
+    hidden = layout.element * layout.model.hidden
+    whole, targets = layout.tokens * hidden, layout.target_rows * hidden
+    forwards = 2 if layout.recompute else 1
+
+    def traffic(purpose: str, operation: Operation, size: int) -> Traffic:
+        return Traffic(purpose, operation, "tensor", ranks, size * passes)
+
+    losses = traffic("token losses", "all_reduce", 3 * 4 * layout.target_rows)  # maximum, target's logit, denominator
+    if not layout.config.parallel.sequence:
+        return [
+            traffic("layer activations", "all_reduce", 2 * layers * forwards * whole),
+            traffic("layer gradients", "all_reduce", 2 * layers * whole),
+            traffic("embedding", "all_reduce", whole),
+            traffic("head gradients", "all_reduce", targets),
+            losses,
+        ]
+    norms = (2 * layers + 1) * hidden
+    return [
+        traffic("layer activations", "all_gather", 2 * layers * forwards * whole),
+        traffic("layer activations", "reduce_scatter", 2 * layers * forwards * whole),
+        # The inputs of both column-parallel layers are gathered again for their weight gradients.
+        traffic("layer gradients", "all_gather", 4 * layers * whole),
+        traffic("layer gradients", "reduce_scatter", 2 * layers * whole),
+        traffic("embedding", "reduce_scatter", whole),
+        traffic("embedding gradients", "all_gather", whole),
+        traffic("head activations", "all_gather", whole),
+        traffic("head gradients", "reduce_scatter", whole),
+        traffic("norm gradients", "all_reduce", norms),
+        losses,
+    ]

@@ -1,0 +1,96 @@
+"""Which parameters ZeRO stage 3 gathers how often, and how many exist at one time. No torch.
+
+DeepSpeed frees a gathered parameter after the module that used it, unless a module within
+`stage3_max_reuse_distance` elements of parameters uses it again (partitioned_param_coordinator.py). Parameters up to
+`stage3_param_persistence_threshold` elements are never split. Everything else is freed at the end of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from pause_megatron.plan.layout import Layout, padded
+from pause_megatron.plan.shapes import Parameter
+
+# The modules of a layer in the order in which they run, with their parameters.
+_CALL_ORDER = (
+    ("input_layernorm.weight",),
+    ("self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias"),
+    ("self_attention.linear_proj.weight",),
+    ("pre_mlp_layernorm.weight",),
+    ("mlp.linear_fc1.weight",),
+    ("mlp.linear_fc2.weight",),
+)
+
+
+@dataclass(frozen=True)
+class Live:
+    """What a micro-batch gathers.
+
+    Attributes:
+        gathered_numel: elements that a micro-batch gathers, padding included
+        persistent_numel: elements that are whole on every rank at all times, gathered once a step
+        peak_numel: largest number of split elements that exist whole at one time
+    """
+
+    gathered_numel: int
+    persistent_numel: int
+    peak_numel: int
+
+
+def live_parameters(layout: Layout) -> Live:
+    """Follows a micro-batch through its modules."""
+    threshold = layout.zero.get("stage3_param_persistence_threshold", 100_000)
+    reuse = layout.zero.get("stage3_max_reuse_distance", 1_000_000_000)
+    persistent = sum(padded(p.numel, layout.data_parallel) for p in layout.parameters if p.numel <= threshold)
+    gathered = held = peak = 0
+    available: set[str] = set()
+    visits = _visits(layout)
+    kept = _kept(visits, reuse)
+    for index, module in enumerate(visits):
+        for parameter in module:
+            if parameter.numel > threshold and parameter.name not in available:
+                available.add(parameter.name)
+                held += parameter.numel
+                gathered += padded(parameter.numel, layout.data_parallel)
+        peak = max(peak, held)
+        for parameter in module:
+            if parameter.name in available and (index, parameter.name) not in kept:
+                available.remove(parameter.name)
+                held -= parameter.numel
+    return Live(gathered, persistent, peak)
+
+
+def _kept(visits: Sequence[tuple[Parameter, ...]], distance: int) -> set[tuple[int, str]]:
+    """(module, parameter) after which the parameter is kept: its next use is fewer than `distance` elements away."""
+    passed = [0, *accumulate(sum(parameter.numel for parameter in module) for module in visits)]
+    next_use: dict[str, int] = {}
+    kept = set()
+    for index in reversed(range(len(visits))):
+        for parameter in visits[index]:
+            again = next_use.get(parameter.name)
+            if again is not None and passed[again] - passed[index + 1] < distance:
+                kept.add((index, parameter.name))
+            next_use[parameter.name] = index
+    return kept
+
+
+def _visits(layout: Layout) -> list[tuple[Parameter, ...]]:
+    """The parameters of each module, in the order in which a forward and a backward pass use them."""
+    by_name = {p.name: p for p in layout.parameters}
+    embedding = (by_name["embedding.word_embeddings.weight"],)
+    norm = (by_name["decoder.final_layernorm.weight"],)
+    output = (by_name["output_layer.weight"],) if "output_layer.weight" in by_name else embedding
+    layers = [_layer(by_name, index) for index in range(layout.model.layers)]
+    forward = [embedding, *(module for layer in layers for module in layer), norm, output]
+    backward = [output, norm]
+    for layer in reversed(layers):
+        backward += [*(layer if layout.recompute else ()), *reversed(layer)]
+    return [*forward, *backward, embedding]
+
+
+def _layer(by_name: Mapping[str, Parameter], index: int) -> list[tuple[Parameter, ...]]:
+    prefix = f"decoder.layers.{index}."
+    return [tuple(by_name[prefix + name] for name in module if prefix + name in by_name) for module in _CALL_ORDER]

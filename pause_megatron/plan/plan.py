@@ -1,0 +1,115 @@
+"""A run on one kind of GPU, from configuration to days and GPU-hours. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pause_megatron.config.schema import RunConfig
+from pause_megatron.plan.communication import step_traffic
+from pause_megatron.plan.fit import Footprint, Remedy, footprint, largest_micro_size, remedies
+from pause_megatron.plan.layout import Layout
+from pause_megatron.plan.machine import Assumptions, Cluster
+from pause_megatron.plan.memory import RankMemory, rank_memory
+from pause_megatron.plan.saving import SavePlan, save_plan
+from pause_megatron.plan.timing import StepTime, Wire, step_time
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs and takes.
+
+    Attributes:
+        layout: the run on its ranks
+        cluster: where
+        assumptions: what was taken for granted
+        memory: tensors of a rank by phase and kind
+        footprint: these and what comes on top, against the GPU
+        time: of a step
+        wires: its traffic
+        saving: the best checkpoint interval
+        largest_micro_size: that fits; None: none does
+        remedies: changes with which it fits, where it does not
+        warnings: what is allowed but unwise
+    """
+
+    layout: Layout
+    cluster: Cluster
+    assumptions: Assumptions
+    memory: RankMemory
+    footprint: Footprint
+    time: StepTime
+    wires: tuple[Wire, ...]
+    saving: SavePlan
+    largest_micro_size: int | None
+    remedies: tuple[Remedy, ...]
+    warnings: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the run fits on its GPUs."""
+        return self.footprint.fits
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs over peak FLOPs for the whole step, communication and recomputation included."""
+        return self.time.model_flops / (self.time.seconds * self.cluster.ranks * self.cluster.gpu.peak_flops)
+
+    @property
+    def run_seconds(self) -> float | None:
+        """Of all steps and what saves and failures cost; None without a budget."""
+        steps = self.layout.batch.steps
+        return None if steps is None else steps * self.time.seconds / max(1 - self.saving.lost, 0.01)
+
+
+def make_plan(config: RunConfig, cluster: Cluster, *, text_size: int, assumptions: Assumptions | None = None) -> Plan:
+    """Plans a run.
+
+    Args:
+        config: resolved
+        cluster: nodes, GPUs a node, kind of GPU
+        text_size: ids of the text vocabulary
+        assumptions: default: those of `machine.py`
+
+    Raises:
+        ConfigError: the ranks or the batch do not divide, or the DeepSpeed file cannot be used.
+    """
+    assumptions = assumptions or Assumptions()
+    layout = Layout.of(config, cluster.ranks, text_size)
+    memory = rank_memory(layout)
+    size = footprint(memory, cluster, assumptions)
+    time, wires = step_time(layout, step_traffic(layout), cluster, assumptions)
+    return Plan(
+        layout=layout,
+        cluster=cluster,
+        assumptions=assumptions,
+        memory=memory,
+        footprint=size,
+        time=time,
+        wires=wires,
+        saving=save_plan(layout, cluster, time.seconds, assumptions),
+        largest_micro_size=largest_micro_size(config, text_size, cluster, assumptions),
+        remedies=() if size.fits else tuple(remedies(config, text_size, cluster, assumptions)),
+        warnings=tuple(_warnings(layout, cluster)),
+    )
+
+
+def _warnings(layout: Layout, cluster: Cluster) -> list[str]:
+    found = []
+    if layout.tensor > cluster.gpus_per_node:
+        found.append(
+            f"parallel.tensor={layout.tensor} spans nodes of {cluster.gpus_per_node} GPUs: every layer then waits for "
+            f"the network; use at most {cluster.gpus_per_node}, and a higher ZeRO stage or recomputation for memory"
+        )
+    elif cluster.gpus_per_node % layout.tensor:
+        found.append(
+            f"parallel.tensor={layout.tensor} does not divide the {cluster.gpus_per_node} GPUs of a node: some "
+            "tensor-parallel groups span nodes"
+        )
+    if layout.stage == 2 and layout.batch.accumulation > 1:
+        found.append(
+            f"ZeRO stage 2 sums gradients after each of {layout.batch.accumulation} micro-batches, stages 0 and 1 once "
+            "a step: prefer stage 1, or a larger batch.micro_size, where memory allows"
+        )
+    if layout.config.engine.precision == "fp32":
+        found.append("engine.precision=fp32 is far below the bf16 peak that times are worked out with")
+    return found

@@ -1,0 +1,66 @@
+"""When the gradients of a backward pass are summed over the data-parallel ranks, bucket by bucket. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pause_megatron.plan.activations import Activations
+from pause_megatron.plan.layout import Layout
+
+# In the order in which a layer's backward pass finishes them, with the halves of the layer that are then still there.
+_BACKWARD = (
+    ("mlp.linear_fc2.weight", "both"),
+    ("mlp.linear_fc1.weight", "attention"),
+    ("pre_mlp_layernorm.weight", "attention"),
+    ("self_attention.linear_proj.weight", "attention"),
+    ("self_attention.linear_qkv.weight", "none"),
+    ("self_attention.linear_qkv.bias", "none"),
+    ("input_layernorm.weight", "none"),
+)
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """A bucket of gradients at the moment it is summed.
+
+    Attributes:
+        numel: its elements
+        oversized: it is one gradient that is larger than a bucket, and lies outside of it
+        done: elements of this gradient and of all before it
+        activation_bytes: what the layers before it still keep
+    """
+
+    numel: int
+    oversized: bool
+    done: int
+    activation_bytes: int
+
+
+def reductions(layout: Layout, kept: Activations, bucket: int) -> list[Reduction]:
+    """The buckets of a backward pass, in order: a bucket is summed when the next gradient does not fit in."""
+    found: list[Reduction] = []
+    filled = done = 0
+    for numel, left in _gradients(layout, kept):
+        if filled and filled + numel > bucket:
+            found.append(Reduction(filled, filled > bucket, done, left))
+            filled = 0
+        filled += numel
+        done += numel
+    return [*found, Reduction(filled, filled > bucket, done, 0)]
+
+
+def _gradients(layout: Layout, kept: Activations) -> Iterator[tuple[int, int]]:
+    """Elements of each gradient in the order of the backward pass, and the activations that then still exist."""
+    numels = {p.name: p.numel for p in layout.parameters}
+    layer = kept.layer_input if layout.recompute else kept.layer
+    halves = {"both": kept.layer, "attention": kept.attention, "none": 0}
+    if not layout.model.tied:
+        yield numels["output_layer.weight"], layout.model.layers * layer + kept.final_norm
+    yield numels["decoder.final_layernorm.weight"], layout.model.layers * layer
+    for index in reversed(range(layout.model.layers)):
+        for name, left in _BACKWARD:
+            numel = numels.get(f"decoder.layers.{index}.{name}")
+            if numel is not None:
+                yield numel, index * layer + halves[left]
+    yield numels["embedding.word_embeddings.weight"], 0

@@ -1,0 +1,52 @@
+"""How often to save: Young's first-order optimum (1974), as in Daly 2006. No torch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from pause_megatron.plan.layout import Layout
+from pause_megatron.plan.machine import Assumptions, Cluster
+
+STATE_BYTES = 12  # fp32 weights and two moments an element; every element is written once
+
+
+@dataclass(frozen=True)
+class SavePlan:
+    """Checkpoints of a run.
+
+    Attributes:
+        bytes: of one checkpoint
+        seconds: of one save, during which training stands still
+        mtbf_seconds: between failures of the job
+        interval_seconds: sqrt(2 x seconds x MTBF)
+        every: the same in steps
+        lost: expected share of time that goes to saves, to steps that are lost, and to restarts, at that interval
+        lost_as_configured: the same at checkpoint.every
+    """
+
+    bytes: int
+    seconds: float
+    mtbf_seconds: float
+    interval_seconds: float
+    every: int
+    lost: float
+    lost_as_configured: float
+
+
+def save_plan(layout: Layout, cluster: Cluster, step_seconds: float, assumptions: Assumptions) -> SavePlan:
+    """Finds the interval that loses least time."""
+    size = STATE_BYTES * layout.numel * layout.tensor
+    speed = min(assumptions.write_bytes.value * cluster.nodes, assumptions.write_limit_bytes.value)
+    seconds = size / speed
+    mtbf = assumptions.node_mtbf_hours.value * 3600 / cluster.nodes
+    interval = math.sqrt(2 * seconds * mtbf)
+    every = max(1, round(interval / step_seconds))
+    restart = assumptions.restart_seconds.value / mtbf
+
+    def lost(steps: int) -> float:
+        between = steps * step_seconds
+        return seconds / (between + seconds) + between / (2 * mtbf) + restart
+
+    configured = layout.config.checkpoint.every or (layout.batch.steps or every)
+    return SavePlan(size, seconds, mtbf, interval, every, lost(every), lost(configured))

@@ -1,0 +1,42 @@
+"""`plan` against real gloo ranks: the bytes of their collectives, exactly."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from ranks import run_on_ranks
+
+from pause_megatron.config.load import load
+from pause_megatron.plan.communication import step_traffic
+from pause_megatron.plan.layout import Layout
+
+SMALL = (
+    *("model.preset=null", "model.layers=2", "model.hidden=64", "model.heads=4", "model.tied=false"),
+    *("data.sequence_length=128", "batch.global_size=8", "batch.micro_size=2"),
+)
+SP = ("parallel.tensor=2", "parallel.sequence=true")
+CASES = {
+    "DP 2, stage 0": (2, ["engine.zero_stage=0"]),
+    "DP 2, stage 1": (2, ["engine.zero_stage=1"]),
+    "DP 2, stage 2": (2, ["engine.zero_stage=2"]),
+    "DP 2, stage 3": (2, ["engine.zero_stage=3"]),
+    "TP 2": (2, ["parallel.tensor=2", "parallel.recompute=full", "model.tied=true"]),
+    "TP 2, sequence parallel": (2, [*SP, "engine.zero_stage=1"]),
+    "DP 4, stage 1, fp32": (4, ["engine.zero_stage=1", "engine.precision=fp32", "batch.micro_size=1"]),
+    "DP 2 x TP 2, sequence parallel, recomputed, stage 3": (
+        4,
+        [*SP, "engine.zero_stage=3", "parallel.recompute=full"],
+    ),
+    "DP 2 x TP 2, sequence parallel, stage 1": (4, [*SP, "engine.zero_stage=1"]),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_traffic_is_exact_on_real_ranks(name):
+    ranks, given = CASES[name]
+    overrides = [*SMALL, *given]
+    expected: Counter[str] = Counter()
+    for sent in step_traffic(Layout.of(load(overrides=overrides), ranks, text_size=100)):
+        expected[f"{sent.operation} {sent.ranks}"] += sent.bytes
+    assert run_on_ranks(ranks, "measured:traffic", overrides) == [dict(expected)] * ranks

@@ -1,0 +1,67 @@
+"""`pause-megatron plan`: the table, JSON, exit codes, and input that cannot be planned."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from pause_megatron.cli import main
+
+RUN = ("plan", "--recipe", "c4-1b-pause", "--nodes", "16", "--gpus-per-node", "8")
+
+
+def test_a_comparison_of_gpus_is_one_table(capsys):
+    assert main([*RUN, "--gpu", "a100-40,h100,h200"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    table = {line[:38].strip(): line[38:].split() for line in lines[: lines.index("")]}
+    assert table["GPU"] == ["a100-40", "h100", "h200"]
+    assert table["ZeRO stage"] == ["1", "1", "1"]
+    assert table["fits"] == ["yes", "yes", "yes"]
+    assert table["parameters of a rank"] == ["1,042,360,320"] * 3
+    text = "\n".join(lines)
+    assert "gradients            all_reduce     over   128 data   ranks, between nodes" in text
+    assert "node_mtbf_hours    6300 hours" in text
+
+
+def test_json_has_every_assumption_with_unit_and_source(capsys):
+    assert main([*RUN, "--json", "--mfu", "0.4", "--assume", "write_bytes=5e8"]) == 0
+    (record,) = json.loads(capsys.readouterr().out)
+    assert all(set(entry) == {"value", "unit", "source"} for entry in record["assumptions"].values())
+    assert record["assumptions"]["mfu"]["value"] == 0.4
+    assert record["assumptions"]["write_bytes"]["source"] == "given"
+    assert record["checkpoint"]["seconds"] == pytest.approx(record["checkpoint"]["bytes"] / (16 * 5e8))
+    memory = record["memory"]
+    assert memory["tensors_bytes"] == sum(memory["phases_bytes"][memory["peak_phase"]].values())
+    assert record["step"]["raw_tokens"] == 512 * 2048
+    assert record["fits"] is True and record["remedies"] == []
+
+
+def test_what_does_not_fit_ends_with_2_and_says_what_would(capsys):
+    assert main([*RUN, "--gpu", "h200,a100-40", "batch.micro_size=1", "model.layers=150"]) == 2
+    captured = capsys.readouterr()
+    assert "a100-40: does not fit" in captured.out
+    assert "parallel.tensor=4 parallel.sequence=true" in captured.out
+    assert captured.err == "pause-megatron: does not fit on a100-40\n"
+
+
+def test_a_warning_is_printed(capsys):
+    assert main(["plan", "--recipe", "c4-1b-pause", "--gpus-per-node", "2", "--nodes", "2", "parallel.tensor=4"]) == 0
+    assert "warning: parallel.tensor=4 spans nodes of 2 GPUs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--gpu", "h10"], "--gpu: expected one of a100-40, a100-80, h100, h100-94, h200; came 'h10'. Did you mean"),
+        (["--assume", "mfu"], "--assume: expected NAME=NUMBER, came 'mfu'"),
+        (["--assume", "mf=1"], "--assume: expected one of mfu,"),
+        (["--mfu", "42"], "--mfu: expected a share, 0 to 1, came 42"),
+        (["--nodes", "3"], "batch.global_size: expected a multiple of batch.micro_size (4)"),
+        (["--nodes", "0"], "expected an integer >= 1, came '0'"),
+        (["parallel.tensor=3"], "expected model.heads to be a multiple of parallel.tensor"),
+    ],
+)
+def test_input_that_cannot_be_planned(arguments, message, capsys):
+    assert main(["plan", "--recipe", "c4-1b-pause", *arguments]) == 2
+    assert message in capsys.readouterr().err

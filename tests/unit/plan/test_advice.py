@@ -1,0 +1,40 @@
+"""The table of ds_configs/README.md: every row is what `plan` says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from pause_megatron.config.deepspeed import ds_config_names
+from pause_megatron.config.load import load
+from pause_megatron.plan import GPUS, Cluster, make_plan
+from pause_megatron.plan.machine import GIB
+
+README = Path(__file__).resolve().parents[3] / "ds_configs" / "README.md"
+HEADER = "| recipe | GPUs | on top | a GPU | largest |"
+ROWS = [line for line in README.read_text(encoding="utf-8").splitlines() if line.startswith("| `c4-")]
+
+
+def row(recipe: str, nodes: int, gpus: int, gpu: str, keys: str) -> str:
+    plan = make_plan(load(recipe=recipe, overrides=keys.split()), Cluster(GPUS[gpu], nodes, gpus), text_size=32_000)
+    assert plan.fits, (recipe, gpu, keys)
+    size = f"{plan.footprint.total / GIB:.1f} of {plan.footprint.capacity / GIB:.1f} GiB"
+    shown = f"`{keys}`" if keys else "nothing"
+    return f"| `{recipe}` | {nodes} x {gpus} {gpu} | {shown} | {size} | {plan.largest_micro_size} |"
+
+
+@pytest.mark.parametrize("line", ROWS)
+def test_a_row_is_what_plan_says(line):
+    recipe, where, keys, *_ = (cell.strip().strip("`") for cell in line.strip("|").split("|"))
+    nodes, _, gpus, gpu = where.split()
+    assert row(recipe, int(nodes), int(gpus), gpu, "" if keys == "nothing" else keys) == line
+
+
+def test_every_gpu_and_every_file_that_is_advised_has_a_row():
+    assert HEADER in README.read_text(encoding="utf-8")
+    text = "\n".join(ROWS)
+    assert [gpu for gpu in GPUS if f" {gpu} |" not in text] == []
+    named = set(re.findall(r"engine\.ds_config=([\w-]+)", text))
+    assert named == {"zero2-overlap", "zero3", "zero3-offload"} <= set(ds_config_names())
