@@ -186,6 +186,13 @@ def masks_need_torch_attention(config: RunConfig) -> Broken:
 
 
 @_rule
+def documents_apart_need_torch_attention(config: RunConfig) -> Broken:
+    if config.task.name is None and config.model.attention == "te" and config.data.documents == "apart":
+        return ("model.attention", "data.documents"), "model.attention=sdpa with data.documents=apart (it needs a mask)"
+    return None
+
+
+@_rule
 def split_has_shares(config: RunConfig) -> Broken:
     shares = _shares(config.data.split)
     if len(shares) != 3 or not all(0 <= share < float("inf") for share in shares) or shares[0] == 0:

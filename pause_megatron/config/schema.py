@@ -61,6 +61,14 @@ class DataSection(Section):
         description="once: read each corpus whole at its first use and compare it with its digests; always: at every "
         "start; never: check sizes and headers only",
     )
+    documents: Literal["joined", "apart"] = Field(
+        "joined",
+        description="documents of a window: joined: a token sees all before it; apart: only those of its own document, "
+        "whose positions start at 0",
+    )
+    eod_mask_loss: bool = Field(
+        False, description="no loss on the first token of a document, which is predicted from the end of another one"
+    )
     prefetch: int = Field(2, ge=0, description="steps whose batches are read ahead by a thread; 0 reads in the loop")
 
     @field_validator("prefix", "valid_prefix", "source", mode="before")

@@ -56,6 +56,8 @@ def build_datasets(
     train_samples: int,
     valid_samples: int,
     cache: str | None = None,
+    documents: str = "joined",
+    eod_mask_loss: bool = False,
 ) -> Datasets:
     """Builds train and validation datasets. Call it on every rank: rank 0 builds the index caches, the others wait.
 
@@ -76,6 +78,8 @@ def build_datasets(
         train_samples: Windows that the whole run trains on.
         valid_samples: Windows that one validation scores; 0 builds none.
         cache: Folder of the index caches; default: 'cache' beside the first prefix.
+        documents: "joined", or "apart": positions that start again with each document, and `segments` for the mask.
+        eod_mask_loss: No target behind an EOD, as in Megatron-LM.
 
     Raises:
         ConfigError: a split or blend that cannot be read, pause options that do not fit, more samples than a blend
@@ -104,10 +108,11 @@ def build_datasets(
             path_to_cache=_blend_cache(blend, cache),
             window_cache_path=cache,
             tokenizer=pause_tokenizer,
-            reset_position_ids=False,
-            reset_attention_mask=False,
-            eod_mask_loss=False,
-            create_attention_mask=False,
+            reset_position_ids=documents == "apart",
+            reset_attention_mask=documents == "apart",
+            eod_mask_loss=eod_mask_loss,
+            create_attention_mask=False,  # the model makes it, from the segments
+            document_segments=documents == "apart",
             pause_rate=pause.rate,
             pause_window=pause.window,
             pause_placement=pause.placement,

@@ -17,6 +17,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
+from pause_megatron.data.boundaries import document_begins, restarting_positions, segments_of
 from pause_megatron.data.pause import PauseInjector, PausePlan, Window
 from pause_megatron.errors import ConfigError, DataError
 
@@ -118,6 +119,10 @@ class PauseGPTDatasetConfig(GPTDatasetConfig):
     pause_seed: int = 1234
     """Seed of the places, independent of random_seed"""
 
+    document_segments: bool = False
+    """Add segments int32 [N] to a sample: its documents, numbered from 0. What a model that makes its own mask needs
+       in place of an attention_mask [1, N, N]. With reset_position_ids only"""
+
     window_cache_path: str | None = None
     """Folder of the window indices, if not path_to_cache. BlendedDataset can use path_to_cache only inside a process
        group; windows can be cached without one, here."""
@@ -134,6 +139,8 @@ class PauseGPTDatasetConfig(GPTDatasetConfig):
             )
         if not self.add_extra_token_to_sequence:
             raise ConfigError("add_extra_token_to_sequence: expected True; a window's last target is its extra token")
+        if self.document_segments and not self.reset_position_ids:
+            raise ConfigError("document_segments: expected reset_position_ids=True with it, came False")
         if self.token_dtype_code is not None:
             # The .bin holds text ids only: its type follows from the text vocabulary, which pauses must not enlarge.
             self.token_dtype_code = 4 if self.tokenizer.text_size > np.iinfo(np.uint16).max + 1 else 8
@@ -146,8 +153,9 @@ class PauseGPTDataset(GPTDataset):
     """GPTDataset whose windows hold pauses.
 
     A sample has GPTDataset's keys, shapes and types: tokens, labels, position_ids int64 [N], loss_mask float32 [N] and,
-    if asked for, attention_mask bool [1, N, N] (True: hidden). Where the next token is a pause, the label is 0 and the
-    loss mask 0, as GPTDataset does for padding: the mask alone is enough to be correct, and no label is a pause id.
+    if asked for, attention_mask bool [1, N, N] (True: hidden); and segments int32 [N] if `document_segments` is. Where
+    the next token is a pause, the label is 0 and the loss mask 0, as GPTDataset does for padding: the mask alone is
+    enough to be correct, and no label is a pause id.
 
     Documents: what GPTDataset derives from EOD is decided on the text, before pauses exist. A pause belongs to the
     text token that it stands behind. So with `eod_mask_loss` the first token after an EOD stays unsupervised, however
@@ -186,6 +194,8 @@ class PauseGPTDataset(GPTDataset):
 
     @staticmethod
     def _key_config_attributes() -> list[str]:
+        # Only what may change the indices that are cached: what becomes of EOD in a sample does not, here as in
+        # GPTDataset, so documents joined and apart share a cache.
         return [
             *GPTDataset._key_config_attributes(),
             "pause_rate",
@@ -196,18 +206,21 @@ class PauseGPTDataset(GPTDataset):
 
     def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
         """One sample. `None` gives a filler for an incomplete batch: sample 0 with nothing supervised."""
-        plan = self.injector.plan
-        if plan.count == 0:
-            return super().__getitem__(idx)
-        sample = 0 if idx is None else int(idx)
-        text = self.window_text(sample)
-        self._refuse_pause_ids(text, sample)
-        return self._sample(text, self.injector(text, sample % len(self)), supervised=idx is not None)
+        sample = super().__getitem__(idx) if self.injector.plan.count == 0 else self._with_pauses(idx)
+        if self.config.document_segments:
+            sample["segments"] = segments_of(sample["position_ids"])
+        return sample
 
     def window_text(self, sample: int) -> np.ndarray:
         """The text of a window before its pauses: int64 [T]."""
         text, _ = self._query_document_sample_shuffle_indices(sample)
         return text
+
+    def _with_pauses(self, idx: int | None) -> dict[str, torch.Tensor]:
+        sample = 0 if idx is None else int(idx)
+        text = self.window_text(sample)
+        self._refuse_pause_ids(text, sample)
+        return self._sample(text, self.injector(text, sample % len(self)), supervised=idx is not None)
 
     def _sample(self, text: np.ndarray, window: Window, supervised: bool) -> dict[str, torch.Tensor]:
         """GPTDataset's dictionary for a window of N + 1 tokens with pauses in."""
@@ -219,7 +232,7 @@ class PauseGPTDataset(GPTDataset):
         loss_mask[before_pause] = 0
         begins = None
         if config.eod_mask_loss or config.reset_position_ids or config.reset_attention_mask:
-            begins = self._document_begins(text, window)
+            begins = document_begins(window, config.tokenizer.eod)
         if config.eod_mask_loss:
             loss_mask[begins[1:]] = 0
         # A text that is too short is padded at its end; only a tokenizer's own padding id can stand elsewhere.
@@ -236,19 +249,9 @@ class PauseGPTDataset(GPTDataset):
         sample["position_ids"] = self._positions(begins)
         return sample
 
-    def _document_begins(self, text: np.ndarray, window: Window) -> np.ndarray:
-        """Where a text token stands whose predecessor in the text is EOD: bool [N + 1]."""
-        begins = np.zeros(window.tokens.size, dtype=bool)
-        places = np.flatnonzero(window.is_text)
-        begins[places[1:]] = text[: places.size - 1] == self.config.tokenizer.eod
-        return begins
-
     def _positions(self, begins: np.ndarray | None) -> torch.Tensor:
         """Position ids int64 [N]. Shared between samples, as GPTDataset's are, unless documents start again at 0."""
-        if not self.config.reset_position_ids:
-            return self._position_ids
-        index = np.arange(begins.size - 1)
-        return torch.from_numpy(index - np.maximum.accumulate(index * begins[:-1]))
+        return restarting_positions(begins[:-1]) if self.config.reset_position_ids else self._position_ids
 
     def _hidden(self, begins: np.ndarray | None) -> torch.Tensor:
         """Attention mask bool [1, N, N], True where a later token, or another document's, is hidden."""

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from pause_megatron.data.boundaries import document_begins, restarting_positions, segments_of
 from pause_megatron.data.documents import Tally
 from pause_megatron.data.pause import PauseInjector
 from pause_megatron.data.stream_documents import Documents
@@ -121,10 +122,22 @@ class StreamDataset:
         windows: texts by sample number.
         injector: pauses by sample number.
         samples: windows that the run needs.
+        eod: the id that ends a document.
+        documents, eod_mask_loss: as in build_datasets.
     """
 
-    def __init__(self, windows: Windows, injector: PauseInjector, samples: int) -> None:
+    def __init__(
+        self,
+        windows: Windows,
+        injector: PauseInjector,
+        samples: int,
+        *,
+        eod: int,
+        documents: str = "joined",
+        eod_mask_loss: bool = False,
+    ) -> None:
         self._windows, self._injector, self._samples = windows, injector, samples
+        self._eod, self._apart, self._eod_mask_loss = eod, documents == "apart", eod_mask_loss
         self._position_ids = torch.arange(injector.plan.sequence_length)
 
     def __len__(self) -> int:
@@ -137,9 +150,17 @@ class StreamDataset:
         labels[before_pause] = 0
         loss_mask = np.ones(labels.size, dtype=np.float32)
         loss_mask[before_pause] = 0
-        return {
+        sample = {
             "tokens": torch.from_numpy(window.tokens[:-1]),
             "labels": torch.from_numpy(labels),
             "loss_mask": torch.from_numpy(loss_mask),
             "position_ids": self._position_ids,
         }
+        if self._apart or self._eod_mask_loss:
+            begins = document_begins(window, self._eod)
+            if self._eod_mask_loss:
+                loss_mask[begins[1:]] = 0
+            if self._apart:
+                sample["position_ids"] = restarting_positions(begins[:-1])
+                sample["segments"] = segments_of(sample["position_ids"])
+        return sample

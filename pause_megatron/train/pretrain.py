@@ -71,4 +71,6 @@ def _datasets(config: RunConfig, corpora: Corpora) -> Datasets:
         train_samples=config.train.steps * config.batch.global_size,
         valid_samples=config.validation.samples if config.validation.every else 0,
         cache=config.data.cache,
+        documents=config.data.documents,
+        eod_mask_loss=config.data.eod_mask_loss,
     )

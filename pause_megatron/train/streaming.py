@@ -72,7 +72,14 @@ class Stream:
         self._windows = windows
         pause_ids = PauseTokenizer(tokenizer, pause.embeddings).pause_ids
         injector = PauseInjector(plan, pause_ids, _NAME, "train")
-        self.dataset = StreamDataset(windows, injector, config.train.steps * size)
+        self.dataset = StreamDataset(
+            windows,
+            injector,
+            config.train.steps * size,
+            eod=tokenizer.eod,
+            documents=config.data.documents,
+            eod_mask_loss=config.data.eod_mask_loss,
+        )
 
     def files(self, step: int) -> Mapping[str, bytes]:
         """What a checkpoint after so many steps keeps; rank 0 knows it."""

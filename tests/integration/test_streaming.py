@@ -23,8 +23,8 @@ def _losses(folder: Path) -> list[tuple]:
     return [(line["step"], line["loss"], line["grad_norm"], line["text_tokens"]) for line in lines]
 
 
-@pytest.mark.parametrize("source", ["shards", "datasets"])
-def test_a_stream_goes_on_from_a_checkpoint(tmp_path: Path, source: str) -> None:
+@pytest.mark.parametrize(("source", "window"), [("shards", "joined"), ("datasets", "apart")])
+def test_a_stream_goes_on_from_a_checkpoint(tmp_path: Path, source: str, window: str) -> None:
     tokenizer = small_tokenizer(tmp_path)
     shards = write_shards(tmp_path / "s", documents(60), 3)
     prepare([write_shards(tmp_path / "v", documents(80)[60:], 1)], tokenizer, tmp_path / "valid", workers=1)
@@ -35,6 +35,7 @@ def test_a_stream_goes_on_from_a_checkpoint(tmp_path: Path, source: str) -> None
         *("model.preset=null", "model.layers=1", "model.hidden=32", "model.heads=2", "data.sequence_length=128"),
         *("batch.global_size=8", "batch.micro_size=2", "validation.every=6", "validation.samples=4"),
         *("engine.precision=fp32", "model.vocab_multiple=32", "checkpoint.every=3", "log.tensorboard=false"),
+        f"data.documents={window}",
     ]
     assert run_on_ranks(2, pretrain, [*overrides, f"run.dir={tmp_path}/whole"]) == [0, 0]
     whole = _losses(tmp_path / "whole")

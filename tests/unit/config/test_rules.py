@@ -60,6 +60,10 @@ BROKEN = {
         ["task.name=gsm8k", "model.attention=te"],
         "model.attention=sdpa with packed examples or a bidirectional prefix",
     ),
+    "documents_apart_need_torch_attention": (
+        ["data.documents=apart", "model.attention=te"],
+        "model.attention=sdpa with data.documents=apart",
+    ),
     "run_dir_is_named": (["run.dir=' '"], "the name of a folder"),
 }
 

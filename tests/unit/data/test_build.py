@@ -130,6 +130,26 @@ def test_caches_stand_where_they_were_asked_for(build: Callable[..., Datasets], 
     assert threading.active_count() < 10
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.2])
+def test_documents_apart_in_every_dataset_of_a_run(
+    build: Callable[..., Datasets], corpora: list[str], tmp_path: Path, rate: float
+) -> None:
+    """The same windows and the same caches as joined: only positions and segments tell them apart."""
+    blend, pause = ["3", corpora[0], "1", corpora[1]], PauseSection(rate=rate)
+    joined = build(blend, pause=pause)
+    cached = sorted(os.listdir(tmp_path / "cache"))
+    apart = build(blend, pause=pause, documents="apart")
+    assert sorted(os.listdir(tmp_path / "cache")) == cached
+    for name in ("train", "valid", "valid_without_pauses"):
+        for number in range(5):
+            plain, sample = getattr(joined, name)[number], getattr(apart, name)[number]
+            assert sample.keys() - plain.keys() == {"segments"}
+            for key in plain.keys() - {"position_ids", "dataset_id"}:
+                assert torch.equal(sample[key], plain[key]), key
+            begins = [int(place) for place in (sample["position_ids"] == 0).nonzero()]
+            assert sample["segments"][begins].tolist() == list(range(len(begins)))
+
+
 def test_default_cache_is_beside_the_first_corpus(tmp_path: Path) -> None:
     prefix = write_corpus(tmp_path / "data" / "corpus", paragraphs(20))
     arguments = {"split": "1", "sequence_length": 32, "tokenizer": ByteTokenizer(), "seed": 1}

@@ -19,8 +19,11 @@ from hypothesis import strategies as st
 from megatron.core.datasets.gpt_dataset import GPTDataset
 from megatron.core.datasets.utils import Split
 
+from pause_megatron.data.boundaries import document_begins, restarting_positions, segments_of
 from pause_megatron.data.dataset import PauseGPTDataset, PauseTokenizer
+from pause_megatron.data.pause import inject
 from pause_megatron.errors import ConfigError, DataError
+from pause_megatron.model.attention import segment_mask
 
 PAUSE = ByteTokenizer.pause_id
 EOD_OPTIONS = ("eod_mask_loss", "reset_position_ids", "reset_attention_mask")
@@ -83,7 +86,10 @@ def expected_sample(dataset: PauseGPTDataset, sample: int) -> dict[str, torch.Te
     sample = {"tokens": torch.tensor(tokens), "labels": torch.tensor(labels)}
     if config.create_attention_mask:
         sample["attention_mask"] = torch.tensor([hidden], dtype=torch.bool)
-    return {**sample, "loss_mask": torch.tensor(loss_mask), "position_ids": torch.tensor(position_ids)}
+    sample |= {"loss_mask": torch.tensor(loss_mask), "position_ids": torch.tensor(position_ids)}
+    if config.document_segments:
+        sample["segments"] = torch.tensor(of_token, dtype=torch.int32)
+    return sample
 
 
 @pytest.mark.parametrize("options", [*itertools.product((False, True), repeat=4)])
@@ -97,6 +103,34 @@ def test_rate_zero_is_gpt_dataset(short_documents: str, options: tuple[bool, ...
         assert len(ours) == len(stock) >= 20
         for sample in [*range(len(stock)), None]:
             assert_same(ours[sample], stock[sample])
+
+
+def test_documents_are_told_apart_without_pauses_too(short_documents: str) -> None:
+    """GPTDataset's sample with positions reset, and the documents that its own mask keeps apart."""
+    reset = {"reset_position_ids": True, "reset_attention_mask": True}
+    config = make_config(short_documents, 33, pause_rate=0.0, document_segments=True, **reset)
+    ours = make_dataset(short_documents, config, 20)
+    with_mask = make_config(short_documents, 33, create_attention_mask=True, **reset)
+    stock = make_dataset(short_documents, with_mask, 20, cls=GPTDataset)
+    for sample in [*range(len(stock)), None]:
+        found, expected = ours[sample], stock[sample]
+        segments, mask = found.pop("segments"), expected.pop("attention_mask")
+        assert_same(found, expected)
+        assert segments.dtype == torch.int32
+        assert torch.equal(segment_mask(segments[None])[0], mask)
+
+
+def test_pauses_around_an_end_of_document() -> None:
+    """They belong to what they stand behind: a run behind an EOD to the document that it ends."""
+    text = np.array([5, EOD, EOD, 6, 7, EOD, 8])
+    window = inject(text, np.array([1, 2, 2, 3, 6, 6]), range(PAUSE, PAUSE + 2))
+    names = {EOD: "e", PAUSE: "p", PAUSE + 1: "q"}
+    assert "".join(names.get(token, str(token)) for token in window.tokens.tolist()) == "5pepqep67epq8"
+    begins = document_begins(window, EOD)
+    assert np.flatnonzero(begins).tolist() == [5, 7, 12]
+    positions = restarting_positions(begins)
+    assert positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3, 4, 0]
+    assert segments_of(positions).tolist() == [0, 0, 0, 0, 0, 1, 1, 2, 2, 2, 2, 2, 3]
 
 
 def test_rate_zero_is_gpt_dataset_with_padding(short_documents: str) -> None:
@@ -115,6 +149,7 @@ def settings_of_a_dataset(draw: st.DrawFn) -> dict[str, object]:
     options = {name: draw(st.booleans()) for name in (*EOD_OPTIONS, "create_attention_mask")}
     return {
         **options,
+        "document_segments": options["reset_position_ids"] and draw(st.booleans()),
         "sequence_length": draw(st.integers(8, 90)),
         "pause_rate": draw(st.floats(0.07, 0.45)),
         "pause_window": window,
@@ -248,6 +283,9 @@ def test_settings_are_in_the_cache_key(corpus: str) -> None:
         "embeddings": 2,
     }
     keys = {make_dataset(corpus, make_config(corpus, 64, **base), 5).unique_description_hash}
+    apart = {"reset_position_ids": True, "reset_attention_mask": True, "document_segments": True, "eod_mask_loss": True}
+    keys.add(make_dataset(corpus, make_config(corpus, 64, **base, **apart), 5).unique_description_hash)
+    assert len(keys) == 1  # what is cached are text windows, which EOD has no part in
     for name, value in changes.items():
         keys.add(make_dataset(corpus, make_config(corpus, 64, **{**base, name: value}), 5).unique_description_hash)
     assert len(keys) == 1 + len(changes)
@@ -293,6 +331,7 @@ def test_a_corpus_smaller_than_a_window_is_repeated(tmp_path: Path) -> None:
         ({"add_extra_token_to_sequence": False}, "add_extra_token_to_sequence: expected True"),
         ({"pause_rate": 0.995}, "leaves 1 text tokens"),
         ({"pause_placement": "bernoulli"}, "use pause.window=trim"),
+        ({"document_segments": True}, "document_segments: expected reset_position_ids=True"),
     ],
 )
 def test_configurations_that_cannot_be_run(corpus: str, chosen: dict[str, object], message: str) -> None:

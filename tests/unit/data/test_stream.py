@@ -95,7 +95,7 @@ def test_samples_are_those_of_the_dataset(tokenizer: Tokenizer, window: str, rat
             return texts[sample]
 
     injector = PauseInjector(plan, pause_ids, "c", "train")
-    stream = StreamDataset(Given(), injector, 5)
+    stream = StreamDataset(Given(), injector, 5, eod=tokenizer.eod)
     for sample, text in enumerate(texts):
         tokens = injector(text, sample)
         found = stream[sample]
@@ -114,26 +114,36 @@ _DTYPES = {
 }
 
 
-def test_pauses_are_keyed_as_in_the_dataset(
-    data: DataSection, tokenizer: Tokenizer, folder: Path, tmp_path: Path
+@pytest.mark.parametrize("rate", [0.0, 0.2])
+@pytest.mark.parametrize(("documents", "eod_mask_loss"), [("joined", False), ("apart", False), ("apart", True)])
+def test_samples_are_those_of_the_dataset_with_the_same_windows(
+    tokenizer: Tokenizer, folder: Path, tmp_path: Path, rate: float, documents: str, eod_mask_loss: bool
 ) -> None:
     from pause_megatron.config.schema import PauseSection
     from pause_megatron.data.build import build_datasets
 
-    prepare([str(folder / "s" / "*")], tokenizer, tmp_path / "c", workers=1)
+    prefix = tmp_path / "c"
+    prepare([write_shards(folder / "same", TEXTS, 1)], tokenizer, prefix, workers=1)
     train: PauseGPTDataset = build_datasets(
-        [str(tmp_path / "c")],
+        [str(prefix)],
         split="1,0,0",
         sequence_length=64,
         tokenizer=tokenizer,
-        pause=PauseSection(rate=0.2),
+        pause=PauseSection(rate=rate),
         seed=1,
         train_samples=20,
         valid_samples=0,
+        documents=documents,
+        eod_mask_loss=eod_mask_loss,
     ).train
-    streamed = StreamDataset(_Texts(train), train.injector, 20)
+    ends = {"eod": tokenizer.eod, "documents": documents, "eod_mask_loss": eod_mask_loss}
+    streamed = StreamDataset(_Texts(train), train.injector, 20, **ends)
     for sample in range(20):
+        assert streamed[sample].keys() == train[sample].keys()
         assert all(torch.equal(streamed[sample][name], value) for name, value in train[sample].items())
+    assert ("segments" in train[0]) == (documents == "apart")
+    if documents == "apart":
+        assert max(int(train[sample]["segments"].max()) for sample in range(20)) > 0
 
 
 class _Texts:

@@ -1,0 +1,35 @@
+"""Where documents begin in a window that holds pauses. A corpus and a stream cut windows in two ways; this is common.
+
+A pause belongs to the text token that it stands behind, so that pauses behind an EOD belong to the document that it
+ends, and the next one begins at its first text token.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from pause_megatron.data.pause import Window
+
+
+def document_begins(window: Window, eod: int) -> np.ndarray:
+    """Where a text token stands whose predecessor in the text is EOD: bool [L], for a window of L tokens."""
+    begins = np.zeros(window.tokens.size, dtype=bool)
+    places = np.flatnonzero(window.is_text)
+    begins[places[1:]] = window.tokens[places[:-1]] == eod
+    return begins
+
+
+def restarting_positions(begins: np.ndarray) -> torch.Tensor:
+    """Position ids that start again at 0 with each document: int64 [N].
+
+    Args:
+        begins: bool [N], where a document begins; the window's first token needs no mark.
+    """
+    index = np.arange(begins.size)
+    return torch.from_numpy(index - np.maximum.accumulate(index * begins))
+
+
+def segments_of(position_ids: torch.Tensor) -> torch.Tensor:
+    """The documents of a window, numbered from 0: int32 [N], from position ids [N] that are 0 where each begins."""
+    return (position_ids == 0).cumsum(0, dtype=torch.int32) - 1
