@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or invisible, and load at any ZeRO stage and data-parallel size.
+"""Checkpoints that are complete or invisible, and load at any ZeRO stage, tensor- and data-parallel size.
 
 Layout of `RUN/checkpoints/`:
 

@@ -1,7 +1,8 @@
-"""Whole parameters out of a checkpoint of any tensor-parallel size and ZeRO stage, a few rows at a time."""
+"""Whole parameters and moments out of a checkpoint of any tensor-parallel size and ZeRO stage, a few rows at a time."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,7 +27,7 @@ _FUSED = {
 
 
 class MergedReader:
-    """Master weights as they would be at tensor-parallel size 1 (see `checkpoint.layout`), vocabulary padding included.
+    """Parameters and moments as they would be at tensor-parallel size 1 (see `checkpoint.layout`), padding included.
 
     Reads what is asked for; memory is bounded by that and 128 MB of file pages.
 
@@ -56,8 +57,8 @@ class MergedReader:
         ranks = self.manifest.tensor_parallel
         return tuple(n * ranks if dimension == entry.partition_dim else n for dimension, n in enumerate(entry.shape))
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Merged rows `[start, stop)`: fp32 [stop - start, ...].
+    def rows(self, name: str, start: int, stop: int, key: str = MASTER) -> Tensor:
+        """Merged rows `[start, stop)` of one of `ADAM_STATE`: fp32 [stop - start, ...].
 
         Raises:
             CheckpointError: the checkpoint does not hold them.
@@ -65,7 +66,7 @@ class MergedReader:
         shape = self.shape(name)
         if partition_dim(name) == 1:
             ranks = self.manifest.tensor_parallel
-            parts = [self._read(name, rank, start, stop, shape[1] // ranks) for rank in range(ranks)]
+            parts = [self._read(name, rank, start, stop, shape[1] // ranks, key) for rank in range(ranks)]
             return torch.cat(parts, dim=1) if ranks > 1 else parts[0]
         width = shape[1] if len(shape) > 1 else None
         pieces = []
@@ -73,10 +74,10 @@ class MergedReader:
             low, high = max(start, span.start), min(stop, span.start + span.count)
             if low < high:
                 offset = span.local - span.start
-                pieces.append(self._read(name, span.rank, low + offset, high + offset, width))
+                pieces.append(self._read(name, span.rank, low + offset, high + offset, width, key))
         return torch.cat(pieces) if len(pieces) > 1 else pieces[0]
 
-    def _read(self, name: str, rank: int, start: int, stop: int, width: int | None) -> Tensor:
+    def _read(self, name: str, rank: int, start: int, stop: int, width: int | None, key: str) -> Tensor:
         each = 1 if width is None else width
         self._mapped += 4 * each * (stop - start)
         if self._mapped > _MAPPED_BYTES:
@@ -85,7 +86,7 @@ class MergedReader:
         if rank not in self._readers:
             self._readers[rank] = CheckpointReader(self.folder, rank)
         address = Address(self.stored_name(name), start * each, (stop - start) * each)
-        values = self._readers[rank].read(address, MASTER)
+        values = self._readers[rank].read(address, key)
         return values if width is None else values.view(-1, width)
 
     def stored_name(self, name: str) -> str:
@@ -99,7 +100,7 @@ class MergedReader:
 
 
 class ShardReader:
-    """The weights of one tensor-parallel rank of a model, out of a checkpoint of any tensor-parallel size.
+    """One tensor-parallel rank's share of a model, out of a checkpoint of any tensor-parallel size.
 
     Args:
         reader: of the checkpoint
@@ -114,6 +115,7 @@ class ShardReader:
     def __init__(
         self, reader: MergedReader, shapes: Mapping[str, tuple[int, ...]], *, live_rows: int, rank: int, ranks: int
     ) -> None:
+        self.manifest = reader.manifest
         self._reader, self._shapes, self._live_rows = reader, dict(shapes), live_rows
         self._rank, self._ranks = rank, ranks
         for name in self._shapes:
@@ -124,24 +126,36 @@ class ShardReader:
 
     def shard(self, name: str) -> Tensor:
         """The rank's shard of a parameter, fp32."""
+        return self._rows(name, 0, self._shapes[name][0], MASTER)
+
+    def read(self, address: Address, key: str) -> Tensor:
+        """Elements of the flattened shard of one of `ADAM_STATE`, fp32 [address.numel]; no more rows than hold them."""
+        width = math.prod(self._shapes[address.name][1:])
+        low, stop = address.start // width, address.start + address.numel
+        values = self._rows(address.name, low, -(-stop // width), key).flatten()
+        return values[address.start - low * width : stop - low * width]
+
+    def _rows(self, name: str, low: int, high: int, key: str) -> Tensor:
+        """Rows `[low, high)` of the rank's shard."""
         shape, reader, rank = self._shapes[name], self._reader, self._rank
         if name in VOCABULARY:
-            first = rank * shape[0]
-            stop = min(first + shape[0], self._live_rows)
-            values = torch.zeros(shape)
-            if first < stop:
-                values[: stop - first] = reader.rows(name, first, stop)
+            start = rank * shape[0] + low
+            stop = min(rank * shape[0] + high, self._live_rows)
+            values = torch.zeros(high - low, *shape[1:])
+            if start < stop:
+                values[: stop - start] = reader.rows(name, start, stop, key)
             return values
         if partition_dim(name) == 1:
-            return reader.rows(name, 0, shape[0])[:, rank * shape[1] : (rank + 1) * shape[1]]
+            return reader.rows(name, low, high, key)[:, rank * shape[1] : (rank + 1) * shape[1]]
         if partition_dim(name) is None:
-            return reader.rows(name, 0, shape[0])
-        spans = [span for span in row_spans(name, shape[0] * self._ranks, self._ranks) if span.rank == rank]
-        return torch.cat([reader.rows(name, span.start, span.start + span.count) for span in spans])
-
-    def read(self, address: Address) -> Tensor:
-        """Elements of the flattened shard, fp32 [address.numel]."""
-        return self.shard(address.name).flatten()[address.start : address.start + address.numel]
+            return reader.rows(name, low, high, key)
+        pieces = []
+        for span in row_spans(name, shape[0] * self._ranks, self._ranks):
+            first, last = max(low, span.local), min(high, span.local + span.count)
+            if span.rank == rank and first < last:
+                offset = span.start - span.local
+                pieces.append(reader.rows(name, first + offset, last + offset, key))
+        return torch.cat(pieces)
 
     def _check(self, name: str) -> None:
         cut, found = partition_dim(name), self._reader.shape(name)
@@ -173,4 +187,4 @@ def load_weights(model: nn.Module, reader: MergedReader, *, live_rows: int, rank
 def restore_masters(engine: Engine, shards: ShardReader) -> None:
     """Overwrites the engine's fp32 masters; its moments and step stay as they are."""
     for address in engine.state.needed():
-        engine.state.set(address, MASTER, shards.read(address))
+        engine.state.set(address, MASTER, shards.read(address, MASTER))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from pause_megatron.checkpoint.merge import ShardReader
 from pause_megatron.checkpoint.reader import CheckpointReader
 from pause_megatron.engine import ADAM_STATE, Address, Engine
 from pause_megatron.engine.state import MASTER
@@ -37,7 +38,7 @@ def restore_weights(model: nn.Module, reader: CheckpointReader) -> None:
                 parameter.copy_(values.view_as(parameter))
 
 
-def restore_engine(engine: Engine, reader: CheckpointReader) -> None:
+def restore_engine(engine: Engine, reader: CheckpointReader | ShardReader) -> None:
     """Overwrites the fp32 masters and Adam's moments and step with the checkpoint's."""
     for address in engine.state.needed():
         for key in ADAM_STATE:

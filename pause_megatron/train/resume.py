@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
-from pause_megatron.checkpoint import CheckpointReader, Store, restore_engine, restore_weights
+from pause_megatron.checkpoint import (
+    CheckpointReader,
+    Manifest,
+    MergedReader,
+    ShardReader,
+    Store,
+    load_weights,
+    restore_engine,
+    restore_weights,
+)
+from pause_megatron.config.deepspeed import deepspeed_config
 from pause_megatron.config.identity import deciding_keys
 from pause_megatron.config.load import load
 from pause_megatron.config.schema import RunConfig
@@ -17,32 +27,44 @@ from pause_megatron.model import PauseGPTModel
 from pause_megatron.train.loop import Progress
 
 
-@dataclass(frozen=True)
 class Resumed:
-    """A checkpoint to go on from, and how far it had come."""
+    """A checkpoint to go on from, whatever world wrote it.
 
-    reader: CheckpointReader
-    progress: Progress
+    Args:
+        folder: a complete checkpoint
+        manifest: its manifest
+        context: this rank's place
 
-    @property
-    def folder(self) -> Path:
-        """The checkpoint."""
-        return self.reader.folder
+    Attributes:
+        progress: how far it had come
+        folder: the checkpoint
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, context: ParallelContext) -> None:
+        self.progress = Progress(**manifest.progress)
+        self.folder, self._manifest, self._context = folder, manifest, context
+        self._reader: CheckpointReader | ShardReader | None = None
 
     def weights_into(self, model: PauseGPTModel) -> None:
         """Copies this rank's weights into a fresh model, before DeepSpeed sees it."""
-        restore_weights(model, self.reader)
+        rank, ranks = self._context.tp_rank, self._context.tp_size
+        if self._manifest.tensor_parallel == ranks:
+            self._reader = CheckpointReader(self.folder, rank)
+            restore_weights(model, self._reader)
+        else:
+            merged = MergedReader(self.folder)
+            self._reader = load_weights(model, merged, live_rows=model.vocabulary.size, rank=rank, ranks=ranks)
 
     def state_into(self, engine: Engine) -> None:
         """Copies masters, moments and step."""
-        restore_engine(engine, self.reader)
+        restore_engine(engine, self._reader)
 
 
 def find_resume(store: Store, config: RunConfig, corpus: str, context: ParallelContext) -> Resumed | None:
     """The newest complete checkpoint of this run, or None for a run that begins. Every rank calls this.
 
     Raises:
-        CheckpointError: every checkpoint is damaged, or it is of another configuration, corpus or tensor-parallel size.
+        CheckpointError: every checkpoint is damaged, or it is of another configuration or corpus.
     """
     found = store.newest_complete()
     if found is None:
@@ -51,11 +73,6 @@ def find_resume(store: Store, config: RunConfig, corpus: str, context: ParallelC
     differences = config_differences(load(folder / "config.yaml"), config)
     if manifest.corpus != corpus:
         differences.append(f"corpus: {manifest.corpus} in the checkpoint, {corpus} in this run")
-    if manifest.tensor_parallel != context.tp_size:
-        differences.append(
-            f"parallel.tensor: {manifest.tensor_parallel} in the checkpoint, {context.tp_size} in this run "
-            "(data-parallel size and ZeRO stage may change, the tensor-parallel size may not)"
-        )
     if differences:
         raise CheckpointError(
             f"{folder}: a checkpoint of another configuration. Give back its values, or another run.dir:\n  "
@@ -64,12 +81,22 @@ def find_resume(store: Store, config: RunConfig, corpus: str, context: ParallelC
     if context.rank == 0:
         for complaint in complaints:
             print(f"damaged, passed over: {complaint}", file=sys.stderr)
-        print(
-            f"resuming after step {manifest.step} from {folder} (written with tensor-parallel "
-            f"{manifest.tensor_parallel}, data-parallel {manifest.data_parallel}, ZeRO {manifest.zero_stage})",
-            file=sys.stderr,
-        )
-    return Resumed(CheckpointReader(folder, context.tp_rank), Progress(**manifest.progress))
+        print(f"resuming after step {manifest.step} from {folder}", file=sys.stderr)
+        if change := world_change(manifest, config, context):
+            print(change, file=sys.stderr, flush=True)
+    return Resumed(folder, manifest, context)
+
+
+def world_change(manifest: Manifest, config: RunConfig, context: ParallelContext) -> str | None:
+    """What is new in this run's world, in one line; None when it is the one that wrote the checkpoint."""
+    stage = deepspeed_config(config, data_parallel=context.dp_size)["zero_optimization"]["stage"]
+    sizes = {
+        "tensor parallel": (manifest.tensor_parallel, context.tp_size),
+        "data parallel": (manifest.data_parallel, context.dp_size),
+        "ZeRO stage": (manifest.zero_stage, stage),
+    }
+    changes = [f"{name} {old} -> {new}" for name, (old, new) in sizes.items() if old != new]
+    return f"the world has changed, the state is cut anew: {', '.join(changes)}" if changes else None
 
 
 def progress_record(progress: Progress) -> dict[str, int]:
