@@ -7,6 +7,7 @@ import argparse
 from pause_megatron.cli.pretrain import (
     add_run_arguments,
     is_first_rank,
+    listen_to_signals,
     refuse_dry_run_options,
     silence_imports,
     world_size,
@@ -45,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
             print(describe_task(open_task(config), plan, engine))
         return 0
     refuse_dry_run_options(args, "world_size")
+    stop = listen_to_signals()
     silence_imports()
     from pause_megatron.train.finetune import finetune
 
-    return finetune(config)
+    return finetune(config, stop)

@@ -6,8 +6,12 @@ import argparse
 import os
 import textwrap
 import warnings
+from typing import TYPE_CHECKING
 
 from pause_megatron.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pause_megatron.train.signals import StopRequest
 
 HELP = "pretrain a model on windows with pauses"
 
@@ -64,10 +68,11 @@ def run(args: argparse.Namespace) -> int:
         )
     if config.train.steps is None:
         raise ConfigError("train.steps or train.tokens: expected one of them, came neither")
+    stop = listen_to_signals()
     silence_imports()
     from pause_megatron.train.pretrain import pretrain
 
-    return pretrain(config)
+    return pretrain(config, stop)
 
 
 def is_first_rank() -> bool:
@@ -87,6 +92,13 @@ def refuse_dry_run_options(args: argparse.Namespace, *options: str) -> None:
             raise ConfigError(
                 f"--{option.replace('_', '-')} belongs to --dry-run; a run takes it from its surroundings"
             )
+
+
+def listen_to_signals() -> StopRequest:
+    """From now on SIGTERM and SIGUSR2 make a run save and stop. The imports that follow take long enough to be hit."""
+    from pause_megatron.train.signals import StopRequest
+
+    return StopRequest().listen()
 
 
 def silence_imports() -> None:

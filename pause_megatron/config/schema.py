@@ -22,6 +22,12 @@ class RunSection(Section):
 
     dir: str = Field("runs/default", description="run folder: config.yaml, metrics.jsonl, tensorboard/, checkpoints/")
     seed: int = Field(1234, ge=0, description="seed of the initial weights and of the sample order")
+    hang_seconds: int = Field(
+        1800,
+        ge=0,
+        description="a rank that gets no further for so long prints its stacks and ends the run; more than the longest "
+        "step, validation or save; 0: never",
+    )
 
 
 class DataSection(Section):
@@ -225,6 +231,12 @@ class CheckpointSection(Section):
 
     every: int = Field(1000, ge=0, description="steps between saves; 0: only at the end and on a stop signal")
     keep: int = Field(3, ge=1, description="newest complete checkpoints that are kept")
+    before_end_seconds: int = Field(
+        300,
+        ge=0,
+        description="seconds before a SLURM job's time limit at which the run saves and stops; more than a step and a "
+        "save take; 0: only on a signal",
+    )
 
 
 class ValidationSection(Section):

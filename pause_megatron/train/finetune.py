@@ -9,23 +9,25 @@ from pause_megatron.data.tokenizer import Tokenizer
 from pause_megatron.distributed import initialize
 from pause_megatron.train.inputs import HeldOut, TrainingData
 from pause_megatron.train.run import train
-from pause_megatron.train.signals import StopRequest
+from pause_megatron.train.signals import StopRequest, listening
 from pause_megatron.train.task_data import TaskData, held_out, open_task
+from pause_megatron.train.watch import patience
 
 
-def finetune(config: RunConfig) -> int:
+def finetune(config: RunConfig, stop: StopRequest | None = None) -> int:
     """Trains on the examples of `task.name`; otherwise as `pretrain`: the same loop, checkpoints, resume and hooks.
 
     Args:
         config: a resolved configuration with a task
+        stop: one that listens already; default: a new one
 
     Returns:
-        EXIT_FINISHED, or EXIT_STOPPED after SIGTERM, SIGINT or SIGUSR2.
+        EXIT_FINISHED, or EXIT_STOPPED after SIGTERM, SIGINT, SIGUSR2 or when the job's time is nearly over.
 
     Raises:
         PauseMegatronError: as `pretrain`, and a task, record or example that cannot be used.
     """
-    with initialize(config.parallel) as context, StopRequest() as stop:
+    with listening(stop) as stop, initialize(config.parallel, timeout=patience(config)) as context:
         data = open_task(config)
         return train(data.config, training_data(data), context, stop)
 

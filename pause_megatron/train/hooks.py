@@ -14,6 +14,9 @@ class Hook(Protocol):
 
     def __call__(self, result: StepResult) -> None: ...
 
+    def stop(self, result: StepResult) -> None:
+        """The run is asked to stop before its end; `result` is its last step, which the hook has seen."""
+
     def close(self) -> None: ...
 
 
@@ -33,14 +36,20 @@ class Every:
         self._steps, self._action, self._at_end, self._on_stop = steps, action, at_end, on_stop
 
     def __call__(self, result: StepResult) -> None:
-        due = self._steps > 0 and result.step % self._steps == 0
-        if due or (self._at_end and result.last) or (self._on_stop and result.stopped):
+        if self._due(result):
+            self._action(result)
+
+    def stop(self, result: StepResult) -> None:
+        if self._on_stop and not self._due(result):
             self._action(result)
 
     def close(self) -> None:
         close = getattr(self._action, "close", None)
         if close is not None:
             close()
+
+    def _due(self, result: StepResult) -> bool:
+        return (self._steps > 0 and result.step % self._steps == 0) or (self._at_end and result.last)
 
 
 class SkipLimit:
@@ -56,6 +65,9 @@ class SkipLimit:
                 f"step {result.step}: the gradient norm is {result.grad_norm}, and {self._in_a_row} steps in a row "
                 "were not finite and not applied. Lower optim.lr, or look at the data of these steps"
             )
+
+    def stop(self, result: StepResult) -> None:
+        pass
 
     def close(self) -> None:
         pass

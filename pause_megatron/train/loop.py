@@ -44,7 +44,6 @@ class StepResult:
         seconds: wall time from having the batch to the end of the step
         sample: this rank's first micro-batch, on the CPU
         last: the run is complete
-        stopped: a rank was asked to stop, so that no step follows either
         validation: held-out losses by name; filled in by the validation hook, for the hooks after it
     """
 
@@ -58,7 +57,6 @@ class StepResult:
     seconds: float
     sample: MicroBatch
     last: bool
-    stopped: bool
     validation: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -87,7 +85,7 @@ def training_steps(
         optim: learning rate and schedule
         total_steps: steps of the whole run
         progress: where the run stands
-        stop: read once a step; any rank's request stops all of them
+        stop: read before each step; any rank's request stops all of them before it
         corpora: names of the corpora of a blend, whose losses are told apart
     """
     for step, micro_batches in batches:
@@ -101,6 +99,8 @@ def training_steps(
         ]
         # Over all ranks, so that a stop request counts from any of them; tensor-parallel ranks see the same windows.
         *sums, stop_requests = sum_over_ranks(counts, context)
+        if stop_requests:
+            return
         targets, tokens, text_tokens = (int(value) // context.tp_size for value in sums)
         lr = learning_rate(optim, step + 1, total_steps)
         outcome = engine.train_step(
@@ -108,7 +108,6 @@ def training_steps(
         )
         losses = ledger.totals(context)
         progress = Progress(step + 1, progress.tokens + tokens, progress.text_tokens + text_tokens)
-        stopped = stop_requests > 0
         yield StepResult(
             progress=progress,
             losses=losses,
@@ -120,7 +119,4 @@ def training_steps(
             seconds=time.perf_counter() - started,
             sample=micro_batches[0],
             last=step + 1 == total_steps,
-            stopped=stopped,
         )
-        if stopped:
-            return

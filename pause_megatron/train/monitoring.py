@@ -192,11 +192,16 @@ def announce(
     )
 
 
-def conclude(progress: Progress, stopped: bool) -> None:
-    """Says on stderr what the run has seen, the realised pause rate above all."""
+def conclude(progress: Progress, stopped: bool, reason: str | None) -> None:
+    """Says on stderr what the run has seen, the realised pause rate above all.
+
+    Args:
+        stopped: before its end. reason: why, if this rank knows.
+    """
+    why = f" ({reason})" if stopped and reason else ""
     rate = 1 - progress.text_tokens / progress.tokens if progress.tokens else 0.0
     _say(
-        f"{'stopped' if stopped else 'complete'} after step {progress.step:,}: {progress.tokens:,} raw tokens, "
+        f"{'stopped' if stopped else 'complete'} after step {progress.step:,}{why}: {progress.tokens:,} raw tokens, "
         f"{progress.text_tokens:,} of text, realised pause rate {rate:.2%}"
     )
 
@@ -227,12 +232,15 @@ class ProgressBar:
             losses = ", ".join(f"{name} {value:.4f}" for name, value in result.validation.items())
             self._say(f"step {result.step}: {losses} nats")
 
+    def stop(self, result: StepResult) -> None:
+        pass
+
     def close(self) -> None:
         self._bar.close()
 
     def _line(self, result: StepResult, summary: str) -> None:
         now = time.monotonic()
-        if result.last or result.stopped or now - self._last_line >= self._SECONDS_BETWEEN_LINES:
+        if result.last or now - self._last_line >= self._SECONDS_BETWEEN_LINES:
             self._last_line = now
             progress = self._bar.format_dict
             done, elapsed = progress["n"] - progress["initial"], progress["elapsed"]

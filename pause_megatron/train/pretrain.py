@@ -12,24 +12,26 @@ from pause_megatron.data.dataset import PauseTokenizer
 from pause_megatron.distributed import initialize
 from pause_megatron.train.inputs import HeldOut, TrainingData
 from pause_megatron.train.run import train
-from pause_megatron.train.signals import StopRequest
+from pause_megatron.train.signals import StopRequest, listening
 from pause_megatron.train.streaming import Stream
+from pause_megatron.train.watch import patience
 
 
-def pretrain(config: RunConfig) -> int:
+def pretrain(config: RunConfig, stop: StopRequest | None = None) -> int:
     """Trains until `train.steps` or a stop signal, going on from the newest complete checkpoint of `run.dir`.
 
     Args:
         config: a resolved configuration
+        stop: one that listens already; default: a new one
 
     Returns:
-        EXIT_FINISHED, or EXIT_STOPPED after SIGTERM, SIGINT or SIGUSR2.
+        EXIT_FINISHED, or EXIT_STOPPED after SIGTERM, SIGINT, SIGUSR2 or when the job's time is nearly over.
 
     Raises:
         PauseMegatronError: a configuration, corpus or checkpoint that cannot be used, before any training starts;
             a checkpoint that cannot be written; gradients that stay not finite.
     """
-    with initialize(config.parallel) as context, StopRequest() as stop:
+    with listening(stop) as stop, initialize(config.parallel, timeout=patience(config)) as context:
         return train(config, corpus_data(config, context.world_size), context, stop)
 
 

@@ -26,11 +26,13 @@ from pause_megatron.train.inputs import HeldOut, TrainingData
 from pause_megatron.train.loop import Progress, StepResult, training_steps
 from pause_megatron.train.losses import Losses
 from pause_megatron.train.monitoring import MetricsFile, ProgressBar, TensorBoard, Throughput, announce, conclude
+from pause_megatron.train.ownership import own_run
 from pause_megatron.train.resume import progress_record
-from pause_megatron.train.signals import StopRequest
+from pause_megatron.train.signals import StopRequest, deadline
 from pause_megatron.train.start import find_start
 from pause_megatron.train.streaming import Stream
 from pause_megatron.train.validation import evaluate_loss, validation_losses
+from pause_megatron.train.watch import HangWatch
 
 EXIT_FINISHED = 0
 EXIT_STOPPED = 75  # EX_TEMPFAIL: asked to stop, checkpoint saved, the same command goes on
@@ -38,20 +40,22 @@ SKIPPED_STEPS_IN_A_ROW = 10
 
 
 def train(config: RunConfig, data: TrainingData, context: ParallelContext, stop: StopRequest) -> int:
-    """Trains on `data` until `train.steps` or a stop signal. Every rank calls this.
+    """Trains on `data` until `train.steps` or a request to stop. Every rank calls this.
 
     Args:
         config: a resolved configuration, its number of steps known
         data: what to train on
         context: this rank's place in the process groups
-        stop: read once a step
+        stop: read before each step
 
     Returns:
         EXIT_FINISHED or EXIT_STOPPED.
     """
+    folder, result = Path(config.run.dir), None
     with ExitStack() as closing:
+        closing.enter_context(own_run(folder, context))
         model = new_model(config, data)
-        store = Store(Path(config.run.dir) / "checkpoints", context.rank, context.world_size)
+        store = Store(folder / "checkpoints", context.rank, context.world_size)
         start = find_start(store, config, data, context)
         start.weights_into(model)
         engine = closing.enter_context(_engine(config, model, context))
@@ -65,6 +69,8 @@ def train(config: RunConfig, data: TrainingData, context: ParallelContext, stop:
         for hook in hooks:
             closing.callback(hook.close)
         batches = closing.enter_context(_batches(config, data, context, progress, stream))
+        watch = closing.enter_context(HangWatch(config.run.hang_seconds, context))
+        closing.enter_context(stop.during_steps(deadline(config.checkpoint.before_end_seconds)))
         for result in training_steps(
             engine,
             batches,
@@ -75,12 +81,17 @@ def train(config: RunConfig, data: TrainingData, context: ParallelContext, stop:
             stop=stop,
             corpora=data.names,
         ):
+            watch.beat(f"step {result.step} done")
             for hook in hooks:
                 hook(result)
-            progress = result.progress
+                watch.beat(f"step {result.step} done, and hooks after it")
+        progress = progress if result is None else result.progress
         stopped = progress.step < config.train.steps
+        if stopped and result is not None:
+            for hook in hooks:
+                hook.stop(result)
     if context.rank == 0:
-        conclude(progress, stopped)
+        conclude(progress, stopped, stop.reason)
     return EXIT_STOPPED if stopped else EXIT_FINISHED
 
 
@@ -164,7 +175,6 @@ def _monitors(
     config: RunConfig, engine: Engine, data: TrainingData, context: ParallelContext, progress: Progress
 ) -> list[Hook]:
     folder = Path(config.run.dir)
-    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
     throughput = Throughput.of(config, engine.module.vocabulary.size, context)
     monitors: list[Hook] = [

@@ -18,7 +18,7 @@ from pause_megatron.train.monitoring import MetricsFile, Throughput
 ALONE = SimpleNamespace(device=torch.device("cpu"), world_size=1, dp_group=None)
 
 
-def result(step: int, *, applied: bool = True, last: bool = False, stopped: bool = False) -> StepResult:
+def result(step: int, *, applied: bool = True, last: bool = False) -> StepResult:
     return StepResult(
         progress=Progress(step, 100 * step, 90 * step),
         losses=Losses.from_sums(30.0, 0.0, 10, 0),
@@ -30,7 +30,6 @@ def result(step: int, *, applied: bool = True, last: bool = False, stopped: bool
         seconds=0.5,
         sample=None,  # no hook of these tests shows it
         last=last,
-        stopped=stopped,
     )
 
 
@@ -38,7 +37,9 @@ def steps_seen(hook_options: dict, total: int = 7, stop_at: int | None = None) -
     seen: list[int] = []
     hook = Every(action=lambda r: seen.append(r.step), **hook_options)
     for step in range(1, (stop_at or total) + 1):
-        hook(result(step, last=step == total, stopped=step == stop_at))
+        hook(result(step, last=step == total))
+    if stop_at:
+        hook.stop(result(stop_at))
     return seen
 
 
@@ -48,6 +49,7 @@ def test_when_an_action_is_due():
     assert steps_seen({"steps": 0}) == [7]
     assert steps_seen({"steps": 3}, stop_at=5) == [3]
     assert steps_seen({"steps": 3, "on_stop": True}, stop_at=5) == [3, 5]
+    assert steps_seen({"steps": 3, "on_stop": True}, stop_at=6) == [3, 6]
 
 
 def test_a_run_ends_after_too_many_skipped_steps_in_a_row():
