@@ -20,7 +20,8 @@ setup(
     package_dir={"pause_megatron.ds_configs": "ds_configs"},
     package_data={
         "pause_megatron": ["recipes/*.yaml", "recipes/experiments/*.yaml", "tasks/*.yaml"],
-        "pause_megatron.experiment": ["*.yaml", "*.sbatch", "report/*.css"],
+        "pause_megatron.experiment": ["*.yaml", "report/*.css"],
+        "pause_megatron.slurm": ["*.sbatch"],
         "pause_megatron.ds_configs": ["*.json"],
     },
     install_requires=[

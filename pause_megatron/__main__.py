@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
-from pause_megatron.cli import main
+# `deepspeed --launcher slurm` runs this folder as a script: its modules must not stand in for others of their names.
+if sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
+    sys.path[0] = os.path.dirname(sys.path[0])
+
+from pause_megatron.cli import main  # noqa: E402
 
 sys.exit(main())

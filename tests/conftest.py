@@ -21,8 +21,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        # Under pytest-xdist a file stays on one worker, and so do all files that share the pools of ranks.
-        group = "ranks" if hasattr(item.module, "run_on_ranks") else item.path.as_posix()
+        # Under pytest-xdist a file stays on one worker, and so do all files that share rank pools or a cluster.
+        shared = {"run_on_ranks": "ranks", "Cluster": "slurm"}
+        group = next((group for name, group in shared.items() if hasattr(item.module, name)), item.path.as_posix())
         item.add_marker(pytest.mark.xdist_group(group))
     if config.getoption("--full"):
         return

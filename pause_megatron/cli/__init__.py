@@ -23,6 +23,7 @@ VERBS = {
     "generate": "continue prompts with pauses in the prefill, never in the text",
     "evaluate": "score a model on tasks, over numbers of pauses; interrupted, it goes on where it was",
     "experiment": "run a grid of pretraining, finetuning and evaluation; report it beside the paper",
+    "launch": "write or submit the SLURM job of a run, after checks",
     "plot": "draw the loss curves of runs as a PNG",
     "plan": "say what a run needs and takes on a cluster: memory, communication, days, GPU-hours",
     "doctor": "say what this machine has, what works, and what is missing",

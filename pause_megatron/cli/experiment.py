@@ -99,7 +99,8 @@ def _planned(args: argparse.Namespace) -> tuple[Grid, Plan]:
 
 def _status(args: argparse.Namespace) -> int:
     from pause_megatron.experiment.folder import counts, read_plan, state_of
-    from pause_megatron.experiment.slurm import job_in_queue, queued_jobs
+    from pause_megatron.experiment.slurm import job_in_queue
+    from pause_megatron.slurm.commands import queued_jobs
 
     directory = _directory(args)
     folders = [directory / "cells" / name for name in read_plan(directory)["cells"]]
@@ -142,7 +143,7 @@ def _directory(args: argparse.Namespace) -> Path:
 
 
 def _stop_on_signals():
-    """A Stop that SIGINT and SIGTERM ask."""
+    """A Stop that SIGINT, SIGTERM and SIGUSR2 ask."""
     from pause_megatron.experiment.execute import Stop
 
     stop = Stop()
@@ -155,6 +156,7 @@ def _stop_on_signals():
 
     signal.signal(signal.SIGINT, ask)
     signal.signal(signal.SIGTERM, ask)
+    signal.signal(signal.SIGUSR2, ask)  # what job scripts send
     return stop
 
 

@@ -4,32 +4,17 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
-import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from pause_megatron.durable import write_whole
-from pause_megatron.errors import ConfigError, PauseMegatronError
+from pause_megatron.errors import ConfigError
 from pause_megatron.experiment.cell import VERSION, read_json, write_json
 from pause_megatron.experiment.folder import TRAINING, Placed
-
-# A job in one of these states will not run any more.
-ENDED = {
-    "COMPLETED",
-    "FAILED",
-    "CANCELLED",
-    "TIMEOUT",
-    "NODE_FAIL",
-    "BOOT_FAIL",
-    "DEADLINE",
-    "OUT_OF_MEMORY",
-    "REVOKED",
-}
-
-TEMPLATE = Path(__file__).resolve().parent / "job.sbatch"
+from pause_megatron.slurm.commands import installed, output_of, queued_jobs
+from pause_megatron.slurm.script import SIGNAL_SECONDS, TEMPLATE, common_directives, directive_lines, fill
 
 
 @dataclass(frozen=True)
@@ -62,7 +47,7 @@ def submit(directory: Path, placed: Mapping[str, Placed], options: JobOptions, s
     Raises:
         ConfigError: no sbatch here, or ranks that do not spread over the nodes. PauseMegatronError: SLURM refuses.
     """
-    if shutil.which("sbatch") is None:
+    if not installed():
         raise ConfigError("--slurm: expected sbatch on PATH; leave --slurm out to run the cells on this machine")
     queue = queued_jobs()
     jobs: dict[str, str] = {}
@@ -85,20 +70,6 @@ def submit(directory: Path, placed: Mapping[str, Placed], options: JobOptions, s
     return 0
 
 
-def queued_jobs() -> dict[str, str]:
-    """Number and name of every job of this user that has not ended; empty where there is no SLURM.
-
-    Raises:
-        PauseMegatronError: squeue fails.
-    """
-    if shutil.which("squeue") is None:
-        return {}
-    # All states: between its run and the queue a requeued job is in none of those that squeue shows by itself.
-    lines = _slurm(["squeue", "--noheader", "--me", "--states=all", "--format=%i %T %j"]).splitlines()
-    jobs = (line.split(maxsplit=2) for line in lines if line.strip())
-    return {number: name for number, state, name in jobs if state not in ENDED}
-
-
 def job_in_queue(folder: Path, queue: Mapping[str, str]) -> str | None:
     """The number of a cell's job if it has not ended. (Numbers are given anew one day: the name is compared too.)"""
     record = read_json(folder / "job.json", missing_ok=True)
@@ -117,21 +88,25 @@ def render(folder: Path, verb: str, ranks: int, options: JobOptions) -> str:
     nodes = options.nodes if verb in TRAINING else 1
     if ranks % nodes:
         raise ConfigError(f"--nodes: expected a divisor of --ranks ({ranks}), came {nodes}")
-    lines = {"partition": options.partition, "time": options.time, "gpus-per-task": options.gpus}
-    extra = [f"--{name}={value}" for name, value in lines.items() if value is not None]
-    values = {
-        "NAME": folder.name,
-        "FOLDER": shlex.quote(str(folder)),
-        "NODES": str(nodes),
-        "TASKS_PER_NODE": str(ranks // nodes),
-        "OPTIONS": "".join(f"#SBATCH {line}\n" for line in (*extra, *options.lines)),
-        "DIRECTORY": shlex.quote(os.getcwd()),
-        "PYTHON": shlex.quote(sys.executable),
-    }
-    text = TEMPLATE.read_text(encoding="utf-8")
-    for name, value in values.items():
-        text = text.replace(f"@{name}@", value)
-    return text
+    wanted = {"partition": options.partition, "time": options.time, "gpus-per-task": options.gpus}
+    directives = [
+        f"--job-name={folder.name}",
+        f"--output={shlex.quote(str(folder / 'job.txt'))}",
+        f"--nodes={nodes}",
+        f"--ntasks-per-node={ranks // nodes}",
+        *common_directives(SIGNAL_SECONDS),
+        "--kill-on-invalid-dep=yes",
+        *(f"--{name}={value}" for name, value in wanted.items() if value is not None),
+        *options.lines,
+    ]
+    return fill(
+        TEMPLATE,
+        ABOUT="One cell of an experiment, as `pause-megatron experiment run --slurm` submits it.",
+        DIRECTIVES=directive_lines(directives),
+        SETUP=f"cd {shlex.quote(os.getcwd())}",
+        PROGRAM=f"{shlex.quote(sys.executable)} -m pause_megatron experiment cell {shlex.quote(str(folder))}",
+        FORWARD="kill -USR2 $program",
+    )
 
 
 def _submit_one(entry: Placed, options: JobOptions, before: str | None) -> str:
@@ -140,14 +115,6 @@ def _submit_one(entry: Placed, options: JobOptions, before: str | None) -> str:
     script = entry.folder / "job.sbatch"
     write_whole(script, render(entry.folder, record["verb"], record["ranks"], options).encode())
     dependency = [f"--dependency=afterok:{before}"] if before else []
-    job = _slurm(["sbatch", "--parsable", *dependency, str(script)]).strip().partition(";")[0]
+    job = output_of(["sbatch", "--parsable", *dependency, str(script)]).strip().partition(";")[0]
     write_json(entry.folder / "job.json", {"version": VERSION, "job": job})
     return job
-
-
-def _slurm(command: Sequence[str]) -> str:
-    """What a command of SLURM prints."""
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise PauseMegatronError(f"{command[0]}: {done.stderr.strip() or f'exit code {done.returncode}'}")
-    return done.stdout

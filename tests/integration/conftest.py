@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from slurm_cluster import Cluster, slurm_cluster
 
 from pause_megatron.cli import main
 
@@ -30,3 +32,10 @@ def corpus(shards: Path) -> str:
     assert main(["train-tokenizer", "--input", one, "--vocab-size", "1000", "--output", tokenizer]) == 0
     assert main(["prepare", "--input", one, "--tokenizer", tokenizer, "--output", prefix]) == 0
     return prefix
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A real SLURM cluster of two nodes on this machine."""
+    with slurm_cluster(tmp_path_factory.mktemp("slurm")) as running:
+        yield running

@@ -1,0 +1,163 @@
+"""`pause-megatron launch`: a run as a SLURM job, checked before it waits in the queue. No torch."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pause_megatron.errors import ConfigError, PauseMegatronError
+
+if TYPE_CHECKING:
+    from pause_megatron.config.schema import RunConfig
+    from pause_megatron.slurm.script import TrainingJob
+
+HELP = "write or submit the SLURM job of a run, after checks"
+
+# Until the first step: imports, process groups, index caches.
+_START_UP_SECONDS = 300
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    parser.epilog = (
+        "examples:\n"
+        "  pause-megatron launch --recipe c4-1b-pause --nodes 16 --time 24:00:00 data.prefix=c4/en > job.sbatch\n"
+        "  pause-megatron launch --recipe c4-1b-pause --nodes 16 --time 24:00:00 data.prefix=c4/en --submit"
+    )
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--recipe", metavar="NAME", help="a recipe that ships; a finetuning's makes a finetuning")
+    source.add_argument("--config", metavar="FILE", help="a YAML file, for example a run's own config.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys on top, for example optim.lr=3e-4")
+    job = parser.add_argument_group("the job")
+    job.add_argument("--nodes", type=_count, default=1, metavar="N", help="machines (default: 1)")
+    job.add_argument("--gpus-per-node", type=_count_or_none, default=8, metavar="N", help="default: 8; 0: on CPUs")
+    job.add_argument("--tasks-per-node", type=_count, metavar="N", help="ranks of a node; default: one for each GPU")
+    job.add_argument("--partition", metavar="P", help="default: the site's")
+    job.add_argument("--time", metavar="T", help="time limit, for example 24:00:00; default: the partition's")
+    job.add_argument("--name", metavar="NAME", help="default: the verb")
+    job.add_argument("--sbatch", action="append", default=[], metavar="LINE", help="a further #SBATCH line; repeatable")
+    start = parser.add_argument_group("how ranks start")
+    start.add_argument(
+        "--launcher",
+        default="srun",
+        metavar="HOW",
+        help="srun: a task for each rank (default); torchrun: a task for each node; deepspeed: DeepSpeed's, over srun",
+    )
+    start.add_argument("--hostfile", metavar="FILE", help="DeepSpeed's: is checked against the job's nodes and ranks")
+    start.add_argument("--container", metavar="KIND:IMAGE", help="pyxis:IMAGE or apptainer:IMAGE")
+    start.add_argument("--template", metavar="FILE", help="the site's own pause_megatron/slurm/job.sbatch")
+    end = parser.add_mutually_exclusive_group()
+    end.add_argument("--dry-run", action="store_true", help="check, print the script, and stop (the default)")
+    end.add_argument("--submit", action="store_true", help="check, and hand the script to sbatch")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check what can be known, then print or submit."""
+    from pause_megatron.config import batch_plan, deepspeed_config, load
+    from pause_megatron.slurm import commands
+    from pause_megatron.slurm.script import TEMPLATE, render_training
+
+    config = load(args.config, recipe=args.recipe, overrides=args.overrides)
+    job = _job(args, config)
+    plan = batch_plan(config, job.nodes * job.tasks_per_node)
+    deepspeed_config(config, data_parallel=plan.data_parallel)
+    _check_time(job, config)
+    _check_site(args, job)
+    for warning in _warnings(job, config):
+        _say(f"warning: {warning}")
+    script = render_training(job, Path(args.template) if args.template else TEMPLATE)
+    if not args.submit:
+        print(script, end="")
+        return 0
+    if not commands.installed():
+        raise ConfigError("--submit: expected sbatch on PATH, found none; leave --submit out to write the script")
+    number = commands.submit_script(script)
+    _say(f"job {number}: {plan.world_size} ranks on {job.nodes} nodes, run folder {config.run.dir}")
+    return 0
+
+
+def _job(args: argparse.Namespace, config: RunConfig) -> TrainingJob:
+    from pause_megatron.slurm.script import SIGNAL_SECONDS, TrainingJob
+
+    tasks = args.tasks_per_node or args.gpus_per_node
+    if not tasks:
+        raise ConfigError("--tasks-per-node: expected the ranks of a node, as --gpus-per-node is 0; came none")
+    if args.gpus_per_node and tasks != args.gpus_per_node:
+        raise ConfigError(f"--tasks-per-node: expected a rank for each of {args.gpus_per_node} GPUs, came {tasks}")
+    source = ["--recipe", args.recipe] if args.recipe else ["--config", args.config] if args.config else []
+    return TrainingJob(
+        verb="pretrain" if config.task.name is None else "finetune",
+        arguments=(*source, *args.overrides),
+        nodes=args.nodes,
+        tasks_per_node=tasks,
+        gpus_per_node=args.gpus_per_node,
+        launcher=args.launcher,
+        name=args.name,
+        partition=args.partition,
+        time=args.time,
+        container=args.container,
+        signal_seconds=config.checkpoint.before_end_seconds or SIGNAL_SECONDS,
+        lines=tuple(args.sbatch),
+    )
+
+
+def _check_time(job: TrainingJob, config: RunConfig) -> None:
+    """A job must have time for its start, a step, and the save before its end."""
+    from pause_megatron.slurm.site import seconds_of
+
+    seconds = seconds_of(job.time) if job.time else None
+    needed = config.checkpoint.before_end_seconds + _START_UP_SECONDS
+    if seconds is not None and seconds < needed:
+        raise ConfigError(
+            f"--time {job.time}: expected at least {needed} s: {_START_UP_SECONDS} s until the first step, and "
+            f"checkpoint.before_end_seconds={config.checkpoint.before_end_seconds} for the last step and its save"
+        )
+
+
+def _check_site(args: argparse.Namespace, job: TrainingJob) -> None:
+    """Against sinfo, where this is a cluster."""
+    from pause_megatron.slurm.site import check_hostfile, check_partition, partitions, seconds_of
+
+    if args.hostfile:
+        if job.launcher != "deepspeed":
+            raise ConfigError(f"--hostfile: belongs to --launcher deepspeed; {job.launcher} needs none")
+        check_hostfile(Path(args.hostfile), nodes=job.nodes, tasks_per_node=job.tasks_per_node)
+    try:
+        known = partitions()
+    except PauseMegatronError as error:
+        if args.submit:
+            raise
+        _say(f"the partition is not checked: {str(error).splitlines()[0]}")
+        return
+    seconds = seconds_of(job.time) if job.time else None
+    check_partition(known, job.partition, nodes=job.nodes, gpus_per_node=job.gpus_per_node, seconds=seconds)
+
+
+def _warnings(job: TrainingJob, config: RunConfig) -> list[str]:
+    tensor, found = config.parallel.tensor, []
+    if job.tasks_per_node % tensor:
+        found.append(
+            f"parallel.tensor={tensor} does not divide the {job.tasks_per_node} ranks of a node: tensor-parallel ranks "
+            "on two machines wait for the network in every layer"
+        )
+    if not config.checkpoint.every:
+        found.append("checkpoint.every=0: a node that fails loses everything since the last stop")
+    return found
+
+
+def _say(text: str) -> None:
+    print(f"pause-megatron launch: {text}", file=sys.stderr, flush=True)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer >= 1, came {text!r}")
+    return int(text)
+
+
+def _count_or_none(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected an integer >= 0, came {text!r}")
+    return int(text)

@@ -1,0 +1,211 @@
+"""Job scripts from one template: `launch`, the files in launchers/ and the cells of an experiment."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pause_megatron.errors import ConfigError
+
+TEMPLATE = Path(__file__).resolve().parent / "job.sbatch"
+SIGNAL_SECONDS = 300
+_MARKS = ("ABOUT", "DIRECTIVES", "SETUP", "PROGRAM", "FORWARD")
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """A run as a SLURM job.
+
+    Attributes:
+        verb: pretrain or finetune
+        arguments: of the verb; None: those that sbatch is given behind the script
+        nodes, tasks_per_node: ranks
+        gpus_per_node: 0: none are asked for
+        launcher: one of `LAUNCHERS`
+        name: of the job; default: the verb
+        partition, time: as sbatch takes them; None: the site's default
+        container: "pyxis:IMAGE" or "apptainer:IMAGE"; None: none
+        signal_seconds: before the time limit at which SLURM sends SIGUSR2
+        lines: further `#SBATCH` lines, without that word
+    """
+
+    verb: str
+    arguments: tuple[str, ...] | None = None
+    nodes: int = 1
+    tasks_per_node: int = 8
+    gpus_per_node: int = 8
+    launcher: str = "srun"
+    name: str | None = None
+    partition: str | None = None
+    time: str | None = None
+    container: str | None = None
+    signal_seconds: int = SIGNAL_SECONDS
+    lines: tuple[str, ...] = ()
+
+
+def render_training(job: TrainingJob, template: Path = TEMPLATE) -> str:
+    """The job script of a run.
+
+    Args:
+        template: a site's own, with the same marks
+
+    Raises:
+        ConfigError: an unknown launcher or container, or a template that lacks a mark.
+    """
+    if job.launcher not in LAUNCHERS:
+        raise ConfigError(f"--launcher: expected one of {', '.join(LAUNCHERS)}, came {job.launcher!r}")
+    directives = [
+        f"--job-name={job.name or job.verb}",
+        *([f"--partition={job.partition}"] if job.partition else []),
+        f"--nodes={job.nodes}",
+        f"--ntasks-per-node={job.tasks_per_node}",
+        *([f"--gpus-per-node={job.gpus_per_node}"] if job.gpus_per_node else []),
+        *([f"--time={job.time}"] if job.time else []),
+        "--output=%x-%j.txt",
+        *common_directives(job.signal_seconds),
+        *job.lines,
+    ]
+    return fill(
+        template,
+        ABOUT=_about(job),
+        DIRECTIVES=directive_lines(directives),
+        SETUP=_SETUP,
+        PROGRAM=LAUNCHERS[job.launcher](job),
+        FORWARD='scancel --signal=USR2 "$SLURM_JOB_ID"',
+    )
+
+
+def render_experiment(template: Path = TEMPLATE) -> str:
+    """The job script of a whole experiment on one node, which takes the words of `pause-megatron experiment run`."""
+    example = "--recipe tiny data.prefix=english --jobs 4"
+    return fill(
+        template,
+        ABOUT=f"A grid of runs as one SLURM job of one node: sbatch launchers/experiment.sbatch {example}",
+        DIRECTIVES=directive_lines(
+            [
+                *("--job-name=experiment", "--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=8", "--exclusive"),
+                *("--output=%x-%j.txt", *common_directives(SIGNAL_SECONDS)),
+            ]
+        ),
+        SETUP=_SITE,
+        PROGRAM='python -m pause_megatron experiment run "$@"',
+        FORWARD="kill -USR2 $program",
+    )
+
+
+def common_directives(signal_seconds: int) -> list[str]:
+    """What every job of ours says: append to its output, be requeued, be told before the time limit."""
+    return ["--open-mode=append", "--requeue", f"--signal=B:USR2@{signal_seconds}"]
+
+
+def directive_lines(directives: Sequence[str]) -> str:
+    """`#SBATCH` lines."""
+    return "\n".join(f"#SBATCH {line}" for line in directives)
+
+
+def fill(template: Path, **values: str) -> str:
+    """The template with each @MARK@ replaced.
+
+    Raises:
+        ConfigError: it cannot be read, or lacks one of the marks.
+    """
+    try:
+        text = template.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{template}: expected a template of a job script: {error.strerror}") from None
+    missing = [f"@{mark}@" for mark in _MARKS if f"@{mark}@" not in text]
+    if missing:
+        raise ConfigError(f"{template}: expected the marks of {TEMPLATE.name}, {', '.join(missing)} not there")
+    for mark, value in values.items():
+        text = text.replace(f"@{mark}@", value)
+    return text
+
+
+_SITE = """
+# The site's own: how the software gets here, and its network. The rest of the script needs no change.
+# module load cuda
+# source .venv/bin/activate
+# export NCCL_SOCKET_IFNAME=ib0 NCCL_IB_HCA=mlx5"""
+
+_SETUP = (
+    _SITE
+    + """
+
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} CUDA_DEVICE_MAX_CONNECTIONS=1 PYTORCH_ALLOC_CONF=expandable_segments:True
+export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+export MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
+logs=logs/$SLURM_JOB_NAME-$SLURM_JOB_ID # a file for each rank
+mkdir -p "$logs"
+echo "start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, logs in $PWD/$logs\""""
+)
+
+
+def _about(job: TrainingJob) -> str:
+    what = {"pretrain": "Pause-pretraining", "finetune": "Pause-finetuning"}[job.verb]
+    if job.arguments is not None:
+        return f"{what} as a SLURM job."
+    example = {"pretrain": "c4-1b-pause data.prefix=c4/en", "finetune": "finetune-gsm8k model.from=runs/c4-1b-pause"}
+    return f"{what} as a SLURM job: sbatch launchers/{job.verb}.sbatch --recipe {example[job.verb]}"
+
+
+def _arguments(job: TrainingJob) -> str:
+    return '"$@"' if job.arguments is None else shlex.join(job.arguments)
+
+
+def _contained(job: TrainingJob) -> tuple[str, str]:
+    """Options of srun, and what stands before the program, for a container."""
+    if job.container is None:
+        return "", ""
+    kind, _, image = job.container.partition(":")
+    if kind == "pyxis" and image:
+        mounts = '--container-mounts="$PWD" --container-workdir="$PWD"'
+        return f" \\\n    --container-image={shlex.quote(image)} {mounts}", ""
+    if kind == "apptainer" and image:
+        nv = " --nv" if job.gpus_per_node else ""
+        return "", f'apptainer exec{nv} --bind "$PWD" {shlex.quote(image)} '
+    raise ConfigError(f"--container: expected pyxis:IMAGE or apptainer:IMAGE, came {job.container!r}")
+
+
+def _srun(job: TrainingJob) -> str:
+    """A task for each rank."""
+    options, before = _contained(job)
+    return (
+        f'srun --kill-on-bad-exit=1 --open-mode=append --output="$logs/rank-%4t.txt"{options} \\\n'
+        f"    {before}python -m pause_megatron {job.verb} {_arguments(job)}"
+    )
+
+
+def _torchrun(job: TrainingJob) -> str:
+    """A task for each node. SIGUSR2 would end torchrun and its ranks: the ranks alone handle what it ignores."""
+    options, before = _contained(job)
+    inner = (
+        f'trap "" USR2; exec {before}python -m pause_megatron.distributed.torchrun --nnodes=$SLURM_JOB_NUM_NODES '
+        f"--node-rank=$SLURM_NODEID --nproc-per-node={job.tasks_per_node} --master-addr=$MASTER_ADDR "
+        f'--master-port=$MASTER_PORT -m pause_megatron {job.verb} "$@"'
+    )
+    return (
+        "srun --ntasks-per-node=1 --kill-on-bad-exit=1 --open-mode=append "
+        f'--output="$logs/node-%4n.txt"{options} \\\n'
+        f"    bash -c '{inner}' \\\n    torchrun {_arguments(job)}"
+    )
+
+
+def _deepspeed(job: TrainingJob) -> str:
+    """DeepSpeed's own launcher over srun. It runs a file, not a module: the package's folder is one."""
+    if job.container is not None:
+        raise ConfigError(
+            "--container: not with --launcher deepspeed, which starts python itself; use srun or torchrun"
+        )
+    srun = f"--ntasks-per-node={job.tasks_per_node} --kill-on-bad-exit=1 --open-mode=append --output=$logs/rank-%4t.txt"
+    return (
+        f'scontrol show hostnames | sed "s/$/ slots={job.tasks_per_node}/" >"$logs/hostfile"\n'
+        'package=$(python -c "import pause_megatron; print(pause_megatron.__path__[0])")\n'
+        'deepspeed --hostfile "$logs/hostfile" --launcher slurm --no_ssh_check --master_addr "$MASTER_ADDR" \\\n'
+        f'    --launcher_args="{srun}" \\\n'
+        f'    "$package" {job.verb} {_arguments(job)}'
+    )
+
+
+LAUNCHERS: dict[str, Callable[[TrainingJob], str]] = {"srun": _srun, "torchrun": _torchrun, "deepspeed": _deepspeed}

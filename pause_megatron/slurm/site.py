@@ -1,0 +1,143 @@
+"""What a cluster says about itself, and what a job asks of it that it does not have."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from pause_megatron.config.spelling import nearest
+from pause_megatron.errors import ConfigError
+from pause_megatron.slurm.commands import output_of
+
+
+@dataclass(frozen=True)
+class Partition:
+    """A partition as sinfo shows it.
+
+    Attributes:
+        name: without the mark of the default one
+        default: whether jobs go there that name none
+        gpus: most of a node; 0: none
+        nodes: of the partition
+        limit_seconds: longest job; None: no limit
+    """
+
+    name: str
+    default: bool
+    gpus: int
+    nodes: int
+    limit_seconds: int | None
+
+
+def partitions() -> dict[str, Partition]:
+    """The partitions of this cluster, by name.
+
+    Raises:
+        PauseMegatronError: sinfo fails.
+    """
+    return parse_partitions(output_of(["sinfo", "--noheader", "--format=%P|%G|%D|%l"]))
+
+
+def parse_partitions(text: str) -> dict[str, Partition]:
+    """From lines of `NAME[*]|GRES|NODES|LIMIT`; a partition has a line for each kind of node."""
+    found: dict[str, Partition] = {}
+    for line in text.splitlines():
+        name, gres, nodes, limit = line.strip().split("|")
+        plain = name.rstrip("*")
+        before = found.get(plain)
+        counts = [int(count or 1) for count in re.findall(r"\bgpu(?::[^:,(]*[^:,(\d][^:,(]*)?(?::(\d+))?", gres)]
+        found[plain] = Partition(
+            plain,
+            name.endswith("*"),
+            max([*counts, before.gpus if before else 0], default=0),
+            int(nodes) + (before.nodes if before else 0),
+            seconds_of(limit),
+        )
+    return found
+
+
+def seconds_of(text: str) -> int | None:
+    """Seconds of a time as SLURM writes it: MINUTES, MINUTES:SECONDS, HOURS:MINUTES:SECONDS, or these behind DAYS-.
+
+    Returns:
+        None: no limit.
+
+    Raises:
+        ConfigError: it is no time.
+    """
+    if text.strip().lower() in ("infinite", "unlimited"):
+        return None
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text.strip())
+    if match is None:
+        raise ConfigError(
+            f"--time: expected MINUTES, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS, came {text!r}"
+        )
+    days, *rest = match.groups()
+    parts = [int(part) for part in rest if part is not None]
+    if days is not None:  # the days are followed by hours
+        parts += [0] * (3 - len(parts))
+        return ((int(days) * 24 + parts[0]) * 60 + parts[1]) * 60 + parts[2]
+    if len(parts) == 3:
+        return (parts[0] * 60 + parts[1]) * 60 + parts[2]
+    return parts[0] * 60 + (parts[1] if len(parts) == 2 else 0)
+
+
+def check_partition(
+    known: dict[str, Partition], name: str | None, *, nodes: int, gpus_per_node: int, seconds: int | None
+) -> None:
+    """Refuse what the partition does not have.
+
+    Args:
+        known: see `partitions`
+        name: None: the default one
+        seconds: time limit of the job; None: the partition's own
+
+    Raises:
+        ConfigError: no such partition, or it has no (or too few) GPUs or nodes, or a shorter limit.
+    """
+    partition = known.get(name) if name else next((entry for entry in known.values() if entry.default), None)
+    if partition is None:
+        came = f"came {name!r}{nearest(name, known)}" if name else "came none, and the cluster has no default"
+        raise ConfigError(f"--partition: expected one of {', '.join(sorted(known)) or '(sinfo shows none)'}; {came}")
+    if gpus_per_node and not partition.gpus:
+        raise ConfigError(
+            f"--partition {partition.name}: expected nodes with GPUs, sinfo shows none there. Name another partition, "
+            "or give --gpus-per-node 0 --tasks-per-node N for a run on CPUs"
+        )
+    if gpus_per_node > partition.gpus:
+        raise ConfigError(
+            f"--gpus-per-node: expected at most {partition.gpus} in partition {partition.name}, came {gpus_per_node}"
+        )
+    if nodes > partition.nodes:
+        raise ConfigError(f"--nodes: expected at most {partition.nodes} in partition {partition.name}, came {nodes}")
+    if seconds and partition.limit_seconds and seconds > partition.limit_seconds:
+        raise ConfigError(
+            f"--time: expected at most {partition.limit_seconds} s in partition {partition.name}, came {seconds} s"
+        )
+
+
+def check_hostfile(path: Path, *, nodes: int, tasks_per_node: int) -> None:
+    """Refuse a DeepSpeed hostfile that is not of this allocation.
+
+    Raises:
+        ConfigError: it cannot be read, a line is wrong, or hosts or slots differ.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ConfigError(f"--hostfile {path}: {error.strerror}") from None
+    slots: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        if not (line := line.partition("#")[0].strip()):
+            continue
+        match = re.fullmatch(r"(\S+)\s+slots=(\d+)", line)
+        if match is None or match[1] in slots:
+            raise ConfigError(f"{path}:{number}: expected 'HOST slots=N', each host once, came {line!r}")
+        slots[match[1]] = int(match[2])
+    wrong = {host: count for host, count in slots.items() if count != tasks_per_node}
+    if len(slots) != nodes or wrong:
+        came = f"{len(slots)} hosts" + "".join(f", {host} with {count}" for host, count in list(wrong.items())[:3])
+        raise ConfigError(
+            f"--hostfile {path}: expected {nodes} hosts with {tasks_per_node} slots each, as the job has, came {came}"
+        )

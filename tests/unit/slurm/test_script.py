@@ -1,0 +1,87 @@
+"""Job scripts: what launchers/ ships is what the template gives, for every launcher and container."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from pause_megatron.cli import main
+from pause_megatron.errors import ConfigError
+from pause_megatron.slurm.script import LAUNCHERS, TEMPLATE, TrainingJob, render_experiment, render_training
+
+LAUNCHER_FILES = Path(__file__).resolve().parents[3] / "launchers"
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "finetune", "experiment"])
+def test_the_shipped_scripts_are_what_the_template_gives(verb):
+    expected = render_experiment() if verb == "experiment" else render_training(TrainingJob(verb))
+    path = LAUNCHER_FILES / f"{verb}.sbatch"
+    assert path.read_text() == expected
+    assert path.stat().st_mode & 0o111
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("container", [None, "pyxis:nvcr.io#nvidia/pytorch:25.01-py3", "apptainer:/images/a b.sif"])
+def test_every_script_is_bash_and_asks_for_its_ranks(launcher, container):
+    job = TrainingJob("pretrain", ("data.prefix=a b",), nodes=3, tasks_per_node=4, gpus_per_node=4, launcher=launcher)
+    job = TrainingJob(
+        **{**vars(job), "container": container, "partition": "p", "time": "1:00:00", "lines": ("--mem=0",)}
+    )
+    if launcher == "deepspeed" and container:
+        with pytest.raises(ConfigError, match="not with --launcher deepspeed"):
+            render_training(job)
+        return
+    script = render_training(job)
+    subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+    for directive in (
+        "nodes=3",
+        "ntasks-per-node=4",
+        "gpus-per-node=4",
+        "partition=p",
+        "time=1:00:00",
+        "mem=0",
+        "requeue",
+    ):
+        assert f"#SBATCH --{directive}\n" in script
+    assert "'data.prefix=a b'" in script
+    assert ("--container-image='nvcr.io#nvidia/pytorch:25.01-py3'" in script) == (container or "").startswith("pyxis")
+    assert ("apptainer exec --nv" in script) == (container or "").startswith("apptainer")
+
+
+def test_a_site_keeps_a_template_of_its_own(tmp_path, capsys):
+    own = tmp_path / "site.sbatch"
+    own.write_text(TEMPLATE.read_text().replace("set -uo pipefail", "set -uo pipefail\nmodule load cuda/12"))
+    command = ["launch", "--recipe", "tiny-pause", "--gpus-per-node", "2", "--template", str(own)]
+    assert main(command) == 0
+    assert "\nmodule load cuda/12\n" in capsys.readouterr().out
+    own.write_text("#!/bin/bash\n@PROGRAM@\n")
+    assert main(command) == 2
+    assert (
+        "expected the marks of job.sbatch, @ABOUT@, @DIRECTIVES@, @SETUP@, @FORWARD@ not there"
+        in capsys.readouterr().err
+    )
+
+
+def test_launch_refuses_what_cannot_run_and_warns_of_what_is_slow(tmp_path, capsys):
+    hosts = tmp_path / "hostfile"
+    hosts.write_text("n1 slots=8\nn2 slots=4\n")
+    base = ["launch", "--recipe", "c4-1b-pause", "--nodes", "2"]
+    for options, message in (
+        (["--time", "9:00"], "--time 9:00: expected at least 600 s"),
+        (["--time", "soon"], "--time: expected MINUTES"),
+        (["--launcher", "mpi"], "--launcher: expected one of srun, torchrun, deepspeed, came 'mpi'"),
+        (["--container", "docker:x"], "--container: expected pyxis:IMAGE or apptainer:IMAGE"),
+        (["--gpus-per-node", "0"], "--tasks-per-node: expected the ranks of a node"),
+        (["--tasks-per-node", "3"], "--tasks-per-node: expected a rank for each of 8 GPUs, came 3"),
+        (["--hostfile", str(hosts)], "--hostfile: belongs to --launcher deepspeed"),
+        (["--hostfile", str(hosts), "--launcher", "deepspeed"], "expected 2 hosts with 8 slots each"),
+        (["parallel.tensor=3"], "parallel.tensor"),
+    ):
+        assert main([*base, *options]) == 2, options
+        assert message in capsys.readouterr().err
+    assert main([*base, "parallel.tensor=16"]) == 0
+    assert "warning: parallel.tensor=16 does not divide the 8 ranks of a node" in capsys.readouterr().err
+    assert main([*base, "checkpoint.before_end_seconds=900", "--time", "2:00:00"]) == 0
+    assert "#SBATCH --signal=B:USR2@900\n" in capsys.readouterr().out

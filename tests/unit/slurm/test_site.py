@@ -1,0 +1,82 @@
+"""What sinfo, a time limit and a hostfile say."""
+
+from __future__ import annotations
+
+import pytest
+
+from pause_megatron.errors import ConfigError
+from pause_megatron.slurm.site import check_hostfile, check_partition, parse_partitions, seconds_of
+
+SINFO = """\
+cpu*|(null)|10|infinite
+gpu|gpu:a100:4(S:0-1),lustre:1|6|2-00:00:00
+gpu|gpu:h100:8|2|2-00:00:00
+debug|gpu:2|1|30:00
+"""
+
+
+def test_partitions():
+    known = parse_partitions(SINFO)
+    assert [(p.name, p.default, p.gpus, p.nodes, p.limit_seconds) for p in known.values()] == [
+        ("cpu", True, 0, 10, None),
+        ("gpu", False, 8, 8, 172800),
+        ("debug", False, 2, 1, 1800),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "message"),
+    [
+        ("gqu", {}, "expected one of cpu, debug, gpu; came 'gqu'. Did you mean 'gpu'?"),
+        (None, {}, "--partition cpu: expected nodes with GPUs"),
+        ("debug", {}, "--gpus-per-node: expected at most 2"),
+        ("debug", {"gpus_per_node": 2, "nodes": 2}, "--nodes: expected at most 1"),
+        ("gpu", {"seconds": 172801}, "--time: expected at most 172800 s"),
+    ],
+)
+def test_what_a_partition_does_not_have_is_refused(name, asked, message):
+    with pytest.raises(ConfigError) as error:
+        check_partition(parse_partitions(SINFO), name, **{"nodes": 1, "gpus_per_node": 8, "seconds": None, **asked})
+    assert message in str(error.value)
+
+
+def test_what_it_has_is_not():
+    known = parse_partitions(SINFO)
+    check_partition(known, "gpu", nodes=8, gpus_per_node=8, seconds=172800)
+    check_partition(known, None, nodes=10, gpus_per_node=0, seconds=10**9)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        *(("90", 5400), ("90:30", 5430), ("24:00:00", 86400), ("1-0", 86400), ("2-12:30", 217800)),
+        *(("1-00:00:01", 86401), ("UNLIMITED", None), ("infinite", None)),
+    ],
+)
+def test_times(text, seconds):
+    assert seconds_of(text) == seconds
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("n1 slots=2\n", "expected 2 hosts with 2 slots each, as the job has, came 1 hosts"),
+        ("n1 slots=2\nn2 slots=1\n", "came 2 hosts, n2 with 1"),
+        ("n1 slots=2\nn1 slots=2\n", "hostfile:2: expected 'HOST slots=N', each host once"),
+        ("n1\n", "hostfile:1: expected 'HOST slots=N'"),
+    ],
+)
+def test_a_hostfile_of_another_allocation_is_refused(tmp_path, content, message):
+    path = tmp_path / "hostfile"
+    path.write_text(content)
+    with pytest.raises(ConfigError) as error:
+        check_hostfile(path, nodes=2, tasks_per_node=2)
+    assert message in str(error.value)
+
+
+def test_a_hostfile_that_agrees(tmp_path):
+    path = tmp_path / "hostfile"
+    path.write_text("# ours\nn1 slots=2\n\nn2 slots=2  # the second\n")
+    check_hostfile(path, nodes=2, tasks_per_node=2)
+    with pytest.raises(ConfigError, match="No such file"):
+        check_hostfile(tmp_path / "none", nodes=2, tasks_per_node=2)
