@@ -7,7 +7,6 @@ import argparse
 from pause_megatron.cli.pretrain import (
     add_run_arguments,
     is_first_rank,
-    listen_to_signals,
     refuse_dry_run_options,
     silence_imports,
     world_size,
@@ -28,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check everything that can be checked without torch, then train."""
     from pause_megatron.config import batch_plan, deepspeed_config, dump, load
+    from pause_megatron.train.signals import listening_to_the_end
 
     config = load(args.config, recipe=args.recipe, overrides=args.overrides)
     if config.task.name is None:
@@ -46,8 +46,9 @@ def run(args: argparse.Namespace) -> int:
             print(describe_task(open_task(config), plan, engine))
         return 0
     refuse_dry_run_options(args, "world_size")
-    stop = listen_to_signals()
-    silence_imports()
-    from pause_megatron.train.finetune import finetune
+    # From here on SIGTERM and SIGUSR2 make the run save and stop: the imports take long enough to be hit.
+    with listening_to_the_end() as stop:
+        silence_imports()
+        from pause_megatron.train.finetune import finetune
 
-    return finetune(config, stop)
+        return finetune(config, stop)

@@ -6,12 +6,8 @@ import argparse
 import os
 import textwrap
 import warnings
-from typing import TYPE_CHECKING
 
 from pause_megatron.errors import ConfigError
-
-if TYPE_CHECKING:
-    from pause_megatron.train.signals import StopRequest
 
 HELP = "pretrain a model on windows with pauses"
 
@@ -44,6 +40,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, recipes: str) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check everything that can be checked without torch, then train."""
     from pause_megatron.config import batch_plan, deepspeed_config, dump, load
+    from pause_megatron.train.signals import listening_to_the_end
 
     config = load(args.config, recipe=args.recipe, overrides=args.overrides)
     if config.task.name is not None:
@@ -68,11 +65,12 @@ def run(args: argparse.Namespace) -> int:
         )
     if config.train.steps is None:
         raise ConfigError("train.steps or train.tokens: expected one of them, came neither")
-    stop = listen_to_signals()
-    silence_imports()
-    from pause_megatron.train.pretrain import pretrain
+    # From here on SIGTERM and SIGUSR2 make the run save and stop: the imports take long enough to be hit.
+    with listening_to_the_end() as stop:
+        silence_imports()
+        from pause_megatron.train.pretrain import pretrain
 
-    return pretrain(config, stop)
+        return pretrain(config, stop)
 
 
 def is_first_rank() -> bool:
@@ -92,13 +90,6 @@ def refuse_dry_run_options(args: argparse.Namespace, *options: str) -> None:
             raise ConfigError(
                 f"--{option.replace('_', '-')} belongs to --dry-run; a run takes it from its surroundings"
             )
-
-
-def listen_to_signals() -> StopRequest:
-    """From now on SIGTERM and SIGUSR2 make a run save and stop. The imports that follow take long enough to be hit."""
-    from pause_megatron.train.signals import StopRequest
-
-    return StopRequest().listen()
 
 
 def silence_imports() -> None:

@@ -30,15 +30,10 @@ class StopRequest:
         self._deadline: float | None = None
         self._before: dict[signal.Signals, object] = {}
 
-    def listen(self) -> StopRequest:
-        """Takes the signals from now on. A program that ends after the run never stops listening: a late signal must not
-        change its exit code.
-        """
+    def __enter__(self) -> StopRequest:
         for number in STOP_SIGNALS:
             self._before[number] = signal.signal(number, self._receive)
         return self
-
-    __enter__ = listen
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
@@ -69,6 +64,17 @@ class StopRequest:
             self.reason = signal.Signals(number).name
             # Not print: the signal may have come in the middle of one.
             os.write(2, f"{self.reason}: finishing the step, then saving\n".encode())
+
+
+@contextlib.contextmanager
+def listening_to_the_end() -> Iterator[StopRequest]:
+    """For a program that ends after the run. What comes later is ignored: it must not change the exit code."""
+    with StopRequest() as stop:
+        try:
+            yield stop
+        finally:
+            for number in STOP_SIGNALS:
+                stop._before[number] = signal.SIG_IGN
 
 
 def listening(stop: StopRequest | None) -> contextlib.AbstractContextManager[StopRequest]:

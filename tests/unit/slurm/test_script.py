@@ -11,6 +11,12 @@ from pause_megatron.cli import main
 from pause_megatron.errors import ConfigError
 from pause_megatron.slurm.script import LAUNCHERS, TEMPLATE, TrainingJob, render_experiment, render_training
 
+
+@pytest.fixture(autouse=True)
+def _no_cluster(monkeypatch):
+    monkeypatch.setenv("SLURM_CONF", "/nonexistent")
+
+
 LAUNCHER_FILES = Path(__file__).resolve().parents[3] / "launchers"
 
 
