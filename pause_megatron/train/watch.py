@@ -20,7 +20,7 @@ from pause_megatron.config.schema import RunConfig
 from pause_megatron.distributed import ParallelContext
 
 EXIT_HUNG = 76
-_SECONDS_TO_ASK = 5.0
+_MOST_SECONDS_BETWEEN_LOOKS = 5.0
 
 
 class HangWatch:
@@ -37,6 +37,7 @@ class HangWatch:
 
     def __init__(self, seconds: float, context: ParallelContext) -> None:
         self._seconds, self._context = seconds, context
+        self._between = min(seconds / 4, _MOST_SECONDS_BETWEEN_LOOKS)
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
         self._store = None
@@ -45,6 +46,7 @@ class HangWatch:
         self._last, self._what = time.monotonic(), "start"
         if self._seconds:
             self._store = _store()
+            self._sign_of_life()
             self._thread = threading.Thread(target=self._watch, name="hang watch", daemon=True)
             self._thread.start()
             self.beat("start")
@@ -60,10 +62,10 @@ class HangWatch:
         """The program goes on; `what` says with what."""
         self._last, self._what = time.monotonic(), what
         if self._seconds:
-            faulthandler.dump_traceback_later(self._seconds + 4 * _SECONDS_TO_ASK, exit=True, file=sys.__stderr__)
+            faulthandler.dump_traceback_later(self._seconds + 6 * self._between + 10, exit=True, file=sys.__stderr__)
 
     def _watch(self) -> None:
-        while not self._done.wait(min(self._seconds / 4, 30.0)):
+        while not self._done.wait(self._between):
             self._sign_of_life()
             if time.monotonic() - self._last > self._seconds:
                 self._end()
@@ -77,9 +79,10 @@ class HangWatch:
             flush=True,
         )
         faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
+        time.sleep(2 * self._between)  # an end breaks connections: the others print theirs first
         asking = threading.Thread(target=self._name_the_silent, daemon=True)  # the store may be what hangs
         asking.start()
-        asking.join(_SECONDS_TO_ASK)
+        asking.join(2 * self._between)
         os._exit(EXIT_HUNG)
 
     def _sign_of_life(self) -> None:
@@ -90,13 +93,14 @@ class HangWatch:
     def _name_the_silent(self) -> None:
         if self._store is None:
             return
-        time.sleep(min(self._seconds / 4, 1.0))  # others fire a little earlier or later, and still leave signs
+        self._sign_of_life()
         silent = []
         for rank in range(self._context.world_size):
             with contextlib.suppress(Exception):
                 seen, host = self._store.get(f"alive/{rank}").decode().split()
-                if time.time() - float(seen) > max(self._seconds / 2, 2.0):
-                    silent.append(f"{rank} (on {host}, last seen {time.time() - float(seen):.0f} s ago)")
+                age = time.time() - float(seen)
+                if age > self._seconds:  # those that look on and print leave signs more often
+                    silent.append(f"{rank} (on {host}, last seen {age:.0f} s ago)")
         if silent:
             print(f"ranks that do not answer at all: {', '.join(silent)}", file=sys.__stderr__, flush=True)
 

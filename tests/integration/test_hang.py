@@ -1,0 +1,79 @@
+"""A rank that hangs is found in the time that is set: stacks on every rank that can print, and no process goes on."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from forked_ranks import RANKS, _context, metrics, rank_main, run_config, start
+
+from pause_megatron.config.schema import RunConfig
+from pause_megatron.train.watch import EXIT_HUNG
+
+SECONDS = 10
+
+
+def watched(corpus: str, folder: Path) -> RunConfig:
+    config = run_config(corpus, folder, 1)
+    return config.model_copy(update={"run": config.run.model_copy(update={"hang_seconds": SECONDS})})
+
+
+def test_a_stopped_rank_is_named_and_the_others_end(corpus, tmp_path):
+    output = tmp_path / "log"
+    processes = start(watched(corpus, tmp_path), output)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "metrics.jsonl").exists() or len(metrics(tmp_path)) < 2:
+        assert time.monotonic() < deadline, output.read_text()
+        time.sleep(0.01)
+    os.kill(processes[1].pid, signal.SIGSTOP)
+    processes[0].join(8 * SECONDS)
+    text = output.read_text()
+    assert processes[0].exitcode == EXIT_HUNG, text
+    assert "[rank 0 on " in text and f"nothing for {SECONDS} s (run.hang_seconds), last: step" in text
+    assert "ranks that do not answer at all: 1 (on " in text
+    assert "in training_steps" in text or "in train_step" in text, text  # where it was waiting
+    os.kill(processes[1].pid, signal.SIGKILL)  # a launcher does that to what is left
+    processes[1].join()
+    assert processes[1].exitcode != 0
+
+
+def stuck_rank(config: RunConfig, rank: int, port: int, output: str) -> None:
+    """A rank whose data never come, from its third window of the run on."""
+    if rank == 1:
+        from pause_megatron.data.dataset import PauseGPTDataset
+
+        class Stuck:
+            seen = 0
+
+        read = PauseGPTDataset.__getitem__
+
+        def never(self, number):
+            Stuck.seen += 1
+            while Stuck.seen > 12:
+                time.sleep(1)
+            return read(self, number)
+
+        PauseGPTDataset.__getitem__ = never
+    rank_main(config, rank, port, output)
+
+
+def test_every_rank_prints_its_stacks_when_one_waits_for_its_data(corpus, tmp_path):
+    import socket
+
+    output = tmp_path / "log"
+    config = watched(corpus, tmp_path)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes = [_context.Process(target=stuck_rank, args=(config, rank, port, str(output))) for rank in range(RANKS)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    text = output.read_text()
+    # The first that ends breaks the other's connection: its watch may not get to speak.
+    codes = [process.exitcode for process in processes]
+    assert EXIT_HUNG in codes and all(codes), (codes, text)
+    assert "in never" in text, text
