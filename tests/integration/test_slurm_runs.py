@@ -73,6 +73,7 @@ class Job:
     def start_again(self) -> None:
         """Waits until it is back in the queue, and spares it the two minutes that SLURM holds it."""
         self.wait(lambda: self.state() == "PENDING", "requeue")
+        time.sleep(2)  # what slurmd says about the end of the former start must not be taken for that of the next
         self.cluster.run("scontrol", "update", f"JobId={self.number}", "StartTime=now")
 
     def finish(self) -> None:
