@@ -9,6 +9,6 @@ import sys
 if sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
     sys.path[0] = os.path.dirname(sys.path[0])
 
-from pause_megatron.cli import main  # noqa: E402
+from pause_megatron.cli import main
 
 sys.exit(main())

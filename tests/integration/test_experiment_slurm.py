@@ -5,20 +5,15 @@ from __future__ import annotations
 import re
 
 import pytest
-from slurm_cluster import Cluster, installed, slurm_cluster
+from slurm_cluster import Cluster, installed
 from small_grid import cheap_cell, give_product, place_cells
 
 from pause_megatron.experiment.cell import read_json
 from pause_megatron.experiment.folder import Placed
-from pause_megatron.experiment.slurm import JobOptions, job_in_queue, queued_jobs, render, submit
+from pause_megatron.experiment.slurm import JobOptions, job_in_queue, render, submit
+from pause_megatron.slurm.commands import queued_jobs
 
 pytestmark = pytest.mark.skipif(not installed(), reason="needs the Debian packages slurm-wlm and munge, and root")
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    with slurm_cluster(tmp_path_factory.mktemp("slurm")) as running:
-        yield running
 
 
 @pytest.fixture(autouse=True)

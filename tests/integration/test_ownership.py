@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -51,11 +52,10 @@ def take(folder: str) -> str:
         return (Path(folder) / ".owner.json").read_text()
 
 
-def beat_elsewhere(owner: str, seconds: float) -> None:
+def beat_elsewhere(owner: str, done: threading.Event) -> None:
     """What a job on another machine does to the file; its lock is not seen here."""
-    end = time.monotonic() + seconds
     count = 0
-    while time.monotonic() < end:
+    while not done.is_set():
         count += 1
         partial = Path(owner).with_suffix(".new")
         partial.write_text(json.dumps({**ELSEWHERE, "beat": count}))
@@ -65,14 +65,15 @@ def beat_elsewhere(owner: str, seconds: float) -> None:
 
 def test_a_job_on_another_machine_is_known_by_its_signs_of_life(tmp_path):
     """The file system's lock sees this machine only (Lustre with localflock): the owner's file decides."""
-    import threading
-
     owner = tmp_path / ".owner.json"
     owner.write_text(json.dumps(ELSEWHERE))
-    living = threading.Thread(target=beat_elsewhere, args=(str(owner), 20.0), daemon=True)
+    done = threading.Event()
+    living = threading.Thread(target=beat_elsewhere, args=(str(owner), done), daemon=True)
     living.start()
     with pytest.raises(RankError, match="held by process 7 on another-machine, SLURM job 42, since 2026-01-01"):
         run_on_ranks(1, take, str(tmp_path))
+    done.set()
+    living.join()
 
 
 def test_what_a_dead_job_of_another_machine_left_behind_is_taken_over(tmp_path):

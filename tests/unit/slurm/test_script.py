@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -54,6 +55,16 @@ def test_every_script_is_bash_and_asks_for_its_ranks(launcher, container):
     assert "'data.prefix=a b'" in script
     assert ("--container-image='nvcr.io#nvidia/pytorch:25.01-py3'" in script) == (container or "").startswith("pyxis")
     assert ("apptainer exec --nv" in script) == (container or "").startswith("apptainer")
+
+
+def test_the_readme_s_launch_lines_run(capsys):
+    text = (LAUNCHER_FILES / "README.md").read_text()
+    lines = [line for line in text.splitlines() if line.startswith("pause-megatron")]
+    assert len(lines) >= 2
+    for line in lines:
+        words = shlex.split(line.partition(">")[0])[1:]
+        assert main([word for word in words if word != "--submit"]) == 0
+        assert "--ntasks-per-node=8" in capsys.readouterr().out
 
 
 def test_a_site_keeps_a_template_of_its_own(tmp_path, capsys):
