@@ -136,8 +136,8 @@ _SETUP = (
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} CUDA_DEVICE_MAX_CONNECTIONS=1 PYTORCH_ALLOC_CONF=expandable_segments:True
 export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
 export MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
-end=$(squeue --noheader --jobs "$SLURM_JOB_ID" --format=%e) # the run stops in time by itself, should the signal be lost
-export SLURM_JOB_END_TIME=${SLURM_JOB_END_TIME:-$(date --date="$end" +%s 2>/dev/null)}
+# Should SLURM's signal be lost, the run stops in time by itself.
+export SLURM_JOB_END_TIME=$(date --date="$(squeue --noheader --jobs "$SLURM_JOB_ID" --format=%e)" +%s 2>/dev/null)
 logs=logs/$SLURM_JOB_NAME-$SLURM_JOB_ID # a file for each rank
 mkdir -p "$logs"
 echo "start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, logs in $PWD/$logs\""""
