@@ -137,7 +137,9 @@ def metrics(folder: Path) -> list[dict]:
 @pytest.mark.parametrize(("precision", "parts", "tolerance"), [("fp32", PARTS, 1e-6), ("bf16", IN_BF16, 2e-2)])
 def test_a_run_over_many_worlds_is_the_run_in_one(corpus, tmp_path, precision, parts, tolerance):
     straight, folder, steps = tmp_path / "straight", tmp_path / "elastic", EACH * len(parts)
-    order = run_on_ranks(1, part, corpus, str(straight), precision, 1, 0, steps)[0]
+    order = run_on_ranks(1, part, corpus, str(straight), precision, 1, 0, steps)[0][
+        : 8 * steps
+    ]  # and what it read ahead
     assert len(set(order)) == 8 * steps
 
     seen: list[int] = []

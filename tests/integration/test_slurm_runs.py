@@ -193,7 +193,7 @@ def test_launch_refuses_what_this_cluster_does_not_have(corpus, tmp_path, capsys
         ([], "--partition main: expected nodes with GPUs, sinfo shows none there"),
         (["--gpus-per-node", "0", "--tasks-per-node", "1", "--nodes", "4"], "--nodes: expected at most 2"),
     ):
-        assert main(["launch", *keys(corpus, tmp_path), *options]) == 2
+        assert main(["launch", *keys(corpus, tmp_path), "batch.global_size=16", *options]) == 2
         assert message in capsys.readouterr().err
 
 

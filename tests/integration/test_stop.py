@@ -21,15 +21,21 @@ def straight(corpus, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR2])
-def test_a_signal_to_one_rank_stops_all_and_loses_no_step(corpus, straight, tmp_path, number):
+@pytest.mark.parametrize(
+    ("number", "in_a_save"),
+    [(signal.SIGTERM, False), (signal.SIGINT, False), (signal.SIGUSR2, False), (signal.SIGTERM, True)],
+)
+def test_a_signal_to_one_rank_stops_all_and_loses_no_step(corpus, straight, tmp_path, number, in_a_save):
     output = tmp_path / "log"
     processes = start(run_config(corpus, tmp_path, 1), output)
     deadline = time.monotonic() + 60
     while not (tmp_path / "metrics.jsonl").exists() or len(metrics(tmp_path)) < 3:
         assert time.monotonic() < deadline, output.read_text()
         time.sleep(0.01)
-    os.kill(processes[1].pid, number)
+    while in_a_save and not any((tmp_path / "checkpoints").glob(".incoming-*")):
+        assert time.monotonic() < deadline, output.read_text()
+    for _ in range(1 + in_a_save):  # the second one must not end the save
+        os.kill(processes[1].pid, number)
     finish(processes, output, code=EXIT_STOPPED)
     done = metrics(tmp_path)[-1]["step"]
     assert 3 <= done < STEPS

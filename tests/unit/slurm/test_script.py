@@ -14,8 +14,10 @@ from pause_megatron.slurm.script import LAUNCHERS, TEMPLATE, TrainingJob, render
 
 
 @pytest.fixture(autouse=True)
-def _no_cluster(monkeypatch):
-    monkeypatch.setenv("SLURM_CONF", "/nonexistent")
+def _no_cluster(monkeypatch, tmp_path_factory):
+    empty = tmp_path_factory.mktemp("slurm") / "slurm.conf"  # one that is missing is waited for
+    empty.touch()
+    monkeypatch.setenv("SLURM_CONF", str(empty))
 
 
 LAUNCHER_FILES = Path(__file__).resolve().parents[3] / "launchers"
