@@ -38,6 +38,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     job.add_argument("--time", metavar="T", help="time limit, for example 24:00:00; default: the partition's")
     job.add_argument("--name", metavar="NAME", help="default: the verb")
     job.add_argument("--sbatch", action="append", default=[], metavar="LINE", help="a further #SBATCH line; repeatable")
+    job.add_argument(
+        "--gpu", default="h100", metavar="NAME", help="kind of GPU, as in plan: the run must fit (default: h100)"
+    )
     start = parser.add_argument_group("how ranks start")
     start.add_argument(
         "--launcher",
@@ -65,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
     deepspeed_config(config, data_parallel=plan.data_parallel)
     _check_time(job, config)
     _check_site(args, job)
+    if job.gpus_per_node:
+        _check_plan(args.gpu, job, config)
     for warning in _warnings(job, config):
         _say(f"warning: {warning}")
     script = render_training(job, Path(args.template) if args.template else TEMPLATE)
@@ -114,6 +119,30 @@ def _check_time(job: TrainingJob, config: RunConfig) -> None:
             f"--time {job.time}: expected at least {needed} s: {_START_UP_SECONDS} s until the first step, and "
             f"checkpoint.before_end_seconds={config.checkpoint.before_end_seconds} for the last step and its save"
         )
+
+
+def _check_plan(gpu: str, job: TrainingJob, config: RunConfig) -> None:
+    """By the arithmetic of `pause-megatron plan`: memory of a GPU, and time for the last step and its save."""
+    from pause_megatron.cli.dry_run import text_vocabulary
+    from pause_megatron.plan import Cluster, gpu_named, make_plan
+    from pause_megatron.plan.machine import GIB
+
+    cluster = Cluster(gpu_named(gpu), job.nodes, job.gpus_per_node)
+    plan = make_plan(config, cluster, text_size=text_vocabulary(config, None)[0])
+    size = f"{plan.footprint.total / GIB:.1f} GiB of {plan.footprint.capacity / GIB:.1f} GiB on {cluster.gpu.name}"
+    if not plan.fits:
+        remedies = [f"  {' '.join(remedy.overrides)}  ({remedy.total / GIB:.1f} GiB)" for remedy in plan.remedies]
+        raise ConfigError(
+            f"the run does not fit: {size}. What would:\n"
+            + ("\n".join(remedies) or "  nothing that was tried; use more nodes or a smaller model")
+        )
+    needed = plan.time.seconds + plan.saving.seconds
+    if 0 < config.checkpoint.before_end_seconds < needed:
+        raise ConfigError(
+            f"checkpoint.before_end_seconds={config.checkpoint.before_end_seconds}: expected at least {needed:.0f}, "
+            f"for a step of {plan.time.seconds:.0f} s and a save of {plan.saving.seconds:.0f} s (pause-megatron plan)"
+        )
+    _say(f"fits: {size} (pause-megatron plan says more)")
 
 
 def _check_site(args: argparse.Namespace, job: TrainingJob) -> None:

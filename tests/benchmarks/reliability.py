@@ -13,6 +13,7 @@ number of the step, so that a state which loads and is wrong shows.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import multiprocessing
 import os
@@ -160,7 +161,9 @@ def write_slowly(seconds: float) -> None:
     """This rank waits before it writes a file."""
     import torch
 
-    import pause_megatron.checkpoint.save as ours
+    ours = importlib.import_module(
+        "pause_megatron.checkpoint.save"
+    )  # the package's attribute of that name is a function
 
     def delayed(function):
         def wait_and_write(*args, **kwargs):

@@ -97,9 +97,23 @@ def test_launch_refuses_what_cannot_run_and_warns_of_what_is_slow(tmp_path, caps
         (["--hostfile", str(hosts)], "--hostfile: belongs to --launcher deepspeed"),
         (["--hostfile", str(hosts), "--launcher", "deepspeed"], "expected 2 hosts with 8 slots each"),
         (["parallel.tensor=3"], "parallel.tensor"),
+        (["--gpu", "h1000"], "h1000"),
+        (["checkpoint.before_end_seconds=1"], "checkpoint.before_end_seconds=1: expected at least"),
     ):
         assert main([*base, *options]) == 2, options
         assert message in capsys.readouterr().err
+    too_large = [
+        "launch",
+        "--recipe",
+        "c4-7b-pause",
+        "--gpu",
+        "a100-40",
+        "engine.ds_config=zero1",
+        "engine.zero_stage=null",
+    ]
+    assert main(too_large) == 2
+    error = capsys.readouterr().err
+    assert "the run does not fit: " in error and "GiB on a100-40. What would:\n  " in error
     assert main([*base, "parallel.tensor=16"]) == 0
     assert "warning: parallel.tensor=16 does not divide the 8 ranks of a node" in capsys.readouterr().err
     assert main([*base, "checkpoint.before_end_seconds=900", "--time", "2:00:00"]) == 0
