@@ -24,6 +24,8 @@ from pause_megatron.errors import ConfigError, DataError
 NO_PAD = -1
 """What megatron-core takes for the padding id where a tokenizer has none: no token is ever equal to it."""
 
+_PIECE = 1 << 20  # documents looked at together
+
 
 class PauseTokenizer:
     """Any tokenizer, plus K pause ids. All other attributes are those of the tokenizer it wraps.
@@ -162,7 +164,8 @@ class PauseGPTDataset(GPTDataset):
     many pauses stand between them; and with `reset_position_ids` or `reset_attention_mask` a new document begins at
     its first text token, and pauses behind an EOD still see, and count on from, the document that it ends.
 
-    The arguments are GPTDataset's, by position, as the stock builder passes them.
+    The arguments are GPTDataset's, by position, as the stock builder passes them. Once they have become the
+    document_index, `indices` is None.
 
     Raises:
         DataError: a split without any token, which megatron-core would look at forever; a corpus that contains a
@@ -191,6 +194,10 @@ class PauseGPTDataset(GPTDataset):
         self._all_ones = np.ones(plan.sequence_length, dtype=np.float32)
         self._attention_mask: torch.Tensor | None = None
         super().__init__(indexed_dataset, dataset_path, indexed_indices, num_samples, index_split, text_config)
+        if not config.defer_npy_index_mmap:  # with it, __len__ counts their tokens
+            # document_index has them too. These are 1.5 GB of C4, in each rank's own memory. megatron-core has None
+            # here with fast_cache_load.
+            self.indices = None
 
     @staticmethod
     def _key_config_attributes() -> list[str]:
@@ -279,7 +286,11 @@ class PauseGPTDataset(GPTDataset):
 def _check_not_empty(
     indexed_dataset: IndexedDataset, dataset_path: str | None, indexed_indices: np.ndarray | None, split: Split
 ) -> None:
-    if indexed_indices is not None and not np.any(indexed_dataset.sequence_lengths[indexed_indices]):
+    if indexed_indices is None:
+        return
+    # Nearly always the first piece has text. All lengths of C4 are 1.5 GB, which every rank would read and copy.
+    pieces = (indexed_indices[start : start + _PIECE] for start in range(0, len(indexed_indices), _PIECE))
+    if not any(indexed_dataset.sequence_lengths[piece].any() for piece in pieces):
         raise DataError(
             f"{dataset_path}: expected text in the {split.name} split, found no token in its {len(indexed_indices)} "
             f"documents. Give the split a larger share, or leave it out"

@@ -60,9 +60,9 @@ def test_one_corpus(build: Callable[..., Datasets], corpora: list[str]) -> None:
     assert not has_pauses(datasets.valid_without_pauses)
     assert datasets.tokenizer.pause_ids == range(PAUSE, PAUSE + 1)
     assert datasets.train[0]["tokens"].shape == datasets.valid_without_pauses[0]["tokens"].shape == (64,)
-    held_out = set(datasets.valid.indices.tolist())
-    assert held_out == set(range(36, 40)) == set(datasets.valid_without_pauses.indices.tolist())
-    assert not held_out & set(datasets.train.indices.tolist())
+    held_out = set(datasets.valid.document_index.tolist())
+    assert held_out == set(range(36, 40)) == set(datasets.valid_without_pauses.document_index.tolist())
+    assert not held_out & set(datasets.train.document_index.tolist())
 
 
 def test_rate_zero_is_the_stock_builders_dataset(build: Callable[..., Datasets]) -> None:
@@ -228,9 +228,9 @@ def test_an_index_that_a_kill_cut_short_is_built_again(build: Callable[..., Data
 def test_corpora_to_validate_on(build: Callable[..., Datasets], corpora: list[str]) -> None:
     """All documents of data.prefix train, all of data.valid_prefix are held out."""
     datasets = build([corpora[0]], valid_prefix=[corpora[1]], split="1,0,0")
-    assert sorted(datasets.train.indices.tolist()) == list(range(40))
+    assert set(datasets.train.document_index.tolist()) == set(range(40))
     for valid in (datasets.valid, datasets.valid_without_pauses):
-        assert valid.dataset_path == corpora[1] and sorted(valid.indices.tolist()) == list(range(20))
+        assert valid.dataset_path == corpora[1] and set(valid.document_index.tolist()) == set(range(20))
     assert has_pauses(datasets.valid) and not has_pauses(datasets.valid_without_pauses)
     assert datasets.valid.injector.split == "valid"
     alone = build([corpora[0]], split="1,0,0").train

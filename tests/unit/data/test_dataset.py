@@ -17,6 +17,7 @@ from corpora import EOD, ByteTokenizer, make_config, make_dataset, paragraphs, w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.gpt_dataset import GPTDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from pause_megatron.data.boundaries import document_begins, restarting_positions, segments_of
@@ -306,6 +307,18 @@ def test_a_split_without_text_is_refused(tmp_path: Path) -> None:
     low_level = make_dataset(prefix, config, 1).dataset
     with pytest.raises(DataError, match="expected text in the valid split, found no token in its 0 documents"):
         PauseGPTDataset(low_level, prefix, np.arange(0, dtype=np.int32), 5, Split.valid, config)
+
+
+def test_a_split_is_looked_at_to_its_end_for_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Piece by piece: text in the last document alone is text, and empty documents alone are none."""
+    monkeypatch.setattr("pause_megatron.data.dataset._PIECE", 2)
+    empty = np.array([], dtype=np.int64)
+    prefix = write_corpus(tmp_path / "corpus", [empty] * 6 + [paragraphs(1)[0]])
+    low_level, config = IndexedDataset(prefix), make_config(prefix, 64)
+    dataset = PauseGPTDataset(low_level, prefix, np.arange(7, dtype=np.int32), 1, Split.train, config)
+    assert set(dataset.document_index.tolist()) == set(range(7)) and dataset.indices is None
+    with pytest.raises(DataError, match="found no token in its 6 documents"):
+        PauseGPTDataset(low_level, prefix, np.arange(6, dtype=np.int32), 1, Split.train, config)
 
 
 def test_a_corpus_with_a_pause_id_is_refused(tmp_path: Path) -> None:
