@@ -182,7 +182,8 @@ def train_and_score(setting: Setting, seed: int, steps: int, examples: int = EVA
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         write_tokenizer(folder / "tokenizer")
-        finetune(run_config(setting, seed, steps, folder))
+        if code := finetune(run_config(setting, seed, steps, folder)):
+            sys.exit(code)  # asked to stop: a run that is cut short counts for nothing
         lines = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         export(folder / "run", folder / "hf")
         generator = load(folder / "hf")  # carries M, the place of the pauses, and the filler
