@@ -22,6 +22,7 @@ TIMING = {"seconds", "tokens_per_second", "text_tokens_per_second", "mfu"}
 ON_CPUS = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0")
 
 pytestmark = [
+    pytest.mark.slow,  # minutes of starting, requeueing and starting again
     pytest.mark.skipif(not installed(), reason="needs the Debian packages slurm-wlm and munge, and root"),
 ]
 
