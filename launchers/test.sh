@@ -1,11 +1,9 @@
 #!/usr/bin/env bash
 # Sets up a fresh machine and passes the tests. Arguments go to pytest: `bash launchers/test.sh tests/unit -k pause`.
-#
-#   WORKERS  test processes at a time (default: 0, everything in this one: tests start clusters and ranks of their own)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 EXTRAS=test source launchers/setup.sh
 
 # One thread a rank: the tests start up to four ranks, and results are compared bit for bit.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
-exec python -m pytest --numprocesses "${WORKERS:-0}" --dist loadgroup "$@"
+exec python -m pytest "$@"

@@ -19,13 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write tests/assets/losses anew")
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:
-        # Under pytest-xdist a file stays on one worker, and so do all files that share rank pools or a cluster.
-        shared = {"run_on_ranks": "ranks", "Cluster": "slurm"}
-        group = next((group for name, group in shared.items() if hasattr(item.module, name)), item.path.as_posix())
-        item.add_marker(pytest.mark.xdist_group(group))
     if config.getoption("--full"):
         return
     skip = pytest.mark.skip(reason="slow: run with --full")

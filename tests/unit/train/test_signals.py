@@ -20,6 +20,15 @@ def test_signals_ask_and_a_second_one_changes_nothing():
         assert stop and stop.reason == "SIGUSR2"
 
 
+@pytest.fixture
+def _interruptible():
+    """Python's own handler of SIGINT: a shell that starts the tests in the background has them ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_before_the_steps_an_interrupt_ends_the_program_and_during_them_it_asks():
     with StopRequest() as stop:
         with pytest.raises(KeyboardInterrupt):
