@@ -10,7 +10,7 @@ from pause_megatron.config.schema import RunConfig
 FREE_SECTIONS = frozenset({"parallel", "checkpoint", "validation", "log"})
 FREE_KEYS = frozenset(
     {
-        *("run.dir", "run.hang_seconds"),
+        *("run.dir", "run.hang_seconds", "run.connect_seconds"),
         *("data.prefix", "data.valid_prefix", "data.tokenizer", "data.cache"),  # the data are compared by their content
         *("data.verify", "data.prefetch"),
         "task.path",

@@ -28,6 +28,9 @@ class RunSection(Section):
         description="a rank that gets no further for so long prints its stacks and ends the run; more than the longest "
         "step, validation or save; 0: never",
     )
+    connect_seconds: int = Field(
+        600, ge=1, description="a rank that does not find the others for so long at the start says whom, and ends"
+    )
 
 
 class DataSection(Section):

@@ -12,6 +12,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from pause_megatron.config.schema import ParallelSection
 from pause_megatron.distributed.cpu import use_cpu_without_cuda
+from pause_megatron.distributed.meeting import meet
 from pause_megatron.distributed.mpu import MPU
 from pause_megatron.distributed.ranks import Ranks, discover
 from pause_megatron.errors import ConfigError
@@ -68,6 +69,7 @@ def initialize(
     *,
     device: str | torch.device | None = None,
     timeout: timedelta = timedelta(minutes=10),
+    connect_seconds: float = 600,
     ranks: Ranks | None = None,
 ) -> ParallelContext:
     """Join the other ranks and split them into tensor- and data-parallel groups.
@@ -78,10 +80,12 @@ def initialize(
         parallel: tensor-parallel size and sequence parallelism.
         device: "cpu" or "cuda"; default: cuda where there is one.
         timeout: of a collective operation.
+        connect_seconds: to wait for the other ranks.
         ranks: default: what `discover()` finds.
 
     Raises:
-        ConfigError: parallel.tensor does not divide the number of ranks, or the device is not there.
+        ConfigError: parallel.tensor does not divide the number of ranks, the device is not there, or ranks do not reach
+            each other.
     """
     ranks = discover() if ranks is None else ranks
     kind = _device_kind(device)
@@ -95,7 +99,7 @@ def initialize(
         target = torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(target)
     if owns_world:
-        _start_world(ranks, "nccl" if kind == "cuda" else "gloo", timeout, target)
+        _start_world(ranks, "nccl" if kind == "cuda" else "gloo", timeout, connect_seconds, target)
     earlier = frozenset(_groups())
     _join_deepspeed(timeout)
     parallel_state.initialize_model_parallel(
@@ -149,15 +153,18 @@ def _check_split(parallel: ParallelSection, world_size: int) -> None:
         raise ConfigError("parallel.sequence: true needs parallel.tensor of 2 or more, got 1")
 
 
-def _start_world(ranks: Ranks, backend: str, timeout: timedelta, device: torch.device) -> None:
+def _start_world(ranks: Ranks, backend: str, timeout: timedelta, connect_seconds: float, device: torch.device) -> None:
     os.environ.update(ranks.environment())
-    if ranks.launcher == "alone":
-        rendezvous: dict[str, object] = {"store": dist.HashStore()}
-    else:
-        rendezvous = {"init_method": "env://"}
-    if backend == "nccl":
-        rendezvous["device_id"] = device
-    dist.init_process_group(backend, timeout=timeout, rank=ranks.rank, world_size=ranks.world_size, **rendezvous)
+    store = dist.HashStore() if ranks.launcher == "alone" else meet(ranks, backend, connect_seconds)
+    store.set_timeout(timeout)
+    dist.init_process_group(
+        backend,
+        timeout=timeout,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        store=dist.PrefixStore("default_pg", store),
+        device_id=device if backend == "nccl" else None,
+    )
 
 
 def _join_deepspeed(timeout: timedelta) -> None:

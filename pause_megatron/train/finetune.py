@@ -27,7 +27,10 @@ def finetune(config: RunConfig, stop: StopRequest | None = None) -> int:
     Raises:
         PauseMegatronError: as `pretrain`, and a task, record or example that cannot be used.
     """
-    with listening(stop) as stop, initialize(config.parallel, timeout=patience(config)) as context:
+    with (
+        listening(stop) as stop,
+        initialize(config.parallel, timeout=patience(config), connect_seconds=config.run.connect_seconds) as context,
+    ):
         data = open_task(config)
         return train(data.config, training_data(data), context, stop)
 

@@ -65,16 +65,23 @@ def _take(folder: Path, closing: contextlib.ExitStack, beat_seconds: float) -> s
 def _alive_elsewhere(owner: Path, beat_seconds: float) -> bool:
     """Whether a job on another machine goes on writing the file. (On this machine the lock has decided.)"""
     first = _read(owner)
-    if first is None or first.get("host") == socket.gethostname() or _age(owner) > BEATS_UNTIL_GONE * beat_seconds:
+    if first is None or first.get("host") == socket.gethostname():
         return False
-    seconds = BEATS_UNTIL_GONE * beat_seconds
-    print(f"{owner}: left by {_name(first)}; waiting {seconds:.0f} s for a sign of life", file=sys.stderr, flush=True)
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        time.sleep(beat_seconds / 4)
-        if _read(owner) != first:
-            return _read(owner) is not None
+    seconds, silent = BEATS_UNTIL_GONE * beat_seconds, _age(owner)
+    if silent <= seconds:
+        _say(f"{owner}: left by {_name(first)}; waiting {seconds:.0f} s for a sign of life")
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            time.sleep(beat_seconds / 4)
+            if _read(owner) != first:
+                return _read(owner) is not None
+        silent = _age(owner)
+    _say(f"{owner}: {_name(first)} gave no sign of life for {silent:.0f} s: taken over")
     return False
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _age(path: Path) -> float:

@@ -31,7 +31,10 @@ def pretrain(config: RunConfig, stop: StopRequest | None = None) -> int:
         PauseMegatronError: a configuration, corpus or checkpoint that cannot be used, before any training starts;
             a checkpoint that cannot be written; gradients that stay not finite.
     """
-    with listening(stop) as stop, initialize(config.parallel, timeout=patience(config)) as context:
+    with (
+        listening(stop) as stop,
+        initialize(config.parallel, timeout=patience(config), connect_seconds=config.run.connect_seconds) as context,
+    ):
         return train(config, corpus_data(config, context.world_size), context, stop)
 
 
