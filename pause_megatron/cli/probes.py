@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+from pause_megatron.errors import ConfigError
+
 GIB = 1024**3
 DEFAULT_PORT = 29500  # torchrun's and deepspeed's
 
@@ -216,6 +218,7 @@ def _network() -> Iterator[Finding]:
             f"{socket.gethostname()} does not resolve",
             "runs on several nodes need it; give --master_addr an address instead",
         )
+    yield from _endpoints()
     with socket.socket() as probe:
         taken = probe.connect_ex(("127.0.0.1", DEFAULT_PORT)) == 0
     yield Finding(
@@ -224,6 +227,27 @@ def _network() -> Iterator[Finding]:
         "in use" if taken else "free",
         "another run may be going on: choose another --master_port" if taken else "",
     )
+
+
+def _endpoints() -> Iterator[Finding]:
+    """Where other hosts will look for a rank of this one."""
+    try:
+        interfaces = importlib.import_module("pause_megatron.distributed.interfaces")
+    except ImportError:  # torch or megatron-core: said already
+        return
+    for backend, variable in interfaces.VARIABLES.items():
+        try:
+            endpoint = interfaces.own_endpoint(backend)
+        except ConfigError as error:
+            yield Finding(f"{backend} address", "note", str(error), f"correct or unset {variable}")
+            continue
+        if endpoint is None:
+            yield Finding(f"{backend} address", "note", "none of IPv4", "")
+        elif endpoint.address.startswith("127."):
+            advice = f"runs on several nodes need {variable}=NAME, the interface that joins them"
+            yield Finding(f"{backend} address", "note", f"{endpoint}: no other host reaches it", advice)
+        else:
+            yield Finding(f"{backend} address", "ok", str(endpoint))
 
 
 def _shipped() -> Iterator[Finding]:

@@ -161,6 +161,34 @@ def test_an_address_that_the_other_host_cannot_reach_is_an_error_that_says_what_
         ), text
 
 
+def meet_for_nccl(host: Host, rank: int, output: Path) -> None:
+    """NCCL's interface, as far as it is known without a GPU, is looked at in the same way."""
+    from pause_megatron.distributed.meeting import meet
+    from pause_megatron.distributed.ranks import discover
+
+    host.enter()
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="10.77.0.1", MASTER_PORT="29501")
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 2)
+    meet(discover(), "nccl", 5)
+
+
+@pytest.mark.slow
+def test_for_nccl_it_is_a_warning_and_the_start_goes_on(hosts, tmp_path):
+    logs = [tmp_path / host.name for host in hosts]
+    processes = [
+        _context.Process(target=meet_for_nccl, args=(host, rank, logs[rank])) for rank, host in enumerate(hosts)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    texts = [log.read_text() for log in logs]
+    assert [process.exitcode for process in processes] == [0, 0], texts
+    assert "warning: nccl: expected every rank to reach the next; set NCCL_SOCKET_IFNAME" in texts[0]
+    assert "10.99.2.1 (dead0, the first that NCCL finds)" in texts[0] and "warning: nccl" not in texts[1]
+
+
 def test_a_master_address_that_nobody_answers_is_an_error_after_the_time_that_is_set(hosts, corpus, tmp_path):
     found = ranks_on(hosts, hosts[0].dead_address, config_of(corpus, tmp_path, connect_seconds=3), tmp_path)
     for process, log in found:
