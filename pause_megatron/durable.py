@@ -116,7 +116,11 @@ def point(link: Path, target: str) -> None:
     partial = link.with_name(f".{link.name}.partial")
     partial.unlink(missing_ok=True)
     partial.symlink_to(target)
-    os.replace(partial, link)
+    try:
+        os.replace(partial, link)
+    except OSError:
+        partial.unlink()
+        raise
     sync_folder(link.parent)
 
 

@@ -9,7 +9,11 @@ import json
 import multiprocessing
 import os
 import socket
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
+
+from file_calls import Decide, hand_over, watch
 
 from pause_megatron.checkpoint import Store
 from pause_megatron.config.load import load
@@ -35,26 +39,58 @@ def run_config(corpus: str, folder: Path, zero: int) -> RunConfig:
     )
 
 
-def rank_main(config: RunConfig, rank: int, port: int, output: str) -> None:
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(RANKS), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
+def rank_main(config: RunConfig) -> None:
     from pause_megatron.train.pretrain import pretrain
 
     raise SystemExit(pretrain(config))
 
 
-def start(config: RunConfig, output: Path) -> list:
+def start(config: RunConfig, output: Path, decide: Decide | None = None) -> list:
+    """The ranks of a run; `decide` is asked about their calls on files in its folder."""
+    return fork(rank_main, (config,), output, folder=Path(config.run.dir), decide=decide)
+
+
+def fork(
+    program: Callable[..., None],
+    arguments: tuple,
+    output: Path,
+    *,
+    ranks: int = RANKS,
+    folder: Path | None = None,
+    decide: Decide | None = None,
+) -> list:
+    """Processes that call `program(*arguments)` as ranks, and print to `output`.
+
+    Args:
+        folder, decide: see `file_calls.watch`; None: nobody watches
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    processes = [_context.Process(target=rank_main, args=(config, rank, port, str(output))) for rank in range(RANKS)]
-    for process in processes:
+    processes = []
+    for rank in range(ranks):
+        ours, theirs = _context.Pipe() if decide else (None, None)
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        process = _context.Process(target=_enter, args=(program, arguments, place, str(output), theirs))
         process.start()
+        if decide:
+            theirs.close()
+            watch(ours, rank, folder, decide)
+        processes.append(process)
     return processes
+
+
+def _enter(
+    program: Callable[..., None], arguments: tuple, place: dict[str, str], output: str, pipe: Connection | None
+) -> None:
+    if pipe is not None:
+        hand_over(pipe)
+    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(place)
+    program(*arguments)
 
 
 def finish(processes: list, output: Path, code: int = 0) -> None:
