@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -28,8 +27,7 @@ def installed(tmp_path_factory) -> Path:
     for name in wanted:
         shutil.copy(ROOT / name, copy / name)
     _setup(copy, "sdist", "--dist-dir", str(folder))
-    with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
-        archive.extractall(folder / "sdist", filter="data")
+    shutil.unpack_archive(next(folder.glob("*.tar.gz")), folder / "sdist")
     _setup(next((folder / "sdist").iterdir()), "bdist_wheel", "--dist-dir", str(folder))
     with zipfile.ZipFile(next(folder.glob("*.whl"))) as archive:
         archive.extractall(folder / "installed")
