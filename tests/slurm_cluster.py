@@ -65,6 +65,15 @@ class Cluster:
     folder: Path
     environment: dict[str, str]
 
+    @property
+    def config(self) -> Path:
+        """slurm.conf."""
+        return self.folder / "slurm.conf"
+
+    def steps(self, job: str) -> list[str]:
+        """What slurmd still runs of a job, on both nodes: the sockets of its steps."""
+        return [path.name for path in self.folder.glob(f"spool-*/n?_{job}.*")]
+
     def run(self, *command: str) -> str:
         """What one of SLURM's commands prints.
 

@@ -73,7 +73,8 @@ def render_training(job: TrainingJob, template: Path = TEMPLATE) -> str:
         DIRECTIVES=directive_lines(directives),
         SETUP=_SETUP,
         PROGRAM=LAUNCHERS[job.launcher](job),
-        FORWARD='scancel --signal=USR2 "$SLURM_JOB_ID"',
+        # In the background: asked about a job that is being ended, scancel tries again for as long as KillWait.
+        FORWARD='scancel --quiet --signal=USR2 "$SLURM_JOB_ID" &',
     )
 
 

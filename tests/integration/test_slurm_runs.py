@@ -1,102 +1,47 @@
-"""Runs as jobs of a real SLURM cluster of two nodes: preempted, killed, requeued in a save, and still the same run."""
+"""Runs as jobs of a real SLURM cluster of two nodes: preempted, killed, requeued in a save, hung; still the same run."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
-import os
 import re
 import signal
-import subprocess
-import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from slurm_cluster import Cluster, installed
+from slurm_job import EndedTooSoonError, Job
 
 from pause_megatron.checkpoint import Store
 from pause_megatron.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
-STEPS = 60
+STEPS = (60, 300, 1500)  # a machine that is through before it could be hit gets more of them
 TIMING = {"seconds", "tokens_per_second", "text_tokens_per_second", "mfu"}
 ON_CPUS = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0")
 
-pytestmark = [
-    pytest.mark.slow,  # minutes of starting, requeueing and starting again
-    pytest.mark.skipif(not installed(), reason="needs the Debian packages slurm-wlm and munge, and root"),
-]
+pytestmark = pytest.mark.skipif(not installed(), reason="needs the Debian packages slurm-wlm and munge, and root")
 
 
-@pytest.fixture(autouse=True)
-def _its_commands(cluster: Cluster, monkeypatch):
-    for name, value in cluster.environment.items():
-        monkeypatch.setenv(name, value)
-    # Both nodes are this machine, whose resolver does not know them.
-    for name, value in {"MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}.items():
-        monkeypatch.setenv(name, value)
+@pytest.fixture(scope="module", autouse=True)
+def _its_commands(cluster: Cluster):
+    with pytest.MonkeyPatch.context() as patch:
+        # Both nodes are this machine, whose resolver does not know them.
+        job = {"MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        for name, value in {**cluster.environment, **job}.items():
+            patch.setenv(name, value)
+        yield
 
 
-def keys(corpus: str, folder: Path) -> list[str]:
+def keys(corpus: str, folder: Path, steps: int) -> list[str]:
     return [
-        *("--recipe", "tiny-pause", f"data.prefix={corpus}", f"run.dir={folder / 'run'}", f"train.steps={STEPS}"),
+        *("--recipe", "tiny-pause", f"data.prefix={corpus}", f"run.dir={folder / 'run'}", f"train.steps={steps}"),
         *("model.preset=null", "model.layers=2", "model.hidden=32", "model.heads=2", "data.sequence_length=64"),
         *("batch.global_size=8", "batch.micro_size=2", "optim.warmup_steps=2", "checkpoint.every=2"),
         *("validation.every=20", "validation.samples=8", "log.samples_every=0", "log.tensorboard=false"),
     ]
-
-
-class Job:
-    """A job of the cluster, in a folder of its own."""
-
-    def __init__(self, cluster: Cluster, folder: Path, *command: str) -> None:
-        self.cluster, self.folder = cluster, folder
-        folder.mkdir(exist_ok=True)
-        self.number = cluster.run("sbatch", "--parsable", f"--chdir={folder}", *command).strip()
-
-    @property
-    def done(self) -> int:
-        """Steps in metrics.jsonl."""
-        path = self.folder / "run" / "metrics.jsonl"
-        return path.read_text().count("\n") if path.exists() else 0
-
-    def state(self) -> str:
-        return self.cluster.run("squeue", "--noheader", f"--jobs={self.number}", "--states=all", "--format=%T").strip()
-
-    def wait(self, condition, what: str, seconds: float = 240) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < deadline, f"{what}: {self.state()}\n{self.logs()}"
-            time.sleep(0.002)
-
-    def wait_for_step(self, step: int) -> None:
-        self.wait(lambda: self.done >= step, f"step {step}")
-
-    def start_again(self) -> None:
-        """Waits until it is back in the queue, and spares it the two minutes that SLURM holds it."""
-        self.wait(lambda: self.state() == "PENDING", "requeue")
-        time.sleep(2)  # what slurmd says about the end of the former start must not be taken for that of the next
-        self.cluster.run("scontrol", "update", f"JobId={self.number}", "StartTime=now")
-
-    def finish(self) -> None:
-        self.wait(lambda: self.state() not in ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING"), "end")
-        assert self.state() == "COMPLETED", self.logs()
-
-    def processes(self, rank: int) -> list[int]:
-        """Of a rank, on this machine."""
-        found = []
-        for folder in Path("/proc").iterdir():
-            try:
-                variables = (folder / "environ").read_bytes().split(b"\0") if folder.name.isdecimal() else []
-                wanted = {f"SLURM_JOB_ID={self.number}".encode(), f"SLURM_PROCID={rank}".encode()}
-                if wanted <= set(variables) and b"pause_megatron" in (folder / "cmdline").read_bytes():
-                    found.append(int(folder.name))
-            except OSError:
-                continue  # it has ended
-        return found
-
-    def logs(self) -> str:
-        files = sorted(path for path in self.folder.rglob("*.txt") if path.is_file())
-        return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')[-3000:]}" for path in files)
 
 
 def metrics(folder: Path) -> list[dict]:
@@ -104,88 +49,102 @@ def metrics(folder: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
 
 
-def final_state(folder: Path) -> dict[str, bytes]:
-    last = Store(folder / "run" / "checkpoints").path(STEPS)
-    return {path.name: path.read_bytes() for path in sorted(last.glob("state-*.safetensors"))}
+def assert_same_run(folder: Path, straight: Path) -> None:
+    """Equal metrics, and equal last checkpoints."""
+    assert metrics(folder) == metrics(straight)
+    last = [Store(each / "run" / "checkpoints") for each in (folder, straight)]
+    states = [sorted(store.path(store.steps()[-1]).glob("state-*.safetensors")) for store in last]
+    assert [path.name for path in states[0]] == [path.name for path in states[1]] != []
+    for one, other in zip(*states, strict=True):
+        assert one.read_bytes() == other.read_bytes(), one.name
 
 
 @pytest.fixture(scope="module")
-def straight(cluster, corpus, tmp_path_factory) -> Path:
-    """`sbatch launchers/pretrain.sbatch`, not interrupted."""
-    folder = tmp_path_factory.mktemp("straight")
-    environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = ["sbatch", "--wait", f"--chdir={folder}", *ON_CPUS, ROOT / "launchers" / "pretrain.sbatch"]
-    subprocess.run([*command, *keys(corpus, folder)], env={**environment, **cluster.environment}, capture_output=True)
-    texts = "\n".join(path.read_text()[-3000:] for path in sorted(folder.rglob("*.txt")))
-    assert len(metrics(folder)) == STEPS, texts
-    return folder
+def straight(cluster, corpus, tmp_path_factory) -> Callable[[int], Path]:
+    """Steps -> folder of a run that was not interrupted. DeepSpeed's launcher starts it: the others must agree with it."""
+    made: dict[int, Path] = {}
+
+    def run(steps: int) -> Path:
+        if steps not in made:
+            folder = made[steps] = tmp_path_factory.mktemp(f"straight-{steps}")
+            job = Job(cluster, folder, script(corpus, folder, steps, "deepspeed"))
+            job.finish()
+            assert (job.starts, len(metrics(folder))) == (1, steps), job.logs()
+        return made[steps]
+
+    return run
 
 
-def test_preempted_killed_and_requeued_in_a_save_it_is_the_same_run(cluster, corpus, straight, tmp_path):
-    job = Job(cluster, tmp_path, *ON_CPUS, str(ROOT / "launchers" / "pretrain.sbatch"), *keys(corpus, tmp_path))
-
-    job.wait_for_step(3)
-    cluster.run("scancel", "--signal=TERM", job.number)  # what preemption sends to the ranks
-    job.start_again()
-    first = job.done
-    assert 3 <= first < STEPS and Store(tmp_path / "run" / "checkpoints").steps()[-1] == first
-
-    job.wait_for_step(first + 4)
-    [victim] = job.processes(rank=1)
-    os.kill(victim, signal.SIGKILL)
-    job.start_again()
-    second = Store(tmp_path / "run" / "checkpoints").steps()[-1]
-    assert first < second < STEPS
-
-    log = tmp_path / "logs" / f"pretrain-{job.number}" / "rank-0000.txt"
-    store = Store(tmp_path / "run" / "checkpoints")
-    job.wait(lambda: f"resuming after step {second}" in log.read_text() and store.steps()[-1] > second, "a new save")
-    job.wait(lambda: any(store.folder.glob(".incoming-*")), "another save")
-    cluster.run("scontrol", "requeue", job.number)
-    job.start_again()
-    job.finish()
-
-    assert metrics(tmp_path) == metrics(straight)
-    assert final_state(tmp_path) == final_state(straight)
-    (output,) = tmp_path.glob("pretrain-*.txt")
-    assert re.findall(r"^start (\d) of job", output.read_text(), flags=re.MULTILINE) == ["0", "1", "2", "3"]
-    assert f"resuming after step {first} from" in log.read_text()
-    assert "SIGTERM: finishing the step, then saving" in log.read_text()
+def with_enough_steps(scenario: Callable[[int], Job]) -> tuple[int, Job]:
+    """Play a scenario on a run that is long enough for it; its steps and its job."""
+    for steps in STEPS:
+        try:
+            return steps, scenario(steps)
+        except EndedTooSoonError:
+            continue
+    raise AssertionError(f"{STEPS[-1]} steps are over before they can be interrupted")
 
 
-def test_torchrun_is_told_before_the_time_limit_and_says_75(cluster, corpus, straight, tmp_path, capsys):
-    job = Job(cluster, tmp_path, script(corpus, tmp_path, "torchrun", capsys))
-    job.wait_for_step(3)
-    cluster.run("scancel", "--batch", "--signal=USR2", job.number)  # what SLURM sends to the script before the limit
-    job.start_again()
-    assert 3 <= job.done < STEPS
-    job.finish()
-    assert metrics(tmp_path) == metrics(straight)
-    assert final_state(tmp_path) == final_state(straight)
+def test_preempted_killed_requeued_in_a_save_and_hung_it_is_the_same_run(cluster, corpus, straight, tmp_path):
+    def scenario(steps: int) -> Job:
+        folder = tmp_path / str(steps)
+        words = [*keys(corpus, folder, steps), "run.hang_seconds=5"]
+        job = Job(cluster, folder, *ON_CPUS, str(ROOT / "launchers" / "pretrain.sbatch"), *words)
+        job.wait_for_steps(3)
+        job.hit(lambda: cluster.run("scancel", "--signal=TERM", job.number), "preemption's signal to the ranks")
+        job.wait_for_steps(3)
+        job.hit(lambda: job.signal(signal.SIGKILL, 1), "kill -9 of a node's processes")
+        job.wait_for_steps(3)
+        job.freeze_in_a_save()
+        job.hit(lambda: cluster.run("scontrol", "requeue", job.number), "scontrol requeue in a save")
+        job.wait_for_steps(3)
+        job.hit(lambda: job.signal(signal.SIGSTOP, 1), "a hang")
+        job.finish()
+        return job
+
+    steps, job = with_enough_steps(scenario)
+    assert_same_run(job.folder, straight(steps))
+    assert job.starts >= 5  # a machine that is slow enough looks hung by itself
+    assert job.stopped()[0] == job.resumed()[0], "a step was lost"
+    log = (job.folder / "logs" / f"pretrain-{job.number}" / "rank-0000.txt").read_text()
+    assert "SIGTERM: finishing the step, then saving" in log
+    assert "nothing for 5 s (run.hang_seconds)" in log and "ranks that do not answer at all: 1 (on " in log
 
 
-def test_deepspeed_over_slurm_gives_the_same_losses_and_a_cancelled_job_stays_away(
-    cluster, corpus, straight, tmp_path, capsys
-):
-    cancelled = Job(cluster, tmp_path / "cancelled", script(corpus, tmp_path / "cancelled", "deepspeed", capsys))
-    cancelled.wait_for_step(2)
-    cluster.run("scancel", cancelled.number)
-    job = Job(cluster, tmp_path / "whole", script(corpus, tmp_path / "whole", "deepspeed", capsys))
-    job.finish()
-    assert metrics(tmp_path / "whole") == metrics(straight)
-    assert final_state(tmp_path / "whole") == final_state(straight)
-    assert cancelled.state() == "CANCELLED"
-    assert Store(cancelled.folder / "run" / "checkpoints").steps()[-1] == cancelled.done < STEPS
+def test_torchrun_is_told_before_the_time_limit_and_a_cancelled_job_stays_away(cluster, corpus, straight, tmp_path):
+    def scenario(steps: int) -> Job:
+        folder = tmp_path / str(steps)
+        folder.mkdir()
+        path = script(corpus, folder, steps, "torchrun")
+        job = Job(cluster, folder, path)
+        job.wait_for_steps(3)
+        # What SLURM sends to the script before the limit.
+        job.hit(lambda: cluster.run("scancel", "--batch", "--signal=USR2", job.number), "the limit's signal")
+        job.wait_for_steps(3)
+        cluster.run("scancel", job.number)
+        cluster.wait_until_idle()
+        if job.state() == "COMPLETED":
+            raise EndedTooSoonError("scancel")
+        assert (job.state(), job.starts) == ("CANCELLED", 2), job.logs()
+        again = Job(cluster, folder, path)
+        again.finish()
+        return again
+
+    steps, job = with_enough_steps(scenario)
+    assert_same_run(job.folder, straight(steps))
+    assert job.stopped() == job.resumed() and len(job.stopped()) == 2, "a step was lost"
 
 
-def script(corpus: str, folder: Path, launcher: str, capsys) -> str:
+def script(corpus: str, folder: Path, steps: int, launcher: str, *options: str) -> str:
     """A job script that `launch` writes."""
-    folder.mkdir(exist_ok=True)
-    options = ["--nodes", "2", "--gpus-per-node", "0", "--tasks-per-node", "1", "--time", "20:00"]
-    assert main(["launch", *options, "--launcher", launcher, "--partition", "main", *keys(corpus, folder)]) == 0
-    path = folder / "job.sbatch"
-    path.write_text(capsys.readouterr().out)
-    return str(path)
+    options = ("--nodes", "2", "--gpus-per-node", "0", "--tasks-per-node", "1", "--time", "20:00", *options)
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        assert (
+            main(["launch", *options, "--launcher", launcher, "--partition", "main", *keys(corpus, folder, steps)]) == 0
+        )
+    (folder / "job.sbatch").write_text(text.getvalue())
+    return str(folder / "job.sbatch")
 
 
 def test_launch_refuses_what_this_cluster_does_not_have(corpus, tmp_path, capsys):
@@ -194,14 +153,14 @@ def test_launch_refuses_what_this_cluster_does_not_have(corpus, tmp_path, capsys
         ([], "--partition main: expected nodes with GPUs, sinfo shows none there"),
         (["--gpus-per-node", "0", "--tasks-per-node", "1", "--nodes", "4"], "--nodes: expected at most 2"),
     ):
-        assert main(["launch", *keys(corpus, tmp_path), "batch.global_size=16", *options]) == 2
+        assert main(["launch", *keys(corpus, tmp_path, 60), "batch.global_size=16", *options]) == 2
         assert message in capsys.readouterr().err
 
 
 def test_launch_submits(cluster, corpus, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = ["--nodes", "2", "--gpus-per-node", "0", "--tasks-per-node", "1", "--sbatch=--hold", "--submit"]
-    assert main(["launch", *keys(corpus, tmp_path), *options]) == 0
+    assert main(["launch", *keys(corpus, tmp_path, 60), *options]) == 0
     number = re.search(r"job (\d+): 2 ranks on 2 nodes", capsys.readouterr().err)[1]
     assert cluster.run("squeue", "--noheader", f"--jobs={number}", "--format=%j %D").split() == ["pretrain", "2"]
     cluster.run("scancel", number)
