@@ -70,9 +70,9 @@ class Cluster:
         """slurm.conf."""
         return self.folder / "slurm.conf"
 
-    def steps(self, job: str) -> list[str]:
-        """What slurmd still runs of a job, on both nodes: the sockets of its steps."""
-        return [path.name for path in self.folder.glob(f"spool-*/n?_{job}.*")]
+    def ending(self, job: str) -> list[str]:
+        """What slurmd still keeps of the steps of a job, on both nodes; gone when the last of their processes is."""
+        return [path.name for path in self.folder.glob(f"spool-*/*_{job}.*")]
 
     def run(self, *command: str) -> str:
         """What one of SLURM's commands prints.

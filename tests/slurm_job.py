@@ -139,11 +139,10 @@ class Job:
         Its former start must be over for slurmd too, or its end is taken for that of the next start. And credentials
         are as old as the second in which they were made: one of the second in which the former were revoked is refused.
         """
-        deadline = time.monotonic() + 60
-        while self.cluster.steps(self.number):
-            assert time.monotonic() < deadline, f"job {self.number} does not end\n{self.cluster.logs()}"
+        begun = time.monotonic()
+        while (left := self.cluster.ending(self.number)) or time.monotonic() < begun + 1.1:
+            assert time.monotonic() < begun + 60, f"job {self.number} does not end: {left}\n{self.cluster.logs()}"
             time.sleep(0.05)
-        time.sleep(1.1)
         self.cluster.run("scontrol", "update", f"JobId={self.number}", "StartTime=now")
 
     def _processes(self, rank: int) -> list[int]:

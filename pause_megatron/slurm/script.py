@@ -73,8 +73,8 @@ def render_training(job: TrainingJob, template: Path = TEMPLATE) -> str:
         DIRECTIVES=directive_lines(directives),
         SETUP=_SETUP,
         PROGRAM=LAUNCHERS[job.launcher](job),
-        # In the background: asked about a job that is being ended, scancel tries again for as long as KillWait.
-        FORWARD='scancel --quiet --signal=USR2 "$SLURM_JOB_ID" &',
+        # A job that SLURM is ending has had its signal, and scancel would insist for as long as KillWait.
+        FORWARD='running && scancel --signal=USR2 "$SLURM_JOB_ID"',
     )
 
 

@@ -1,4 +1,4 @@
-"""Runs as jobs of a real SLURM cluster of two nodes: preempted, killed, requeued in a save, hung; still the same run."""
+"""Runs as jobs of a real SLURM cluster of two nodes: preempted, killed, requeued in a save, hung: one and the same run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ import pytest
 from slurm_cluster import Cluster, installed
 from slurm_job import EndedTooSoonError, Job
 
-from pause_megatron.checkpoint import Store
 from pause_megatron.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,30 +48,30 @@ def metrics(folder: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
 
 
-def assert_same_run(folder: Path, straight: Path) -> None:
+def assert_same_run(job: Job, straight: Job) -> None:
     """Equal metrics, and equal last checkpoints."""
-    assert metrics(folder) == metrics(straight)
-    last = [Store(each / "run" / "checkpoints") for each in (folder, straight)]
-    states = [sorted(store.path(store.steps()[-1]).glob("state-*.safetensors")) for store in last]
+    straight.finish()
+    assert straight.starts == 1, straight.logs()
+    assert metrics(job.folder) == metrics(straight.folder)
+    newest = [each.store.path(each.store.steps()[-1]) for each in (job, straight)]
+    states = [sorted(folder.glob("state-*.safetensors")) for folder in newest]
     assert [path.name for path in states[0]] == [path.name for path in states[1]] != []
     for one, other in zip(*states, strict=True):
         assert one.read_bytes() == other.read_bytes(), one.name
 
 
 @pytest.fixture(scope="module")
-def straight(cluster, corpus, tmp_path_factory) -> Callable[[int], Path]:
-    """Steps -> folder of a run that was not interrupted. DeepSpeed's launcher starts it: the others must agree with it."""
-    made: dict[int, Path] = {}
+def straight(cluster, corpus, tmp_path_factory) -> Callable[[int], Job]:
+    """Steps -> the run that nothing interrupts, begun when first asked for. DeepSpeed's launcher starts it."""
+    jobs: dict[int, Job] = {}
 
-    def run(steps: int) -> Path:
-        if steps not in made:
-            folder = made[steps] = tmp_path_factory.mktemp(f"straight-{steps}")
-            job = Job(cluster, folder, script(corpus, folder, steps, "deepspeed"))
-            job.finish()
-            assert (job.starts, len(metrics(folder))) == (1, steps), job.logs()
-        return made[steps]
+    def begin(steps: int) -> Job:
+        if steps not in jobs:
+            folder = tmp_path_factory.mktemp(f"straight-{steps}")
+            jobs[steps] = Job(cluster, folder, script(corpus, folder, steps, "deepspeed"))
+        return jobs[steps]
 
-    return run
+    return begin
 
 
 def with_enough_steps(scenario: Callable[[int], Job]) -> tuple[int, Job]:
@@ -98,12 +97,13 @@ def test_preempted_killed_requeued_in_a_save_and_hung_it_is_the_same_run(cluster
         job.freeze_in_a_save()
         job.hit(lambda: cluster.run("scontrol", "requeue", job.number), "scontrol requeue in a save")
         job.wait_for_steps(3)
+        straight(steps)  # has the processors to itself while the others hang
         job.hit(lambda: job.signal(signal.SIGSTOP, 1), "a hang")
         job.finish()
         return job
 
     steps, job = with_enough_steps(scenario)
-    assert_same_run(job.folder, straight(steps))
+    assert_same_run(job, straight(steps))
     assert job.starts >= 5  # a machine that is slow enough looks hung by itself
     assert job.stopped()[0] == job.resumed()[0], "a step was lost"
     log = (job.folder / "logs" / f"pretrain-{job.number}" / "rank-0000.txt").read_text()
@@ -131,7 +131,7 @@ def test_torchrun_is_told_before_the_time_limit_and_a_cancelled_job_stays_away(c
         return again
 
     steps, job = with_enough_steps(scenario)
-    assert_same_run(job.folder, straight(steps))
+    assert_same_run(job, straight(steps))
     assert job.stopped() == job.resumed() and len(job.stopped()) == 2, "a step was lost"
 
 
