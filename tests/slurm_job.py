@@ -78,7 +78,7 @@ class Job:
                         raise EndedTooSoonError(what)
                     raise AssertionError(f"{what}: {state}\n{self.logs()}")
                 self._looked = time.monotonic()
-            time.sleep(0.001)
+            time.sleep(0.005)
 
     def wait_for_steps(self, count: int) -> None:
         """Wait until the present start has done so many steps on top of those it began with."""

@@ -66,8 +66,7 @@ def run(args: argparse.Namespace) -> int:
     job = _job(args, config)
     plan = batch_plan(config, job.nodes * job.tasks_per_node)
     deepspeed_config(config, data_parallel=plan.data_parallel)
-    _check_time(job, config)
-    _check_site(args, job)
+    _check_site(args, job, config)
     if job.gpus_per_node:
         _check_plan(args.gpu, job, config)
     for warning in _warnings(job, config):
@@ -108,15 +107,16 @@ def _job(args: argparse.Namespace, config: RunConfig) -> TrainingJob:
     )
 
 
-def _check_time(job: TrainingJob, config: RunConfig) -> None:
-    """A job must have time for its start, a step, and the save before its end."""
-    from pause_megatron.slurm.site import seconds_of
+def _check_time(seconds: int | None, named: str, config: RunConfig) -> None:
+    """A job must have time for its start, a step, and the save before its end.
 
-    seconds = seconds_of(job.time) if job.time else None
+    Args:
+        seconds: its time limit; None: no limit. named: what the user calls it.
+    """
     needed = config.checkpoint.before_end_seconds + _START_UP_SECONDS
     if seconds is not None and seconds < needed:
         raise ConfigError(
-            f"--time {job.time}: expected at least {needed} s: {_START_UP_SECONDS} s until the first step, and "
+            f"{named}: expected at least {needed} s: {_START_UP_SECONDS} s until the first step, and "
             f"checkpoint.before_end_seconds={config.checkpoint.before_end_seconds} for the last step and its save"
         )
 
@@ -145,10 +145,12 @@ def _check_plan(gpu: str, job: TrainingJob, config: RunConfig) -> None:
     _say(f"fits: {size} (pause-megatron plan says more)")
 
 
-def _check_site(args: argparse.Namespace, job: TrainingJob) -> None:
-    """Against sinfo, where this is a cluster."""
-    from pause_megatron.slurm.site import check_hostfile, check_partition, partitions, seconds_of
+def _check_site(args: argparse.Namespace, job: TrainingJob, config: RunConfig) -> None:
+    """The time limit and the hostfile; and, where this is a cluster, all that sinfo knows."""
+    from pause_megatron.slurm.site import check_hostfile, check_partition, find_partition, partitions, seconds_of
 
+    seconds = seconds_of(job.time) if job.time else None
+    _check_time(seconds, f"--time {job.time}", config)
     if args.hostfile:
         if job.launcher != "deepspeed":
             raise ConfigError(f"--hostfile: belongs to --launcher deepspeed; {job.launcher} needs none")
@@ -160,8 +162,11 @@ def _check_site(args: argparse.Namespace, job: TrainingJob) -> None:
             raise
         _say(f"the partition is not checked: {str(error).splitlines()[0]}")
         return
-    seconds = seconds_of(job.time) if job.time else None
     check_partition(known, job.partition, nodes=job.nodes, gpus_per_node=job.gpus_per_node, seconds=seconds)
+    if job.time is None:
+        partition = find_partition(known, job.partition)
+        named = f"--time: not given, {partition.default_seconds} s by default in partition {partition.name}"
+        _check_time(partition.default_seconds, named, config)
 
 
 def _warnings(job: TrainingJob, config: RunConfig) -> list[str]:

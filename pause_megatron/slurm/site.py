@@ -21,6 +21,7 @@ class Partition:
         gpus: most of a node; 0: none
         nodes: of the partition
         limit_seconds: longest job; None: no limit
+        default_seconds: of a job that names no limit; None: no limit
     """
 
     name: str
@@ -28,6 +29,7 @@ class Partition:
     gpus: int
     nodes: int
     limit_seconds: int | None
+    default_seconds: int | None
 
 
 def partitions() -> dict[str, Partition]:
@@ -36,14 +38,14 @@ def partitions() -> dict[str, Partition]:
     Raises:
         PauseMegatronError: sinfo fails.
     """
-    return parse_partitions(output_of(["sinfo", "--noheader", "--format=%P|%G|%D|%l"]))
+    return parse_partitions(output_of(["sinfo", "--noheader", "--format=%P|%G|%D|%l|%L"]))
 
 
 def parse_partitions(text: str) -> dict[str, Partition]:
-    """From lines of `NAME[*]|GRES|NODES|LIMIT`; a partition has a line for each kind of node."""
+    """From lines of `NAME[*]|GRES|NODES|LIMIT|DEFAULT`; a partition has a line for each kind of node."""
     found: dict[str, Partition] = {}
     for line in text.splitlines():
-        name, gres, nodes, limit = line.strip().split("|")
+        name, gres, nodes, limit, default = line.strip().split("|")
         plain = name.rstrip("*")
         before = found.get(plain)
         counts = [int(count or 1) for count in re.findall(r"\bgpu(?::[^:,(]*[^:,(\d][^:,(]*)?(?::(\d+))?", gres)]
@@ -53,6 +55,7 @@ def parse_partitions(text: str) -> dict[str, Partition]:
             max([*counts, before.gpus if before else 0], default=0),
             int(nodes) + (before.nodes if before else 0),
             seconds_of(limit),
+            seconds_of(limit if default == "n/a" else default),
         )
     return found
 
@@ -83,6 +86,23 @@ def seconds_of(text: str) -> int | None:
     return parts[0] * 60 + (parts[1] if len(parts) == 2 else 0)
 
 
+def find_partition(known: dict[str, Partition], name: str | None) -> Partition:
+    """The partition of a job.
+
+    Args:
+        known: see `partitions`
+        name: None: the default one
+
+    Raises:
+        ConfigError: no such partition, or no default.
+    """
+    partition = known.get(name) if name else next((entry for entry in known.values() if entry.default), None)
+    if partition is None:
+        came = f"came {name!r}{nearest(name, known)}" if name else "came none, and the cluster has no default"
+        raise ConfigError(f"--partition: expected one of {', '.join(sorted(known)) or '(sinfo shows none)'}; {came}")
+    return partition
+
+
 def check_partition(
     known: dict[str, Partition], name: str | None, *, nodes: int, gpus_per_node: int, seconds: int | None
 ) -> None:
@@ -96,10 +116,7 @@ def check_partition(
     Raises:
         ConfigError: no such partition, or it has no (or too few) GPUs or nodes, or a shorter limit.
     """
-    partition = known.get(name) if name else next((entry for entry in known.values() if entry.default), None)
-    if partition is None:
-        came = f"came {name!r}{nearest(name, known)}" if name else "came none, and the cluster has no default"
-        raise ConfigError(f"--partition: expected one of {', '.join(sorted(known)) or '(sinfo shows none)'}; {came}")
+    partition = find_partition(known, name)
     if gpus_per_node and not partition.gpus:
         raise ConfigError(
             f"--partition {partition.name}: expected nodes with GPUs, sinfo shows none there. Name another partition, "

@@ -52,6 +52,7 @@ def train(config: RunConfig, data: TrainingData, context: ParallelContext, stop:
         EXIT_FINISHED or EXIT_STOPPED.
     """
     folder, result = Path(config.run.dir), None
+    end = deadline(config.checkpoint.before_end_seconds)
     with ExitStack() as closing:
         closing.enter_context(own_run(folder, context))
         model = new_model(config, data)
@@ -70,7 +71,7 @@ def train(config: RunConfig, data: TrainingData, context: ParallelContext, stop:
             closing.callback(hook.close)
         batches = closing.enter_context(_batches(config, data, context, progress, stream))
         watch = closing.enter_context(HangWatch(config.run.hang_seconds, context))
-        closing.enter_context(stop.during_steps(deadline(config.checkpoint.before_end_seconds)))
+        closing.enter_context(stop.during_steps(end))
         for result in training_steps(
             engine,
             batches,

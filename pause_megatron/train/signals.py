@@ -89,14 +89,22 @@ def deadline(before_end_seconds: int, environment: Mapping[str, str] | None = No
         Seconds since the epoch; None for 0 seconds, or where the variable is not set.
 
     Raises:
-        ConfigError: the variable is not a number.
+        ConfigError: the variable is not a number, or that moment is over: the job would come back again and again
+            without a step.
     """
     end = (os.environ if environment is None else environment).get("SLURM_JOB_END_TIME")
     if not end or not before_end_seconds:
         return None
     try:
-        return float(end) - before_end_seconds
+        left = float(end) - time.time()
     except ValueError:
         raise ConfigError(
             f"environment variable SLURM_JOB_END_TIME: expected seconds since 1970, came {end!r}"
         ) from None
+    if left <= before_end_seconds:
+        raise ConfigError(
+            f"checkpoint.before_end_seconds={before_end_seconds}: expected less than the job's time, of which "
+            f"{max(left, 0):.0f} s are left (SLURM_JOB_END_TIME): no step could begin. Ask for more time, or lower "
+            "the key if a step and a save take less"
+        )
+    return float(end) - before_end_seconds

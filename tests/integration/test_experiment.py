@@ -1,4 +1,4 @@
-"""A whole experiment with the real verbs: run, killed in the middle and started again, reported."""
+"""A whole experiment with the real verbs: run, killed in the middle and started again, run by SLURM, reported."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ import time
 from pathlib import Path
 
 import pytest
+from slurm_cluster import installed
+from slurm_job import Job
 from small_grid import GRID, write_grid, write_records
 
 from pause_megatron.cli import main
 from pause_megatron.config.identity import deciding_keys
 from pause_megatron.config.load import load
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +102,23 @@ def test_killed_in_the_middle_and_started_again_it_ends_as_the_uninterrupted_one
     assert "resuming after step" in interrupted.read_text()
     found, expected = outcome(tmp_path / "out"), outcome(straight)
     assert len(found) == 4 and found == {name: expected[name] for name in found}
+
+
+@pytest.mark.skipif(not installed(), reason="needs the Debian packages slurm-wlm and munge, and root")
+def test_as_one_slurm_job_it_is_stopped_and_comes_back(straight, corpus, records, cluster, tmp_path, monkeypatch):
+    for name, value in {**cluster.environment, "PYTHONPATH": str(ROOT)}.items():
+        monkeypatch.setenv(name, value)
+    output = tmp_path / "out"
+    shutil.copytree(straight, output)
+    cell = next(output.glob("cells/evaluate-*-curve*"))
+    shutil.rmtree(cell)
+    words = arguments(write_grid(tmp_path / "grid.yaml"), corpus, records, output)[2:]
+    job = Job(cluster, tmp_path / "job", "--gpus-per-node=0", str(ROOT / "launchers" / "experiment.sbatch"), *words)
+    job.wait((cell / "log.txt").exists, "a cell that runs")
+    cluster.run("scancel", "--batch", "--signal=USR2", job.number)  # what SLURM sends before the time limit
+    job.finish()
+    assert job.logs().count("7 cells: 6 done before, 1 to run") == 2, job.logs()
+    assert outcome(output) == outcome(straight)
 
 
 def test_a_fingerprint_is_of_the_very_configuration_that_ran(straight):

@@ -1,4 +1,4 @@
-"""Runs as jobs of a real SLURM cluster of two nodes: preempted, killed, requeued in a save, hung: one and the same run."""
+"""Runs as jobs of a real SLURM cluster of two nodes: preempted, killed, requeued in a save, hung: one run."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from slurm_cluster import Cluster, installed
 from slurm_job import EndedTooSoonError, Job
+from small_grid import write_records
 
 from pause_megatron.cli import main
 
@@ -133,6 +134,24 @@ def test_torchrun_is_told_before_the_time_limit_and_a_cancelled_job_stays_away(c
     steps, job = with_enough_steps(scenario)
     assert_same_run(job, straight(steps))
     assert job.stopped() == job.resumed() and len(job.stopped()) == 2, "a step was lost"
+
+
+def test_it_is_finetuned(cluster, straight, tmp_path):
+    pretrained = straight(STEPS[0])
+    pretrained.finish()
+    words = [
+        *(
+            "--recipe",
+            "finetune-web_questions",
+            f"model.from={pretrained.folder / 'run'}",
+            f"run.dir={tmp_path / 'run'}",
+        ),
+        *(f"task.path={write_records(tmp_path) / 'webquestions'}", "train.steps=2", "optim.warmup_steps=1"),
+        *("batch.global_size=2", "finetune.pauses=3", "validation.every=0", "log.tensorboard=false"),
+    ]
+    job = Job(cluster, tmp_path, *ON_CPUS, str(ROOT / "launchers" / "finetune.sbatch"), *words)
+    job.finish()
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2] and job.starts == 1, job.logs()
 
 
 def script(corpus: str, folder: Path, steps: int, launcher: str, *options: str) -> str:

@@ -66,10 +66,11 @@ def test_everything_that_ships_is_in_the_wheel(installed):
         ("recipes/experiments", "*.yaml", ROOT / "pause_megatron" / "recipes" / "experiments"),
         ("tasks", "*.yaml", ROOT / "pause_megatron" / "tasks"),
         ("experiment", "*.yaml", ROOT / "pause_megatron" / "experiment"),
-        ("experiment", "*.sbatch", ROOT / "pause_megatron" / "experiment"),
+        ("slurm", "*.sbatch", ROOT / "pause_megatron" / "slurm"),
         ("experiment/report", "*.css", ROOT / "pause_megatron" / "experiment" / "report"),
         ("ds_configs", "*.json", ROOT / "ds_configs"),
         (".", "**/*.py", ROOT / "pause_megatron"),
     ):
         expected = {path.relative_to(source) for path in source.glob(pattern)}
+        assert expected, pattern
         assert {path.relative_to(package / folder) for path in (package / folder).glob(pattern)} == expected

@@ -8,19 +8,19 @@ from pause_megatron.errors import ConfigError
 from pause_megatron.slurm.site import check_hostfile, check_partition, parse_partitions, seconds_of
 
 SINFO = """\
-cpu*|(null)|10|infinite
-gpu|gpu:a100:4(S:0-1),lustre:1|6|2-00:00:00
-gpu|gpu:h100:8|2|2-00:00:00
-debug|gpu:2|1|30:00
+cpu*|(null)|10|infinite|1:00:00
+gpu|gpu:a100:4(S:0-1),lustre:1|6|2-00:00:00|n/a
+gpu|gpu:h100:8|2|2-00:00:00|n/a
+debug|gpu:2|1|30:00|5:00
 """
 
 
 def test_partitions():
     known = parse_partitions(SINFO)
-    assert [(p.name, p.default, p.gpus, p.nodes, p.limit_seconds) for p in known.values()] == [
-        ("cpu", True, 0, 10, None),
-        ("gpu", False, 8, 8, 172800),
-        ("debug", False, 2, 1, 1800),
+    assert [(p.name, p.default, p.gpus, p.nodes, p.limit_seconds, p.default_seconds) for p in known.values()] == [
+        ("cpu", True, 0, 10, None, 3600),
+        ("gpu", False, 8, 8, 172800, 172800),
+        ("debug", False, 2, 1, 1800, 300),
     ]
 
 

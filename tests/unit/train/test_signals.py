@@ -48,8 +48,15 @@ def test_the_clock_asks_too():
 
 
 def test_the_deadline_of_a_job():
-    assert deadline(300, {"SLURM_JOB_END_TIME": "1700000300"}) == 1700000000
+    end = int(time.time()) + 360
+    assert deadline(300, {"SLURM_JOB_END_TIME": str(end)}) == end - 300
     assert deadline(0, {"SLURM_JOB_END_TIME": "1700000300"}) is None
     assert deadline(300, {}) is None
     with pytest.raises(ConfigError, match="SLURM_JOB_END_TIME: expected seconds since 1970, came 'soon'"):
         deadline(300, {"SLURM_JOB_END_TIME": "soon"})
+
+
+def test_a_job_too_short_for_a_step_is_refused_and_does_not_come_back_for_ever():
+    for left in (-10, 299):
+        with pytest.raises(ConfigError, match="before_end_seconds=300: expected less than the job's time, of which "):
+            deadline(300, {"SLURM_JOB_END_TIME": str(int(time.time()) + left)})
