@@ -150,7 +150,7 @@ def test_it_is_finetuned(cluster, straight, tmp_path):
         *("batch.global_size=2", "finetune.pauses=3", "validation.every=0", "log.tensorboard=false"),
     ]
     job = Job(cluster, tmp_path, *ON_CPUS, str(ROOT / "launchers" / "finetune.sbatch"), *words)
-    job.finish()
+    job.finish()  # in a folder without the repository: the scripts need the installed package alone
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2] and job.starts == 1, job.logs()
 
 
@@ -167,10 +167,16 @@ def script(corpus: str, folder: Path, steps: int, launcher: str, *options: str) 
 
 
 def test_launch_refuses_what_this_cluster_does_not_have(corpus, tmp_path, capsys):
+    on_cpus = ["--gpus-per-node", "0", "--tasks-per-node", "1"]
     for options, message in (
-        (["--partition", "mian"], "--partition: expected one of main; came 'mian'. Did you mean 'main'?"),
+        (["--partition", "mian"], "--partition: expected one of main, short; came 'mian'. Did you mean 'main'?"),
         ([], "--partition main: expected nodes with GPUs, sinfo shows none there"),
-        (["--gpus-per-node", "0", "--tasks-per-node", "1", "--nodes", "4"], "--nodes: expected at most 2"),
+        ([*on_cpus, "--nodes", "4"], "--nodes: expected at most 2"),
+        (
+            [*on_cpus, "--partition", "short"],
+            "--time: not given, 540 s by default in partition short: expected at least",
+        ),
+        ([*on_cpus, "--partition", "short", "--time", "1:00:00"], "--time: expected at most 540 s"),
     ):
         assert main(["launch", *keys(corpus, tmp_path, 60), "batch.global_size=16", *options]) == 2
         assert message in capsys.readouterr().err

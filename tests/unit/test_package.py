@@ -1,4 +1,4 @@
-"""What is built installs: a wheel made from the source distribution finds its recipes and DeepSpeed files."""
+"""What is built installs: a wheel from the source distribution finds its recipes, job template and DeepSpeed files."""
 
 from __future__ import annotations
 
@@ -39,15 +39,24 @@ def _setup(folder: Path, *arguments: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_the_installed_program_finds_its_data(installed, tmp_path):
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["pretrain", "--dry-run", "--recipe", "tiny-pause", "engine.ds_config=zero3"], "ZeRO stage 3"),
+        (["launch", "--recipe", "tiny-pause", "--gpus-per-node", "2"], "scontrol requeue"),
+    ],
+    ids=["pretrain", "launch"],
+)
+def test_the_installed_program_finds_its_data(installed, tmp_path, arguments, said):
     code = (
         "import sys; sys.path.insert(0, sys.argv[1]);"
         "import pause_megatron; from pause_megatron.cli import main;"
         "assert pause_megatron.__file__.startswith(sys.argv[1]), pause_megatron.__file__;"
         "sys.exit(main(sys.argv[2:]))"
     )
-    arguments = ["pretrain", "--dry-run", "--recipe", "tiny-pause", "engine.ds_config=zero3"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    (tmp_path / "slurm.conf").touch()  # no cluster; one that is missing is waited for
+    environment["SLURM_CONF"] = str(tmp_path / "slurm.conf")
     done = subprocess.run(
         [sys.executable, "-c", code, str(installed), *arguments],
         cwd=tmp_path,
@@ -56,7 +65,8 @@ def test_the_installed_program_finds_its_data(installed, tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    assert "ZeRO stage 3" in done.stdout
+    assert said in done.stdout
+    assert str(ROOT) not in done.stdout
 
 
 def test_everything_that_ships_is_in_the_wheel(installed):
