@@ -150,11 +150,20 @@ def _step(config: Any, context: Any, engine: Any) -> Callable[[], Any]:
                 after_pause=torch.zeros(rows, dtype=torch.bool),
                 sample_ids=torch.arange(micro),
                 pause_tokens=micro * plan.pauses,
+                segments=_segments(config, micro, length),
             )
         )
     targets = plan.global_size * (length - plan.pauses)
     ledger = LossLedger(context.device)
     return lambda: engine.train_step(batches, ledger.forward, lr=1e-3, global_targets=targets)
+
+
+def _segments(config: Any, micro: int, length: int) -> Tensor | None:
+    """int32 [micro, length], two texts to a window, where texts of a window do not see each other; else None."""
+    packed = config.task.name is not None and config.finetune.batching == "packed"
+    if not packed and config.data.documents != "apart":
+        return None
+    return (torch.arange(length, dtype=torch.int32) * 2 // length).expand(micro, length).contiguous()
 
 
 class Collectives(TorchDispatchMode):

@@ -22,6 +22,7 @@ class Activations:
     Attributes:
         attention: what the attention half of a layer keeps when it is not recomputed
         feed_forward: what its other half keeps
+        mask: who sees whom, one for all layers
         layer_input: the residual stream at one place
         final_norm: what the last norm keeps
         layer_workspace: most that the backward pass of a layer adds to what the layer keeps
@@ -34,6 +35,7 @@ class Activations:
 
     attention: int
     feed_forward: int
+    mask: int
     layer_input: int
     final_norm: int
     layer_workspace: int
@@ -63,16 +65,19 @@ def activations(layout: Layout, device: Device) -> Activations:
     norm = _norm(layout, device, residual)
     norm_and_input = norm + element * residual  # of the linear layer behind it
     rows = 2 * element * layout.target_rows * hidden
+    mask = tokens * layout.batch.sequence_length if layout.masked else 0
     return Activations(
-        attention=_attention(layout) + norm_and_input,
+        # In every layer torch makes numbers of the boolean mask, to be added to the scores, and keeps them.
+        attention=_attention(layout) + element * mask + norm_and_input,
         # The first matrix's output, the activated gate, the other half (plus megatron-core's offset of 0), the product.
         feed_forward=5 * element * inner + norm_and_input,
+        mask=mask,
         layer_input=element * residual,
         final_norm=norm,
         layer_workspace=2 * element * inner + 2 * element * residual + gathered,
         norm_workspace=(16 if device == "cpu" else 2 * element) * residual + element * residual,
         head_rows=rows + element * residual + gathered + 4 * layout.target_rows,
-        head_chunk=_head_chunk(layout),
+        head_chunk=_head_chunk(layout, device),
         head_gradient=element * layout.rows * hidden,
         gather_buffer=gathered,
     )
@@ -93,7 +98,7 @@ def _attention(layout: Layout) -> int:
     return layout.element * (kept + rotations) + 4 * tokens * model.heads // tensor
 
 
-def _head_chunk(layout: Layout) -> int:
+def _head_chunk(layout: Layout, device: Device) -> int:
     """`model/head.py`: a chunk's logits in both types, their gradient; the weight gradient, summed in fp32."""
     chunk = min(layout.model.head_chunk, layout.target_rows)
     chunks = -(-layout.target_rows // chunk)
@@ -103,5 +108,6 @@ def _head_chunk(layout: Layout) -> int:
     if chunks == 1:
         return max(8 * logits, 4 * logits + 2 * matrix)
     # The second chunk turns the sum into fp32 while the bf16 one and the new product exist. From then on the gradient
-    # of the chunk before is still there when the next logits are made.
-    return max(8 * matrix + 4 * logits, (2 if chunks == 2 else 4) * matrix + 10 * logits)
+    # of the chunk before is still there when the next logits are made. A CPU adds bf16 to fp32 by way of an fp32 copy.
+    adding = (12 if device == "cpu" else 8) * matrix + 4 * logits
+    return max(adding, (2 if chunks == 2 else 4) * matrix + 10 * logits)

@@ -103,6 +103,14 @@ class Layout:
         return round(self.batch.micro_size * (length - pauses))
 
     @property
+    def masked(self) -> bool:
+        """Whether attention takes a mask: windows of several texts that do not see each other, or a prefix-LM."""
+        finetune = self.config.finetune
+        if self.config.task.name is None:
+            return self.config.data.documents == "apart"
+        return finetune.batching == "packed" or finetune.prefix_attention == "bidirectional"
+
+    @property
     def rows(self) -> int:
         """Rows of the vocabulary matrices on this rank."""
         return padded_vocabulary(self.model, self.vocabulary, self.tensor) // self.tensor

@@ -41,9 +41,16 @@ MEMORY = {
             *("model.vocab_multiple=2048", "model.head_chunk=64"),
         ],
     ),
-    "stage 1, tensor parallel, grouped queries": (
+    "stage 1, a vocabulary wider than its chunks": (
+        4,
+        [
+            *("engine.zero_stage=1", "model.layers=1", "model.hidden=256"),
+            *("model.vocab_multiple=2048", "model.head_chunk=64"),
+        ],
+    ),
+    "stage 1, tensor parallel, grouped queries, documents apart": (
         8,
-        ["engine.zero_stage=1", "parallel.tensor=2", "model.kv_heads=2", "model.layers=4"],
+        ["engine.zero_stage=1", "parallel.tensor=2", "model.kv_heads=2", "model.layers=4", "data.documents=apart"],
     ),
     "stage 1, tensor parallel, recomputed, tied": (
         4,
