@@ -15,7 +15,7 @@ TOPOLOGIES = [
     (1, 1, False, 3, 4, ["parallel.recompute=full"]),
     (2, 1, False, 0, 4, []),
     (2, 1, False, 1, 1, []),
-    (2, 1, False, 2, 2, ["model.head_chunk=37"]),
+    (2, 1, False, 2, 2, ["model.head_chunk=37", "engine.ds_config=zero2-overlap"]),
     (2, 1, False, 3, 2, []),
     (2, 2, False, 0, 8, []),
     (2, 2, True, 1, 4, []),
