@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pause_megatron.config.plan import BatchPlan
 from pause_megatron.config.presets import flops_per_token, parameters
+from pause_megatron.config.quantities import scaled
 from pause_megatron.config.schema import RunConfig
 
 if TYPE_CHECKING:
@@ -107,8 +108,8 @@ def _model_rows(
             f"{model.ffn} ffn, {'tied' if model.tied else 'untied'}",
         ),
         ("parameters", f"{parameters(model, size):,}"),
-        ("FLOPs a step", f"{_si(flops)}FLOP ({_si(flops / plan.world_size)}FLOP a rank)"),
-        ("FLOPs in all", "unknown" if plan.steps is None else f"{_si(flops * plan.steps)}FLOP"),
+        ("FLOPs a step", f"{scaled(flops)}FLOP ({scaled(flops / plan.world_size)}FLOP a rank)"),
+        ("FLOPs in all", "unknown" if plan.steps is None else f"{scaled(flops * plan.steps)}FLOP"),
         ("engine", f"ZeRO stage {engine['zero_optimization']['stage']}, {config.engine.precision}"),
     ]
 
@@ -132,15 +133,7 @@ def _steps(config: RunConfig, plan: BatchPlan) -> str:
 
 
 def _total(tokens: float | None) -> str:
-    return "unknown" if tokens is None else f"{tokens:,.0f} ({_si(tokens)}tokens)"
-
-
-def _si(value: float) -> str:
-    """1234567 -> "1.235 M" (three decimals, a prefix)."""
-    for power, prefix in ((24, "Y"), (21, "Z"), (18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
-        if value >= 10**power:
-            return f"{value / 10**power:.3f} {prefix}"
-    return f"{value:.0f} "
+    return "unknown" if tokens is None else f"{tokens:,.0f} ({scaled(tokens)}tokens)"
 
 
 def text_vocabulary(config: RunConfig, given: int | None) -> tuple[int, str]:

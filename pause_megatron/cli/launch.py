@@ -125,21 +125,18 @@ def _check_plan(gpu: str, job: TrainingJob, config: RunConfig) -> None:
     """By the arithmetic of `pause-megatron plan`: memory of a GPU, and time for the last step and its save."""
     from pause_megatron.cli.dry_run import text_vocabulary
     from pause_megatron.plan import Cluster, gpu_named, make_plan
-    from pause_megatron.plan.machine import GIB
+    from pause_megatron.plan.report import needed, remedy_lines
 
     cluster = Cluster(gpu_named(gpu), job.nodes, job.gpus_per_node)
     plan = make_plan(config, cluster, text_size=text_vocabulary(config, None)[0])
-    size = f"{plan.footprint.total / GIB:.1f} GiB of {plan.footprint.capacity / GIB:.1f} GiB on {cluster.gpu.name}"
+    size = f"{needed(plan)} on {cluster.gpu.name}"
     if not plan.fits:
-        remedies = [f"  {' '.join(remedy.overrides)}  ({remedy.total / GIB:.1f} GiB)" for remedy in plan.remedies]
+        remedies = "\n".join(remedy_lines(plan))
+        raise ConfigError(f"the run does not fit: {size}. Any of these would:\n{remedies}")
+    seconds = plan.time.seconds + plan.saving.seconds
+    if 0 < config.checkpoint.before_end_seconds < seconds:
         raise ConfigError(
-            f"the run does not fit: {size}. What would:\n"
-            + ("\n".join(remedies) or "  nothing that was tried; use more nodes or a smaller model")
-        )
-    needed = plan.time.seconds + plan.saving.seconds
-    if 0 < config.checkpoint.before_end_seconds < needed:
-        raise ConfigError(
-            f"checkpoint.before_end_seconds={config.checkpoint.before_end_seconds}: expected at least {needed:.0f}, "
+            f"checkpoint.before_end_seconds={config.checkpoint.before_end_seconds}: expected at least {seconds:.0f}, "
             f"for a step of {plan.time.seconds:.0f} s and a save of {plan.saving.seconds:.0f} s (pause-megatron plan)"
         )
     _say(f"fits: {size} (pause-megatron plan says more)")

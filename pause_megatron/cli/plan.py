@@ -41,14 +41,19 @@ def run(args: argparse.Namespace) -> int:
     """Plan for each kind of GPU, print, and say by the exit code whether all of them hold the run."""
     from pause_megatron.cli.dry_run import text_vocabulary
     from pause_megatron.config import load
-    from pause_megatron.plan import Cluster, as_json, as_table, gpu_named, make_plan
+    from pause_megatron.plan import Assumptions, Cluster, as_json, as_table, gpu_named, make_plan
 
-    assumptions = _assumptions(args)
+    given = _given(args)
     gpus = [gpu_named(name.strip()) for name in args.gpu.split(",")]
     config = load(args.config, recipe=args.recipe, overrides=args.overrides)
     text_size, _ = text_vocabulary(config, args.vocab_size)
     plans = [
-        make_plan(config, Cluster(gpu, args.nodes, args.gpus_per_node), text_size=text_size, assumptions=assumptions)
+        make_plan(
+            config,
+            Cluster(gpu, args.nodes, args.gpus_per_node),
+            text_size=text_size,
+            assumptions=Assumptions.of(gpu).with_values(given),
+        )
         for gpu in gpus
     ]
     print(json.dumps(as_json(plans), indent=2) if args.json else as_table(plans))
@@ -59,9 +64,8 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_DOES_NOT_FIT
 
 
-def _assumptions(args: argparse.Namespace):
-    from pause_megatron.plan import Assumptions
-
+def _given(args: argparse.Namespace) -> dict[str, float]:
+    """Assumptions that the command line replaces."""
     changes = {}
     for text in args.assume:
         name, equals, value = text.partition("=")
@@ -75,7 +79,7 @@ def _assumptions(args: argparse.Namespace):
         changes["mfu"] = args.mfu
     if changes.get("mfu", 0) > 1:
         raise ConfigError(f"--mfu: expected a share, 0 to 1, came {changes['mfu']}")
-    return Assumptions().with_values(changes)
+    return changes
 
 
 def _count(text: str) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pause_megatron.plan.machine import GPUS, Assumptions, Cluster, gpu_named
 from pause_megatron.plan.plan import Plan, make_plan
-from pause_megatron.plan.report import as_json, as_table
+from pause_megatron.plan.record import as_json
+from pause_megatron.plan.report import as_table
 
 __all__ = ["GPUS", "Assumptions", "Cluster", "Plan", "as_json", "as_table", "gpu_named", "make_plan"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pause_megatron.config.deepspeed import ds_config_names
 from pause_megatron.config.rules import check
@@ -62,11 +62,27 @@ def footprint(memory: RankMemory, cluster: Cluster, assumptions: Assumptions) ->
 def largest_micro_size(config: RunConfig, text_size: int, cluster: Cluster, assumptions: Assumptions) -> int | None:
     """Largest batch.micro_size that divides this rank's share of the global batch and fits; None: not even 1."""
     share = config.batch.global_size * config.parallel.tensor // cluster.ranks
-    for micro in range(share, 0, -1):
-        changed = _changed(config, {"batch": {"micro_size": micro}})
-        if share % micro == 0 and _fits(changed, text_size, cluster, assumptions):
+    for micro in (size for size in range(share, 0, -1) if share % size == 0):
+        if _fits(_changed(config, {"batch": {"micro_size": micro}}), text_size, cluster, assumptions):
             return micro
     return None
+
+
+def memory_micro_size(layout: Layout, cluster: Cluster, assumptions: Assumptions) -> int:
+    """Largest micro-batch that memory allows where a step has one of them, of any size; 0: not even one window."""
+
+    def fits(micro: int) -> bool:
+        batch = replace(layout.batch, micro_size=micro, accumulation=1, global_size=micro * layout.data_parallel)
+        larger = replace(layout, batch=batch)
+        return footprint(rank_memory(larger), cluster, assumptions).fits
+
+    low, high = 0, 1
+    while fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def remedies(config: RunConfig, text_size: int, cluster: Cluster, assumptions: Assumptions) -> list[Remedy]:

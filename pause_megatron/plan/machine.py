@@ -19,26 +19,30 @@ class Gpu:
         memory_bytes: what torch reports as the device's total memory, about
         peak_flops: dense bf16, FLOP/s (NVIDIA's data sheets)
         link_bytes: to the other GPUs of the machine, bytes/s in one direction (NVLink)
+        link_ranks: GPUs that NVLink joins; a ring of more goes over PCIe
         network_bytes: of the network adapter of one GPU, bytes/s in one direction (one adapter a GPU, as in DGX)
         host_link_bytes: to the host, bytes/s in one direction (PCIe generation 4 or 5, x16)
+        mfu: model FLOPs / peak FLOPs while computing that is assumed for it
     """
 
     name: str
     memory_bytes: float
     peak_flops: float
     link_bytes: float
+    link_ranks: int
     network_bytes: float
     host_link_bytes: float
+    mfu: float
 
 
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        Gpu("a100-40", 39.4 * GIB, 312e12, 300e9, 25e9, 32e9),
-        Gpu("a100-80", 79.2 * GIB, 312e12, 300e9, 25e9, 32e9),
-        Gpu("h100", 79.1 * GIB, 989.4e12, 450e9, 50e9, 64e9),
-        Gpu("h100-94", 93.1 * GIB, 835.5e12, 300e9, 50e9, 64e9),
-        Gpu("h200", 139.7 * GIB, 989.4e12, 450e9, 50e9, 64e9),
+        Gpu("a100-40", 39.4 * GIB, 312e12, 300e9, 8, 25e9, 32e9, 0.56),
+        Gpu("a100-80", 79.2 * GIB, 312e12, 300e9, 8, 25e9, 32e9, 0.56),
+        Gpu("h100", 79.1 * GIB, 989.4e12, 450e9, 8, 50e9, 64e9, 0.42),
+        Gpu("h100-94", 93.1 * GIB, 835.5e12, 300e9, 2, 50e9, 64e9, 0.42),  # NVL: bridges join two
+        Gpu("h200", 139.7 * GIB, 989.4e12, 450e9, 8, 50e9, 64e9, 0.42),
     )
 }
 
@@ -59,7 +63,8 @@ class Assumptions:
     mfu: Assumption = Assumption(
         0.42,
         "model FLOPs / peak FLOPs while computing",
-        "best published for 1B models on 8 H100; communication that nothing hides comes on top",
+        "llm-foundry's published 1B runs on 8 GPUs: 0.42 on H100, 0.56 to 0.60 on A100; smaller models reach less; "
+        "communication that nothing hides comes on top",
     )
     base_gib: Assumption = Assumption(
         1.5, "GiB a GPU", "CUDA context, cuBLAS and NCCL buffers: a usual figure, not measured here"
@@ -84,6 +89,11 @@ class Assumptions:
         "Llama 3 (Dubey et al. 2024, section 3.3.4): 419 unexpected stops of 2,048 nodes in 54 days",
     )
     restart_seconds: Assumption = Assumption(300.0, "s a failure", "requeue, start, load: a usual figure")
+
+    @classmethod
+    def of(cls, gpu: Gpu) -> Assumptions:
+        """Those for a kind of GPU."""
+        return cls(mfu=replace(cls.mfu, value=gpu.mfu))
 
     def with_values(self, changes: dict[str, float]) -> Assumptions:
         """The same with other values, marked as given.

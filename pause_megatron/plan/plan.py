@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from pause_megatron.config.schema import RunConfig
 from pause_megatron.plan.communication import step_traffic
-from pause_megatron.plan.fit import Footprint, Remedy, footprint, largest_micro_size, remedies
+from pause_megatron.plan.fit import Footprint, Remedy, footprint, largest_micro_size, memory_micro_size, remedies
 from pause_megatron.plan.layout import Layout
 from pause_megatron.plan.machine import Assumptions, Cluster
 from pause_megatron.plan.memory import RankMemory, rank_memory
@@ -27,7 +27,8 @@ class Plan:
         time: of a step
         wires: its traffic
         saving: the best checkpoint interval
-        largest_micro_size: that fits; None: none does
+        largest_micro_size: that fits and divides a rank's share of the global batch; None: none does
+        memory_micro_size: that memory allows, were the global batch made of it; 0: none
         remedies: changes with which it fits, where it does not
         warnings: what is allowed but unwise
     """
@@ -41,6 +42,7 @@ class Plan:
     wires: tuple[Wire, ...]
     saving: SavePlan
     largest_micro_size: int | None
+    memory_micro_size: int
     remedies: tuple[Remedy, ...]
     warnings: tuple[str, ...]
 
@@ -68,12 +70,12 @@ def make_plan(config: RunConfig, cluster: Cluster, *, text_size: int, assumption
         config: resolved
         cluster: nodes, GPUs a node, kind of GPU
         text_size: ids of the text vocabulary
-        assumptions: default: those of `machine.py`
+        assumptions: default: those of `machine.py` for the GPU
 
     Raises:
         ConfigError: the ranks or the batch do not divide, or the DeepSpeed file cannot be used.
     """
-    assumptions = assumptions or Assumptions()
+    assumptions = assumptions or Assumptions.of(cluster.gpu)
     layout = Layout.of(config, cluster.ranks, text_size)
     memory = rank_memory(layout)
     size = footprint(memory, cluster, assumptions)
@@ -88,6 +90,7 @@ def make_plan(config: RunConfig, cluster: Cluster, *, text_size: int, assumption
         wires=wires,
         saving=save_plan(layout, cluster, time.seconds, assumptions),
         largest_micro_size=largest_micro_size(config, text_size, cluster, assumptions),
+        memory_micro_size=memory_micro_size(layout, cluster, assumptions),
         remedies=() if size.fits else tuple(remedies(config, text_size, cluster, assumptions)),
         warnings=tuple(_warnings(layout, cluster)),
     )
@@ -109,6 +112,11 @@ def _warnings(layout: Layout, cluster: Cluster) -> list[str]:
         found.append(
             f"ZeRO stage 2 sums gradients after each of {layout.batch.accumulation} micro-batches, stages 0 and 1 once "
             "a step: prefer stage 1, or a larger batch.micro_size, where memory allows"
+        )
+    if layout.config.task.name is not None and layout.config.model.from_ is None:
+        found.append(
+            f"model.from is not given: these are the sizes of model.preset={layout.config.model.preset}, not of the "
+            "model that will be finetuned"
         )
     if layout.config.engine.precision == "fp32":
         found.append("engine.precision=fp32 is far below the bf16 peak that times are worked out with")

@@ -1,4 +1,10 @@
-"""How often to save: Young's first-order optimum (1974), as in Daly 2006. No torch."""
+"""How often to save. No torch.
+
+With d seconds a save and M seconds between failures, saving every T seconds loses about d / T to saves and T / 2M to
+steps (a failure loses half an interval on average). The sum is least at T = sqrt(2 d M): Young 1974, "A first order
+approximation to the optimum checkpoint interval", CACM 17(9). Daly 2006, FGCS 22(3), has the higher orders, which
+matter where d is no longer small beside M. Restarts cost their seconds / M at any interval.
+"""
 
 from __future__ import annotations
 

@@ -86,11 +86,13 @@ def _forward_flops(layout: Layout) -> int:
 
 
 def _seconds(traffic: Traffic, layout: Layout, cluster: Cluster, assumptions: Assumptions) -> float:
-    members = _members_on_a_node(traffic, layout, cluster)
-    bandwidth = cluster.gpu.link_bytes if members > 1 else float("inf")
+    members, gpu = _members_on_a_node(traffic, layout, cluster), cluster.gpu
+    bandwidth = float("inf")
+    if members > 1:
+        bandwidth = gpu.link_bytes if members <= gpu.link_ranks else gpu.host_link_bytes
     if members < traffic.ranks:
         # Every member on a node has an adapter, and NCCL runs a ring through each.
-        bandwidth = min(bandwidth, cluster.gpu.network_bytes * members)
+        bandwidth = min(bandwidth, gpu.network_bytes * members)
     return traffic.wire_bytes / (bandwidth * assumptions.link_efficiency.value)
 
 

@@ -19,9 +19,21 @@ def test_a_comparison_of_gpus_is_one_table(capsys):
     assert table["ZeRO stage"] == ["1", "1", "1"]
     assert table["fits"] == ["yes", "yes", "yes"]
     assert table["parameters of a rank"] == ["1,042,360,320"] * 3
-    text = "\n".join(lines)
-    assert "gradients            all_reduce     over   128 data   ranks, between nodes" in text
-    assert "node_mtbf_hours    6300 hours" in text
+    assert table["MFU assumed while computing"] == ["56.0%", "42.0%", "42.0%"]
+    assert table["buffers"] == ["0.00", "GiB"] * 3
+    assert table["budget, raw tokens"] == ["21,000,880,128"] * 3
+    text = " ".join("\n".join(lines).split())
+    assert "gradients all_reduce 128 data between nodes 3.88 GiB" in text
+    assert "node_mtbf_hours 6300 hours" in text
+    for assumed in ("a100-40 39.4 GiB, 312 TFLOP/s", "h100 79.1 GiB, 989.4 TFLOP/s", "write_bytes 1e9 bytes/s"):
+        assert assumed in text
+
+
+def test_a_finetuning_of_no_model_is_warned_about(capsys):
+    assert main(["plan", "--recipe", "finetune-coqa"]) == 0
+    printed = capsys.readouterr().out
+    assert "warning: model.from is not given" in printed
+    assert "by the examples" in printed
 
 
 def test_json_has_every_assumption_with_unit_and_source(capsys):

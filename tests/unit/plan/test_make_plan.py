@@ -74,6 +74,31 @@ def test_the_largest_micro_batch_is_the_largest(gpu):
         assert fits == (micro <= largest), micro
 
 
+@pytest.mark.parametrize("gpu", GPUS)
+def test_what_memory_alone_allows_is_the_largest_too(gpu):
+    allowed = plan(gpu=gpu).memory_micro_size
+    for micro, fits in ((allowed, True), (allowed + 1, False)):
+        assert plan(f"batch.micro_size={micro}", f"batch.global_size={8 * micro}", gpu=gpu).fits is fits
+
+
+def test_a_mask_is_kept_by_every_layer():
+    """As numbers of the model's type, [batch, 1, seq, seq]; the boolean one besides, once."""
+    layers, elements = 18, 4 * 2048 * 2048
+    apart, joined = (plan(f"data.documents={how}").memory.phases["head"] for how in ("apart", "joined"))
+    assert apart["activations"] - joined["activations"] == (2 * layers + 1) * elements
+
+
+def test_nvlink_that_joins_two_carries_no_larger_ring():
+    keys = ("parallel.sequence=false", "engine.precision=bf16")
+    for tensor, speed in ((2, 300e9), (4, 64e9)):
+        (wire, *_) = [
+            wire
+            for wire in plan(*keys, f"parallel.tensor={tensor}", gpu="h100-94").wires
+            if wire.traffic.purpose == "layer activations"
+        ]
+        assert wire.seconds == pytest.approx(wire.traffic.wire_bytes / (speed * 0.8))
+
+
 @pytest.mark.parametrize(
     ("recipe", "keys", "gpu"),
     [

@@ -113,7 +113,7 @@ def test_launch_refuses_what_cannot_run_and_warns_of_what_is_slow(tmp_path, caps
     ]
     assert main(too_large) == 2
     error = capsys.readouterr().err
-    assert "the run does not fit: " in error and "GiB on a100-40. What would:\n  " in error
+    assert "the run does not fit: " in error and "GiB on a100-40. Any of these would:\n  " in error
     assert main([*base, "parallel.tensor=16"]) == 0
     assert "warning: parallel.tensor=16 does not divide the 8 ranks of a node" in capsys.readouterr().err
     assert main([*base, "checkpoint.before_end_seconds=900", "--time", "2:00:00"]) == 0
