@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from pause_megatron.config.plan import pause_range, pauses_per_window
-from pause_megatron.config.schema import RunConfig
+from pause_megatron.config.schema import DataSection, ModelSection, ParallelSection, RunConfig
 from pause_megatron.config.spelling import nearest
 from pause_megatron.errors import ConfigError
 
@@ -31,16 +31,36 @@ def check(config: RunConfig, origin: Mapping[str, str] | None = None) -> None:
     Raises:
         ConfigError: one line per broken rule: what was expected, what came, and where it came from.
     """
-    broken = [found for rule in _RULES if (found := rule(config)) is not None]
+    _refuse_broken(config, _RULES, origin or {})
+
+
+def check_shape(model: ModelSection, parallel: ParallelSection, sequence_length: int) -> None:
+    """The rules about sizes alone, for a model that is built without a whole configuration.
+
+    Raises:
+        ConfigError: a size is missing, or one line per broken rule.
+    """
+    missing = [
+        name for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "tied") if getattr(model, name) is None
+    ]
+    if missing:
+        keys = ", ".join(f"model.{name}" for name in missing)
+        raise ConfigError(f"{keys}: expected a value, came null; give it, or a model.preset")
+    config = RunConfig(model=model, parallel=parallel, data=DataSection(sequence_length=sequence_length))
+    _refuse_broken(config, _SHAPE_RULES, None)
+
+
+def _refuse_broken(config: RunConfig, rules: Iterable[Rule], origin: Mapping[str, str] | None) -> None:
+    broken = [found for rule in rules if (found := rule(config)) is not None]
     if broken:
-        raise ConfigError("\n".join(_message(config, keys, expected, origin or {}) for keys, expected in broken))
+        raise ConfigError("\n".join(_message(config, keys, expected, origin) for keys, expected in broken))
 
 
-def _message(config: RunConfig, keys: tuple[str, ...], expected: str, origin: Mapping[str, str]) -> str:
+def _message(config: RunConfig, keys: tuple[str, ...], expected: str, origin: Mapping[str, str] | None) -> str:
     came = []
     for key in keys:
         section, name = key.split(".")
-        where = f" ({origin[key]})" if key in origin else " (default)"
+        where = "" if origin is None else f" ({origin.get(key, 'default')})"
         came.append(f"{key}={getattr(getattr(config, section), name)}{where}")
     return f"expected {expected}; came {', '.join(came)}"
 
@@ -85,6 +105,12 @@ def tensor_divides_the_sequence(config: RunConfig) -> Broken:
         keys = ("data.sequence_length", "parallel.tensor")
         return keys, "data.sequence_length to be a multiple of parallel.tensor with parallel.sequence"
     return None
+
+
+_SHAPE_RULES = (
+    *(heads_divide_hidden, kv_heads_divide_heads, tensor_divides_the_model),
+    *(sequence_needs_tensor, tensor_divides_the_sequence),
+)
 
 
 @_rule

@@ -8,8 +8,8 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from pause_megatron.config.rules import check_shape
 from pause_megatron.config.schema import ModelSection, ParallelSection
-from pause_megatron.errors import ConfigError
 from pause_megatron.model.gpt import PauseGPTModel
 from pause_megatron.model.init import initialize_weights
 from pause_megatron.model.layers import block_spec
@@ -106,34 +106,6 @@ def transformer_config(model: ModelSection, parallel: ParallelSection, precision
         masked_softmax_fusion=False,
         persist_layer_norm=False,
     )
-
-
-def check_shape(model: ModelSection, parallel: ParallelSection, sequence_length: int) -> None:
-    """Refuse sizes that are missing or cannot be split.
-
-    Raises:
-        ConfigError: names the key, what was expected and what came.
-    """
-    for key in ("layers", "hidden", "heads", "kv_heads", "ffn", "tied"):
-        if getattr(model, key) is None:
-            raise ConfigError(f"model.{key}: expected a value, got null; give it, or a model.preset")
-    if model.hidden % (2 * model.heads):
-        raise ConfigError(
-            f"model.hidden: expected a multiple of 2 * model.heads = {2 * model.heads} (rotary channels come in "
-            f"pairs), got {model.hidden}"
-        )
-    if model.heads % model.kv_heads:
-        raise ConfigError(f"model.kv_heads: expected a divisor of model.heads = {model.heads}, got {model.kv_heads}")
-    for key in ("kv_heads", "ffn"):
-        if getattr(model, key) % parallel.tensor:
-            raise ConfigError(
-                f"model.{key}: expected a multiple of parallel.tensor = {parallel.tensor}, got {getattr(model, key)}"
-            )
-    if parallel.sequence and sequence_length % parallel.tensor:
-        raise ConfigError(
-            f"data.sequence_length: expected a multiple of parallel.tensor = {parallel.tensor} with "
-            f"parallel.sequence, got {sequence_length}"
-        )
 
 
 def _leave(weight: Tensor) -> Tensor:

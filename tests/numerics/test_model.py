@@ -11,11 +11,11 @@ from ranks import run_on_ranks
 from tiny_model import SEQ, TEXT_SIZE, batch, distance, loss_of, section, take_gradients, tiny
 
 from pause_megatron.config.presets import parameters
+from pause_megatron.config.rules import check_shape
 from pause_megatron.config.schema import ParallelSection
 from pause_megatron.errors import ConfigError
 from pause_megatron.model import Vocabulary
 from pause_megatron.model.attention import SDPACoreAttention
-from pause_megatron.model.build import check_shape
 from pause_megatron.model.layers import block_spec
 from pause_megatron.model.norm import RMSNorm
 
@@ -193,11 +193,16 @@ def test_vocabulary():
     ("changes", "parallel", "message"),
     [
         ({"layers": None}, {}, "model.layers: expected a value"),
-        ({"hidden": 36}, {}, "model.hidden: expected a multiple of 2"),
-        ({"kv_heads": 3}, {}, "model.kv_heads: expected a divisor"),
-        ({"kv_heads": 2}, {"tensor": 4}, "model.kv_heads: expected a multiple of parallel.tensor = 4, got 2"),
-        ({"ffn": 50}, {"tensor": 4}, "model.ffn: expected a multiple"),
-        ({}, {"tensor": 2, "sequence": True}, "data.sequence_length: expected a multiple of parallel.tensor = 2"),
+        ({"hidden": 36}, {}, "expected an even head size .*; came model.hidden=36, model.heads=4$"),
+        ({"kv_heads": 3}, {}, "expected model.heads to be a multiple of model.kv_heads; came model.heads=4, "),
+        (
+            {"kv_heads": 2},
+            {"tensor": 4},
+            "model.kv_heads to be a multiple .*; came model.kv_heads=2, parallel.tensor=4$",
+        ),
+        ({"ffn": 50}, {"tensor": 4}, "expected model.ffn to be a multiple of parallel.tensor"),
+        ({}, {"sequence": True}, "expected parallel.tensor > 1 with parallel.sequence"),
+        ({}, {"tensor": 2, "sequence": True}, "data.sequence_length to be a multiple of parallel.tensor"),
     ],
 )
 def test_sizes_that_cannot_be_split(changes, parallel, message):
