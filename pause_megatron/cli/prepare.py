@@ -93,10 +93,11 @@ def run(args: argparse.Namespace) -> int:
     """Prepare the corpus."""
     from pause_megatron.cli.prepare_progress import ProgressBar
     from pause_megatron.data.corpus import open_corpus
+    from pause_megatron.data.first_use import check_and_record
     from pause_megatron.data.prepare import prepare, summary
     from pause_megatron.data.sources import ReadOptions
     from pause_megatron.data.tokenizer import load_tokenizer
-    from pause_megatron.data.verify import verify_corpus
+    from pause_megatron.data.verify import refuse
 
     tokenizer = load_tokenizer(args.tokenizer, eod_token=args.eod_token, pause_id=args.pause_id)
     with ProgressBar(sys.stderr) as bar:
@@ -114,7 +115,8 @@ def run(args: argparse.Namespace) -> int:
         )
     print(summary(prepared, args.output))
     if args.verify:
-        verify_corpus(open_corpus(args.output))
+        corpus = open_corpus(args.output)
+        refuse(corpus, check_and_record(corpus))
         print("verified: the digests of .bin and .idx are those of the manifest")
     return 0
 

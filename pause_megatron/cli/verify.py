@@ -14,26 +14,32 @@ EXIT_DAMAGED = 1
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="prefix of a corpus that `prepare` made")
+    parser.add_argument(
+        "--cache",
+        metavar="FOLDER",
+        help="data.cache of the runs to come: the record there lets them start without reading the corpus again "
+        "(default: 'cache' beside the corpus)",
+    )
     parser.epilog = "exit code: 0 when all are as they were prepared, 1 when one is damaged, incomplete or missing"
 
 
 def run(args: argparse.Namespace) -> int:
     """Verify each corpus; go on after a damaged one."""
-    return max([_verify(prefix) for prefix in args.prefixes])
+    return max([_verify(prefix, args.cache) for prefix in args.prefixes])
 
 
-def _verify(prefix: str) -> int:
+def _verify(prefix: str, cache: str | None) -> int:
     import time
 
     from pause_megatron.byte_progress import ByteProgress
     from pause_megatron.data.corpus import open_corpus
-    from pause_megatron.data.verify import damage_of
+    from pause_megatron.data.first_use import check_and_record
 
     begun = time.perf_counter()
     try:
         corpus = open_corpus(prefix)
         with ByteProgress(sys.stderr) as progress:
-            damage = damage_of(corpus, progress.report)
+            damage = check_and_record(corpus, cache, report=progress.report, warn=_warn)
     except DataError as error:
         print(f"DAMAGED  {prefix}\n  {error}", flush=True)
         return EXIT_DAMAGED
@@ -48,3 +54,7 @@ def _verify(prefix: str) -> int:
         flush=True,
     )
     return 0
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr, flush=True)

@@ -14,6 +14,7 @@ from pause_megatron.data.build import parse_blend
 from pause_megatron.data.corpus import Corpus, open_corpus, require_one_tokenizer
 from pause_megatron.data.first_use import verify_at_use
 from pause_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from pause_megatron.data.verify import no_report
 from pause_megatron.errors import DataError
 
 
@@ -32,15 +33,18 @@ class Corpora:
     tokenizer: Tokenizer
     fingerprint: str
 
-    def verify(self, data: DataSection) -> None:
+    def verify(self, data: DataSection, rank: int = 0) -> None:
         """Reads each corpus whole at its first use, as data.verify says. Every rank calls this; one of them reads.
+
+        Rank 0 shows how far that one is, whichever it is.
 
         Raises:
             DataError: a byte is not what `prepare` wrote; on every rank.
         """
         with ByteProgress(sys.stderr) as progress:
+            report = progress.report if rank == 0 else no_report
             for corpus in self.corpora + self.valid:
-                verify_at_use(corpus, data.verify, data.cache, report=progress.report, warn=_warn)
+                verify_at_use(corpus, data.verify, data.cache, report=report, warn=_warn)
 
     def show(self, ids: Sequence[int]) -> str:
         """Text of token ids with pauses as `<pause>` and ends of documents as `<eod>`."""

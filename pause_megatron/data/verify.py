@@ -69,7 +69,12 @@ def verify_corpus(corpus: Corpus, report: Report = no_report) -> None:
     Raises:
         DataError: a byte differs from what `prepare` wrote; every damaged range is named.
     """
-    if damage := damage_of(corpus, report):
+    refuse(corpus, damage_of(corpus, report))
+
+
+def refuse(corpus: Corpus, damage: Sequence[Damage]) -> None:
+    """Raise a DataError that names every damaged range, where there is one."""
+    if damage:
         lines = "\n  ".join(map(str, damage))
         raise DataError(f"corpus {corpus.prefix} is damaged; copy it again, or prepare it with --overwrite:\n  {lines}")
 

@@ -35,13 +35,13 @@ def pretrain(config: RunConfig, stop: StopRequest | None = None) -> int:
         listening(stop) as stop,
         initialize(config.parallel, timeout=patience(config), connect_seconds=config.run.connect_seconds) as context,
     ):
-        return train(config, corpus_data(config, context.world_size), context, stop)
+        return train(config, corpus_data(config, context.world_size, context.rank), context, stop)
 
 
-def corpus_data(config: RunConfig, world_size: int) -> TrainingData:
+def corpus_data(config: RunConfig, world_size: int, rank: int = 0) -> TrainingData:
     """The windows of `data.prefix`, or of `data.source`. Every rank calls this: rank 0 builds the index caches."""
     corpora = open_corpora(config.data, config.pause.embeddings)
-    corpora.verify(config.data)
+    corpora.verify(config.data, rank)
     datasets = _datasets(config, corpora)
     plan = batch_plan(config, world_size)
     valid = None if datasets.valid is None else HeldOut(datasets.valid, config.validation.samples, datasets.valid_names)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import random
@@ -9,6 +11,8 @@ import shutil
 import struct
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +22,7 @@ from prose import documents, small_tokenizer, train_model, write_shards
 
 from pause_megatron.cli import main
 from pause_megatron.data.corpus import open_corpus
-from pause_megatron.data.first_use import verify_at_use
+from pause_megatron.data.first_use import check_and_record, verify_at_use
 from pause_megatron.data.manifest import BlockRecord, Manifest
 from pause_megatron.data.prepare import prepare
 from pause_megatron.data.tokenizer import load_tokenizer
@@ -279,6 +283,82 @@ def test_once_until_the_files_change(corpus: Path, tmp_path: Path) -> None:
     assert not use()
 
 
+def test_the_verb_leaves_the_record_that_a_start_looks_for(corpus: Path, tmp_path: Path) -> None:
+    """Verified before the job is submitted: no start reads a byte, or asks for a lock. Until a file changes."""
+
+    def use(cache: Path | None = None) -> bool:
+        read = []
+        reading = verify_at_use(open_corpus(corpus), "once", cache, report=lambda *report: read.append(report))
+        assert reading == bool(read)
+        return reading
+
+    for cache, arguments in ((None, []), (tmp_path / "records", ["--cache", f"{tmp_path}/records"])):
+        assert main(["verify", f"{corpus}", *arguments]) == 0
+        assert not use(cache)
+        assert [path.suffix for path in (cache or corpus.parent / "cache").iterdir()] == [".verified"]
+    (tmp_path / "link").symlink_to(corpus.parent)
+    assert not verify_at_use(open_corpus(tmp_path / "link" / "c"), "once")
+    os.utime(f"{corpus}.idx")
+    assert use() and not use()
+
+
+@pytest.mark.parametrize("finder", ["verb", "always"])
+def test_damage_that_is_found_makes_the_record_void(corpus: Path, finder: str) -> None:
+    assert verify_at_use(open_corpus(corpus), "once")
+    times = {path: path.stat().st_mtime_ns for path in [Path(f"{corpus}.bin")]}
+    _edit(Path(f"{corpus}.bin"), lambda content: content.__setitem__(9, content[9] ^ 1))
+    for path, time_ns in times.items():
+        os.utime(path, ns=(time_ns, time_ns))
+    assert not verify_at_use(open_corpus(corpus), "once")  # what a disk does in silence
+    if finder == "verb":
+        assert main(["verify", f"{corpus}"]) == 1
+    else:
+        with pytest.raises(DataError, match="is damaged"):
+            verify_at_use(open_corpus(corpus), "always")
+    with pytest.raises(DataError, match="is damaged"):
+        verify_at_use(open_corpus(corpus), "once")
+
+
+def test_who_waits_shows_the_reader_and_needs_no_lock(corpus: Path) -> None:
+    """The lock stays with somebody else all the time; the record alone lets the waiting process go on."""
+    opened, said, result = open_corpus(corpus), [], []
+    assert verify_at_use(opened, "once")
+    (lock,) = corpus.parent.glob("cache/*.lock")
+    lock.with_suffix(".verified").unlink()
+    with open(lock, "r+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate()  # what the reader of before has left
+        file.write(json.dumps(["verify c (process 7 on n3)", 5, 9]).encode())
+        file.flush()
+        report = lambda *report: said.append(report)  # noqa: E731
+        thread = threading.Thread(target=lambda: result.append(verify_at_use(opened, "once", report=report)))
+        thread.start()
+        deadline = time.monotonic() + 100
+        while len(said) < 2 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert check_and_record(opened) == []
+        thread.join(100)
+    assert result == [False]
+    assert set(said) == {("verify c (process 7 on n3)", 5, 9)}
+
+
+def test_a_file_system_without_locks(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then one process of each machine reads: the lock is in its temporary folder."""
+    flock, asked = fcntl.flock, []
+
+    def refused(descriptor: int, operation: int) -> None:
+        asked.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).parent)
+        if asked[-1] == corpus.parent / "cache":
+            raise OSError(errno.ENOSYS, "no locks")
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert verify_at_use(open_corpus(corpus), "once")
+    assert asked == [corpus.parent / "cache", tmp_path]
+    assert not verify_at_use(open_corpus(corpus), "once")
+
+
 def test_a_folder_that_cannot_be_written(corpus: Path) -> None:
     (corpus.parent / "file").touch()
     said: list[str] = []
@@ -290,7 +370,7 @@ _PROCESS = """
 import sys, time
 from pathlib import Path
 from pause_megatron.data.corpus import open_corpus
-from pause_megatron.data.first_use import verify_at_use
+from pause_megatron.data.first_use import check_and_record, verify_at_use
 from pause_megatron.errors import DataError
 corpus = open_corpus(sys.argv[1])
 Path(f"{sys.argv[2]}.ready").touch()
