@@ -20,6 +20,7 @@ from pause_megatron.data.documents import Tally
 from pause_megatron.data.encoders import EncoderName, choose_encoder
 from pause_megatron.data.malformed_limit import MalformedLimit
 from pause_megatron.data.manifest import Manifest, Plan, TokenizerRecord, path_of, read_record
+from pause_megatron.data.prepare_joined import joined_parts, keep_joined
 from pause_megatron.data.prepare_merge import join_parts, remove_partial_files
 from pause_megatron.data.prepare_pool import Progress, run_tasks
 from pause_megatron.data.prepare_shard import Part, ShardOutcome, ShardTask
@@ -173,12 +174,15 @@ class _Workplace:
             write_whole(plan_path, self.plan.model_dump_json().encode())
         remove_partial_files(self.output, self.folder)
         finished = {}
+        joined = joined_parts(self.output, self.folder)
         for number, source in enumerate(self.sources):
-            part = self._finished_part(number, source)
+            part = self._finished_part(number, source, number < joined)
             if part is None:
+                joined = min(joined, number)
                 (self.folder / f"{number:05d}.json").unlink(missing_ok=True)
             else:
                 finished[number] = part
+        keep_joined(self.folder, [finished[number] for number in range(joined)])
         return finished
 
     def leave(self) -> None:
@@ -187,13 +191,15 @@ class _Workplace:
         if self.folder.exists() and not any(self.folder.glob("[0-9]*.json")):
             shutil.rmtree(self.folder)
 
-    def _finished_part(self, number: int, source: Source) -> Part | None:
+    def _finished_part(self, number: int, source: Source, joined: bool) -> Part | None:
         path = self.folder / f"{number:05d}.json"
         if not path.exists():
             return None
         part = read_record(path, Part)
         for extension, record in (("bin", part.bin), ("idx", part.idx)):
             file = path.with_suffix(f".{extension}")
+            if extension == "bin" and joined:
+                continue  # its bytes are in joined.bin
             if not file.is_file() or file.stat().st_size != record.bytes:
                 return None
         return part if source.unchanged(part.source.stamp, part.source.digest) else None

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import glob
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
-import xxhash
 
 from pause_megatron.data.documents import Tally
 from pause_megatron.data.indexed import read_lengths, write_index
-from pause_megatron.data.manifest import BLOCK_BYTES, BlockRecord, Counts, FileRecord, Manifest, Plan, path_of
+from pause_megatron.data.manifest import Counts, FileRecord, Manifest, Plan, path_of
+from pause_megatron.data.prepare_joined import join_bins
 from pause_megatron.data.prepare_pool import Progress
 from pause_megatron.data.prepare_shard import Part, ShardOutcome, corpus_dtype
 from pause_megatron.data.tokenizer import Tokenizer
-from pause_megatron.durable import READ_BYTES, BlockDigests, DigestFile, sync_folder
-from pause_megatron.errors import DataError
+from pause_megatron.durable import DigestFile, sync_folder
 
 
 def join_parts(
@@ -43,24 +43,39 @@ def join_parts(
         OSError: the disk is full.
     """
     parts = [outcome.part for outcome in outcomes]
+    total = sum(part.bin.bytes for part in parts)
     malformed = Tally()
     for outcome in outcomes:
         malformed.merge(outcome.malformed)
     counts = _sum_of([part.source.counts for part in parts], malformed)
-    bin_file, idx_file = DigestFile(path_of(output, "bin")), DigestFile(path_of(output, "idx"))
-    blocks = BlockDigests(BLOCK_BYTES)
+
+    def report(parts_done: int, done_bytes: int) -> None:
+        on_progress(
+            Progress(
+                phase="join",
+                documents=counts.documents,
+                tokens=counts.tokens,
+                text_bytes=counts.text_bytes,
+                malformed=counts.malformed_total,
+                done_bytes=done_bytes,
+                total_bytes=total,
+                shards_done=parts_done,
+                shards=len(parts),
+            )
+        )
+
+    joined, bin_record, blocks = join_bins(folder, parts, report)
+    idx_file = DigestFile(path_of(output, "idx"))
     try:
-        _join_bins(bin_file, blocks, folder, parts, counts, on_progress)
         write_index(idx_file, corpus_dtype(tokenizer), counts.documents, lambda: _all_lengths(folder, parts))
-        bin_file.finish()
         idx_file.finish()
         manifest = Manifest(
             **plan.model_dump(exclude={"sources"}),
             dtype=corpus_dtype(tokenizer),
             counts=counts,
             places={kind: malformed.places[kind] for kind in sorted(malformed.places)},
-            files={name: _record(file) for name, file in (("bin", bin_file), ("idx", idx_file))},
-            blocks=BlockRecord(bytes=blocks.block_bytes, digests=blocks.digests),
+            files={"bin": bin_record, "idx": FileRecord(bytes=idx_file.bytes, digest=idx_file.digest)},
+            blocks=blocks,
             sources=[part.source for part in parts],
         )
         tokenizer.save(path_of(output, "tokenizer.tmp"))
@@ -68,11 +83,10 @@ def join_parts(
         path_of(output, "manifest.json").unlink(missing_ok=True)
         shutil.rmtree(path_of(output, "tokenizer"), ignore_errors=True)
         path_of(output, "tokenizer.tmp").rename(path_of(output, "tokenizer"))
-        bin_file.publish()
+        os.replace(joined, path_of(output, "bin"))
         idx_file.publish()
-        sync_folder(bin_file.path.parent)
+        sync_folder(idx_file.path.parent)
     finally:
-        bin_file.discard()
         idx_file.discard()
     manifest.save(output)
     shutil.rmtree(folder)
@@ -81,7 +95,7 @@ def join_parts(
 
 def remove_partial_files(output: str | Path, folder: Path) -> None:
     """Remove what a killed run was in the middle of writing. Call it while holding the lock only."""
-    for prefix in (path_of(output, "bin"), path_of(output, "idx"), path_of(output, "manifest.json"), folder / "*"):
+    for prefix in (path_of(output, "idx"), path_of(output, "manifest.json"), folder / "*"):
         pattern = str(prefix) if prefix.name == "*" else glob.escape(str(prefix))
         for name in glob.glob(f"{pattern}.*.tmp"):
             Path(name).unlink(missing_ok=True)
@@ -95,46 +109,6 @@ def _sum_of(counts: list[Counts], malformed: Tally) -> Counts:
         text_bytes=sum(each.text_bytes for each in counts),
         malformed=dict(sorted(malformed.counts.items())),
     )
-
-
-def _record(file: DigestFile) -> FileRecord:
-    return FileRecord(bytes=file.bytes, digest=file.digest)
-
-
-def _join_bins(
-    file: DigestFile,
-    blocks: BlockDigests,
-    folder: Path,
-    parts: list[Part],
-    counts: Counts,
-    on_progress: Callable[[Progress], None],
-) -> None:
-    total = sum(part.bin.bytes for part in parts)
-    for number, part in enumerate(parts):
-        path = folder / f"{number:05d}.bin"
-        hasher = xxhash.xxh3_128()
-        ends = file.bytes + part.bin.bytes
-        with open(path, "rb") as source:
-            while block := source.read(READ_BYTES):
-                file.write(block)
-                blocks.update(block)
-                hasher.update(block)
-                on_progress(
-                    Progress(
-                        phase="join",
-                        documents=counts.documents,
-                        tokens=counts.tokens,
-                        text_bytes=counts.text_bytes,
-                        malformed=sum(counts.malformed.values()),
-                        done_bytes=file.bytes,
-                        total_bytes=total,
-                        shards_done=number + (file.bytes == ends),
-                        shards=len(parts),
-                    )
-                )
-        if f"xxh3_128:{hasher.hexdigest()}" != part.bin.digest:
-            path.with_suffix(".json").unlink()
-            raise DataError(f"{path} was altered on disk after it was written; run the same command again to redo it")
 
 
 def _all_lengths(folder: Path, parts: list[Part]) -> Iterator[np.ndarray]:

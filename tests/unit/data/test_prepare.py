@@ -353,6 +353,99 @@ def test_disk_full_at_every_file_operation(tmp_path: Path, shards: str, tokenize
     pytest.fail("the preparation never came to its end")
 
 
+def _assert_whole(prefix: Path, reference: dict[str, bytes]) -> None:
+    """Complete, and with the reference's bytes; its manifest says the times of the sources, which tests change."""
+    verify_corpus(open_corpus(prefix))
+    found = _files(prefix)
+    assert found.keys() == reference.keys()
+    assert (found[".bin"], found[".idx"]) == (reference[".bin"], reference[".idx"])
+
+
+def _stop_while_joining(shards: str, tokenizer: Tokenizer, output: Path, parts: int) -> None:
+    """Leaves so many of the six parts in joined.bin, and none of those in a file of its own."""
+
+    def stop(progress: Progress) -> None:
+        if progress.phase == "join" and progress.shards_done == parts:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare([shards], tokenizer, output, workers=1, on_progress=stop)
+    assert sorted(path.name for path in Path(f"{output}.parts").glob("0*.bin")) == [
+        f"{number:05d}.bin" for number in range(parts, 6)
+    ]
+
+
+def test_joining_needs_room_for_one_more_part(tmp_path: Path, shards: str, reference, tokenizer: Tokenizer) -> None:
+    room: list[int] = []
+
+    def measure(progress: Progress) -> None:
+        if progress.phase == "join":
+            room.append(sum(path.stat().st_size for path in tmp_path.rglob("*.bin*")))
+
+    prepare([shards], tokenizer, tmp_path / "c", workers=1, on_progress=measure)
+    largest = max(record.counts.tokens for record in Manifest.load(tmp_path / "c").sources) * 2
+    assert len(reference[".bin"]) < max(room) <= len(reference[".bin"]) + largest
+    _assert_whole(tmp_path / "c", reference)
+
+
+@pytest.mark.parametrize("parts", [3, 6])
+def test_joining_goes_on_and_redoes_what_it_lost_only(
+    tmp_path: Path, shards: str, reference, tokenizer: Tokenizer, parts: int
+) -> None:
+    output, joined = tmp_path / "c", tmp_path / "c.parts" / "joined.bin"
+    _stop_while_joining(shards, tokenizer, output, parts)
+    _stop_while_joining(shards, tokenizer, output, parts)  # and once more, without a step forward
+    assert prepare([shards], tokenizer, output, workers=1).parts_reused == 6
+    _assert_whole(output, reference)
+
+    for lose, reused in [
+        (lambda: os.truncate(joined, joined.stat().st_size - 1), 6 - parts),
+        (lambda: joined.unlink(), 6 - parts),
+        # Part 0 was lost, and with it the parts behind it that have no file of their own.
+        (lambda: (tmp_path / "c.parts" / "00000.json").unlink(), 6 - parts),
+        (lambda: joined.rename(f"{output}.bin"), 6),  # killed between the names and the manifest
+    ]:
+        shutil.rmtree(tmp_path)
+        tmp_path.mkdir()
+        _stop_while_joining(shards, tokenizer, output, parts)
+        lose()
+        assert prepare([shards], tokenizer, output, workers=1).parts_reused == reused
+        _assert_whole(output, reference)
+
+
+def test_a_joined_part_that_the_disk_alters_is_redone(
+    tmp_path: Path, shards: str, reference, tokenizer: Tokenizer
+) -> None:
+    _stop_while_joining(shards, tokenizer, tmp_path / "c", 3)
+    joined = tmp_path / "c.parts" / "joined.bin"
+    content = bytearray(joined.read_bytes())
+    content[-1] ^= 1  # in part 2
+    joined.write_bytes(content)
+    with pytest.raises(DataError, match=r"joined\.bin was altered on disk .* run the same command again"):
+        prepare([shards], tokenizer, tmp_path / "c", workers=1)
+    assert prepare([shards], tokenizer, tmp_path / "c", workers=1).parts_reused == 5
+    _assert_whole(tmp_path / "c", reference)
+
+
+def test_an_old_corpus_is_not_taken_for_joined_parts(
+    tmp_path: Path, shards: str, reference, tokenizer: Tokenizer
+) -> None:
+    """--overwrite stopped while it joins, and its joined.bin lost: the corpus that it would replace stays whole."""
+    prepare([shards], tokenizer, tmp_path / "c", workers=1)
+
+    def stop(progress: Progress) -> None:
+        if progress.phase == "join" and progress.shards_done == 6:
+            raise KeyboardInterrupt
+
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            prepare([shards], tokenizer, tmp_path / "c", workers=1, overwrite=True, on_progress=stop)
+        verify_corpus(open_corpus(tmp_path / "c"))
+        (tmp_path / "c.parts" / "joined.bin").unlink()
+    prepare([shards], tokenizer, tmp_path / "c", workers=1, overwrite=True)
+    _assert_whole(tmp_path / "c", reference)
+
+
 @pytest.mark.parametrize("limit", [100, 3000, 20_000])
 def test_a_write_that_fails_in_the_middle(tmp_path: Path, shards: str, tokenizer: Tokenizer, limit: int) -> None:
     def body() -> None:
@@ -383,7 +476,7 @@ def test_killed_at_random_moments_with_several_workers(
             [*command, encoder], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
         )
         if number % 4 == 3:  # in the middle of joining the parts, which is short
-            _wait(process, (tmp_path / f"c.bin.{process.pid}.tmp").exists, pause=0.0005)
+            _wait(process, (tmp_path / "c.parts" / "joined.bin").exists, pause=0.0005)
             time.sleep(rng.uniform(0, 0.01))
         else:
             wanted = time.monotonic() + rng.uniform(0.3, 3.0)
