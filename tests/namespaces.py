@@ -97,6 +97,18 @@ def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
             _remove(namespace)
 
 
+@contextlib.contextmanager
+def own_host_name(name: str) -> Iterator[None]:
+    """For this thread, while the body runs. Needs root."""
+    with open("/proc/thread-self/ns/uts") as before:
+        _call("unshare", _NEW_HOST_NAME)
+        try:
+            socket.sethostname(name)
+            yield
+        finally:
+            _call("setns", before.fileno(), _NEW_HOST_NAME)
+
+
 def mount_over(place: Path, source: Path) -> None:
     """Where a process has entered a host: a file that stands there for another one."""
     _call("mount", str(source).encode(), str(place).encode(), None, _BIND, None)

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  pause-megatron prepare --input 'shards/*.json.gz' --tokenizer tok.model --output data/c4\n"
         "  pause-megatron prepare --input hf:allenai/c4 --hf-config en --tokenizer tok.model --output data/c4\n\n"
         "Killed or stopped, the same command goes on from the shards that are finished.\n"
-        "Needs disk space for the corpus (2 bytes a token, 4 with more than 65,536 ids) and for its largest shard once more."
+        "Needs disk space for the corpus (2 bytes a token, 4 with more than 65,536 ids) and the largest shard again."
     )
     add_input_arguments(parser)
     parser.add_argument(

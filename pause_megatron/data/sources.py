@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from pause_megatron.data.documents import Malformed, parse_lines, parse_record
+from pause_megatron.data.hub import HUB_PREFIX, HubOptions, OptionNames, first_line, open_hub
 from pause_megatron.data.shard_file import DamagedShard, ShardFile, check_start, compression_of, is_shard_name
 from pause_megatron.durable import digest_of
 from pause_megatron.errors import DataError
 
-HUB_PREFIX = "hf:"
+_NAMES = OptionNames("--input ", "--hf-config", "--hf-split", "--text-key")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,16 +115,6 @@ class FileReader:
             yield Malformed("damaged-shard", self._file.line + 1, error.reason)
 
 
-@dataclass(frozen=True, kw_only=True)
-class HubOptions:
-    """Which part of a `datasets` data set is read. `data_files` serves loaders such as 'json'."""
-
-    config: str | None = None
-    split: str = "train"
-    revision: str | None = None
-    data_files: tuple[str, ...] = ()
-
-
 @dataclass(frozen=True)
 class HubSource:
     """One shard of a data set that `datasets` streams (`hf:allenai/c4`)."""
@@ -171,10 +162,12 @@ class HubReader:
         source = self._source
         number = 0
         try:
-            stream = hub_builder(source.dataset, source.options).as_streaming_dataset(split=source.options.split)
+            _, stream = open_hub(source.dataset, source.options, self._options.text_key, _NAMES)
             for record in stream.shard(num_shards=source.shards, index=source.shard):
                 number += 1
                 yield parse_record(record, number, self._options.text_key)
+        except DataError:
+            raise
         except Exception as error:  # loaders raise whatever their format's library raises
             raise DataError(f"{source.name}: datasets stopped after record {number:,} ({first_line(error)})") from error
 
@@ -254,39 +247,12 @@ def _digest_if_readable(path: Path) -> str | None:
 
 
 def _hub_sources(dataset: str, options: HubOptions, text_key: str) -> list[Source]:
-    try:
-        builder = hub_builder(dataset, options)
-        stream = builder.as_streaming_dataset(split=options.split)
-        columns = stream.column_names
-        shards = stream.num_shards
-        files = (builder.config.data_files or {}).get(options.split)
-        # Commit of the Hub, or times of local files: what tells one state of the data from another.
-        origin = str(sorted(map(str, files.origin_metadata))) if files is not None else str(builder.hash)
-    except Exception as error:  # loaders raise whatever their format's library raises
-        raise DataError(f"--input {HUB_PREFIX}{dataset}: datasets cannot open it ({first_line(error)})") from error
-    if columns is not None and text_key not in columns:
-        raise DataError(
-            f"--input {HUB_PREFIX}{dataset}: no column {text_key!r}; its columns are {', '.join(columns)} (--text-key)"
-        )
+    builder, stream = open_hub(dataset, options, text_key, _NAMES)
+    files = (builder.config.data_files or {}).get(options.split)
+    # Commit of the Hub, or times of local files: what tells one state of the data from another.
+    origin = str(sorted(map(str, files.origin_metadata))) if files is not None else str(builder.hash)
+    shards = stream.num_shards
     return [HubSource(dataset, options, shard, shards, origin) for shard in range(shards)]
-
-
-def hub_builder(dataset: str, options: HubOptions):
-    """The builder of a data set, by `datasets`, which raises whatever its loaders raise."""
-    from datasets import load_dataset_builder
-
-    return load_dataset_builder(
-        dataset,
-        options.config,
-        revision=options.revision,
-        data_files={options.split: list(options.data_files)} if options.data_files else None,
-    )
-
-
-def first_line(error: Exception) -> str:
-    """An error's kind and the first line of what it says."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
 
 def _count(files: int) -> str:

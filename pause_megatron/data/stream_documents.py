@@ -11,15 +11,13 @@ from typing import Any, Protocol
 
 from pause_megatron.config.schema import DataSection
 from pause_megatron.data.documents import Malformed, Tally, parse_record
-from pause_megatron.data.sources import (
-    HUB_PREFIX,
-    HubOptions,
-    ReadOptions,
-    find_sources,
-    first_line,
-    hub_builder,
-)
+from pause_megatron.data.hub import HUB_PREFIX, HubOptions, OptionNames, first_line, open_hub
+from pause_megatron.data.sources import ReadOptions, find_sources
 from pause_megatron.errors import DataError
+
+# So many records without a document between them are no accident, but a wrong key, say, of a source of terabytes.
+MALFORMED_IN_A_ROW = 10_000
+_NAMES = OptionNames("data.source=", "data.source_config", "data.source_split", "data.text_key")
 
 
 class Documents(Protocol):
@@ -95,10 +93,7 @@ class HubDocuments:
         return {"epoch": self._epoch, "datasets": self._stream.state_dict() if self._begun else self._given}
 
     def _open(self):
-        try:
-            return hub_builder(self._dataset, self._options).as_streaming_dataset(split=self._options.split)
-        except Exception as error:  # loaders raise whatever their format's library raises
-            raise DataError(f"data.source={self.name}: cannot be opened ({first_line(error)})") from error
+        return open_hub(self._dataset, self._options, self._text_key, _NAMES)[1]
 
     def _pass(self) -> Iterator[str | Malformed | None]:
         number = 0
@@ -122,7 +117,7 @@ class HubDocuments:
 def _take(reader: Documents, records: Iterator[str | Malformed | None], count: int) -> list[str]:
     """Documents until there are `count`, or the end of a pass (None) after at least one."""
     found: list[str] = []
-    passes = 0
+    passes = malformed = 0
     while len(found) < count:
         record = next(records)
         if record is None:
@@ -130,12 +125,19 @@ def _take(reader: Documents, records: Iterator[str | Malformed | None], count: i
             if found:
                 break
             if passes > 1:
-                raise DataError(f"data.source: it holds no documents\n{reader.malformed.describe()}")
+                raise _no_documents(reader, "it holds no documents")
         elif isinstance(record, Malformed):
             reader.malformed.add(reader.name, record)
+            malformed += 1
+            if malformed >= MALFORMED_IN_A_ROW and not found:
+                raise _no_documents(reader, f"{malformed:,} records one after another hold no document")
         else:
             found.append(record)
     return found
+
+
+def _no_documents(reader: Documents, what: str) -> DataError:
+    return DataError(f"data.source: {what}; data.text_key is the key of the text\n{reader.malformed.describe()}")
 
 
 def open_documents(data: DataSection, state: dict[str, Any] | None = None) -> Documents:

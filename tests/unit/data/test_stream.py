@@ -21,7 +21,7 @@ from pause_megatron.data.dataset import PauseGPTDataset
 from pause_megatron.data.pause import PauseInjector, PausePlan
 from pause_megatron.data.prepare import prepare
 from pause_megatron.data.stream import Place, StreamDataset, TextWindows
-from pause_megatron.data.stream_documents import open_documents
+from pause_megatron.data.stream_documents import MALFORMED_IN_A_ROW, open_documents
 from pause_megatron.data.stream_server import WindowClient, WindowServer
 from pause_megatron.data.tokenizer import Tokenizer
 from pause_megatron.errors import DataError
@@ -164,13 +164,48 @@ def test_malformed_lines_are_left_out_and_empty_sources_refused(tmp_path: Path, 
     for source, content, message in [
         ((str(path),), b"[]\n{}\n", "holds no documents"),
         (("hf:json", str(path)), b'{"text": null}\n', "holds no documents"),
-        (("hf:json", str(path)), b'{"body": "x"}\n', "holds no documents"),
+        (("hf:json", str(path)), b'{"body": "x"}\n', r"no column 'text'; its columns are body \(data\.text_key\)"),
         ((str(tmp_path / "no*.jsonl"),), b"", "no such file"),
-        (("hf:json", str(tmp_path / "no.jsonl")), b"", "cannot be opened"),
+        (("hf:json", str(tmp_path / "no.jsonl")), b"", "cannot open it"),
     ]:
         path.write_bytes(content)
         with pytest.raises(DataError, match=message):
             open_documents(DataSection(source=source)).take(1)
+
+
+def test_errors_name_the_key_at_fault_and_what_there_is(tmp_path: Path) -> None:
+    for name in ("train", "validation"):
+        (tmp_path / "set" / "en").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "set" / "en" / f"{name}.jsonl").write_bytes(json_lines(["one"]))
+    configs = "configs:\n" + "".join(
+        f"- config_name: {name}\n  data_files:\n  - {{split: train, path: en/train.jsonl}}\n"
+        f"  - {{split: validation, path: en/validation.jsonl}}\n"
+        for name in ("en", "de")
+    )
+    (tmp_path / "set" / "README.md").write_text(f"---\n{configs}---\n")
+    source = {"source": (f"hf:{tmp_path}/set",), "source_config": "en"}
+    assert open_documents(DataSection(**source)).take(1) == ["one"]
+    for wrong, message in [
+        ({"source_config": "fr"}, "data.source_config: expected one of en, de, which .*/set has; came 'fr'"),
+        ({"source_config": None}, "data.source_config: expected one of en, de, which .*/set has; came nothing"),
+        (
+            {"source_split": "test"},
+            "data.source_split: expected one of train, validation, which .*/set has; came 'test'",
+        ),
+        ({"text_key": "body"}, r"set: no column 'body'; its columns are text, timestamp, url \(data\.text_key\)"),
+        ({"source": (f"hf:{tmp_path}/nowhere",)}, "data.source=hf:.*/nowhere: datasets cannot open it"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            open_documents(DataSection(**{**source, **wrong})).take(1)
+
+
+def test_a_wrong_key_is_told_before_the_whole_source_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b'{"text": 3}\n' * (MALFORMED_IN_A_ROW - 1) + json_lines(["one"]))
+    assert open_documents(DataSection(source=(str(path),))).take(1) == ["one"]
+    path.write_bytes(b'{"text": 3}\n' * MALFORMED_IN_A_ROW + json_lines(["one"]))
+    with pytest.raises(DataError, match=r"(?s)10,000 records one after another.*data\.text_key.*text-not-string"):
+        open_documents(DataSection(source=(str(path),))).take(1)
 
 
 def test_processes_of_a_machine_share_one_reader(data: DataSection, tokenizer: Tokenizer) -> None:
