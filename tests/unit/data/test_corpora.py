@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from prose import documents, small_tokenizer, write_shards
 
+from pause_megatron.cli import main
 from pause_megatron.config.load import load
 from pause_megatron.data.corpora import Corpora, open_corpora
 from pause_megatron.data.prepare import prepare
@@ -46,6 +47,10 @@ def test_every_corpus_is_verified_at_its_first_use(folder: Path) -> None:
     data = load(overrides=[override.format(folder) for override in overrides]).data
     open_corpora(data, 1).verify(data)
     assert sorted(path.name[:2] for path in (folder / "cache").glob("*.verified")) == ["a.", "v."]
+    before = data.model_copy(update={"cache": f"{folder}/before"})
+    assert main(["verify", f"{folder}/a", f"{folder}/v", "--cache", before.cache]) == 0
+    open_corpora(before, 1).verify(before)
+    assert {path.suffix for path in (folder / "before").iterdir()} == {".verified"}  # no lock: nothing was read
     content = bytearray(Path(f"{folder}/v.bin").read_bytes())
     content[100] ^= 1
     Path(f"{folder}/v.bin").write_bytes(content)
