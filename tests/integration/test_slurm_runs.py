@@ -20,7 +20,8 @@ from pause_megatron.cli import main
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = (60, 300, 1500)  # a machine that is through before it could be hit gets more of them
 TIMING = {"seconds", "tokens_per_second", "text_tokens_per_second", "mfu"}
-ON_CPUS = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0")
+ON_ONE_CPU = ("--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=0")
+ON_CPUS = (*ON_ONE_CPU, "--nodes=2")
 
 pytestmark = pytest.mark.skipif(not installed(), reason="needs the Debian packages slurm-wlm and munge, and root")
 
@@ -116,8 +117,7 @@ def test_torchrun_is_told_before_the_time_limit_and_a_cancelled_job_stays_away(c
     def scenario(steps: int) -> Job:
         folder = tmp_path / str(steps)
         folder.mkdir()
-        path = script(corpus, folder, steps, "torchrun")
-        job = Job(cluster, folder, path)
+        job = Job(cluster, folder, script(corpus, folder, steps, "torchrun"))
         job.wait_for_steps(3)
         # What SLURM sends to the script before the limit.
         job.hit(lambda: cluster.run("scancel", "--batch", "--signal=USR2", job.number), "the limit's signal")
@@ -127,13 +127,21 @@ def test_torchrun_is_told_before_the_time_limit_and_a_cancelled_job_stays_away(c
         if job.state() == "COMPLETED":
             raise EndedTooSoonError("scancel")
         assert (job.state(), job.starts) == ("CANCELLED", 2), job.logs()
-        again = Job(cluster, folder, path)
+        again = Job(cluster, folder, script(corpus, folder, steps, "srun"))  # another launcher goes on
         again.finish()
         return again
 
     steps, job = with_enough_steps(scenario)
     assert_same_run(job, straight(steps))
     assert job.stopped() == job.resumed() and len(job.stopped()) == 2, "a step was lost"
+
+
+def test_a_time_limit_without_room_for_a_step_and_a_save_is_refused_for_good(cluster, corpus, tmp_path):
+    words = [str(ROOT / "launchers" / "pretrain.sbatch"), *keys(corpus, tmp_path, 60)]
+    job = Job(cluster, tmp_path, *ON_ONE_CPU, "--time=4:00", *words)
+    job.wait(lambda: job.state() == "FAILED", "its end")
+    assert "checkpoint.before_end_seconds=300: expected less than the job's time" in job.logs()
+    assert (job.starts, job.done) == (1, 0)
 
 
 def test_it_is_finetuned(cluster, straight, tmp_path):
@@ -149,7 +157,7 @@ def test_it_is_finetuned(cluster, straight, tmp_path):
         *(f"task.path={write_records(tmp_path) / 'webquestions'}", "train.steps=2", "optim.warmup_steps=1"),
         *("batch.global_size=2", "finetune.pauses=3", "validation.every=0", "log.tensorboard=false"),
     ]
-    job = Job(cluster, tmp_path, *ON_CPUS, str(ROOT / "launchers" / "finetune.sbatch"), *words)
+    job = Job(cluster, tmp_path, *ON_ONE_CPU, str(ROOT / "launchers" / "finetune.sbatch"), *words)
     job.finish()  # in a folder without the repository: the scripts need the installed package alone
     assert [line["step"] for line in metrics(tmp_path)] == [1, 2] and job.starts == 1, job.logs()
 
