@@ -70,14 +70,21 @@ class Stop:
             self._running.discard(process)
 
 
-def alone_or_deepspeed(program: Sequence[str], ranks: int) -> list[str]:
-    """One rank alone; several under DeepSpeed's launcher, on a port of their own."""
+def alone_or_deepspeed(program: Sequence[str], ranks: int, gpus: Sequence[str] = ()) -> list[str]:
+    """One rank alone; several under DeepSpeed's launcher, on a port of their own.
+
+    Args:
+        gpus: one for each rank, as CUDA_VISIBLE_DEVICES names them; (): whichever the program takes.
+    """
     if ranks == 1:
-        return [sys.executable, "-m", *program]
+        variables = ["env", f"CUDA_VISIBLE_DEVICES={gpus[0]}"] if gpus else []
+        return [*variables, sys.executable, "-m", *program]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", str(ranks), "--master_port", str(port)]
+    # --num_gpus takes the first ones, whatever CUDA_VISIBLE_DEVICES says.
+    wanted = ["--include", f"localhost:{','.join(gpus)}"] if gpus else ["--num_gpus", str(ranks)]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", *wanted, "--master_port", str(port)]
     return [*launcher, "--module", *program]
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 
 from pause_megatron.errors import PauseMegatronError
+from pause_megatron.experiment.devices import share_of, visible_gpus
 from pause_megatron.experiment.execute import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -88,13 +90,16 @@ def run_local(placed: Mapping[str, Placed], *, jobs: int, stop: Stop, say: Say =
     progress = _Progress(len(placed), jobs, say, cached=len(finished))
     say(f"{len(placed)} cells: {len(finished)} done before, {len(waiting)} to run, {jobs} at a time")
     running: dict[Future[Outcome], Placed] = {}
+    gpus, places = visible_gpus(), SimpleQueue()  # a place is a share of the GPUs
+    for place in range(jobs):
+        places.put(place)
     with ThreadPoolExecutor(jobs) as pool:
         while waiting or running:
             for fingerprint, entry in _ready(waiting, finished)[: jobs - len(running)]:
                 if stop.asked:
                     break
                 progress.started(entry)
-                running[pool.submit(_attempt, entry, stop, say)] = waiting.pop(fingerprint)
+                running[pool.submit(_attempt, entry, gpus, places, stop, say)] = waiting.pop(fingerprint)
             if not running:
                 break
             for future in wait(running, timeout=1.0, return_when=FIRST_COMPLETED).done:
@@ -120,13 +125,20 @@ def _ready(waiting: Mapping[str, Placed], finished: set[str]) -> list[tuple[str,
     ]
 
 
-def _attempt(entry: Placed, stop: Stop, say: Say) -> Outcome:
-    """Run a cell; what goes wrong around its verb fails this cell alone."""
+def _attempt(entry: Placed, gpus: tuple[str, ...], places: SimpleQueue[int], stop: Stop, say: Say) -> Outcome:
+    """Run a cell on its share of the GPUs; what goes wrong around its verb fails this cell alone."""
+    place = places.get()
+
+    def launch(program: Sequence[str], ranks: int) -> list[str]:
+        return alone_or_deepspeed(program, ranks, share_of(gpus, place, ranks))
+
     try:
-        return run_cell(entry.folder, alone_or_deepspeed, stop, say)
+        return run_cell(entry.folder, launch, stop, say)
     except (PauseMegatronError, OSError) as error:
         say(f"{entry.cell.name}: {error}")
         return Outcome(EXIT_FAILED)
+    finally:
+        places.put(place)
 
 
 def _by_verb(entries: list[Placed]) -> dict[str, int]:

@@ -14,6 +14,7 @@ from small_grid import cheap_cell, give_product, place_cells
 from pause_megatron.cli import main
 from pause_megatron.durable import only_writer
 from pause_megatron.experiment.cell import find_folder, read_json, write_json
+from pause_megatron.experiment.devices import share_of, visible_gpus
 from pause_megatron.experiment.execute import Stop, alone_or_deepspeed, arguments_of, under_srun
 from pause_megatron.experiment.folder import Placed, state_of
 from pause_megatron.experiment.ledger import Ledger, ledger_of, total
@@ -143,3 +144,22 @@ def test_status_says_what_is_done(tmp_path, capsys):
     assert capsys.readouterr().out.endswith("5 cells: 3 done, 1 failed, 1 waiting\n")
     assert main(["experiment", "status", str(tmp_path / "nowhere")]) == 2
     assert "there is none" in capsys.readouterr().err
+
+
+def test_cells_that_run_side_by_side_have_gpus_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
+    gpus = visible_gpus()
+    assert [share_of(gpus, place, 2) for place in range(3)] == [("4", "5"), ("6", "7"), ("4", "5")]
+    assert share_of(gpus, 0, 8) == share_of((), 0, 1) == share_of(("GPU-1f", "GPU-2a"), 0, 2) == ()
+    assert share_of(("GPU-1f", "GPU-2a"), 1, 1) == ("GPU-2a",)
+    command = " ".join(alone_or_deepspeed(["pause_megatron", "pretrain"], 2, ("6", "7")))
+    assert "--include localhost:6,7 " in command and "--num_gpus" not in command
+
+    placed = place_cells(tmp_path, [cheap_cell(name) for name in "abcd"])
+    for entry in placed.values():
+        give_product(entry)
+    assert run_local(placed, jobs=4, stop=Stop(), say=lambda text: None) == 0
+    logs = [(entry.folder / "log.txt").read_text() for entry in placed.values()]
+    assert sorted(log.split()[2] for log in logs) == [f"CUDA_VISIBLE_DEVICES={gpu}" for gpu in (4, 5, 6, 7)]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert visible_gpus() == ()
