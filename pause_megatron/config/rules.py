@@ -214,7 +214,7 @@ def masks_need_torch_attention(config: RunConfig) -> Broken:
 @_rule
 def documents_apart_need_torch_attention(config: RunConfig) -> Broken:
     if config.task.name is None and config.model.attention == "te" and config.data.documents == "apart":
-        return ("model.attention", "data.documents"), "model.attention=sdpa with data.documents=apart (it needs a mask)"
+        return ("model.attention", "data.documents"), "model.attention=sdpa with data.documents=apart"
     return None
 
 

@@ -28,7 +28,7 @@ class MicroBatch:
         segments: int32 [batch, seq], texts of a window that do not see each other, numbered from 0; -1 is padding.
             None: every window is one text (with padding behind it, if any), which plain causal attention serves.
         prefix: bool [batch, seq], tokens that see all tokens of their segment that are marked too, those behind them
-            as well (a prefix-LM). None: causal.
+            as well (a prefix-LM). None: causal. Segments and prefixes stay on the host: attention wants their lengths.
         padding_tokens: Number of input tokens that are padding.
     """
 
@@ -65,13 +65,15 @@ class MicroBatch:
         return self.raw_tokens - self.pause_tokens
 
     def to(self, device: torch.device | str) -> MicroBatch:
-        """The same micro-batch on another device."""
+        """The same micro-batch on another device, but for segments and prefix."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
+        host = {name: values.pop(name) for name in ("segments", "prefix")}
         return MicroBatch(
+            **host,
             **{
                 name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
                 for name, value in values.items()
-            }
+            },
         )
 
 

@@ -78,7 +78,7 @@ def build_datasets(
         train_samples: Windows that the whole run trains on.
         valid_samples: Windows that one validation scores; 0 builds none.
         cache: Folder of the index caches; default: 'cache' beside the first prefix.
-        documents: "joined", or "apart": positions that start again with each document, and `segments` for the mask.
+        documents: "joined", or "apart": positions that start again with each document, and `segments` for attention.
         eod_mask_loss: No target behind an EOD, as in Megatron-LM.
 
     Raises:
@@ -111,7 +111,7 @@ def build_datasets(
             reset_position_ids=documents == "apart",
             reset_attention_mask=documents == "apart",
             eod_mask_loss=eod_mask_loss,
-            create_attention_mask=False,  # the model makes it, from the segments
+            create_attention_mask=False,  # the model needs the segments only
             document_segments=documents == "apart",
             pause_rate=pause.rate,
             pause_window=pause.window,

@@ -122,8 +122,8 @@ class PauseGPTDatasetConfig(GPTDatasetConfig):
     """Seed of the places, independent of random_seed"""
 
     document_segments: bool = False
-    """Add segments int32 [N] to a sample: its documents, numbered from 0. What a model that makes its own mask needs
-       in place of an attention_mask [1, N, N]. With reset_position_ids only"""
+    """Add segments int32 [N] to a sample: its documents, numbered from 0. What attention by spans, or a model
+       that makes its own mask, needs in place of an attention_mask [1, N, N]. With reset_position_ids only"""
 
     window_cache_path: str | None = None
     """Folder of the window indices, if not path_to_cache. BlendedDataset can use path_to_cache only inside a process

@@ -11,6 +11,8 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from pause_megatron.model.spans import TextSpans, attend_apart
+
 
 def segment_mask(segments: Tensor, prefix: Tensor | None = None) -> Tensor:
     """Who sees whom in windows of several texts: a token sees its own segment up to itself, and a prefix all of itself.
@@ -23,8 +25,8 @@ def segment_mask(segments: Tensor, prefix: Tensor | None = None) -> Tensor:
         prefix: bool [batch, seq]; None: causal.
 
     Returns:
-        bool [batch, 1, seq, seq], True where a query must not look, as SDPACoreAttention wants it. Made once for a
-        micro-batch: all layers use it.
+        bool [batch, 1, seq, seq], True where a query must not look, as SDPACoreAttention wants it. `TextSpans` says the
+        same without N^2 booleans; this is its definition, and serves prefixes that are not at the beginning.
     """
     seq = segments.shape[1]
     seen = torch.ones(seq, seq, dtype=torch.bool, device=segments.device).tril_()
@@ -33,8 +35,17 @@ def segment_mask(segments: Tensor, prefix: Tensor | None = None) -> Tensor:
     return ~(seen & (segments[:, :, None] == segments[:, None, :]))[:, None]
 
 
+def additive_mask(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """What is added to scores: 0, or -inf where the bool mask is True. The same shape.
+
+    torch's kernels take a mask in the dtype of the queries. Of booleans they make one, in every layer anew, and keep it
+    for the backward pass.
+    """
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -math.inf)
+
+
 class SDPACoreAttention(MegatronModule):
-    """Softmax attention of the heads on this rank: causal, or as an explicit mask says.
+    """Softmax attention of the heads on this rank: causal, or as spans or an explicit mask say.
 
     megatron-core's own local core wants CUDA (mask buffers, a random-number fork), materialises the scores, and
     repeats keys and values for grouped queries. This one does none of that.
@@ -56,16 +67,21 @@ class SDPACoreAttention(MegatronModule):
         self.softmax_scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
 
     def forward(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, **options: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | TextSpans | None = None,
+        **options: Any,
     ) -> Tensor:
         """Attend.
 
         Args:
             query: [seq, batch, heads, channels].
             key, value: [seq, batch, query groups, channels]; heads is a multiple of the groups.
-            attention_mask: bool, broadcastable to [batch, heads, seq, seq], True where a query must NOT look (as
-                everywhere in megatron-core). It takes the place of causality: a prefix-LM or block-diagonal mask says
-                all there is to say. None: causal.
+            attention_mask: TextSpans; or bool, broadcastable to [batch, heads, seq, seq], True where a query must NOT
+                look (as everywhere in megatron-core); or the `additive_mask` of one. It takes the place of causality:
+                a prefix-LM or block-diagonal mask says all there is to say. None: causal.
             options: what megatron-core passes besides; packed sequences and biases are refused.
 
         Returns:
@@ -74,12 +90,19 @@ class SDPACoreAttention(MegatronModule):
         if options.get("packed_seq_params") is not None or options.get("attention_bias") is not None:
             raise ValueError("SDPACoreAttention supports neither packed_seq_params nor attention_bias; pass a mask")
         seq, batch, heads, channels = query.shape
+        if isinstance(attention_mask, TextSpans):
+            tokens = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
+            context = attend_apart(*tokens, attention_mask, scale=self.softmax_scale)
+            return context.reshape(batch, seq, heads * channels).transpose(0, 1).contiguous()
+        if attention_mask is not None:
+            bools = attention_mask.dtype == torch.bool
+            attention_mask = ~attention_mask if bools else attention_mask.to(query.dtype)
         # [seq, batch, heads, channels] -> [batch, heads, seq, channels]: views, no copies.
         context = F.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
             key.permute(1, 2, 0, 3),
             value.permute(1, 2, 0, 3),
-            attn_mask=None if attention_mask is None else ~attention_mask,
+            attn_mask=attention_mask,
             is_causal=attention_mask is None,
             scale=self.softmax_scale,
             enable_gqa=heads != key.shape[2],

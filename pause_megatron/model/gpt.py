@@ -14,7 +14,9 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from pause_megatron.model.attention import SDPACoreAttention, additive_mask
 from pause_megatron.model.head import LMLoss, OutputLayer
+from pause_megatron.model.spans import TextSpans
 from pause_megatron.model.vocabulary import Softmax, Vocabulary
 
 
@@ -49,6 +51,7 @@ class PauseGPTModel(GPTModel):
     ) -> None:
         super().__init__(config, transformer_layer_spec, vocab_size, max_sequence_length, **options)
         self.vocabulary = vocabulary
+        self._shares_mask = any(isinstance(module, SDPACoreAttention) for module in self.decoder.modules())
         group = self.pg_collection.tp
         shard = vocab_size // group.size()
         first = group.rank() * shard
@@ -71,7 +74,7 @@ class PauseGPTModel(GPTModel):
         self,
         input_ids: Tensor,
         position_ids: Tensor,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | TextSpans | None = None,
         decoder_input: Tensor | None = None,
         labels: Tensor | None = None,
         *,
@@ -86,7 +89,7 @@ class PauseGPTModel(GPTModel):
         Args:
             input_ids, position_ids: [batch, seq] int64. Rotary positions are 0, 1, 2, ... without an attention mask,
                 else those of position_ids, which may start anew within a window.
-            attention_mask: bool [batch, 1, seq, seq], True where a query must not look; None: causal.
+            attention_mask: TextSpans; or bool [batch, 1, seq, seq], True where a query must not look; None: causal.
             decoder_input: as GPTModel.
             labels: [batch, seq] int64, for Megatron-LM's own loss function.
             target_rows: [targets] int64, ascending: which rows of the sequence-first flattening (row = position * batch
@@ -102,6 +105,8 @@ class PauseGPTModel(GPTModel):
         """
         if attention_mask is None and self.position_embedding_type == "rope" and not _is_inference(options):
             position_ids = None
+        if isinstance(attention_mask, Tensor) and attention_mask.dtype == torch.bool and self._shares_mask:
+            attention_mask = additive_mask(attention_mask, self.config.params_dtype)
         hidden = super().forward(input_ids, position_ids, attention_mask, decoder_input, **options)
         if not self.post_process or _is_inference(options):
             return hidden
@@ -112,7 +117,7 @@ class PauseGPTModel(GPTModel):
         logits, _ = self.output_layer(hidden, runtime_gather_output=options.get("runtime_gather_output"))
         return logits.transpose(0, 1).contiguous()
 
-    def logits(self, tokens: Tensor, position_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def logits(self, tokens: Tensor, position_ids: Tensor, attention_mask: Tensor | TextSpans | None = None) -> Tensor:
         """Logits of all live ids, gathered from all tensor-parallel ranks: [batch, seq, vocabulary.size] fp32."""
         logits = self(tokens, position_ids, attention_mask, runtime_gather_output=True)
         return logits[..., : self.vocabulary.size].float()

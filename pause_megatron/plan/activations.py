@@ -22,7 +22,6 @@ class Activations:
     Attributes:
         attention: what the attention half of a layer keeps when it is not recomputed
         feed_forward: what its other half keeps
-        mask: who sees whom, one for all layers
         layer_input: the residual stream at one place
         final_norm: what the last norm keeps
         layer_workspace: most that the backward pass of a layer adds to what the layer keeps
@@ -35,7 +34,6 @@ class Activations:
 
     attention: int
     feed_forward: int
-    mask: int
     layer_input: int
     final_norm: int
     layer_workspace: int
@@ -65,13 +63,10 @@ def activations(layout: Layout, device: Device) -> Activations:
     norm = _norm(layout, device, residual)
     norm_and_input = norm + element * residual  # of the linear layer behind it
     rows = 2 * element * layout.target_rows * hidden
-    mask = tokens * layout.batch.sequence_length if layout.masked else 0
     return Activations(
-        # In every layer torch makes numbers of the boolean mask, to be added to the scores, and keeps them.
-        attention=_attention(layout) + element * mask + norm_and_input,
+        attention=_attention(layout, device) + norm_and_input,
         # The first matrix's output, the activated gate, the other half (plus megatron-core's offset of 0), the product.
         feed_forward=5 * element * inner + norm_and_input,
-        mask=mask,
         layer_input=element * residual,
         final_norm=norm,
         layer_workspace=2 * element * inner + 2 * element * residual + gathered,
@@ -89,12 +84,19 @@ def _norm(layout: Layout, device: Device, residual: int) -> int:
     return row + (8 * residual if device == "cpu" else layout.element * residual)
 
 
-def _attention(layout: Layout) -> int:
+def _attention(layout: Layout, device: Device) -> int:
     """Queries, keys, the layer's whole output (values are a view of it), the result, and a number a row and head."""
     model, tokens, tensor = layout.model, layout.tokens, layout.tensor
     queries = tokens * model.hidden // tensor
-    kept = 2 * queries + queries * model.kv_heads // model.heads + tokens * qkv_width(model, tensor)
+    keys = queries * model.kv_heads // model.heads
+    kept = 2 * queries + keys + tokens * qkv_width(model, tensor)
     rotations = 4 * layout.batch.sequence_length * (model.hidden // model.heads)  # cosine, sine; queries, keys
+    if layout.by_spans:
+        rotations *= layout.batch.micro_size  # positions are each window's own
+        if layout.batch.micro_size > 1:
+            kept = 3 * queries + 2 * keys  # the three sample by sample, the result in both orders
+        elif device == "cpu" or layout.element == 4:
+            kept += queries  # results of the spans, and these in one piece
     return layout.element * (kept + rotations) + 4 * tokens * model.heads // tensor
 
 

@@ -103,8 +103,8 @@ class Layout:
         return round(self.batch.micro_size * (length - pauses))
 
     @property
-    def masked(self) -> bool:
-        """Whether attention takes a mask: windows of several texts that do not see each other, or a prefix-LM."""
+    def by_spans(self) -> bool:
+        """Whether attention goes by spans: windows of texts that do not see each other, or a prefix-LM."""
         finetune = self.config.finetune
         if self.config.task.name is None:
             return self.config.data.documents == "apart"

@@ -83,7 +83,8 @@ def rank_memory(layout: Layout, device: Device = "cuda") -> RankMemory:
         device: whose kernels keep what (`activations`)
     """
     states, kept = _states(layout), activations(layout, device)
-    batches = layout.batch.accumulation * ((20 if layout.masked else 16) * layout.tokens + 17 * layout.target_rows)
+    token = 20 if layout.by_spans and device == "cpu" else 16  # numbers of texts stay on the host
+    batches = layout.batch.accumulation * (token * layout.tokens + 17 * layout.target_rows)
     always = {
         "weights": states.weights,
         "optimizer": states.optimizer,
@@ -99,7 +100,7 @@ def rank_memory(layout: Layout, device: Device = "cuda") -> RankMemory:
 
 def _phases(layout: Layout, states: States, kept: Activations) -> dict[str, dict[str, int]]:
     layers = layout.model.layers
-    all_layers = kept.mask + layers * (kept.layer_input if layout.recompute else kept.layer)
+    all_layers = layers * (kept.layer_input if layout.recompute else kept.layer)
     again = kept.layer + kept.layer_input if layout.recompute else 0  # with its output, made once more
     buffers = states.buffers + kept.gather_buffer
     in_backward = {"gathered parameters": states.live, "buffers": buffers + states.backward_buffers}
@@ -142,7 +143,7 @@ def _costliest_reduction(layout: Layout, states: States, kept: Activations) -> d
             {
                 # What has been used for the last time is freed.
                 "gathered parameters": max(0, states.live - layout.element * reduction.done),
-                "activations": kept.mask + reduction.activation_bytes + kept.layer_input,
+                "activations": reduction.activation_bytes + kept.layer_input,
                 "buffers": buffers + temporaries,
             }
         )

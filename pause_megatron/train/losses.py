@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pause_megatron.data.batch import MicroBatch
 from pause_megatron.distributed import ParallelContext
 from pause_megatron.distributed.collective import sum_over_data_parallel
-from pause_megatron.model.attention import segment_mask
+from pause_megatron.model.spans import TextSpans
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,13 @@ def _mean(total: float, count: float) -> float:
 
 def lm_loss(module: nn.Module, batch: MicroBatch, scale: float):
     """Runs a `PauseGPTModel` (or DeepSpeed's wrapper of one) on a micro-batch: `LMLoss`, with loss = scale x sum."""
-    mask = None if batch.segments is None else segment_mask(batch.segments, batch.prefix)
+    spans = None
+    if batch.segments is not None:
+        spans = TextSpans.of(batch.segments, batch.prefix, device=batch.tokens.device)
     return module(
         batch.tokens,
         batch.position_ids,
-        attention_mask=mask,
+        attention_mask=spans,
         target_rows=batch.target_rows,
         targets=batch.targets,
         loss_scale=scale,

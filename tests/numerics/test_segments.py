@@ -9,7 +9,7 @@ from tiny_model import SEQ, TEXT_SIZE, distance, take_gradients, tiny, whole
 
 from pause_megatron.config.schema import ParallelSection
 from pause_megatron.data.batch import MicroBatch, collate
-from pause_megatron.model.attention import segment_mask
+from pause_megatron.model.attention import SDPACoreAttention, segment_mask
 
 PAUSE = TEXT_SIZE
 # (tokens, tokens of the prefix); pauses stand at the end of a prefix.
@@ -55,7 +55,25 @@ def losses(batch: MicroBatch, layout: list[list[int]], values: torch.Tensor) -> 
     return found
 
 
-def run(layout: list[list[int]], every: list[torch.Tensor], bidirectional: bool, left: int, parallel: ParallelSection):
+def dense_loss(model: torch.nn.Module, batch: MicroBatch):
+    """What `lm_loss` is, by the mask."""
+    return model(
+        batch.tokens,
+        batch.position_ids,
+        attention_mask=segment_mask(batch.segments, batch.prefix),
+        target_rows=batch.target_rows,
+        targets=batch.targets,
+    )
+
+
+def run(
+    layout: list[list[int]],
+    every: list[torch.Tensor],
+    bidirectional: bool,
+    left: int,
+    parallel: ParallelSection,
+    dense: bool = False,
+):
     """Losses by text, and the gradients of their sum."""
     from pause_megatron.distributed import initialize
     from pause_megatron.train.losses import lm_loss
@@ -64,20 +82,21 @@ def run(layout: list[list[int]], every: list[torch.Tensor], bidirectional: bool,
         model = tiny(parallel=parallel)
         samples = [window(numbers, every, bidirectional, left) for numbers in layout]
         batch = collate(samples, sample_ids=range(len(layout)), pause_ids=range(PAUSE, PAUSE + 1))
-        output = lm_loss(model, batch, 1.0)
+        output = dense_loss(model, batch) if dense else lm_loss(model, batch, 1.0)
         output.loss.backward()
         return losses(batch, layout, output.token_losses), whole(model, take_gradients(model), context.tp_group)
 
 
 def packed_and_alone(bidirectional: bool, tensor: int, sequence: bool, recompute: str) -> tuple[float, float]:
-    """How far losses (nats) and gradients (relative) of packed, padded and separate texts are apart."""
+    """How far losses (nats) and gradients (relative) of packed (by spans, by a mask), padded and separate texts are."""
     every, parallel = texts(), ParallelSection(tensor=tensor, sequence=sequence, recompute=recompute)
     single = [run([numbers], every, bidirectional, 0, ParallelSection(tensor=tensor)) for numbers in ALONE]
     expected = {number: values for of_one, _ in single for number, values in of_one.items()}
     gradients = {name: sum(of_one[name] for _, of_one in single) for name in single[0][1]}
     apart, moved = 0.0, 0.0
-    for layout, left in ((PACKED, 0), (ALONE, 0), (ALONE, 5), (PACKED[::-1], 1)):
-        found, theirs = run(layout, every, bidirectional, left, parallel)
+    layouts = ((PACKED, 0, False), (PACKED, 0, True), (ALONE, 0, False), (ALONE, 5, False), (PACKED[::-1], 1, False))
+    for layout, left, dense in layouts:
+        found, theirs = run(layout, every, bidirectional, left, parallel, dense)
         assert found.keys() == expected.keys()
         apart = max(apart, *(abs(a - b) for n in found for a, b in zip(found[n], expected[n], strict=True)))
         moved = max(moved, distance(theirs, gradients))
@@ -86,7 +105,8 @@ def packed_and_alone(bidirectional: bool, tensor: int, sequence: bool, recompute
 
 @pytest.mark.parametrize("bidirectional", [False, True], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize(
-    ("tensor", "sequence", "recompute"), [(1, False, "none"), (2, False, "none"), (2, True, "full")]
+    ("tensor", "sequence", "recompute"),
+    [(1, False, "none"), (1, False, "full"), (2, False, "none"), (2, True, "full")],
 )
 def test_packed_is_padded_is_one_at_a_time(bidirectional, tensor, sequence, recompute):
     for apart, moved in run_on_ranks(tensor, packed_and_alone, bidirectional, tensor, sequence, recompute):
@@ -107,20 +127,30 @@ def test_nothing_leaks_into_a_neighbour(bidirectional):
     assert run_on_ranks(1, leak, bidirectional)[0] == [False, True, True, True]
 
 
-def test_mask_is_its_definition():
-    generator = torch.Generator().manual_seed(0)
-    segments = torch.tensor([[0, 0, 0, 1, 1, 1, 1, -1, -1], [-1, 0, 0, 0, 0, 2, 2, 2, 2]], dtype=torch.int32)
-    prefix = torch.rand(segments.shape, generator=generator) < 0.5
-    for marked in (None, prefix):
-        hidden = segment_mask(segments, marked)
-        assert hidden.shape == (2, 1, 9, 9) and hidden.dtype == torch.bool
-        for b in range(2):
-            for i in range(9):
-                for j in range(9):
-                    together = marked is not None and marked[b, i] and marked[b, j]
-                    sees = segments[b, i] == segments[b, j] and (j <= i or together)
-                    assert bool(hidden[b, 0, i, j]) is not bool(sees)
-        assert not hidden.diagonal(dim1=2, dim2=3).any()
+def one_mask() -> tuple[int, torch.dtype, bool]:
+    """How many masks the layers see, in what dtype, and whether losses have the bits of a mask made in every layer."""
+    from pause_megatron.distributed import initialize
+
+    with initialize(ParallelSection(), device="cpu"), torch.no_grad():
+        model, seen = tiny(parallel=ParallelSection()), []
+        samples = [window(numbers, texts(), True) for numbers in PACKED]
+        batch = collate(samples, sample_ids=range(2), pause_ids=range(PAUSE, PAUSE + 1))
+        cores = [module for module in model.modules() if isinstance(module, SDPACoreAttention)]
+        for core in cores:
+            core.register_forward_pre_hook(lambda _, args: seen.append(args[3]))
+        shared = dense_loss(model, batch).token_losses
+        hidden = segment_mask(batch.segments, batch.prefix)
+        for core in cores:
+            core.register_forward_pre_hook(lambda _, args: (*args[:3], hidden))
+        return (
+            len({id(mask) for mask in seen}),
+            seen[0].dtype,
+            torch.equal(dense_loss(model, batch).token_losses, shared),
+        )
+
+
+def test_all_layers_share_one_mask_of_their_dtype():
+    assert run_on_ranks(1, one_mask)[0] == (1, torch.float32, True)
 
 
 def test_windows_of_one_text_need_no_mask():

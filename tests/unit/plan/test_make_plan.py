@@ -81,11 +81,20 @@ def test_what_memory_alone_allows_is_the_largest_too(gpu):
         assert plan(f"batch.micro_size={micro}", f"batch.global_size={8 * micro}", gpu=gpu).fits is fits
 
 
-def test_a_mask_is_kept_by_every_layer():
-    """As numbers of the model's type, [batch, 1, seq, seq]; the boolean one besides, once."""
-    layers, elements = 18, 4 * 2048 * 2048
-    apart, joined = (plan(f"data.documents={how}").memory.phases["head"] for how in ("apart", "joined"))
-    assert apart["activations"] - joined["activations"] == (2 * layers + 1) * elements
+@pytest.mark.parametrize("windows", [1, 4])
+def test_texts_apart_take_no_mask(windows):
+    """Nothing grows with the square of the window: keys need not be kept twice, cosines and sines are each window's."""
+    differences = []
+    for length in (1024, 2048):
+        keys = (f"batch.micro_size={windows}", f"data.sequence_length={length}", "parallel.tensor=1")
+        apart, joined = (plan(f"data.documents={how}", *keys) for how in ("apart", "joined"))
+        model = joined.layout.model
+        rotations = 4 * (windows - 1) * length * (model.hidden // model.heads)
+        spared = (windows > 1) * windows * length * model.hidden * model.kv_heads // model.heads
+        kept = [made.memory.phases["head"]["activations"] for made in (apart, joined)]
+        differences.append(kept[0] - kept[1])
+        assert differences[-1] == 2 * model.layers * (rotations - spared)
+    assert differences[1] == 2 * differences[0]
 
 
 def test_nvlink_that_joins_two_carries_no_larger_ring():
