@@ -14,7 +14,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
-from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from pause_megatron.data.tokenizer import DESCRIPTION_NAME, load_tokenizer
 
@@ -60,6 +59,8 @@ def megatron_loop(shards: list[Path], folder: Path, library: str, output: Path, 
         output: prefix.
         workers: processes that tokenize; 1: the loop does it itself.
     """
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder  # not in the workers
+
     builder = IndexedDatasetBuilder(f"{output}.bin", dtype=np.uint16)
     with ExitStack() as stack:
         if workers > 1:
