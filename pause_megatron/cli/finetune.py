@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from pause_megatron.cli.pretrain import (
-    add_run_arguments,
-    is_first_rank,
-    refuse_dry_run_options,
-    silence_imports,
-    world_size,
-)
+from pause_megatron.cli.pretrain import add_run_arguments, only_shown, refuse_dry_run_options, silence_imports
 from pause_megatron.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pause_megatron.config.plan import BatchPlan
+    from pause_megatron.config.schema import RunConfig
 
 HELP = "finetune a model on a task with pauses behind the prompts"
 
@@ -26,24 +26,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check everything that can be checked without torch, then train."""
-    from pause_megatron.config import batch_plan, deepspeed_config, dump, load
+    from pause_megatron.config import load
     from pause_megatron.train.signals import listening_to_the_end
 
     config = load(args.config, recipe=args.recipe, overrides=args.overrides)
     if config.task.name is None:
         raise ConfigError("task.name: expected a task to finetune on, came none (--recipe finetune-gsm8k names one)")
-    if args.print_config:
-        if is_first_rank():
-            print(dump(config), end="")
-        return 0
-    plan = batch_plan(config, world_size(args))
-    engine = deepspeed_config(config, data_parallel=plan.data_parallel)
-    if args.dry_run:
-        from pause_megatron.cli.dry_run import describe_task
-        from pause_megatron.train.task_data import open_task
-
-        if is_first_rank():
-            print(describe_task(open_task(config), plan, engine))
+    if only_shown(args, config, partial(_describe, config)):
         return 0
     refuse_dry_run_options(args, "world_size")
     # From here on SIGTERM and SIGUSR2 make the run save and stop: the imports take long enough to be hit.
@@ -52,3 +41,10 @@ def run(args: argparse.Namespace) -> int:
         from pause_megatron.train.finetune import finetune
 
         return finetune(config, stop)
+
+
+def _describe(config: RunConfig, plan: BatchPlan, engine: dict[str, Any]) -> str:
+    from pause_megatron.cli.dry_run import describe_task
+    from pause_megatron.train.task_data import open_task
+
+    return describe_task(open_task(config), plan, engine)

@@ -6,8 +6,15 @@ import argparse
 import os
 import textwrap
 import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from pause_megatron.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pause_megatron.config.plan import BatchPlan
+    from pause_megatron.config.schema import RunConfig
 
 HELP = "pretrain a model on windows with pauses"
 
@@ -39,23 +46,13 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, recipes: str) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check everything that can be checked without torch, then train."""
-    from pause_megatron.config import batch_plan, deepspeed_config, dump, load
+    from pause_megatron.config import load
     from pause_megatron.train.signals import listening_to_the_end
 
     config = load(args.config, recipe=args.recipe, overrides=args.overrides)
     if config.task.name is not None:
         raise ConfigError(f"task.name={config.task.name}: a finetuning; start it with pause-megatron finetune")
-    if args.print_config:
-        if is_first_rank():
-            print(dump(config), end="")
-        return 0
-    plan = batch_plan(config, world_size(args))
-    engine = deepspeed_config(config, data_parallel=plan.data_parallel)
-    if args.dry_run:
-        from pause_megatron.cli.dry_run import describe
-
-        if is_first_rank():
-            print(describe(config, plan, engine, vocab_size=args.vocab_size))
+    if only_shown(args, config, partial(_describe, config, args.vocab_size)):
         return 0
     refuse_dry_run_options(args, "world_size", "vocab_size")
     if not config.data.prefix and not config.data.source:
@@ -73,14 +70,36 @@ def run(args: argparse.Namespace) -> int:
         return pretrain(config, stop)
 
 
-def is_first_rank() -> bool:
-    """Whether this process is the one that prints."""
-    return _environment("RANK", "SLURM_PROCID", default=0) == 0
+def _describe(config: RunConfig, vocab_size: int | None, plan: BatchPlan, engine: dict[str, Any]) -> str:
+    from pause_megatron.cli.dry_run import describe
+
+    return describe(config, plan, engine, vocab_size=vocab_size)
 
 
-def world_size(args: argparse.Namespace) -> int:
-    """Ranks: --world-size, else the launcher's, else 1."""
-    return _environment("WORLD_SIZE", "SLURM_NTASKS", default=1) if args.world_size is None else args.world_size
+def only_shown(
+    args: argparse.Namespace, config: RunConfig, describe: Callable[[BatchPlan, dict[str, Any]], str]
+) -> bool:
+    """Print what --print-config or --dry-run ask for, on the first rank; whether one of them was given.
+
+    Args:
+        describe: the arithmetic of a run, from its batches and its DeepSpeed dictionary.
+
+    Raises:
+        ConfigError: batches or DeepSpeed settings that contradict each other (not looked at by --print-config).
+    """
+    from pause_megatron.config import batch_plan, deepspeed_config, dump
+
+    first = _environment("RANK", "SLURM_PROCID", default=0) == 0
+    if args.print_config:
+        if first:
+            print(dump(config), end="")
+        return True
+    ranks = args.world_size or _environment("WORLD_SIZE", "SLURM_NTASKS", default=1)
+    plan = batch_plan(config, ranks)
+    engine = deepspeed_config(config, data_parallel=plan.data_parallel)
+    if args.dry_run and first:
+        print(describe(plan, engine))
+    return args.dry_run
 
 
 def refuse_dry_run_options(args: argparse.Namespace, *options: str) -> None:
