@@ -5,10 +5,16 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pause_megatron.cli.exported_model import (
+    add_machine_arguments,
+    add_model_argument,
+    add_pause_arguments,
+    default_pauses,
+    load_model,
+)
 from pause_megatron.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -32,9 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  pause-megatron evaluate --model out/ --tasks lambada --task-path data/ --filler . --output results/\n"
         "  pause-megatron evaluate --model out/ --tasks lm_eval/arc_easy --pauses 0,10 --output results/"
     )
-    parser.add_argument(
-        "--model", required=True, metavar="DIR", help="folder that export-hf wrote, or a Llama-like one"
-    )
+    add_model_argument(parser)
     parser.add_argument(
         "--tasks",
         required=True,
@@ -54,19 +58,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pauses.add_argument(
         "--pauses", metavar="N,...", help="behind each prompt (default: what the model was finetuned with)"
     )
-    pauses.add_argument("--location", choices=("append", "prepend"), help="default: the model's own, else append")
-    pauses.add_argument(
-        "--filler",
-        metavar="TEXT",
-        help='an ordinary token in place of <pause>, such as "." (default: the model\'s own)',
-    )
-    pauses.add_argument("--prefix-attention", choices=("causal", "bidirectional"), help="default: the model's own")
+    add_pause_arguments(pauses)
     pauses.add_argument(
         "--seed", metavar="N", default="0", help="a label of the results, such as the finetuning's seed"
     )
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cpu)")
-    machine.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: as stored")
+    machine = add_machine_arguments(parser)
     machine.add_argument("--batch-size", default="8", metavar="N", help="rows of a forward pass (default: 8)")
 
 
@@ -91,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         with ByteProgress(sys.stderr) as progress:
             fingerprint = model_fingerprint(model, output / "model.json", progress.report)
         folder = ResultsFolder(output, fingerprint, str(args.model))
-        generator = _load(args)
+        generator = load_model(args)
         settings = _settings(args, generator, counts, seed)
         entries = _own(generator, asked, settings, folder, batch_size)
         for name in of_lm_eval:
@@ -132,12 +128,6 @@ def _harness(names: Sequence[str], args: argparse.Namespace) -> Harness | None:
     return harness
 
 
-def _load(args: argparse.Namespace) -> PauseGenerator:
-    from pause_megatron.cli.generate import load_quietly
-
-    return load_quietly(args.model, device=args.device, dtype=args.dtype)
-
-
 def _settings(
     args: argparse.Namespace, generator: PauseGenerator, counts: list[int] | None, seed: int
 ) -> list[Settings]:
@@ -145,13 +135,8 @@ def _settings(
     from pause_megatron.evaluate import check_settings, own_settings
 
     given = {"location": args.location, "filler": args.filler, "prefix_attention": args.prefix_attention}
-    base = own_settings(generator, **given, seed=seed)
-    if counts is None:
-        why = (
-            "the model was finetuned with them" if generator.pause.m_ft is not None else "its config.json names no m_ft"
-        )
-        _say(f"pauses: {base.pauses} ({why})")
-    found = [replace(base, pauses=count) for count in counts or [base.pauses]]
+    counts = counts or [default_pauses(generator)]
+    found = [own_settings(generator, **given, pauses=count, seed=seed) for count in counts]
     for settings in found:
         check_settings(generator, settings)
     return found

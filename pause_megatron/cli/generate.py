@@ -9,6 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pause_megatron.cli.exported_model import (
+    add_machine_arguments,
+    add_model_argument,
+    add_pause_arguments,
+    default_pauses,
+    load_model,
+)
 from pause_megatron.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -20,9 +27,7 @@ HELP = "continue prompts with pauses in the prefill, never in the text"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.epilog = "example:\n  pause-megatron generate --model out/ --prompt 'My fellow citizens,' --pauses 10"
-    parser.add_argument(
-        "--model", required=True, metavar="DIR", help="folder that export-hf wrote, or a Llama-like one"
-    )
+    add_model_argument(parser)
     parser.add_argument(
         "--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given repeatedly"
     )
@@ -34,13 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="pauses behind each prompt; auto: until the next-token distribution has settled (default: what the "
         "model was finetuned with)",
     )
-    pauses.add_argument("--location", choices=("append", "prepend"), help="default: the model's own")
-    pauses.add_argument(
-        "--filler",
-        metavar="TEXT",
-        help="an ordinary token in place of <pause>, such as '.' (a control); '': <pause> (default: the model's own)",
-    )
-    pauses.add_argument("--prefix-attention", choices=("causal", "bidirectional"), help="default: the model's own")
+    add_pause_arguments(pauses)
     pauses.add_argument(
         "--auto-change",
         type=float,
@@ -60,9 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     answer.add_argument(
         "--stop", action="append", default=[], metavar="TEXT", help="ends an answer; may be given repeatedly"
     )
-    machine = parser.add_argument_group("machine")
-    machine.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cpu)")
-    machine.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: as stored")
+    machine = add_machine_arguments(parser)
     machine.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at a time (default: 8)")
     parser.add_argument("--json", action="store_true", help="print one JSON object: answers, counts, seconds")
 
@@ -72,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = _prompts(args)
     if args.batch_size < 1:
         raise ConfigError(f"--batch-size: expected 1 or more, came {args.batch_size}")
-    generator = load_quietly(args.model, device=args.device, dtype=args.dtype)
+    generator = load_model(args)
     pauses = _pauses(args, generator)
     batches = []
     for start in range(0, len(prompts), args.batch_size):
@@ -121,30 +118,12 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def load_quietly(folder: str, *, device: str, dtype: str | None) -> PauseGenerator:
-    """The model in a folder, without what transformers has to say about loading it."""
-    from transformers.utils import logging
-
-    from pause_megatron.inference import load
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    return load(folder, device=device, dtype=dtype)
-
-
 def _pauses(args: argparse.Namespace, generator: PauseGenerator) -> int | SettledPauses:
     """M or the policy; where neither was given, says on standard error what was taken and why."""
     from pause_megatron.inference import SettledPauses
 
     if args.pauses is None:
-        count = generator.default_pauses
-        why = (
-            "the model was finetuned with them"
-            if generator.pause.m_ft is not None
-            else ("its config.json names no m_ft; give --pauses N")
-        )
-        print(f"pauses: {count} ({why})", file=sys.stderr)
-        return count
+        return default_pauses(generator)
     if args.pauses == "auto":
         return SettledPauses(change=args.auto_change, limit=args.auto_limit)
     if not args.pauses.isdecimal():
