@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from pause_megatron.checkpoint.verify import Report
 from pause_megatron.config.plan import pause_range
 from pause_megatron.durable import sync_file, sync_folder
 from pause_megatron.errors import CheckpointError
+from pause_megatron.hf.appearing import appearing, new_folder
 from pause_megatron.hf.architecture import config_json
 from pause_megatron.hf.checkpoint import NativeCheckpoint, open_checkpoint
 from pause_megatron.hf.model_card import model_card
@@ -74,14 +73,10 @@ def export(
         CheckpointError: a checkpoint that is damaged or has no exact counterpart, an output that is not empty, or an
             export that does not compute the same.
     """
-    output = Path(os.path.abspath(output))
-    require_empty(output)
+    output = new_folder(output)
     checkpoint = open_checkpoint(source, report)
     tokenizer = convert_tokenizer(checkpoint.folder / "tokenizer", checkpoint.tokenizer, checkpoint.pause_ids)
-    hidden = output.with_name(f".{output.name}.incoming")
-    shutil.rmtree(hidden, ignore_errors=True)
-    try:
-        hidden.mkdir(parents=True)
+    with appearing(output) as hidden:
         family = _write_descriptions(checkpoint, tokenizer, hidden, dtype, finetuned_pauses)
         files = write_weights(checkpoint, hidden, TORCH_DTYPES[dtype], max_shard_size, report, family)
         for path in hidden.iterdir():
@@ -90,23 +85,8 @@ def export(
         report("comparing with transformers", 0, 1)
         parity = prove(checkpoint, hidden, TORCH_DTYPES[dtype])
         report("comparing with transformers", 1, 1)
-        require_empty(output)
-        os.rename(hidden, output)
-        sync_folder(output.parent)
-    except OSError as error:
-        raise CheckpointError(f"{output}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
     total = sum((output / name).stat().st_size for name in files)
     return Exported(output, len(files), total, parity)
-
-
-def require_empty(output: Path) -> None:
-    """Raises CheckpointError if there is something at `output` that a new folder would replace."""
-    if output.is_symlink() or (output.exists() and not output.is_dir()):
-        raise CheckpointError(f"{output}: expected a new or an empty folder, found something else")
-    if output.is_dir() and any(output.iterdir()):
-        raise CheckpointError(f"{output}: expected a new or an empty folder, this one holds files; name another one")
 
 
 def write_weights(

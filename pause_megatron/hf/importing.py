@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,9 +22,9 @@ from pause_megatron.data.tokenizer import PAUSE_TOKEN, Tokenizer, load_tokenizer
 from pause_megatron.data.tokenizer_backends import HuggingFaceBackend, open_backend
 from pause_megatron.durable import sync_folder, write_whole
 from pause_megatron.errors import CheckpointError, DataError
+from pause_megatron.hf.appearing import appearing, new_folder
 from pause_megatron.hf.architecture import Architecture, read_architecture
 from pause_megatron.hf.checkpoint import open_checkpoint
-from pause_megatron.hf.export import require_empty
 from pause_megatron.hf.folder import SourceFolder, SourceWeights
 from pause_megatron.hf.native_writer import PauseRows, write_native
 from pause_megatron.hf.parity import prove_import
@@ -89,8 +87,7 @@ def import_folder(
             not fit config.json, a tokenizer that cannot be used, an output that is not empty, or logits that differ.
         ConfigError: the sizes cannot be cut for `tensor_parallel`.
     """
-    output = Path(os.path.abspath(output))
-    require_empty(output)
+    output = new_folder(output)
     folder = SourceFolder(source)
     config_json = folder.json("config.json")
     architecture = read_architecture(config_json, str(folder.path / "config.json"), sequence_length)
@@ -101,10 +98,7 @@ def import_folder(
     pause_ids = tuple(tokenizer.pause_ids)
     config = _config(architecture, len(pause_ids), tensor_parallel)
     new_rows = () if tokenizer.kept else pause_ids
-    hidden = output.with_name(f".{output.name}.incoming")
-    shutil.rmtree(hidden, ignore_errors=True)
-    try:
-        hidden.mkdir(parents=True)
+    with appearing(output) as hidden:
         write_whole(hidden / "config.yaml", dump(config).encode())
         tokenizer.native.save(hidden / "tokenizer")
         write_native(
@@ -121,13 +115,6 @@ def import_folder(
         report("comparing with transformers", 0, 1)
         difference = prove_import(open_checkpoint(hidden, report), folder.path, architecture.rows, new_rows)
         report("comparing with transformers", 1, 1)
-        require_empty(output)
-        os.rename(hidden, output)
-        sync_folder(output.parent)
-    except OSError as error:
-        raise CheckpointError(f"{output}: cannot be written: {error.strerror or error}") from None
-    finally:
-        shutil.rmtree(hidden, ignore_errors=True)
     how = "kept" if tokenizer.kept else "free slot" if pause_ids[0] < architecture.rows else "grown vocabulary"
     return Imported(output, architecture.family, architecture.rows, pause_ids, how, difference)
 
