@@ -39,9 +39,7 @@ def training_data(data: TaskData) -> TrainingData:
     """A task's windows as the loop sees them."""
     valid = plain = None
     if data.config.validation.every:
-        with_pauses, without = held_out(data)
-        valid = HeldOut(with_pauses, with_pauses.windows_in_epochs(1))
-        plain = valid if without is with_pauses else HeldOut(without, without.windows_in_epochs(1))
+        valid, plain = (HeldOut(windows, windows.windows_in_epochs(1)) for windows in held_out(data))
     return TrainingData(
         train=data.windows,
         valid=valid,

@@ -27,7 +27,7 @@ class TrainingData:
     """Attributes:
     train: windows of the whole run, by number; None where they are streamed
     valid: held-out windows with pauses; None: no validation
-    valid_without_pauses: held-out windows without pauses; `valid` itself where the run has none
+    valid_without_pauses: held-out windows without pauses; the windows of `valid` themselves where the run has none
     tokenizer: of all of them
     pause_ids: the K pause ids
     fingerprint: of all that decides the windows and is no key of the configuration

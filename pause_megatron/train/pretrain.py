@@ -9,6 +9,7 @@ from pause_megatron.config.schema import RunConfig
 from pause_megatron.data.build import Datasets, build_datasets
 from pause_megatron.data.corpora import Corpora, open_corpora
 from pause_megatron.data.dataset import PauseTokenizer
+from pause_megatron.data.loader import Samples
 from pause_megatron.distributed import initialize
 from pause_megatron.train.inputs import HeldOut, TrainingData
 from pause_megatron.train.run import train
@@ -44,14 +45,14 @@ def corpus_data(config: RunConfig, world_size: int, rank: int = 0) -> TrainingDa
     corpora.verify(config.data, rank)
     datasets = _datasets(config, corpora)
     plan = batch_plan(config, world_size)
-    valid = None if datasets.valid is None else HeldOut(datasets.valid, config.validation.samples, datasets.valid_names)
-    plain = valid
-    if datasets.valid_without_pauses is not datasets.valid:
-        plain = HeldOut(datasets.valid_without_pauses, config.validation.samples, datasets.valid_names)
+
+    def held_out(windows: Samples | None) -> HeldOut | None:
+        return None if windows is None else HeldOut(windows, config.validation.samples, datasets.valid_names)
+
     return TrainingData(
         train=datasets.train,
-        valid=valid,
-        valid_without_pauses=plain,
+        valid=held_out(datasets.valid),
+        valid_without_pauses=held_out(datasets.valid_without_pauses),
         tokenizer=corpora.tokenizer,
         pause_ids=datasets.tokenizer.pause_ids,
         fingerprint=corpora.fingerprint,

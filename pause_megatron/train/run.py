@@ -165,7 +165,7 @@ def _validate(config: RunConfig, engine: Engine, data: TrainingData, context: Pa
 
     def validate(result: StepResult) -> None:
         with_pauses = score(data.valid)
-        same = data.valid_without_pauses is data.valid
+        same = data.valid_without_pauses.windows is data.valid.windows
         without_pauses = with_pauses if same else score(data.valid_without_pauses)
         result.validation.update(validation_losses(with_pauses, without_pauses))
 
