@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.timing import environment
 
 from pause_megatron.tasks import load_task
-from pause_megatron.tasks.counting import write_tokenizer
+from pause_megatron.tasks.made import write_tokenizer
 
 TASKS = {
     "code": "pause_megatron.tasks.codewords:CODE_OF_16",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from benchmarks.pauses_matter import SETTINGS, report, run_config, train_and_score
 
-from pause_megatron.tasks.counting import write_tokenizer
+from pause_megatron.tasks.made import write_tokenizer
 from pause_megatron.train.task_data import open_task
 
 

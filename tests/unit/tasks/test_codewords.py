@@ -11,7 +11,7 @@ from pause_megatron.data.tokenizer import load_tokenizer
 from pause_megatron.errors import ConfigError
 from pause_megatron.tasks import fingerprint, load_task, read_examples
 from pause_megatron.tasks.codewords import Decode
-from pause_megatron.tasks.counting import write_tokenizer
+from pause_megatron.tasks.made import write_tokenizer
 
 NAME = "pause_megatron.tasks.codewords:CODE_OF_16"
 

@@ -10,7 +10,8 @@ from pause_megatron.data.examples import encode_examples
 from pause_megatron.data.tokenizer import load_tokenizer
 from pause_megatron.errors import ConfigError
 from pause_megatron.tasks import fingerprint, load_task, read_examples
-from pause_megatron.tasks.counting import SIZES, CountOnes, write_tokenizer
+from pause_megatron.tasks.counting import SIZES, CountOnes
+from pause_megatron.tasks.made import write_tokenizer
 
 NAME = "pause_megatron.tasks.counting:MOD4_OF_16"
 
