@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from pause_megatron.experiment.report.collect import Collected
 from pause_megatron.experiment.report.compare import Key, Summary
-from pause_megatron.experiment.report.plots import Series, color_of
+from pause_megatron.experiment.report.curve_plots import Panel, Series
+from pause_megatron.experiment.report.plots import color_of
 from pause_megatron.experiment.report.published import Published
 from pause_megatron.experiment.report.tables import curve_table
 
@@ -19,11 +20,10 @@ class Figure:
     """A set of panels.
 
     Attributes:
-        panels: title -> lines. published: title -> (label, {pauses: per cent}). tables: HTML.
+        tables: HTML, one for each panel.
     """
 
-    panels: Mapping[str, tuple[Series, ...]]
-    published: Theirs
+    panels: tuple[Panel, ...]
     tables: str
 
 
@@ -68,16 +68,19 @@ def _figure(
 ) -> Figure:
     """Panels and tables of task -> {label: (variant, points)}, in the grid's order of tasks."""
     variants, tasks = list(collected.grid.variants), [task for task in collected.grid.tasks if curves.get(task)]
-    panels = {
-        paper.title(task): tuple(
-            Series(label, color_of(variant, variants), points) for label, (variant, points) in curves[task].items()
-        )
-        for task in tasks
-    }
-    html = (
-        curve_table(
-            axis, {line.label: line.points for line in panels[paper.title(task)]}, theirs[task], paper.title(task)
+    panels = tuple(
+        Panel(
+            paper.title(task),
+            tuple(
+                Series(label, color_of(variant, variants), points) for label, (variant, points) in curves[task].items()
+            ),
+            paper.chance(task),
+            theirs[task],
         )
         for task in tasks
     )
-    return Figure(panels, {paper.title(task): theirs[task] for task in tasks if theirs[task]}, "".join(html))
+    html = (
+        curve_table(axis, {line.label: line.points for line in panel.lines}, panel.published, panel.title)
+        for panel in panels
+    )
+    return Figure(panels, "".join(html))

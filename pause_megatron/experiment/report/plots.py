@@ -1,9 +1,8 @@
-"""The pictures of a report: Figure 3, the two halves of Figure 4, and the controls. Ours above, the paper's below."""
+"""The pictures of Figure 3 and of the controls. Ours above, the paper's below. Figure 4: curve_plots."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,9 @@ COLORS = {
     "PausePT_PauseFT": "#0072b2",
 }
 _FURTHER = ("#009e73", "#cc79a7", "#d55e00", "#8c6d31", "#332288", "#117733")
-_COLUMNS = 3
+COLUMNS = 3
 _SHORT = {"StdPT_StdFT": "Std/Std", "StdPT_PauseFT": "Std/Pause", "PausePT_StdFT": "Pause/Std"}
 _SHORT |= {"PausePT_PauseFT": "Pause/Pause"}
-
-
-@dataclass(frozen=True)
-class Series:
-    """A line of a plot: y over x (pauses), in per cent."""
-
-    label: str
-    color: str
-    points: Mapping[int, Summary]
 
 
 def color_of(variant: str, variants: Sequence[str]) -> str:
@@ -42,8 +32,8 @@ def color_of(variant: str, variants: Sequence[str]) -> str:
 
 def draw_variants(path: Path, main: Mapping[tuple[str, str], Summary], tasks: Sequence[str], paper: Published) -> None:
     """Figure 3: a panel per task, the four variants; below it the paper's."""
-    plt = _pyplot()
-    columns = min(_COLUMNS, len(tasks))
+    plt = pyplot()
+    columns = min(COLUMNS, len(tasks))
     rows = -(-len(tasks) // columns)
     figure, axes = plt.subplots(
         2 * rows,
@@ -60,44 +50,7 @@ def draw_variants(path: Path, main: Mapping[tuple[str, str], Summary], tasks: Se
             continue
         _bars_of_task(ours, tasks[index], main, paper)
         _published_bars(theirs, tasks[index], paper)
-    _save(figure, path)
-
-
-def draw_curves(path: Path, panels: Mapping[str, Sequence[Series]], published: Mapping[str, Any], axis: str) -> None:
-    """Scores over a number of pauses: a panel per title, the paper's curve below where it has one.
-
-    Args:
-        panels: title -> lines. published: title -> (label, {pauses: per cent}). axis: what x is.
-    """
-    plt = _pyplot()
-    count = len(panels)
-    columns = min(_COLUMNS, count)
-    rows = -(-count // columns)
-    height = 2 if published else 1
-    ratios = [2, 1.3] * rows if published else [1] * rows
-    figure, axes = plt.subplots(
-        height * rows,
-        columns,
-        figsize=(3.8 * columns, (4.6 if published else 3.0) * rows),
-        squeeze=False,
-        layout="constrained",
-        gridspec_kw={"height_ratios": ratios},
-    )
-    for index in range(rows * columns):
-        row, column = height * (index // columns), index % columns
-        ours, theirs = axes[row][column], axes[row + 1][column] if published else None
-        if index >= count:
-            ours.axis("off")
-            if theirs is not None:
-                theirs.axis("off")
-            continue
-        title = list(panels)[index]
-        known = published.get(title)
-        counts = sorted({count for line in panels[title] for count in line.points} | set(known[1] if known else ()))
-        _lines(ours, title, panels[title], counts, axis)
-        if theirs is not None:
-            _published_line(theirs, known, counts, axis)
-    _save(figure, path)
+    save(figure, path)
 
 
 def draw_all(
@@ -109,8 +62,8 @@ def draw_all(
     paper: Published,
 ) -> None:
     """Every variant and control as a point with its error bar; the dashed line is the baseline."""
-    plt = _pyplot()
-    columns = min(_COLUMNS, len(tasks))
+    plt = pyplot()
+    columns = min(COLUMNS, len(tasks))
     rows = -(-len(tasks) // columns)
     shown = [variant for variant in variants if any((variant, task) in main for task in tasks)]
     figure, axes = plt.subplots(
@@ -135,11 +88,13 @@ def draw_all(
             axis.axvline(base.value, color="#7f7f7f", linestyle="--", linewidth=1)
         axis.set_yticks(range(len(shown)), shown, fontsize=8)
         axis.set_ylim(len(shown) - 0.5, -0.5)
-        axis.set_xlim(left=min(0.0, axis.get_xlim()[0]))
+        found = [main[variant, task] for variant in shown if (variant, task) in main]
+        right = max([1.0, *(summary.value + (summary.error or 0.0) for summary in found)])
+        axis.set_xlim(-0.03 * right, 1.06 * right)
         axis.set_title(paper.title(task), fontsize=10)
         axis.set_xlabel("per cent", fontsize=8)
         axis.grid(alpha=0.25, axis="x")
-    _save(figure, path)
+    save(figure, path)
 
 
 def _bars_of_task(axes: Any, task: str, main: Mapping[tuple[str, str], Summary], paper: Published) -> None:
@@ -182,7 +137,8 @@ def _published_bars(axes: Any, task: str, paper: Published) -> None:
 def _label(axes: Any, position: float, height: float, value: float) -> None:
     """The number above a bar."""
     place = (position, height), (0, 2)
-    axes.annotate(f"{value:.1f}", *place, textcoords="offset points", ha="center", fontsize=7)
+    behind = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.4}  # the line of chance may pass there
+    axes.annotate(f"{value:.1f}", *place, textcoords="offset points", ha="center", fontsize=7, bbox=behind)
 
 
 def _label_variants(axes: Any, label: str) -> None:
@@ -193,65 +149,17 @@ def _label_variants(axes: Any, label: str) -> None:
     axes.set_axisbelow(True)
 
 
-def _lines(axes: Any, title: str, series: Sequence[Series], counts: Sequence[int], axis: str) -> None:
-    place = {count: index for index, count in enumerate(counts)}
-    for line in series:
-        x = sorted(line.points)
-        y = [line.points[count].value for count in x]
-        errors = [line.points[count].error or 0.0 for count in x]
-        axes.errorbar(
-            [place[c] for c in x],
-            y,
-            yerr=errors,
-            marker="o",
-            markersize=4,
-            capsize=3,
-            color=line.color,
-            label=line.label,
-        )
-    axes.set_xlim(-0.3, len(counts) - 0.7)
-    axes.set_xticks(range(len(counts)), counts, fontsize=8)
-    axes.set_ylim(bottom=0)
-    axes.set_title(title, fontsize=9)
-    axes.set_xlabel(axis, fontsize=8)
-    axes.set_ylabel("ours, per cent", fontsize=8)
-    axes.tick_params(axis="y", labelsize=7)
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=7)
-
-
-def _published_line(axes: Any, found: tuple[str, Mapping[int, float]] | None, counts: Sequence[int], axis: str) -> None:
-    if found is None:
-        axes.axis("off")
-        return
-    label, points = found
-    x = sorted(points)
-    axes.plot(
-        [counts.index(count) for count in x],
-        [points[count] for count in x],
-        "s--",
-        color="#7f7f7f",
-        markersize=4,
-        label=label,
-    )
-    axes.set_xlim(-0.3, len(counts) - 0.7)
-    axes.set_xticks(range(len(counts)), counts, fontsize=8)
-    axes.set_xlabel(axis, fontsize=8)
-    axes.set_ylabel("paper, 1B", fontsize=8)
-    axes.tick_params(axis="y", labelsize=7)
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=7)
-
-
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib.pyplot, which draws into files alone."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot as plt
 
-    return pyplot
+    return plt
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
+    """As a PNG on white; the figure is gone afterwards."""
     figure.savefig(path, dpi=130, facecolor="white")
-    _pyplot().close(figure)
+    pyplot().close(figure)

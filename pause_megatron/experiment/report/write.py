@@ -10,7 +10,7 @@ from typing import Any
 from pause_megatron.durable import write_whole
 from pause_megatron.errors import DataError
 from pause_megatron.experiment.cell import VERSION, write_json
-from pause_megatron.experiment.report import costs, curves, plots, tables
+from pause_megatron.experiment.report import costs, curve_plots, curves, plots, tables
 from pause_megatron.experiment.report.collect import Collected, collect
 from pause_megatron.experiment.report.compare import Comparison, Key, Summary, compare, main_summaries, summarise
 from pause_megatron.experiment.report.page import Part, bullets, paragraph, picture, render
@@ -147,7 +147,7 @@ def _parts(found: Findings, output: Path) -> Iterator[Part]:
         ),
     ):
         if figure.panels:
-            plots.draw_curves(output / name, figure.panels, figure.published, f"pauses ({axis})")
+            curve_plots.draw_curves(output / name, figure.panels, f"pauses ({axis})")
             yield Part(title, picture(output / name, f"Scores over {axis}, a panel per task") + figure.tables)
     names = list(grid.variants)
     plots.draw_all(output / "variants.png", found.main, found.tasks, names, grid.baseline, paper)

@@ -10,6 +10,7 @@ import pytest
 from pause_megatron.experiment.report import plots, tables
 from pause_megatron.experiment.report.collect import Score
 from pause_megatron.experiment.report.compare import compare, smallest_visible, summarise, t_interval
+from pause_megatron.experiment.report.curve_plots import Panel, Series, draw_curves
 from pause_megatron.experiment.report.page import Part, picture, render
 from pause_megatron.experiment.report.published import VARIANTS, published
 
@@ -110,9 +111,12 @@ def test_pictures_and_page_stand_alone(tmp_path):
     main = {(each.variant, each.task): each for each in summaries.values()}
     plots.draw_variants(tmp_path / "a.png", main, ["squad"], paper)
     plots.draw_all(tmp_path / "b.png", main, ["squad"], ["StdPT_StdFT", "PausePT_PauseFT"], "StdPT_StdFT", paper)
-    line = plots.Series("a <line>", "#000000", {0: main["StdPT_StdFT", "squad"], 10: main["PausePT_PauseFT", "squad"]})
-    plots.draw_curves(tmp_path / "c.png", {"SQuAD": [line]}, {"SQuAD": paper.over_m_inf("squad")}, "pauses")
-    plots.draw_curves(tmp_path / "d.png", {"own": [line]}, {}, "pauses")
+    points = {0: main["StdPT_StdFT", "squad"], 10: main["PausePT_PauseFT", "squad"]}
+    line, same = Series("a <line>", "#000000", points), Series("another", "#000000", {10: points[10]})
+    panel = Panel("SQuAD", (line, same), 20.0, paper.over_m_inf("squad"))
+    assert panel.counts == [0, 2, 5, 10, 25, 50]
+    draw_curves(tmp_path / "c.png", [panel, *(Panel(f"own {number}", (line,)) for number in range(4))], "pauses")
+    draw_curves(tmp_path / "d.png", [Panel("own", (line,))], "pauses")
     for name in "abcd":
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     page = render("A & B", "", [Part("x < y", picture(tmp_path / "a.png", 'the "bars"'))])
