@@ -7,6 +7,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 
 from pause_megatron.errors import ConfigError, PauseMegatronError
 
@@ -69,7 +70,13 @@ def _dispatch(arguments: list[str]) -> int:
         from pause_megatron.config.spelling import nearest
 
         raise ConfigError(f"unknown verb {verb!r}; expected one of {', '.join(VERBS)}{nearest(verb, VERBS)}")
-    module = importlib.import_module(f"pause_megatron.cli.{verb.replace('-', '_')}")
+    # Intermixed: `pretrain --recipe R run.dir=a --dry-run log.every=1` may give overrides anywhere.
+    return _module(verb).run(parser_of(verb).parse_intermixed_args(rest))
+
+
+def parser_of(verb: str) -> argparse.ArgumentParser:
+    """The options of one of VERBS."""
+    module = _module(verb)
     parser = argparse.ArgumentParser(
         prog=f"pause-megatron {verb}",
         description=module.HELP[0].upper() + module.HELP[1:] + ".",
@@ -77,8 +84,11 @@ def _dispatch(arguments: list[str]) -> int:
         allow_abbrev=False,
     )
     module.add_arguments(parser)
-    # Intermixed: `pretrain --recipe R run.dir=a --dry-run log.every=1` may give overrides anywhere.
-    return module.run(parser.parse_intermixed_args(rest))
+    return parser
+
+
+def _module(verb: str) -> ModuleType:
+    return importlib.import_module(f"pause_megatron.cli.{verb.replace('-', '_')}")
 
 
 def _overview() -> str:

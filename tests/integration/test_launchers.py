@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pause_megatron.checkpoint import Manifest, Store
-from pause_megatron.cli import VERBS, main
+from pause_megatron.cli import VERBS, main, parser_of
 from pause_megatron.config.load import load, recipe_names
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,25 +93,42 @@ def test_torchrun_starts_a_run_too(quickstart, tmp_path):
     assert losses[0] == losses[1]
 
 
-def commands() -> list[str]:
-    """The shell commands in the README's code blocks, comments cut off."""
-    blocks = re.findall(r"^```\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-    lines = [line.partition(" #")[0].strip() for block in blocks for line in block.splitlines()]
-    return [line for line in lines if line.startswith(("bash ", "deepspeed ", "pause-megatron ", "tensorboard "))]
+def commands(text: str) -> list[str]:
+    """The shell commands in a README's code blocks, lines joined, comments cut off; those with "..." are not whole."""
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    lines = [line.partition(" #")[0].strip() for block in blocks for line in re.sub(r"\\\n\s*", "", block).splitlines()]
+    programs = ("bash ", "sbatch ", "deepspeed ", "pause-megatron ", "tensorboard ")
+    return [line for line in lines if line.startswith(programs) and "..." not in line]
 
 
-@pytest.mark.parametrize("command", commands())
-def test_every_command_of_the_readme_is_one_that_exists(command):
+def every_command() -> list[str]:
+    found = [
+        path.read_text(encoding="utf-8")
+        for path in sorted(ROOT.glob("*/README.md")) + sorted(ROOT.glob("*/*/README.md"))
+    ]
+    return list(dict.fromkeys(command for text in [README, *found] for command in commands(text)))
+
+
+@pytest.mark.parametrize("command", every_command())
+def test_every_command_of_the_readmes_is_one_that_exists(command):
     words = shlex.split(command)
     if words[0] == "bash":
         assert (ROOT / words[1]).is_file()
         return
     if words[0] == "tensorboard":
         return
-    arguments = words[words.index("pause_megatron") + 1 :] if words[0] == "deepspeed" else words[1:]
+    if words[0] == "sbatch":
+        script = next(word for word in words if word.endswith(".sbatch"))
+        assert (ROOT / script).is_file()
+        arguments = [Path(script).stem, *words[words.index(script) + 1 :]]
+    else:
+        arguments = words[words.index("pause_megatron") + 1 :] if words[0] == "deepspeed" else words[1:]
     verb = arguments[0]
     assert verb in VERBS
-    if verb == "pretrain" and "--help" not in arguments:
+    if "--help" in arguments:
+        return
+    parser_of(verb).parse_intermixed_args(arguments[1:])
+    if verb == "pretrain":
         # A checkpoint to begin from is read at once, and this one is only an example.
         arguments = [argument for argument in arguments if not argument.startswith(("model.from=", "--dry-run"))]
         assert main([*arguments, "--dry-run"]) == 0
