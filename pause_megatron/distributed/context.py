@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -46,9 +47,13 @@ class ParallelContext:
     mpu: MPU
     owns_world: bool = field(repr=False)
     _earlier_groups: frozenset = field(repr=False)
+    _environment: Mapping[str, str | None] = field(repr=False)
 
     def close(self) -> None:
-        """Tear down what `initialize` made, so that another topology can be made in this process."""
+        """Tear down what `initialize` made, so that another topology can be made in this process.
+
+        The environment is as it was, too: jobs that are submitted from here inherit it, and would take it for theirs.
+        """
         parallel_state.destroy_model_parallel()
         _forget_deepspeed_groups()
         if self.owns_world:
@@ -56,6 +61,11 @@ class ParallelContext:
         else:
             for group in set(_groups()) - self._earlier_groups:
                 dist.destroy_process_group(group)
+        for key, value in self._environment.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value
 
     def __enter__(self) -> ParallelContext:
         return self
@@ -98,6 +108,7 @@ def initialize(
     if kind == "cuda":
         target = torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(target)
+    environment = {key: os.environ.get(key) for key in ranks.environment()}
     if owns_world:
         _start_world(ranks, "nccl" if kind == "cuda" else "gloo", timeout, connect_seconds, target)
     earlier = frozenset(_groups())
@@ -124,6 +135,7 @@ def initialize(
         mpu=MPU(),
         owns_world=owns_world,
         _earlier_groups=earlier,
+        _environment=environment,
     )
 
 

@@ -94,11 +94,17 @@ def _from_variables(env: Mapping[str, str], local_rank: int | None) -> Ranks:
         launcher = "deepspeed"
     else:
         launcher = "environment"
+    world_size, tasks = _number(values, "WORLD_SIZE"), _number(env, "SLURM_STEP_NUM_TASKS", default=1)
+    if world_size < tasks:
+        raise ConfigError(
+            f"environment: WORLD_SIZE={world_size} in a SLURM job step of {tasks} tasks; expected at least as many. "
+            "If the shell that submitted the job had RANK and WORLD_SIZE set, unset them there: jobs inherit them"
+        )
     return _checked(
         Ranks(
             _number(values, "RANK"),
             _number(values, "LOCAL_RANK"),
-            _number(values, "WORLD_SIZE"),
+            world_size,
             values["MASTER_ADDR"],
             _number(values, "MASTER_PORT"),
             launcher,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import pytest
@@ -77,6 +78,7 @@ def test_first_host_refuses(nodes):
         ({"RANK": "0", "WORLD_SIZE": "2"}, "LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
         ({**TORCHRUN, "RANK": "four"}, "RANK: expected a whole number, got 'four'"),
         ({**TORCHRUN, "RANK": "4"}, "rank < world size"),
+        ({**TORCHRUN, "SLURM_STEP_NUM_TASKS": "8"}, r"WORLD_SIZE=4 in a SLURM job step of 8 tasks; .* unset them"),
     ],
 )
 def test_bad_environments(environment, message):
@@ -131,10 +133,14 @@ def test_alone_starts_and_closes_its_own_world():
     import torch.distributed as dist
 
     assert not dist.is_initialized()
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    before = [os.environ.get(name) for name in names]
     for _ in range(2):
         with initialize(ParallelSection(), device="cpu") as context:
             assert (context.world_size, context.tp_size, context.dp_size) == (1, 1, 1)
+            assert os.environ["WORLD_SIZE"] == "1"
         assert not dist.is_initialized()
+        assert [os.environ.get(name) for name in names] == before
 
 
 def one_rank_fails() -> None:
