@@ -101,9 +101,8 @@ def traffic(overrides: Sequence[str]) -> dict[str, int]:
 
 
 def _engine(config: Any, context: Any) -> tuple[Any, dict[str, tuple[int, ...]]]:
-    from pause_megatron.config.deepspeed import deepspeed_config
-    from pause_megatron.engine import Engine
     from pause_megatron.model import Vocabulary, build_model, parameter_groups
+    from pause_megatron.train.run import new_engine
 
     pause_ids = tuple(range(TEXT_SIZE, TEXT_SIZE + config.pause.embeddings))
     model = build_model(
@@ -116,15 +115,7 @@ def _engine(config: Any, context: Any) -> tuple[Any, dict[str, tuple[int, ...]]]
         seed=config.run.seed,
     )
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    engine = Engine(
-        model,
-        groups=parameter_groups(model, config.optim.weight_decay),
-        ds_config=deepspeed_config(config, data_parallel=context.dp_size),
-        optim=config.optim,
-        mpu=context.mpu,
-        dp_rank=context.dp_rank,
-        dp_size=context.dp_size,
-    )
+    engine = new_engine(config, model, parameter_groups(model, config.optim.weight_decay), context)
     return engine, shapes
 
 

@@ -27,23 +27,14 @@ class Saving:
         import torch
 
         from pause_megatron.checkpoint import Store
-        from pause_megatron.config.deepspeed import deepspeed_config
         from pause_megatron.config.load import load
-        from pause_megatron.engine import Engine
+        from pause_megatron.train.run import new_engine
 
         config = load(overrides=["train.steps=1", "batch.global_size=2", "batch.micro_size=1", "engine.precision=fp32"])
         model = torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH) for _ in range(4)))
         groups = [{"params": list(model.parameters()), "weight_decay": 0.0}]
         self.system, self.folder, self.context = system, folder, context
-        self.engine = Engine(
-            model,
-            groups=groups,
-            ds_config=deepspeed_config(config, data_parallel=context.dp_size),
-            optim=config.optim,
-            mpu=context.mpu,
-            dp_rank=context.dp_rank,
-            dp_size=context.dp_size,
-        )
+        self.engine = new_engine(config, model, groups, context)
         self.store = Store(folder, context.rank, context.world_size)
         self.complaints: list[str] = []
 

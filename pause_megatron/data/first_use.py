@@ -22,7 +22,7 @@ import xxhash
 
 from pause_megatron.data.corpus import Corpus
 from pause_megatron.data.manifest import path_of
-from pause_megatron.data.verify import Damage, Report, damage_of, no_report, refuse
+from pause_megatron.data.verify import Damage, Report, damage_of, described, no_report, refuse
 from pause_megatron.durable import write_whole
 from pause_megatron.errors import DataError
 
@@ -108,10 +108,7 @@ def check_and_record(
     if damage := damage_of(corpus, report):
         with contextlib.suppress(OSError):
             record.unlink(missing_ok=True)
-        try:
-            refuse(corpus, damage)
-        except DataError as error:
-            _leave(failed, str(error), warn)
+        _leave(failed, described(corpus, damage), warn)
     else:
         _leave(record, content, warn)
     return damage

@@ -75,8 +75,13 @@ def verify_corpus(corpus: Corpus, report: Report = no_report) -> None:
 def refuse(corpus: Corpus, damage: Sequence[Damage]) -> None:
     """Raise a DataError that names every damaged range, where there is one."""
     if damage:
-        lines = "\n  ".join(map(str, damage))
-        raise DataError(f"corpus {corpus.prefix} is damaged; copy it again, or prepare it with --overwrite:\n  {lines}")
+        raise DataError(described(corpus, damage))
+
+
+def described(corpus: Corpus, damage: Sequence[Damage]) -> str:
+    """What is wrong and what to do, a line for every damaged range."""
+    lines = "\n  ".join(map(str, damage))
+    return f"corpus {corpus.prefix} is damaged; copy it again, or prepare it with --overwrite:\n  {lines}"
 
 
 def _damaged_blocks(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+
+from torch import nn
 
 from pause_megatron.checkpoint import Store, save
 from pause_megatron.config.deepspeed import deepspeed_config
@@ -59,7 +62,9 @@ def train(config: RunConfig, data: TrainingData, context: ParallelContext, stop:
         store = Store(folder / "checkpoints", context.rank, context.world_size)
         start = find_start(store, config, data, context)
         start.weights_into(model)
-        engine = closing.enter_context(_engine(config, model, context))
+        # What must not move must not decay either.
+        groups = parameter_groups(model, 0.0 if config.train.only else config.optim.weight_decay)
+        engine = closing.enter_context(new_engine(config, model, groups, context))
         start.state_into(engine)
         progress = start.progress
         if context.rank == 0:
@@ -112,11 +117,15 @@ def new_model(config: RunConfig, data: TrainingData) -> PauseGPTModel:
     return model
 
 
-def _engine(config: RunConfig, model: PauseGPTModel, context: ParallelContext) -> Engine:
+def new_engine(config: RunConfig, model: nn.Module, groups: Sequence[dict], context: ParallelContext) -> Engine:
+    """A DeepSpeed engine for a model, as a configuration wants it.
+
+    Args:
+        groups: optimizer parameter groups, as in `Engine`.
+    """
     return Engine(
         model,
-        # What must not move must not decay either.
-        groups=parameter_groups(model, 0.0 if config.train.only else config.optim.weight_decay),
+        groups=groups,
         ds_config=deepspeed_config(config, data_parallel=context.dp_size),
         optim=config.optim,
         mpu=context.mpu,

@@ -23,15 +23,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.timing import compare, environment
 from corpora import ByteTokenizer, paragraphs, write_corpus
 
-from pause_megatron.config.deepspeed import deepspeed_config
 from pause_megatron.config.load import load
 from pause_megatron.data.build import build_datasets
 from pause_megatron.data.loader import Step, StepLoader
 from pause_megatron.data.sampler import StepSampler
 from pause_megatron.distributed import ParallelContext, initialize
-from pause_megatron.engine import Engine
 from pause_megatron.model import Vocabulary, build_model, parameter_groups
 from pause_megatron.train.losses import LossLedger
+from pause_megatron.train.run import new_engine
 
 WINDOWS, LENGTH = 4, 1024
 
@@ -61,15 +60,7 @@ def contestants(folder: str, steps: int, total: int, context: ParallelContext) -
         sequence_length=LENGTH,
         parallel=config.parallel,
     )
-    engine = Engine(
-        model,
-        groups=parameter_groups(model, 0.1),
-        ds_config=deepspeed_config(config, data_parallel=1),
-        optim=config.optim,
-        mpu=context.mpu,
-        dp_rank=0,
-        dp_size=1,
-    )
+    engine = new_engine(config, model, parameter_groups(model, 0.1), context)
     loader = StepLoader(datasets.train, StepSampler(WINDOWS, WINDOWS), 0, total, pause_ids=pause_ids)
     in_memory = itertools.cycle([next(loader) for _ in range(8)])
 

@@ -45,8 +45,7 @@ def config(zero: int, precision: str, micro: int, clip: float = 0.05) -> RunConf
 
 
 def make_engine(run: RunConfig, context, prepare=lambda model: None):
-    from pause_megatron.config.deepspeed import deepspeed_config
-    from pause_megatron.engine import Engine
+    from pause_megatron.train.run import new_engine
 
     model = Toy()
     prepare(model)
@@ -54,15 +53,7 @@ def make_engine(run: RunConfig, context, prepare=lambda model: None):
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.1},
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return Engine(
-        model,
-        groups=groups,
-        ds_config=deepspeed_config(run, data_parallel=context.dp_size),
-        optim=run.optim,
-        mpu=context.mpu,
-        dp_rank=context.dp_rank,
-        dp_size=context.dp_size,
-    )
+    return new_engine(run, model, groups, context)
 
 
 def take_step(engine, run: RunConfig, context, step: int, poison: bool = False):
