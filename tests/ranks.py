@@ -233,7 +233,8 @@ def _share_one_gloo_device() -> None:
     device = gloo.create_device(interface="lo")
 
     class SharedDevice(gloo):
-        def __init__(self, store: Any, rank: int, size: int, timeout: Any = None) -> None:
+        # torch 2.15 passes enable_reconfigure too.
+        def __init__(self, store: Any, rank: int, size: int, timeout: Any = None, **_: Any) -> None:
             options = gloo._Options()
             options._devices, options._timeout = [device], timeout
             super().__init__(store, rank, size, options)

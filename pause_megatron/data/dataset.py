@@ -220,7 +220,8 @@ class PauseGPTDataset(GPTDataset):
 
     def window_text(self, sample: int) -> np.ndarray:
         """The text of a window before its pauses: int64 [T]."""
-        text, _ = self._query_document_sample_shuffle_indices(sample)
+        # The text ids come first in every release; 0.19 added a third value, the tokens taken from each document.
+        text, *_ = self._query_document_sample_shuffle_indices(sample)
         return text
 
     def _with_pauses(self, idx: int | None) -> dict[str, torch.Tensor]:

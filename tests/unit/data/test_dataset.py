@@ -55,7 +55,7 @@ def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -
 def expected_sample(dataset: PauseGPTDataset, sample: int) -> dict[str, torch.Tensor]:
     """The sample by its definition, token by token: method.md section 1 and the docstring of PauseGPTDataset."""
     config, plan = dataset.config, dataset.injector.plan
-    text, _ = dataset._query_document_sample_shuffle_indices(sample)
+    text, *_ = dataset._query_document_sample_shuffle_indices(sample)
     gaps = dataset.injector.gaps(text, sample).tolist()
     window: list[tuple[int, int]] = []  # (token, number of the text token it is or stands behind)
     for number, token in enumerate(text.tolist()):
@@ -176,7 +176,7 @@ def test_invariants(corpus: str, chosen: dict[str, object]) -> None:
     chosen["create_attention_mask"] = False
     dataset = make_dataset(corpus, make_config(corpus, **{**chosen, "eod_mask_loss": False}))
     for sample in range(0, len(dataset), max(1, len(dataset) // 5)):
-        text, _ = dataset._query_document_sample_shuffle_indices(sample)
+        text, *_ = dataset._query_document_sample_shuffle_indices(sample)
         item = dataset[sample]
         is_pause = item["tokens"] >= PAUSE
         supervised = item["loss_mask"] == 1
