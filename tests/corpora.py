@@ -60,6 +60,7 @@ def make_config(prefix: str, sequence_length: int, embeddings: int = 1, **settin
         "reset_attention_mask": False,
         "eod_mask_loss": False,
         "create_attention_mask": False,
+        "model_vocab_size": 512,
         **settings,
     }
     return PauseGPTDatasetConfig(sequence_length=sequence_length, **settings)

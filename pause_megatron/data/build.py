@@ -117,6 +117,7 @@ def build_datasets(
             pause_window=pause.window,
             pause_placement=pause.placement,
             pause_seed=pause.seed,
+            model_vocab_size=pause_tokenizer.vocab_size,  # models are made from it, and padded
         )
 
     train = valid = plain = None

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import copy
 import os
-from collections import OrderedDict
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,88 +15,15 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
-from pause_megatron.data.boundaries import document_begins, restarting_positions, segments_of
+from pause_megatron.data.boundaries import document_begins, packed_documents, restarting_positions, segments_of
+from pause_megatron.data.model_rows import check_model_rows
 from pause_megatron.data.pause import PauseInjector, PausePlan, Window
+from pause_megatron.data.pause_tokenizer import NO_PAD, PauseTokenizer
 from pause_megatron.errors import ConfigError, DataError
 
-NO_PAD = -1
-"""What megatron-core takes for the padding id where a tokenizer has none: no token is ever equal to it."""
+__all__ = ["PauseGPTDataset", "PauseGPTDatasetConfig", "PauseTokenizer"]
 
 _PIECE = 1 << 20  # documents looked at together
-
-
-class PauseTokenizer:
-    """Any tokenizer, plus K pause ids. All other attributes are those of the tokenizer it wraps.
-
-    Args:
-        tokenizer: Has `vocab_size` and `eod`, and `unique_identifiers` (Megatron-LM's) or `fingerprint` (this
-            project's). May have `pad` and `pause_id`.
-        embeddings: K, number of distinct pause ids, used in turn within a run of pauses.
-        pause_id: The first pause id. Default: the tokenizer's own `pause_id`, else the first id after its vocabulary.
-
-    Raises:
-        ConfigError: a pause id that is the padding or end-of-document id, or less than one pause id.
-    """
-
-    def __init__(self, tokenizer: object, embeddings: int = 1, pause_id: int | None = None) -> None:
-        if embeddings < 1:
-            raise ConfigError(f"pause.embeddings: expected 1 or more, got {embeddings}")
-        self.tokenizer = tokenizer
-        self.text_size = int(tokenizer.vocab_size)
-        if pause_id is None:
-            pause_id = getattr(tokenizer, "pause_id", self.text_size)
-        self.pause_ids = range(pause_id, pause_id + embeddings)
-        if pause_id < 0:
-            raise ConfigError(f"pause id: expected 0 or more, got {pause_id}")
-        for name, token in (("padding", self.pad), ("end-of-document", tokenizer.eod)):
-            if token in self.pause_ids:
-                raise ConfigError(
-                    f"pause id {token} is also the tokenizer's {name} id: choose another, for example "
-                    f"{self.text_size}, the first id after the vocabulary"
-                )
-
-    @property
-    def pause_id(self) -> int:
-        """The first pause id."""
-        return self.pause_ids.start
-
-    @property
-    def vocab_size(self) -> int:
-        """Ids that a model needs, the pauses included. Pad the model's vocabulary from this number."""
-        return max(self.text_size, self.pause_ids.stop)
-
-    @property
-    def pad(self) -> int:
-        """The padding id; -1, as in megatron-core, where the tokenizer has none."""
-        try:
-            pad = self.tokenizer.pad
-        except (AttributeError, NotImplementedError):
-            return NO_PAD
-        return NO_PAD if pad is None else pad
-
-    @property
-    def unique_identifiers(self) -> OrderedDict:
-        """What megatron-core puts into the key of its index caches."""
-        inner = getattr(self.tokenizer, "unique_identifiers", None) or getattr(self.tokenizer, "fingerprint", None)
-        if inner is None:
-            raise ConfigError(
-                f"tokenizer: expected a unique_identifiers or fingerprint attribute for the index cache's key, "
-                f"{type(self.tokenizer).__name__} has neither"
-            )
-        return OrderedDict(
-            [("class", type(self).__name__), ("tokenizer", inner), ("pause_ids", [*self.pause_ids])],
-        )
-
-    def detokenize(self, ids: Iterable[int]) -> str:
-        """The text of token ids. Pauses are never shown (Goyal et al., section 3.3)."""
-        return self.tokenizer.detokenize([token for token in map(int, ids) if token not in self.pause_ids])
-
-    def __getattr__(self, name: str) -> object:
-        # Only called for what is not found here. Dunders and the wrapped object itself must not be looked up in it:
-        # copy and pickle ask for them before __init__ has run.
-        if name.startswith("__") or name == "tokenizer":
-            raise AttributeError(name)
-        return getattr(self.tokenizer, name)
 
 
 @dataclass
@@ -106,7 +31,7 @@ class PauseGPTDatasetConfig(GPTDatasetConfig):
     """GPTDatasetConfig plus pauses. `sequence_length` counts the pauses in. `tokenizer` must be a PauseTokenizer.
 
     Raises:
-        ConfigError: see PausePlan; or a tokenizer without `pause_ids`.
+        ConfigError: see PausePlan; a tokenizer without `pause_ids`; or a model without a row for each of them.
     """
 
     pause_rate: float = 0.1
@@ -120,6 +45,11 @@ class PauseGPTDatasetConfig(GPTDatasetConfig):
 
     pause_seed: int = 1234
     """Seed of the places, independent of random_seed"""
+
+    model_vocab_size: int | None = None
+    """Rows of the model's embedding, padding included (Megatron-LM's args.padded_vocab_size). Too few are refused.
+       None: those of the Megatron-LM that runs in this process, if one does; else nobody can check them, and a
+       warning says so"""
 
     document_segments: bool = False
     """Add segments int32 [N] to a sample: its documents, numbered from 0. What attention by spans, or a model
@@ -142,27 +72,32 @@ class PauseGPTDatasetConfig(GPTDatasetConfig):
         if not self.add_extra_token_to_sequence:
             raise ConfigError("add_extra_token_to_sequence: expected True; a window's last target is its extra token")
         if self.document_segments and not self.reset_position_ids:
-            raise ConfigError("document_segments: expected reset_position_ids=True with it, came False")
+            raise ConfigError("document_segments: expected reset_position_ids=True with it, got False")
         if self.token_dtype_code is not None:
             # The .bin holds text ids only: its type follows from the text vocabulary, which pauses must not enlarge.
             self.token_dtype_code = 4 if self.tokenizer.text_size > np.iinfo(np.uint16).max + 1 else 8
         self.pause_plan = PausePlan(
             self.sequence_length, self.pause_rate, self.pause_window, self.pause_placement, self.pause_seed
         )
+        if self.pause_plan.count:
+            check_model_rows(self.tokenizer.pause_ids, self.model_vocab_size)
 
 
 class PauseGPTDataset(GPTDataset):
     """GPTDataset whose windows hold pauses.
 
     A sample has GPTDataset's keys, shapes and types: tokens, labels, position_ids int64 [N], loss_mask float32 [N] and,
-    if asked for, attention_mask bool [1, N, N] (True: hidden); and segments int32 [N] if `document_segments` is. Where
-    the next token is a pause, the label is 0 and the loss mask 0, as GPTDataset does for padding: the mask alone is
-    enough to be correct, and no label is a pause id.
+    if asked for, attention_mask bool [1, N, N] (True: hidden); with `inter_document_masking` (megatron-core 0.19) also
+    cu_seqlens int32 [N + 1] and max_seqlen int32 []. `document_segments` adds segments int32 [N]. Where the next token
+    is a pause, the label is 0 and the loss mask 0, as GPTDataset does for padding: the mask alone is enough to be
+    correct, and no label is a pause id.
 
     Documents: what GPTDataset derives from EOD is decided on the text, before pauses exist. A pause belongs to the
     text token that it stands behind. So with `eod_mask_loss` the first token after an EOD stays unsupervised, however
     many pauses stand between them; and with `reset_position_ids` or `reset_attention_mask` a new document begins at
     its first text token, and pauses behind an EOD still see, and count on from, the document that it ends.
+    `cu_seqlens` counts each pause to the document of the token that it stands behind; its documents are the corpus's,
+    as in GPTDataset, whether or not they end in EOD.
 
     The arguments are GPTDataset's, by position, as the stock builder passes them. Once they have become the
     document_index, `indices` is None.
@@ -200,6 +135,16 @@ class PauseGPTDataset(GPTDataset):
             self.indices = None
 
     @staticmethod
+    def build_low_level_dataset(dataset_path: str | None, config: PauseGPTDatasetConfig) -> IndexedDataset:
+        """Open a corpus, as GPTDataset does."""
+        if dataset_path is None:
+            raise ConfigError(
+                "blend: expected prefixes of corpora, got none (--mock-data): use megatron-core's MockGPTDataset, "
+                "which takes this configuration and has no pauses"
+            )
+        return GPTDataset.build_low_level_dataset(dataset_path, config)
+
+    @staticmethod
     def _key_config_attributes() -> list[str]:
         # Only what may change the indices that are cached: what becomes of EOD in a sample does not, here as in
         # GPTDataset, so documents joined and apart share a cache.
@@ -220,15 +165,24 @@ class PauseGPTDataset(GPTDataset):
 
     def window_text(self, sample: int) -> np.ndarray:
         """The text of a window before its pauses: int64 [T]."""
-        # The text ids come first in every release; 0.19 added a third value, the tokens taken from each document.
-        text, *_ = self._query_document_sample_shuffle_indices(sample)
+        text, _ = self._text_and_lengths(sample)
         return text
+
+    def _text_and_lengths(self, sample: int) -> tuple[np.ndarray, list[int] | None]:
+        # The text ids come first in every release; 0.19 added a third value, the tokens taken from each document.
+        text, _, *lengths = self._query_document_sample_shuffle_indices(sample)
+        return text, lengths[0] if lengths else None
 
     def _with_pauses(self, idx: int | None) -> dict[str, torch.Tensor]:
         sample = 0 if idx is None else int(idx)
-        text = self.window_text(sample)
+        text, lengths = self._text_and_lengths(sample)
         self._refuse_pause_ids(text, sample)
-        return self._sample(text, self.injector(text, sample % len(self)), supervised=idx is not None)
+        window = self.injector(text, sample % len(self))
+        item = self._sample(text, window, supervised=idx is not None)
+        if getattr(self.config, "inter_document_masking", False):  # 0.19 has it
+            item.pop("attention_mask", None)
+            item |= packed_documents(window, lengths)
+        return item
 
     def _sample(self, text: np.ndarray, window: Window, supervised: bool) -> dict[str, torch.Tensor]:
         """GPTDataset's dictionary for a window of N + 1 tokens with pauses in."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
-import pickle
 import warnings
 from collections import OrderedDict
 from pathlib import Path
@@ -16,13 +16,13 @@ import torch
 from corpora import EOD, ByteTokenizer, make_config, make_dataset, paragraphs, write_corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megatron.core.datasets.gpt_dataset import GPTDataset
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
-from pause_megatron.data.boundaries import document_begins, restarting_positions, segments_of
+from pause_megatron.data.boundaries import document_begins, packed_documents, restarting_positions, segments_of
 from pause_megatron.data.dataset import PauseGPTDataset, PauseTokenizer
-from pause_megatron.data.pause import inject
+from pause_megatron.data.pause import Window, inject
 from pause_megatron.errors import ConfigError, DataError
 from pause_megatron.model.attention import segment_mask
 
@@ -132,6 +132,77 @@ def test_pauses_around_an_end_of_document() -> None:
     positions = restarting_positions(begins)
     assert positions.tolist() == [0, 1, 2, 3, 4, 0, 1, 0, 1, 2, 3, 4, 0]
     assert segments_of(positions).tolist() == [0, 0, 0, 0, 0, 1, 1, 2, 2, 2, 2, 2, 3]
+
+
+def packed(lengths: list[int], window: Window) -> list[int]:
+    """`cu_seqlens` without its filling, token by token."""
+    documents = [number for number, length in enumerate(lengths) for _ in range(length)]
+    documents += [documents[-1]] * window.tokens.size  # padding
+    of_token, text = [], -1
+    for is_text in window.is_text.tolist():
+        text += is_text
+        of_token.append(documents[text])
+    of_token.pop()  # only a target
+    begins = [0] + [at for at in range(1, len(of_token)) if of_token[at] != of_token[at - 1]]
+    return [*begins, len(of_token)]
+
+
+@given(
+    lengths=st.lists(st.integers(0, 9), min_size=1, max_size=8).filter(lambda lengths: sum(lengths) > 2),
+    padding=st.integers(0, 5),
+    data=st.data(),
+)
+@settings(max_examples=200, deadline=None)
+def test_packed_documents(lengths: list[int], padding: int, data: st.DataObject) -> None:
+    """Pauses count to the document of the token before them; cut windows, documents without a token, padding."""
+    text = np.arange(sum(lengths) + padding)
+    gaps = np.sort(data.draw(st.lists(st.integers(1, text.size), max_size=12))).astype(np.int64)
+    window = inject(text, gaps, range(500, 501), data.draw(st.integers(2, text.size + gaps.size)))
+    found, size = packed_documents(window, lengths), window.tokens.size - 1
+    bounds = packed(lengths, window)
+    assert found["cu_seqlens"].dtype == found["max_seqlen"].dtype == torch.int32
+    assert found["cu_seqlens"].tolist() == bounds + [size] * (size + 1 - len(bounds))
+    assert found["max_seqlen"].item() == max(np.diff(bounds))
+    positions = [at - max(bound for bound in bounds if bound <= at) for at in range(size)]
+    assert found["position_ids"].tolist() == positions
+
+
+HAS_PACKING = "inter_document_masking" in {field.name for field in dataclasses.fields(GPTDatasetConfig)}
+
+
+def packed_sample(tokens: np.ndarray, window: Window) -> list[int]:
+    """Where the documents of a window begin, told by their EOD."""
+    begins = np.flatnonzero(document_begins(window, EOD)[:-1])
+    return np.unique([0, *begins, tokens.size]).tolist()
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.2])
+@pytest.mark.parametrize("create_attention_mask", [False, True])
+def test_documents_packed_for_attention(short_documents: str, rate: float, create_attention_mask: bool) -> None:
+    """`inter_document_masking`: without pauses GPTDataset's sample bit for bit, with them the same keys."""
+    options = {"create_attention_mask": create_attention_mask, "eod_mask_loss": True, "pause_rate": rate}
+    if not HAS_PACKING:
+        with pytest.raises(TypeError, match="inter_document_masking"):  # no release takes the option and ignores it
+            make_config(short_documents, 33, inter_document_masking=True, **options)
+        return
+    config = make_config(short_documents, 33, inter_document_masking=True, **options)
+    plain = make_dataset(short_documents, make_config(short_documents, 33, **options), 20)
+    ours = make_dataset(short_documents, config, 20)
+    stock = make_dataset(short_documents, config, 20, cls=GPTDataset)
+    for sample in [*range(20), None]:
+        item, expected = ours[sample], stock[sample]
+        if rate == 0:
+            assert_same(item, expected)
+            continue
+        assert [(name, tensor.dtype, tensor.shape) for name, tensor in item.items()] == [
+            (name, tensor.dtype, tensor.shape) for name, tensor in expected.items()
+        ]
+        for name in ("tokens", "labels", "loss_mask"):
+            assert torch.equal(item[name], plain[sample][name]), name
+        text, lengths = ours._text_and_lengths(sample or 0)
+        window = ours.injector(text, sample or 0)
+        bounds = packed(lengths, window)
+        assert item["cu_seqlens"].unique().tolist() == bounds == packed_sample(item["tokens"], window)
 
 
 def test_rate_zero_is_gpt_dataset_with_padding(short_documents: str) -> None:
@@ -359,34 +430,15 @@ class Padded(ByteTokenizer):
     special_tokens_dict: ClassVar = OrderedDict(pad_token=300, eod_token=EOD)
 
 
-def test_pause_tokenizer() -> None:
-    wrapped = PauseTokenizer(ByteTokenizer(), 3)
-    assert wrapped.pause_ids == range(257, 260)
-    assert (wrapped.vocab_size, wrapped.text_size, wrapped.eod, wrapped.pad) == (260, 257, EOD, -1)
-    assert wrapped.fingerprint == "bytes"  # all else is the wrapped tokenizer's
-    assert wrapped.detokenize([104, 257, 258, 105]) == "hi"
-    for other in (copy.copy(wrapped), copy.deepcopy(wrapped), pickle.loads(pickle.dumps(wrapped))):
-        assert other.unique_identifiers == wrapped.unique_identifiers
-    inside = PauseTokenizer(Padded(), pause_id=290)
-    assert (inside.vocab_size, inside.pad, inside.pause_id) == (301, 300, 290)
-    assert PauseTokenizer(ByteTokenizer(), pause_id=300).pause_id == 300  # not the wrapped tokenizer's
-    with pytest.raises(AttributeError, match="no_such_name"):
-        _ = wrapped.no_such_name
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"pause_id": EOD}, "pause id 256 is also the tokenizer's end-of-document id.*301"),
-        ({"pause_id": 300}, "pause id 300 is also the tokenizer's padding id"),
-        ({"pause_id": 299, "embeddings": 2}, "pause id 300 is also the tokenizer's padding id"),
-        ({"pause_id": -5}, "pause id: expected 0 or more"),
-        ({"embeddings": 0}, "pause.embeddings: expected 1 or more, got 0"),
-    ],
-)
-def test_pause_ids_that_cannot_be_used(arguments: dict[str, int], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        PauseTokenizer(Padded(), **arguments)
+def test_mock_data() -> None:
+    """megatron-core's own class takes the configuration; ours says that it has no text to put pauses in."""
+    config = make_config("corpus", 64, blend=None, split=None, path_to_cache=None)
+    assert config.mock
+    low_level = MockGPTDataset.build_low_level_dataset(None, config)
+    mock = MockGPTDataset(low_level, None, np.arange(9), 5, Split.train, config)
+    assert mock[0]["tokens"].shape == (64,)
+    with pytest.raises(ConfigError, match=r"blend: expected prefixes of corpora, got none.*MockGPTDataset"):
+        PauseGPTDataset.build_low_level_dataset(None, config)
 
 
 def test_a_padding_id_in_the_text_is_treated_as_gpt_dataset_does(tmp_path: Path) -> None:
