@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import runpy
 import sys
 import traceback
@@ -237,7 +238,7 @@ def run_cases(folder: Path, rank: int) -> None:
     outcomes = {}
     for name, (generation, command_line) in json.loads((folder / "cases.json").read_text()).items():
         scripts = str(folder / name.replace(" ", "-"))
-        for module in ("gpt_builders", "model_provider"):
+        for module in _SCRIPTS:
             sys.modules.pop(module, None)
         checkout = Checkout(generation, **command_line)
         checkout.install()
@@ -251,8 +252,48 @@ def run_cases(folder: Path, rank: int) -> None:
             sys.path.remove(scripts)
             parallel_state.destroy_model_parallel()
     outcomes["modules"] = sorted(sys.modules)
+    real = folder / "real.json"
+    if real.is_file():
+        outcomes["real"] = run_released(folder / "real", json.loads(real.read_text()))
     (folder / f"outcomes-{rank}.json").write_text(json.dumps(outcomes))
 
+
+def run_released(scripts: Path, command_line: list[str]) -> dict[str, Any]:
+    """The installed release's own `megatron.training`: its arguments, its model, and the script's data sets.
+
+    Its training loop wants GPUs; its arguments allow no tensor parallelism without one.
+    """
+    for name in [name for name in sys.modules if name.startswith("megatron.training") or name in _SCRIPTS]:
+        del sys.modules[name]
+    sys.argv = ["pretrain_gpt.py", *command_line]
+    sys.path.insert(0, str(scripts))
+    os.environ.update(RANK=str(torch.distributed.get_rank()), WORLD_SIZE="2", LOCAL_RANK="0")
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.arguments import parse_and_validate_args
+
+    args = parse_and_validate_args(args_defaults={"tokenizer_type": "GPT2BPETokenizer"})
+    parallel_state.initialize_model_parallel()
+    config = gpt_config_from_args(args)
+    model = config.get_builder_cls()(config).build_model(ProcessGroupCollection.use_mpu_process_groups())
+    script = runpy.run_path(str(scripts / "pretrain_gpt.py"), run_name="pretrain_gpt")
+    train, _, _ = script["train_valid_test_datasets_provider"]([40, 6, 0])
+    found = {
+        "rows": model.embedding.word_embeddings.num_embeddings,
+        "given": train.config.model_vocab_size,
+        "pause_ids": [*train.config.tokenizer.pause_ids],
+        "class": type(train).__name__,
+        "pauses": (train[0]["tokens"] == train.config.tokenizer.pause_id).sum().item(),
+    }
+    args.padded_vocab_size = 600
+    try:
+        script["train_valid_test_datasets_provider"]([40, 6, 0])
+    except Exception as error:
+        found["error"] = f"{type(error).__name__}: {error}"
+    return found
+
+
+_SCRIPTS = ("gpt_builders", "model_provider")
 
 if __name__ == "__main__":
     run_cases(Path(sys.argv[1]), int(sys.argv[2]))

@@ -6,6 +6,7 @@ data sets, builder, embedding and model are those of the installed megatron-core
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import megatron.core
 import numpy as np
 import pytest
 from corpora import ByteTokenizer, make_config, make_dataset, paragraphs, write_corpus
@@ -26,6 +28,18 @@ ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "pause_megatron" / "data" / "README.md"
 EOD = 2  # </s> of the SentencePiece model; the legacy class of 0.16 would say 602
 PIECES = 600
+MINOR = int(megatron.core.__version__.split(".")[1])
+
+
+# Wheels of 0.17 and 0.18 have a `megatron.training` too; that of 0.19 is the first whose model is made from arguments.
+IS_RELEASED = MINOR >= 19 and importlib.util.find_spec("megatron.training") is not None
+RELEASED_ARGUMENTS = (
+    "--num-layers 1 --hidden-size 32 --num-attention-heads 4 --seq-length 64 --max-position-embeddings 64 "
+    "--micro-batch-size 2 --train-iters 4 --eval-iters 1 --lr 1e-3 --transformer-impl local --split 8,2,0 "
+    "--tokenizer-type SentencePieceTokenizer --padded-vocab-size 608 --distributed-backend gloo --eod-mask-loss "
+    "--use-cpu-initialization --no-masked-softmax-fusion --no-bias-gelu-fusion --no-bias-dropout-fusion "
+    "--no-rope-fusion --no-persist-layer-norm --no-gradient-accumulation-fusion"
+)
 
 
 def blocks(language: str, beginning: str) -> list[str]:
@@ -83,6 +97,11 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         if "stock" not in name:
             _change(folder / name.replace(" ", "-"), generation, model="PauseGPTModel" in name)
     (folder / "cases.json").write_text(json.dumps(cases))
+    if IS_RELEASED:
+        write_scripts(folder / "real", "0.19")
+        _change(folder / "real", "0.19", model=False)
+        words = [*RELEASED_ARGUMENTS.split(), "--tokenizer-model", str(model), "--data-path", corpus]
+        (folder / "real.json").write_text(json.dumps(words))
     return _run(folder)
 
 
@@ -196,6 +215,16 @@ def test_an_exported_tokenizer_and_mock_data(runs: list[dict[str, Any]]) -> None
     assert (exported["eod"], exported["pause_ids"]) == (EOD, [PIECES])
     mock, _ = outcome(runs, "0.19 mock")
     assert mock["class"] == "MockGPTDataset" and mock["options"]["mock"] is True
+
+
+def test_the_installed_releases_own_arguments(runs: list[dict[str, Any]]) -> None:
+    """Where the wheel has them: `--padded-vocab-size` becomes the model's rows, and what the data set compares."""
+    assert (MINOR >= 19) == IS_RELEASED
+    for rank in runs if IS_RELEASED else []:
+        found = rank["real"]
+        assert (found["rows"], found["given"], found["pause_ids"]) == (608, 608, [PIECES])
+        assert found["class"] == "PauseGPTDataset" and found["pauses"] in (5, 6)
+        assert found["error"].startswith("ConfigError: model_vocab_size: expected 601 or more")
 
 
 def test_nothing_else_is_imported(runs: list[dict[str, Any]]) -> None:
