@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pause_megatron.cli import note
 from pause_megatron.errors import ConfigError, PauseMegatronError
 
 if TYPE_CHECKING:
@@ -62,7 +63,9 @@ def run(args: argparse.Namespace) -> int:
     from pause_megatron.slurm import commands
     from pause_megatron.slurm.script import TEMPLATE, render_training
 
-    config = load(args.config, recipe=args.recipe, overrides=args.overrides)
+    if args.submit and not commands.installed():
+        raise ConfigError("--submit: expected sbatch on PATH, got none; leave --submit out to write the script")
+    config = load(args.config, recipe=args.recipe, overrides=args.overrides, say=note)
     job = _job(args, config)
     plan = batch_plan(config, job.nodes * job.tasks_per_node)
     deepspeed_config(config, data_parallel=plan.data_parallel)
@@ -75,8 +78,6 @@ def run(args: argparse.Namespace) -> int:
     if not args.submit:
         print(script, end="")
         return 0
-    if not commands.installed():
-        raise ConfigError("--submit: expected sbatch on PATH, found none; leave --submit out to write the script")
     number = commands.submit_script(script)
     _say(f"job {number}: {plan.world_size} ranks on {job.nodes} nodes, run folder {config.run.dir}")
     return 0
@@ -157,7 +158,7 @@ def _check_site(args: argparse.Namespace, job: TrainingJob, config: RunConfig) -
     except PauseMegatronError as error:
         if args.submit:
             raise
-        _say(f"the partition is not checked: {str(error).splitlines()[0]}")
+        _say(f"the site is not checked (partition, its GPUs, nodes and time limit): {str(error).splitlines()[0]}")
         return
     check_partition(known, job.partition, nodes=job.nodes, gpus_per_node=job.gpus_per_node, seconds=seconds)
     if job.time is None:

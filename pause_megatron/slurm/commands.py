@@ -34,9 +34,14 @@ def output_of(command: Sequence[str], text: str | None = None) -> str:
         text: for its standard input
 
     Raises:
-        PauseMegatronError: it fails; its own words.
+        PauseMegatronError: it is not there, or it fails; its own words.
     """
-    done = subprocess.run(command, input=text, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, input=text, capture_output=True, text=True)
+    except OSError as error:
+        absent = shutil.which(command[0]) is None
+        reason = "not found on PATH, SLURM is not installed here" if absent else error.strerror
+        raise PauseMegatronError(f"{command[0]}: {reason}") from None
     if done.returncode:
         raise PauseMegatronError(f"{command[0]}: {done.stderr.strip() or f'exit code {done.returncode}'}")
     return done.stdout

@@ -118,3 +118,29 @@ def test_launch_refuses_what_cannot_run_and_warns_of_what_is_slow(tmp_path, caps
     assert "warning: parallel.tensor=16 does not divide the 8 ranks of a node" in capsys.readouterr().err
     assert main([*base, "checkpoint.before_end_seconds=900", "--time", "2:00:00"]) == 0
     assert "#SBATCH --signal=B:USR2@900\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", [[], ["--dry-run"]])
+def test_without_slurm_a_script_is_written_and_what_was_not_checked_is_said(option, tmp_path, capsys, monkeypatch):
+    command = ["launch", "--recipe", "tiny-pause", "--gpus-per-node", "2", "--time", "1:00:00", "data.prefix=x"]
+    expected = render_training(TrainingJob("pretrain", (*command[1:3], "data.prefix=x"), 1, 2, 2, time="1:00:00"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main([*command, *option]) == 0
+    out, err = capsys.readouterr()
+    assert out == expected
+    unchecked = "the site is not checked (partition, its GPUs, nodes and time limit): sinfo: not found on PATH"
+    assert f"pause-megatron launch: {unchecked}, SLURM is not installed here\n" in err
+
+
+def test_without_slurm_nothing_is_submitted(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    command = ["launch", "--recipe", "tiny-pause", "--gpus-per-node", "2", "data.prefix=x", "--submit"]
+    assert main(command) == 2
+    no_sbatch = "--submit: expected sbatch on PATH, got none; leave --submit out to write the script"
+    assert capsys.readouterr() == ("", f"pause-megatron: error: {no_sbatch}\n")
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text("#!/bin/sh\necho submitted >&2; exit 9\n")
+    sbatch.chmod(0o755)
+    assert main(command) == 2  # a part of SLURM is not enough to check the site
+    out, err = capsys.readouterr()
+    assert out == "" and err == "pause-megatron: error: sinfo: not found on PATH, SLURM is not installed here\n"
