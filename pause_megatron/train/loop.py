@@ -44,7 +44,8 @@ class StepResult:
         seconds: wall time from having the batch to the end of the step
         sample: this rank's first micro-batch, on the CPU
         last: the run is complete
-        validation: held-out losses by name; filled in by the validation hook, for the hooks after it
+        validation: held-out losses by name, None for one that does not exist; filled in by the validation hook, for the
+            hooks after it
     """
 
     progress: Progress
@@ -57,7 +58,7 @@ class StepResult:
     seconds: float
     sample: MicroBatch
     last: bool
-    validation: dict[str, float] = field(default_factory=dict)
+    validation: dict[str, float | None] = field(default_factory=dict)
 
     @property
     def step(self) -> int:

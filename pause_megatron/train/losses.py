@@ -17,23 +17,26 @@ from pause_megatron.model.spans import TextSpans
 
 @dataclass(frozen=True)
 class Losses:
-    """Mean token losses in nats, over supervised targets; nan where there are none.
+    """Mean token losses in nats, over supervised targets.
 
     Attributes:
-        mean: over all targets
-        after_pause: over targets that stand directly after a pause, so that they are predicted from it
-        elsewhere: over the other targets. A model that uses its pauses predicts worse elsewhere than after them.
+        mean: over all targets; nan where there are none
+        after_pause: over targets that stand directly after a pause, so that they are predicted from it; None: there are
+            none
+        elsewhere: over the other targets; None: there are none. A model that uses its pauses predicts worse elsewhere
+            than after them.
         targets: number of targets
         after_pause_targets: number of targets directly after a pause
-        by_corpus: mean over the targets of each corpus of a blend, by its name; empty for one corpus
+        by_corpus: mean over the targets of each corpus of a blend, by its name, None where it has none; empty for one
+            corpus
     """
 
     mean: float
-    after_pause: float
-    elsewhere: float
+    after_pause: float | None
+    elsewhere: float | None
     targets: int
     after_pause_targets: int
-    by_corpus: dict[str, float] = field(default_factory=dict)
+    by_corpus: dict[str, float | None] = field(default_factory=dict)
 
     @classmethod
     def from_sums(
@@ -45,9 +48,9 @@ class Losses:
         by_corpus: dict[str, tuple[float, float]] | None = None,
     ) -> Losses:
         """From sums of token losses and counts of targets; `by_corpus` likewise, (sum, count) of each."""
-        others = targets - after_pause_targets
+        others, mean = targets - after_pause_targets, _mean(total, targets)
         return cls(
-            mean=_mean(total, targets),
+            mean=math.nan if mean is None else mean,
             after_pause=_mean(after_pause, after_pause_targets),
             elsewhere=_mean(total - after_pause, others),
             targets=int(targets),
@@ -56,8 +59,8 @@ class Losses:
         )
 
 
-def _mean(total: float, count: float) -> float:
-    return total / count if count else math.nan
+def _mean(total: float, count: float) -> float | None:
+    return total / count if count else None
 
 
 def lm_loss(module: nn.Module, batch: MicroBatch, scale: float):

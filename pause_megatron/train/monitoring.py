@@ -10,7 +10,7 @@ import resource
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -162,9 +162,9 @@ class TensorBoard:
             for prefix, tag in (("loss/", "loss_by_corpus/train_"), ("valid_loss/", "loss_by_corpus/valid_")):
                 if key.startswith(prefix) and value is not None:
                     self._writer.add_scalar(tag + key.removeprefix(prefix), value, result.step)
-        self._writer.add_scalar("perplexity/train", _perplexity(result.losses.mean), result.step)
-        if "valid_loss" in result.validation:
-            self._writer.add_scalar("perplexity/valid", _perplexity(result.validation["valid_loss"]), result.step)
+        for key, tag in (("loss", "perplexity/train"), ("valid_loss", "perplexity/valid")):
+            if (loss := record.get(key)) is not None:
+                self._writer.add_scalar(tag, math.exp(min(loss, 700.0)), result.step)
         self._writer.add_scalar("memory/peak_gib", peak_memory_bytes() / 2**30, result.step)
 
     def show_sample(self, result: StepResult) -> None:
@@ -229,8 +229,7 @@ class ProgressBar:
         if not self._terminal:
             self._line(result, summary)
         if result.validation:
-            losses = ", ".join(f"{name} {value:.4f}" for name, value in result.validation.items())
-            self._say(f"step {result.step}: {losses} nats")
+            self._say(f"step {result.step}: {validation_text(result.validation)}")
 
     def stop(self, result: StepResult) -> None:
         pass
@@ -254,6 +253,21 @@ class ProgressBar:
             _say(text)
 
 
+def validation_text(losses: Mapping[str, float | None]) -> str:
+    """Held-out losses in a line: the mean, then its parts where they exist and say something else.
+
+    Args:
+        losses: as `validation_losses` names them
+    """
+    mean = losses["valid_loss"]
+    parts = [
+        f"{name.removeprefix('valid_loss')[1:]} {value:.4f}"
+        for name, value in losses.items()
+        if value is not None and value != mean and name != "valid_loss"
+    ]
+    return f"valid_loss {mean:.4f} nats" + (f" ({', '.join(parts)})" if parts else "")
+
+
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -263,10 +277,6 @@ def peak_memory_bytes() -> int:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def _perplexity(loss: float) -> float:
-    return math.exp(min(loss, 700.0)) if math.isfinite(loss) else math.inf
 
 
 def _preformatted(text: str) -> str:

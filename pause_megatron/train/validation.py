@@ -46,8 +46,8 @@ def evaluate_loss(
     return ledger.totals(context)
 
 
-def validation_losses(with_pauses: Losses, without_pauses: Losses) -> dict[str, float]:
-    """Names under which validation is logged."""
+def validation_losses(with_pauses: Losses, without_pauses: Losses) -> dict[str, float | None]:
+    """Names under which validation is logged; None for what does not exist (a loss after pauses without pauses)."""
     return {
         "valid_loss": with_pauses.mean,
         "valid_loss_after_pause": with_pauses.after_pause,

@@ -13,7 +13,8 @@ from pause_megatron.errors import TrainingError
 from pause_megatron.train.hooks import Every, SkipLimit
 from pause_megatron.train.loop import Progress, StepResult
 from pause_megatron.train.losses import Losses, LossLedger
-from pause_megatron.train.monitoring import MetricsFile, Throughput
+from pause_megatron.train.monitoring import MetricsFile, ProgressBar, TensorBoard, Throughput, validation_text
+from pause_megatron.train.validation import validation_losses
 
 ALONE = SimpleNamespace(device=torch.device("cpu"), world_size=1, dp_group=None)
 
@@ -94,5 +95,39 @@ def test_losses_of_the_corpora_of_a_blend():
     ledger.enter(torch.tensor([6.0]), torch.zeros(1, dtype=torch.bool), torch.tensor([0]))
     losses = ledger.totals(ALONE)
     assert (losses.by_corpus["c4"], losses.by_corpus["wiki"], losses.mean) == (10 / 3, 2.0, 3.0)
-    assert math.isnan(losses.by_corpus["code"])
+    assert losses.by_corpus["code"] is None
     assert LossLedger(torch.device("cpu")).totals(ALONE).by_corpus == {}
+
+
+def test_a_run_without_pauses_says_nothing_of_the_loss_after_them(tmp_path, capsys):
+    """On the terminal, in metrics.jsonl and in TensorBoard; a loss that is not finite is said, and drawn nowhere."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    rates = Throughput(flops_per_token=1e9, peak_flops=None)
+    file = MetricsFile(tmp_path / "metrics.jsonl", rates, resume_after=0)
+    board = TensorBoard(tmp_path / "tensorboard", rates, resume_after=0, config_yaml="", show=str)
+    bar = ProgressBar(2, 0)
+    for step, total in ((1, 30.0), (2, math.nan)):
+        plain = Losses.from_sums(total, 0.0, 10, 0)
+        now = result(step, last=step == 2)
+        now.validation.update(validation_losses(plain, plain))
+        for hook in (file, board, bar):
+            hook(now)
+    for hook in (file, board, bar):
+        hook.close()
+    said = capsys.readouterr().err.splitlines()
+    assert said[1] == "step 1: valid_loss 3.0000 nats" and said[3].startswith("step 2: valid_loss nan nats")
+    first, second = (
+        json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    )
+    assert (first["valid_loss"], first["valid_loss_after_pause"], first["valid_loss_elsewhere"]) == (3.0, None, 3.0)
+    assert second["valid_loss"] is None
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    drawn = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert "loss/valid_after_pause" not in drawn and drawn["loss/valid"] == [3.0]
+    assert all(math.isfinite(value) for values in drawn.values() for value in values)
+
+
+def test_the_parts_of_a_validation_that_exist_and_differ_are_said():
+    losses = {"valid_loss": 2.0, "valid_loss_after_pause": 3.0, "valid_loss_elsewhere": 1.5, "valid_loss/c4": None}
+    assert validation_text(losses) == "valid_loss 2.0000 nats (after_pause 3.0000, elsewhere 1.5000)"
