@@ -123,6 +123,12 @@ def _take_local_rank(arguments: list[str]) -> list[str]:
     return kept
 
 
+def note(text: str) -> None:
+    """Say something about a run before it starts, on its first rank only."""
+    if not _number("RANK", "SLURM_PROCID"):
+        _say(f"note: {text}")
+
+
 def _number(*names: str) -> int:
     """The first of these environment variables that is a number, else 0."""
     return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdecimal()), 0)

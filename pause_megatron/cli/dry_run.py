@@ -38,6 +38,7 @@ def describe(config: RunConfig, plan: BatchPlan, engine: dict[str, Any], *, voca
         ("steps", _steps(config, plan)),
         ("raw tokens in all", _total(plan.total_tokens)),
         ("text tokens in all", _total(plan.steps and plan.steps * plan.text_tokens)),
+        ("learning rate", _schedule(config)),
         *_model_rows(config, plan, engine, text_size, origin),
     ]
     return _table(rows)
@@ -78,6 +79,7 @@ def describe_task(data: TaskData, plan: BatchPlan, engine: dict[str, Any]) -> st
             f"{facts.tokens:,} read ({facts.pauses / facts.tokens:.2%} pauses), {facts.targets:,} targets",
         ),
         ("steps", f"{plan.steps:,}, about {epochs:.2f} epochs (by the first one's windows)"),
+        ("learning rate", _schedule(config)),
         *_model_rows(config, plan, engine, data.tokenizer.vocab_size, "the tokenizer's"),
     ]
     return _table(rows)
@@ -130,6 +132,12 @@ def _steps(config: RunConfig, plan: BatchPlan) -> str:
     if plan.steps is None:
         return "unknown: give train.steps or train.tokens"
     return f"{plan.steps:,} for a budget of {config.train.tokens:,} raw tokens"
+
+
+def _schedule(config: RunConfig) -> str:
+    optim = config.optim
+    after = "constant" if optim.schedule == "constant" else f"{optim.schedule} to {optim.min_lr_fraction:.0%}"
+    return f"{optim.lr:g} after {optim.warmup_steps:,} steps of warm-up, then {after}"
 
 
 def _total(tokens: float | None) -> str:

@@ -6,6 +6,7 @@ import argparse
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from pause_megatron.cli import note
 from pause_megatron.cli.pretrain import add_run_arguments, only_shown, refuse_dry_run_options, silence_imports
 from pause_megatron.errors import ConfigError
 
@@ -29,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     from pause_megatron.config import load
     from pause_megatron.train.signals import listening_to_the_end
 
-    config = load(args.config, recipe=args.recipe, overrides=args.overrides)
+    config = load(args.config, recipe=args.recipe, overrides=args.overrides, say=note)
     if config.task.name is None:
         raise ConfigError("task.name: expected a task to finetune on, came none (--recipe finetune-gsm8k names one)")
     if only_shown(args, config, partial(_describe, config)):

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 
+from pause_megatron.cli import note
 from pause_megatron.errors import ConfigError
 
 HELP = "say what a run needs and takes on a cluster: memory, communication, days, GPU-hours"
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 
     given = _given(args)
     gpus = [gpu_named(name.strip()) for name in args.gpu.split(",")]
-    config = load(args.config, recipe=args.recipe, overrides=args.overrides)
+    config = load(args.config, recipe=args.recipe, overrides=args.overrides, say=note)
     text_size, _ = text_vocabulary(config, args.vocab_size)
     plans = [
         make_plan(

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from pause_megatron.cli import note
 from pause_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     from pause_megatron.config import load
     from pause_megatron.train.signals import listening_to_the_end
 
-    config = load(args.config, recipe=args.recipe, overrides=args.overrides)
+    config = load(args.config, recipe=args.recipe, overrides=args.overrides, say=note)
     if config.task.name is not None:
         raise ConfigError(f"task.name={config.task.name}: a finetuning; start it with pause-megatron finetune")
     if only_shown(args, config, partial(_describe, config, args.vocab_size)):

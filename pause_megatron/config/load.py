@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from pause_megatron.config.follow import Sources, follow_epochs, follow_values
 from pause_megatron.config.initial import SHAPE, with_initial_sizes
 from pause_megatron.config.keys import Key, keys, sections
 from pause_megatron.config.presets import fill_sizes
@@ -30,12 +31,20 @@ _REPLACES = {
 }
 
 
-def load(path: str | Path | None = None, *, recipe: str | None = None, overrides: Iterable[str] = ()) -> RunConfig:
+def load(
+    path: str | Path | None = None,
+    *,
+    recipe: str | None = None,
+    overrides: Iterable[str] = (),
+    say: Callable[[str], object] | None = None,
+) -> RunConfig:
     """Make a configuration: a file or a recipe, then overrides, then what follows from them.
 
     Args:
         path: a YAML file. recipe: a name in pause_megatron/recipes (see `recipe_names`). Give one of them or neither.
         overrides: `section.name=value`, each value a YAML scalar or list; later ones win.
+        say: called with a line for each value of the file or recipe that does not fit beside an override and was
+            changed (see `follow`): train.steps=10 alone shortens a recipe's warm-up.
 
     Returns:
         the resolved configuration: sizes of the preset filled in, train.steps and train.tokens both known.
@@ -50,10 +59,12 @@ def load(path: str | Path | None = None, *, recipe: str | None = None, overrides
     layers = [] if source is None else [_read_file(Path(source))]
     layers.append([read_override(override) for override in overrides])
     entries = with_initial_sizes(_merge(layers))
-    config = resolve(_parse(entries))
-    origin = dict.fromkeys(_REPLACES["model.preset"], f"preset {config.model.preset}")
-    origin |= {entry.path: entry.where for entry in entries.values() if entry.value is not None}
-    check(config, origin)
+    given = {entry.path: entry.where for entry in entries.values() if entry.value is not None}
+    sources = Sources(frozenset(entry.path for entry in layers[-1] if entry.path in given), given)
+    config = follow_values(resolve(follow_epochs(_parse(entries), sources)), sources)
+    check(config, dict.fromkeys(_REPLACES["model.preset"], f"preset {config.model.preset}") | given)
+    for line in sources.said if say is not None else ():
+        say(line)
     return config
 
 

@@ -86,10 +86,12 @@ def batch_plan(config: RunConfig, world_size: int) -> BatchPlan:
     per_pass = batch.micro_size * data_parallel
     if batch.global_size % per_pass:
         below, above = batch.global_size // per_pass * per_pass, -(-batch.global_size // per_pass) * per_pass
+        smaller = next((n for n in range(batch.micro_size, 0, -1) if batch.global_size % (n * data_parallel) == 0), 0)
         raise ConfigError(
             f"batch.global_size: expected a multiple of batch.micro_size ({batch.micro_size}) x data-parallel ranks "
             f"({world_size} ranks / parallel.tensor {config.parallel.tensor} = {data_parallel}) = {per_pass}, "
             f"came {batch.global_size}. Nearest: {f'{below} or ' if below else ''}{above}"
+            + (f"; or keep it and give batch.micro_size={smaller}" if smaller else "")
         )
     length = config.data.sequence_length
     pauses = pauses_per_window(config.pause.rate, length)

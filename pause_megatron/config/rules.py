@@ -126,7 +126,8 @@ def steps_and_tokens_agree(config: RunConfig) -> Broken:
     per_step = config.batch.global_size * config.data.sequence_length
     if steps is not None and tokens is not None and steps != -(-tokens // per_step):
         keys = ("train.steps", "train.tokens", "batch.global_size", "data.sequence_length")
-        return keys, f"only one of train.steps and train.tokens (with {per_step} tokens a step they contradict)"
+        contradict = f"with {per_step} tokens a step they contradict; give the one to keep"
+        return keys, f"only one of train.steps and train.tokens ({contradict})"
     return None
 
 

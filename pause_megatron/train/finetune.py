@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from pause_megatron.config.schema import RunConfig
 from pause_megatron.data.batch import MicroBatch
 from pause_megatron.data.examples import continuations
@@ -32,7 +34,18 @@ def finetune(config: RunConfig, stop: StopRequest | None = None) -> int:
         initialize(config.parallel, timeout=patience(config), connect_seconds=config.run.connect_seconds) as context,
     ):
         data = open_task(config)
+        if context.rank == 0 and (line := shorter_warmup(config, data.config)):
+            print(line, file=sys.stderr, flush=True)
         return train(data.config, training_data(data), context, stop)
+
+
+def shorter_warmup(asked: RunConfig, config: RunConfig) -> str | None:
+    """A line about a warm-up that the epochs leave no room for; None where they do."""
+    before, now = asked.optim.warmup_steps, config.optim.warmup_steps
+    if before == now:
+        return None
+    epochs, steps = config.finetune.epochs, config.train.steps
+    return f"optim.warmup_steps={now}, not {before}: finetune.epochs={epochs:g} of these examples are {steps:,} steps"
 
 
 def training_data(data: TaskData) -> TrainingData:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import xxhash
 
+from pause_megatron.config.follow import fitting_warmup
 from pause_megatron.config.initial import checkpoint_config
 from pause_megatron.config.load import resolve
 from pause_megatron.config.plan import pause_range
-from pause_megatron.config.rules import check
+from pause_megatron.config.rules import check, warmup_ends
 from pause_megatron.config.schema import RunConfig
 from pause_megatron.data.examples import Arrangement, continuations, encode_examples
 from pause_megatron.data.supervised import SupervisedWindows, summarize
@@ -84,6 +85,8 @@ def held_out(data: TaskData) -> tuple[SupervisedWindows, SupervisedWindows]:
 def with_steps(config: RunConfig, windows: SupervisedWindows) -> RunConfig:
     """The configuration with train.steps filled in from finetune.epochs; the last step goes on into the next epoch.
 
+    A warm-up that does not fit becomes a tenth of the run: nobody knows the steps before the examples are read.
+
     Raises:
         ConfigError: neither is given, they contradict each other, or a rule about steps is broken.
     """
@@ -101,6 +104,9 @@ def with_steps(config: RunConfig, windows: SupervisedWindows) -> RunConfig:
         )
     train = config.train.model_copy(update={"steps": steps, "tokens": None})
     config = resolve(config.model_copy(update={"train": train}))
+    if warmup_ends(config) is not None:
+        optim = config.optim.model_copy(update={"warmup_steps": fitting_warmup(config)})
+        config = config.model_copy(update={"optim": optim})
     check(config)
     return config
 

@@ -9,7 +9,7 @@ from pause_megatron.config.load import dump, load
 from pause_megatron.data.batch import collate
 from pause_megatron.data.tokenizer import load_tokenizer
 from pause_megatron.errors import ConfigError
-from pause_megatron.train.finetune import show_window, training_data
+from pause_megatron.train.finetune import shorter_warmup, show_window, training_data
 from pause_megatron.train.task_data import held_out, open_task
 
 
@@ -31,8 +31,22 @@ def test_steps_follow_from_epochs_and_the_resolved_configuration_says_them(setti
     assert again.config == data.config and again.fingerprint == data.fingerprint
     given = open_task(load(overrides=[*settings, "train.steps=7"]))
     assert given.config.train.steps == 7
+
+
+def test_a_warm_up_that_the_epochs_leave_no_room_for_is_shortened_and_said(settings, tmp_path):
+    """Nobody can know the number of steps before the examples are read; given steps are another matter."""
+    asked = load(overrides=[*settings, "finetune.epochs=1", "optim.warmup_steps=50"])
+    data = open_task(asked)
+    steps = data.config.train.steps
+    assert steps <= 50 and data.config.optim.warmup_steps == min(max(1, steps // 10), steps - 1)
+    line = shorter_warmup(asked, data.config)
+    assert line.startswith(f"optim.warmup_steps={data.config.optim.warmup_steps}, not 50: finetune.epochs=1 of ")
+    assert line.endswith(f" are {steps} steps")
+    (tmp_path / "config.yaml").write_text(dump(data.config))
+    again = open_task(load(tmp_path / "config.yaml"))
+    assert again.config == data.config and shorter_warmup(data.config, again.config) is None
     with pytest.raises(ConfigError, match=r"expected optim\.warmup_steps < train\.steps"):
-        open_task(load(overrides=[*settings, "finetune.epochs=1", "optim.warmup_steps=50"]))
+        load(overrides=[*settings, "train.steps=50", "optim.warmup_steps=50"])
 
 
 def test_the_fingerprint_is_of_the_examples(settings):

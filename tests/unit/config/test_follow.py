@@ -1,0 +1,105 @@
+"""A key that nobody chose follows one that somebody did; what was valid before, or was chosen, stays as it is."""
+
+from __future__ import annotations
+
+import pytest
+
+from pause_megatron.config.load import dump, load, recipe_names
+from pause_megatron.config.plan import batch_plan
+from pause_megatron.errors import ConfigError
+
+PRETRAINING = [name for name in recipe_names() if not name.startswith("finetune-")]
+
+
+def loaded(recipe: str | None, *overrides: str, path=None):
+    said: list[str] = []
+    return load(path, recipe=recipe, overrides=overrides, say=said.append), said
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_recipe_takes_a_number_of_steps_alone(recipe, tmp_path):
+    given = load(recipe=recipe).optim.warmup_steps
+    for steps in (1, 2, 3, 10, 11, 100, given, given + 1):
+        config, said = loaded(recipe, f"train.steps={steps}")
+        if given < steps:
+            assert (config.optim.warmup_steps, said) == (given, [])
+        else:
+            assert config.optim.warmup_steps == min(max(1, steps // 10), steps - 1)
+            assert len(said) == 1 and f"optim.warmup_steps={config.optim.warmup_steps}, not {given} (" in said[0]
+            assert said[0].endswith("it follows train.steps (command line)")
+        path = tmp_path / "config.yaml"
+        path.write_text(dump(config))
+        assert loaded(None, path=path) == (config, [])
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_every_recipe_takes_a_batch_and_a_window_alone(recipe):
+    given = load(recipe=recipe).batch
+    for size in (None, 1, 6, 131072):
+        for length in (None, 64, 4096):
+            overrides = [f"batch.global_size={size}"] * (size is not None)
+            config, said = loaded(recipe, *overrides, *[f"data.sequence_length={length}"] * (length is not None))
+            batch_plan(config, config.parallel.tensor)
+            assert config.batch.global_size == (size or given.global_size)
+            micro = config.batch.micro_size
+            whole = given.global_size if size is None else size
+            assert whole % micro == 0 and not any(whole % more == 0 for more in range(micro + 1, given.micro_size + 1))
+            assert any("batch.micro_size" in line for line in said) == (micro != given.micro_size)
+
+
+@pytest.mark.parametrize("recipe", PRETRAINING)
+def test_few_tokens_are_a_short_run(recipe):
+    config, said = loaded(recipe, "train.tokens=1e4")
+    assert config.optim.warmup_steps < config.train.steps and len(said) == 1
+    assert said[0].endswith("it follows train.tokens (command line)")
+
+
+def test_the_decay_of_wsd_keeps_its_room():
+    config, said = loaded("tiny-pause", "train.steps=20", "optim.schedule=wsd", "optim.decay_fraction=0.95")
+    assert config.optim.warmup_steps == 1 and said
+    config, said = loaded("tiny-pause", "optim.schedule=wsd", "train.steps=30")
+    assert config.optim.warmup_steps == 3 and said
+
+
+def test_tensor_parallelism_of_one_takes_sequence_parallelism_along():
+    config, said = loaded("c4-7b-pause", "parallel.tensor=1")
+    assert config.parallel.sequence is False
+    assert said[0].startswith("parallel.sequence=false, not true (") and "parallel.tensor (command line)" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.steps=10", "optim.warmup_steps=25"], "optim.warmup_steps < train.steps"),
+        (["optim.warmup_steps=250"], "optim.warmup_steps < train.steps"),
+        (["batch.micro_size=5"], "batch.global_size to be a multiple of batch.micro_size"),
+        (["batch.micro_size=4", "batch.global_size=6"], "batch.global_size to be a multiple of batch.micro_size"),
+        (["parallel.sequence=true"], "parallel.tensor > 1 with parallel.sequence"),
+        (["train.steps=10", "train.tokens=1e9"], "only one of train.steps and train.tokens"),
+    ],
+)
+def test_what_was_chosen_and_contradicts_is_refused(overrides, message):
+    with pytest.raises(ConfigError) as caught:
+        loaded("tiny-pause", *overrides)
+    assert message in str(caught.value)
+
+
+def test_a_file_that_contradicts_itself_is_refused(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("train:\n  steps: 10\noptim:\n  warmup_steps: 25\n")
+    for overrides in ([], ["log.every=2"]):
+        with pytest.raises(ConfigError, match=r"warmup_steps=25 \(.*run.yaml:4\), train.steps=10 \(.*run.yaml:2\)"):
+            loaded(None, *overrides, path=path)
+
+
+def test_a_finetunings_own_file_counts_its_epochs_anew(tmp_path):
+    path = tmp_path / "config.yaml"
+    config = load(recipe="finetune-gsm8k")
+    train = config.train.model_copy(update={"steps": 40, "tokens": 40 * 8 * 2048})  # as the examples settle it
+    path.write_text(dump(config.model_copy(update={"train": train})))
+    assert load(path).train.steps == 40
+    for override in ("finetune.pauses=50", "batch.global_size=16", "task.limit=10"):
+        config, said = loaded(None, override, path=path)
+        assert (config.finetune.epochs, config.train.steps, config.train.tokens) == (5, None, None) and not said
+    config, _ = loaded(None, "run.dir=elsewhere", path=path)
+    assert (config.finetune.epochs, config.train.steps) == (5, 40)
