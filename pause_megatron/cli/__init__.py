@@ -49,6 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except PauseMegatronError as error:
         _report(error)
         return EXIT_ERROR
+    except ModuleNotFoundError as error:
+        from pause_megatron.cli.packages import absent_package
+
+        if (line := absent_package(error)) is None:
+            raise
+        _report(ConfigError(f"{arguments[0]}: {line}"))
+        return EXIT_ERROR
     except KeyboardInterrupt:
         _say("interrupted")
         return EXIT_INTERRUPTED

@@ -38,11 +38,12 @@ class Harness:
         if include_path is not None and not Path(include_path).is_dir():
             raise ConfigError(f"--include-path {include_path}: expected a folder of lm-eval task files; there is none")
         try:
+            import accelerate  # noqa: F401 (lm-eval's model for transformers imports it, and does not depend on it)
             import lm_eval
             from lm_eval.tasks import TaskManager
         except ImportError as error:
             raise ConfigError(
-                f"tasks of lm-eval need lm-eval, which cannot be imported here ({error}): "
+                f"tasks of lm-eval need lm-eval and accelerate, which cannot be imported here ({error}): "
                 f"pip install 'pause-megatron[evaluate]'"
             ) from None
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
