@@ -14,6 +14,9 @@ import torch
 from transformers.cache_utils import DynamicCache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+# What this release of transformers calls a key-value cache among arguments and results: "past_key_values" up to 5.23.
+CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
+
 
 @torch.no_grad()
 def pause_generate(
@@ -43,7 +46,7 @@ def pause_generate(
             too many positions.
     """
     pause_ids, count = _pauses(model.config, pauses)
-    given = model_kwargs.get("past_key_values")
+    given = model_kwargs.get(CACHE)
     if given is not None and given.get_seq_length() > 0:
         raise ValueError("pauses: expected an empty cache; they belong into the prefill of the prompt")
     _check(model.config, generation_config, input_ids.shape[1], count)
@@ -63,9 +66,9 @@ def pause_generate(
             input_ids=step,
             attention_mask=None if mask.all() else mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{CACHE: cache},
         )
         logits = output.logits[:, -1].to(torch.float32, copy=True)
         logits[:, pause_ids] = float("-inf")
@@ -81,7 +84,7 @@ def pause_generate(
         step, mask = chosen[:, None], torch.cat([mask, mask.new_ones(rows, 1)], dim=1)
         positions = positions[:, -1:] + 1
     if generation_config.return_dict_in_generate:
-        return GenerateDecoderOnlyOutput(sequences=input_ids, past_key_values=cache)
+        return GenerateDecoderOnlyOutput(sequences=input_ids, **{CACHE: cache})
     return input_ids
 
 

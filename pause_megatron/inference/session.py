@@ -12,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 
 from pause_megatron.errors import ConfigError
+from pause_megatron.inference.custom_generate import CACHE
 
 
 class Session:
@@ -31,7 +33,7 @@ class Session:
 
     def __init__(self, model: Any, rows: int) -> None:
         self._model = model
-        self._cache: Any = None
+        self._cache = DynamicCache(config=model.config)  # filled by the model
         self._valid = torch.zeros(rows, 0, dtype=torch.bool, device=model.device)
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=model.device)
         self.forward_passes = 0
@@ -59,11 +61,10 @@ class Session:
             input_ids=tokens,
             attention_mask=self._prefix_mask(valid) if bidirectional else self._mask(),
             position_ids=positions,
-            past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=keep,
+            **{CACHE: self._cache},
         )
-        self._cache = output.past_key_values
         self.lengths += counts
         self.forward_passes += 1
         self.positions += int(counts.sum())

@@ -37,6 +37,7 @@ from tiny_llama import sentencepiece_tokenizer
 
 from pause_megatron.data.pause import PauseInjector, PausePlan
 from pause_megatron.inference import PauseGenerator, PausePolicy, SettledPauses, load
+from pause_megatron.inference.custom_generate import CACHE
 
 SIZES = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12}
 SMALL = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 6}
@@ -89,9 +90,7 @@ def contestants(
         output = bare(ids[:, : len(prompt)])
         with torch.no_grad():
             for _ in range(count):
-                output = model(
-                    input_ids=ids[:, -1:], past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1
-                )
+                output = model(input_ids=ids[:, -1:], use_cache=True, logits_to_keep=1, **{CACHE: output[CACHE]})
 
     return {
         "bare pass over P + M": lambda: bare(ids),
