@@ -79,10 +79,10 @@ def run(args: argparse.Namespace) -> int:
 
     from pause_megatron.byte_progress import ByteProgress
     from pause_megatron.evaluate import ResultsFolder, model_fingerprint, opened
+    from pause_megatron.inference.loading import check_folder
 
     model = Path(args.model)
-    if not model.is_dir():
-        raise DataError(f"--model {args.model}: expected a folder as export-hf writes it; there is no such folder")
+    check_folder(model)
     with opened(Path(args.output)) as output:
         with ByteProgress(sys.stderr) as progress:
             fingerprint = model_fingerprint(model, output / "model.json", progress.report)

@@ -35,9 +35,18 @@ def checkpoint_config(path: str | Path) -> Path:
                 return folder / "config.yaml"
         except OSError:  # a name that no file can have
             break
+    first = f"; import it first: pause-megatron import-hf {path} CHECKPOINT" if _is_of_transformers(path) else ""
     raise ConfigError(
-        f"model.from: expected a checkpoint (a folder with manifest.json and config.yaml) or a run folder, came {path}"
+        "model.from: expected a checkpoint (a folder with manifest.json and config.yaml) or a run folder, came "
+        f"{path}{first}"
     )
+
+
+def _is_of_transformers(path: str | Path) -> bool:
+    try:
+        return (Path(path) / "config.json").is_file()
+    except OSError:
+        return False
 
 
 def read_config_text(path: Path) -> str:

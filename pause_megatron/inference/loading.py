@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from pause_megatron.errors import DataError
+from pause_megatron.config.initial import checkpoint_config
+from pause_megatron.errors import ConfigError, DataError
 from pause_megatron.inference import custom_generate
 from pause_megatron.inference.generate import PauseGenerator
 
@@ -33,7 +34,7 @@ def load(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder = Path(folder)
-    _check(folder)
+    check_folder(folder)
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise DataError(f"device {device!r}: this machine has no CUDA device; use --device cpu")
     options = {"trust_remote_code": False, "local_files_only": True}
@@ -67,21 +68,30 @@ def write_custom_generate(folder: str | Path) -> Path:
     Raises:
         DataError: the folder is not a model's.
     """
-    _check(Path(folder))
+    check_folder(Path(folder))
     target = Path(folder) / "custom_generate" / "generate.py"
     target.parent.mkdir(exist_ok=True)
     shutil.copyfile(custom_generate.__file__, target)
     return target
 
 
-def _check(folder: Path) -> None:
-    """Say what is wrong with a folder before transformers guesses."""
+def check_folder(folder: Path) -> None:
+    """Say what is wrong with a folder before transformers guesses.
+
+    Raises:
+        DataError: not a transformers folder with safetensors; a run or a checkpoint is told to export it first.
+    """
     if not folder.is_dir():
         raise DataError(f"model {str(folder)!r}: expected a folder as export-hf writes it; there is no such folder")
     path = folder / "config.json"
     try:
         config = json.loads(path.read_bytes())
     except FileNotFoundError:
+        if _is_of_a_run(folder):
+            raise DataError(
+                f"{folder}: expected a folder that export-hf wrote, got a run or a checkpoint; export it first: "
+                f"pause-megatron export-hf {folder} OUT"
+            ) from None
         raise DataError(f"{path}: not there; expected a transformers model folder, as export-hf writes it") from None
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: not readable as JSON ({error})") from None
@@ -91,6 +101,14 @@ def _check(folder: Path) -> None:
         others = sorted(item.name for item in folder.iterdir() if item.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         found = f"; {', '.join(others)} would have to be unpickled, which can run code: refused" if others else ""
         raise DataError(f"{folder}: expected *.safetensors, found none{found}")
+
+
+def _is_of_a_run(folder: Path) -> bool:
+    try:
+        checkpoint_config(folder)
+    except ConfigError:
+        return (folder / "config.yaml").is_file()  # no checkpoint yet
+    return True
 
 
 def _first_line(error: Exception) -> str:

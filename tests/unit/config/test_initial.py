@@ -72,6 +72,12 @@ def test_no_checkpoint_there(run, tmp_path, missing):
         load(overrides=[f"model.from={tmp_path / missing}"])
 
 
+def test_a_folder_of_transformers_is_to_be_imported_first(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match=f"import it first: pause-megatron import-hf {tmp_path} CHECKPOINT"):
+        load(overrides=[f"model.from={tmp_path}"])
+
+
 def test_what_is_trained_is_a_key():
     assert (
         load(overrides=["train.only=pause_rows", "train.steps=50", "optim.warmup_steps=1"]).train.only == "pause_rows"

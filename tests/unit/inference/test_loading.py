@@ -10,6 +10,7 @@ import pytest
 import torch
 from tiny_llama import write_folder
 
+from pause_megatron.cli import main
 from pause_megatron.errors import DataError
 from pause_megatron.inference import load, write_custom_generate
 
@@ -100,6 +101,23 @@ def test_a_damaged_folder_is_named(folder, tmp_path):
     (folder / "config.json").write_text("{")
     with pytest.raises(DataError, match="not readable as JSON"):
         load(folder)
+
+
+@pytest.mark.parametrize("place", ["run", "run/checkpoints", "run/checkpoints/latest", "begun"])
+@pytest.mark.parametrize("verb", ["generate --prompt A", "evaluate --tasks piqa --output {0}/r --task-path {0}"])
+def test_a_run_is_to_be_exported_first(tmp_path, place, verb, capsys):
+    checkpoint = tmp_path / "run" / "checkpoints" / "latest"
+    for folder in (checkpoint, tmp_path / "begun", tmp_path / "piqa"):
+        folder.mkdir(parents=True)
+    for file in (checkpoint / "manifest.json", checkpoint / "config.yaml", tmp_path / "begun" / "config.yaml"):
+        file.write_text("{}")  # names are all that is looked at
+    (tmp_path / "piqa" / "validation.jsonl").write_text('{"goal": "a", "sol1": "b", "sol2": "c", "label": 0}\n')
+    model = tmp_path / place
+    assert main([*verb.format(tmp_path).split(), "--model", str(model)]) == 2
+    told = f"export it first: pause-megatron export-hf {model} OUT\n"
+    assert capsys.readouterr().err.endswith(
+        f"{model}: expected a folder that export-hf wrote, got a run or a checkpoint; {told}"
+    )
 
 
 def test_an_architecture_that_is_not_known_is_refused(folder):
