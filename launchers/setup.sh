@@ -1,32 +1,70 @@
 #!/usr/bin/env bash
 # Makes .venv at the top of the repository and installs the project into it, editable. Sourced by the other launchers.
 #
-#   PYTHON   interpreter to make it with (default: python3; 3.10 or newer)
-#   TORCH    requirement for torch (default: the pinned release)
+#   PYTHON   interpreter to make it with (default: python3; 3.10 to 3.13)
+#   TORCH    requirement for torch (default: the pinned release). PyPI's build is for CUDA; for a CPU build give
+#            TORCH='torch==2.13.0+cpu', and in PIP_EXTRA_INDEX_URL PyTorch's index for CPUs (see its installation page)
+#   VENV     folder of the environment (default: .venv here)
 #   EXTRAS   extras to install (default: quickstart)
 #   NO_SETUP set to anything: use the Python environment on PATH as it is (modules, containers)
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/stopping.sh"
 [ -z "${NO_SETUP:-}" ] || return 0
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 venv=${VENV:-$root/.venv}
 python=${PYTHON:-python3}
 constraints=$root/launchers/constraints.txt
+extras=${EXTRAS:-quickstart}
+tell() { echo "setup: $*" >&2; }
+version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])'; }
 
-"$python" - <<'PY' || { echo "setup: expected Python 3.10 or newer; set PYTHON=/path/to/python3" >&2; exit 1; }
-import sys
-sys.exit(sys.version_info < (3, 10))
-PY
+version=$(version_of "$python") || version=none
+case $version in
+    3.1[0-3]) ;;
+    none | [012].* | 3.[0-9])
+        tell "error: expected Python 3.10 to 3.13, got $version ($python); set PYTHON=/path/to/python3"
+        exit 1
+        ;;
+    *) tell "Python $version: not tried; 3.10 to 3.13 are" ;;
+esac
+if [ -x "$venv/bin/python" ]; then
+    found=$(version_of "$venv/bin/python")
+    if [ -n "${PYTHON:-}" ] && [ "$found" != "$version" ]; then
+        tell "error: expected $venv to be of Python $version, as PYTHON is, got $found; remove it, or set VENV"
+        exit 1
+    fi
+    version=$found
+fi
 
-stamp=$venv/.installed-$(cat "$constraints" "$root/setup.py" | cksum | cut -d' ' -f1)-${EXTRAS:-quickstart}
+# pip on a terminal as it is, with its bars; elsewhere a line for each download of 10 MB or more.
+pip_install() {
+    if [ -t 2 ]; then
+        "$venv/bin/python" -m pip install --disable-pip-version-check "$@"
+    else
+        PYTHONUNBUFFERED=1 "$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off "$@" |
+            sed -n -u -E 's/^ *Downloading (.*) \(([0-9.]+ GB|[0-9]{2,}\.[0-9]+ MB)\)$/setup:   downloading \1, \2/p'
+    fi
+}
+
+begun=$SECONDS
+stamp=$venv/.installed-$( (cat "$constraints" "$root/setup.py" && echo "${TORCH:-}") | cksum | cut -d' ' -f1)-$extras
 if [ ! -e "$stamp" ]; then
-    echo "setup: installing into $venv (a few minutes)"
-    [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-    "$venv/bin/pip" install --quiet --disable-pip-version-check --upgrade pip setuptools wheel
+    tell "Python $version, into $venv"
+    [ -x "$venv/bin/python" ] || run "$python" -m venv "$venv"
+    run pip_install --quiet --upgrade pip setuptools wheel
+    # A torch of the user's is not the pinned one.
+    pins=$venv/constraints.txt
+    sed -E "${TORCH:+/^torch([^[:alnum:]_-]|\$)/d}" "$constraints" >"$pins"
+    tell "asking how much will be downloaded"
+    run "$venv/bin/python" "$root/launchers/install_size.py" "$venv" "${TORCH:-torch}" --constraint "$pins" \
+        --extra "$extras"
     # torch first and by itself: other packages ask for any torch, and would bring the newest with its CUDA libraries.
-    "$venv/bin/pip" install --quiet --disable-pip-version-check "${TORCH:-$(grep '^torch==' "$constraints")}"
-    "$venv/bin/pip" install --quiet --disable-pip-version-check --constraint "$constraints" \
-        --editable "$root[${EXTRAS:-quickstart}]"
+    tell "1 of 2: torch"
+    run pip_install --constraint "$pins" "${TORCH:-torch}"
+    tell "2 of 2: pause-megatron[$extras] and what it needs"
+    run pip_install --constraint "$pins" --editable "$root[$extras]"
     touch "$stamp"
+    tell "done in $((SECONDS - begun)) s, $(du -sh "$venv" | cut -f1) on disk"
 fi
 export PATH=$venv/bin:$PATH

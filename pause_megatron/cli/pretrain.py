@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import textwrap
 import warnings
@@ -121,6 +122,8 @@ def silence_imports() -> None:
         "`torch.distributed.*` is deprecated",
     ):
         warnings.filterwarnings("ignore", message=message)
+    # A CUDA toolkit without a GPU.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
 
 def _count(text: str) -> int:
