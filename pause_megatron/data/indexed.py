@@ -2,7 +2,9 @@
 
 Layout (megatron-core 0.16, megatron/core/datasets/indexed_dataset.py): the 9 magic bytes, version 1 (u64), dtype code
 (u8), sequences S (u64), documents D (u64), then lengths int32 [S], byte offsets int64 [S], and the sequence numbers at
-which documents end, int64 [D], beginning with 0. Here a document is one sequence, so D = S + 1.
+which documents end, int64 [D], beginning with 0; then, of multimodal data only, modes int8 [S]. Here a document is one
+sequence, so D = S + 1. Megatron-LM's preprocess_data.py also writes ends of documents that hold no sequence, for empty
+texts; megatron-core's GPT dataset counts sequences and looks at none of the ends.
 megatron-core's own IndexedDatasetBuilder holds all three as lists of Python numbers (some 120 bytes a document: 44 GB
 for C4) and is what the tests compare these bytes with.
 """
@@ -10,7 +12,7 @@ for C4) and is what the tests compare these bytes with.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +23,8 @@ from pause_megatron.errors import DataError
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
-_DTYPES = {"int32": 4, "uint16": 8}
+# megatron-core's codes of integers; it has floats too (6 and 7), which no ids are.
+_DTYPES = {"uint8": 1, "int8": 2, "int16": 3, "int32": 4, "int64": 5, "uint16": 8}
 _CHUNK = 1 << 20
 
 
@@ -32,10 +35,18 @@ def token_dtype(largest_id: int) -> str:
 
 @dataclass(frozen=True)
 class IndexHeader:
-    """What the head and the last entries of an `.idx` say. `bin_bytes` is the length its `.bin` must have."""
+    """What the head and the last entries of an `.idx` say.
+
+    Attributes:
+        dtype: of the ids, a numpy name.
+        documents: sequences, each of which is a document here.
+        ends: entries that say where documents end: one more than there are documents, empty ones included.
+        bin_bytes: the length that the `.bin` must have.
+    """
 
     dtype: str
     documents: int
+    ends: int
     bin_bytes: int
 
 
@@ -61,43 +72,76 @@ def write_index(file: DigestFile, dtype: str, documents: int, lengths: Callable[
         file.write(np.arange(start, min(start + _CHUNK, documents + 1), dtype=np.int64).tobytes())
 
 
-def read_lengths(path: Path, documents: int) -> Iterable[np.ndarray]:
-    """The documents' lengths in tokens, int32 [<= 1 Mi] at a time, of an `.idx` written by `write_index`."""
+def read_lengths(path: Path, documents: int) -> Iterator[np.ndarray]:
+    """The documents' lengths in tokens, int32 [<= 1 Mi] at a time."""
+    return _entries(path, _HEADER.size, np.int32, documents)
+
+
+def check_entries(path: Path, header: IndexHeader, on_read: Callable[[int], None]) -> None:
+    """Check every entry of an `.idx` that somebody else wrote, in constant memory.
+
+    Args:
+        path: the `.idx`.
+        header: what `read_header` said of it.
+        on_read: told how many bytes were read, after every few MiB.
+
+    Raises:
+        DataError: a negative length, bytes that belong to no document or to two, or a document of several sequences.
+    """
+    itemsize, position, number = np.dtype(header.dtype).itemsize, 0, 0
+    offsets = _entries(path, _HEADER.size + 4 * header.documents, np.int64, header.documents)
+    for lengths, found in zip(read_lengths(path, header.documents), offsets, strict=True):
+        stops = position + np.cumsum(lengths.astype(np.int64) * itemsize)
+        expected = np.concatenate(([position], stops[:-1]))
+        wrong = np.flatnonzero((lengths < 0) | (found != expected))
+        if wrong.size:
+            first = wrong[0]
+            raise DataError(
+                f"{path}: sequence {number + first:,}: expected 0 or more tokens from byte {expected[first]:,} on, "
+                f"where the one before ends, got {lengths[first]:,} tokens from byte {found[first]:,} on"
+            )
+        position, number = int(stops[-1]), number + len(lengths)
+        on_read(lengths.nbytes + found.nbytes)
+    begun, last = 0, 0
+    for ends in _entries(path, _HEADER.size + 12 * header.documents, np.int64, header.ends):
+        steps = np.diff(ends, prepend=last)
+        wrong = np.flatnonzero((steps < 0) | (steps > 1))
+        if wrong.size:
+            raise DataError(_why_no_document(path, max(begun + int(wrong[0]) - 1, 0), header))
+        begun, last = begun + len(ends), int(ends[-1])
+        on_read(ends.nbytes)
+    if last != header.documents:
+        raise DataError(f"{path}: expected its documents to end at sequence {header.documents:,}, got {last:,}")
+
+
+def _why_no_document(path: Path, document: int, header: IndexHeader) -> str:
+    return (
+        f"{path}: document {document:,} is not one sequence ({header.documents:,} sequences in {header.ends - 1:,} "
+        "documents). That is what preprocess_data.py --split-sentences writes, for BERT and T5; GPT datasets shuffle "
+        "sequences, which would tear these documents apart. Preprocess them again without --split-sentences, or "
+        "prepare the texts with `pause-megatron prepare`"
+    )
+
+
+def _entries(path: Path, offset: int, dtype: type, count: int) -> Iterator[np.ndarray]:
+    """Entries of one kind, [<= 1 Mi] at a time."""
     with open(path, "rb") as file:
-        file.seek(_HEADER.size)
-        for start in range(0, documents, _CHUNK):
-            yield np.fromfile(file, dtype=np.int32, count=min(_CHUNK, documents - start))
+        file.seek(offset)
+        for start in range(0, count, _CHUNK):
+            yield np.fromfile(file, dtype=dtype, count=min(_CHUNK, count - start))
 
 
 def read_header(path: Path) -> IndexHeader:
     """Read and check the head and the last entries of an `.idx`, in constant time.
 
     Raises:
-        DataError: missing, not an index, of a dtype that no corpus of ours has, or cut short.
+        DataError: missing, not an index, of a dtype that holds no ids, of sentences or images, or cut short.
     """
     try:
         with open(path, "rb") as file:
             size = file.seek(0, 2)
             file.seek(0)
-            head = file.read(_HEADER.size)
-            if len(head) < _HEADER.size or not head.startswith(_MAGIC):
-                raise DataError(
-                    f"{path}: not a Megatron index (expected the magic bytes {_MAGIC!r}, came {head[:9]!r})"
-                )
-            _, version, code, sequences, documents = _HEADER.unpack(head)
-            dtype = {number: name for name, number in _DTYPES.items()}.get(code)
-            if version != 1 or dtype is None:
-                raise DataError(
-                    f"{path}: version {version} with dtype code {code}; expected 1 with 4 (int32) or 8 (uint16)"
-                )
-            expected = _HEADER.size + 12 * sequences + 8 * documents
-            if size != expected:
-                raise DataError(
-                    f"{path}: {size:,} bytes, but its header ({sequences:,} sequences, {documents:,} document ends) "
-                    f"needs {expected:,}: the file was cut or overwritten"
-                )
-            if documents != sequences + 1:
-                raise DataError(f"{path}: {sequences:,} sequences in {documents - 1:,} documents; expected one in each")
+            dtype, sequences, ends = _head(path, file.read(_HEADER.size), size)
             bin_bytes = 0
             if sequences:
                 file.seek(_HEADER.size + 4 * (sequences - 1))
@@ -107,4 +151,28 @@ def read_header(path: Path) -> IndexHeader:
                 bin_bytes = last_offset + last_length * np.dtype(dtype).itemsize
     except OSError as error:
         raise DataError(f"{path}: the index cannot be read ({error.strerror})") from None
-    return IndexHeader(dtype, sequences, bin_bytes)
+    return IndexHeader(dtype, sequences, ends, bin_bytes)
+
+
+def _head(path: Path, head: bytes, size: int) -> tuple[str, int, int]:
+    """The dtype, the number of sequences and the number of document ends, once they fit the file's size in bytes."""
+    if len(head) < _HEADER.size or not head.startswith(_MAGIC):
+        raise DataError(f"{path}: not a Megatron index (expected the magic bytes {_MAGIC!r}, got {head[:9]!r})")
+    _, version, code, sequences, ends = _HEADER.unpack(head)
+    dtype = {number: name for name, number in _DTYPES.items()}.get(code)
+    if version != 1 or dtype is None:
+        known = ", ".join(f"{number} ({name})" for name, number in _DTYPES.items())
+        raise DataError(f"{path}: version {version} with dtype code {code}; expected 1 with one of {known}")
+    expected = _HEADER.size + 12 * sequences + 8 * ends
+    if sequences and size == expected + sequences:
+        raise DataError(
+            f"{path}: multimodal, it has a mode for each of its {sequences:,} sequences; expected text only"
+        )
+    if size != expected:
+        raise DataError(
+            f"{path}: {size:,} bytes, but its header ({sequences:,} sequences, {ends:,} document ends) "
+            f"needs {expected:,}: the file was cut or overwritten"
+        )
+    if ends < sequences + 1:
+        raise DataError(_why_no_document(path, 0, IndexHeader(dtype, sequences, ends, 0)))
+    return dtype, sequences, ends

@@ -86,6 +86,14 @@ class Tokenizer:
         pieces.append(self._decode_run(run, started))
         return "".join(pieces)
 
+    def reachable(self, token_id: int) -> bool:
+        """Whether encoding some text can give this id."""
+        return self._backend.reachable(token_id)
+
+    def token_of(self, token_id: int) -> str | None:
+        """The piece of an id by its exact name; None where there is none."""
+        return self._backend.token_of(token_id)
+
     def save(self, folder: str | Path) -> None:
         """Write the tokenizer and its description into a folder that `load_tokenizer` opens without anything else."""
         folder = Path(folder)

@@ -68,6 +68,9 @@ class TokenizerBackend(Protocol):
     def id_of(self, token: str) -> int | None:
         """Id of a piece by its exact name, or None."""
 
+    def token_of(self, token_id: int) -> str | None:
+        """The other way round."""
+
     def reachable(self, token_id: int) -> bool:
         """Whether encoding some text can give this id."""
 
@@ -118,6 +121,9 @@ class SentencePieceBackend:
     def id_of(self, token: str) -> int | None:
         token_id = self._model.piece_to_id(token)
         return token_id if self._model.id_to_piece(token_id) == token else None
+
+    def token_of(self, token_id: int) -> str | None:
+        return self._model.id_to_piece(token_id) if 0 <= token_id < self.vocab_size else None
 
     def reachable(self, token_id: int) -> bool:
         # Control and unused pieces never match text; normal, user-defined and byte pieces do; unknown stands for text.
@@ -173,6 +179,9 @@ class HuggingFaceBackend:
 
     def id_of(self, token: str) -> int | None:
         return self._vocabulary.get(token) if token else None
+
+    def token_of(self, token_id: int) -> str | None:
+        return self._model.id_to_token(token_id) if 0 <= token_id < self.vocab_size else None
 
     def reachable(self, token_id: int) -> bool:
         return token_id in self._used and token_id not in self._special

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
 
-from pause_megatron.data.indexed import read_header, read_lengths, token_dtype, write_index
+from pause_megatron.data.indexed import check_entries, read_header, read_lengths, token_dtype, write_index
 from pause_megatron.durable import DigestFile, digest_of
 from pause_megatron.errors import DataError
 
@@ -44,6 +44,9 @@ def test_bytes_are_those_of_the_stock_builder(
     assert (header.dtype, header.documents) == (dtype, len(lengths))
     assert header.bin_bytes == (folder / "stock.bin").stat().st_size
     assert np.concatenate([*read_lengths(folder / "ours.idx", len(lengths)), []]).tolist() == lengths
+    read: list[int] = []
+    check_entries(folder / "ours.idx", header, read.append)
+    assert sum(read) == (folder / "ours.idx").stat().st_size - 34
 
 
 def test_offsets_past_four_gigabytes(tmp_path: Path) -> None:
