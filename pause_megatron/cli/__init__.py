@@ -15,6 +15,7 @@ from pause_megatron.errors import ConfigError, PauseMegatronError
 VERBS = {
     "train-tokenizer": "train a SentencePiece BPE tokenizer on shards of text",
     "prepare": "turn shards of text into a tokenized corpus (.bin, .idx, manifest)",
+    "adopt": "check a corpus that Megatron-LM's preprocess_data.py made, and write its manifest",
     "verify": "read a corpus whole and compare it with the digests of its manifest",
     "inspect": "show what a corpus holds, and its windows with their pauses",
     "pretrain": "pretrain a model on windows with pauses",

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from pause_megatron.config.keys import keys
 
     parser.epilog = "example: pause-megatron inspect data/c4 --sample 3 --pause.rate 0.2 --png c4.png"
-    parser.add_argument("prefix", metavar="PREFIX", help="prefix of a corpus that `prepare` made")
+    parser.add_argument("prefix", metavar="PREFIX", help="prefix of a corpus that `prepare` or `adopt` made")
     parser.add_argument(
         "--sample", type=_number, action="append", default=[], metavar="N", help="show window N; may be repeated"
     )

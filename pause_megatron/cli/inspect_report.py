@@ -33,7 +33,8 @@ def as_json(
         "bytes": {name: record.bytes for name, record in manifest.files.items()},
         "dtype": manifest.dtype,
         "tokenizer": manifest.tokenizer.model_dump(),
-        "sources": len(manifest.sources),
+        "sources": len(manifest.sources) if manifest.adoption is None else None,
+        "adoption": manifest.adoption and manifest.adoption.model_dump(),
         "fingerprint": manifest.fingerprint,
         "lengths": dataclasses.asdict(lengths),
         "fertility": dataclasses.asdict(fertility),
@@ -62,11 +63,11 @@ def as_text(
 
 def _counts(corpus: Corpus, fertility: Fertility) -> str:
     manifest, counts = corpus.manifest, corpus.manifest.counts
+    sampled = "all" if counts.text_bytes is None else "the last two"
     rows = [
-        ("documents", f"{counts.documents:,} from {len(manifest.sources):,} sources"),
-        ("malformed lines", f"{counts.malformed_total:,} left out{_kinds(counts.malformed)}"),
-        ("tokens", f"{counts.tokens:,}, of which {counts.documents:,} EOD"),
-        ("text", f"{counts.text_bytes:,} bytes of UTF-8"),
+        *_origin(corpus),
+        ("tokens", f"{counts.tokens:,}, of which {manifest.eod_count:,} EOD"),
+        ("text", "not known" if counts.text_bytes is None else f"{counts.text_bytes:,} bytes of UTF-8"),
         ("on disk", f"{sum(record.bytes for record in manifest.files.values()):,} bytes ({manifest.dtype} ids)"),
         (
             "tokenizer",
@@ -76,10 +77,28 @@ def _counts(corpus: Corpus, fertility: Fertility) -> str:
         (
             "fertility",
             f"{fertility.per_byte:.3f} tokens/byte, {fertility.per_character:.3f} tokens/character, "
-            f"{fertility.per_word:.3f} tokens/word (the last two over {fertility.documents:,} documents)",
+            f"{fertility.per_word:.3f} tokens/word ({sampled} over {fertility.documents:,} documents)",
         ),
     ]
     return f"corpus {corpus.prefix}\n" + "\n".join(f"  {name:16} {value}" for name, value in rows)
+
+
+def _origin(corpus: Corpus) -> list[tuple[str, str]]:
+    manifest, counts = corpus.manifest, corpus.manifest.counts
+    if manifest.adoption is None:
+        malformed = f"{counts.malformed_total:,} left out{_kinds(counts.malformed)}"
+        return [
+            ("documents", f"{counts.documents:,} from {len(manifest.sources):,} sources"),
+            ("malformed lines", malformed),
+        ]
+    without = manifest.adoption.without_eod
+    return [
+        (
+            "documents",
+            f"{counts.documents:,}, adopted: made by others, from sources that are not known"
+            + (f"; {without:,} do not end with EOD" if without else ""),
+        )
+    ]
 
 
 def _kinds(malformed: dict[str, int]) -> str:

@@ -13,14 +13,19 @@ EXIT_DAMAGED = 1
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("prefixes", nargs="+", metavar="PREFIX", help="prefix of a corpus that `prepare` made")
+    parser.add_argument(
+        "prefixes", nargs="+", metavar="PREFIX", help="prefix of a corpus that `prepare` or `adopt` made"
+    )
     parser.add_argument(
         "--cache",
         metavar="FOLDER",
         help="data.cache of the runs to come: the record there lets them start without reading the corpus again "
         "(default: 'cache' beside the corpus)",
     )
-    parser.epilog = "exit code: 0 when all are as they were prepared, 1 when one is damaged, incomplete or missing"
+    parser.epilog = (
+        "exit code: 0 when all are as they were when their manifests were written, 1 when one is damaged, incomplete, "
+        "without a manifest or missing"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,6 +39,7 @@ def _verify(prefix: str, cache: str | None) -> int:
     from pause_megatron.byte_progress import ByteProgress
     from pause_megatron.data.corpus import open_corpus
     from pause_megatron.data.first_use import check_and_record
+    from pause_megatron.data.manifest import path_of
 
     begun = time.perf_counter()
     try:
@@ -41,7 +47,8 @@ def _verify(prefix: str, cache: str | None) -> int:
         with ByteProgress(sys.stderr) as progress:
             damage = check_and_record(corpus, cache, report=progress.report, warn=_warn)
     except DataError as error:
-        print(f"DAMAGED  {prefix}\n  {error}", flush=True)
+        verdict = "DAMAGED" if path_of(prefix, "manifest.json").exists() else "UNKNOWN"
+        print(f"{verdict}  {prefix}\n  {error}", flush=True)
         return EXIT_DAMAGED
     if damage:
         print(f"DAMAGED  {prefix}", *damage, sep="\n  ", flush=True)

@@ -75,7 +75,20 @@ def open_corpora(data: DataSection, pause_embeddings: int) -> Corpora:
     if data.source:
         fingerprint = f"stream/{tokenizer.fingerprint}/eod{tokenizer.eod}/pause{tokenizer.pause_id}"
     tokenizer.check_pause_ids(pause_embeddings)
+    for corpus in corpora + valid:
+        _check_free_pause_ids(corpus, pause_embeddings)
     return Corpora(corpora, valid, tokenizer, fingerprint)
+
+
+def _check_free_pause_ids(corpus: Corpus, pause_embeddings: int) -> None:
+    adoption = corpus.manifest.adoption
+    if adoption is None or adoption.free_pause_ids is None or pause_embeddings <= adoption.free_pause_ids:
+        return
+    used = corpus.tokenizer.pause_id + adoption.free_pause_ids
+    raise DataError(
+        f"pause.embeddings={pause_embeddings}: expected {adoption.free_pause_ids} or less, id {used} stands in the "
+        f"text of {corpus.prefix}. Or adopt it again with --overwrite --pause-id {corpus.tokenizer.vocab_size}"
+    )
 
 
 def _refuse_overlap(corpora: Sequence[Corpus], valid: Sequence[Corpus]) -> None:

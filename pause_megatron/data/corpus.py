@@ -73,7 +73,7 @@ def _check_files(prefix: str | Path, manifest: Manifest) -> None:
     for name in ("bin", "idx"):
         path = path_of(prefix, name)
         if not path.is_file():
-            raise DataError(f"{path} is missing, though {path_of(prefix, 'manifest.json')} says that it was prepared")
+            raise DataError(f"{path} is missing, though {path_of(prefix, 'manifest.json')} is there")
         sizes[name] = path.stat().st_size
     header = read_header(path_of(prefix, "idx"))
     bin_path, idx_path = path_of(prefix, "bin"), path_of(prefix, "idx")
@@ -81,7 +81,7 @@ def _check_files(prefix: str | Path, manifest: Manifest) -> None:
         relation = "shorter" if sizes["bin"] < header.bin_bytes else "longer"
         raise DataError(
             f"{bin_path} is {relation} than its index says: {idx_path.name} needs {header.bin_bytes:,} bytes, the file "
-            f"has {sizes['bin']:,}; it was cut or overwritten. Copy it again, or prepare it with --overwrite"
+            f"has {sizes['bin']:,}; it was cut or overwritten. Copy it again, or {manifest.made_by} it with --overwrite"
         )
     for name, size in sizes.items():
         if size != manifest.files[name].bytes:

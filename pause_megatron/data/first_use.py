@@ -114,6 +114,18 @@ def check_and_record(
     return damage
 
 
+def record_as_read(corpus: Corpus, cache: str | Path | None = None, *, warn: Warn = lambda message: None) -> None:
+    """Leave the record that `verify_at_use` looks for, for somebody who has just read every byte of a corpus.
+
+    Args:
+        corpus: opened.
+        cache: folder of the records; default: 'cache' beside the corpus.
+        warn: as in `verify_at_use`.
+    """
+    record, _ = _record_paths(corpus, cache)
+    _leave(record, json.dumps(_described(corpus), indent=1), warn)
+
+
 def _leave(path: Path, text: str, warn: Warn) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

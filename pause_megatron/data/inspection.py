@@ -49,7 +49,7 @@ class Fertility:
     """How finely the tokenizer cuts text. EODs do not count.
 
     Attributes:
-        per_byte: tokens a byte of UTF-8, over the whole corpus.
+        per_byte: tokens a byte of UTF-8, over the whole corpus; where its text is not known, over `documents`.
         per_character, per_word: over `documents` of it, evenly spaced; a word is what white space parts.
     """
 
@@ -101,7 +101,8 @@ def document_lengths(corpus: Corpus) -> Lengths:
         shortest, longest = min(shortest, int(chunk.min())), max(longest, int(chunk.max()))
     documents = int(histogram.sum())
     ranks = histogram.cumsum()
-    edges = [1 << power for power in range(shortest.bit_length() - 1, longest.bit_length() + 1)]
+    edges = [1 << power for power in range(max(shortest.bit_length() - 1, 0), longest.bit_length() + 1)]
+    edges = [0, *edges] if shortest == 0 else edges  # others write documents without tokens, too
     below = [0 if edge == 0 else int(ranks[min(edge, _LONGEST + 1) - 1]) for edge in edges]
     return Lengths(
         shortest=shortest,
@@ -115,17 +116,20 @@ def document_lengths(corpus: Corpus) -> Lengths:
 
 def fertility(corpus: Corpus) -> Fertility:
     """Tokens per byte, character and word."""
-    counts = corpus.manifest.counts
+    manifest, counts = corpus.manifest, corpus.manifest.counts
     starts = np.cumsum([0, *_first_lengths(corpus)])
-    tokens = np.memmap(path_of(corpus.prefix, "bin"), dtype=corpus.manifest.dtype, mode="r")
+    tokens = np.memmap(path_of(corpus.prefix, "bin"), dtype=manifest.dtype, mode="r")
     sampled = range(0, len(starts) - 1, max(1, (len(starts) - 1) // _FERTILITY_DOCUMENTS))
-    ids = characters = words = 0
+    ids = characters = words = text_bytes = 0
     for number in sampled:
-        document = tokens[starts[number] : starts[number + 1] - 1].tolist()
+        document = [i for i in tokens[starts[number] : starts[number + 1]].tolist() if i != manifest.tokenizer.eod]
         text = corpus.tokenizer.decode(document)
         ids, characters, words = ids + len(document), characters + len(text), words + len(text.split())
+        text_bytes += len(text.encode(errors="replace"))
+    whole = counts.text_bytes is not None
+    per_byte = (counts.tokens - manifest.eod_count) / max(counts.text_bytes, 1) if whole else ids / max(text_bytes, 1)
     return Fertility(
-        per_byte=(counts.tokens - counts.documents) / max(counts.text_bytes, 1),
+        per_byte=per_byte,
         per_character=ids / max(characters, 1),
         per_word=ids / max(words, 1),
         documents=len(sampled),

@@ -143,10 +143,15 @@ class _Workplace:
             if foreign and not (self.folder / PLAN_NAME).exists():
                 raise DataError(
                     f"{foreign[0]} is there without a manifest, so `prepare` did not make it; name another --output, "
-                    "or replace it with --overwrite"
+                    f"replace it with --overwrite, or keep it with `pause-megatron adopt {self.output} --tokenizer T`"
                 )
             return None
         manifest = Manifest.load(self.output)
+        if manifest.adoption is not None:
+            raise DataError(
+                f"a corpus is at {self.output} already, made by others and adopted; name another --output, or replace "
+                "it with --overwrite"
+            )
         self._refuse_differences(manifest.plan, f"a corpus is at {self.output} already")
         for source, record in zip(self.sources, manifest.sources, strict=True):
             if not source.unchanged(record.stamp, record.digest):

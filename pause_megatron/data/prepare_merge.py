@@ -12,7 +12,15 @@ import numpy as np
 
 from pause_megatron.data.documents import Tally
 from pause_megatron.data.indexed import read_lengths, write_index
-from pause_megatron.data.manifest import Counts, FileRecord, Manifest, Plan, path_of
+from pause_megatron.data.manifest import (
+    TEMPORARY_FOLDERS,
+    Counts,
+    FileRecord,
+    Manifest,
+    Plan,
+    path_of,
+    replace_tokenizer,
+)
 from pause_megatron.data.prepare_joined import join_bins
 from pause_megatron.data.prepare_pool import Progress
 from pause_megatron.data.prepare_shard import Part, ShardOutcome, corpus_dtype
@@ -77,12 +85,10 @@ def join_parts(
             files={"bin": bin_record, "idx": FileRecord(bytes=idx_file.bytes, digest=idx_file.digest)},
             blocks=blocks,
             sources=[part.source for part in parts],
+            adoption=None,
         )
-        tokenizer.save(path_of(output, "tokenizer.tmp"))
         # Everything is on the disk. From here a kill leaves no manifest, and PREFIX.parts/ to go on from.
-        path_of(output, "manifest.json").unlink(missing_ok=True)
-        shutil.rmtree(path_of(output, "tokenizer"), ignore_errors=True)
-        path_of(output, "tokenizer.tmp").rename(path_of(output, "tokenizer"))
+        replace_tokenizer(output, tokenizer)
         os.replace(joined, path_of(output, "bin"))
         idx_file.publish()
         sync_folder(idx_file.path.parent)
@@ -99,7 +105,8 @@ def remove_partial_files(output: str | Path, folder: Path) -> None:
         pattern = str(prefix) if prefix.name == "*" else glob.escape(str(prefix))
         for name in glob.glob(f"{pattern}.*.tmp"):
             Path(name).unlink(missing_ok=True)
-    shutil.rmtree(path_of(output, "tokenizer.tmp"), ignore_errors=True)
+    for extension in TEMPORARY_FOLDERS:
+        shutil.rmtree(path_of(output, extension), ignore_errors=True)
 
 
 def _sum_of(counts: list[Counts], malformed: Tally) -> Counts:

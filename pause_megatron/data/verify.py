@@ -81,7 +81,8 @@ def refuse(corpus: Corpus, damage: Sequence[Damage]) -> None:
 def described(corpus: Corpus, damage: Sequence[Damage]) -> str:
     """What is wrong and what to do, a line for every damaged range."""
     lines = "\n  ".join(map(str, damage))
-    return f"corpus {corpus.prefix} is damaged; copy it again, or prepare it with --overwrite:\n  {lines}"
+    verb = corpus.manifest.made_by
+    return f"corpus {corpus.prefix} is damaged; copy it again, or {verb} it with --overwrite:\n  {lines}"
 
 
 def _damaged_blocks(

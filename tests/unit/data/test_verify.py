@@ -240,7 +240,7 @@ def test_blocks_do_not_depend_on_how_the_bytes_come(tmp_path: Path) -> None:
 def test_manifests_of_the_first_version_are_still_read(corpus: Path) -> None:
     path = Path(f"{corpus}.manifest.json")
     value = json.loads(path.read_bytes())
-    for name in ("blocks", "digest"):
+    for name in ("blocks", "digest", "adoption"):
         del value[name]
     path.write_text(json.dumps({**value, "version": 1}))
     opened = open_corpus(corpus)
@@ -257,7 +257,7 @@ def test_the_verb_goes_on_after_a_damaged_corpus(corpus: Path, original: Path, c
     first, second, third, fourth, fifth = capsys.readouterr().out.splitlines()
     assert first == f"DAMAGED  {corpus}" and second.startswith(f"  {corpus}.idx: bytes 0 to ")
     assert third.startswith(f"whole    {original}/b/c: 60 documents, ")
-    assert fourth == f"DAMAGED  {corpus}x" and "no corpus at" in fifth
+    assert fourth == f"UNKNOWN  {corpus}x" and "no corpus at" in fifth
     assert main(["verify", f"{original}/b/c"]) == 0
 
 
