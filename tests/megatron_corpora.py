@@ -1,4 +1,4 @@
-"""Corpora as Megatron-LM's tools/preprocess_data.py writes them: tokenizers' own libraries, megatron-core's builder."""
+"""Corpora as Megatron-LM's tools/preprocess_data.py writes them: megatron-core's tokenizers and builder."""
 
 from __future__ import annotations
 
@@ -11,21 +11,13 @@ from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 Encode = Callable[[str], list[int]]
 
 
-def sentencepiece_of(model: Path) -> tuple[Encode, int, int]:
-    """How Megatron-LM encodes with a SentencePiece model; its EOD; its number of ids."""
-    import sentencepiece
+def megatron_tokenizer(path: Path) -> tuple[Encode, int, int]:
+    """How Megatron-LM encodes, with a SentencePiece model or a Hugging Face folder; its EOD; its number of ids."""
+    from megatron.core.tokenizers import MegatronTokenizer
 
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
-    return processor.encode_as_ids, processor.eos_id(), processor.vocab_size()
-
-
-def hugging_face_of(folder: Path) -> tuple[Encode, int, int]:
-    """The same with a Hugging Face folder: literal special tokens in a text become special tokens."""
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(folder))
-    tokenizer.backend_tokenizer.no_truncation()
-    return tokenizer.encode, tokenizer.eos_token_id, len(tokenizer)
+    library = "huggingface" if path.is_dir() else "sentencepiece"
+    tokenizer = MegatronTokenizer.from_pretrained(tokenizer_path=str(path), metadata_path={"library": library})
+    return tokenizer.tokenize, tokenizer.eod, tokenizer.vocab_size
 
 
 def preprocess(

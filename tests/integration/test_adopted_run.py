@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from megatron_corpora import hugging_face_of, preprocess, sentencepiece_of
+from megatron_corpora import megatron_tokenizer, preprocess
 from prose import train_hugging_face
 from ranks import run_on_ranks
 
@@ -22,19 +22,15 @@ def pretrain(overrides: list[str]) -> int:
 def test_losses_are_those_of_the_prepared_corpus(shards: Path, corpus: str, tmp_path: Path, kind: str) -> None:
     source = sorted(shards.glob("c4-train.*"))[0]
     if kind == "sentencepiece":
-        tokenizer, prepared, read = shards / "tokenizer.model", corpus, sentencepiece_of
+        tokenizer, prepared = shards / "tokenizer.model", corpus
     else:
-        tokenizer, prepared, read = (
-            train_hugging_face(tmp_path / "hf"),
-            str(tmp_path / "ours" / "english"),
-            hugging_face_of,
-        )
+        tokenizer, prepared = train_hugging_face(tmp_path / "hf"), str(tmp_path / "ours" / "english")
         prepare = ["prepare", "--input", str(source), "--tokenizer", str(tokenizer), "--output", prepared]
         assert main([*prepare, "--workers", "1"]) == 0
     with gzip.open(source, "rt", encoding="utf-8") as file:
         texts = [json.loads(line)["text"] for line in file]
     # The same name, because pauses are keyed by it.
-    adopted = str(preprocess(tmp_path / "theirs" / "english", texts, *read(tokenizer)))
+    adopted = str(preprocess(tmp_path / "theirs" / "english", texts, *megatron_tokenizer(tokenizer)))
     assert main(["adopt", adopted, "--tokenizer", str(tokenizer), "--cache", f"{tmp_path}/cache"]) == 0
     assert main(["verify", adopted, "--cache", f"{tmp_path}/cache"]) == 0
 

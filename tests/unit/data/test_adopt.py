@@ -20,7 +20,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
-from megatron_corpora import hugging_face_of, preprocess, sentencepiece_of, write_ids
+from megatron_corpora import megatron_tokenizer, preprocess, write_ids
 from prose import documents, train_hugging_face, train_model, write_shards
 
 from pause_megatron.cli import main
@@ -59,7 +59,7 @@ def tokenizer(folder: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def original(folder: Path) -> Path:
-    return preprocess(folder / "original" / "c", TEXTS, *sentencepiece_of(folder / "tok.model"))
+    return preprocess(folder / "original" / "c", TEXTS, *megatron_tokenizer(folder / "tok.model"))
 
 
 @pytest.fixture
@@ -86,10 +86,13 @@ def refusal(prefix: Path, tokenizer: Tokenizer, **options: object) -> str:
 # What becomes of it ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "read"), [("tok.model", sentencepiece_of), ("hf", hugging_face_of)])
-def test_it_is_the_corpus_that_prepare_makes(folder: Path, tmp_path: Path, capsys, name: str, read) -> None:
+@pytest.mark.parametrize("name", ["tok.model", "hf"])
+def test_it_is_the_corpus_that_prepare_makes(folder: Path, tmp_path: Path, capsys, name: str) -> None:
     """Same bytes, so the same fingerprint, which checkpoints keep; and the verbs take it as they take the other."""
-    prefix, prepared = preprocess(tmp_path / "theirs" / "c", TEXTS, *read(folder / name)), tmp_path / "ours" / "c"
+    prefix, prepared = (
+        preprocess(tmp_path / "theirs" / "c", TEXTS, *megatron_tokenizer(folder / name)),
+        tmp_path / "ours" / "c",
+    )
     prepare([f"{folder}/shards/*"], load_tokenizer(folder / name), prepared, workers=1)
     assert main(["adopt", str(prefix), "--tokenizer", str(folder / name)]) == 0
     said = capsys.readouterr().out
@@ -163,7 +166,7 @@ def test_who_has_no_manifest_is_told_the_command(theirs: Path, capsys) -> None:
 @pytest.mark.parametrize("dtype", [np.int16, np.int32, np.int64])
 def test_every_integer_dtype_gives_the_same_windows(folder: Path, original: Path, tmp_path: Path, dtype: type) -> None:
     tokenizer = load_tokenizer(folder / "tok.model")
-    prefix = preprocess(tmp_path / "c", TEXTS, *sentencepiece_of(folder / "tok.model"), dtype=dtype)
+    prefix = preprocess(tmp_path / "c", TEXTS, *megatron_tokenizer(folder / "tok.model"), dtype=dtype)
     manifest = adopt(prefix, tokenizer).manifest
     assert manifest.dtype == dtype.__name__
     assert not verify_at_use(open_corpus(prefix), "never") and Manifest.load(prefix) == manifest
@@ -189,7 +192,7 @@ def test_every_integer_dtype_gives_the_same_windows(folder: Path, original: Path
 def test_empty_texts(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
     """preprocess_data.py writes an end of a document without a sequence for them; the datasets do not see it."""
     texts = ["", *TEXTS[:40], "", "", *TEXTS[40:], ""]
-    prefix = preprocess(tmp_path / "c", texts, *sentencepiece_of(folder / "tok.model"))
+    prefix = preprocess(tmp_path / "c", texts, *megatron_tokenizer(folder / "tok.model"))
     assert adopt(prefix, tokenizer).manifest.counts.documents == 80
     assert read_header(f"{prefix}.idx").ends == 85
     verify_corpus(open_corpus(prefix))
@@ -219,9 +222,9 @@ def with_pause(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_literal_pauses_are_found_and_what_to_do_is_said(with_pause: Path, tmp_path: Path, capsys) -> None:
     texts = [*TEXTS[:7], "One <pause>two <pause> three", *TEXTS[7:], "<pause>"]
-    prefix = preprocess(tmp_path / "c", texts, *hugging_face_of(with_pause))
+    prefix = preprocess(tmp_path / "c", texts, *megatron_tokenizer(with_pause))
     tokenizer = load_tokenizer(with_pause)
-    ids = hugging_face_of(with_pause)[0](texts[7])
+    ids = megatron_tokenizer(with_pause)[0](texts[7])
     first, second = (place for place, token in enumerate(ids) if token == tokenizer.pause_id)
     said = refusal(prefix, tokenizer)
     assert f"the pause id {tokenizer.pause_id} ('<pause>') 3 times: " in said
@@ -233,7 +236,7 @@ def test_literal_pauses_are_found_and_what_to_do_is_said(with_pause: Path, tmp_p
 
 def test_further_pause_ids_that_the_corpus_holds(with_pause: Path, tmp_path: Path) -> None:
     """With K pause embeddings the ids behind <pause> are pauses too: those in use are refused when a run starts."""
-    prefix = preprocess(tmp_path / "c", [*TEXTS, "a <b> c"], *hugging_face_of(with_pause))
+    prefix = preprocess(tmp_path / "c", [*TEXTS, "a <b> c"], *megatron_tokenizer(with_pause))
     assert adopt(prefix, load_tokenizer(with_pause)).manifest.adoption.free_pause_ids == 2
     data = DataSection(prefix=[str(prefix)])
     assert open_corpora(data, 2).corpora[0].prefix == str(prefix)
@@ -242,7 +245,7 @@ def test_further_pause_ids_that_the_corpus_holds(with_pause: Path, tmp_path: Pat
 
 
 def test_ids_out_of_range(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    encode, eod, _ = sentencepiece_of(folder / "tok.model")
+    encode, eod, _ = megatron_tokenizer(folder / "tok.model")
     ids = [[*encode(text), eod] for text in [*TEXTS, "\n".join(TEXTS[:10])]]
     assert len(ids[80]) > 1500
     for position, value, dtype in [(3, 600, np.uint16), (1200, 65535, np.uint16), (1200, -1, np.int32)]:
@@ -305,12 +308,8 @@ def test_a_tokenizer_that_gives_everything_back_is_said_to(theirs: Path, tmp_pat
 def test_right_tokenizers_are_told_from_ids_in_no_order(folder: Path, tmp_path: Path) -> None:
     """Also a lossy one, which makes lower case of everything and does not know some characters."""
     lossy = train_model(tmp_path / "lossy.model", **LOSSY, vocab_size=1000, remove_extra_whitespaces=True)
-    for place, read in (
-        (folder / "tok.model", sentencepiece_of),
-        (folder / "hf", hugging_face_of),
-        (lossy, sentencepiece_of),
-    ):
-        prefix = preprocess(tmp_path / place.stem / "c", TEXTS, *read(place))
+    for place in (folder / "tok.model", folder / "hf", lossy):
+        prefix = preprocess(tmp_path / place.stem / "c", TEXTS, *megatron_tokenizer(place))
         found = agreement_of(load_tokenizer(place), sample_documents(prefix, read_header(f"{prefix}.idx")))
         assert found.tells and found.by_chance < 0.8 and found.needed < 0.91 <= found.share
         assert found.text.lower().split()[:5] == TEXTS[0].lower().split()[:5]
@@ -327,7 +326,7 @@ def test_a_lower_agreement_can_be_allowed(theirs: Path, tmp_path: Path, capsys) 
 
 def test_special_tokens_in_texts_are_not_taken_for_another_tokenizer(folder: Path, tmp_path: Path) -> None:
     """Megatron-LM encodes a literal </s> as EOD, and some tokenizers put a BOS first."""
-    encode, eod, size = hugging_face_of(folder / "hf")
+    encode, eod, size = megatron_tokenizer(folder / "hf")
     texts = [text.replace(". ", ". </s>", 1) for text in TEXTS]
     prefix = preprocess(tmp_path / "c", texts, encode, eod, size)
     inside = sum("</s>" in text for text in texts)
@@ -336,7 +335,7 @@ def test_special_tokens_in_texts_are_not_taken_for_another_tokenizer(folder: Pat
 
 
 def test_an_eod_that_a_legacy_tokenizer_added(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    encode, _, size = sentencepiece_of(folder / "tok.model")
+    encode, _, size = megatron_tokenizer(folder / "tok.model")
     prefix = preprocess(tmp_path / "c", TEXTS, encode, size + 2, size + 5)
     said = refusal(prefix, tokenizer)
     assert "100% of the sampled documents end with 602: an EOD that the tokenizer's file does not have" in said
@@ -347,7 +346,7 @@ def test_an_eod_that_a_legacy_tokenizer_added(folder: Path, tokenizer: Tokenizer
 
 
 def test_no_eod(folder: Path, tokenizer: Tokenizer, tmp_path: Path, capsys) -> None:
-    encode, _, size = sentencepiece_of(folder / "tok.model")
+    encode, _, size = megatron_tokenizer(folder / "tok.model")
     prefix = preprocess(tmp_path / "c", TEXTS, encode, None, size)
     said = refusal(prefix, tokenizer)
     assert "expected EOD 2 ('</s>') at the end of each document, got it in 0 of 80" in said and "--append-eod" in said
@@ -359,14 +358,14 @@ def test_no_eod(folder: Path, tokenizer: Tokenizer, tmp_path: Path, capsys) -> N
 
 
 def test_another_eod_is_named(folder: Path, tokenizer: Tokenizer, tmp_path: Path, capsys) -> None:
-    encode, _, size = sentencepiece_of(folder / "tok.model")
+    encode, _, size = megatron_tokenizer(folder / "tok.model")
     prefix = preprocess(tmp_path / "c", TEXTS, encode, 1, size)
     assert "100% end with 1 ('<s>'): if that is the EOD, give --eod-token '<s>'" in refusal(prefix, tokenizer)
     assert main(["adopt", str(prefix), "--tokenizer", str(folder / "tok.model"), "--eod-token", "<s>"]) == 0
 
 
 def test_a_few_without_eod_and_one_without_tokens(folder: Path, tokenizer: Tokenizer, tmp_path: Path, capsys) -> None:
-    encode, eod, _ = sentencepiece_of(folder / "tok.model")
+    encode, eod, _ = megatron_tokenizer(folder / "tok.model")
     ids = [[*encode(text), eod] for text in TEXTS]
     ids[0], ids[30], ids[79] = [], ids[30][:-1], []
     prefix = write_ids(tmp_path / "c", ids)
@@ -528,7 +527,7 @@ def test_killed_at_every_file_operation_and_started_again(
     folder: Path, tokenizer: Tokenizer, tmp_path: Path, adopted_before: bool
 ) -> None:
     """At no moment is there a manifest that is not whole; the same command then adopts; .bin and .idx stay."""
-    few = preprocess(tmp_path / "few" / "c", TEXTS[:12], *sentencepiece_of(folder / "tok.model"))
+    few = preprocess(tmp_path / "few" / "c", TEXTS[:12], *megatron_tokenizer(folder / "tok.model"))
     content = {name: Path(f"{few}.{name}").read_bytes() for name in ("bin", "idx")}
     if adopted_before:
         adopt(few, load_tokenizer(folder / "tok.model", pause_id=700))
