@@ -2,4 +2,66 @@
 
 from __future__ import annotations
 
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pause_megatron.data.dataset import PauseGPTDataset, PauseGPTDatasetConfig, PauseTokenizer
+    from pause_megatron.data.pause import PauseInjector, PausePlan, add_pauses, inject
+    from pause_megatron.errors import PauseMegatronError
+    from pause_megatron.hf.examples import PauseExamples
+    from pause_megatron.hf.loss import PauseLoss
+    from pause_megatron.hf.pause_token import add_pause_token
+    from pause_megatron.hf.transform import PauseTransform, pad_batch
+    from pause_megatron.hf.windows import pause_windows
+    from pause_megatron.model.gpt import PauseGPTModel
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "PauseExamples",
+    "PauseGPTDataset",
+    "PauseGPTDatasetConfig",
+    "PauseGPTModel",
+    "PauseInjector",
+    "PauseLoss",
+    "PauseMegatronError",
+    "PausePlan",
+    "PauseTokenizer",
+    "PauseTransform",
+    "add_pause_token",
+    "add_pauses",
+    "inject",
+    "pad_batch",
+    "pause_windows",
+]
+
+# Imported when they are asked for: the command line says --help at once, and `inject` needs numpy alone.
+_PLACES = {
+    **dict.fromkeys(("PauseGPTDataset", "PauseGPTDatasetConfig", "PauseTokenizer"), "data.dataset"),
+    **dict.fromkeys(("PauseInjector", "PausePlan", "add_pauses", "inject"), "data.pause"),
+    "PauseMegatronError": "errors",
+    "PauseExamples": "hf.examples",
+    "PauseLoss": "hf.loss",
+    "add_pause_token": "hf.pause_token",
+    **dict.fromkeys(("PauseTransform", "pad_batch"), "hf.transform"),
+    "pause_windows": "hf.windows",
+    "PauseGPTModel": "model.gpt",
+}
+
+
+def __getattr__(name: str) -> object:
+    """A public name, from the module that has it (PEP 562)."""
+    place = _PLACES.get(name)
+    if place is not None:
+        value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{place}"), name)
+        return value
+    if name.startswith("__"):  # asked for by importlib, copy and inspect, of every module
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from pause_megatron.config.spelling import nearest
+
+    raise AttributeError(f"{__name__}: expected one of {', '.join(__all__)}, got {name!r}{nearest(name, __all__)}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -53,7 +53,7 @@ def build_datasets(
     tokenizer: object,
     pause: PauseSection,
     seed: int,
-    train_samples: int,
+    train_samples: int | None,
     valid_samples: int,
     cache: str | None = None,
     documents: str = "joined",
@@ -75,7 +75,7 @@ def build_datasets(
         tokenizer: The corpus's tokenizer; see PauseTokenizer for what it must have.
         pause: The pause options.
         seed: Seed of the sample order.
-        train_samples: Windows that the whole run trains on.
+        train_samples: Windows that the whole run trains on; None: those of one pass over the corpora.
         valid_samples: Windows that one validation scores; 0 builds none.
         cache: Folder of the index caches; default: 'cache' beside the first prefix.
         documents: "joined", or "apart": positions that start again with each document, and `segments` for attention.
@@ -227,13 +227,18 @@ def _remove_cut_indices(cache: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def _build(config: PauseGPTDatasetConfig, split: Split, samples: int) -> PauseGPTDataset | BlendedDataset:
+def _build(config: PauseGPTDatasetConfig, split: Split, samples: int | None) -> PauseGPTDataset | BlendedDataset:
     """One split, by the stock builder. The others are not built."""
+    if samples is None and config.blend[1] is not None:
+        raise ConfigError(
+            "data.prefix: expected a number of samples with a blend's weights, which say how often each corpus is "
+            "read, got none. Give the number, or leave the weights out to read each corpus once"
+        )
     config = dataclasses.replace(config)
     config.split_matrix = [config.split_matrix[each.value] if each is split else None for each in Split]
     sizes = [samples if each is split else 0 for each in Split]
     dataset = BlendedMegatronDatasetBuilder(PauseGPTDataset, sizes, lambda: True, config).build()[split.value]
-    if len(dataset) < samples:
+    if samples is not None and len(dataset) < samples:
         raise ConfigError(
             f"data.prefix: {samples} {split.name} samples were asked for, the corpora hold {len(dataset)} and are read "
             f"once each. Give them weights (WEIGHT PREFIX WEIGHT PREFIX ...) to have them repeated"

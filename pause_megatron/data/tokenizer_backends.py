@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -245,8 +245,21 @@ def _from_transformers(name: str, origin: str) -> HuggingFaceBackend:
     try:
         # Said outright: left open, transformers asks on the terminal whether to run code that comes with the tokenizer.
         loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        content = loaded.backend_tokenizer.to_str().encode()
     except Exception as error:  # transformers raises many kinds; each means that there is no usable tokenizer
         raise DataError(f"tokenizer {origin!r}: transformers cannot load it as a fast tokenizer ({error})") from None
-    names = {role: getattr(loaded, f"{role}_token", None) for role in ROLES}
+    return backend_of(loaded, origin)
+
+
+def backend_of(tokenizer: Any, origin: str) -> HuggingFaceBackend:
+    """The backend that encodes as a transformers tokenizer does.
+
+    Raises:
+        DataError: it is not a fast one.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError(
+            f"tokenizer {origin!r}: expected a fast tokenizer of transformers, got a {type(tokenizer).__name__}"
+        )
+    content = tokenizer.backend_tokenizer.to_str().encode()
+    names = {role: getattr(tokenizer, f"{role}_token", None) for role in ROLES}
     return HuggingFaceBackend(content, origin, {role: token for role, token in names.items() if token})

@@ -1,0 +1,152 @@
+"""Pauses in blocks of token ids that are cut already: a transform of a Hugging Face dataset, keyed by row number."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pause_megatron.config.plan import pauses_per_window
+from pause_megatron.data.pause import PauseInjector, PausePlan
+from pause_megatron.errors import DataError
+from pause_megatron.hf.loss import IGNORED
+
+COLUMNS = ("input_ids", "labels", "attention_mask")
+
+
+class PauseTransform:
+    """Put pauses into a block of token ids, at places that depend on (seed, dataset, split, number) alone.
+
+    It is called with a block and its number, as `datasets` does with `map(transform, with_indices=True)`, of a dataset
+    in memory, on disk or streamed. So it is no collator: a collator does not know which samples it was given, and would
+    draw by what came before, differently for another batch size, worker count or after a resume. For another epoch
+    with other places, use another seed.
+
+    Args:
+        pause_ids: The K pause ids, used in turn within a run of pauses.
+        rate: Pauses inserted, as a fraction of the block with its pauses; 0 <= rate < 1.
+        window: "exact": the block grows by its pauses and loses nothing (cut text into blocks of `text_length`);
+            "trim": it keeps its length, what does not fit is cut off (the paper's).
+        placement: A name in `pause_megatron.data.pause.POLICIES`, or 'module:attribute'.
+        seed: Seed of the places.
+        dataset, split: Names of what the blocks are of; others draw other places.
+
+    Raises:
+        ConfigError: see PausePlan.
+    """
+
+    def __init__(
+        self,
+        pause_ids: range,
+        *,
+        rate: float = 0.1,
+        window: str = "exact",
+        placement: str = "uniform",
+        seed: int = 1234,
+        dataset: str = "blocks",
+        split: str = "train",
+    ) -> None:
+        self.pause_ids, self._address = pause_ids, (dataset, split)
+        self._settings = {"rate": rate, "window": window, "placement": placement, "seed": seed}
+        PausePlan(_ANY_LENGTH, **self._settings)  # refused now and not in the middle of the data
+
+    def text_length(self, length: int) -> int:
+        """Tokens that a block must have to be `length` tokens long with its pauses."""
+        return PausePlan(length - 1, **self._settings).text_length
+
+    def __call__(self, block: Mapping[str, Any], number: int) -> dict[str, list[int]]:
+        """Put its pauses into one block.
+
+        Args:
+            block: input_ids; may have labels (not shifted; default: the input_ids) and an attention_mask whose zeros
+                are padding, which is taken away.
+            number: Of the block in its dataset, 0 or more.
+
+        Returns:
+            input_ids, labels and attention_mask (all ones). A label is -100 at a pause and at the first token, which
+            nothing predicts.
+
+        Raises:
+            DataError: a pause id in the text, fewer than two tokens, or a column of the block that has a value for each
+                token and would no longer fit; the block is named.
+        """
+        text, labels = self._text(block, number)
+        plan = PausePlan(self._length(text.size) - 1, **self._settings)
+        window = PauseInjector(plan, self.pause_ids, *self._address)(text, number)
+        labels_with_pauses = np.full(window.tokens.size, IGNORED)
+        labels_with_pauses[window.is_text] = labels[: window.tokens.size - window.places.size]
+        labels_with_pauses[0] = IGNORED
+        return {
+            "input_ids": window.tokens.tolist(),
+            "labels": labels_with_pauses.tolist(),
+            "attention_mask": [1] * window.tokens.size,
+        }
+
+    def _text(self, block: Mapping[str, Any], number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Text ids and labels of a block without its padding, int64 [T] each."""
+        size = len(block["input_ids"])
+        columns = {name: np.asarray(block[name], dtype=np.int64) for name in COLUMNS if name in block}
+        other = [
+            name
+            for name, value in block.items()
+            if name not in COLUMNS and isinstance(value, (Sequence, np.ndarray, Tensor)) and not isinstance(value, str)
+            if len(value) == size
+        ]
+        if other:
+            raise DataError(
+                f"block {number}: column {other[0]!r}: expected no column besides {', '.join(COLUMNS)} with a value for "
+                f"each token, got one of {size} values, which pauses would shift. Take it out with remove_columns"
+            )
+        mask = columns.get("attention_mask", np.ones(size, dtype=np.int64)) != 0
+        text = columns["input_ids"][mask]
+        labels = columns.get("labels", columns["input_ids"])[mask]
+        if text.size < 2:
+            raise DataError(
+                f"block {number}: expected 2 tokens or more, one of them to predict, got {text.size}. Filter such "
+                "blocks out, or join texts before they are cut into blocks"
+            )
+        found = (text >= self.pause_ids.start) & (text < self.pause_ids.stop)
+        if found.any():
+            raise DataError(
+                f"block {number}: expected text only, got the pause id {text[found][0]}. Text that spells <pause> must "
+                "stay text: tokenize with split_special_tokens=True"
+            )
+        return text, labels
+
+    def _length(self, text_length: int) -> int:
+        """Tokens of a block with its pauses: the least whose plan draws this much text."""
+        length = text_length
+        if self._settings["window"] == "exact":
+            # A token more draws one text token more, or none: a step as long as what is missing never goes too far.
+            while missing := text_length - length + pauses_per_window(self._settings["rate"], length - 1):
+                length += missing
+        return length
+
+
+_ANY_LENGTH = 2**16
+
+
+def pad_batch(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+    """Stack samples of different lengths, padded on the right: a `data_collator` for Trainer and DataLoader.
+
+    Args:
+        samples: input_ids and labels [length of the sample], lists or tensors; other entries are left out.
+
+    Returns:
+        input_ids (padded with 0), labels (with -100) and attention_mask (with 0), int64 [samples, longest].
+    """
+    size = (len(samples), max(len(sample["input_ids"]) for sample in samples))
+    batch = {
+        "input_ids": torch.zeros(size, dtype=torch.int64),
+        "labels": torch.full(size, IGNORED),
+        "attention_mask": torch.zeros(size, dtype=torch.int64),
+    }
+    for row, sample in enumerate(samples):
+        length = len(sample["input_ids"])
+        for name in ("input_ids", "labels"):
+            batch[name][row, :length] = torch.as_tensor(sample[name])
+        batch["attention_mask"][row, :length] = 1
+    return batch

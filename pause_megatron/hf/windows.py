@@ -1,0 +1,166 @@
+"""Windows of a prepared corpus with their pauses, as a transformers model reads them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from pause_megatron.config.schema import DataSection, PauseSection
+from pause_megatron.data.build import build_datasets
+from pause_megatron.data.corpora import open_corpora
+from pause_megatron.data.loader import Samples
+from pause_megatron.data.pause import PausePlan
+from pause_megatron.errors import ConfigError
+from pause_megatron.hf.loss import IGNORED
+
+
+class LabelledWindows(Dataset):
+    """A PauseGPTDataset or BlendedDataset in Hugging Face's convention: the model shifts the labels itself.
+
+    A sample has input_ids and labels int64 [N + 1], the whole window, since the target of its last position is a token
+    of it. A label is the token at its own place, and -100 where nothing is to be predicted: at pauses, at padding, at
+    the first token. So the number of labels is the number of targets, as Trainer counts them. Where documents are
+    apart, position_ids int64 [N + 1] start again with each, which is how transformers keeps packed sequences from
+    seeing each other; a sample has no attention_mask, which would switch that off.
+
+    Args:
+        windows: Sample number -> tokens, labels, loss_mask and position_ids [N].
+        pause_ids: The K pause ids.
+        positions: Whether to give position_ids.
+    """
+
+    def __init__(self, windows: Samples, pause_ids: range, *, positions: bool) -> None:
+        self.windows, self.pause_ids, self.positions = windows, pause_ids, positions
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, idx: int) -> dict[str, Tensor]:
+        """Window `idx`, 0 or more."""
+        sample = self.windows[int(idx)]
+        tokens, following = sample["tokens"], sample["labels"]
+        labels = following.masked_fill(sample["loss_mask"] == 0, IGNORED)
+        last = following[-1:]
+        if labels[-1] == IGNORED and last == 0:  # a pause, which has no label. (Or padding: nothing reads it.)
+            turn = (int(tokens[-1]) - self.pause_ids.start + 1) if int(tokens[-1]) in self.pause_ids else 0
+            last = last + self.pause_ids[turn % len(self.pause_ids)]
+        made = {"input_ids": torch.cat([tokens, last]), "labels": torch.cat([last.new_tensor([IGNORED]), labels])}
+        if self.positions:
+            positions = sample["position_ids"]
+            made["position_ids"] = torch.cat([positions, positions[-1:] + 1])
+        return made
+
+
+class PauseWindows(NamedTuple):
+    """What to train and to validate on.
+
+    Attributes:
+        train: Windows with pauses.
+        valid: Held-out windows with pauses; None where none were asked for, or the split has no documents.
+        valid_without_pauses: Held-out windows of the same length without pauses, or None likewise.
+        pause_ids: The K pause ids.
+        rows: Ids that the model needs rows for, pauses included.
+    """
+
+    train: LabelledWindows
+    valid: LabelledWindows | None
+    valid_without_pauses: LabelledWindows | None
+    pause_ids: range
+    rows: int
+
+
+def pause_windows(
+    prefix: str | Path | Sequence[str],
+    length: int,
+    *,
+    pause_ids: range,
+    samples: int | None = None,
+    valid_samples: int = 0,
+    valid_prefix: str | Path | Sequence[str] = (),
+    split: str | None = None,
+    rate: float = 0.1,
+    window: str = "exact",
+    placement: str = "uniform",
+    pause_seed: int = 1234,
+    seed: int = 1234,
+    documents: str = "joined",
+    eod_mask_loss: bool = False,
+    cache: str | None = None,
+) -> PauseWindows:
+    """Open prepared corpora as datasets for Trainer, accelerate or a plain loop.
+
+    They are the windows that `pause-megatron pretrain` trains on with data.sequence_length = length - 1, in the order
+    of `seed`. Ask for as many as the whole run reads: a corpus that is repeated then has other pauses each time, which
+    several epochs over `train` would not have.
+
+    Args:
+        prefix: Prefix of a corpus that `prepare` made; or several, or a blend WEIGHT PREFIX WEIGHT PREFIX ...
+        length: Tokens of a window, pauses included: length - 1 of them are predicted or pauses.
+        pause_ids: Of the model, as `add_pause_token` gave them.
+        samples: Windows to train on; None: one pass over the corpora.
+        valid_samples: Held-out windows; 0: none.
+        valid_prefix: Corpora to validate on, which leaves all of `prefix` for training.
+        split: Shares of the documents for train, validation, test; default as for data.split.
+        rate, window, placement, pause_seed: As pause.rate, pause.window, pause.placement, pause.seed.
+        seed: Of the order of the windows.
+        documents: "joined", or "apart": positions start again with each document (see LabelledWindows).
+        eod_mask_loss: No target behind an end of document.
+        cache: Folder of the index caches; default: 'cache' beside the first prefix.
+
+    Raises:
+        ConfigError: options that do not fit, pause ids that are not the corpus's, a blend with weights but without
+            `samples`, or several processes that are not connected yet.
+        DataError: a corpus that is missing, unfinished, or prepared with another tokenizer than the others.
+    """
+    _check_connected()
+    if documents not in ("joined", "apart"):
+        raise ConfigError(f"documents: expected 'joined' or 'apart', got {documents!r}")
+    PausePlan(length - 1, rate, window, placement, pause_seed)  # refuses what does not fit
+    data = DataSection(prefix=_words(prefix), valid_prefix=_words(valid_prefix))
+    pause = PauseSection(rate=rate, window=window, placement=placement, seed=pause_seed, embeddings=len(pause_ids) or 1)
+    tokenizer = open_corpora(data, pause.embeddings).tokenizer
+    if pause_ids.start != tokenizer.pause_id or not len(pause_ids):
+        raise ConfigError(
+            f"pause_ids: expected ids from {tokenizer.pause_id} on, which the corpus {data.prefix[-1]} keeps for pauses "
+            f"(its tokenizer has {tokenizer.vocab_size} ids), got {pause_ids}. Prepare the corpus with the tokenizer of "
+            "the model: save it after add_pause_token, and pause-megatron prepare --tokenizer FOLDER"
+        )
+    built = build_datasets(
+        data.prefix,
+        valid_prefix=data.valid_prefix,
+        split=split or ("1,0,0" if data.valid_prefix else "99,1,0"),
+        sequence_length=length - 1,
+        tokenizer=tokenizer,
+        pause=pause,
+        seed=seed,
+        train_samples=samples,
+        valid_samples=valid_samples,
+        cache=cache,
+        documents=documents,
+        eod_mask_loss=eod_mask_loss,
+    )
+    train, valid, plain = (
+        None if part is None else LabelledWindows(part, pause_ids, positions=documents == "apart")
+        for part in (built.train, built.valid, built.valid_without_pauses)
+    )
+    return PauseWindows(train, valid, plain, pause_ids, built.tokenizer.vocab_size)
+
+
+def _words(prefix: str | Path | Sequence[str]) -> str | tuple[str, ...]:
+    return str(prefix) if isinstance(prefix, (str, Path)) else tuple(map(str, prefix))
+
+
+def _check_connected() -> None:
+    """Each process that is alone builds the index caches, and several would write the same files at once."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
+        raise ConfigError(
+            "pause_windows: expected a process group where WORLD_SIZE is "
+            f"{os.environ['WORLD_SIZE']}, so that one rank builds the index caches, got none: make the TrainingArguments "
+            "or the Accelerator first"
+        )
