@@ -26,8 +26,9 @@ class LabelledWindows(Dataset):
     A sample has input_ids and labels int64 [N + 1], the whole window, since the target of its last position is a token
     of it. A label is the token at its own place, and -100 where nothing is to be predicted: at pauses, at padding, at
     the first token. So the number of labels is the number of targets, as Trainer counts them. Where documents are
-    apart, position_ids int64 [N + 1] start again with each, which is how transformers keeps packed sequences from
-    seeing each other; a sample has no attention_mask, which would switch that off.
+    apart, position_ids int64 [N + 1] start again with each. From these transformers keeps packed sequences from seeing
+    each other, but only without an attention_mask, which a sample therefore does not have, and without a cache: Trainer
+    switches it off, a loop of your own must say use_cache=False.
 
     Args:
         windows: Sample number -> tokens, labels, loss_mask and position_ids [N].

@@ -1,0 +1,164 @@
+"""The README's lines for transformers users, run as they stand, and what a real Trainer makes of our samples."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from prose import documents, write_shards
+from tiny_llama import llama, sentencepiece_tokenizer
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+
+from pause_megatron import PauseExamples, PauseLoss, PauseTransform, add_pause_token, pad_batch, pause_windows
+from pause_megatron.data.prepare import prepare
+from pause_megatron.data.tokenizer import load_tokenizer
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+SECTION = "## As a library, with Hugging Face\n"
+PAUSE = 600
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """What the README's reader has: llama/, shards/, and data/c4 prepared with the model's tokenizer."""
+    folder = tmp_path_factory.mktemp("library")
+    tokenizer = sentencepiece_tokenizer(folder / "llama", pause=False)
+    for part in (tokenizer, llama(len(tokenizer), pauses=0)):
+        part.save_pretrained(str(folder / "llama"))
+    pattern = write_shards(folder / "shards", [text[:400] for text in documents(150)], 1)
+    prepare([pattern], load_tokenizer(folder / "llama"), folder / "data" / "c4", workers=1)
+    return folder
+
+
+def _definition(model, ids: Tensor) -> float:
+    """Mean loss of a batch [batch, seq] over text targets, each read from whatever stands before it."""
+    with torch.no_grad():
+        losses = cross_entropy(model(ids[:, :-1]).logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    return losses[ids[:, 1:] != PAUSE].mean().item()
+
+
+def _losses(trainer: Trainer) -> list[float]:
+    """Losses of the steps, as Trainer accumulated them."""
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_the_readmes_lines_train_a_model_with_pauses(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
+    section = README.read_text(encoding="utf-8").partition(SECTION)[2].partition("\n## ")[0]
+    first, further, loop = re.findall(r"^```python\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    names: dict[str, object] = {}
+    *before, train = ast.parse(first).body
+    assert ast.unparse(train) == "trainer.train()"
+    _run(before, names)
+    model, trainer = names["model"], names["trainer"]
+    initial, seen = copy.deepcopy(model), []
+    hook = model.register_forward_pre_hook(lambda *call: seen.append(call[2]["input_ids"]), with_kwargs=True)
+    _run([train], names)
+    hook.remove()
+    losses = _losses(trainer)
+    assert len(losses) == 20 and np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.1
+    assert seen[0].shape == (8, 128) and (seen[0] == PAUSE).sum() == 8 * 13
+    assert losses[0] == pytest.approx(_definition(initial, seen[0]), rel=1e-5)
+    moved = (model.get_input_embeddings().weight - initial.get_input_embeddings().weight).abs().amax(1)
+    assert moved[PAUSE] > 1e-3
+
+    _run(ast.parse(further).body, names)
+    assert _on_examples(model, names["examples"]) < _on_examples(initial, names["examples"]) - 2
+    assert model.config.pause["m_ft"] == 10
+
+    windows = names["windows"].train
+    ids = torch.stack([windows[number]["input_ids"] for number in range(8)])
+    before_loop = _definition(model, ids)
+    _run(ast.parse(loop).body, names)
+    assert _definition(model, ids) < before_loop - 0.1
+
+
+def _run(body: list[ast.stmt], names: dict[str, object]) -> None:
+    exec(compile(ast.Module(body, []), str(README), "exec"), names)
+
+
+def _on_examples(model, examples: PauseExamples) -> float:
+    with torch.no_grad():
+        return model(**pad_batch([examples[number] for number in range(8)])).loss.item()
+
+
+@pytest.fixture
+def train(folder, tmp_path):
+    """Trains the same model for 5 steps of 8 samples; returns the losses and the model."""
+
+    def call(make_data, micro: int = 8, *, steps: int = 5, **options) -> tuple[list[float], torch.nn.Module]:
+        tokenizer = sentencepiece_tokenizer(tmp_path / f"t{micro}", pause=False)
+        model = llama(len(tokenizer), pauses=0)
+        pause_ids = add_pause_token(tokenizer, model)
+        arguments = TrainingArguments(
+            str(tmp_path / "runs"),
+            max_steps=steps,
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=8 // micro,
+            learning_rate=1e-2,
+            logging_steps=1,
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+        )
+        trainer = Trainer(model, arguments, train_dataset=make_data(tokenizer, pause_ids), **options)
+        trainer.train()
+        return _losses(trainer), model
+
+    return call
+
+
+def _windows(folder):
+    def make(tokenizer, pause_ids):
+        settings = {"rate": 0.3, "window": "trim", "placement": "bernoulli"}
+        return pause_windows(folder / "data" / "c4", 64, pause_ids=pause_ids, samples=40, **settings).train
+
+    return make
+
+
+def _pairs(tokenizer, pause_ids):
+    pairs = [(text[:40], text[40 : 50 + 7 * number]) for number, text in enumerate(documents(20))]
+    return PauseExamples(pairs, tokenizer, 200, pause_ids=pause_ids, pauses="0..9", epochs=2)
+
+
+@pytest.mark.parametrize("kind", ["windows", "examples"])
+def test_gradient_accumulation_changes_nothing(folder, train, kind):
+    """Micro-batches differ in their number of targets: a mean of means would show."""
+    make, options = (_windows(folder), {}) if kind == "windows" else (_pairs, {"data_collator": pad_batch})
+    whole, model = train(make, 8, **options)
+    for micro in (4, 2):
+        losses, other = train(make, micro, **options)
+        assert losses == pytest.approx(whole, rel=1e-5)
+        for one, two in zip(model.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
+    if kind == "windows":
+        assert train(make, 2, compute_loss_func=PauseLoss(range(PAUSE, PAUSE + 1)))[0] == pytest.approx(whole, rel=1e-5)
+
+
+def test_a_collator_that_writes_labels_trains_on_pauses(folder, train):
+    """Why the README says to leave it alone."""
+    tokenizer = sentencepiece_tokenizer(folder / "collator", pause=False)
+    tokenizer.pad_token = tokenizer.eos_token
+    sample = _windows(folder)(None, range(PAUSE, PAUSE + 1))[0]
+    batch = DataCollatorForLanguageModeling(tokenizer, mlm=False)([dict(sample)])
+    assert (batch["labels"] == PAUSE).any() and not (sample["labels"] == PAUSE).any()
+
+
+def test_blocks_of_ones_own_train_too(train):
+    def make(tokenizer, pause_ids):
+        import datasets
+
+        text = tokenizer("\n".join(documents(40)))["input_ids"]
+        blocks = [{"input_ids": text[start : start + 60]} for start in range(0, 60 * 40, 60)]
+        return datasets.Dataset.from_list(blocks).map(PauseTransform(pause_ids, rate=0.1), with_indices=True)
+
+    losses, _ = train(make, 4)
+    assert losses[-1] < losses[0] - 0.3

@@ -1,0 +1,105 @@
+"""Blocks with pauses: what stays, what grows, and that a row's number alone decides where they stand."""
+
+from __future__ import annotations
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from corpora import paragraphs
+from datasets.fingerprint import Hasher
+from tiny_llama import llama
+
+from pause_megatron.errors import ConfigError, DataError
+from pause_megatron.hf.transform import PauseTransform, pad_batch
+
+PAUSES = range(257, 258)
+
+
+def _blocks(length: int, count: int = 12) -> list[dict[str, list[int]]]:
+    text = np.concatenate(paragraphs(40))[: length * count]
+    return [{"input_ids": block.tolist()} for block in text.reshape(count, length)]
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.37, 0.9])
+@pytest.mark.parametrize("window", ["exact", "trim"])
+def test_text_stays_in_order_and_is_predicted_once(rate, window):
+    transform = PauseTransform(PAUSES, rate=rate, window=window)
+    for length in (2, 3, 17, 64, 100):
+        for number, block in enumerate(_blocks(length, 3)):
+            made = {name: np.array(values) for name, values in transform(block, number).items()}
+            ids, labels, is_text = made["input_ids"], made["labels"], made["input_ids"] != PAUSES.start
+            kept = ids[is_text]
+            assert kept.tolist() == block["input_ids"][: kept.size]
+            assert is_text[0] and (labels[~is_text] == -100).all() and labels[0] == -100
+            assert labels[1:][is_text[1:]].tolist() == kept[1:].tolist()
+            assert made["attention_mask"].tolist() == [1] * ids.size
+            if window == "exact":
+                assert kept.size == length == transform.text_length(ids.size)
+                assert (~is_text).sum() == round(rate * (ids.size - 1))
+            else:
+                assert ids.size == length == transform.text_length(length)
+
+
+def test_places_depend_on_seed_names_and_number_alone():
+    block = _blocks(64)[0]
+    made = [
+        PauseTransform(PAUSES, **settings)(block, number)["input_ids"]
+        for settings in ({}, {"seed": 5}, {"dataset": "b"}, {"split": "valid"})
+        for number in (0, 1)
+    ]
+    assert len(set(map(tuple, made))) == 8
+    assert PauseTransform(PAUSES)(block, 1)["input_ids"] == made[1]
+
+
+def test_datasets_gives_each_row_its_number_in_memory_and_streamed():
+    blocks = _blocks(32)
+    transform = PauseTransform(PAUSES, rate=0.2)
+    expected = [transform(block, number) for number, block in enumerate(blocks)]
+    before = Hasher.hash(transform)  # the key of what `map` keeps on disk
+    rows = datasets.Dataset.from_list(blocks)
+    assert rows.map(transform, with_indices=True).to_list() == expected
+    assert list(rows.to_iterable_dataset(num_shards=3).map(transform, with_indices=True)) == expected
+    assert Hasher.hash(transform) == before == Hasher.hash(PauseTransform(PAUSES, rate=0.2))
+    assert Hasher.hash(PauseTransform(PAUSES, rate=0.2, seed=1)) != before
+
+
+def test_labels_of_ones_own_go_with_their_tokens_and_padding_goes():
+    ids = [5, 6, 7, 8, 9, 10, 11, 12]
+    labels = [-100, -100, -100, 8, 9, 10, 11, 12]
+    block = {"input_ids": [0, 0, *ids, 0], "labels": [3, -100, *labels, -100], "attention_mask": [0, 0, *[1] * 8, 0]}
+    made = PauseTransform(PAUSES, rate=0.5)(block, 0)
+    pairs = [pair for pair in zip(made["input_ids"], made["labels"], strict=True) if pair[0] not in PAUSES]
+    assert pairs == list(zip(ids, labels, strict=True)) and len(made["input_ids"]) == 14
+
+
+def test_a_padded_batch_has_the_losses_of_its_samples():
+    model, transform = llama(258), PauseTransform(PAUSES, rate=0.3)
+    samples = [transform(_blocks(length)[number], number) for number, length in enumerate((7, 30, 12))]
+    batch = pad_batch(samples)
+    assert batch["input_ids"].shape == batch["labels"].shape == batch["attention_mask"].shape == (3, 42)
+    assert batch["attention_mask"].sum(1).tolist() == [len(sample["input_ids"]) for sample in samples]
+    count = torch.tensor([(torch.tensor(sample["labels"]) != -100).sum() for sample in samples])
+    alone = [
+        model(**{name: torch.tensor([sample[name]]) for name in ("input_ids", "labels")}).loss for sample in samples
+    ]
+    torch.testing.assert_close(model(**batch).loss, (torch.stack(alone) * count).sum() / count.sum())
+
+
+def test_what_cannot_get_pauses_is_named():
+    transform = PauseTransform(PAUSES)
+    with pytest.raises(DataError, match=r"block 3: expected text only, got the pause id 257.*split_special_tokens"):
+        transform({"input_ids": [1, 257, 2]}, 3)
+    with pytest.raises(DataError, match="block 4: expected 2 tokens or more.*got 1"):
+        transform({"input_ids": [1, 0], "attention_mask": [1, 0]}, 4)
+    with pytest.raises(DataError, match="block 5: column 'token_type_ids': .*remove_columns"):
+        transform({"input_ids": [1, 2, 3], "token_type_ids": [0, 0, 0]}, 5)
+    assert transform({"input_ids": [1, 2, 3], "text": "abc"}, 5)["input_ids"]
+    for settings, message in (
+        ({"rate": 1.0}, r"pause\.rate"),
+        ({"window": "cut"}, r"pause\.window"),
+        ({"placement": "unifrom"}, r"pause\.placement"),
+        ({"placement": "bernoulli"}, "bernoulli"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            PauseTransform(PAUSES, **settings)
