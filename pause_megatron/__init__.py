@@ -6,8 +6,9 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pause_megatron.data.dataset import PauseGPTDataset, PauseGPTDatasetConfig, PauseTokenizer
+    from pause_megatron.data.dataset import PauseGPTDataset, PauseGPTDatasetConfig
     from pause_megatron.data.pause import PauseInjector, PausePlan, add_pauses, inject
+    from pause_megatron.data.pause_tokenizer import PauseTokenizer
     from pause_megatron.errors import PauseMegatronError
     from pause_megatron.hf.examples import PauseExamples
     from pause_megatron.hf.loss import PauseLoss
@@ -38,7 +39,8 @@ __all__ = [
 
 # Imported when they are asked for: the command line says --help at once, and `inject` needs numpy alone.
 _PLACES = {
-    **dict.fromkeys(("PauseGPTDataset", "PauseGPTDatasetConfig", "PauseTokenizer"), "data.dataset"),
+    **dict.fromkeys(("PauseGPTDataset", "PauseGPTDatasetConfig"), "data.dataset"),
+    "PauseTokenizer": "data.pause_tokenizer",
     **dict.fromkeys(("PauseInjector", "PausePlan", "add_pauses", "inject"), "data.pause"),
     "PauseMegatronError": "errors",
     "PauseExamples": "hf.examples",

@@ -16,8 +16,8 @@ IGNORED = -100
 class PauseLoss:
     """Sum token losses over every target that is text (Goyal et al., ICLR 2024, section 3.1).
 
-    A plain loop takes `sum`; `Trainer(compute_loss_func=PauseLoss(...))` calls the object itself. A transformers model's
-    own loss is the same with softmax="keep" and a vocabulary without unused rows, if the labels are those of
+    A plain loop takes `sum`; `Trainer(compute_loss_func=PauseLoss(...))` calls the object itself. The own loss of a
+    transformers model is the same with softmax="keep" and a vocabulary without unused rows, if the labels are those of
     `pause_windows` or `PauseTransform`.
 
     Args:

@@ -42,7 +42,9 @@ def add_pause_token(tokenizer: Any, model: Any, *, embeddings: int = 1, seed: in
     pause_ids, added = _token_ids(tokenizer, pause_names(embeddings))
     if pause_ids.stop > rows:
         model.resize_token_embeddings(pause_ids.stop, mean_resizing=False)
-    _fill_rows(model, pause_ids, {*added, *range(rows, pause_ids.stop)}, text_rows=min(pause_ids.start, rows), seed=seed)
+    _fill_rows(
+        model, pause_ids, {*added, *range(rows, pause_ids.stop)}, text_rows=min(pause_ids.start, rows), seed=seed
+    )
     _describe(model, tokenizer, pause_ids)
     return pause_ids
 

@@ -97,8 +97,8 @@ class PauseTransform:
         ]
         if other:
             raise DataError(
-                f"block {number}: column {other[0]!r}: expected no column besides {', '.join(COLUMNS)} with a value for "
-                f"each token, got one of {size} values, which pauses would shift. Take it out with remove_columns"
+                f"block {number}: column {other[0]!r}: expected no column besides {', '.join(COLUMNS)} with a value "
+                f"for each token, got one of {size} values, which pauses would shift. Take it out with remove_columns"
             )
         mask = columns.get("attention_mask", np.ones(size, dtype=np.int64)) != 0
         text = columns["input_ids"][mask]

@@ -128,9 +128,9 @@ def pause_windows(
     tokenizer = open_corpora(data, pause.embeddings).tokenizer
     if pause_ids.start != tokenizer.pause_id or not len(pause_ids):
         raise ConfigError(
-            f"pause_ids: expected ids from {tokenizer.pause_id} on, which the corpus {data.prefix[-1]} keeps for pauses "
-            f"(its tokenizer has {tokenizer.vocab_size} ids), got {pause_ids}. Prepare the corpus with the tokenizer of "
-            "the model: save it after add_pause_token, and pause-megatron prepare --tokenizer FOLDER"
+            f"pause_ids: expected ids from {tokenizer.pause_id} on, which the corpus {data.prefix[-1]} keeps for "
+            f"pauses (its tokenizer has {tokenizer.vocab_size} ids), got {pause_ids}. Prepare the corpus with the "
+            "model's tokenizer: save it after add_pause_token, and pause-megatron prepare --tokenizer FOLDER"
         )
     built = build_datasets(
         data.prefix,
@@ -162,6 +162,6 @@ def _check_connected() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
         raise ConfigError(
             "pause_windows: expected a process group where WORLD_SIZE is "
-            f"{os.environ['WORLD_SIZE']}, so that one rank builds the index caches, got none: make the TrainingArguments "
-            "or the Accelerator first"
+            f"{os.environ['WORLD_SIZE']}, so that one rank builds the index caches, got none: make the "
+            "TrainingArguments or the Accelerator first"
         )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import copy
 import re
+import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from prose import documents, write_shards
+from ranks import run_on_ranks
 from tiny_llama import llama, sentencepiece_tokenizer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -90,75 +92,84 @@ def _on_examples(model, examples: PauseExamples) -> float:
         return model(**pad_batch([examples[number] for number in range(8)])).loss.item()
 
 
-@pytest.fixture
-def train(folder, tmp_path):
-    """Trains the same model for 5 steps of 8 samples; returns the losses and the model."""
-
-    def call(make_data, micro: int = 8, *, steps: int = 5, **options) -> tuple[list[float], torch.nn.Module]:
-        tokenizer = sentencepiece_tokenizer(tmp_path / f"t{micro}", pause=False)
-        model = llama(len(tokenizer), pauses=0)
-        pause_ids = add_pause_token(tokenizer, model)
-        arguments = TrainingArguments(
-            str(tmp_path / "runs"),
-            max_steps=steps,
-            per_device_train_batch_size=micro,
-            gradient_accumulation_steps=8 // micro,
-            learning_rate=1e-2,
-            logging_steps=1,
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-        )
-        trainer = Trainer(model, arguments, train_dataset=make_data(tokenizer, pause_ids), **options)
-        trainer.train()
-        return _losses(trainer), model
-
-    return call
+def _train(make_data, folder: Path, micro: int = 8, accumulation: int = 1, **options):
+    """Trains a small model for 5 steps; returns the losses of the steps and the trainer."""
+    folder.mkdir(exist_ok=True)
+    tokenizer = sentencepiece_tokenizer(Path(tempfile.mkdtemp(dir=folder)), pause=False)
+    model = llama(len(tokenizer), pauses=0)
+    pause_ids = add_pause_token(tokenizer, model)
+    arguments = TrainingArguments(
+        str(folder / "runs"),
+        max_steps=5,
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=accumulation,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    trainer = Trainer(model, arguments, train_dataset=make_data(folder, tokenizer, pause_ids), **options)
+    trainer.train()
+    return _losses(trainer), trainer
 
 
-def _windows(folder):
-    def make(tokenizer, pause_ids):
-        settings = {"rate": 0.3, "window": "trim", "placement": "bernoulli"}
-        return pause_windows(folder / "data" / "c4", 64, pause_ids=pause_ids, samples=40, **settings).train
-
-    return make
+def _windows(folder, tokenizer, pause_ids):
+    settings = {"rate": 0.3, "window": "trim", "placement": "bernoulli"}
+    return pause_windows(folder / "data" / "c4", 64, pause_ids=pause_ids, samples=40, **settings).train
 
 
-def _pairs(tokenizer, pause_ids):
+def _pairs(folder, tokenizer, pause_ids):
     pairs = [(text[:40], text[40 : 50 + 7 * number]) for number, text in enumerate(documents(20))]
     return PauseExamples(pairs, tokenizer, 200, pause_ids=pause_ids, pauses="0..9", epochs=2)
 
 
-@pytest.mark.parametrize("kind", ["windows", "examples"])
-def test_gradient_accumulation_changes_nothing(folder, train, kind):
+def _on_a_rank(folder: Path) -> list[float]:
+    from accelerate.state import AcceleratorState
+
+    try:
+        return _train(_windows, folder, 2, 2)[0]
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)  # the process lives on, for other tests
+
+
+@pytest.mark.parametrize("make", [_windows, _pairs], ids=["windows", "examples"])
+def test_accumulation_changes_nothing(folder, make):
     """Micro-batches differ in their number of targets: a mean of means would show."""
-    make, options = (_windows(folder), {}) if kind == "windows" else (_pairs, {"data_collator": pad_batch})
-    whole, model = train(make, 8, **options)
+    options = {"data_collator": pad_batch} if make is _pairs else {}
+    whole, trainer = _train(make, folder, 8, **options)
     for micro in (4, 2):
-        losses, other = train(make, micro, **options)
+        losses, other = _train(make, folder, micro, 8 // micro, **options)
         assert losses == pytest.approx(whole, rel=1e-5)
-        for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        for one, two in zip(trainer.model.parameters(), other.model.parameters(), strict=True):
             torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
-    if kind == "windows":
-        assert train(make, 2, compute_loss_func=PauseLoss(range(PAUSE, PAUSE + 1)))[0] == pytest.approx(whole, rel=1e-5)
+    options["compute_loss_func"] = PauseLoss(range(PAUSE, PAUSE + 1))
+    assert _train(make, folder, 2, 4, **options)[0] == pytest.approx(whole, rel=1e-5)
 
 
-def test_a_collator_that_writes_labels_trains_on_pauses(folder, train):
+def test_two_ranks_are_one(folder):
+    whole, _ = _train(_windows, folder, 8)
+    for losses in run_on_ranks(2, _on_a_rank, folder):
+        assert losses == pytest.approx(whole, rel=1e-5)
+
+
+def test_a_collator_that_writes_labels_trains_on_pauses(folder):
     """Why the README says to leave it alone."""
     tokenizer = sentencepiece_tokenizer(folder / "collator", pause=False)
     tokenizer.pad_token = tokenizer.eos_token
-    sample = _windows(folder)(None, range(PAUSE, PAUSE + 1))[0]
+    sample = _windows(folder, tokenizer, range(PAUSE, PAUSE + 1))[0]
     batch = DataCollatorForLanguageModeling(tokenizer, mlm=False)([dict(sample)])
     assert (batch["labels"] == PAUSE).any() and not (sample["labels"] == PAUSE).any()
 
 
-def test_blocks_of_ones_own_train_too(train):
-    def make(tokenizer, pause_ids):
+def test_blocks_of_ones_own_train_too(folder):
+    def make(folder, tokenizer, pause_ids):
         import datasets
 
         text = tokenizer("\n".join(documents(40)))["input_ids"]
         blocks = [{"input_ids": text[start : start + 60]} for start in range(0, 60 * 40, 60)]
         return datasets.Dataset.from_list(blocks).map(PauseTransform(pause_ids, rate=0.1), with_indices=True)
 
-    losses, _ = train(make, 4)
+    losses, _ = _train(make, folder)
     assert losses[-1] < losses[0] - 0.3

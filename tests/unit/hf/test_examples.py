@@ -88,7 +88,9 @@ def test_prompts_are_cut_on_the_left_and_targets_never(tokenizer):
 
 
 def test_prepended_pauses_and_fillers(tokenizer):
-    assert all((sample["input_ids"][1:5] == PAUSE).all() for sample in _examples(tokenizer, pauses=4, location="prepend"))
+    assert all(
+        (sample["input_ids"][1:5] == PAUSE).all() for sample in _examples(tokenizer, pauses=4, location="prepend")
+    )
     dot = tokenizer.encode("a.", add_special_tokens=False)[-1]
     for sample in _examples(tokenizer, pauses=4, filler="."):
         first = int((sample["labels"] != -100).nonzero()[0])
@@ -96,7 +98,7 @@ def test_prepended_pauses_and_fillers(tokenizer):
 
 
 def test_what_cannot_be_trained_on_is_named(tokenizer):
-    with pytest.raises(DataError, match="example 0: .* 60 pauses do not fit"):
+    with pytest.raises(DataError, match=r"example 0: .* 60 pauses do not fit"):
         _examples(tokenizer, 64, pauses=60)
     with pytest.raises(DataError, match="expected examples"):
         PauseExamples([], tokenizer, 64, pause_ids=range(PAUSE, PAUSE + 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import peft
 import pytest
 import torch
 from tiny_llama import byte_level_tokenizer, llama, sentencepiece_tokenizer
@@ -9,6 +10,7 @@ from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
 
 from pause_megatron.checkpoint.layout import VOCABULARY
 from pause_megatron.errors import ConfigError
+from pause_megatron.hf.loss import PauseLoss
 from pause_megatron.hf.pause_token import add_pause_token
 from pause_megatron.inference import load
 from pause_megatron.model.init import pause_row
@@ -78,11 +80,29 @@ def test_a_saved_model_pauses_in_generate_and_never_says_so(tmp_path):
     assert (loaded.generate(**prompt, max_new_tokens=8, do_sample=False)[0, -8:] != pause).all()
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_lora_learns_the_row_if_it_is_told_to(tokenizer, tied):
+    """As hf/README.md says."""
+    model = llama(600, pauses=0, tie_word_embeddings=tied)
+    pause_ids = add_pause_token(tokenizer, model)
+    before = model.get_input_embeddings().weight.detach().clone()
+    options = {"trainable_token_indices": list(pause_ids)}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules="all-linear", **options))
+    optimizer = torch.optim.AdamW([one for one in adapted.parameters() if one.requires_grad], lr=1e-2)
+    ids = torch.randint(3, 600, (2, 16), generator=torch.Generator().manual_seed(0))
+    ids[:, 5:8] = pause_ids.start
+    total, count = PauseLoss(pause_ids).sum(adapted(ids).logits, ids)
+    (total / count).backward()
+    optimizer.step()
+    after = adapted.merge_and_unload().get_input_embeddings().weight.detach()
+    assert torch.equal(after[:600], before[:600]) and not torch.allclose(after[600], before[600], atol=1e-3)
+
+
 def test_what_would_go_wrong_later_is_refused(tokenizer):
     tokenizer.add_tokens([AddedToken("<pause>", special=False)])
     with pytest.raises(ConfigError, match=r"expected its token '<pause>' \(id 600\) to be special.*full of pauses"):
         add_pause_token(tokenizer, llama(601, pauses=0))
-    with pytest.raises(ConfigError, match="whole in this process, got one that is empty.*ZeRO-3"):
+    with pytest.raises(ConfigError, match=r"whole in this process, got one that is empty.*ZeRO-3"):
         add_pause_token(tokenizer, llama(601, pauses=0).to("meta"))
     with pytest.raises(ConfigError, match="embeddings: expected 1 or more, got 0"):
         add_pause_token(tokenizer, llama(601, pauses=0), embeddings=0)

@@ -90,9 +90,9 @@ def test_what_cannot_get_pauses_is_named():
     transform = PauseTransform(PAUSES)
     with pytest.raises(DataError, match=r"block 3: expected text only, got the pause id 257.*split_special_tokens"):
         transform({"input_ids": [1, 257, 2]}, 3)
-    with pytest.raises(DataError, match="block 4: expected 2 tokens or more.*got 1"):
+    with pytest.raises(DataError, match=r"block 4: expected 2 tokens or more.*got 1"):
         transform({"input_ids": [1, 0], "attention_mask": [1, 0]}, 4)
-    with pytest.raises(DataError, match="block 5: column 'token_type_ids': .*remove_columns"):
+    with pytest.raises(DataError, match=r"block 5: column 'token_type_ids': .*remove_columns"):
         transform({"input_ids": [1, 2, 3], "token_type_ids": [0, 0, 0]}, 5)
     assert transform({"input_ids": [1, 2, 3], "text": "abc"}, 5)["input_ids"]
     for settings, message in (

@@ -122,7 +122,7 @@ def test_held_out_windows_with_and_without_pauses(folder):
 
 
 def test_what_cannot_be_is_refused_before_anything_is_built(folder, monkeypatch):
-    with pytest.raises(ConfigError, match=r"pause_ids: expected ids from 600 on, .* got range\(601, 602\).*--tokenizer"):
+    with pytest.raises(ConfigError, match=r"pause_ids: expected ids from 600 on, .* got range\(601, 602\)"):
         pause_windows(folder / "a", LENGTH, pause_ids=range(601, 602))
     for settings, message in (
         ({"documents": "alone"}, "documents: expected 'joined' or 'apart', got 'alone'"),
@@ -135,5 +135,5 @@ def test_what_cannot_be_is_refused_before_anything_is_built(folder, monkeypatch)
     with pytest.raises(DataError, match="nothing-here"):
         pause_windows(folder / "nothing-here", LENGTH, pause_ids=PAUSES)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="WORLD_SIZE is 2, .* got none: make the TrainingArguments or the Accelerator"):
+    with pytest.raises(ConfigError, match=r"WORLD_SIZE is 2, .* got none: make the TrainingArguments"):
         pause_windows(folder / "a", LENGTH, pause_ids=PAUSES)
