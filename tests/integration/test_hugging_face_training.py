@@ -22,8 +22,11 @@ from pause_megatron import PauseExamples, PauseLoss, PauseTransform, add_pause_t
 from pause_megatron.data.prepare import prepare
 from pause_megatron.data.tokenizer import load_tokenizer
 
-README = Path(__file__).resolve().parents[2] / "README.md"
-SECTION = "## As a library, with Hugging Face\n"
+ROOT = Path(__file__).resolve().parents[2]
+SECTIONS = [
+    (ROOT / "README.md", "## As a library, with Hugging Face\n"),
+    (ROOT / "pause_megatron" / "hf" / "README.md", "## Training a transformers model\n"),
+]
 PAUSE = 600
 
 
@@ -54,8 +57,10 @@ def _losses(trainer: Trainer) -> list[float]:
 def test_the_readmes_lines_train_a_model_with_pauses(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
-    section = README.read_text(encoding="utf-8").partition(SECTION)[2].partition("\n## ")[0]
-    first, further, loop = re.findall(r"^```python\n(.*?)^```$", section, re.MULTILINE | re.DOTALL)
+    text = "\n".join(
+        path.read_text(encoding="utf-8").partition(heading)[2].partition("\n## ")[0] for path, heading in SECTIONS
+    )
+    first, further, loop = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     names: dict[str, object] = {}
     *before, train = ast.parse(first).body
     assert ast.unparse(train) == "trainer.train()"
@@ -84,7 +89,7 @@ def test_the_readmes_lines_train_a_model_with_pauses(folder, tmp_path, monkeypat
 
 
 def _run(body: list[ast.stmt], names: dict[str, object]) -> None:
-    exec(compile(ast.Module(body, []), str(README), "exec"), names)
+    exec(compile(ast.Module(body, []), "README.md", "exec"), names)
 
 
 def _on_examples(model, examples: PauseExamples) -> float:
