@@ -83,18 +83,15 @@ class Checkout:
 
     def _parse(self, args_defaults: dict[str, object]) -> Namespace:
         """Arguments, and the tokenizer, from which the rows of the embedding follow unless they were given."""
-        self.args = tokenizer_arguments(**{**_DEFAULTS, **args_defaults, **self.command_line})
+        self.args = args = tokenizer_arguments(**{**_DEFAULTS, **args_defaults, **self.command_line})
+        # megatron-core 0.17 on sets the rows too, from its tokenizer; what was given stays.
+        self.tokenizer = build_tokenizer(Namespace(**vars(args)))
         if self.generation == "0.16":
-            self.tokenizer = LegacySentencePiece(build_tokenizer(Namespace(**vars(self.args))))
-            multiple = self.args.make_vocab_size_divisible_by * self.args.tensor_model_parallel_size
-            if self.args.padded_vocab_size is None:
-                self.args.padded_vocab_size = -(-self.tokenizer.vocab_size // multiple) * multiple
-        else:
-            self.tokenizer = build_tokenizer(self.args)
-            if self.args.padded_vocab_size is None:  # megatron-core 0.16's build_tokenizer leaves it
-                multiple = self.args.make_vocab_size_divisible_by * self.args.tensor_model_parallel_size
-                self.args.padded_vocab_size = -(-self.tokenizer.vocab_size // multiple) * multiple
-        return self.args
+            self.tokenizer = LegacySentencePiece(self.tokenizer)
+        if args.padded_vocab_size is None:
+            multiple = args.make_vocab_size_divisible_by * args.tensor_model_parallel_size
+            args.padded_vocab_size = -(-self.tokenizer.vocab_size // multiple) * multiple
+        return args
 
     def _pretrain_016(
         self, provider: Any, model_provider: Any, model_type: object, forward_step: Any, args_defaults: Any, store: None

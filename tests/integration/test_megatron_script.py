@@ -121,11 +121,8 @@ def _change(scripts: Path, generation: str, model: bool) -> None:
 
 
 def _run(folder: Path) -> list[dict[str, Any]]:
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-        "OMP_NUM_THREADS": "1",
-    }
+    paths = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     ranks = [
         subprocess.Popen(
             [sys.executable, str(ROOT / "tests" / "megatron_surroundings.py"), str(folder), str(rank)],
