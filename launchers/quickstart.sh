@@ -14,6 +14,8 @@ EXTRAS=quickstart source launchers/setup.sh
 
 ranks=${RANKS:-2}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}
+# A port of its own: another run may be going on.
+free_port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 say() { printf '\n== %s\n' "$*"; }
 
 say "English text in C4's own layout"
@@ -30,8 +32,8 @@ run pause-megatron prepare --input "$folder/shards/c4-train.*.json.gz" --tokeniz
 
 for variant in std pause; do
     say "pretraining: $variant, $ranks ranks"
-    run deepspeed --quiet --num_gpus "$ranks" --module pause_megatron pretrain --recipe "tiny-$variant" \
-        "data.prefix=$folder/english" "run.dir=$folder/$variant" "$@"
+    run deepspeed --quiet --num_gpus "$ranks" --master_port "$(free_port)" --module pause_megatron pretrain \
+        --recipe "tiny-$variant" "data.prefix=$folder/english" "run.dir=$folder/$variant" "$@"
 done
 
 say "export: the pause model as a Hugging Face folder, compared with the native one"

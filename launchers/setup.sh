@@ -37,13 +37,17 @@ if [ -x "$venv/bin/python" ]; then
     version=$found
 fi
 
-# pip on a terminal as it is, with its bars; elsewhere a line for each download of 10 MB or more.
+# pip on a terminal as it is, with its bars; elsewhere a line for each download of 10 MB or more, and each long task.
 pip_install() {
+    local pip=("$venv/bin/python" -m pip install --disable-pip-version-check)
+    local -x PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore
     if [ -t 2 ]; then
-        "$venv/bin/python" -m pip install --disable-pip-version-check "$@"
+        "${pip[@]}" "$@"
     else
-        PYTHONUNBUFFERED=1 "$venv/bin/python" -m pip install --disable-pip-version-check --progress-bar off "$@" |
-            sed -n -u -E 's/^ *Downloading (.*) \(([0-9.]+ GB|[0-9]{2,}\.[0-9]+ MB)\)$/setup:   downloading \1, \2/p'
+        "${pip[@]}" --progress-bar off "$@" | sed -n -u -E \
+            -e 's/^ *Downloading (.*) \(([0-9.]+ GB|[0-9]{2,}\.[0-9]+ MB)\)$/setup:   downloading \1, \2/p' \
+            -e 's/^ *Building (wheel|editable) for ([^ ]+) .*started$/setup:   building \2/p' \
+            -e 's/^Installing collected packages: .*/setup:   unpacking/p' >&2
     fi
 }
 

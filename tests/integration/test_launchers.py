@@ -6,8 +6,11 @@ import json
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -35,12 +38,14 @@ def run(command: str, cwd: Path, timeout: float = 240) -> str:
     return result.stdout + result.stderr
 
 
+KEYS = "train.steps=4 checkpoint.every=2 validation.every=2 validation.samples=8 log.samples_every=2"
+
+
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory) -> tuple[Path, str]:
     """`bash launchers/quickstart.sh` over four steps instead of 250."""
     folder = tmp_path_factory.mktemp("quickstart")
-    keys = "train.steps=4 optim.warmup_steps=1 checkpoint.every=2 validation.every=2 validation.samples=8"
-    return folder, run(f"bash launchers/quickstart.sh {folder} {keys} log.samples_every=2", ROOT)
+    return folder, run(f"bash launchers/quickstart.sh {folder} {KEYS}", ROOT)
 
 
 def test_the_quickstart_leaves_what_it_says(quickstart):
@@ -55,12 +60,87 @@ def test_the_quickstart_leaves_what_it_says(quickstart):
     assert Manifest.load(folder / "pause" / "checkpoints" / "latest").progress["step"] == 4
 
 
+def test_the_quickstart_ends_with_a_model_that_was_prompted_both_ways(quickstart):
+    folder, output = quickstart
+    config = json.loads((folder / "model" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"] and config["pause"]["ids"] == [4096]
+    assert output.count("\nMy fellow citizens,") == 2
+    assert "0 pauses, 40 new tokens" in output and "10 pauses, 40 new tokens" in output
+    assert "What to expect: a model of 1.4 M parameters" in output
+
+
+def test_the_quickstart_says_nothing_that_is_not_its_users_business(quickstart):
+    """No warnings of libraries, no tracebacks, no losses of what does not exist."""
+    _, output = quickstart
+    unwanted = re.compile(r"\bnan\b|Warning|WARNING|deprecat|Traceback|hostfile|No CUDA runtime", re.MULTILINE)
+    assert [line for line in output.splitlines() if unwanted.search(line)] == []
+    assert output.count("note: optim.warmup_steps=1, not 25 (") == 2  # train.steps=4 alone is enough
+
+
 def test_the_quickstart_goes_on_and_finds_nothing_left_to_do(quickstart):
     folder, _ = quickstart
-    keys = "train.steps=4 optim.warmup_steps=1 checkpoint.every=2 validation.every=2 validation.samples=8"
-    output = run(f"bash launchers/quickstart.sh {folder} {keys} log.samples_every=2", ROOT)
+    exported = (folder / "model" / "config.json").stat().st_mtime_ns
+    output = run(f"bash launchers/quickstart.sh {folder} {KEYS}", ROOT)
     assert output.count("resuming after step 4") == 2
     assert output.count("complete after step 4") == 2
+    assert (folder / "model" / "config.json").stat().st_mtime_ns == exported
+
+
+def test_sigterm_to_the_quickstart_alone_ends_its_ranks_with_a_checkpoint(quickstart, tmp_path):
+    """Only the script is told. Its ranks save and are gone within seconds, and the same command goes on."""
+    before, _ = quickstart
+    for name in ("shards", "english.bin", "english.idx", "english.manifest.json", "english.tokenizer", "cache"):
+        if (before / name).exists():
+            (tmp_path / name).symlink_to(before / name)
+    (tmp_path / "tokenizer.model").write_bytes((before / "tokenizer.model").read_bytes())
+    keys = ["train.steps=2000", "checkpoint.every=0", "validation.every=0", "log.tensorboard=false"]
+    command = ["bash", "launchers/quickstart.sh", str(tmp_path), *keys]
+    metrics = tmp_path / "std" / "metrics.jsonl"
+
+    def stopped_after(step: int) -> tuple[int, str]:
+        """Exit code and output; when the script is gone, so are its ranks."""
+        with open(tmp_path / "log", "w+") as log:
+            script = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=log, stderr=subprocess.STDOUT)
+            try:
+                wait_for(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > step, script)
+                assert len(ranks_of(tmp_path)) >= 2
+                script.send_signal(signal.SIGTERM)
+                code = script.wait(60)
+                assert ranks_of(tmp_path) == []
+                return code, (tmp_path / "log").read_text()
+            finally:
+                for pid in [*ranks_of(tmp_path), *([script.pid] if script.poll() is None else [])]:
+                    os.kill(pid, signal.SIGKILL)
+
+    code, output = stopped_after(2)
+    assert code == 75, output[-3000:]
+    assert "stopped after step" in output and output.endswith("stopped; the same command goes on from here\n")
+    saved = Store(tmp_path / "std" / "checkpoints").newest_complete()[1].progress["step"]
+    assert saved == len(metrics.read_text().splitlines())
+    code, output = stopped_after(saved + 1)
+    assert code == 75 and f"resuming after step {saved} from" in output
+    assert [json.loads(line)["step"] for line in metrics.open()][: saved + 2] == list(range(1, saved + 3))
+
+
+def ranks_of(folder: Path) -> list[int]:
+    """Processes that have the folder on their command line, but for the script: launcher and ranks."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            words, state = (process / "cmdline").read_bytes(), (process / "stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if str(folder).encode() in words and b"quickstart.sh" not in words and state[0] not in "ZX":
+            found.append(int(process.name))
+    return found
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 150) -> None:
+    """Until the condition holds; a process that ends before is an error."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.05)
 
 
 def test_tensorboard_shows_losses_rates_configuration_and_pauses(quickstart):
@@ -84,8 +164,7 @@ def test_tensorboard_shows_losses_rates_configuration_and_pauses(quickstart):
 
 def test_torchrun_starts_a_run_too(quickstart, tmp_path):
     folder, _ = quickstart
-    keys = f"data.prefix={folder}/english run.dir={tmp_path} train.steps=4 optim.warmup_steps=1 checkpoint.every=2"
-    keys += " validation.every=2 validation.samples=8 log.samples_every=2"
+    keys = f"data.prefix={folder}/english run.dir={tmp_path} {KEYS}"
     run(f"torchrun --nproc_per_node 2 -m pause_megatron pretrain --recipe tiny-pause {keys}", ROOT)
     losses = [
         [json.loads(line)["loss"] for line in (path / "metrics.jsonl").open()] for path in (folder / "pause", tmp_path)
