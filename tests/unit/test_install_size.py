@@ -100,3 +100,24 @@ def test_a_disk_that_is_too_small_is_refused(venv, indexes, monkeypatch, capsys)
     assert install_size.main() == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("setup: error: expected 6.3 GB free at ") and "got 3.0 GB; make room, set VENV" in error
+
+
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        ("3.9", "expected Python 3.10 to 3.13, got 3.9 ("),
+        ("", "expected Python 3.10 to 3.13, got none ("),
+        ("3.99", "to be of Python 3.99, as PYTHON is, got {0.major}.{0.minor}; remove it, or set VENV"),
+    ],
+)
+def test_an_interpreter_that_does_not_fit_is_refused_before_anything_is_done(venv, tmp_path, version, message):
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho {version}\n" if version else "#!/bin/sh\nexit 1\n")
+    python.chmod(0o755)
+    environment = {**os.environ, "VENV": str(venv), "PYTHON": str(python)}
+    environment.pop("NO_SETUP", None)
+    command = ["bash", "-c", f"source {ROOT / 'launchers' / 'setup.sh'}; echo reached"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and not done.stdout
+    assert message.format(sys.version_info) in done.stderr
+    assert not list(venv.glob(".installed-*"))
