@@ -29,7 +29,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PATH": path, "NO_SETUP": "1", "OMP_NUM_THREADS": "1"}
 
 
-def run(command: str, cwd: Path, timeout: float = 240) -> str:
+def run(command: str, cwd: Path, timeout: float = 540) -> str:
     """Runs a command line as a user types it; returns what it printed."""
     result = subprocess.run(
         ["bash", "-c", command], cwd=cwd, env=environment(), capture_output=True, text=True, timeout=timeout
