@@ -130,7 +130,7 @@ def ranks_of(folder: Path) -> list[int]:
     return found
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 150) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 270) -> None:
     """Until the condition holds; a process that ends before is an error."""
     end = time.monotonic() + seconds
     while not condition():
