@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pause_megatron.config.schema import OptimSection
+from pause_megatron.engine.clipping import Clipping, global_norm, norm_is_exact, reduced_gradients
 from pause_megatron.engine.state import OptimizerState
 
 MicroBatch = TypeVar("MicroBatch")
@@ -62,12 +63,14 @@ class Engine:
         optimizer = torch.optim.AdamW(
             [dict(group) for group in groups], lr=0.0, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True
         )
+        self._clipping = None
+        if not norm_is_exact(ds_config):
+            self._clipping = Clipping(optimizer, ds_config["gradient_clipping"])
+            ds_config = {**ds_config, "gradient_clipping": 0.0}
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory use, whatever its log level
             self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, mpu=mpu)
         self.state = OptimizerState(self.deepspeed, dp_rank, dp_size)
         self._dp_size = dp_size
-        # Without ZeRO and in fp32 DeepSpeed clips but keeps the norm to itself.
-        self._norm_is_ours = not (self.deepspeed.zero_optimization() or self.deepspeed.bfloat16_enabled())
 
     def close(self) -> None:
         """Lets go of the parameters' hooks, which else keep the model and its process groups alive for good."""
@@ -119,20 +122,17 @@ class Engine:
         return self._optimizer_step()
 
     def _optimizer_step(self) -> StepOutcome:
-        if self._norm_is_ours:
-            norm = self._fp32_norm()
-            if not math.isfinite(norm):
+        norm = None
+        if self._clipping is not None:
+            group = self.deepspeed.mpu.get_tensor_model_parallel_group()
+            norm = global_norm(reduced_gradients(self.deepspeed), group, self.deepspeed.device)
+            self._clipping.clip(norm)
+            # In fp32 without ZeRO DeepSpeed would apply it; its other optimizers look for themselves.
+            if not (math.isfinite(norm) or self.deepspeed.bfloat16_enabled()):
                 self.deepspeed.zero_grad()
                 return StepOutcome(norm, applied=False)
-            self.deepspeed.step()
-            return StepOutcome(norm, applied=True)
         self.deepspeed.step()
         applied = bool(getattr(self.deepspeed, "_step_applied", True))
-        norm = self.deepspeed.get_global_grad_norm()
+        if norm is None or not applied:
+            norm = self.deepspeed.get_global_grad_norm()
         return StepOutcome(math.nan if norm is None else float(norm), applied=applied)
-
-    def _fp32_norm(self) -> float:
-        from deepspeed.runtime.utils import clip_grad_norm_
-
-        # An infinite bound clips nothing; the call returns the norm over tensor-parallel ranks too.
-        return float(clip_grad_norm_(self.module.parameters(), max_norm=math.inf, mpu=self.deepspeed.mpu))
