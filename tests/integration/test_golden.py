@@ -1,7 +1,10 @@
 """The losses of the quickstart's recipes, as files.
 
 Changed only by `pytest tests/integration/test_golden.py --update-golden`. Compared exactly on the kind of machine that
-wrote them (torch release, instruction set, processor), elsewhere to 1e-4: other machines add floats in another order.
+wrote them (torch release, instruction set, processor). Other machines add floats in another order, and Adam, which divides
+small moments by their own size, makes rounding errors grow. Measured with AVX2 against AVX-512: losses part by 2e-8 in
+8 steps and 3e-6 in 12; gradient norms by 2e-6 in 6 steps, 1e-5 in 8, and 1e-2 at step 10, a passing spike. torch 2.15 with
+megatron-core 0.19.2 gives the same numbers as torch 2.13 with 0.16.1 on one processor.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ from pause_megatron.cli import main
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets" / "losses"
 STEPS = 12
+FIRST = 6  # steps in which differences of rounding have no time to grow
+CLOSE, LATER_CLOSE, LATER_CLOSE_NORM = 2e-5, 1e-4, 5e-2  # relative
 
 
 def machine() -> dict[str, str]:
@@ -64,4 +69,10 @@ def test_losses_are_those_of_the_golden_file(quickstart_corpus, tmp_path, recipe
         if golden["machine"] == machine():
             assert values == golden[name], name
         else:
-            assert values == [value and pytest.approx(value, rel=1e-4) for value in golden[name]], name
+            later = LATER_CLOSE_NORM if name == "grad_norm" else LATER_CLOSE
+            first = FIRST if len(values) == STEPS else 0  # validation comes later
+            expected = [
+                value and pytest.approx(value, rel=CLOSE if at < first else later)
+                for at, value in enumerate(golden[name])
+            ]
+            assert values == expected, name

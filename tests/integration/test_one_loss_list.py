@@ -9,6 +9,9 @@ import pytest
 from ranks import run_on_ranks
 
 STEPS = 20
+# Each step's gradient is the same to 1e-6, but sums are rounded in another order, and Adam divides small moments by their
+# own size: parameters part slowly. Norms of later steps were up to 9e-6 apart, losses less than 1e-6.
+FIRST, LATER_CLOSE = 5, 5e-5
 # ranks, tensor, sequence parallel, ZeRO stage, micro-batch, further keys
 TOPOLOGIES = [
     (1, 1, False, 1, 2, []),
@@ -76,5 +79,7 @@ def test_one_loss_list(corpus, tmp_path, reference, topology):
     close = ("loss", "loss_after_pause", "loss_elsewhere", "grad_norm", "valid_loss", "valid_loss_without_pauses")
     assert [[line[key] for key in exact] for line in lines] == [[line[key] for key in exact] for line in reference]
     for key in close:
-        got = [line[key] for line in lines if key in line]
-        assert got == pytest.approx([line[key] for line in reference if key in line], rel=1e-5), key
+        found, expected = ([line[key] for line in given if key in line] for given in (lines, reference))
+        first = FIRST if len(found) == STEPS else 0
+        assert found[:first] == pytest.approx(expected[:first], rel=1e-6), key
+        assert found[first:] == pytest.approx(expected[first:], rel=LATER_CLOSE if key == "grad_norm" else 1e-5), key
