@@ -75,7 +75,7 @@ MEMORY = {
     "stage 3, recomputed, 16 ranks": (
         16,
         [
-            *("engine.ds_config=DS/plain.json", "engine.zero_stage=3", "model.layers=4"),
+            *("engine.ds_config=DS/plain.json", "engine.zero_stage=3", "data.sequence_length=256"),
             *("batch.micro_size=1", "parallel.recompute=full"),
         ],
     ),
