@@ -47,7 +47,7 @@ def config(engine: str, precision: str, clip: float) -> RunConfig:
         overrides=[
             *(f"engine.ds_config={engine}", f"engine.precision={precision}", f"optim.clip={clip}", "optim.lr=0.01"),
             *(f"train.steps={STEPS}", f"batch.global_size={WINDOWS}", "batch.micro_size=1", "optim.weight_decay=0"),
-            # Far above the gradient's elements, so that the step is in proportion to them and shows how they were clipped.
+            # Far above the gradient's elements: the step is in proportion to them and shows how they were clipped.
             *("optim.eps=0.1", "data.sequence_length=16"),
         ]
     )
@@ -70,7 +70,7 @@ def in_float64(folder: str) -> list[float]:
     return norms
 
 
-def train(tensor: int, engine: str, precision: str, clip: float, folder: str | None) -> tuple[list[float], float, float]:
+def train(tensor: int, engine: str, precision: str, clip: float, folder: str | None) -> tuple:
     """Norms of the steps; the first moments' norm behind the first; the last parameters' largest distance."""
     from megatron.core.tensor_parallel import copy_to_tensor_model_parallel_region
 

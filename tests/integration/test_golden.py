@@ -1,10 +1,10 @@
 """The losses of the quickstart's recipes, as files.
 
 Changed only by `pytest tests/integration/test_golden.py --update-golden`. Compared exactly on the kind of machine that
-wrote them (torch release, instruction set, processor). Other machines add floats in another order, and Adam, which divides
-small moments by their own size, makes rounding errors grow. Measured with AVX2 against AVX-512: losses part by 2e-8 in
-8 steps and 3e-6 in 12; gradient norms by 2e-6 in 6 steps, 1e-5 in 8, and 1e-2 at step 10, a passing spike. torch 2.15 with
-megatron-core 0.19.2 gives the same numbers as torch 2.13 with 0.16.1 on one processor.
+wrote them (torch release, instruction set, processor). Other machines add floats in another order, and Adam, which
+divides small moments by their own size, makes rounding errors grow. Measured with AVX2 against AVX-512: losses
+part by 2e-8 in 8 steps and 3e-6 in 12; gradient norms by 2e-6 in 6 steps, 1e-5 in 8, and 1e-2 at step 10, a spike.
+torch 2.15 with megatron-core 0.19.2 gives the same numbers as torch 2.13 with 0.16.1 on one processor.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@ import pytest
 from ranks import run_on_ranks
 
 STEPS = 20
-# Each step's gradient is the same to 1e-6, but sums are rounded in another order, and Adam divides small moments by their
-# own size: parameters part slowly. Norms of later steps were up to 9e-6 apart, losses less than 1e-6.
+# Each step's gradient is the same to 1e-6, but sums are rounded in another order, and Adam divides small moments by
+# their own size: parameters part slowly. Norms of later steps were up to 9e-6 apart, losses less than 1e-6.
 FIRST, LATER_CLOSE = 5, 5e-5
 # ranks, tensor, sequence parallel, ZeRO stage, micro-batch, further keys
 TOPOLOGIES = [
