@@ -19,7 +19,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="write tests/assets/losses anew")
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    from compatibility import is_part
+
+    for item in items:
+        if is_part(item.nodeid):
+            item.add_marker("compat")
     if config.getoption("--full"):
         return
     skip = pytest.mark.skip(reason="slow: run with --full")

@@ -4,36 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.metadata
 import io
-import logging
 import os
-import platform
 import shutil
 import socket
-import sys
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import ModuleType
 
+from pause_megatron.cli import installed
+from pause_megatron.cli.finding import Finding, Probe
 from pause_megatron.errors import ConfigError
+from pause_megatron.versions import PACKAGES
 
 GIB = 1024**3
 DEFAULT_PORT = 29500  # torchrun's and deepspeed's
-
-
-@dataclass
-class Finding:
-    """One line of the report."""
-
-    name: str
-    status: str  # "ok", "missing" (training cannot run), "optional" (absent, not needed), "note"
-    text: str
-    advice: str = ""
-
-
-Probe = Callable[[], Iterable[Finding]]
 
 
 def examine(probes: Iterable[tuple[str, Probe]] | None = None) -> Iterator[Finding]:
@@ -47,36 +31,6 @@ def examine(probes: Iterable[tuple[str, Probe]] | None = None) -> Iterator[Findi
             text = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             findings.append(Finding(name, "missing", f"the check failed: {text}", "repair or reinstall it"))
         yield from findings
-
-
-def _python() -> Iterator[Finding]:
-    good = sys.version_info >= (3, 10)
-    yield Finding(
-        "python",
-        "ok" if good else "missing",
-        f"{platform.python_version()} ({sys.executable})",
-        "" if good else "install Python 3.10 or newer",
-    )
-    yield Finding("system", "note", f"{platform.system()} {platform.release()} {platform.machine()}")
-
-
-def _torch() -> Iterator[Finding]:
-    torch = importlib.import_module("torch")
-    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    good = version >= (2, 10)
-    yield Finding(
-        "torch",
-        "ok" if good else "missing",
-        torch.__version__,
-        "" if good else "install torch >= 2.10; older ones load unsafe checkpoints",
-    )
-    backends = [name for name in ("gloo", "nccl", "mpi") if getattr(torch.distributed, f"is_{name}_available")()]
-    yield Finding(
-        "torch backends",
-        "ok" if "gloo" in backends else "missing",
-        ", ".join(backends) or "none",
-        "" if "gloo" in backends else "install a torch that was built with torch.distributed",
-    )
 
 
 def _gpu() -> Iterator[Finding]:
@@ -112,43 +66,6 @@ def _gpu() -> Iterator[Finding]:
             "note",
             "CUDA_DEVICE_MAX_CONNECTIONS is not set",
             "set it to 1 for tensor and sequence parallel runs on A100 and H100",
-        )
-
-
-def _package(name: str, module: str, minimum: str = "", optional: str = "") -> tuple[str, Probe]:
-    """A probe that imports a package. `optional` says what it would be good for; empty: it is needed."""
-
-    def probe() -> Iterator[Finding]:
-        try:
-            version = _version(name, importlib.import_module(module))
-        except Exception as error:
-            if optional:
-                yield Finding(name, "optional", f"absent ({optional}); nothing needs it")
-            else:
-                reason = str(error).splitlines()[0][:160] if str(error) else type(error).__name__
-                yield Finding(name, "missing", f"cannot be imported: {reason}", f"pip install '{name}{minimum}'")
-            return
-        yield Finding(name, "ok", version)
-
-    return name, probe
-
-
-def _version(name: str, module: ModuleType) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return str(getattr(module, "__version__", "unknown version"))
-
-
-def _deepspeed() -> Iterator[Finding]:
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    deepspeed = importlib.import_module("deepspeed")
-    accelerator = importlib.import_module("deepspeed.accelerator").get_accelerator()
-    yield Finding("deepspeed", "ok", f"{deepspeed.__version__}, accelerator {accelerator._name}")
-    wanted = os.environ.get("DS_ACCELERATOR")
-    if wanted and wanted != accelerator._name:
-        yield Finding(
-            "DS_ACCELERATOR", "missing", f"is {wanted!r}, but DeepSpeed chose {accelerator._name!r}", "unset it"
         )
 
 
@@ -264,19 +181,16 @@ def _shipped() -> Iterator[Finding]:
 
 
 PROBES: tuple[tuple[str, Probe], ...] = (
-    ("python", _python),
-    ("torch", _torch),
+    ("python", installed.python),
+    *(installed.needed(package) for package in PACKAGES),
+    ("versions", installed.tried_together),
+    ("own modules", installed.own_modules),
+    ("torch backends", installed.torch_backends),
+    ("accelerator", installed.accelerator),
     ("GPU", _gpu),
-    ("deepspeed", _deepspeed),
-    _package("megatron-core", "megatron.core", ">=0.16"),
-    _package("sentencepiece", "sentencepiece", ">=0.2"),
-    _package("datasets", "datasets", ">=4"),
-    _package("tokenizers", "tokenizers", ">=0.21"),
-    _package("transformers", "transformers", ">=5"),
-    _package("tensorboard", "tensorboard", ">=2.15"),
-    _package("transformer-engine", "transformer_engine.pytorch", optional="model.attention=te"),
-    _package("apex", "apex", optional="fused kernels"),
-    _package("flash-attn", "flash_attn", optional="scaled_dot_product_attention has its own"),
+    installed.optional("transformer-engine", "transformer_engine.pytorch", "model.attention=te"),
+    installed.optional("apex", "apex", "fused kernels"),
+    installed.optional("flash-attn", "flash_attn", "scaled_dot_product_attention has its own"),
     ("compiler", _compiler),
     ("machine", _machine),
     ("SLURM", _slurm),

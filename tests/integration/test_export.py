@@ -115,7 +115,9 @@ def test_exported_logits_and_validation_loss_are_the_native_ones(corpus, tmp_pat
     assert model.generation_config.suppress_tokens == model.config.pause["ids"]
     assert model.config.vocab_size == model.config.pause["ids"][-1] + 1
     assert ("lm_head.weight" in names(out)) == (not config.model.tied)
-    assert type(model).__name__ == "LlamaForCausalLM"
+    # transformers 5.0 reads the tokenizer of a Qwen2 folder as it is; with later ones the export becomes a Llama.
+    families = ["LlamaForCausalLM", "Qwen2ForCausalLM"] if config.model.qkv_bias else ["LlamaForCausalLM"]
+    assert type(model).__name__ in families
 
 
 def names(folder: Path) -> list[str]:

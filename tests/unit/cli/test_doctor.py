@@ -1,15 +1,21 @@
-"""`doctor`: probes stand alone, and the exit code says whether training can run."""
+"""`doctor`: probes stand alone, the exit code says whether training can run, and versions are held to the table."""
 
 from __future__ import annotations
 
 import json
+import os
+import platform
 import subprocess
 import sys
+from importlib import metadata
+from pathlib import Path
 
-import pytest
+from pause_megatron.cli import installed
+from pause_megatron.cli.finding import Finding
+from pause_megatron.cli.probes import examine
+from pause_megatron.versions import PACKAGES, TRIED, Package
 
-from pause_megatron.cli import probes
-from pause_megatron.cli.probes import Finding, examine
+TABLE = {package.name: package for package in PACKAGES}
 
 
 def broken():
@@ -34,18 +40,97 @@ def test_a_probe_that_fails_does_not_stop_the_others(capsys):
     assert capsys.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize(("optional", "status"), [("", "missing"), ("speed", "optional")])
-def test_an_absent_package_is_missing_or_optional(optional, status):
-    name, probe = probes._package("no-such-package", "no_such_package", ">=1", optional=optional)
+def one(probe) -> Finding:
     (finding,) = probe()
-    assert (name, finding.status) == ("no-such-package", status)
-    assert finding.advice == ("" if optional else "pip install 'no-such-package>=1'")
+    return finding
+
+
+def test_an_absent_package_is_missing_or_optional():
+    name, probe = installed.needed(Package("no-such-package", "1.0", "1.4", module="no_such_package"))
+    finding = one(probe)
+    assert (name, finding.status, finding.advice) == (
+        "no-such-package",
+        "missing",
+        "pip install 'no-such-package>=1.0,<2'",
+    )
+    name, probe = installed.optional("no-such-package", "no_such_package", "speed")
+    assert (one(probe).status, one(probe).advice) == ("optional", "")
+
+
+def distribution(folder: Path, name: str, version: str, module: str = "", code: str = "") -> None:
+    """What pip leaves of a distribution; with a module, if one is wanted."""
+    info = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    if module:
+        (folder / f"{module}.py").write_text(code)
+
+
+def test_a_version_outside_of_the_range_fails_with_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    probe = installed.needed(Package("an-old-friend", "1.2.0", "1.4.1", fixed=2, module="an_old_friend"))[1]
+    for version, status in (
+        ("1.1.9", "missing"),
+        ("1.2.0", "ok"),
+        ("1.4.1", "ok"),
+        ("1.4.9", "note"),
+        ("1.5.0", "missing"),
+    ):
+        folder = tmp_path / version
+        distribution(folder, "an-old-friend", version, "an_old_friend")
+        with monkeypatch.context() as patch:
+            patch.syspath_prepend(folder)
+            sys.modules.pop("an_old_friend", None)
+            finding = one(probe)
+        assert finding.status == status, version
+        if status == "missing":
+            assert finding.text.startswith(f"{version}: expected >=1.2.0,<1.5")
+            assert finding.advice == "pip install 'an-old-friend>=1.2.0,<1.5'"
+        if status == "note":
+            assert "the newest that was run is 1.4.1" in finding.text
+
+
+def test_an_import_that_wants_another_package_names_that_package(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    distribution(tmp_path, "leaner", "1.0", "leaner", "import triton_of_no_machine\n")
+    finding = one(installed.needed(Package("leaner", "1.0", "1.0"))[1])
+    assert "No module named 'triton_of_no_machine'" in finding.text
+    assert finding.advice.startswith("pip install triton_of_no_machine")
+
+
+def doctor(path: Path | None = None) -> tuple[int, dict[str, dict]]:
+    """The real program in a process of its own; `path` comes before everything that is installed."""
+    parts = [str(path) if path else "", os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(part for part in parts if part)}
+    done = subprocess.run(
+        [sys.executable, "-m", "pause_megatron", "doctor", "--json"],
+        capture_output=True, text=True, env=environment,
+    )  # fmt: skip
+    assert done.stderr == ""
+    return done.returncode, {finding["name"]: finding for finding in json.loads(done.stdout)}
 
 
 def test_this_machine_can_train():
-    done = subprocess.run([sys.executable, "-m", "pause_megatron", "doctor", "--json"], capture_output=True, text=True)
-    findings = {finding["name"]: finding for finding in json.loads(done.stdout)}
+    code, findings = doctor()
     missing = [name for name, finding in findings.items() if finding["status"] == "missing"]
-    assert (done.returncode, missing, done.stderr) == (0, [], "")
-    for name in ("python", "torch", "deepspeed", "megatron-core", "sentencepiece", "CPU", "memory", "disk", "recipes"):
+    assert (code, missing) == (0, [])
+    for name in ("python", *TABLE, "own modules", "torch backends", "CPU", "memory", "disk", "recipes"):
         assert findings[name]["status"] in ("ok", "note")
+    here = (platform.python_version(), metadata.version("torch"), metadata.version("megatron-core"))
+    known = any(tried.like(*here) for tried in TRIED)
+    assert findings["versions here"]["status"] == ("ok" if known else "note")
+    assert all(version in findings["versions here"]["text"] for version in here)
+
+
+def test_what_breaks_although_it_imports_fails(tmp_path):
+    """megatron-core from 0.18 on imports triton at once; DeepSpeed 0.19.7 imports, and only its version tells."""
+    (tmp_path / "triton.py").write_text("raise ModuleNotFoundError(\"No module named 'triton'\", name='triton')\n")
+    distribution(tmp_path, "deepspeed", "0.19.7")
+    code, findings = doctor(path=tmp_path)
+    assert (code, findings["deepspeed"]["status"]) == (1, "missing")
+    assert findings["deepspeed"]["advice"] == "pip install 'deepspeed>=0.19.8,<0.20'"
+    if TABLE["megatron-core"]._replace(lowest="0.18.0").admits(metadata.version("megatron-core")):
+        assert "No module named 'triton'" in findings["megatron-core"]["text"]
+        assert findings["megatron-core"]["advice"].startswith("pip install triton ")
+    else:
+        assert findings["megatron-core"]["status"] == "ok"

