@@ -12,7 +12,6 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -53,7 +52,7 @@ class SupervisedWindows:
         self.examples, self.arrangement = examples, arrangement
         self._address = (seed, task)
         self._ends: list[int] = []  # number of windows up to the end of each epoch
-        self._epoch = lru_cache(maxsize=2)(self._make_epoch)
+        self._epochs: dict[int, Epoch] = {}  # the last two that were asked for; a plain dict, which workers can be sent
 
     def __len__(self) -> int:
         return sys.maxsize  # another epoch always follows
@@ -74,7 +73,11 @@ class SupervisedWindows:
 
     def epoch(self, number: int) -> Epoch:
         """The windows and the pauses of an epoch, from 0."""
-        return self._epoch(number)
+        epoch = self._epochs.get(number)
+        if epoch is None:  # a loader's thread may ask at the same time: the dict is replaced, never changed
+            epoch = self._make_epoch(number)
+            self._epochs = {**dict(list(self._epochs.items())[-1:]), number: epoch}
+        return epoch
 
     def windows_in_epochs(self, epochs: float) -> int:
         """Windows of so many epochs; a part of an epoch is rounded up."""

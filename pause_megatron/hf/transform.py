@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset, get_worker_info
 
 from pause_megatron.config.plan import pauses_per_window
 from pause_megatron.data.pause import PauseInjector, PausePlan
-from pause_megatron.errors import DataError
+from pause_megatron.errors import ConfigError, DataError
 from pause_megatron.hf.loss import IGNORED
 
 COLUMNS = ("input_ids", "labels", "attention_mask")
@@ -21,9 +22,10 @@ class PauseTransform:
     """Put pauses into a block of token ids, at places that depend on (seed, dataset, split, number) alone.
 
     It is called with a block and its number, as `datasets` does with `map(transform, with_indices=True)`, of a dataset
-    in memory, on disk or streamed. So it is no collator: a collator does not know which samples it was given, and would
-    draw by what came before, differently for another batch size, worker count or after a resume. For another epoch
-    with other places, use another seed.
+    in memory or on disk, or of one that is streamed by one reader. (Several workers of a DataLoader, or ranks of
+    `split_dataset_by_node`, each count their own part of a stream from 0; workers are refused.) So it is no collator: a
+    collator does not know which samples it was given, and would draw by what came before, differently for another
+    batch size, worker count or after a resume. For another epoch with other places, use another seed.
 
     Args:
         pause_ids: The K pause ids, used in turn within a run of pauses.
@@ -70,9 +72,16 @@ class PauseTransform:
             nothing predicts.
 
         Raises:
-            DataError: a pause id in the text, fewer than two tokens, or a column of the block that has a value for each
-                token and would no longer fit; the block is named.
+            ConfigError: called with a batch of blocks, or in one of several workers that share a stream.
+            DataError: a pause id in the text, fewer than two tokens, labels or a mask of another length, or a column of
+                the block that has a value for each token and would no longer fit; the block is named.
         """
+        if not isinstance(number, (int, np.integer)):
+            raise ConfigError(
+                f"PauseTransform: expected one block and its number, got a {type(number).__name__} of numbers: use "
+                "map(transform, with_indices=True) without batched=True"
+            )
+        _refuse_shared_stream()
         text, labels = self._text(block, number)
         plan = PausePlan(self._length(text.size) - 1, **self._settings)
         window = PauseInjector(plan, self.pause_ids, *self._address)(text, number)
@@ -100,6 +109,11 @@ class PauseTransform:
                 f"block {number}: column {other[0]!r}: expected no column besides {', '.join(COLUMNS)} with a value "
                 f"for each token, got one of {size} values, which pauses would shift. Take it out with remove_columns"
             )
+        for name, values in columns.items():
+            if values.shape != (size,):
+                raise DataError(
+                    f"block {number}: column {name!r}: expected {size} values, as input_ids has, got {values.shape}"
+                )
         mask = columns.get("attention_mask", np.ones(size, dtype=np.int64)) != 0
         text = columns["input_ids"][mask]
         labels = columns.get("labels", columns["input_ids"])[mask]
@@ -124,6 +138,16 @@ class PauseTransform:
             while missing := text_length - length + pauses_per_window(self._settings["rate"], length - 1):
                 length += missing
         return length
+
+
+def _refuse_shared_stream() -> None:
+    worker = get_worker_info()
+    if worker is not None and worker.num_workers > 1 and isinstance(worker.dataset, IterableDataset):
+        raise ConfigError(
+            f"PauseTransform: expected one worker to read a stream, got num_workers={worker.num_workers}: each counts "
+            "its blocks from 0, so that blocks of different workers would have the same places. Use num_workers of 0 "
+            "or 1, or map a dataset that is not streamed"
+        )
 
 
 _ANY_LENGTH = 2**16

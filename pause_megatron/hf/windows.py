@@ -34,16 +34,20 @@ class LabelledWindows(Dataset):
         windows: Sample number -> tokens, labels, loss_mask and position_ids [N].
         pause_ids: The K pause ids.
         positions: Whether to give position_ids.
+        samples: Windows to give, the first ones; None: all. (megatron-core begins whole epochs, and so has more.)
     """
 
-    def __init__(self, windows: Samples, pause_ids: range, *, positions: bool) -> None:
+    def __init__(self, windows: Samples, pause_ids: range, *, positions: bool, samples: int | None = None) -> None:
         self.windows, self.pause_ids, self.positions = windows, pause_ids, positions
+        self._length = len(windows) if samples is None else min(samples, len(windows))
 
     def __len__(self) -> int:
-        return len(self.windows)
+        return self._length
 
     def __getitem__(self, idx: int) -> dict[str, Tensor]:
-        """Window `idx`, 0 or more."""
+        """Window `idx`, 0 or more. Raises IndexError behind the last."""
+        if not 0 <= idx < self._length:
+            raise IndexError(f"window {idx}: expected 0 to {self._length - 1}")
         sample = self.windows[int(idx)]
         tokens, following = sample["tokens"], sample["labels"]
         labels = following.masked_fill(sample["loss_mask"] == 0, IGNORED)
@@ -147,8 +151,12 @@ def pause_windows(
         eod_mask_loss=eod_mask_loss,
     )
     train, valid, plain = (
-        None if part is None else LabelledWindows(part, pause_ids, positions=documents == "apart")
-        for part in (built.train, built.valid, built.valid_without_pauses)
+        None if part is None else LabelledWindows(part, pause_ids, positions=documents == "apart", samples=number)
+        for part, number in (
+            (built.train, samples),
+            (built.valid, valid_samples),
+            (built.valid_without_pauses, valid_samples),
+        )
     )
     return PauseWindows(train, valid, plain, pause_ids, built.tokenizer.vocab_size)
 

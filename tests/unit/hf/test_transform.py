@@ -103,3 +103,28 @@ def test_what_cannot_get_pauses_is_named():
     ):
         with pytest.raises(ConfigError, match=message):
             PauseTransform(PAUSES, **settings)
+
+
+def test_workers_that_share_a_stream_are_refused(tmp_path):
+    """Each would count its part from 0; one worker counts as none does."""
+    for shard in range(2):
+        datasets.Dataset.from_list(_blocks(32, 4)).to_json(tmp_path / f"{shard}.jsonl")
+    stream = datasets.load_dataset("json", data_files=str(tmp_path / "*.jsonl"), split="train", streaming=True)
+    mapped = stream.map(PauseTransform(PAUSES, rate=0.2), with_indices=True).with_format("torch")
+
+    def read(workers: int) -> list[list[int]]:
+        loader = torch.utils.data.DataLoader(mapped, batch_size=None, num_workers=workers)
+        return [block["input_ids"].tolist() for block in loader]
+
+    assert read(1) == read(0) and len(read(0)) == 8
+    with pytest.raises(ConfigError, match="one worker to read a stream, got num_workers=2"):
+        read(2)
+
+
+def test_a_batch_and_columns_of_other_lengths_are_named():
+    rows = datasets.Dataset.from_list(_blocks(32))
+    with pytest.raises(ConfigError, match="expected one block and its number, got a list of numbers"):
+        rows.map(PauseTransform(PAUSES), with_indices=True, batched=True)
+    block = {"input_ids": [1, 2, 3], "labels": [1, 2]}
+    with pytest.raises(DataError, match=r"block 7: column 'labels': expected 3 values, as input_ids has, got \(2,\)"):
+        PauseTransform(PAUSES)(block, 7)

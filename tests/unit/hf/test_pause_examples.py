@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from tiny_llama import llama, sentencepiece_tokenizer
@@ -110,3 +112,10 @@ def test_what_cannot_be_trained_on_is_named(tokenizer):
         PauseExamples(PAIRS, ByT5Tokenizer(), 64, pause_ids=range(PAUSE, PAUSE + 1))
     with pytest.raises(IndexError):
         _examples(tokenizer)[3]
+
+
+def test_they_can_be_sent_to_a_worker(tokenizer):
+    examples = _examples(tokenizer, pauses="0..6", epochs=3)
+    sent = pickle.loads(pickle.dumps(examples))
+    for number in range(len(examples)):
+        assert torch.equal(sent[number]["input_ids"], examples[number]["input_ids"])
