@@ -14,6 +14,7 @@ from pause_megatron.config.rules import micro_divides_global, sequence_needs_ten
 from pause_megatron.config.schema import RunConfig
 
 _OF_A_STEP = ("batch.global_size", "data.sequence_length")
+_OF_A_SCHEDULE = ("optim.schedule", "optim.decay_fraction")
 # What decides how many windows an epoch of a task has.
 _OF_AN_EPOCH = (
     *_OF_A_STEP,
@@ -66,7 +67,7 @@ def follow_epochs(config: RunConfig, sources: Sources) -> RunConfig:
 def follow_values(config: RunConfig, sources: Sources) -> RunConfig:
     """After that: warm-up, micro-batch and sequence parallelism that no longer fit."""
     changes = (
-        ("optim.warmup_steps", warmup_ends, fitting_warmup, (*_LENGTHS, *_OF_A_STEP, "optim.schedule")),
+        ("optim.warmup_steps", warmup_ends, fitting_warmup, (*_LENGTHS, *_OF_A_STEP, *_OF_A_SCHEDULE)),
         ("batch.micro_size", micro_divides_global, _fitting_micro_size, ("batch.global_size",)),
         ("parallel.sequence", sequence_needs_tensor, lambda _: False, ("parallel.tensor",)),
     )

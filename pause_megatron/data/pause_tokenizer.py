@@ -33,7 +33,8 @@ class PauseTokenizer:
         if embeddings < 1:
             raise ConfigError(f"pause.embeddings: expected 1 or more, got {embeddings}")
         self.tokenizer = tokenizer
-        self.text_size = int(tokenizer.vocab_size)
+        # Hugging Face counts tokens; ids can have holes, and then go further than their number.
+        self.text_size = max(int(tokenizer.vocab_size), _ids_end(tokenizer))
         if pause_id is None:
             pause_id = getattr(tokenizer, "pause_id", None)
         if pause_id is None:
@@ -123,6 +124,14 @@ def id_of_token(tokenizer: object, text: str) -> int | None:
     if isinstance(vocabulary, Mapping):
         return vocabulary.get(text)
     return vocabulary.index(text) if isinstance(vocabulary, list) and text in vocabulary else None
+
+
+def _ids_end(tokenizer: object) -> int:
+    """One more than the largest id of a Hugging Face vocabulary; 0 for other tokenizers."""
+    for library in _layers(tokenizer):
+        if callable(get_vocab := _read(library, "get_vocab")):
+            return max(get_vocab().values(), default=-1) + 1
+    return 0
 
 
 def _is_ordinary(tokenizer: object, token: int) -> bool:

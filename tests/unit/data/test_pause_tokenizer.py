@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from collections import OrderedDict
 from pathlib import Path
@@ -13,6 +14,7 @@ import tokenizers
 from corpora import EOD, ByteTokenizer
 from megatron_tokenizers import build_tokenizer, exported_folder, tiktoken_file, tokenizer_arguments
 from prose import train_hugging_face, train_model
+from transformers import AutoTokenizer
 
 from pause_megatron.data.pause_tokenizer import PauseTokenizer, id_of_token
 from pause_megatron.errors import ConfigError
@@ -94,6 +96,24 @@ def test_a_hugging_face_tokenizer_without_a_pause(tmp_path: Path) -> None:
     wrapped = PauseTokenizer(build("HuggingFaceTokenizer", train_hugging_face(tmp_path / "hf")))
     assert wrapped.pause_id == wrapped.text_size == wrapped.vocab_size - 1
     assert wrapped.detokenize([wrapped.pause_id, *wrapped.tokenize("the union")]) == "the union"
+
+
+def test_ids_with_holes(tmp_path: Path) -> None:
+    """Hugging Face counts tokens: with holes their number is the id of one of them, which must not become a pause."""
+    folder = train_hugging_face(tmp_path / "hf")
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    size = len(content["model"]["vocab"])
+    moved = {token: index + 3 * (index >= size // 2) for token, index in content["model"]["vocab"].items()}
+    content["model"]["vocab"] = moved
+    for token in content["added_tokens"]:
+        token["id"] = moved.setdefault(token["content"], token["id"] + 3)
+    path.write_text(json.dumps(content), encoding="utf-8")
+    inner = build("HuggingFaceTokenizer", folder)
+    wrapped = PauseTokenizer(inner)
+    largest = max(AutoTokenizer.from_pretrained(folder).get_vocab().values())
+    assert inner.vocab_size <= largest == wrapped.pause_id - 1
+    assert wrapped.text_size == wrapped.vocab_size - 1 == wrapped.pause_id
 
 
 def test_tiktoken(tmp_path: Path) -> None:
