@@ -87,6 +87,7 @@ def load_and_save(corpus: str, folder: str, precision: str, tensor: int, zero: i
 
     from pause_megatron.checkpoint import save
     from pause_megatron.distributed import initialize
+    from pause_megatron.model import parameter_groups
     from pause_megatron.train import run
     from pause_megatron.train.pretrain import corpus_data
     from pause_megatron.train.start import find_start
@@ -101,7 +102,7 @@ def load_and_save(corpus: str, folder: str, precision: str, tensor: int, zero: i
         store = Store(Path(folder) / "checkpoints", context.rank, context.world_size)
         start = find_start(store, config, data, context)
         start.weights_into(model)
-        with run._engine(config, model, context) as engine:
+        with run.new_engine(config, model, parameter_groups(model, config.optim.weight_decay), context) as engine:
             start.state_into(engine)
             save(
                 Store(output, context.rank, context.world_size),

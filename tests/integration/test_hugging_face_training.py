@@ -148,7 +148,7 @@ def test_accumulation_changes_nothing(folder, make):
         losses, other = _train(make, folder, micro, 8 // micro, **options)
         assert losses == pytest.approx(whole, rel=1e-5)
         for one, two in zip(trainer.model.parameters(), other.model.parameters(), strict=True):
-            torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(one, two, rtol=1e-3, atol=1e-3)  # of steps of 1e-2, by Adam
     options["compute_loss_func"] = PauseLoss(range(PAUSE, PAUSE + 1))
     assert _train(make, folder, 2, 4, **options)[0] == pytest.approx(whole, rel=1e-5)
 
