@@ -13,10 +13,16 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from records import FOLDERS, MADE
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the slow tests too, with their full counts")
     parser.addoption("--update-golden", action="store_true", help="write tests/assets/losses anew")
+
+
+def pytest_report_header() -> str:
+    return f"records of tasks: {', '.join(f'{name} in {folder}' for name, folder in FOLDERS.items())}"
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
@@ -41,12 +47,15 @@ def full(request: pytest.FixtureRequest) -> bool:
 
 
 @pytest.fixture(scope="session")
-def shared_data() -> Path:
-    """Folder of real task records and text, which may lie beside the repository; tests that want it skip without."""
-    folder = Path(__file__).resolve().parents[2] / "shared" / "data"
-    if not folder.is_dir():
-        pytest.skip("needs real task records in ../shared/data")
-    return folder
+def task_records() -> Path:
+    """Folder of all tasks' records, made for the tests, with each data set's fields and peculiarities."""
+    return MADE
+
+
+@pytest.fixture(scope="session", params=FOLDERS.values(), ids=FOLDERS)
+def record_folder(request: pytest.FixtureRequest) -> Path:
+    """The same, and once more the thousands of real records where they lie beside the repository."""
+    return request.param
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -10,8 +10,6 @@ from pathlib import Path
 
 from pause_megatron.data.tokenizer import Tokenizer, load_tokenizer
 
-C4 = Path(__file__).resolve().parents[2] / "shared" / "data" / "c4"
-
 
 @functools.cache
 def documents(count: int) -> tuple[str, ...]:

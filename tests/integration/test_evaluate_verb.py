@@ -1,4 +1,4 @@
-"""The verb on real records: one answer four ways, kill -9, bad input."""
+"""The verb on records of the tasks: one answer four ways, kill -9, bad input."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def evaluate(folder, shared_data, tmp_path, capsys):
-    """Runs the verb on real records; its output folder is tmp_path/results."""
+def evaluate(folder, task_records, tmp_path, capsys):
+    """Runs the verb on the tasks' records; its output folder is tmp_path/results."""
 
     def call(*arguments: str):
-        given = ["--model", str(folder), "--task-path", str(shared_data), "--output", str(tmp_path / "results")]
+        given = ["--model", str(folder), "--task-path", str(task_records), "--output", str(tmp_path / "results")]
         code = main(["evaluate", *given, *arguments])
         captured = capsys.readouterr()
         return code, captured.out, captured.err
@@ -94,10 +94,10 @@ def test_tasks_and_numbers_of_pauses_in_one_call(evaluate, tmp_path, monkeypatch
     assert "n=5, resamples=10000, seed=0)" in capsys.readouterr().out
 
 
-def test_a_killed_evaluation_goes_on(evaluate, folder, shared_data, tmp_path, capsys):
+def test_a_killed_evaluation_goes_on(evaluate, folder, task_records, tmp_path, capsys):
     """kill -9 in the middle of the second setting: nothing is asked twice, nothing is lost, the results are equal."""
-    options = ["--tasks", "lambada", "--pauses", "0,2", "--limit", "60", "--batch-size", "2"]
-    given = ["--model", str(folder), "--task-path", str(shared_data), "--output", str(tmp_path / "results")]
+    options = ["--tasks", "lambada", "--pauses", "0,2", "--limit", "40", "--batch-size", "2"]
+    given = ["--model", str(folder), "--task-path", str(task_records), "--output", str(tmp_path / "results")]
     process = subprocess.Popen([sys.executable, "-m", "pause_megatron", "evaluate", *given, *options])
     samples = tmp_path / "results" / "samples"
     first, second = (samples / f"lambada-m{count}-append-seed0.jsonl" for count in (0, 2))
@@ -109,11 +109,11 @@ def test_a_killed_evaluation_goes_on(evaluate, folder, shared_data, tmp_path, ca
     process.wait()
     before = {path: path.read_bytes() for path in (first, second)}
     whole = before[second][: before[second].rfind(b"\n") + 1].count(b'"batch"') * 2
-    assert 0 < whole < 60
+    assert 0 < whole < 40
     code, _, err = evaluate(*options)
     assert code == 0
-    assert "lambada M=0: 60 records, 60 of them from an earlier run" in err
-    assert f"lambada M=2: 60 records, {whole} of them from an earlier run" in err
+    assert "lambada M=0: 40 records, 40 of them from an earlier run" in err
+    assert f"lambada M=2: 40 records, {whole} of them from an earlier run" in err
     assert first.read_bytes() == before[first] and second.read_bytes().startswith(before[second].rsplit(b"\n", 1)[0])
 
     assert main(["evaluate", *given[:-1], str(tmp_path / "other"), *options]) == 0
@@ -144,7 +144,7 @@ def timeless(found):
             ["--tasks", "piqa", "--task-path", "nowhere"],
             "--task-path nowhere: expected the folder piqa with the records of piqa there",
         ),
-        (["--tasks", "piqa", "--model", "nowhere"], "--model nowhere: expected a folder as export-hf writes it"),
+        (["--tasks", "piqa", "--model", "nowhere"], "model 'nowhere': expected a folder as export-hf writes it"),
         (["--tasks", "lm_eval/piqa", "--prefix-attention", "bidirectional"], "expected --prefix-attention causal"),
         (["--tasks", "piqa", "--filler", "two words"], "filler: expected the text of one token"),
         (
@@ -173,10 +173,10 @@ def test_results_of_something_else_are_refused(evaluate, folder, tmp_path):
     assert code == 2 and f"{samples.name}: line 2: damaged" in err
 
 
-def test_without_lm_eval_the_rest_works_and_its_tasks_say_what_to_install(folder, shared_data, tmp_path):
+def test_without_lm_eval_the_rest_works_and_its_tasks_say_what_to_install(folder, task_records, tmp_path):
     """In a process where it cannot be imported."""
     script = "import sys; sys.modules['lm_eval'] = None\nfrom pause_megatron.cli import main\nprint(main(sys.argv[1:]))"
-    given = ["evaluate", "--model", str(folder), "--task-path", str(shared_data), "--limit", "2", "--pauses", "1"]
+    given = ["evaluate", "--model", str(folder), "--task-path", str(task_records), "--limit", "2", "--pauses", "1"]
     script += "\nprint(main([*sys.argv[1:-1], 'lm_eval/piqa']))"
     command = [sys.executable, "-c", script, *given, "--output", str(tmp_path / "results"), "--tasks", "piqa"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -238,7 +238,7 @@ def native(
 
 
 @pytest.fixture(scope="module")
-def trained(corpus, shared_data, tmp_path_factory) -> tuple[Path, Path]:
+def trained(corpus, task_records, tmp_path_factory) -> tuple[Path, Path]:
     """A run, and its export."""
     run = tmp_path_factory.mktemp("trained") / "run"
     run_on_ranks(1, train, corpus, str(run))
@@ -272,13 +272,13 @@ def write_tasks(root: Path, records: list[dict]) -> None:
     )
 
 
-def test_one_answer_four_ways(trained, shared_data, tmp_path, monkeypatch, capsys):
+def test_one_answer_four_ways(trained, task_records, tmp_path, monkeypatch, capsys):
     """Natively, by this verb, by transformers alone, and through lm-eval: the same words and log-likelihoods."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     run, out = trained
-    with gzip.open(shared_data / "piqa" / "validation.jsonl.gz", "rt") as file:
-        records = [json.loads(line) for line in file][10 : 10 + RECORDS]
+    lines = (task_records / "piqa" / "validation.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines[10 : 10 + RECORDS]]
     write_tasks(tmp_path, records)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     tasks = f"{tmp_path / 'reading.yaml'},lm_eval/reading_choice,lm_eval/reading_decode"

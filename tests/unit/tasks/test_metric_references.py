@@ -1,4 +1,4 @@
-"""The metrics agree with others' implementations of them, on real answers and on adversarial edits of these.
+"""The metrics agree with others' implementations of them, on answers and on adversarial edits of these.
 
 lm-eval's own functions where it has the task; SQuAD's and CoQA's published rules, written down once more, otherwise.
 """
@@ -103,8 +103,8 @@ def coqa_pair_f1(reference: str, prediction: str) -> float:
     return (2 * precision * recall) / (precision + recall)
 
 
-def test_squad_metrics_follow_the_published_rules(shared_data):
-    examples = read_examples(load_task("squad"), "eval", str(shared_data / "squad"), RECORDS)
+def test_squad_metrics_follow_the_published_rules(record_folder):
+    examples = read_examples(load_task("squad"), "eval", str(record_folder / "squad"), RECORDS)
     count = 0
     for number, prediction in predictions([example.references[0] for example in examples], seed=1):
         references = examples[number].references
@@ -113,7 +113,7 @@ def test_squad_metrics_follow_the_published_rules(shared_data):
             squad_f1(prediction, references), abs=1e-12
         )
         count += 1
-    assert count >= 20 * RECORDS
+    assert count >= 20 * len(examples) > 0
 
 
 @pytest.fixture(scope="module")
@@ -133,9 +133,10 @@ def coqa_scores() -> Callable[[list[str], str], dict[str, float]]:
     return names["compute_scores"]
 
 
-def test_coqa_f1_is_lm_evals(shared_data, coqa_scores):
-    examples = read_examples(load_task("coqa"), "eval", str(shared_data / "coqa"))[::16]
-    assert len(examples) >= RECORDS
+def test_coqa_f1_is_lm_evals(record_folder, coqa_scores):
+    examples = read_examples(load_task("coqa"), "eval", str(record_folder / "coqa"))
+    examples = examples[:: max(1, len(examples) // RECORDS)]
+    assert len(examples) >= 25 and all(len(example.references) >= 4 for example in examples)
     for number, prediction in predictions([example.references[0] for example in examples], seed=2):
         everyone = examples[number].references
         for references in (everyone, everyone[:1], everyone[:2]):
@@ -177,7 +178,7 @@ NUMBER_EDITS: tuple[Callable[[str], str], ...] = (
 @pytest.mark.parametrize(
     ("metric", "filter_name"), [("final_number", "strict-match"), ("final_number_flexible", "flexible-extract")]
 )
-def test_final_numbers_are_lm_evals_up_to_spelling(shared_data, metric, filter_name):
+def test_final_numbers_are_lm_evals_up_to_spelling(record_folder, metric, filter_name):
     """Where lm-eval says right, so do we. Where only we do, the number is the same but written another way: lm-eval
     compares characters ("18.00" is not "18")."""
     config = load_yaml(LM_EVAL_TASKS / "gsm8k" / "gsm8k.yaml")
@@ -186,7 +187,7 @@ def test_final_numbers_are_lm_evals_up_to_spelling(shared_data, metric, filter_n
     settings = {
         key: config["metric_list"][0][key] for key in ("ignore_case", "ignore_punctuation", "regexes_to_ignore")
     }
-    examples = read_examples(load_task("gsm8k"), "eval", str(shared_data / "gsm8k"), RECORDS)
+    examples = read_examples(load_task("gsm8k"), "eval", str(record_folder / "gsm8k"), RECORDS)
     agreements = 0
     for example in examples:
         number = example.references[0].split("#### ")[1]
@@ -199,7 +200,7 @@ def test_final_numbers_are_lm_evals_up_to_spelling(shared_data, metric, filter_n
                 assert _value(found) == _value(number), (prediction, found)
             else:
                 agreements += 1
-    assert agreements > 0.8 * RECORDS * len(NUMBER_EDITS)
+    assert agreements > 0.8 * len(examples) * len(NUMBER_EDITS)
 
 
 def _value(text: str) -> Decimal | None:
@@ -209,7 +210,7 @@ def _value(text: str) -> Decimal | None:
         return None
 
 
-# Option scoring: lm-eval's task objects themselves, on the same real records.
+# Option scoring: lm-eval's task objects themselves, on the same records.
 
 
 def lm_eval_task(name: str, records: list[dict], metrics: list[str]) -> ConfigurableTask:
@@ -222,10 +223,10 @@ def lm_eval_task(name: str, records: list[dict], metrics: list[str]) -> Configur
 
 
 @pytest.mark.parametrize("name", ["piqa", "hellaswag"])
-def test_choices_and_their_accuracy_are_lm_evals(shared_data, name):
-    file = shared_data / name / "validation.jsonl.gz"
+def test_choices_and_their_accuracy_are_lm_evals(record_folder, name):
+    [file] = (record_folder / name).glob("validation.jsonl*")
     records = [json.loads(line) for _, line in zip(range(RECORDS), ShardFile(file).lines(), strict=False)]
-    examples = read_examples(load_task(name), "eval", str(shared_data / name), RECORDS)
+    examples = read_examples(load_task(name), "eval", str(record_folder / name), RECORDS)
     judge = lm_eval_task(name, records, ["acc", "acc_norm", "acc_bytes"])
     rng = random.Random(3)
     for example, document in zip(examples, judge.validation_docs(), strict=True):
@@ -244,9 +245,10 @@ def test_choices_and_their_accuracy_are_lm_evals(shared_data, name):
                 assert metric(values, example.choices, example.gold) == scores[their]
 
 
-def test_hellaswag_markers_go_as_in_lm_eval(shared_data):
+def test_hellaswag_markers_go_as_in_lm_eval(record_folder):
     texts = [
-        example.prompt for example in read_examples(load_task("hellaswag"), "eval", str(shared_data / "hellaswag"), 300)
+        example.prompt
+        for example in read_examples(load_task("hellaswag"), "eval", str(record_folder / "hellaswag"), 300)
     ]
     marked = [
         edit(text)
@@ -262,12 +264,12 @@ def test_hellaswag_markers_go_as_in_lm_eval(shared_data):
     assert [without_markers(text) for text in marked] == [preprocess(text).strip() for text in marked]
 
 
-def test_exact_match_on_nq_is_lm_evals_for_plain_edits(shared_data):
+def test_exact_match_on_nq_is_lm_evals_for_plain_edits(record_folder):
     """lm-eval takes articles away only as it lists them and before punctuation, and keeps white space as it is; on
     edits that do not touch these, both agree."""
     settings = load_yaml(LM_EVAL_TASKS / "nq_open" / "nq_open.yaml")["metric_list"][0]
     settings = {key: settings[key] for key in ("ignore_case", "ignore_punctuation", "regexes_to_ignore")}
-    examples = read_examples(load_task("natural_questions"), "eval", str(shared_data / "nq_open"), 400)
+    examples = read_examples(load_task("natural_questions"), "eval", str(record_folder / "nq_open"), 400)
     edits = (
         lambda text: text,
         lambda text: f"the {text}",
@@ -287,10 +289,10 @@ def test_exact_match_on_nq_is_lm_evals_for_plain_edits(shared_data):
             )
             assert METRICS["exact_match"].per_record(prediction, example.references) == theirs, prediction
             compared += 1
-    assert compared >= 5 * 400
+    assert compared >= 5 * len(examples)
 
 
-def test_last_word_on_real_passages(shared_data):
+def test_last_word_on_passages(record_folder):
     """The rule once more: the first word written, less what is no letter or digit at its ends, is the last word."""
 
     def bare(word: str) -> str:
@@ -300,7 +302,7 @@ def test_last_word_on_real_passages(shared_data):
             word = word[:-1]
         return word
 
-    examples = read_examples(load_task("lambada"), "eval", str(shared_data / "lambada"))
+    examples = read_examples(load_task("lambada"), "eval", str(record_folder / "lambada"))
     for example in examples:
         word = example.references[0]
         for prediction in (

@@ -14,10 +14,10 @@ from pause_megatron.train.task_data import held_out, open_task
 
 
 @pytest.fixture(scope="module")
-def settings(shared_data, tmp_path_factory) -> list[str]:
-    """A finetuning from initial weights on 40 real records."""
+def settings(task_records, tmp_path_factory) -> list[str]:
+    """A finetuning from initial weights on 40 records."""
     tokenizer = train_model(tmp_path_factory.mktemp("tokenizer") / "t.model")
-    task = ["task.name=commonsense_qa", f"task.path={shared_data / 'commonsense_qa'}", "task.limit=40"]
+    task = ["task.name=commonsense_qa", f"task.path={task_records / 'commonsense_qa'}", "task.limit=40"]
     batch = ["data.sequence_length=256", "batch.global_size=4", "batch.micro_size=4", "validation.samples=6"]
     return [*task, *batch, f"data.tokenizer={tokenizer}", "finetune.pauses=2..4"]
 
