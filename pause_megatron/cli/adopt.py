@@ -105,7 +105,14 @@ def _summary(prefix: str, adopted) -> str:
         lines.insert(
             1, f"EOD inside documents: {adoption.eod - ended:,}; each ends a document for data.documents=apart"
         )
+    if adopted.special:
+        shown = [f"{token!r} {count:,} times" for token, count in list(adopted.special.items())[:_SHOWN]]
+        more = f", and {len(adopted.special) - _SHOWN:,} others" if len(adopted.special) > _SHOWN else ""
+        lines.insert(-1, f"special tokens in the text: {', '.join(shown)}{more}; does the corpus hold these?")
     return "\n".join(lines)
+
+
+_SHOWN = 5
 
 
 def _fraction(text: str) -> float:

@@ -10,7 +10,8 @@ import errno
 import glob
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -49,11 +50,13 @@ class Adopted:
         manifest: of the corpus.
         agreement: of a sample with the tokenizer; None where the corpus had been adopted so before.
         seconds: wall-clock time.
+        special: how often each special token stands in the corpus that is neither EOD nor pause.
     """
 
     manifest: Manifest
     agreement: Agreement | None
     seconds: float
+    special: Mapping[str, int] = field(default_factory=dict)
 
 
 def adopt(
@@ -100,7 +103,8 @@ def adopt(
             manifest.save(prefix)
     except OSError as error:
         raise DataError(_why_not(prefix, error)) from None
-    return Adopted(manifest, agreement, time.perf_counter() - begun)
+    special = {tokenizer.token_of(token): count for token, count in found.special.items()}
+    return Adopted(manifest, agreement, time.perf_counter() - begun, special)
 
 
 def _check_there(prefix: str | Path) -> None:

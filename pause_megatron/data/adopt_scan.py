@@ -62,6 +62,7 @@ class Scan:
         outside: ids that the tokenizer does not have.
         without_eod: last tokens of documents that are not EOD; a document without tokens counts, at token 0.
         free_pause_ids: how many ids from the pause id on stand nowhere; None: all of them.
+        special: how often each special token stands there that is neither EOD nor pause, by its id.
     """
 
     file: FileRecord
@@ -72,6 +73,7 @@ class Scan:
     outside: Sightings
     without_eod: Sightings
     free_pause_ids: int | None
+    special: dict[int, int]
 
 
 def scan(prefix: str | Path, header: IndexHeader, tokenizer: Tokenizer, report: Report) -> Scan:
@@ -111,6 +113,7 @@ def scan(prefix: str | Path, header: IndexHeader, tokenizer: Tokenizer, report: 
         outside=watch.outside,
         without_eod=watch.without_eod,
         free_pause_ids=watch.first_used - tokenizer.pause_id if watch.first_used is not None else None,
+        special={token: int(watch.special_counts[token]) for token in np.flatnonzero(watch.special_counts).tolist()},
     )
 
 
@@ -142,6 +145,10 @@ class _Watch:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._eod, self._pause_id, self._size = tokenizer.eod, tokenizer.pause_id, tokenizer.vocab_size
         self._slots = pause_slots(tokenizer)
+        self._special = np.array([not tokenizer.reachable(token) for token in range(self._size)])
+        for token in (self._eod, self._pause_id):
+            self._special[token : token + 1] = False
+        self.special_counts = np.zeros(self._size, dtype=np.int64)
         self.eod_count = 0
         self.first_used: int | None = None
         self.pauses, self.outside, self.without_eod = Sightings(), Sightings(), Sightings()
@@ -149,8 +156,12 @@ class _Watch:
     def look(self, ids: np.ndarray, start: int, documents: _Documents) -> None:
         """Look at the ids [n] of a piece that begins at token `start`; `documents` has come to its end."""
         self.eod_count += int(np.count_nonzero(ids == self._eod))
+        inside = ids
         if ids.min() < 0 or ids.max() >= self._size:
-            self._see(self.outside, ids, (ids < 0) | (ids >= self._size), start, documents)
+            outside = (ids < 0) | (ids >= self._size)
+            self._see(self.outside, ids, outside, start, documents)
+            inside = ids[~outside]
+        self.special_counts += np.bincount(inside[self._special[inside]], minlength=self._size)
         if self._slots:
             self._see(self.pauses, ids, ids == self._pause_id, start, documents)
             used = ids[(ids > self._pause_id) & (ids < self._slots.stop)]

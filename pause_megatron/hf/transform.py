@@ -122,12 +122,13 @@ class PauseTransform:
                 f"block {number}: expected 2 tokens or more, one of them to predict, got {text.size}. Filter such "
                 "blocks out, or join texts before they are cut into blocks"
             )
-        found = (text >= self.pause_ids.start) & (text < self.pause_ids.stop)
-        if found.any():
-            raise DataError(
-                f"block {number}: expected text only, got the pause id {text[found][0]}. Text that spells <pause> must "
-                "stay text: tokenize with split_special_tokens=True"
-            )
+        for values in (text, labels):
+            found = (values >= self.pause_ids.start) & (values < self.pause_ids.stop)
+            if found.any():
+                raise DataError(
+                    f"block {number}: expected text only, got the pause id {values[found][0]}. Text that spells <pause> "
+                    "must stay text: tokenize with split_special_tokens=True"
+                )
         return text, labels
 
     def _length(self, text_length: int) -> int:

@@ -261,7 +261,7 @@ def test_ids_out_of_range(folder: Path, tokenizer: Tokenizer, tmp_path: Path) ->
 
 @settings(max_examples=60, deadline=None)
 @given(
-    ids=st.lists(st.lists(st.sampled_from([2, 5, 6, 599, 600, 650]), max_size=7), min_size=1, max_size=12),
+    ids=st.lists(st.lists(st.sampled_from([1, 2, 5, 6, 599, 600, 650]), max_size=7), min_size=1, max_size=12),
     piece=st.integers(1, 9),
 )
 def test_scan_finds_what_a_look_at_each_document_finds(tmp_path_factory, folder: Path, ids, piece: int) -> None:
@@ -277,6 +277,7 @@ def test_scan_finds_what_a_look_at_each_document_finds(tmp_path_factory, folder:
         return
     assert found.tokens == len(flat) and found.eod == sum(token == 2 for *_, token in flat)
     assert found.outside.places == [(document, offset) for document, offset, token in flat if token >= 600]
+    assert found.special.get(1, 0) == sum(token == 1 for *_, token in flat) and found.special.keys() <= {1}
     ends = [(document, max(len(row) - 1, 0)) for document, row in enumerate(ids) if row[-1:] != [2]]
     assert found.without_eod.places == ends and found.without_eod.count == len(ends)
 
@@ -332,6 +333,17 @@ def test_special_tokens_in_texts_are_not_taken_for_another_tokenizer(folder: Pat
     inside = sum("</s>" in text for text in texts)
     adopted = adopt(prefix, load_tokenizer(folder / "hf"))
     assert inside > 20 and adopted.manifest.adoption.eod == 80 + inside and adopted.agreement.share > 0.9
+
+
+def test_special_tokens_in_the_text_are_shown(folder: Path, tmp_path: Path, capsys) -> None:
+    """A tokenizer with other tokens in these places would be noticed by nothing else."""
+    tokenizer = load_tokenizer(folder / "tok.model")
+    rows = [[1, *tokenizer.encode(text), 2] for text in TEXTS]
+    prefix = write_ids(tmp_path / "c", rows)
+    assert main(["adopt", str(prefix), "--tokenizer", str(folder / "tok.model")]) == 0
+    assert (
+        f"special tokens in the text: '<s>' {len(rows)} times; does the corpus hold these?" in capsys.readouterr().out
+    )
 
 
 def test_an_eod_that_a_legacy_tokenizer_added(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -128,3 +128,5 @@ def test_a_batch_and_columns_of_other_lengths_are_named():
     block = {"input_ids": [1, 2, 3], "labels": [1, 2]}
     with pytest.raises(DataError, match=r"block 7: column 'labels': expected 3 values, as input_ids has, got \(2,\)"):
         PauseTransform(PAUSES)(block, 7)
+    with pytest.raises(DataError, match="block 7: expected text only, got the pause id 257"):
+        PauseTransform(PAUSES)({"input_ids": [1, 2, 3], "labels": [1, 257, 3]}, 7)
