@@ -126,8 +126,8 @@ class PauseTransform:
             found = (values >= self.pause_ids.start) & (values < self.pause_ids.stop)
             if found.any():
                 raise DataError(
-                    f"block {number}: expected text only, got the pause id {values[found][0]}. Text that spells <pause> "
-                    "must stay text: tokenize with split_special_tokens=True"
+                    f"block {number}: expected text only, got the pause id {values[found][0]}. Text that spells "
+                    "<pause> must stay text: tokenize with split_special_tokens=True"
                 )
         return text, labels
 

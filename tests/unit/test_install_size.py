@@ -102,12 +102,16 @@ def test_a_disk_that_is_too_small_is_refused(venv, indexes, monkeypatch, capsys)
     assert error.startswith("setup: error: expected 6.3 GB free at ") and "got 3.0 GB; make room, set VENV" in error
 
 
+OTHER = "3.10" if sys.version_info[:2] != (3, 10) else "3.11"
+
+
 @pytest.mark.parametrize(
     ("version", "message"),
     [
         ("3.9", "expected Python 3.10 to 3.13, got 3.9 ("),
         ("", "expected Python 3.10 to 3.13, got none ("),
-        ("3.99", "to be of Python 3.99, as PYTHON is, got {0.major}.{0.minor}; remove it, or set VENV"),
+        ("3.14", "expected Python 3.10 to 3.13, got 3.14 ("),
+        (OTHER, f"to be of Python {OTHER}, as PYTHON is, got {{0.major}}.{{0.minor}}; remove it, or set VENV"),
     ],
 )
 def test_an_interpreter_that_does_not_fit_is_refused_before_anything_is_done(venv, tmp_path, version, message):
