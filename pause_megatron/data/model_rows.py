@@ -11,7 +11,7 @@ from pause_megatron.errors import ConfigError
 
 
 def check_model_rows(pause_ids: range, rows: int | None) -> None:
-    """Refuse a model that has too few rows; warn where nobody says how many it has.
+    """Refuse a model that has too few rows; warn where the number is not known.
 
     Args:
         pause_ids: The K pause ids.
@@ -24,8 +24,8 @@ def check_model_rows(pause_ids: range, rows: int | None) -> None:
         rows = _rows_in_megatron_lm()
     if rows is None:
         warnings.warn(
-            f"PauseGPTDatasetConfig: model_vocab_size is not given, so that nobody checks whether the model's "
-            f"embedding has {pause_ids.stop} rows or more; with fewer the pauses are zeros that learn nothing",
+            f"PauseGPTDatasetConfig: model_vocab_size is not given, so it is not checked that the model's embedding "
+            f"has {pause_ids.stop} rows or more; with fewer the pauses are zeros that learn nothing",
             stacklevel=4,  # this, __post_init__, __init__: whoever makes the configuration
         )
     elif rows < pause_ids.stop:
