@@ -44,6 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         the exit code: the verb's own; 2 for input that cannot be run; 130 after Ctrl-C.
     """
+    # For `module:attribute` of a user's own, as under `python -m`; last, so that nothing installed is hidden.
+    if not {"", os.getcwd()} & set(sys.path):
+        sys.path.append(os.getcwd())
     try:
         arguments = _take_local_rank(list(sys.argv[1:] if argv is None else argv))
         return _dispatch(arguments)

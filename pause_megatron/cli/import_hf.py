@@ -51,8 +51,8 @@ def run(args: argparse.Namespace) -> int:
         )
     ids = ", ".join(map(str, done.pause_ids))
     print(
-        f"{args.checkpoint}: {done.family}, {done.rows:,} vocabulary rows, pause id {ids} ({done.how}), tensor "
-        f"parallel {args.tensor_parallel}, {time.perf_counter() - begun:.1f} s\n"
+        f"{args.checkpoint}: {done.family}, {done.rows:,} vocabulary rows in the source, pause id {ids} ({done.how}), "
+        f"tensor parallel {args.tensor_parallel}, {time.perf_counter() - begun:.1f} s\n"
         f"logits: largest difference from transformers {done.largest_difference:.2g}\n"
         f"next: pause-megatron prepare --tokenizer {args.checkpoint}/tokenizer ..., then "
         f"pause-megatron pretrain model.from={args.checkpoint} ..."
