@@ -134,6 +134,11 @@ def _take_local_rank(arguments: list[str]) -> list[str]:
     return kept
 
 
+def warn(text: str) -> None:
+    """Say what a verb does not stop for."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
 def note(text: str) -> None:
     """Say something about a run before it starts, on its first rank only."""
     if not _number("RANK", "SLURM_PROCID"):

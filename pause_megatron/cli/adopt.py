@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from pause_megatron.cli import warn
+
 HELP = "check a corpus that Megatron-LM's preprocess_data.py made, and write its manifest"
 
 
@@ -76,10 +78,10 @@ def run(args: argparse.Namespace) -> int:
     if adopted.agreement is None:
         print(f"corpus {args.prefix} was adopted already: nothing to do")
         return 0
-    record_as_read(open_corpus(args.prefix), args.cache, warn=_warn)
+    record_as_read(open_corpus(args.prefix), args.cache, warn=warn)
     print(_summary(args.prefix, adopted))
     if not adopted.agreement.tells:
-        _warn(
+        warn(
             "this kind of tokenizer gives almost any ids back, so another one's would not have been noticed: see above "
             "whether the text reads well"
         )
@@ -123,7 +125,3 @@ def _fraction(text: str) -> float:
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"expected a number from 0 to 1, got {text!r}")
     return value
-
-
-def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from pause_megatron.cli import warn
 from pause_megatron.errors import DataError
 
 HELP = "read a corpus whole and compare it with the digests of its manifest"
@@ -45,7 +46,7 @@ def _verify(prefix: str, cache: str | None) -> int:
     try:
         corpus = open_corpus(prefix)
         with ByteProgress(sys.stderr) as progress:
-            damage = check_and_record(corpus, cache, report=progress.report, warn=_warn)
+            damage = check_and_record(corpus, cache, report=progress.report, warn=warn)
     except DataError as error:
         verdict = "DAMAGED" if path_of(prefix, "manifest.json").exists() else "UNKNOWN"
         print(f"{verdict}  {prefix}\n  {error}", flush=True)
@@ -61,7 +62,3 @@ def _verify(prefix: str, cache: str | None) -> int:
         flush=True,
     )
     return 0
-
-
-def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)
