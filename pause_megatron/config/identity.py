@@ -16,7 +16,7 @@ FREE_KEYS = frozenset(
         "task.path",
         *("model.attention", "model.head_chunk"),
         "batch.micro_size",
-        *("engine.ds_config", "engine.zero_stage"),
+        *("engine.ds_config", "engine.zero_stage", "engine.kernels", "engine.deterministic"),
     }
 )
 

@@ -67,5 +67,40 @@ def flops_per_token(model: ModelSection, vocabulary: int, sequence_length: int) 
     N is every parameter that multiplies: layers, norms and the output layer, not the input embedding (a look-up).
     T is the window; the causal half of the attention matrix is counted too, as published figures do.
     """
-    multiplied = parameters(model, vocabulary) - (0 if model.tied else vocabulary * model.hidden)
-    return 6 * multiplied + 12 * model.layers * model.hidden * sequence_length
+    return step_flops(model, vocabulary, sequence_length, tokens=1, targets=1)
+
+
+def step_flops(model: ModelSection, vocabulary: int, sequence_length: int, *, tokens: int, targets: int) -> int:
+    """FLOPs of forward and backward pass of the rows that are really computed.
+
+    As `flops_per_token`, but the output layer counts for the rows that have a target only: those before a pause never
+    reach it. MFU is this over the time and the peak.
+
+    Args:
+        model: with all sizes filled in.
+        vocabulary: live rows.
+        sequence_length: tokens of a window.
+        tokens: raw input tokens, pauses included.
+        targets: rows that have a target.
+    """
+    body = model.layers * layer_parameters(model) + model.hidden
+    attention = 12 * model.layers * model.hidden * sequence_length
+    return (6 * body + attention) * tokens + 6 * vocabulary * model.hidden * targets
+
+
+HEAD_BYTES = {"cuda": 256 * 2**20, "cpu": 32 * 2**20}
+
+
+def head_chunk_rows(chunk: int | None, *, columns: int, element: int, device: str) -> int:
+    """Rows of logits that exist at one time in the LM head.
+
+    Args:
+        chunk: `model.head_chunk`. None: a multiple of 1024 that takes at most `HEAD_BYTES`, but at least 1024.
+        columns: of this rank's vocabulary shard.
+        element: bytes of a logit.
+        device: "cuda" or "cpu"; another one counts as a CPU.
+    """
+    if chunk is not None:
+        return chunk
+    budget = HEAD_BYTES.get(device, HEAD_BYTES["cpu"])
+    return 1024 * max(1, budget // (1024 * columns * element))

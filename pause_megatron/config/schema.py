@@ -124,7 +124,12 @@ class ModelSection(Section):
     vocab_multiple: int = Field(
         128, ge=1, description="the vocabulary is padded to a multiple of this x parallel.tensor"
     )
-    head_chunk: int = Field(1024, ge=1, description="rows of logits that exist at one time in the LM head")
+    head_chunk: int | None = Field(
+        1024,
+        ge=1,
+        description="rows of logits that exist at one time in the LM head; null: a multiple of 1024 that takes at most "
+        "256 MiB on a GPU, 32 MiB on a CPU, but at least 1024",
+    )
 
 
 class PauseSection(Section):
@@ -227,6 +232,16 @@ class EngineSection(Section):
     ds_config: str | None = Field(None, description="DeepSpeed JSON: a path, or a name in ds_configs/ ('zero2')")
     zero_stage: int | None = Field(None, ge=0, le=3, description="ZeRO stage; default: the ds_config's, else 1")
     precision: Literal["fp32", "bf16"] = Field("bf16", description="arithmetic of the model; optimizer state is fp32")
+    kernels: Literal["auto", "plain", "compiled", "triton"] = Field(
+        "auto",
+        description="of rotary embedding, SwiGLU and cross-entropy: plain: torch, op by op; compiled: torch.compile of "
+        "these; triton: one kernel each; auto: triton on a CUDA device, else plain",
+    )
+    deterministic: bool = Field(
+        False,
+        description="on a GPU: only algorithms that give the same bits again (a slower backward pass of attention, a "
+        "fixed workspace of cuBLAS); a CPU always does",
+    )
 
 
 class CheckpointSection(Section):

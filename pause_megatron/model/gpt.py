@@ -48,7 +48,7 @@ class PauseGPTModel(LanguageModule):
         max_sequence_length: as GPTModel.
         vocabulary: which rows are text, pause and padding.
         softmax: whether pause logits stay in the softmax denominator.
-        head_chunk: rows of logits that exist at one time.
+        head_chunk: rows of logits that exist at one time; None: by memory (`config.presets.head_chunk_rows`).
         pre_process, post_process: whether this pipeline stage has the embedding, and the head.
         parallel_output: keep logits split over tensor-parallel ranks.
         share_embeddings_and_output_weights: tied embeddings.
@@ -86,7 +86,7 @@ class PauseGPTModel(LanguageModule):
         *,
         vocabulary: Vocabulary,
         softmax: Softmax = "keep",
-        head_chunk: int = 1024,
+        head_chunk: int | None = None,
     ) -> None:
         _refuse(config, position_embedding_type, fp16_lm_cross_entropy, mtp_block_spec)
         super().__init__(config, pg_collection)

@@ -16,6 +16,8 @@ from megatron.core import tensor_parallel
 from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy as Pieces
 from torch import Tensor, nn
 
+from pause_megatron.config.presets import head_chunk_rows
+
 Spans = list[tuple[int, int]]
 
 
@@ -44,13 +46,15 @@ class OutputLayer(tensor_parallel.ColumnParallelLinear):
 
     Args:
         masked: columns of this rank's shard that take no part in the softmax.
-        chunk: rows of logits that exist at one time.
+        chunk: rows of logits that exist at one time; None: by memory.
         embedding: module whose weight is used, for tied embeddings; else None. It is kept out of this module's
             children, so that the weight has one name in a checkpoint.
         linear: arguments of ColumnParallelLinear.
     """
 
-    def __init__(self, *sizes: int, masked: Spans, chunk: int, embedding: nn.Module | None, **linear: Any) -> None:
+    def __init__(
+        self, *sizes: int, masked: Spans, chunk: int | None, embedding: nn.Module | None, **linear: Any
+    ) -> None:
         super().__init__(*sizes, bias=False, skip_weight_param_allocation=embedding is not None, **linear)
         self.masked = masked
         self.chunk = chunk
@@ -88,8 +92,11 @@ class OutputLayer(tensor_parallel.ColumnParallelLinear):
         if loss_scale is None:
             logits = mask_columns(torch.matmul(input_, weight.t()), self.masked)
             return (tensor_parallel.vocab_parallel_cross_entropy(logits, targets),)
+        chunk = head_chunk_rows(
+            self.chunk, columns=weight.shape[0], element=weight.element_size(), device=weight.device.type
+        )
         return _ChunkedCrossEntropy.apply(
-            input_, weight, targets, loss_scale, self.masked, self.chunk, self.tp_group, torch.is_grad_enabled()
+            input_, weight, targets, loss_scale, self.masked, chunk, self.tp_group, torch.is_grad_enabled()
         )
 
 

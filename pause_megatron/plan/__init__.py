@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pause_megatron.plan.machine import GPUS, Assumptions, Cluster, gpu_named
+from pause_megatron.config.gpus import GPUS, gpu_named
+from pause_megatron.plan.machine import Assumptions, Cluster
 from pause_megatron.plan.plan import Plan, make_plan
 from pause_megatron.plan.record import as_json
 from pause_megatron.plan.report import as_table

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from pause_megatron.config.presets import head_chunk_rows
 from pause_megatron.plan.layout import Layout
 from pause_megatron.plan.shapes import qkv_width
 
@@ -102,7 +103,8 @@ def _attention(layout: Layout, device: Device) -> int:
 
 def _head_chunk(layout: Layout, device: Device) -> int:
     """`model/head.py`: a chunk's logits in both types, their gradient; the weight gradient, summed in fp32."""
-    chunk = min(layout.model.head_chunk, layout.target_rows)
+    rows = head_chunk_rows(layout.model.head_chunk, columns=layout.rows, element=layout.element, device=device)
+    chunk = min(rows, layout.target_rows)
     chunks = -(-layout.target_rows // chunk)
     logits, matrix = chunk * layout.rows, layout.rows * layout.model.hidden
     if layout.element == 4:

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from pause_megatron.config.deepspeed import ds_config_names
+from pause_megatron.config.gpus import GIB
 from pause_megatron.config.rules import check
 from pause_megatron.config.schema import RunConfig
 from pause_megatron.errors import ConfigError
 from pause_megatron.plan.layout import Layout
-from pause_megatron.plan.machine import GIB, Assumptions, Cluster
+from pause_megatron.plan.machine import Assumptions, Cluster
 from pause_megatron.plan.memory import RankMemory, rank_memory
 
 

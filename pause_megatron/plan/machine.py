@@ -1,50 +1,16 @@
-"""GPUs and what is assumed about a cluster, each number with its unit and source. No torch."""
+"""What is assumed about a cluster, each number with its unit and source. No torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 
+from pause_megatron.config.gpus import Gpu
 from pause_megatron.config.spelling import nearest
 from pause_megatron.errors import ConfigError
 
-GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """One kind of GPU and the machine that it usually sits in.
-
-    Attributes:
-        name: as `--gpu` takes it
-        memory_bytes: what torch reports as the device's total memory, about
-        peak_flops: dense bf16, FLOP/s (NVIDIA's data sheets)
-        link_bytes: to the other GPUs of the machine, bytes/s in one direction (NVLink)
-        link_ranks: GPUs that NVLink joins; a ring of more goes over PCIe
-        network_bytes: of the network adapter of one GPU, bytes/s in one direction (one adapter a GPU, as in DGX)
-        host_link_bytes: to the host, bytes/s in one direction (PCIe generation 4 or 5, x16)
-        mfu: model FLOPs / peak FLOPs while computing that is assumed for it
-    """
-
-    name: str
-    memory_bytes: float
-    peak_flops: float
-    link_bytes: float
-    link_ranks: int
-    network_bytes: float
-    host_link_bytes: float
-    mfu: float
-
-
-GPUS = {
-    gpu.name: gpu
-    for gpu in (
-        Gpu("a100-40", 39.4 * GIB, 312e12, 300e9, 8, 25e9, 32e9, 0.56),
-        Gpu("a100-80", 79.2 * GIB, 312e12, 300e9, 8, 25e9, 32e9, 0.56),
-        Gpu("h100", 79.1 * GIB, 989.4e12, 450e9, 8, 50e9, 64e9, 0.42),
-        Gpu("h100-94", 93.1 * GIB, 835.5e12, 300e9, 2, 50e9, 64e9, 0.42),  # NVL: bridges join two
-        Gpu("h200", 139.7 * GIB, 989.4e12, 450e9, 8, 50e9, 64e9, 0.42),
-    )
-}
+# Model FLOPs / peak FLOPs while computing (llm-foundry's published 1B runs on 8 GPUs).
+_MFU = {"a100-40": 0.56, "a100-80": 0.56, "a800": 0.56}
+_MFU_ELSEWHERE = 0.42
 
 
 @dataclass(frozen=True)
@@ -93,7 +59,7 @@ class Assumptions:
     @classmethod
     def of(cls, gpu: Gpu) -> Assumptions:
         """Those for a kind of GPU."""
-        return cls(mfu=replace(cls.mfu, value=gpu.mfu))
+        return cls(mfu=replace(cls.mfu, value=_MFU.get(gpu.name, _MFU_ELSEWHERE)))
 
     def with_values(self, changes: dict[str, float]) -> Assumptions:
         """The same with other values, marked as given.
@@ -111,17 +77,6 @@ class Assumptions:
                 raise ConfigError(f"--assume {name}: expected a number > 0, came {value}")
             replaced[name] = replace(getattr(self, name), value=value, source="given")
         return replace(self, **replaced)
-
-
-def gpu_named(name: str) -> Gpu:
-    """A GPU by name.
-
-    Raises:
-        ConfigError: it is not known.
-    """
-    if name not in GPUS:
-        raise ConfigError(f"--gpu: expected one of {', '.join(GPUS)}; came {name!r}{nearest(name, GPUS)}")
-    return GPUS[name]
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 
+from pause_megatron.config.gpus import GIB
 from pause_megatron.config.quantities import scaled
-from pause_megatron.plan.machine import GIB
 from pause_megatron.plan.plan import Plan
 
 MIB = 2**20

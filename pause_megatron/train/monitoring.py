@@ -17,15 +17,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from pause_megatron.config.gpus import gpu_of_cuda
 from pause_megatron.config.plan import BatchPlan
 from pause_megatron.config.presets import flops_per_token, parameters
 from pause_megatron.config.schema import RunConfig
 from pause_megatron.data.batch import MicroBatch
 from pause_megatron.distributed import ParallelContext
 from pause_megatron.train.loop import Progress, StepResult
-
-# Dense bf16 peak of one GPU in TFLOP/s, by a part of the name that CUDA gives it (NVIDIA's data sheets).
-PEAK_TFLOPS = {"A100": 312.0, "H100": 989.4, "H200": 989.4, "GH200": 989.4, "B200": 2250.0}
 
 
 class Throughput:
@@ -44,8 +42,8 @@ class Throughput:
         """For a run: `log.peak_tflops`, else the GPU's known peak in bf16, else no MFU."""
         peak = config.log.peak_tflops
         if peak is None and context.device.type == "cuda" and config.engine.precision == "bf16":
-            name = torch.cuda.get_device_name(context.device)
-            peak = next((value for part, value in PEAK_TFLOPS.items() if part in name), None)
+            gpu = gpu_of_cuda(torch.cuda.get_device_name(context.device))
+            peak = None if gpu is None else gpu.peak_flops / 1e12
         per_token = flops_per_token(config.model, vocabulary, config.data.sequence_length)
         return cls(per_token, None if peak is None else peak * 1e12 * context.world_size)
 

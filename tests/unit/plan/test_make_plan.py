@@ -8,11 +8,11 @@ import sys
 
 import pytest
 
+from pause_megatron.config.gpus import GIB, gpu_of_cuda
 from pause_megatron.config.load import load, recipe_names
 from pause_megatron.config.presets import flops_per_token, parameters
 from pause_megatron.errors import ConfigError
 from pause_megatron.plan import GPUS, Assumptions, Cluster, make_plan
-from pause_megatron.plan.machine import GIB
 
 TEXT_SIZE = 32_000
 
@@ -23,12 +23,32 @@ def plan(*overrides: str, recipe: str = "c4-1b-pause", gpu: str = "h100", nodes:
     return make_plan(config, Cluster(GPUS[gpu], nodes, gpus), text_size=TEXT_SIZE, assumptions=assumptions)
 
 
-def test_peaks_are_those_that_runs_report_their_mfu_with():
-    from pause_megatron.train.monitoring import PEAK_TFLOPS
-
-    # (The module imports torch, so it is not imported by the plan itself.)
-    for gpu, name in (("a100-40", "A100"), ("a100-80", "A100"), ("h100", "H100"), ("h200", "H200")):
-        assert GPUS[gpu].peak_flops == PEAK_TFLOPS[name] * 1e12
+@pytest.mark.parametrize(
+    ("cuda_name", "name"),
+    [
+        ("NVIDIA A100-SXM4-40GB", "a100-40"),
+        ("NVIDIA A100-PCIE-40GB", "a100-40"),
+        ("NVIDIA A100-SXM4-80GB", "a100-80"),
+        ("NVIDIA A100 80GB PCIe", "a100-80"),
+        ("NVIDIA A800-SXM4-80GB", "a800"),
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H100 NVL", "h100-94"),
+        ("NVIDIA H800", "h800"),
+        ("NVIDIA H20", "h20"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA H200 NVL", "h200-nvl"),
+        ("NVIDIA GH200 480GB", "gh200"),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA GB200", "gb200"),
+        ("NVIDIA B300 SXM6 AC", "b300"),
+        ("NVIDIA GB300", "gb300"),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_the_names_that_cuda_gives(cuda_name, name):
+    found = gpu_of_cuda(cuda_name)
+    assert (found and found.name) == name
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 4, 8])
