@@ -11,6 +11,8 @@ import pytest
 
 # Set before anything imports torch: the ranks of a pool share few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Triton's kernels run in its interpreter, on a CPU. It must know when it is imported.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from records import FOLDERS, MADE

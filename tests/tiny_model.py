@@ -20,7 +20,13 @@ def section(**changes: object) -> ModelSection:
 
 
 def tiny(
-    *, parallel: ParallelSection, pauses: int = 1, softmax: str = "keep", precision: str = "fp32", **changes: object
+    *,
+    parallel: ParallelSection,
+    pauses: int = 1,
+    softmax: str = "keep",
+    precision: str = "fp32",
+    kernels: str = "plain",
+    **changes: object,
 ):
     """A PauseGPTModel of `section(**changes)` on the process groups that exist."""
     from pause_megatron.model import Vocabulary, build_model
@@ -34,6 +40,7 @@ def tiny(
         softmax=softmax,
         precision=precision,
         seed=5,
+        kernels=kernels,
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -44,6 +46,43 @@ def additive_mask(hidden: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -math.inf)
 
 
+@dataclass(frozen=True)
+class Rotation:
+    """Rotary angles of a micro-batch, made once for all layers.
+
+    Attributes:
+        cos, sin: fp32 [seq, 1 or batch, channels / 2].
+        rotate: as `pause_megatron.model.kernels.Kernels.rotate`.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
+
+    @classmethod
+    def of(cls, angles: Tensor, rotate: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Rotation:
+        """From megatron-core's angles [seq, 1 or batch, 1, channels], whose second half repeats the first."""
+        half = angles[:, :, 0, : angles.shape[-1] // 2].float()
+        return cls(half.cos().contiguous(), half.sin().contiguous(), rotate)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Turn queries or keys [seq, batch, heads, channels]."""
+        return self.rotate(x, self.cos, self.sin)
+
+
+@dataclass(frozen=True)
+class MaskAndRotation:
+    """Takes the place of an attention mask where the core attention turns queries and keys itself.
+
+    Attributes:
+        mask: as `SDPACoreAttention.forward`.
+        rotation: of queries and keys.
+    """
+
+    mask: Tensor | TextSpans | None
+    rotation: Rotation
+
+
 class SDPACoreAttention(MegatronModule):
     """Softmax attention of the heads on this rank: causal, or as spans or an explicit mask say.
 
@@ -71,7 +110,7 @@ class SDPACoreAttention(MegatronModule):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | TextSpans | None = None,
+        attention_mask: Tensor | TextSpans | MaskAndRotation | None = None,
         **options: Any,
     ) -> Tensor:
         """Attend.
@@ -81,7 +120,8 @@ class SDPACoreAttention(MegatronModule):
             key, value: [seq, batch, query groups, channels]; heads is a multiple of the groups.
             attention_mask: TextSpans; or bool, broadcastable to [batch, heads, seq, seq], True where a query must NOT
                 look (as everywhere in megatron-core); or the `additive_mask` of one. It takes the place of causality:
-                a prefix-LM or block-diagonal mask says all there is to say. None: causal.
+                a prefix-LM or block-diagonal mask says all there is to say. None: causal. MaskAndRotation: one of
+                these, and queries and keys are turned first.
             options: what megatron-core passes besides; packed sequences and biases are refused.
 
         Returns:
@@ -89,6 +129,9 @@ class SDPACoreAttention(MegatronModule):
         """
         if options.get("packed_seq_params") is not None or options.get("attention_bias") is not None:
             raise ValueError("SDPACoreAttention supports neither packed_seq_params nor attention_bias; pass a mask")
+        if isinstance(attention_mask, MaskAndRotation):
+            query, key = map(attention_mask.rotation, (query, key))
+            attention_mask = attention_mask.mask
         seq, batch, heads, channels = query.shape
         if isinstance(attention_mask, TextSpans):
             tokens = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))

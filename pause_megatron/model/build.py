@@ -12,6 +12,7 @@ from pause_megatron.config.rules import check_shape
 from pause_megatron.config.schema import ModelSection, ParallelSection
 from pause_megatron.model.gpt import PauseGPTModel
 from pause_megatron.model.init import initialize_weights
+from pause_megatron.model.kernels import kernels as kernels_named
 from pause_megatron.model.layers import block_spec
 from pause_megatron.model.sequence_parallel import check_gradient_sums, sum_gradients_over
 from pause_megatron.model.vocabulary import Softmax, Vocabulary
@@ -26,8 +27,10 @@ def build_model(
     softmax: Softmax = "keep",
     precision: str = "fp32",
     seed: int = 0,
+    kernels: str = "auto",
+    draw: bool = True,
 ) -> PauseGPTModel:
-    """This rank's shard of a Llama-like model, on the host; DeepSpeed moves it to the device.
+    """This rank's shard of a Llama-like model, on the current CUDA device, or on a CPU where there is none.
 
     Process groups must exist (`pause_megatron.distributed.initialize`). Hooks that sequence parallelism needs are in
     place and checked when this returns.
@@ -40,41 +43,52 @@ def build_model(
         softmax: "keep" or "exclude" pause logits.
         precision: "fp32" or "bf16" parameters.
         seed: of the initial weights, which do not depend on the number of ranks or on padding.
+        kernels: as `engine.kernels`.
+        draw: False leaves the weights as they are in memory, for a model that is about to be loaded.
 
     Raises:
         ConfigError: a size is missing or not divisible by the tensor-parallel size.
     """
     check_shape(model, parallel, sequence_length)
     group = parallel_state.get_tensor_model_parallel_group()
+    chosen = kernels_named(kernels, torch.cuda.current_device())
     gpt = PauseGPTModel(
-        transformer_config(model, parallel, precision),
+        transformer_config(model, parallel, precision, fused=chosen.fused),
         block_spec(model.layers, attention=model.attention, recompute=parallel.recompute),
         vocabulary.padded(model.vocab_multiple, parallel.tensor),
         sequence_length,
         vocabulary=vocabulary,
         softmax=softmax,
         head_chunk=model.head_chunk,
+        kernels=chosen,
         share_embeddings_and_output_weights=model.tied,
         position_embedding_type="rope",
         rotary_base=model.rope_base,
     )
-    initialize_weights(
-        gpt,
-        seed=seed,
-        std=model.init_std,
-        layers=model.layers,
-        vocabulary=vocabulary,
-        rank=group.rank(),
-        ranks=group.size(),
-    )
+    if draw:
+        initialize_weights(
+            gpt,
+            seed=seed,
+            std=model.init_std,
+            layers=model.layers,
+            vocabulary=vocabulary,
+            rank=group.rank(),
+            ranks=group.size(),
+        )
     if parallel.sequence:
         sum_gradients_over(gpt, group)
         check_gradient_sums(gpt, group)
     return gpt
 
 
-def transformer_config(model: ModelSection, parallel: ParallelSection, precision: str) -> TransformerConfig:
-    """megatron-core's configuration of the model; fusions that need CUDA extensions are off."""
+def transformer_config(
+    model: ModelSection, parallel: ParallelSection, precision: str, *, fused: bool = False
+) -> TransformerConfig:
+    """megatron-core's configuration of the model; fusions that need CUDA extensions are off.
+
+    Args:
+        fused: the model's own SwiGLU takes the place of megatron-core's (`layers.use_swiglu`).
+    """
     bf16 = precision == "bf16"
     return TransformerConfig(
         num_layers=model.layers,
@@ -96,8 +110,10 @@ def transformer_config(model: ModelSection, parallel: ParallelSection, precision
         pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
         tensor_model_parallel_size=parallel.tensor,
         sequence_parallel=parallel.sequence,
-        # Weights are ours (init.py); megatron-core still marks them as tensor parallel, which DeepSpeed reads.
-        use_cpu_initialization=True,
+        use_te_activation_func=fused and model.attention == "sdpa",
+        # Weights are ours (init.py), allocated on `torch.cuda.current_device()` (without CUDA: the CPU). megatron-core
+        # marks them as tensor parallel, which DeepSpeed reads. Its CPU initialization would make whole fp32 matrices.
+        use_cpu_initialization=False,
         init_method=_leave,
         output_layer_init_method=_leave,
         embedding_init_method=_leave,

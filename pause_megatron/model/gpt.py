@@ -26,8 +26,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from pause_megatron.errors import ConfigError
-from pause_megatron.model.attention import SDPACoreAttention, additive_mask
+from pause_megatron.model.attention import MaskAndRotation, Rotation, SDPACoreAttention, additive_mask
 from pause_megatron.model.head import LMLoss, OutputLayer
+from pause_megatron.model.kernels import Kernels
+from pause_megatron.model.kernels import kernels as kernels_named
+from pause_megatron.model.layers import use_swiglu
 from pause_megatron.model.spans import TextSpans
 from pause_megatron.model.vocabulary import Softmax, Vocabulary
 
@@ -51,6 +54,8 @@ class PauseGPTModel(LanguageModule):
         head_chunk: rows of logits that exist at one time; None: by memory (`config.presets.head_chunk_rows`).
         pre_process, post_process: whether this pipeline stage has the embedding, and the head.
         parallel_output: keep logits split over tensor-parallel ranks.
+        kernels: of rotary embedding, SwiGLU (where the config has `use_te_activation_func`) and cross-entropy;
+            default: plain.
         share_embeddings_and_output_weights: tied embeddings.
         position_embedding_type: "rope", "learned_absolute" or "none".
         rotary_percent, rotary_base, rope_scaling, rope_scaling_factor, seq_len_interpolation_factor: as GPTModel.
@@ -87,10 +92,12 @@ class PauseGPTModel(LanguageModule):
         vocabulary: Vocabulary,
         softmax: Softmax = "keep",
         head_chunk: int | None = None,
+        kernels: Kernels | None = None,
     ) -> None:
         _refuse(config, position_embedding_type, fp16_lm_cross_entropy, mtp_block_spec)
         super().__init__(config, pg_collection)
         self.vocabulary = vocabulary
+        self.kernels = kernels or kernels_named("plain", "cpu")
         self.vocab_size = vocab_size
         self.max_sequence_length = max_sequence_length
         self.pre_process = pre_process
@@ -131,6 +138,15 @@ class PauseGPTModel(LanguageModule):
             vp_stage=vp_stage,
         )
         self._shares_mask = any(isinstance(module, SDPACoreAttention) for module in self.decoder.modules())
+        self._rotates_in_core = (
+            self.kernels.fused
+            and self.rotary_pos_emb is not None
+            and not config.rotary_interleaved
+            and rotary_percent == 1.0
+            and all(isinstance(layer.self_attention.core_attention, SDPACoreAttention) for layer in self.decoder.layers)
+        )
+        if self.kernels.fused:
+            use_swiglu(self.decoder, self.kernels.swiglu)
         if post_process:
             shard = vocab_size // groups.tp.size()
             first = groups.tp.rank() * shard
@@ -140,6 +156,7 @@ class PauseGPTModel(LanguageModule):
                 vocab_size,
                 masked=vocabulary.masked_columns(softmax, first, first + shard),
                 chunk=head_chunk,
+                kernels=self.kernels,
                 embedding=self.embedding.word_embeddings if tied else None,
                 config=config,
                 init_method=config.init_method,
@@ -231,10 +248,13 @@ class PauseGPTModel(LanguageModule):
         restarting = attention_mask is not None
         if isinstance(attention_mask, Tensor) and attention_mask.dtype == torch.bool and self._shares_mask:
             attention_mask = additive_mask(attention_mask, self.config.params_dtype)
+        angles = self._rotary(decoder_input, position_ids if restarting else None, packed_seq_params)
+        if self._rotates_in_core:
+            attention_mask, angles = MaskAndRotation(attention_mask, Rotation.of(angles, self.kernels.rotate)), None
         return self.decoder(
             hidden_states=decoder_input,
             attention_mask=attention_mask,
-            rotary_pos_emb=self._rotary(decoder_input, position_ids if restarting else None, packed_seq_params),
+            rotary_pos_emb=angles,
             packed_seq_params=packed_seq_params,
             **(extra_block_kwargs or {}),
         )

@@ -3,20 +3,21 @@
 Goyal et al. (ICLR 2024, section 3) leave out every position whose next token is a pause. Such rows never reach this
 head, so nothing is computed for them. The rows that do are worked through in chunks, and the gradients of a chunk are
 taken at once, in the forward pass, so that logits exist for one chunk at a time (the pattern of torchtitan's chunked
-loss). The arithmetic is megatron-core's `vocab_parallel_cross_entropy`, piece by piece.
+loss). The cross-entropy itself is `pause_megatron.model.kernels`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
-from megatron.core.tensor_parallel.cross_entropy import VocabParallelCrossEntropy as Pieces
 from torch import Tensor, nn
 
 from pause_megatron.config.presets import head_chunk_rows
+from pause_megatron.model.kernels import Kernels
 
 Spans = list[tuple[int, int]]
 
@@ -47,17 +48,25 @@ class OutputLayer(tensor_parallel.ColumnParallelLinear):
     Args:
         masked: columns of this rank's shard that take no part in the softmax.
         chunk: rows of logits that exist at one time; None: by memory.
+        kernels: compute the cross-entropy.
         embedding: module whose weight is used, for tied embeddings; else None. It is kept out of this module's
             children, so that the weight has one name in a checkpoint.
         linear: arguments of ColumnParallelLinear.
     """
 
     def __init__(
-        self, *sizes: int, masked: Spans, chunk: int | None, embedding: nn.Module | None, **linear: Any
+        self,
+        *sizes: int,
+        masked: Spans,
+        chunk: int | None,
+        kernels: Kernels,
+        embedding: nn.Module | None,
+        **linear: Any,
     ) -> None:
         super().__init__(*sizes, bias=False, skip_weight_param_allocation=embedding is not None, **linear)
         self.masked = masked
         self.chunk = chunk
+        self._cross_entropy = kernels.cross_entropy
         self._tied_to = (embedding,)
 
     def forward(
@@ -95,9 +104,8 @@ class OutputLayer(tensor_parallel.ColumnParallelLinear):
         chunk = head_chunk_rows(
             self.chunk, columns=weight.shape[0], element=weight.element_size(), device=weight.device.type
         )
-        return _ChunkedCrossEntropy.apply(
-            input_, weight, targets, loss_scale, self.masked, chunk, self.tp_group, torch.is_grad_enabled()
-        )
+        task = _Task(self._cross_entropy, self.masked, chunk, self.tp_group, torch.is_grad_enabled())
+        return _ChunkedCrossEntropy.apply(input_, weight, targets, loss_scale, task)
 
 
 def mask_columns(logits: Tensor, masked: Spans) -> Tensor:
@@ -110,38 +118,42 @@ def mask_columns(logits: Tensor, masked: Spans) -> Tensor:
     return logits.masked_fill(dead, float("-inf"))
 
 
+class _Task(NamedTuple):
+    """What `_ChunkedCrossEntropy` is told besides tensors."""
+
+    cross_entropy: Callable[..., tuple[Tensor, Tensor | None]]
+    masked: Spans
+    chunk: int
+    group: dist.ProcessGroup
+    differentiable: bool
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of vocabulary-parallel cross-entropies, with gradients taken chunk by chunk in the forward pass.
 
-    rows [rows, hidden] are the same on all ranks of `group`, weight [vocabulary shard, hidden] is this rank's. The
+    rows [rows, hidden] are the same on all ranks of the group, weight [vocabulary shard, hidden] is this rank's. The
     gradient of rows is this rank's part of the sum over the vocabulary: who made the rows adds the parts up.
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        rows: Tensor,
-        weight: Tensor,
-        targets: Tensor,
-        scale: Tensor,
-        masked: Spans,
-        chunk: int,
-        group: dist.ProcessGroup,
-        differentiable: bool,
+        ctx: Any, rows: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, task: _Task
     ) -> tuple[Tensor, Tensor, Tensor]:
-        count = rows.shape[0]
+        count, chunk = rows.shape[0], task.chunk
         token_losses = torch.empty(count, dtype=torch.float32, device=rows.device)
-        grad_rows = torch.empty_like(rows) if differentiable and ctx.needs_input_grad[0] else None
-        grad_weight = _WeightGradient(weight) if differentiable and ctx.needs_input_grad[1] else None
+        grad_rows = torch.empty_like(rows) if task.differentiable and ctx.needs_input_grad[0] else None
+        grad_weight = None
+        if task.differentiable and ctx.needs_input_grad[1]:
+            grad_weight = _WeightGradient(weight, chunks=-(-count // chunk))
         # One buffer for all chunks: on a CPU, fresh pages for each cost more than the softmax.
         buffer = rows.new_empty(min(chunk, count), weight.shape[0])
         for start in range(0, count, chunk):
             x = rows[start : start + chunk]
             logits = torch.mm(x, weight.t(), out=buffer[: x.shape[0]])
-            for low, high in masked:
+            for low, high in task.masked:
                 logits[:, low:high] = float("-inf")
-            token_losses[start : start + chunk], grad_logits = _cross_entropy(
-                logits, targets[start : start + chunk], scale, group, differentiable
+            token_losses[start : start + chunk], grad_logits = task.cross_entropy(
+                logits, targets[start : start + chunk], scale, task.group, task.differentiable
             )
             if grad_rows is not None:
                 torch.mm(grad_logits, weight, out=grad_rows[start : start + chunk])
@@ -158,52 +170,32 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the LM head was differentiated twice; it keeps its gradients for one backward pass")
         gradients, ctx.gradients = ctx.gradients, None
-        return *(None if g is None else g.mul_(grad_loss) for g in gradients), None, None, None, None, None, None
-
-
-def _cross_entropy(
-    logits: Tensor, targets: Tensor, scale: Tensor, group: dist.ProcessGroup, differentiable: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Token losses [rows] fp32, and the gradient of scale * their sum for the logits, in the logits' type.
-
-    fp32 logits are used up.
-    """
-    columns = logits.shape[-1]
-    parallel = group.size() > 1
-    dtype = logits.dtype
-    logits, highest = Pieces.calculate_logits_max(logits)
-    if parallel:
-        dist.all_reduce(highest, op=dist.ReduceOp.MAX, group=group)
-    first = group.rank() * columns
-    elsewhere, local_targets, predicted, total, exponentials = Pieces.calculate_predicted_logits(
-        logits, targets, highest, first, first + columns
-    )
-    if parallel:
-        dist.all_reduce(predicted, group=group)
-        dist.all_reduce(total, group=group)
-    softmax, losses = Pieces.calculate_cross_entropy_loss(exponentials, predicted, total)
-    if not differentiable:
-        return losses, None
-    grad_2d, index, update, grad = Pieces.prepare_gradient_calculation_operands(softmax, elsewhere)
-    grad = Pieces.calculate_gradients(grad_2d, index, local_targets, update, grad, scale.expand(losses.shape[0]))
-    return losses, grad.to(dtype)
+        return *(None if g is None else g.mul_(grad_loss) for g in gradients), None, None, None
 
 
 class _WeightGradient:
-    """Sum of the chunks' weight gradients, kept in fp32; of a single chunk, the very product."""
+    """Sum of the chunks' weight gradients, in fp32 and rounded once at the end; of a single chunk, the very product.
 
-    def __init__(self, weight: Tensor) -> None:
-        self._weight = weight
-        self._sum: Tensor | None = None
+    Args:
+        weight: [vocabulary shard, hidden].
+        chunks: how many will be added.
+    """
+
+    def __init__(self, weight: Tensor, chunks: int) -> None:
+        self._weight, self._sum = weight, None
+        self._wide = chunks > 1 and weight.dtype != torch.float32
 
     def add(self, grad_logits: Tensor, rows: Tensor) -> None:
         """Add grad_logits^T rows: [rows, vocabulary shard], [rows, hidden] -> [vocabulary shard, hidden]."""
+        left, result = grad_logits.t(), {}
+        if self._wide and left.is_cuda:
+            result = {"out_dtype": torch.float32}
+        elif self._wide:  # a CPU makes no product of another type than its factors
+            left, rows = left.float(), rows.float()
         if self._sum is None:
-            self._sum = torch.mm(grad_logits.t(), rows)
-        elif self._weight.dtype == torch.float32:
-            self._sum.addmm_(grad_logits.t(), rows)
+            self._sum = torch.mm(left, rows, **result)
         else:
-            self._sum = self._sum.float().add_(torch.mm(grad_logits.t(), rows))
+            torch.addmm(self._sum, left, rows, out=self._sum, **result)
 
     def result(self) -> Tensor:
         """The gradient, in the weight's type; zeros where no row had a target."""

@@ -1,12 +1,14 @@
 """Initial weights that depend on the seed and a parameter's name only: not on ranks, padding or construction order.
 
-Every matrix is drawn whole on the host, in fp32, from a generator of its own, and cut afterwards.
+Every matrix is drawn whole where the model is, in fp32, from a generator of its own, and cut afterwards. A CPU and a
+CUDA device draw different numbers of the same seed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -39,33 +41,33 @@ def initialize_weights(
         rank, ranks: place among the tensor-parallel ranks.
     """
     for name, parameter in model.named_parameters():
-        shape = parameter.shape
+        shape, draw = parameter.shape, partial(_normal, seed, device=parameter.device)
         if name.endswith(("word_embeddings.weight", "output_layer.weight")):
-            value = _vocabulary_matrix(seed, name, vocabulary, shape[0] * ranks, shape[1], std).chunk(ranks)[rank]
+            text = draw(name, (vocabulary.text_size, shape[1]), std)
+            value = _vocabulary_matrix(seed, name, vocabulary, text, shape[0] * ranks).chunk(ranks)[rank]
         elif name.endswith("linear_qkv.weight"):
             # Rows are grouped by query group (its queries, its key, its value): a rank has whole groups.
-            value = _normal(seed, name, (shape[0] * ranks, shape[1]), std).chunk(ranks)[rank]
+            value = draw(name, (shape[0] * ranks, shape[1]), std).chunk(ranks)[rank]
         elif name.endswith("linear_fc1.weight"):
             # SwiGLU: a rank has its part of the gate, then its part of the up projection.
             half = (shape[0] // 2 * ranks, shape[1])
-            parts = [_normal(seed, f"{name}/{part}", half, std).chunk(ranks)[rank] for part in ("gate", "up")]
+            parts = [draw(f"{name}/{part}", half, std).chunk(ranks)[rank] for part in ("gate", "up")]
             value = torch.cat(parts)
         elif name.endswith(("linear_proj.weight", "linear_fc2.weight")):
-            whole = _normal(seed, name, (shape[0], shape[1] * ranks), std / math.sqrt(2 * layers))
+            whole = draw(name, (shape[0], shape[1] * ranks), std / math.sqrt(2 * layers))
             value = whole.chunk(ranks, dim=1)[rank]
         elif name.endswith("linear_qkv.bias"):
-            value = torch.zeros(shape)
+            value = torch.zeros(shape, device=parameter.device)
         elif parameter.dim() == 1 and "norm" in name:
-            value = torch.ones(shape)
+            value = torch.ones(shape, device=parameter.device)
         else:
             raise ValueError(f"no rule for the initial value of {name} {tuple(shape)}")
         with torch.no_grad():
             parameter.copy_(value)
 
 
-def _vocabulary_matrix(seed: int, name: str, vocabulary: Vocabulary, rows: int, width: int, std: float) -> Tensor:
-    text = _normal(seed, name, (vocabulary.text_size, width), std)
-    value = torch.zeros(rows, width)
+def _vocabulary_matrix(seed: int, name: str, vocabulary: Vocabulary, text: Tensor, rows: int) -> Tensor:
+    value = text.new_zeros(rows, text.shape[1])
     value[: vocabulary.text_size] = text
     mean, spread = text.mean(dim=0), text.std(dim=0, correction=0)
     for index, row in enumerate(vocabulary.pause_ids):
@@ -82,10 +84,10 @@ def pause_row(seed: int, name: str, index: int, mean: Tensor, spread: Tensor) ->
         index: which of the K pauses
         mean, spread: [width] mean and standard deviation of the text rows, per channel
     """
-    return mean + spread * _normal(seed, f"{name}/pause/{index}", tuple(mean.shape), 1.0)
+    return mean + spread * _normal(seed, f"{name}/pause/{index}", tuple(mean.shape), 1.0, mean.device)
 
 
-def _normal(seed: int, name: str, shape: tuple[int, ...], std: float) -> Tensor:
+def _normal(seed: int, name: str, shape: tuple[int, ...], std: float, device: torch.device) -> Tensor:
     digest = hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
-    return torch.empty(shape).normal_(0.0, std, generator=generator)
+    generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "little", signed=True))
+    return torch.empty(shape, device=device).normal_(0.0, std, generator=generator)

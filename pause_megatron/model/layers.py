@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -10,9 +11,11 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from pause_megatron.errors import ConfigError
@@ -35,6 +38,16 @@ class RecomputedLayer(TransformerLayer):
         return checkpoint(
             lambda hidden: run(hidden, *args, **kwargs), hidden_states, use_reentrant=True, preserve_rng_state=False
         )
+
+
+def use_swiglu(block: nn.Module, swiglu: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Let a block's feed-forward layers call `swiglu` ([..., 2 ffn] -> [..., ffn]) for activation and product.
+
+    That is what megatron-core's MLP asks of its activation under `config.use_te_activation_func`, whoever made it.
+    """
+    for module in block.modules():
+        if isinstance(module, MLP) and module.config.use_te_activation_func:
+            module.activation_func = swiglu
 
 
 def block_spec(

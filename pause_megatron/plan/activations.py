@@ -111,7 +111,6 @@ def _head_chunk(layout: Layout, device: Device) -> int:
         return 4 * logits + 4 * matrix
     if chunks == 1:
         return max(8 * logits, 4 * logits + 2 * matrix)
-    # The second chunk turns the sum into fp32 while the bf16 one and the new product exist. From then on the gradient
-    # of the chunk before is still there when the next logits are made. A CPU adds bf16 to fp32 by way of an fp32 copy.
-    adding = (12 if device == "cpu" else 8) * matrix + 4 * logits
-    return max(adding, (2 if chunks == 2 else 4) * matrix + 10 * logits)
+    # From the second chunk on there is the fp32 sum, and the gradient of the chunk before is still there when the next
+    # logits are made. At the end the sum is rounded.
+    return max(4 * matrix + 10 * logits, 6 * matrix + 4 * logits)

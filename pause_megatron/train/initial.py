@@ -33,6 +33,7 @@ class InitialWeights:
 
     folder = None
     progress = Progress()
+    draws = False
 
     def __init__(self, config: RunConfig, tokenizer: Tokenizer, context: ParallelContext) -> None:
         self._folder, self._context = resolve(config.model.from_), context

@@ -38,7 +38,10 @@ class Resumed:
     Attributes:
         progress: how far it had come
         folder: the checkpoint
+        draws: as `Start`
     """
+
+    draws = False
 
     def __init__(self, folder: Path, manifest: Manifest, context: ParallelContext) -> None:
         self.progress = Progress(**manifest.progress)

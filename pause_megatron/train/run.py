@@ -58,9 +58,9 @@ def train(config: RunConfig, data: TrainingData, context: ParallelContext, stop:
     end = deadline(config.checkpoint.before_end_seconds)
     with ExitStack() as closing:
         closing.enter_context(own_run(folder, context))
-        model = new_model(config, data)
         store = Store(folder / "checkpoints", context.rank, context.world_size)
         start = find_start(store, config, data, context)
+        model = new_model(config, data, draw=start.draws)
         start.weights_into(model)
         # What must not move must not decay either.
         groups = parameter_groups(model, 0.0 if config.train.only else config.optim.weight_decay)
@@ -101,8 +101,8 @@ def train(config: RunConfig, data: TrainingData, context: ParallelContext, stop:
     return EXIT_STOPPED if stopped else EXIT_FINISHED
 
 
-def new_model(config: RunConfig, data: TrainingData) -> PauseGPTModel:
-    """This rank's shard with its initial weights."""
+def new_model(config: RunConfig, data: TrainingData, *, draw: bool = True) -> PauseGPTModel:
+    """This rank's shard, with its initial weights; `draw=False`: with none yet, because they are about to be loaded."""
     model = build_model(
         config.model,
         vocabulary=Vocabulary(data.tokenizer.vocab_size, tuple(data.pause_ids)),
@@ -111,6 +111,8 @@ def new_model(config: RunConfig, data: TrainingData) -> PauseGPTModel:
         softmax=config.pause.softmax,
         precision=config.engine.precision,
         seed=config.run.seed,
+        kernels=config.engine.kernels,
+        draw=draw,
     )
     if config.train.only == "pause_rows":
         train_pause_rows_only(model)

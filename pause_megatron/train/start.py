@@ -29,6 +29,11 @@ class Start(Protocol):
         """What the run has seen so far."""
         ...
 
+    @property
+    def draws(self) -> bool:
+        """Whether the model must have its initial weights before `weights_into`."""
+        ...
+
     def weights_into(self, model: PauseGPTModel) -> None:
         """Before DeepSpeed sees the model."""
         ...
@@ -43,6 +48,7 @@ class FromScratch:
 
     folder = None
     progress = Progress()
+    draws = True
 
     def weights_into(self, model: PauseGPTModel) -> None:
         """Nothing to do."""
