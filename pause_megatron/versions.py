@@ -119,6 +119,8 @@ EXTRAS = {
         Package("peft", "0.18.0", "0.21.2"),
         ACCELERATE,
         Package("gigatoken", "0.10.0", "0.10.0"),
+        # The kernels of model/kernels run in its interpreter. Not pinned: see TRITON.
+        Package("triton", "3.6.0", "3.9.0", marker="platform_system == 'Linux'"),
     ),
 }
 

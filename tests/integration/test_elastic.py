@@ -163,3 +163,23 @@ def test_a_run_over_many_worlds_is_the_run_in_one(corpus, tmp_path, precision, p
     exact = ("step", "lr", "tokens", "text_tokens", "targets", "applied")
     assert [[line[key] for key in exact] for line in got] == [[line[key] for key in exact] for line in expected]
     assert [line["loss"] for line in got] == pytest.approx([line["loss"] for line in expected], rel=tolerance)
+
+
+def matrices_drawn(corpus: str, folder: str) -> list[int]:
+    """How many a run draws when it begins, and when it goes on."""
+    from unittest import mock
+
+    from pause_megatron.model import init
+
+    counts = []
+    for _ in range(2):
+        with mock.patch.object(init, "_normal", side_effect=init._normal) as drawing:
+            part(corpus, folder, "fp32", 1, 1, 2)
+        counts.append(drawing.call_count)
+    return counts
+
+
+def test_weights_that_are_about_to_be_loaded_are_not_drawn(corpus, tmp_path):
+    ((fresh, resumed),) = run_on_ranks(1, matrices_drawn, corpus, str(tmp_path))
+    assert fresh > 8
+    assert resumed == 0

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from compiler import needs_compiler
 from ranks import run_on_ranks
 
 STEPS = 20
@@ -30,6 +31,7 @@ TOPOLOGIES = [
     (4, 2, False, 3, 4, []),
     (4, 4, True, 1, 8, []),
     (4, 1, False, 3, 1, ["engine.ds_config=zero3-offload"]),
+    pytest.param((1, 1, False, 2, 8, ["engine.kernels=compiled", "model.head_chunk=200"]), marks=needs_compiler),
 ]
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from compiler import needs_compiler
 from ranks import run_on_ranks
 from tiny_model import BATCH, SEQ, batch, distance, take_gradients, tiny
 
@@ -29,9 +29,6 @@ DTYPES = [torch.float32, torch.bfloat16]
 # One rounding of a result, relative to it; in fp32 also that of exp, sigmoid and sums. The interpreter cuts to bf16, a
 # GPU rounds to the nearest: half of that.
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2.0**-7}
-needs_compiler = pytest.mark.skipif(
-    shutil.which("c++") is None and shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU"
-)
 FORMS = ["triton", "torch"]  # "torch" is what "compiled" compiles
 
 
@@ -286,7 +283,8 @@ for capability in (80, 90, 100):
                     others = {"targets": "*i64", "sign": "fp32"}
                     signature[name] = "*" + dtype if name in number else others.get(name, "i32")
             source = ASTSource(kernel, signature, constants)
-            made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+            options = {"num_warps": warps, **k._OPTIONS}
+            made = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
             assert len(made.asm["cubin"]) > 1000 and made.metadata.shared < 48 * 1024, (kernel, made.metadata)
             assert ".local" not in made.asm["ptx"], kernel
             count += 1

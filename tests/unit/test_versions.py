@@ -91,7 +91,7 @@ def test_each_python_has_one_pin_of_each_package_and_it_was_run(python):
             (specifier,) = pin.specifier
             assert specifier.operator == "=="
             pins[pin.name] = specifier.version
-    assert set(pins) == set(ALL)
+    assert set(pins) == set(ALL) - {"triton"}  # that of a CUDA build of torch is whatever torch wants
     outside = {name: version for name, version in pins.items() if not ALL[name].admits(version)}
     assert outside == {}
     assert {name for name, version in pins.items() if Version(version) > Version(ALL[name].newest)} == set()

@@ -9,6 +9,7 @@ from torch import Tensor
 
 _COLUMNS = 8192  # logits of a row that a program looks at in one go
 _CHANNELS = 1024  # channels of a row of SwiGLU that a program computes
+_OPTIONS = {"enable_fp_fusion": True}  # no default any more from Triton 3.10 on
 
 
 @triton.jit
@@ -41,7 +42,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     _rotate_kernel[(seq * batch,)](
         x, out, cos, sin, x.stride(0), x.stride(1), x.stride(2), batch, cos.shape[1], heads, channels // 2,
         -1.0 if back else 1.0,
-        HEADS=triton.next_power_of_2(heads), HALF=triton.next_power_of_2(channels // 2),
+        HEADS=triton.next_power_of_2(heads), HALF=triton.next_power_of_2(channels // 2), **_OPTIONS,
     )  # fmt: skip
     return out
 
@@ -77,7 +78,7 @@ def swiglu(x: Tensor) -> Tensor:
     width = x.shape[-1] // 2
     out = torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device)
     if out.numel():
-        _swiglu_kernel[_rows_and_blocks(x, width)](x, out, width, BLOCK=_CHANNELS)
+        _swiglu_kernel[_rows_and_blocks(x, width)](x, out, width, BLOCK=_CHANNELS, **_OPTIONS)
     return out
 
 
@@ -87,7 +88,7 @@ def swiglu_backward(gradient: Tensor, x: Tensor) -> Tensor:
     width = x.shape[-1] // 2
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel():
-        _swiglu_backward_kernel[_rows_and_blocks(x, width)](gradient, x, out, width, BLOCK=_CHANNELS)
+        _swiglu_backward_kernel[_rows_and_blocks(x, width)](gradient, x, out, width, BLOCK=_CHANNELS, **_OPTIONS)
     return out
 
 
@@ -185,6 +186,6 @@ def cross_entropy_(logits: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
     return losses
 
 
-def _block(columns: int) -> dict[str, int]:
+def _block(columns: int) -> dict[str, int | bool]:
     block = min(triton.next_power_of_2(columns), _COLUMNS)
-    return {"BLOCK": block, "num_warps": 8 if block >= 2048 else 4}
+    return {"BLOCK": block, "num_warps": 8 if block >= 2048 else 4, **_OPTIONS}
