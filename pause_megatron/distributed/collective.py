@@ -34,7 +34,8 @@ def broadcast_object(value: T) -> T:
 def barrier() -> None:
     """Wait for every rank."""
     if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()
+        # Named, since the world is not bound to a device: torch else warns, and might choose another rank's.
+        dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
 
 
 def sum_over_data_parallel(values: Sequence[float], context: ParallelContext) -> list[float]:

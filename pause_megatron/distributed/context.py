@@ -13,6 +13,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from pause_megatron.config.schema import ParallelSection
 from pause_megatron.distributed.cpu import use_cpu_without_cuda
+from pause_megatron.distributed.groups import make_groups
 from pause_megatron.distributed.meeting import meet
 from pause_megatron.distributed.mpu import MPU
 from pause_megatron.distributed.ranks import Ranks, discover
@@ -110,14 +111,10 @@ def initialize(
         torch.cuda.set_device(target)
     environment = {key: os.environ.get(key) for key in ranks.environment()}
     if owns_world:
-        _start_world(ranks, "nccl" if kind == "cuda" else "gloo", timeout, connect_seconds, target)
+        _start_world(ranks, "nccl" if kind == "cuda" else "gloo", timeout, connect_seconds)
     earlier = frozenset(_groups())
     _join_deepspeed(timeout)
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=parallel.tensor,
-        distributed_timeout_minutes=max(1, int(timeout.total_seconds() // 60)),
-        create_gloo_process_groups=False,
-    )
+    make_groups(parallel.tensor, timeout)
     # Nothing here draws random numbers on the device (no dropout, weights are drawn on the host), but megatron-core
     # enters the tracker under sequence parallelism: the one for inference has a fork() that does nothing.
     tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
@@ -165,7 +162,7 @@ def _check_split(parallel: ParallelSection, world_size: int) -> None:
         raise ConfigError("parallel.sequence: true needs parallel.tensor of 2 or more, got 1")
 
 
-def _start_world(ranks: Ranks, backend: str, timeout: timedelta, connect_seconds: float, device: torch.device) -> None:
+def _start_world(ranks: Ranks, backend: str, timeout: timedelta, connect_seconds: float) -> None:
     os.environ.update(ranks.environment())
     store = dist.HashStore() if ranks.launcher == "alone" else meet(ranks, backend, connect_seconds)
     store.set_timeout(timeout)
@@ -175,7 +172,6 @@ def _start_world(ranks: Ranks, backend: str, timeout: timedelta, connect_seconds
         rank=ranks.rank,
         world_size=ranks.world_size,
         store=dist.PrefixStore("default_pg", store),
-        device_id=device if backend == "nccl" else None,
     )
 
 
