@@ -152,7 +152,8 @@ def _number(*names: str) -> int:
 
 def _report(error: PauseMegatronError) -> None:
     """Say it once: a wrong configuration is the same on every rank; other errors name the rank that met them."""
-    if isinstance(error, ConfigError) and _number("LOCAL_RANK", "SLURM_LOCALID"):
+    # LOCAL_RANK is 0 on every rank where each sees its own GPU alone.
+    if isinstance(error, ConfigError) and (_number("LOCAL_RANK") or _number("SLURM_LOCALID")):
         return
     rank = _number("RANK", "SLURM_PROCID")
     _say(f"error: {error}" if not rank else f"[rank {rank}] error: {error}")

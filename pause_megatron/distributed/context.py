@@ -13,6 +13,7 @@ from megatron.core import parallel_state, tensor_parallel
 
 from pause_megatron.config.schema import ParallelSection
 from pause_megatron.distributed.cpu import use_cpu_without_cuda
+from pause_megatron.distributed.devices import take_device
 from pause_megatron.distributed.groups import make_groups
 from pause_megatron.distributed.meeting import meet
 from pause_megatron.distributed.mpu import MPU
@@ -28,7 +29,7 @@ class ParallelContext:
     hold the same shard of the model and see different windows.
 
     Attributes:
-        rank, world_size, local_rank: among all processes, and on this machine.
+        rank, world_size, local_rank: among all processes, and on this machine as the launcher counts.
         tp_rank, tp_size, tp_group: the ranks that share one replica of the model.
         dp_rank, dp_size, dp_group: the ranks that hold the same shard.
         device: where this rank computes.
@@ -95,8 +96,8 @@ def initialize(
         ranks: default: what `discover()` finds.
 
     Raises:
-        ConfigError: parallel.tensor does not divide the number of ranks, the device is not there, or ranks do not reach
-            each other.
+        ConfigError: parallel.tensor does not divide the number of ranks, the device is not there, two ranks have one
+            GPU, or ranks do not reach each other.
     """
     ranks = discover() if ranks is None else ranks
     kind = _device_kind(device)
@@ -105,13 +106,17 @@ def initialize(
     _check_split(parallel, world_size)
 
     use_cpu_without_cuda()
+    environment = {key: os.environ.get(key) for key in ranks.environment()}
+    store = None
+    if owns_world:
+        os.environ.update(ranks.environment())
+        store = _meet(ranks, "nccl" if kind == "cuda" else "gloo", timeout, connect_seconds)
     target = torch.device("cpu")
     if kind == "cuda":
-        target = torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
-        torch.cuda.set_device(target)
-    environment = {key: os.environ.get(key) for key in ranks.environment()}
-    if owns_world:
-        _start_world(ranks, "nccl" if kind == "cuda" else "gloo", timeout, connect_seconds)
+        target = take_device(ranks, store if ranks.world_size > 1 else None)
+        os.environ["LOCAL_RANK"] = str(target.index)
+    if store is not None:
+        _start_world(ranks, store, "nccl" if kind == "cuda" else "gloo", timeout)
     earlier = frozenset(_groups())
     _join_deepspeed(timeout)
     make_groups(parallel.tensor, timeout)
@@ -162,10 +167,13 @@ def _check_split(parallel: ParallelSection, world_size: int) -> None:
         raise ConfigError("parallel.sequence: true needs parallel.tensor of 2 or more, got 1")
 
 
-def _start_world(ranks: Ranks, backend: str, timeout: timedelta, connect_seconds: float) -> None:
-    os.environ.update(ranks.environment())
+def _meet(ranks: Ranks, backend: str, timeout: timedelta, connect_seconds: float) -> dist.Store:
     store = dist.HashStore() if ranks.launcher == "alone" else meet(ranks, backend, connect_seconds)
     store.set_timeout(timeout)
+    return store
+
+
+def _start_world(ranks: Ranks, store: dist.Store, backend: str, timeout: timedelta) -> None:
     dist.init_process_group(
         backend,
         timeout=timeout,

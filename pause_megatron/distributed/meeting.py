@@ -46,7 +46,7 @@ def meet(ranks: Ranks, backend: str, seconds: float) -> dist.Store:
         raise ConfigError(_nobody(ranks, seconds, error)) from None
     store.set_timeout(wait)
     try:
-        failures = _reach_the_next(_own_keys(store, ranks), ranks, backend, min(seconds, _KNOCK_SECONDS))
+        failures = _reach_the_next(own_keys(store, ranks), ranks, backend, min(seconds, _KNOCK_SECONDS))
     except dist.DistError:
         raise ConfigError(
             f"rank {ranks.rank} on {socket.gethostname()}: expected {ranks.world_size} ranks to come within "
@@ -59,10 +59,27 @@ def meet(ranks: Ranks, backend: str, seconds: float) -> dist.Store:
     return store
 
 
-def _own_keys(store: dist.Store, ranks: Ranks) -> dist.Store:
+def own_keys(store: dist.Store, ranks: Ranks) -> dist.Store:
     """Keys of this meeting: torchrun's store outlives a restart of the ranks, and a process may meet again."""
     keys = dist.PrefixStore(f"meeting/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     return dist.PrefixStore(str(keys.add(f"meetings/{ranks.rank}", 1)), keys)
+
+
+def agree(store: dist.Store, ranks: Ranks, failure: str) -> list[str]:
+    """What failed on any rank, sorted: the same on every rank. Every rank calls this.
+
+    Args:
+        store: keys that nobody else uses.
+        failure: of this rank, one line; "": none.
+    """
+    if failure:
+        store.append("failures", f"{failure}\n")
+    if store.add("done", 1) == ranks.world_size:
+        # Nothing failed where the key is not there.
+        store.set("verdict", store.get("failures") if store.check(["failures"]) else b"")
+    texts = sorted(filter(None, store.get("verdict").decode().split("\n")))
+    _leave(store, ranks, bool(texts))
+    return texts
 
 
 def _reach_the_next(store: dist.Store, ranks: Ranks, backend: str, seconds: float) -> str:
@@ -76,12 +93,8 @@ def _reach_the_next(store: dist.Store, ranks: Ranks, backend: str, seconds: floa
             advice = f"; {name} has {card['interfaces']}, {other['name']} has {other['interfaces']}"
             towards = interface_towards(ranks.master_addr)
             advice += f"; MASTER_ADDR={ranks.master_addr} is reached by {towards}" if towards not in ("", "lo") else ""
-            store.append("failures", f"{name}: {failure}{advice}\n")
-        if store.add("done", 1) == ranks.world_size:
-            # Nothing failed where the key is not there.
-            store.set("verdict", store.get("failures") if store.check(["failures"]) else b"")
-        texts = sorted(filter(None, store.get("verdict").decode().split("\n")))
-    _leave(store, ranks, bool(texts))
+            failure = f"{name}: {failure}{advice}"
+        texts = agree(store, ranks, failure)
     return _verdict(texts, backend)
 
 

@@ -18,7 +18,7 @@ class Ranks:
 
     Attributes:
         rank: 0 .. world_size - 1.
-        local_rank: index of this process on its machine, which is the index of its GPU.
+        local_rank: index of this process on its machine, as the launcher counts.
         world_size: number of processes.
         master_addr: host on which rank 0 listens.
         master_port: port on which rank 0 listens; 0 for a process that is alone.
