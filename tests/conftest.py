@@ -15,12 +15,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TRITON_INTERPRET", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from hidden_gpu import asks_for_gpu
 from records import FOLDERS, MADE
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run the slow tests too, with their full counts")
     parser.addoption("--update-golden", action="store_true", help="write tests/assets/losses anew")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not asks_for_gpu(config.option.markexpr, config.args, config.rootpath):
+        # Before anything imports torch, and for every child process: a machine with CUDA is then one without.
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 
 def pytest_report_header() -> str:

@@ -8,6 +8,9 @@ times on a CPU); texts are longer than that, so there is one way only.
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -111,7 +114,7 @@ def attend_apart(query: Tensor, key: Tensor, value: Tensor, spans: TextSpans, *,
 
 def attend(query: Tensor, key: Tensor, value: Tensor, spans: Spans, *, causal: bool, scale: float) -> Tensor:
     """Softmax attention within each span: arguments and result as `attend_apart`."""
-    if has_variable_length_kernel(query):
+    if has_variable_length_kernel(query, key):
         return attend_by_kernel(query, key, value, spans, causal=causal, scale=scale)
     parts = zip(*(tensor.split(spans.lengths) for tensor in (query, key, value)), strict=True)
     # split and cat, not slices: the gradient of a slice is a tensor as long as the whole.
@@ -128,24 +131,45 @@ def _attend_one(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scal
     return context[0].transpose(0, 1)
 
 
-def has_variable_length_kernel(query: Tensor) -> bool:
-    """Whether torch's variable-length flash attention takes these queries [tokens, heads, channels].
+def has_variable_length_kernel(query: Tensor, key: Tensor) -> bool:
+    """Whether torch's variable-length attention takes queries and keys [tokens, heads or groups, channels].
 
-    It wants an NVIDIA GPU from Ampere on, 16-bit numbers, and heads of at most 256 channels, a multiple of 8.
+    It wants an NVIDIA GPU from Ampere on, 16-bit numbers, and heads of at most 256 channels, a multiple of 8; for
+    fewer groups than heads, torch 2.12 or newer.
     """
     if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
         return False
-    if torch.version.hip is not None or torch.__version__ < "2.12":
+    if torch.version.hip is not None or not torch.backends.cuda.is_flash_attention_available():
         return False
-    if not torch.backends.cuda.is_flash_attention_available():
+    if not takes_call(_kernel_parameters(), grouped=query.shape[1] != key.shape[1]):
         return False
     return torch.cuda.get_device_capability(query.device) >= (8, 0) and query.shape[2] in range(8, 257, 8)
 
 
+def takes_call(parameters: Iterable[str], *, grouped: bool) -> bool:
+    """Whether a `varlen_attn` with these parameters takes the call of `attend_by_kernel`.
+
+    Args:
+        parameters: their names; torch 2.10 has no scale, 2.11 no grouped queries.
+        grouped: whether there are fewer groups than heads.
+    """
+    return {"scale", "window_size", *(["enable_gqa"] if grouped else [])} <= set(parameters)
+
+
+@functools.cache
+def _kernel_parameters() -> tuple[str, ...]:
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return ()
+    return tuple(inspect.signature(varlen_attn).parameters)
+
+
 def attend_by_kernel(query: Tensor, key: Tensor, value: Tensor, spans: Spans, *, causal: bool, scale: float) -> Tensor:
-    """`attend`, in one kernel (torch.nn.attention.varlen, torch >= 2.12)."""
+    """`attend`, in one kernel (torch.nn.attention.varlen)."""
     from torch.nn.attention.varlen import varlen_attn
 
+    grouped = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}
     return varlen_attn(
         query,
         key,
@@ -156,5 +180,5 @@ def attend_by_kernel(query: Tensor, key: Tensor, value: Tensor, spans: Spans, *,
         spans.longest,
         scale=scale,
         window_size=(-1, 0) if causal else (-1, -1),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **grouped,
     )

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
+import inspect
 
 import pytest
 import torch
+from span_cases import PREFIX, SEGMENTS, attended, furthest, qkv
+from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pause_megatron.model.attention import SDPACoreAttention, segment_mask
-from pause_megatron.model.spans import Spans, TextSpans, attend, attend_by_kernel, has_variable_length_kernel
+from pause_megatron.model.attention import segment_mask
+from pause_megatron.model.spans import (
+    Spans,
+    TextSpans,
+    attend,
+    attend_by_kernel,
+    has_variable_length_kernel,
+    takes_call,
+)
 
 
 def test_mask_is_its_definition():
@@ -26,42 +35,6 @@ def test_mask_is_its_definition():
                     sees = segments[b, i] == segments[b, j] and (j <= i or together)
                     assert bool(hidden[b, 0, i, j]) is not bool(sees)
         assert not hidden.diagonal(dim1=2, dim2=3).any()
-
-
-# Windows of 37 tokens: texts of 1 to 16 tokens, padding on both sides; prefixes of none, some and all tokens of a text.
-SEGMENTS = torch.tensor([[0] * 9 + [1] + [2] * 16 + [3] * 11, [-1] * 3 + [0] * 2 + [1] * 12 + [4] * 15 + [-1] * 5])
-PREFIX = torch.zeros(2, 37, dtype=torch.bool)
-for _row, _places in ((0, slice(0, 4)), (0, slice(9, 10)), (0, slice(26, 37)), (1, slice(5, 6)), (1, slice(17, 29))):
-    PREFIX[_row, _places] = True
-
-
-def qkv(groups: int, dtype: torch.dtype, device: str = "cpu") -> list[torch.Tensor]:
-    """Queries [37, 2, 4, 8], keys and values [37, 2, groups, 8] that want gradients, and a gradient of the result."""
-    generator = torch.Generator().manual_seed(groups)
-    shapes = ((37, 2, 4, 8), (37, 2, groups, 8), (37, 2, groups, 8))
-    made = [torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype) for shape in shapes]
-    return [*(tensor.requires_grad_() for tensor in made), torch.randn(37, 2, 32, generator=generator)]
-
-
-def attention_core() -> SDPACoreAttention:
-    return SDPACoreAttention(SimpleNamespace(context_parallel_size=1, attention_dropout=0.0, kv_channels=8), 1)
-
-
-def attended(
-    mask: torch.Tensor | TextSpans, groups: int, dtype: torch.dtype, device: str = "cpu"
-) -> list[torch.Tensor]:
-    """Result and gradients of the attention core, padding left out."""
-    *inputs, upstream = qkv(groups, dtype, device)
-    result = attention_core()(*inputs, mask)
-    live = (SEGMENTS >= 0).t()[..., None]
-    gradients = torch.autograd.grad(result, inputs, (upstream * live).to(result))
-    return [result.detach().cpu() * live, *(gradient.cpu() for gradient in gradients)]
-
-
-def furthest(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
-    """Largest difference, relative to the largest magnitude of each tensor."""
-    gaps = [(a.double() - b).abs().max() / b.abs().max() for a, b in zip(found, expected, strict=True)]
-    return float(torch.stack(gaps).max())
 
 
 @pytest.mark.parametrize("prefix", [None, PREFIX], ids=["causal", "bidirectional"])
@@ -94,18 +67,42 @@ def test_a_prefix_that_is_not_at_the_beginning_is_refused():
         TextSpans.of(SEGMENTS, marked)
 
 
-# Before 2.12 torch's kernel takes no grouped queries, and `has_variable_length_kernel` says no to it on any device.
-kernel_is_used = pytest.mark.skipif(torch.__version__ < "2.12", reason="the kernel is used from torch 2.12 on")
+# As torch documents them.
+SIGNATURES = {
+    "2.10": "query key value cu_seq_q cu_seq_k max_q max_k is_causal return_aux",
+    "2.11": "query key value cu_seq_q cu_seq_k max_q max_k return_aux scale window_size",
+    "2.12": (
+        "query key value cu_seq_q cu_seq_k max_q max_k return_aux scale window_size enable_gqa seqused_k block_table "
+        "num_splits"
+    ),
+}
+OWN = tuple(inspect.signature(varlen_attn).parameters)
+KERNEL_GROUPS = [groups for groups in (4, 2, 1) if takes_call(OWN, grouped=groups != 4)]
 
 
-@kernel_is_used
+@pytest.mark.parametrize(
+    ("version", "plain", "grouped"), [("2.10", False, False), ("2.11", True, False), ("2.12", True, True)]
+)
+def test_the_signature_decides_whether_the_kernel_is_used(version, plain, grouped):
+    parameters = SIGNATURES[version].split()
+    assert (takes_call(parameters, grouped=False), takes_call(parameters, grouped=True)) == (plain, grouped)
+
+
+def test_this_torch_has_one_of_these_signatures():
+    major, minor = (int(part) for part in torch.__version__.split(".")[:2])
+    assert tuple(SIGNATURES["2.12" if (major, minor) >= (2, 12) else f"{major}.{minor}"].split()) == OWN
+
+
 @pytest.mark.parametrize("causal", [True, False])
-def test_the_kernel_takes_our_call(causal):
-    """Shapes, dtypes and argument names only, on tensors without data: `test_kernel_is_the_mask` is the real one."""
+@pytest.mark.parametrize("groups", KERNEL_GROUPS)
+def test_the_kernel_takes_our_call(groups, causal):
+    """Shapes, dtypes and argument names only, on tensors without data: tests/gpu/test_spans_gpu.py is the real one."""
     spans = Spans.of(torch.tensor([9, 1, 27]), "meta")
-    query, key, value = (torch.empty(37, heads, 8, dtype=torch.bfloat16, device="meta") for heads in (4, 2, 2))
+    query, key, value = (
+        torch.empty(37, heads, 8, dtype=torch.bfloat16, device="meta") for heads in (4, groups, groups)
+    )
     query.requires_grad_()
-    assert not has_variable_length_kernel(query)
+    assert not has_variable_length_kernel(query, key)
     result = attend_by_kernel(query, key, value, spans, causal=causal, scale=0.5)
     assert (result.shape, result.dtype) == (query.shape, query.dtype)
     (gradient,) = torch.autograd.grad(result.sum(), query)
@@ -138,26 +135,12 @@ class Documented(TorchDispatchMode):
         return result, scores.logsumexp(-1), torch.zeros(2, dtype=torch.uint64)
 
 
-@kernel_is_used
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("groups", KERNEL_GROUPS)
 def test_our_call_asks_the_kernel_for_the_same(groups, causal):
-    """The values of the arguments; the kernel itself is left to `test_kernel_is_the_mask`."""
+    """The values of the arguments; the kernel itself is left to tests/gpu."""
     spans = Spans.of(torch.tensor([9, 1, 27]), "cpu")
     inputs = [tensor[:, 0].detach() for tensor in qkv(groups, torch.float64)[:3]]
     with Documented():
         asked = attend_by_kernel(*inputs, spans, causal=causal, scale=0.5)
     assert furthest([asked], [attend(*inputs, spans, causal=causal, scale=0.5)]) < 1e-14
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("prefix", [None, PREFIX], ids=["causal", "bidirectional"])
-@pytest.mark.parametrize("groups", [4, 2, 1])
-def test_kernel_is_the_mask(groups, prefix):
-    """The variable-length kernel against the mask in fp64. Written without a GPU at hand: it has never been run."""
-    spans = TextSpans.of(SEGMENTS, prefix, device="cuda")
-    assert has_variable_length_kernel(torch.empty(1, 4, 8, dtype=torch.bfloat16, device="cuda"))
-    exact = attended(segment_mask(SEGMENTS, prefix), groups, torch.float64)
-    assert furthest(attended(spans, groups, torch.bfloat16, "cuda"), exact) < 0.05
-    assert furthest(attended(spans, groups, torch.float32, "cuda"), exact) < 1e-5

@@ -1,0 +1,35 @@
+"""Torch's variable-length attention kernel is attention under the mask."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from span_cases import PREFIX, SEGMENTS, attended, furthest
+
+from pause_megatron.model.attention import segment_mask
+from pause_megatron.model.spans import TextSpans, has_variable_length_kernel, takes_call
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+@pytest.mark.parametrize("prefix", [None, PREFIX], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("groups", [4, 2, 1])
+def test_kernel_is_the_mask(groups, prefix):
+    """Against the mask in fp64. Written without a GPU at hand: it has never been run."""
+    import inspect
+
+    from torch.nn.attention.varlen import varlen_attn
+
+    spans = TextSpans.of(SEGMENTS, prefix, device="cuda")
+    query, key = (torch.empty(1, heads, 8, dtype=torch.bfloat16, device="cuda") for heads in (4, groups))
+    # Torch 2.11 has no grouped queries: there each span is a call of its own.
+    assert has_variable_length_kernel(query, key) == takes_call(
+        inspect.signature(varlen_attn).parameters, grouped=groups != 4
+    )
+    assert has_variable_length_kernel(query, query)
+    exact = attended(segment_mask(SEGMENTS, prefix), groups, torch.float64)
+    assert furthest(attended(spans, groups, torch.bfloat16, "cuda"), exact) < 0.05
+    assert furthest(attended(spans, groups, torch.float32, "cuda"), exact) < 1e-5
