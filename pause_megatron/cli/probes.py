@@ -60,13 +60,6 @@ def _gpu() -> Iterator[Finding]:
         "" if native else "use engine.precision=fp32",
     )
     yield Finding("NCCL", "ok", ".".join(map(str, torch.cuda.nccl.version())))
-    if torch.cuda.device_count() > 1 and not os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS"):
-        yield Finding(
-            "connections",
-            "note",
-            "CUDA_DEVICE_MAX_CONNECTIONS is not set",
-            "set it to 1 for tensor and sequence parallel runs on A100 and H100",
-        )
 
 
 def _compiler() -> Iterator[Finding]:

@@ -9,6 +9,7 @@ from pause_megatron.data.batch import MicroBatch
 from pause_megatron.data.examples import continuations
 from pause_megatron.data.tokenizer import Tokenizer
 from pause_megatron.distributed import initialize
+from pause_megatron.distributed.settings import settings_of
 from pause_megatron.train.inputs import HeldOut, TrainingData
 from pause_megatron.train.run import train
 from pause_megatron.train.signals import StopRequest, listening
@@ -31,6 +32,7 @@ def finetune(config: RunConfig, stop: StopRequest | None = None) -> int:
     """
     with (
         listening(stop) as stop,
+        settings_of(config),
         initialize(config.parallel, timeout=patience(config), connect_seconds=config.run.connect_seconds) as context,
     ):
         data = open_task(config)

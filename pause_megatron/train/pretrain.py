@@ -11,6 +11,7 @@ from pause_megatron.data.corpora import Corpora, open_corpora
 from pause_megatron.data.dataset import PauseTokenizer
 from pause_megatron.data.loader import Samples
 from pause_megatron.distributed import initialize
+from pause_megatron.distributed.settings import settings_of
 from pause_megatron.train.inputs import HeldOut, TrainingData
 from pause_megatron.train.run import train
 from pause_megatron.train.signals import StopRequest, listening
@@ -34,6 +35,7 @@ def pretrain(config: RunConfig, stop: StopRequest | None = None) -> int:
     """
     with (
         listening(stop) as stop,
+        settings_of(config),
         initialize(config.parallel, timeout=patience(config), connect_seconds=config.run.connect_seconds) as context,
     ):
         return train(config, corpus_data(config, context.world_size, context.rank), context, stop)

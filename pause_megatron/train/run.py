@@ -16,6 +16,7 @@ from pause_megatron.config.schema import RunConfig
 from pause_megatron.data.loader import StepLoader
 from pause_megatron.data.sampler import StepSampler
 from pause_megatron.distributed import ParallelContext
+from pause_megatron.distributed.settings import threads_for_optimizer
 from pause_megatron.engine import Engine
 from pause_megatron.model import (
     PauseGPTModel,
@@ -125,10 +126,12 @@ def new_engine(config: RunConfig, model: nn.Module, groups: Sequence[dict], cont
     Args:
         groups: optimizer parameter groups, as in `Engine`.
     """
+    ds_config = deepspeed_config(config, data_parallel=context.dp_size)
+    threads_for_optimizer(ds_config, context)
     return Engine(
         model,
         groups=groups,
-        ds_config=deepspeed_config(config, data_parallel=context.dp_size),
+        ds_config=ds_config,
         optim=config.optim,
         mpu=context.mpu,
         dp_rank=context.dp_rank,
