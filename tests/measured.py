@@ -34,7 +34,7 @@ OPERATIONS = {
     "reduce_scatter_base": "reduce_scatter",
     "reduce": "reduce",
 }
-SCALAR_BYTES = 8  # of norms, flags and counts, which are left out
+SCALAR_BYTES = 64  # of norms, flags and counts, which are left out
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def measure(overrides: Sequence[str]) -> Measured:
         initialize(config.parallel, device="cpu") as context,
         profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recording,
     ):
-        engine, shapes = _engine(config, context)
+        engine, shapes = new_engine_of(config, context)
         with engine:
             step = _step(config, context, engine)
             with torch.profiler.record_function("built"):
@@ -91,7 +91,7 @@ def traffic(overrides: Sequence[str]) -> dict[str, int]:
 
     config = load(overrides=list(overrides))
     with initialize(config.parallel, device="cpu") as context:
-        engine, _ = _engine(config, context)
+        engine, _ = new_engine_of(config, context)
         with engine:
             step = _step(config, context, engine)
             step()
@@ -100,7 +100,8 @@ def traffic(overrides: Sequence[str]) -> dict[str, int]:
     return dict(counter.bytes)
 
 
-def _engine(config: Any, context: Any) -> tuple[Any, dict[str, tuple[int, ...]]]:
+def new_engine_of(config: Any, context: Any) -> tuple[Any, dict[str, tuple[int, ...]]]:
+    """The engine of a configuration, and the shapes of its parameters by name."""
     from pause_megatron.model import Vocabulary, build_model, parameter_groups
     from pause_megatron.train.run import new_engine
 
@@ -121,9 +122,17 @@ def _engine(config: Any, context: Any) -> tuple[Any, dict[str, tuple[int, ...]]]
 
 def _step(config: Any, context: Any, engine: Any) -> Callable[[], Any]:
     """An optimizer step on random windows, as the training loop takes it."""
+    from pause_megatron.train.losses import LossLedger
+
+    batches, ledger = random_batches(config, context), LossLedger(context.device)
+    targets = sum(batch.targets_count for batch in batches) * context.dp_size
+    return lambda: engine.train_step(batches, ledger.forward, lr=1e-3, global_targets=targets)
+
+
+def random_batches(config: Any, context: Any) -> list[Any]:
+    """This rank's micro-batches of a step: random windows with the configuration's number of pauses."""
     from pause_megatron.config.plan import batch_plan
     from pause_megatron.data.batch import MicroBatch
-    from pause_megatron.train.losses import LossLedger
 
     plan = batch_plan(config, context.world_size)
     micro, length = plan.micro_size, plan.sequence_length
@@ -144,9 +153,7 @@ def _step(config: Any, context: Any, engine: Any) -> Callable[[], Any]:
                 segments=_segments(config, micro, length),
             )
         )
-    targets = plan.global_size * (length - plan.pauses)
-    ledger = LossLedger(context.device)
-    return lambda: engine.train_step(batches, ledger.forward, lr=1e-3, global_targets=targets)
+    return batches
 
 
 def _segments(config: Any, micro: int, length: int) -> Tensor | None:

@@ -1,14 +1,14 @@
-"""The gradient norm, and clipping by it, where DeepSpeed's own norm is not exact.
+"""The gradient's norm, and clipping by it, in the same arithmetic at every ZeRO stage, left on the device.
 
-Without ZeRO, and in bf16 at stage 1, DeepSpeed 0.19 takes a tensor's norm in fp32. On a CPU torch adds up in one long
-row: half a percent is lost on 65 M elements. In bf16 without ZeRO it loses the marks of tensor parallelism as well and
-leaves out what the other tensor-parallel ranks hold. At the other stages it adds up in float64, as is done here.
+DeepSpeed 0.19 would take the norm itself. Without ZeRO, and in bf16 at stage 1, it adds up a tensor in fp32 (on a CPU
+torch does so in one long row: half a percent is lost on 65 M elements); in bf16 without ZeRO it leaves out what other
+tensor-parallel ranks hold, and waits for the device at every parameter; at stages 1 to 3 it waits for every group of
+parameters. Here squares are summed in float64, and whoever wants the number reads it once.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -17,54 +17,49 @@ from torch import Tensor
 
 _CHUNK = 2**20  # elements; torch makes a float64 copy of what it sums on a CPU: 8 MB that stay in the cache
 
-
-def norm_is_exact(ds_config: dict) -> bool:
-    """Whether DeepSpeed itself sums the squares of the gradient in float64 under a configuration."""
-    zero = ds_config["zero_optimization"]
-    offloaded = (zero.get("offload_optimizer") or {}).get("device", "none") != "none"
-    fp32_sums = ds_config["data_types"]["grad_accum_dtype"] == "fp32"
-    if zero["stage"] == 1 and ds_config["bf16"]["enabled"]:
-        return offloaded or not fp32_sums
-    return zero["stage"] > 0
-
-
-def reduced_gradients(engine: Any) -> Iterator[tuple[Tensor, Tensor]]:
-    """The parameters of this rank and their gradients, whole and summed over the data-parallel ranks.
-
-    Args:
-        engine: a `deepspeed.DeepSpeedEngine` of the kind for which `norm_is_exact` is False, behind its last backward.
-    """
-    optimizer = engine.optimizer
-    if hasattr(optimizer, "fp32_groups_gradients"):  # bf16 at stage 1: the fp32 sums over the micro-batches
-        for parameters, gradients in zip(optimizer.bf16_groups, optimizer.fp32_groups_gradients, strict=True):
-            yield from zip(parameters, gradients, strict=True)
-        return
-    for parameter in engine.module.parameters():
-        if parameter.grad is not None:
-            yield parameter, parameter.grad
+Gradients = Iterable[tuple[Tensor, Tensor]]
+"""Parameter (for its mark `tensor_model_parallel`) and gradient, any dtype."""
 
 
 @torch.no_grad()
-def global_norm(gradients: Iterable[tuple[Tensor, Tensor]], group: dist.ProcessGroup, device: torch.device) -> float:
-    """Return the L2 norm over all tensor-parallel ranks, squares summed in float64; the host reads once.
+def global_norm(
+    groups: Iterable[Gradients],
+    *,
+    tensor_parallel: dist.ProcessGroup,
+    shards: dist.ProcessGroup | None = None,
+    device: torch.device,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """Return the L2 norm over all ranks that hold a part of the gradient: scalar, on the device; nothing waits for it.
 
     Args:
-        gradients: parameter (for its mark `tensor_model_parallel`) and gradient, any dtype. A parameter without the
-            mark is the same on all ranks of `group`, and its gradient is counted once.
-        group: the tensor-parallel ranks.
-        device: where the sum is kept.
+        groups: what this rank holds. A parameter without the mark is the same on all tensor-parallel ranks, and its
+            gradient is counted once.
+        tensor_parallel: the tensor-parallel ranks.
+        shards: the data-parallel ranks where each holds a part of the gradient; None where each holds all of it.
+        device: where the sums are kept.
+        dtype: of the sums of a group and of what follows; squares within a group are summed in float64.
     """
-    first = group.rank() == 0
-    norms = [
-        torch.linalg.vector_norm(chunk, dtype=torch.float64)
+    first = tensor_parallel.rank() == 0
+    sums = torch.stack([_sum_of_squares(group, first, device) for group in groups]).to(dtype)
+    for ranks in (shards, tensor_parallel):
+        if ranks is not None and ranks.size() > 1:
+            dist.all_reduce(sums, group=ranks)
+    return torch.linalg.vector_norm(sums.sqrt())
+
+
+def _sum_of_squares(gradients: Gradients, first: bool, device: torch.device) -> Tensor:
+    pieces = [
+        gradient.detach().flatten()
         for parameter, gradient in gradients
         if first or getattr(parameter, "tensor_model_parallel", False)
-        for chunk in gradient.detach().flatten().split(_CHUNK)
     ]
-    total = torch.stack(norms).square().sum() if norms else torch.zeros((), dtype=torch.float64, device=device)
-    if group.size() > 1:
-        dist.all_reduce(total, group=group)
-    return math.sqrt(float(total))
+    if device.type == "cpu":
+        pieces = [chunk for piece in pieces for chunk in piece.split(_CHUNK)]
+    if not pieces:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    # On a GPU one pass over all tensors, converted as they are read.
+    return torch.stack(torch._foreach_norm(pieces, 2, dtype=torch.float64)).square().sum()
 
 
 class Clipping:
@@ -86,7 +81,10 @@ class Clipping:
     @torch.no_grad()
     def _scale(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if self._factor < 1.0:
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        parameter.grad.mul_(self._factor)
+            gradients: Sequence[Tensor] = [
+                parameter.grad
+                for group in optimizer.param_groups
+                for parameter in group["params"]
+                if parameter.grad is not None
+            ]
+            torch._foreach_mul_(gradients, self._factor)

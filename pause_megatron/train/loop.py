@@ -6,11 +6,16 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
 from pause_megatron.config.schema import OptimSection
 from pause_megatron.data.batch import MicroBatch
 from pause_megatron.distributed import ParallelContext
 from pause_megatron.distributed.collective import sum_over_ranks
 from pause_megatron.engine import Engine, learning_rate
+from pause_megatron.engine.waits import upload
 from pause_megatron.train.losses import Losses, LossLedger
 from pause_megatron.train.signals import StopRequest
 
@@ -41,7 +46,11 @@ class StepResult:
         lr: learning rate
         applied: False when the gradient was not finite and the step was skipped
         tokens, text_tokens: of this step, over all ranks
-        seconds: wall time from having the batch to the end of the step
+        seconds: wall time from asking for the batch to the end of the step on the host; the device may still be at the
+            optimizer's part of it, which the next step then waits for
+        loader_seconds: of these, waiting for the batch
+        hook_seconds: wall time between the step before, or the start, and this one: what hooks took (logging,
+            validation, saves). `seconds` and `hook_seconds` of all steps leave nothing out
         sample: this rank's first micro-batch, on the CPU
         last: the run is complete
         validation: held-out losses by name, None for one that does not exist; filled in by the validation hook, for the
@@ -56,6 +65,8 @@ class StepResult:
     tokens: int
     text_tokens: int
     seconds: float
+    loader_seconds: float
+    hook_seconds: float
     sample: MicroBatch
     last: bool
     validation: dict[str, float | None] = field(default_factory=dict)
@@ -76,8 +87,13 @@ def training_steps(
     progress: Progress,
     stop: StopRequest,
     corpora: Sequence[str] = (),
+    long_hooks: Sequence[int] = (),
 ) -> Iterator[StepResult]:
     """Takes optimizer steps until `total_steps` or a stop request.
+
+    The host waits for the device once a step, where the engine does: counts, losses and requests to stop are read with
+    the gradient's norm. So a request is known to all ranks while a step is being taken, and the next one is not begun.
+    One that came before the first step, or in a long hook, is agreed on by itself, and not even that step is begun.
 
     Args:
         engine: the model under DeepSpeed
@@ -86,29 +102,31 @@ def training_steps(
         optim: learning rate and schedule
         total_steps: steps of the whole run
         progress: where the run stands
-        stop: read before each step; any rank's request stops all of them before it
+        stop: read in each step; any rank's request stops all of them
         corpora: names of the corpora of a blend, whose losses are told apart
+        long_hooks: hooks take long after every so many steps (validation, saves); the same on all ranks
     """
-    for step, micro_batches in batches:
-        started = time.perf_counter()
-        ledger = LossLedger(context.device, corpora)
-        counts = [
-            sum(batch.targets_count for batch in micro_batches),
-            sum(batch.raw_tokens for batch in micro_batches),
-            sum(batch.text_tokens for batch in micro_batches),
-            int(bool(stop)),
-        ]
-        # Over all ranks, so that a stop request counts from any of them; tensor-parallel ranks see the same windows.
-        *sums, stop_requests = sum_over_ranks(counts, context)
-        if stop_requests:
+    ended, waiting = time.perf_counter(), iter(batches)
+    if _any_rank_asks(stop, context):
+        return
+    while True:
+        begun = time.perf_counter()
+        step, micro_batches = next(waiting, (None, ()))
+        if step is None:
             return
-        targets, tokens, text_tokens = (int(value) // context.tp_size for value in sums)
+        loaded = time.perf_counter()
         lr = learning_rate(optim, step + 1, total_steps)
+        numbers = _StepNumbers(micro_batches, context, corpora, stop)
         outcome = engine.train_step(
-            [batch.to(context.device) for batch in micro_batches], ledger.forward, lr=lr, global_targets=targets
+            [batch.to(context.device) for batch in micro_batches],
+            numbers.ledger.forward,
+            lr=lr,
+            global_targets=numbers.counts[0],
+            read=numbers.reduced,
         )
-        losses = ledger.totals(context)
+        tokens, text_tokens, asked, losses = numbers.given(outcome.read)
         progress = Progress(step + 1, progress.tokens + tokens, progress.text_tokens + text_tokens)
+        before, ended = ended, time.perf_counter()
         yield StepResult(
             progress=progress,
             losses=losses,
@@ -117,7 +135,54 @@ def training_steps(
             applied=outcome.applied,
             tokens=tokens,
             text_tokens=text_tokens,
-            seconds=time.perf_counter() - started,
+            seconds=ended - begun,
+            loader_seconds=loaded - begun,
+            hook_seconds=begun - before,
             sample=micro_batches[0],
             last=step + 1 == total_steps,
         )
+        if asked:
+            return
+        if any(every and (step + 1) % every == 0 for every in long_hooks) and _any_rank_asks(stop, context):
+            return
+
+
+def _any_rank_asks(stop: StopRequest, context: ParallelContext) -> bool:
+    """Whether any rank is asked to stop; the same answer on all of them. The host waits for it."""
+    return bool(sum_over_ranks([int(bool(stop))], context)[0])
+
+
+class _StepNumbers:
+    """Numbers of a step that all ranks add up on the device, and that the host reads once.
+
+    Attributes:
+        counts: float64 [3] on the device, over all ranks: targets, raw tokens, text tokens
+        ledger: sums of the token losses
+    """
+
+    def __init__(
+        self, micro_batches: Sequence[MicroBatch], context: ParallelContext, corpora: Sequence[str], stop: StopRequest
+    ) -> None:
+        self._context, self._stop = context, stop
+        self.ledger = LossLedger(context.device, corpora)
+        mine = [(batch.targets_count, batch.raw_tokens, batch.text_tokens) for batch in micro_batches]
+        # Whole numbers stay exact in float64 up to 2**53.
+        self.counts = upload([sum(each) for each in zip(*mine, strict=True)], context.device)
+        if context.world_size > 1:
+            # Over the ranks that see different windows: tensor-parallel ranks see the same ones.
+            dist.all_reduce(self.counts, group=context.dp_group)
+
+    def reduced(self) -> Tensor:
+        """Everything that the host wants to know, float64 [n] on the device: counts, requests to stop, sums of losses.
+
+        Called when all work of the step but the optimizer's is on its way, so that a request may come as late as that.
+        """
+        asking = upload([int(bool(self._stop))], self._context.device)
+        if self._context.world_size > 1:
+            dist.all_reduce(asking)
+        return torch.cat([self.counts, asking, self.ledger.reduced(self._context)])
+
+    def given(self, values: Sequence[float]) -> tuple[int, int, bool, Losses]:
+        """Raw tokens, text tokens, whether any rank is asked to stop, losses: from the numbers of `reduced`."""
+        _, tokens, text_tokens, asking, *sums = values
+        return int(tokens), int(text_tokens), bool(asking), self.ledger.losses(sums)

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from pause_megatron.data.batch import MicroBatch
 from pause_megatron.distributed import ParallelContext
-from pause_megatron.distributed.collective import sum_over_data_parallel
 from pause_megatron.model.spans import TextSpans
 
 
@@ -63,7 +63,7 @@ def _mean(total: float, count: float) -> float | None:
     return total / count if count else None
 
 
-def lm_loss(module: nn.Module, batch: MicroBatch, scale: float):
+def lm_loss(module: nn.Module, batch: MicroBatch, scale: Tensor | float):
     """Runs a `PauseGPTModel` (or DeepSpeed's wrapper of one) on a micro-batch: `LMLoss`, with loss = scale x sum."""
     spans = None
     if batch.segments is not None:
@@ -91,7 +91,7 @@ class LossLedger:
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
         self._of_corpora = torch.zeros(len(corpora), 2, dtype=torch.float64, device=device)
 
-    def forward(self, module: nn.Module, batch: MicroBatch, scale: float) -> Tensor:
+    def forward(self, module: nn.Module, batch: MicroBatch, scale: Tensor) -> Tensor:
         """The scaled loss of a micro-batch, for `Engine.train_step`; its token losses are entered here."""
         output = lm_loss(module, batch, scale)
         self.enter(output.token_losses, batch.after_pause, batch.target_datasets)
@@ -106,17 +106,25 @@ class LossLedger:
             datasets: int64 [R], the number of their corpus in the blend
         """
         losses = token_losses.double()
-        self._sums += torch.stack(
-            [losses.sum(), (losses * after_pause).sum(), losses.new_tensor(losses.numel()), after_pause.sum().double()]
-        )
+        count = losses.new_full((), losses.numel())  # a kernel, where new_tensor would be a copy that waits
+        self._sums += torch.stack([losses.sum(), (losses * after_pause).sum(), count, after_pause.sum().double()])
         if self._corpora and datasets is not None:
             # Not index_add: on a GPU it adds in another order every time.
             mine = datasets == torch.arange(len(self._corpora), device=datasets.device)[:, None]
             self._of_corpora += torch.stack([(mine * losses).sum(1), mine.sum(1).double()], dim=1)
 
-    def totals(self, context: ParallelContext) -> Losses:
-        """Means over all ranks. Every rank calls this."""
-        sums = torch.cat([self._sums, self._of_corpora.flatten()]).tolist()
-        sums = sum_over_data_parallel(sums, context)
+    def reduced(self, context: ParallelContext) -> Tensor:
+        """The sums over all ranks, float64 [n] on the device, for `losses`. Every rank calls this; nothing waits."""
+        sums = torch.cat([self._sums, self._of_corpora.flatten()])
+        if context.world_size > 1:
+            dist.all_reduce(sums, group=context.dp_group)
+        return sums
+
+    def losses(self, sums: Sequence[float]) -> Losses:
+        """Means, from the numbers of `reduced`."""
         pairs = zip(sums[4::2], sums[5::2], strict=True)
         return Losses.from_sums(*sums[:4], dict(zip(self._corpora, pairs, strict=True)))
+
+    def totals(self, context: ParallelContext) -> Losses:
+        """Means over all ranks. Every rank calls this, and waits."""
+        return self.losses(self.reduced(context).tolist())

@@ -50,7 +50,7 @@ def train(config: RunConfig, data: TrainingData, context: ParallelContext, stop:
         config: a resolved configuration, its number of steps known
         data: what to train on
         context: this rank's place in the process groups
-        stop: read before each step
+        stop: read in each step
 
     Returns:
         EXIT_FINISHED or EXIT_STOPPED.
@@ -87,6 +87,7 @@ def train(config: RunConfig, data: TrainingData, context: ParallelContext, stop:
             progress=progress,
             stop=stop,
             corpora=data.names,
+            long_hooks=(config.checkpoint.every, config.validation.every),
         ):
             watch.beat(f"step {result.step} done")
             for hook in hooks:

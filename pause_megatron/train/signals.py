@@ -1,4 +1,4 @@
-"""Being asked to stop, by a signal or by the clock: a flag that is read before each step, on all ranks alike."""
+"""Being asked to stop, by a signal or by the clock: a flag that every rank looks at in each step, and all add up."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 class StopRequest:
     """Set by SIGTERM or SIGUSR2; while steps are taken also by SIGINT and by a deadline. Use as a context.
 
-    The step or save under way is finished, then a checkpoint of the last step is saved, unless there is one. Further
-    signals change nothing: a save is ended by SIGKILL alone.
+    The step, validation or save under way is finished, then a checkpoint of the last step is saved, unless there is
+    one. Further signals change nothing: a save is ended by SIGKILL alone.
 
     Attributes:
         reason: why; None as long as nobody asked
@@ -49,7 +49,7 @@ class StopRequest:
         """While the body runs, SIGINT and the clock ask too. (Before, Ctrl-C ends a program that has nothing to lose.)
 
         Args:
-            deadline: seconds since the epoch from which on no step may begin; None: no deadline
+            deadline: seconds since the epoch; the step that is being taken then is the last one; None: no deadline
         """
         self._deadline = deadline
         before = signal.signal(signal.SIGINT, self._receive)

@@ -29,6 +29,8 @@ def result(step: int, *, applied: bool = True, last: bool = False) -> StepResult
         tokens=100,
         text_tokens=90,
         seconds=0.5,
+        loader_seconds=0.1,
+        hook_seconds=0.2,
         sample=None,  # no hook of these tests shows it
         last=last,
     )

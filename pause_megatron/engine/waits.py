@@ -1,0 +1,235 @@
+"""Counting where the host waits for the device: what a training step should hardly ever do.
+
+While the host waits, it enqueues no kernels, and the device runs dry behind them. A wait is hidden in harmless-looking
+Python: `.item()`, `bool(tensor)`, `tensor.tolist()`, a boolean mask as an index, `torch.tensor(number, device=...)`, a
+copy from memory that is not pinned. `HostWaits` sees them all, in whatever code runs within it, DeepSpeed's and
+megatron-core's too, forward and backward. It needs no GPU: on a CPU every tensor counts as one of the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+MICRO_BATCH, STEP = "micro-batch", "step"
+_place = STEP
+
+
+@contextlib.contextmanager
+def in_micro_batch() -> Iterator[None]:
+    """Marks the forward and backward passes of a step, so that waits within them are counted apart."""
+    global _place
+    before, _place = _place, MICRO_BATCH
+    try:
+        yield
+    finally:
+        _place = before
+
+
+@dataclass(frozen=True)
+class Wait:
+    """The host waited for the device once.
+
+    Attributes:
+        place: MICRO_BATCH or STEP
+        what: operation
+        where: file:line of the call in Python, outside torch
+    """
+
+    place: str
+    what: str
+    where: str
+
+
+def upload(values: Sequence[float], device: torch.device) -> Tensor:
+    """Numbers of the host as float64 [n] on the device, without a wait."""
+    tensor = torch.tensor(values, dtype=torch.float64, pin_memory=device.type == "cuda")
+    return tensor.to(device, non_blocking=True)
+
+
+# Operators whose result depends on numbers of the device, or that hand them over.
+_READING = {
+    *("_local_scalar_dense", "is_nonzero", "equal", "allclose", "nonzero", "argwhere", "masked_select", "bincount"),
+    *("_unique", "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive"),
+}
+_INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
+# Python calls that operators do not show: on a CPU they read memory directly.
+_HANDING_OVER = {"tolist", "numpy", "__array__", "cpu"}
+_UPLOADING = {"new_tensor"}
+_FACTORIES = {"tensor", "as_tensor", "asarray"}
+_HOST = "_of_the_host"  # set on tensors, while counting
+PLUMBING = {__file__}
+"""Files that are not named as the place of a wait."""
+
+
+class HostWaits:
+    """Counts the waits of the code within; use as a context.
+
+    On a GPU only tensors of the GPU count, and copies that wait (from or to memory that is not pinned, or not
+    asynchronous). On a CPU a tensor counts as the host's where it was made by `torch.tensor(...)` without a device, or
+    from such tensors only, until `.to(device)`; all others count as the device's. `.cpu()` counts as a copy from the
+    device, `torch.tensor(..., device=...)` and `new_tensor` as copies to it. What DeepSpeed does on a GPU only
+    (`torch.cuda.synchronize`, streams and events) is counted there only.
+
+    Args:
+        device: of the model; default: the GPU where there is one.
+
+    Attributes:
+        waits: in their order
+    """
+
+    def __init__(self, device: torch.device | str | None = None) -> None:
+        kind = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device_type = torch.device(kind if device is None else device).type
+        self.waits: list[Wait] = []
+        self._inside = 0
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> HostWaits:
+        self._stack.enter_context(_Calls(self))
+        self._stack.enter_context(_Operators(self))
+        self._stack.enter_context(_synchronizations(self))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def on_device(self, tensor: Tensor) -> bool:
+        """Whether the host would have to wait for what a tensor holds."""
+        return tensor.device.type == self.device_type and not hasattr(tensor, _HOST)
+
+    def note(self, what: str) -> None:
+        """Enters a wait, unless it is a part of one that has been entered."""
+        if not self._inside:
+            self.waits.append(Wait(_place, what, _caller()))
+
+    @contextlib.contextmanager
+    def noted(self, what: str) -> Iterator[None]:
+        """Enters what the body does as one wait."""
+        self.note(what)
+        self._inside += 1
+        try:
+            yield
+        finally:
+            self._inside -= 1
+
+    def per(self, place: str, times: int) -> float:
+        """Waits at a place, divided by how often it was passed."""
+        return sum(wait.place == place for wait in self.waits) / times
+
+    def table(self) -> str:
+        """What waited where, most frequent first; for the message of a test or a report."""
+        return "\n".join(
+            f"{count:4d} x {wait.place}: {wait.what} at {wait.where}"
+            for wait, count in Counter(self.waits).most_common()
+        )
+
+
+class _Operators(TorchDispatchMode):
+    def __init__(self, record: HostWaits) -> None:
+        super().__init__()
+        self._record = record
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if self._waits(operator.overloadpacket.__name__, args, kwargs):
+            self._record.note(str(operator.overloadpacket))
+        result = operator(*args, **kwargs)
+        lists = [a if isinstance(a, (list, tuple)) else [a] for a in args]
+        tensors = [a for each in lists for a in each if isinstance(a, Tensor)]
+        if isinstance(result, Tensor) and tensors and all(hasattr(t, _HOST) for t in tensors):
+            setattr(result, _HOST, True)
+        return result
+
+    def _waits(self, name: str, args: tuple, kwargs: dict) -> bool:
+        on_device = any(isinstance(a, Tensor) and self._record.on_device(a) for a in args)
+        if name in _READING:
+            return on_device
+        if name in _INDEXING:
+            if name != "index" and args[2].numel() == 1 and args[2].device.type == "cpu":
+                return False  # tensor[mask] = number: torch fills by the mask
+            masks = (index for index in args[1] if index is not None)
+            return on_device and any(index.dtype in (torch.bool, torch.uint8) for index in masks)
+        if name == "repeat_interleave":
+            return on_device and kwargs.get("output_size") is None
+        if name in ("_to_copy", "copy_"):
+            return _copy_waits(name, args, kwargs)
+        return False
+
+
+def _copy_waits(name: str, args: tuple, kwargs: dict) -> bool:
+    """Whether a copy between the host and a GPU holds the host up: one that is asynchronous and pinned does not."""
+    source = args[1] if name == "copy_" else args[0]
+    target = args[0].device if name == "copy_" else torch.device(kwargs.get("device") or source.device)
+    if {source.device.type, target.type} != {"cpu", "cuda"}:
+        return False
+    if not (args[2] if len(args) > 2 else kwargs.get("non_blocking", False)):
+        return True
+    return not any(torch.cuda.is_available() and t.device.type == "cpu" and t.is_pinned() for t in args[:2])
+
+
+class _Calls(TorchFunctionMode):
+    def __init__(self, record: HostWaits) -> None:
+        super().__init__()
+        self._record = record
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(function, "__name__", "")
+        if self._waits(name, args, kwargs):
+            with self._record.noted(name):
+                return function(*args, **kwargs)
+        result = function(*args, **kwargs)
+        if name in _FACTORIES and kwargs.get("device") is None and not isinstance(args[0] if args else None, Tensor):
+            setattr(result, _HOST, True)
+        elif name == "to" and hasattr(result, _HOST):
+            delattr(result, _HOST)  # on a CPU it may be the same tensor
+        return result
+
+    def _waits(self, name: str, args: tuple, kwargs: dict) -> bool:
+        if name in _HANDING_OVER or name in _UPLOADING:
+            return isinstance(args[0], Tensor) and self._record.on_device(args[0])
+        if name in _FACTORIES and not isinstance(args[0] if args else None, Tensor):
+            device = kwargs.get("device")
+            return device is not None and torch.device(device).type == self._record.device_type
+        return False
+
+
+@contextlib.contextmanager
+def _synchronizations(record: HostWaits) -> Iterator[None]:
+    """Counts calls that operators do not show: of a whole device, of a stream, of an event."""
+    owners = ((torch.cuda, "torch.cuda"), (torch.cuda.Stream, "Stream"), (torch.cuda.Event, "Event"))
+    originals: list[tuple[Any, Callable]] = []
+    for owner, label in owners:
+        original = owner.synchronize
+        originals.append((owner, original))
+
+        def counted(*args: Any, _original: Callable = original, _label: str = label, **kwargs: Any) -> Any:
+            with record.noted(f"{_label}.synchronize"):
+                return _original(*args, **kwargs)
+
+        owner.synchronize = counted
+    try:
+        yield
+    finally:
+        for owner, original in originals:
+            owner.synchronize = original
+
+
+def _caller() -> str:
+    frame = sys._getframe(1)
+    while frame is not None:
+        name = frame.f_code.co_filename
+        if not (name in PLUMBING or "/torch/" in name or name.endswith("contextlib.py")):
+            return f"{name.partition('site-packages/')[2] or name}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "?"

@@ -1,0 +1,84 @@
+"""How often the host waits for the device, in whatever code: never in a micro-batch, once in a step."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import pytest
+from host_waits import waits_of_steps
+from ranks import run_on_ranks
+
+SMALL = [
+    *("model.preset=null", "model.layers=2", "model.hidden=64", "model.heads=4", "model.tied=false"),
+    *("data.sequence_length=32", "pause.rate=0.1", "batch.global_size=8", "batch.micro_size=2"),
+    *("optim.warmup_steps=1", "optim.clip=0.05"),
+]
+PARALLEL = ["parallel.tensor=2", "parallel.sequence=true"]
+# Waits of DeepSpeed's own, in a micro-batch and in a step, where its gradients stay on the GPU.
+OWN = {
+    "zero0": (0, 0),
+    "zero1": (0, 0),
+    "zero2": (0, 0),
+    "zero2-overlap": (1, 0),  # the whole device, for each bucket and before it lets go of reduced gradients
+    "zero3": (1, 1),  # its reduction stream; the whole device, when it gathers the parameters that it does not split
+}
+
+
+def keys(engine: str, precision: str) -> list[str]:
+    return [f"engine.ds_config={engine}", f"engine.precision={precision}"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_waits_are_one_a_step_and_deepspeeds_own(precision):
+    for engine, (micro_batch, step) in OWN.items():
+        for counted in run_on_ranks(2, waits_of_steps, [*SMALL, *keys(engine, precision)]):
+            assert counted["micro_batch"] == micro_batch, (engine, counted["table"])
+            assert counted["step"] == 1 + step <= 2, (engine, counted["table"])
+
+
+def test_waits_with_tensor_and_sequence_parallelism():
+    for counted in run_on_ranks(2, waits_of_steps, [*SMALL, *keys("zero1", "bf16"), *PARALLEL]):
+        assert (counted["micro_batch"], counted["step"]) == (0, 1), counted["table"]
+
+
+def waits_with(place: str) -> tuple[float, float, str]:
+    """The waits of steps in which somebody has added one."""
+    from pause_megatron.engine.engine import Engine
+    from pause_megatron.model.head import OutputLayer
+    from pause_megatron.model.layers import TransformerLayer
+    from pause_megatron.train.losses import LossLedger
+
+    owner, name = {
+        "forward": (TransformerLayer, "forward"),
+        "loss": (OutputLayer, "forward"),
+        "ledger": (LossLedger, "enter"),
+        "engine": (Engine, "_optimizer_step"),
+        "loop": (LossLedger, "reduced"),
+    }[place]
+    original = getattr(owner, name)
+
+    def reading(*args, **kwargs):
+        result = original(*args, **kwargs)
+        next(p for p in _parameters(args)).sum().item()
+        return result
+
+    with mock.patch.object(owner, name, reading):
+        counted = waits_of_steps([*SMALL, "engine.ds_config=zero1"])
+    return counted["micro_batch"], counted["step"], counted["table"]
+
+
+def _parameters(args):
+    import torch
+
+    for value in (*args, getattr(args[0], "deepspeed", None), getattr(args[0], "_sums", None)):
+        if isinstance(value, torch.nn.Module):
+            yield from value.parameters()
+        if isinstance(value, torch.Tensor):
+            yield value
+
+
+@pytest.mark.parametrize("place", ["forward", "loss", "ledger", "engine", "loop"])
+def test_one_more_wait_anywhere_shows(place):
+    ((micro_batch, step, table),) = run_on_ranks(1, waits_with, place)
+    assert (micro_batch, step) == ((0, 2) if place in ("engine", "loop") else (1 + (place == "forward"), 1)), table
+    assert "test_host_waits.py" in table

@@ -1,0 +1,107 @@
+"""The loop around the steps: when it stops, and what it says about its time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pause_megatron.config.load import load
+from pause_megatron.data.batch import MicroBatch
+from pause_megatron.engine import StepOutcome
+from pause_megatron.train.loop import Progress, StepResult, training_steps
+
+ALONE = SimpleNamespace(device=torch.device("cpu"), world_size=1, dp_group=None)
+STEPS = 6
+
+
+class Engine:
+    """Takes no steps, but asks for its numbers when a step has been computed."""
+
+    def __init__(self, during: Callable[[int], None] = lambda step: None) -> None:
+        self.taken, self._during = 0, during
+
+    def train_step(self, micro_batches, forward, *, lr, global_targets, read) -> StepOutcome:
+        self.taken += 1
+        self._during(self.taken)
+        assert float(global_targets) == sum(batch.targets_count for batch in micro_batches)
+        return StepOutcome(1.0, True, read().tolist())
+
+
+def micro_batch(rows: int) -> MicroBatch:
+    return MicroBatch(
+        tokens=torch.zeros(2, 8, dtype=torch.int64),
+        position_ids=torch.arange(8).expand(2, 8),
+        target_rows=torch.arange(rows),
+        targets=torch.zeros(rows, dtype=torch.int64),
+        after_pause=torch.zeros(rows, dtype=torch.bool),
+        sample_ids=torch.arange(2),
+        pause_tokens=3,
+    )
+
+
+def steps(engine: Engine, stop: list, batches: Iterator | None = None, **options) -> Iterator[StepResult]:
+    config = load(overrides=[f"train.steps={STEPS}", "optim.warmup_steps=1"])
+    read = ((step, [micro_batch(5), micro_batch(7)]) for step in range(STEPS))
+    return training_steps(
+        engine,
+        read if batches is None else batches,
+        ALONE,
+        optim=config.optim,
+        total_steps=STEPS,
+        progress=Progress(),
+        stop=stop,  # what is looked at is whether it is true
+        **options,
+    )
+
+
+def test_counts_are_those_of_the_step():
+    results = list(steps(Engine(), []))
+    assert [result.step for result in results] == list(range(1, STEPS + 1)) and results[-1].last
+    assert {(result.tokens, result.text_tokens) for result in results} == {(32, 26)}
+    assert results[-1].progress == Progress(STEPS, STEPS * 32, STEPS * 26)
+
+
+def test_a_request_before_the_first_step_stops_before_it():
+    engine = Engine()
+    assert list(steps(engine, ["now"])) == [] and engine.taken == 0
+
+
+def test_a_request_during_a_step_lets_it_be_the_last():
+    stop: list = []
+    engine = Engine(lambda step: stop.append("now") if step == 3 else None)
+    assert [result.step for result in steps(engine, stop)] == [1, 2, 3] and engine.taken == 3
+
+
+@pytest.mark.parametrize(("after", "last"), [(2, 3), (4, 4)])
+def test_a_request_in_a_hook_stops_at_once_where_hooks_take_long(after, last):
+    """After a validation or a save (every fourth step here); behind a short hook one more step is taken."""
+    stop: list = []
+    taken = []
+    for result in steps(Engine(), stop, long_hooks=(0, 4)):
+        taken.append(result.step)
+        if result.step == after:
+            stop.append("now")
+    assert taken[-1] == last
+
+
+def test_the_times_of_all_steps_leave_nothing_out():
+    """A slow loader, slow steps and slow hooks: their sum is the time on the wall."""
+
+    def slow_batches():
+        for step in range(STEPS):
+            time.sleep(0.02)
+            yield step, [micro_batch(5)]
+
+    begun, results = time.perf_counter(), []
+    for result in steps(Engine(lambda step: time.sleep(0.03)), [], slow_batches()):
+        results.append(result)
+        ended = time.perf_counter()
+        time.sleep(0.01 * result.step)
+    wall = ended - begun
+    assert sum(r.seconds + r.hook_seconds for r in results) == pytest.approx(wall, abs=0.005)
+    assert all(0.02 <= r.loader_seconds < r.seconds - 0.03 + 0.001 for r in results)
+    assert all(r.hook_seconds >= 0.01 * (r.step - 1) for r in results)
