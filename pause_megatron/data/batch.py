@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
+
+_ALIGNMENT = 64  # bytes
 
 
 @dataclass(frozen=True)
@@ -64,17 +66,51 @@ class MicroBatch:
         """Input tokens that are not pauses."""
         return self.raw_tokens - self.pause_tokens
 
+    def packed(self, *, pinned: bool) -> MicroBatch:
+        """The same micro-batch in one buffer, so that `to` makes one copy.
+
+        Args:
+            pinned: in page-locked memory, from which a GPU copies while the host goes on. (torch does not give such
+                memory to anybody else before a copy from it is done.)
+        """
+        tensors = self._on_device()
+        starts, end = {}, 0
+        for name, tensor in tensors.items():
+            starts[name] = end
+            end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+        buffer = torch.empty(end, dtype=torch.uint8, pin_memory=pinned)
+        views = {}
+        for name, tensor in tensors.items():
+            part = buffer[starts[name] : starts[name] + tensor.nbytes]
+            views[name] = part.view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        return replace(self, **views)
+
     def to(self, device: torch.device | str) -> MicroBatch:
-        """The same micro-batch on another device, but for segments and prefix."""
+        """The same micro-batch on another device, but for segments and prefix; one copy if it is packed.
+
+        The copy is asynchronous where the memory is pinned.
+        """
+        tensors = self._on_device()
+        (first, *others) = (tensor.untyped_storage() for tensor in tensors.values())
+        if first.device == torch.device(device):
+            return self
+        if any(storage.data_ptr() != first.data_ptr() for storage in others):
+            return replace(self, **{name: each.to(device, non_blocking=True) for name, each in tensors.items()})
+        buffer = torch.empty(0, dtype=torch.uint8).set_(first).to(device, non_blocking=True)
+        parts = {
+            name: buffer[each.storage_offset() * each.itemsize :][: each.nbytes].view(each.dtype).view(each.shape)
+            for name, each in tensors.items()
+        }
+        return replace(self, **parts)
+
+    def _on_device(self) -> dict[str, torch.Tensor]:
+        """What the device works with, by name."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        host = {name: values.pop(name) for name in ("segments", "prefix")}
-        return MicroBatch(
-            **host,
-            **{
-                name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-                for name, value in values.items()
-            },
-        )
+        return {
+            name: value
+            for name, value in values.items()
+            if isinstance(value, torch.Tensor) and name not in ("segments", "prefix")
+        }
 
 
 def collate(

@@ -40,6 +40,7 @@ class StepLoader:
         end_step: One past the last step.
         prefetch: Steps read ahead; 0 reads when asked, without a thread.
         pause_ids: The pause ids, for `collate`.
+        device: Where the micro-batches go. For a GPU each is put into one pinned buffer (by the thread).
 
     Raises:
         ConfigError: the dataset holds fewer samples than the steps need.
@@ -54,6 +55,7 @@ class StepLoader:
         prefetch: int = 2,
         *,
         pause_ids: range,
+        device: torch.device | None = None,
     ) -> None:
         needed = end_step * sampler.global_size
         if first_step < end_step and needed > len(dataset):
@@ -64,6 +66,7 @@ class StepLoader:
         self._dataset = dataset
         self._sampler = sampler
         self._pause_ids = pause_ids
+        self._gpu = device if device is not None and device.type == "cuda" else None
         self._steps = iter(range(first_step, end_step))
         self._stopped = threading.Event()
         self._ready: queue.Queue[Step | BaseException | None] | None = None
@@ -103,13 +106,16 @@ class StepLoader:
         self.close()
 
     def _read(self, step: int) -> Step:
-        return step, [
+        batches = [
             collate([self._dataset[number] for number in numbers], sample_ids=numbers, pause_ids=self._pause_ids)
             for numbers in self._sampler.indices(step)
         ]
+        return step, batches if self._gpu is None else [batch.packed(pinned=True) for batch in batches]
 
     def _read_ahead(self) -> None:
         try:
+            if self._gpu is not None:
+                torch.cuda.set_device(self._gpu)  # a thread begins on the first GPU, and pinning is done by one
             for step in self._steps:
                 if self._stopped.is_set() or not self._put(self._read(step)):
                     return

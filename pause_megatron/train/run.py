@@ -151,6 +151,7 @@ def _batches(
         config.train.steps,
         config.data.prefetch,
         pause_ids=data.pause_ids,
+        device=context.device,
     )
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from corpora import ByteTokenizer, make_config, make_dataset, paragraphs, write_corpus
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pause_megatron.data.batch import collate
 from pause_megatron.data.dataset import PauseGPTDataset
@@ -73,6 +75,52 @@ def test_to_keeps_everything(dataset: PauseGPTDataset) -> None:
     assert moved.pause_tokens == batch.pause_tokens
     with pytest.raises(dataclasses.FrozenInstanceError):
         batch.pause_tokens = 3
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_packed_micro_batch_is_the_same_in_one_buffer_and_moves_by_one_copy(dataset, size: int) -> None:
+    samples = [{"dataset_id": np.int16(number), **dataset[number]} for number in range(size)]
+    batch = collate(samples, sample_ids=range(size), pause_ids=range(PAUSE, PAUSE + 2))
+    segments = torch.zeros(size, 48, dtype=torch.int32)
+    packed = dataclasses.replace(batch, segments=segments).packed(pinned=False)
+    assert packed.segments is segments
+    moved = packed.to("meta")
+    tensors = [field.name for field in dataclasses.fields(batch) if torch.is_tensor(getattr(batch, field.name))]
+    assert len(tensors) == 7
+    for name in tensors:
+        before, inside, there = (getattr(each, name) for each in (batch, packed, moved))
+        assert torch.equal(before, inside) and inside.dtype == before.dtype and inside.is_contiguous(), name
+        assert inside.data_ptr() % 64 == 0, name
+        assert inside.untyped_storage().data_ptr() == packed.tokens.untyped_storage().data_ptr(), name
+        assert (there.shape, there.dtype, there.device.type) == (before.shape, before.dtype, "meta"), name
+    assert len(copies(lambda: packed.to("meta"))) == 1
+    assert len(copies(lambda: batch.to("meta"))) == 7
+    assert packed.to("cpu") is packed
+
+
+def test_views_of_a_moved_buffer_show_its_values(dataset) -> None:
+    """Between two dtypes of one host the copy is made, which the same device would save."""
+    batch = collate([dataset[0]], sample_ids=[5], pause_ids=range(PAUSE, PAUSE + 2)).packed(pinned=False)
+    with mock.patch.object(torch, "device", lambda *_: None):
+        moved = batch.to("cpu")
+    assert moved is not batch
+    for field in dataclasses.fields(batch):
+        before, after = getattr(batch, field.name), getattr(moved, field.name)
+        assert torch.equal(before, after) if torch.is_tensor(before) else before == after
+
+
+def copies(function) -> list[str]:
+    seen: list[str] = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+            if operator.overloadpacket.__name__ == "_to_copy":
+                seen.append(str(operator))
+            return operator(*args, **(kwargs or {}))
+
+    with Copies():
+        function()
+    return seen
 
 
 def test_batches_of_gpt_dataset_need_no_pauses(tmp_path: Path) -> None:

@@ -70,6 +70,29 @@ def test_loader_is_direct_reads(dataset: PauseGPTDataset, prefetch: int, ranks: 
     assert not threads()
 
 
+def test_for_a_gpu_each_micro_batch_lies_in_one_pinned_buffer(dataset, monkeypatch) -> None:
+    """Page-locked memory needs a GPU: here ordinary memory stands in for it."""
+    pinned, places, empty = [], [], torch.empty
+
+    def pinning(*size, pin_memory=False, **options):
+        pinned.append(pin_memory)
+        return empty(*size, **options)
+
+    monkeypatch.setattr(torch, "empty", pinning)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: places.append((device, threading.current_thread())))
+    gpu, sampler = torch.device("cuda", 3), StepSampler(8, 4)
+    with StepLoader(dataset, sampler, 0, 3, pause_ids=PAUSE_IDS, device=gpu) as loader:
+        steps = list(loader)
+    assert pinned == [True] * 6
+    assert [(device, thread.name) for device, thread in places] == [(gpu, "step-loader")]
+    with StepLoader(dataset, sampler, 0, 3, pause_ids=PAUSE_IDS, device=torch.device("cpu")) as loader:
+        for (_, left), (_, right) in zip(steps, loader, strict=True):
+            for packed, plain in zip(left, right, strict=True):
+                assert_equal(packed, plain)
+                assert len({t.untyped_storage().data_ptr() for t in packed._on_device().values()}) == 1
+    assert len(pinned) == 6
+
+
 def test_topologies_read_the_same_samples(dataset: PauseGPTDataset) -> None:
     """One rank or four, one window at a time or four: the same windows, with the same pauses, in each step."""
 
