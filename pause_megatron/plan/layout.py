@@ -71,6 +71,11 @@ class Layout:
         return ELEMENT_BYTES[self.config.engine.precision]
 
     @property
+    def fused(self) -> bool:
+        """Whether rotary embedding, SwiGLU and cross-entropy are a kernel each on a GPU."""
+        return self.config.engine.kernels != "plain"
+
+    @property
     def zero(self) -> dict[str, Any]:
         """The "zero_optimization" group."""
         return self.engine["zero_optimization"]

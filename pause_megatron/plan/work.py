@@ -1,0 +1,202 @@
+"""What a GPU does in a step: FLOPs of products and of attention, bytes of everything else, kernels. No torch.
+
+Matrix products and attention are bound by computing; all other kernels by memory: they read each input once and write
+each output once. The numbers are those of the real model on fake CUDA tensors (`tests/counting.py`), which a test
+compares with these formulas; the bytes of accumulation and optimizer are those of DeepSpeed's operators.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+from pause_megatron.config.presets import head_chunk_rows
+from pause_megatron.plan.layout import Layout
+from pause_megatron.plan.shapes import qkv_width
+
+
+@dataclass(frozen=True)
+class Work:
+    """Work of one GPU.
+
+    Attributes:
+        products: FLOPs of matrix products
+        attention: FLOPs of attention, its causal half, with the scores that the backward pass computes anew
+        bytes: that memory-bound kernels read and write
+        kernels: launches of all kinds, collectives not among them
+    """
+
+    products: int = 0
+    attention: int = 0
+    bytes: int = 0
+    kernels: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+    def __mul__(self, times: int) -> Work:
+        return Work(*(getattr(self, f.name) * times for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """Work of an optimizer step on one GPU, by where it is done.
+
+    Attributes:
+        layers: forward and backward pass of all layers, recomputation included, one micro-batch
+        head: of the LM head, one micro-batch
+        ends: of embedding and last norm, one micro-batch
+        accumulation: what DeepSpeed does with the gradients of one micro-batch
+        update: gradient norm, clipping, AdamW, new bf16 weights, once a step
+        micro_batches: of a step
+    """
+
+    layers: Work
+    head: Work
+    ends: Work
+    accumulation: Work
+    update: Work
+    micro_batches: int
+
+    @property
+    def micro_batch(self) -> Work:
+        """Forward and backward pass of one micro-batch, accumulation included."""
+        return self.layers + self.head + self.ends + self.accumulation
+
+
+def step_work(layout: Layout) -> StepWork:
+    """Work out a step of a run."""
+    forward, backward = layer_work(layout)
+    layer = forward + backward + (forward if layout.recompute else Work())
+    return StepWork(
+        layers=layer * layout.model.layers,
+        head=head_work(layout),
+        ends=_ends(layout),
+        accumulation=_accumulation(layout),
+        update=_update(layout),
+        micro_batches=layout.batch.accumulation,
+    )
+
+
+def layer_work(layout: Layout) -> tuple[Work, Work]:
+    """Work of one layer: forward pass, backward pass."""
+    model, element = layout.model, layout.element
+    tokens, tensor = layout.tokens, layout.tensor
+    residual = element * tokens * model.hidden // layout.sequence_split
+    rows = 4 * tokens // layout.sequence_split  # a number a row that a norm keeps
+    weight = element * model.hidden
+    width = qkv_width(model, tensor)
+    matrices = model.hidden * (width + model.hidden // tensor + 3 * model.ffn // tensor)
+    scores = _scores(layout) * model.hidden // tensor
+    products = 2 * tokens * matrices
+    # Twice: a norm, and what its half adds to the residual stream.
+    forward = Work(products, 4 * scores, 2 * (2 * residual + rows + weight) + 6 * residual, 4 + 1 + 2 + 2)
+    norms = 2 * (5 * residual + 2 * rows + 2 * weight)
+    biases = element * (tokens * width + width) if model.qkv_bias else 0
+    split = 2 * element * tokens * width  # gradients of queries, keys and values put together
+    backward = Work(2 * products, 10 * scores, norms + 6 * residual + split + biases, 8 + 3 + 4 + 2 + 1 + bool(biases))
+    for piece in (_rotation(layout), _swiglu(layout), _copies(layout)):
+        forward, backward = forward + piece[0], backward + piece[1]
+    if layout.sequence_split > 1:  # norm weights' gradients are copied to be summed over the ranks
+        backward += Work(bytes=4 * weight, kernels=2)
+    if model.qkv_bias:
+        forward += Work(bytes=2 * element * tokens * width + element * width, kernels=1)
+    return forward, backward
+
+
+def _copies(layout: Layout) -> tuple[Work, Work]:
+    """Tensors that are put in order for attention."""
+    model = layout.model
+    queries = layout.element * layout.tokens * model.hidden // layout.tensor
+    keys = queries * model.kv_heads // model.heads
+    grouped = model.kv_heads < model.heads  # queries of a group lie between its keys
+    forward = Work(bytes=2 * queries * grouped, kernels=int(grouped))
+    if not layout.by_spans:
+        return forward, Work()
+    if layout.batch.micro_size == 1:  # positions first is samples first
+        return forward + Work(kernels=1), Work(kernels=1)
+    return forward + Work(bytes=4 * (queries + keys), kernels=5), Work(bytes=2 * queries, kernels=2)
+
+
+def _scores(layout: Layout) -> int:
+    """Pairs of tokens of which the later one sees the earlier: half of the square of the window."""
+    return layout.tokens * layout.batch.sequence_length // 2
+
+
+def _rotation(layout: Layout) -> tuple[Work, Work]:
+    """Rotary embedding of queries and keys."""
+    model, element = layout.model, layout.element
+    channels = model.hidden // model.heads
+    queries = element * layout.tokens * model.hidden // layout.tensor
+    both = queries + queries * model.kv_heads // model.heads
+    angles = element * layout.batch.sequence_length * channels * (layout.batch.micro_size if layout.by_spans else 1)
+    if layout.fused:
+        return Work(bytes=2 * both + 4 * angles, kernels=2), Work(bytes=2 * both + 4 * angles, kernels=2)
+    # Half of a tensor turned, put together, two products, their sum, a copy; cosine and sine each layer anew, in fp32.
+    return Work(bytes=12 * both + 48 * angles, kernels=24), Work(bytes=14 * both + 4 * angles, kernels=14)
+
+
+def _swiglu(layout: Layout) -> tuple[Work, Work]:
+    inner = layout.element * layout.tokens * layout.model.ffn // layout.tensor
+    if layout.fused:
+        return Work(bytes=3 * inner, kernels=1), Work(bytes=5 * inner, kernels=1)
+    # megatron-core adds an offset of 0 to the half that is not activated.
+    return Work(bytes=7 * inner, kernels=3), Work(bytes=13 * inner, kernels=4)
+
+
+def head_work(layout: Layout) -> Work:
+    """Work of the LM head: a chunk of rows at a time, forward and backward."""
+    element, hidden, columns = layout.element, layout.model.hidden, layout.rows
+    rows = layout.target_rows
+    chunk = head_chunk_rows(layout.model.head_chunk, columns=columns, element=element, device="cuda")
+    chunks = max(1, -(-rows // chunk))
+    logits, matrix = rows * columns, columns * hidden
+    stream = element * layout.tokens * hidden
+    picked = element * rows * hidden
+    # Rows are picked, their gradients put back among zeros; both gradients are scaled by the loss's.
+    around = 2 * picked + stream + 3 * picked + 2 * picked + 2 * element * matrix
+    products = 6 * logits * hidden
+    if layout.fused:
+        sums = (4 + element) * matrix if element < 4 else 0  # the fp32 sum becomes the gradient
+        return Work(products, 0, 2 * element * logits + around + sums, 5 * chunks + 10)
+    # Maximum 4, difference 8, exponential 8, sum 4, softmax 8, scale 8; conversions to fp32 and back.
+    a_logit = 40 + (12 if element < 4 else 0)
+    sums = (12 + 10 * (chunks - 1)) * matrix if element < 4 and chunks > 1 else 0
+    return Work(products, 0, a_logit * logits + around + sums, 34 * chunks + 12)
+
+
+def _ends(layout: Layout) -> Work:
+    """Embedding and last norm."""
+    element, hidden = layout.element, layout.model.hidden
+    stream = element * layout.tokens * hidden
+    residual = stream // layout.sequence_split
+    table = element * layout.rows * hidden
+    norm = 7 * residual + 12 * layout.tokens // layout.sequence_split + 3 * element * hidden
+    # Rows are looked up and put in sequence-first order; backward, the table's gradient is written whole.
+    masks = 4 * stream if layout.tensor > 1 else 0  # tokens whose row is on another rank
+    return Work(bytes=norm + 5 * stream + table + masks, kernels=3 + 1 + 1 + 8 + 2 * bool(masks))
+
+
+def _accumulation(layout: Layout) -> Work:
+    """DeepSpeed's sum over micro-batches: it zeroes and adds to the bf16 gradient, then adds that to an fp32 one."""
+    numel, parameters = layout.numel, len(layout.parameters)
+    if layout.stage == 0 or layout.element == layout.accumulation_bytes:
+        return Work(bytes=4 * layout.element * numel, kernels=2 * parameters)
+    if layout.engine["bf16"].get("immediate_grad_update", False):
+        return Work(bytes=18 * numel, kernels=3 * parameters)
+    return Work(bytes=26 * numel, kernels=4 * parameters)
+
+
+def _update(layout: Layout) -> Work:
+    """Norm (4 bytes an element), zeroes (4); of this rank's share AdamW (28), clipping (8), new bf16 weights (6)."""
+    if layout.offloaded("offload_optimizer"):
+        return Work()
+    whole = layout.numel if layout.stage < 2 else layout.numel // layout.data_parallel
+    share = layout.numel // (layout.data_parallel if layout.stage else 1)
+    converted = 6 if layout.element < 4 else 0
+    return Work(bytes=8 * whole + (36 + converted) * share, kernels=whole // 2**20 + 4 * len(layout.parameters))
+
+
+def plain(layout: Layout) -> Layout:
+    """The same run without fused kernels."""
+    engine = layout.config.engine.model_copy(update={"kernels": "plain"})
+    return replace(layout, config=layout.config.model_copy(update={"engine": engine}))
