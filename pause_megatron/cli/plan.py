@@ -75,15 +75,15 @@ def _given(args: argparse.Namespace) -> dict[str, float]:
         except ValueError:
             equals = ""
         if not equals:
-            raise ConfigError(f"--assume: expected NAME=NUMBER, came {text!r}")
+            raise ConfigError(f"--assume: expected NAME=NUMBER, got {text!r}")
     if args.mfu is not None:
         changes["mfu"] = args.mfu
     if changes.get("mfu", 0) > 1:
-        raise ConfigError(f"--mfu: expected a share, 0 to 1, came {changes['mfu']}")
+        raise ConfigError(f"--mfu: expected a share, 0 to 1, got {changes['mfu']}")
     return changes
 
 
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer >= 1, came {text!r}")
+        raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text!r}")
     return int(text)

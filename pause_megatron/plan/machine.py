@@ -8,9 +8,8 @@ from pause_megatron.config.gpus import Gpu
 from pause_megatron.config.spelling import nearest
 from pause_megatron.errors import ConfigError
 
-# Model FLOPs / peak FLOPs while computing (llm-foundry's published 1B runs on 8 GPUs).
-_MFU = {"a100-40": 0.56, "a100-80": 0.56, "a800": 0.56}
-_MFU_ELSEWHERE = 0.42
+# What an A100 reaches of its peaks, where it is more than of an H100, whose peak is three times as high.
+_A100 = {"product_efficiency": 0.85, "attention_efficiency": 0.7}
 
 
 @dataclass(frozen=True)
@@ -22,15 +21,39 @@ class Assumption:
     source: str
 
 
+MFU = Assumption(0.0, "model FLOPs / peak FLOPs while computing", "given")
+
+
 @dataclass(frozen=True)
 class Assumptions:
     """What a plan takes for granted. `--assume NAME=VALUE` replaces a value."""
 
-    mfu: Assumption = Assumption(
-        0.42,
-        "model FLOPs / peak FLOPs while computing",
-        "llm-foundry's published 1B runs on 8 GPUs: 0.42 on H100, 0.56 to 0.60 on A100; smaller models reach less; "
-        "communication that nothing hides comes on top",
+    mfu: Assumption | None = None  # given or measured; else it follows from the efficiencies
+    product_efficiency: Assumption = Assumption(
+        0.75,
+        "of the peak",
+        "bf16 matrix products of wide layers: cuBLAS reaches 650 to 750 TFLOP/s on an H100 and 250 to 270 on an A100",
+    )
+    product_half_width: Assumption = Assumption(
+        256.0,
+        "hidden channels a rank",
+        "at which products reach half of that: chosen so that published runs come out (see plan/README.md)",
+    )
+    attention_efficiency: Assumption = Assumption(
+        0.375,
+        "of the peak",
+        "causal FlashAttention-2, wide heads: Shah et al. 2024 (at most 0.35 on an H100), Dao 2023 (A100)",
+    )
+    attention_half_width: Assumption = Assumption(
+        32.0,
+        "channels a head",
+        "at which attention reaches half of that: 64 channels are about 0.83 of 128 (same papers)",
+    )
+    memory_efficiency: Assumption = Assumption(
+        0.85, "of the memory's bandwidth", "what element-wise kernels on large tensors usually reach"
+    )
+    launch_seconds: Assumption = Assumption(
+        8e-6, "s a kernel", "the host's time for an operator of torch and its gradient: 5 to 10 us are usual"
     )
     base_gib: Assumption = Assumption(
         1.5, "GiB a GPU", "CUDA context, cuBLAS and NCCL buffers: a usual figure, not measured here"
@@ -59,7 +82,8 @@ class Assumptions:
     @classmethod
     def of(cls, gpu: Gpu) -> Assumptions:
         """Those for a kind of GPU."""
-        return cls(mfu=replace(cls.mfu, value=_MFU.get(gpu.name, _MFU_ELSEWHERE)))
+        better = _A100 if gpu.name.startswith(("a100", "a800")) else {}
+        return cls(**{name: replace(getattr(cls, name), value=value) for name, value in better.items()})
 
     def with_values(self, changes: dict[str, float]) -> Assumptions:
         """The same with other values, marked as given.
@@ -72,10 +96,10 @@ class Assumptions:
         for name, value in changes.items():
             if name not in names:
                 hint = nearest(name, names)
-                raise ConfigError(f"--assume: expected one of {', '.join(names)}; came {name!r}{hint}")
+                raise ConfigError(f"--assume: expected one of {', '.join(names)}; got {name!r}{hint}")
             if not 0 < value < float("inf"):
-                raise ConfigError(f"--assume {name}: expected a number > 0, came {value}")
-            replaced[name] = replace(getattr(self, name), value=value, source="given")
+                raise ConfigError(f"--assume {name}: expected a number > 0, got {value}")
+            replaced[name] = replace(getattr(self, name) or MFU, value=value, source="given")
         return replace(self, **replaced)
 
 

@@ -57,6 +57,11 @@ class Plan:
         return self.time.model_flops / (self.time.seconds * self.cluster.ranks * self.cluster.gpu.peak_flops)
 
     @property
+    def computing_mfu(self) -> float:
+        """Model FLOPs over peak FLOPs while the GPUs compute."""
+        return self.time.model_flops / (self.time.compute_seconds * self.cluster.ranks * self.cluster.gpu.peak_flops)
+
+    @property
     def run_seconds(self) -> float | None:
         """Of all steps and what saves and failures cost; None without a budget."""
         steps = self.layout.batch.steps

@@ -57,6 +57,8 @@ def _record(plan: Plan) -> dict[str, Any]:
             "executed_flops": time.executed_flops,
             "seconds": time.seconds,
             "compute_seconds": time.compute_seconds,
+            "computing_mfu": plan.computing_mfu,
+            "compute_parts_seconds": None if time.parts is None else asdict(time.parts),
             "exposed_seconds": time.exposed_seconds,
             "offload_seconds": time.offload_seconds,
             "mfu": plan.mfu,
@@ -71,6 +73,8 @@ def _record(plan: Plan) -> dict[str, Any]:
         "checkpoint": asdict(plan.saving),
         "warnings": list(plan.warnings),
         "assumptions": {
-            field.name: asdict(getattr(plan.assumptions, field.name)) for field in fields(plan.assumptions)
+            field.name: asdict(assumption)
+            for field in fields(plan.assumptions)
+            if (assumption := getattr(plan.assumptions, field.name)) is not None
         },
     }

@@ -59,6 +59,7 @@ def _rows(plans: Sequence[Plan]) -> list[Row]:
         ("FLOPs a step", lambda plan: f"{scaled(plan.time.model_flops)}FLOP"),
         ("step", lambda plan: _duration(plan.time.seconds)),
         ("  computing", lambda plan: _duration(plan.time.compute_seconds)),
+        *_computing_rows(plans),
         ("  communication not hidden", lambda plan: _duration(plan.time.exposed_seconds)),
     ]
     if offloads:
@@ -94,10 +95,27 @@ def _memory_rows(plans: Sequence[Plan], offloads: bool) -> list[Row]:
     return rows
 
 
+def _computing_rows(plans: Sequence[Plan]) -> list[Row]:
+    """Computing by kinds of kernels; nothing where an MFU stands in their place."""
+    if any(plan.time.parts is None for plan in plans):
+        return []
+    shown = {
+        "matrix products": "products",
+        "attention": "attention",
+        "memory-bound kernels": "memory",
+        "optimizer": "update",
+        "waiting for the host": "waiting",
+    }
+    return [
+        (f"    {name}", lambda plan, field=field: _duration(getattr(plan.time.parts, field)))
+        for name, field in shown.items()
+    ]
+
+
 def _run_rows(plans: Sequence[Plan]) -> list[Row]:
     every = plans[0].layout.config.checkpoint.every
     return [
-        ("MFU assumed while computing", lambda plan: f"{plan.assumptions.mfu.value:.1%}"),
+        ("MFU while computing", lambda plan: f"{plan.computing_mfu:.1%}"),
         ("MFU of the step", lambda plan: f"{plan.mfu:.1%}"),
         ("raw tokens/s", lambda plan: f"{plan.layout.batch.raw_tokens / plan.time.seconds:,.0f}"),
         ("text tokens/s", lambda plan: f"{plan.layout.batch.text_tokens / plan.time.seconds:,.0f}"),
@@ -177,13 +195,17 @@ def _milliseconds(seconds: float) -> str:
 
 def _assumptions(plans: Sequence[Plan]) -> list[str]:
     lines = ["assumed (replace with --assume NAME=VALUE, or --mfu)"]
+    if plans[0].time.parts is not None:
+        lines[:0] = ["counted: FLOPs, bytes and kernels of the model, bytes of the optimizer and of all collectives"]
     for field in fields(plans[0].assumptions):
         of_gpus = [getattr(plan.assumptions, field.name) for plan in plans]
+        if of_gpus[0] is None:
+            continue
         values = ", ".join(dict.fromkeys(_number(assumption.value) for assumption in of_gpus))
-        lines.append(f"  {field.name:18} {values} {of_gpus[0].unit} ({of_gpus[0].source})")
+        lines.append(f"  {field.name:20} {values} {of_gpus[0].unit} ({of_gpus[0].source})")
     for gpu in (plan.cluster.gpu for plan in plans):
         lines.append(
-            f"  {gpu.name:18} {gpu.memory_bytes / GIB:.1f} GiB, {gpu.peak_flops / 1e12:g} TFLOP/s bf16, "
+            f"  {gpu.name:20} {gpu.memory_bytes / GIB:.1f} GiB, {gpu.peak_flops / 1e12:g} TFLOP/s bf16, "
             f"{gpu.link_bytes / 1e9:g} GB/s NVLink of {gpu.link_ranks}, {gpu.network_bytes / 1e9:g} GB/s network, "
             f"{gpu.host_link_bytes / 1e9:g} GB/s PCIe, each in one direction"
         )

@@ -1,13 +1,14 @@
-"""Seconds of a step: computing at the assumed MFU, and communication that nothing hides. No torch."""
+"""Seconds of a step: computing, and communication that nothing hides. No torch."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pause_megatron.config.presets import flops_per_token, layer_parameters
+from pause_megatron.config.presets import layer_parameters, step_flops
 from pause_megatron.plan.communication import Traffic
 from pause_megatron.plan.layout import Layout
 from pause_megatron.plan.machine import Assumptions, Cluster
+from pause_megatron.plan.roofline import Computing, computing
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,10 @@ class StepTime:
     """One optimizer step.
 
     Attributes:
-        model_flops: (6 N + 12 L d T) x tokens, over all ranks
+        model_flops: of the rows that are computed (`config.presets.step_flops`), over all ranks
         executed_flops: with layers that run again
-        compute_seconds: executed FLOPs at the assumed MFU
+        compute_seconds: of the kernels (`parts`), or of the executed FLOPs at an MFU that was given or measured
+        parts: computing by kinds of kernels; None: an MFU was given or measured
         exposed_seconds: communication that nothing hides
         offload_seconds: transfers to the host and the optimizer step there
     """
@@ -44,6 +46,7 @@ class StepTime:
     model_flops: int
     executed_flops: int
     compute_seconds: float
+    parts: Computing | None
     exposed_seconds: float
     offload_seconds: float
 
@@ -62,12 +65,22 @@ def step_time(
         layout: the run
         traffic: its collectives (`step_traffic`)
         cluster: where it runs; consecutive ranks of a node are tensor parallel
-        assumptions: MFU, efficiency of links, overlap
+        assumptions: efficiencies of kernels and links, overlap
     """
-    tokens = layout.batch.raw_tokens
-    model_flops = flops_per_token(layout.model, layout.vocabulary, layout.batch.sequence_length) * tokens
-    executed = model_flops + (_forward_flops(layout) * tokens if layout.recompute else 0)
-    compute = executed / (cluster.ranks * cluster.gpu.peak_flops * assumptions.mfu.value)
+    batch, parts = layout.batch, None
+    model_flops = step_flops(
+        layout.model,
+        layout.vocabulary,
+        batch.sequence_length,
+        tokens=batch.raw_tokens,
+        targets=layout.target_rows * batch.accumulation * batch.data_parallel,
+    )
+    executed = model_flops + (_forward_flops(layout) * batch.raw_tokens if layout.recompute else 0)
+    if assumptions.mfu is None:
+        parts = computing(layout, cluster.gpu, assumptions)
+        compute = parts.seconds
+    else:
+        compute = executed / (cluster.ranks * cluster.gpu.peak_flops * assumptions.mfu.value)
     seconds = [_seconds(t, layout, cluster, assumptions) for t in traffic]
     hideable = sum(s for t, s in zip(traffic, seconds, strict=True) if _hides(t, layout))
     hidden = min(assumptions.overlap.value, compute / hideable) if hideable else 0.0
@@ -76,7 +89,7 @@ def step_time(
         for t, s in zip(traffic, seconds, strict=True)
     )
     exposed = sum(wire.exposed_seconds for wire in wires)
-    return StepTime(model_flops, executed, compute, exposed, _offload(layout, cluster, assumptions)), wires
+    return StepTime(model_flops, executed, compute, parts, exposed, _offload(layout, cluster, assumptions)), wires
 
 
 def _forward_flops(layout: Layout) -> int:

@@ -154,8 +154,12 @@ def test_a_model_that_no_change_makes_fit():
 def test_flops_tokens_and_days_by_hand():
     result = plan(nodes=16, mfu=0.5)
     model, batch = result.layout.model, result.layout.batch
-    flops = flops_per_token(model, 32_001, 2048) * 512 * 2048
+    # Every row but those before a pause reaches the output layer (a tenth of 2,048 windows' tokens are pauses).
+    raw, rows = 512 * 2048, 128 * result.layout.target_rows
+    flops = flops_per_token(model, 32_001, 2048) * raw - 6 * 32_001 * model.hidden * (raw - rows)
+    assert 0.89 < rows / raw < 0.91
     assert result.time.model_flops == flops
+    assert result.time.parts is None
     assert result.time.compute_seconds == pytest.approx(flops / (128 * 989.4e12 * 0.5))
     # bf16 stage 1: an all-reduce of fp32 gradients and an all-gather of bf16 weights, through 8 adapters a node.
     wire = (2 * 4 + 2) * 127 / 128 * result.layout.flat_numel
@@ -232,7 +236,7 @@ def test_every_recipe_plans_on_a_node_of_h200(name):
 def test_assumptions_are_checked():
     with pytest.raises(ConfigError, match="Did you mean 'node_mtbf_hours'"):
         plan(node_mtbf_hour=3)
-    with pytest.raises(ConfigError, match="expected a number > 0, came -1"):
+    with pytest.raises(ConfigError, match="expected a number > 0, got -1"):
         plan(mfu=-1)
     assert plan(mfu=0.3).assumptions.mfu.source == "given"
 
