@@ -31,7 +31,7 @@ NO_KERNEL |= {"_unsafe_view", "_reshape_alias", "is_same_size", "sym_size", "sym
 # Inputs of which a kernel reads as much as it writes: rows are picked.
 PICKS = {"index_select", "gather", "embedding", "index", "_index_put_impl_"}
 FILLS = {"zeros", "zeros_like", "new_zeros", "ones_like", "ones", "full", "full_like", "fill_", "zero_", "copy_"}
-FILLS |= {"new_full", "new_ones", "arange", "scalar_tensor"}
+FILLS |= {"new_full", "new_ones", "arange", "scalar_tensor", "_foreach_zero_"}
 
 
 @dataclass
@@ -85,11 +85,12 @@ class Counts:
 
 
 class Counting(TorchDispatchMode):
-    """Counts operators on fake CUDA tensors. Enter it inside a FakeTensorMode."""
+    """Counts operators on a device: fake CUDA tensors (enter it inside a FakeTensorMode), or real ones on a CPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device = CUDA) -> None:
         super().__init__()
         self.counts = Counts()
+        self._device = device
 
     def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -105,7 +106,7 @@ class Counting(TorchDispatchMode):
         if name == "addmm" and "dtype" in function._schema.overload_name:
             return self._mixed_addmm(args, kwargs)
         result = function(*args, **kwargs)
-        if any(t.device == CUDA for t in tensors((args, kwargs, result))):
+        if any(t.device == self._device for t in tensors((args, kwargs, result))):
             self._count(function, name, args, kwargs, result)
         return result
 
@@ -147,12 +148,15 @@ class Counting(TorchDispatchMode):
             (texts,) = {t.numel() - 1 for t in tensors(args) if t.dtype == torch.int32 and t.dim() == 1}
             scores = query.shape[0] ** 2 // texts * query.shape[1] // 2
         self.counts.attention_flops += (5 if backward else 2) * 2 * scores * query.shape[-1]
-        size = sum(size_of(t) for t in tensors((args, result)) if t.device == CUDA)
+        size = total_size(*tensors((args, result)))
         self.counts.add(name, size, LAUNCHES.get(name, 1), bound="attention")
 
 
 def moved(name: str, function: Any, args: tuple, kwargs: dict, result: Any) -> int:
     """Bytes that a memory-bound operator reads and writes."""
+    if name == "_fused_adamw_":  # the schema says that it writes gradients too, which it does for scaled ones only
+        weights, gradients, *moments = args[:4]
+        return total_size(*gradients) + 2 * total_size(*weights, *tensors(moments))
     written = list(tensors(result))
     given = list(tensors((args, kwargs)))
     mutated = _mutated(function, args, kwargs)
@@ -190,7 +194,7 @@ def total_size(*found: Tensor) -> int:
 
 def size_of(tensor: Tensor) -> int:
     """Bytes that reading a tensor takes: of an expanded one, those of what was expanded. Host numbers take none."""
-    if tensor.device != CUDA:
+    if tensor.dim() == 0 and tensor.device.type == "cpu":
         return 0
     size = tensor.element_size()
     for length, stride in zip(tensor.shape, tensor.stride(), strict=True):

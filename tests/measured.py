@@ -100,13 +100,55 @@ def traffic(overrides: Sequence[str]) -> dict[str, int]:
     return dict(counter.bytes)
 
 
+def engine_bytes(overrides: Sequence[str]) -> int:
+    """Bytes that operators of a step move on top of the model's own forward and backward passes, on real tensors."""
+    from counting import Counting
+
+    from pause_megatron.config.load import load
+    from pause_megatron.distributed import initialize
+
+    config = load(overrides=list(overrides))
+    with initialize(config.parallel, device="cpu") as context:
+        bare = _step(config, context, _Bare(_model(config)))
+        with Counting(torch.device("cpu")) as alone:
+            bare()
+        engine, _ = new_engine_of(config, context)
+        with engine:
+            step = _step(config, context, engine)
+            step()
+            with Counting(torch.device("cpu")) as together:
+                step()
+    return together.counts.bytes - alone.counts.bytes
+
+
+class _Bare:
+    """Forward and backward passes as `Engine.train_step` makes them, without DeepSpeed."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+
+    def train_step(self, micro_batches: Sequence[Any], forward: Callable[..., Tensor], **_: Any) -> None:
+        for micro_batch in micro_batches:
+            forward(self._model, micro_batch, 1.0).backward()
+            self._model.zero_grad(set_to_none=True)
+
+
 def new_engine_of(config: Any, context: Any) -> tuple[Any, dict[str, tuple[int, ...]]]:
     """The engine of a configuration, and the shapes of its parameters by name."""
-    from pause_megatron.model import Vocabulary, build_model, parameter_groups
+    from pause_megatron.model import parameter_groups
     from pause_megatron.train.run import new_engine
 
+    model = _model(config)
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    engine = new_engine(config, model, parameter_groups(model, config.optim.weight_decay), context)
+    return engine, shapes
+
+
+def _model(config: Any) -> torch.nn.Module:
+    from pause_megatron.model import Vocabulary, build_model
+
     pause_ids = tuple(range(TEXT_SIZE, TEXT_SIZE + config.pause.embeddings))
-    model = build_model(
+    return build_model(
         config.model,
         vocabulary=Vocabulary(TEXT_SIZE, pause_ids),
         sequence_length=config.data.sequence_length,
@@ -115,9 +157,6 @@ def new_engine_of(config: Any, context: Any) -> tuple[Any, dict[str, tuple[int, 
         precision=config.engine.precision,
         seed=config.run.seed,
     )
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    engine = new_engine(config, model, parameter_groups(model, config.optim.weight_decay), context)
-    return engine, shapes
 
 
 def _step(config: Any, context: Any, engine: Any) -> Callable[[], Any]:
@@ -239,7 +278,8 @@ def _on_fake_ranks(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         ranks = case["ranks"]
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
-        results.append(asdict(measure(case["overrides"])))
+        overrides = case["overrides"]
+        results.append(engine_bytes(overrides) if case.get("bytes") else asdict(measure(overrides)))
         dist.destroy_process_group()
     return results
 

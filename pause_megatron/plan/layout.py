@@ -11,6 +11,7 @@ from pause_megatron.config.plan import BatchPlan, batch_plan
 from pause_megatron.config.schema import ModelSection, RunConfig
 from pause_megatron.plan.shapes import Parameter, padded_vocabulary, rank_parameters
 
+FALLBACK_BUCKET = 500_000_000  # elements that DeepSpeed sums at a time where no reduce_bucket_size applies
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 
 

@@ -10,11 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pause_megatron.plan.activations import Activations, Device, activations
-from pause_megatron.plan.layout import Layout, padded
+from pause_megatron.plan.layout import FALLBACK_BUCKET, Layout, padded
 from pause_megatron.plan.live import live_parameters
 from pause_megatron.plan.reductions import reductions
-
-FALLBACK_BUCKET = 500_000_000  # elements that DeepSpeed sums at a time where no reduce_bucket_size applies
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,7 @@ def _computing_rows(plans: Sequence[Plan]) -> list[Row]:
         "matrix products": "products",
         "attention": "attention",
         "memory-bound kernels": "memory",
-        "optimizer": "update",
+        "sums of gradients, optimizer": "update",
         "waiting for the host": "waiting",
     }
     return [

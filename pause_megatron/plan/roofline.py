@@ -17,8 +17,8 @@ class Computing:
     Attributes:
         products: matrix products
         attention: attention
-        memory: memory-bound kernels of forward and backward passes, sums over micro-batches included
-        update: gradient norm, optimizer, new weights
+        memory: memory-bound kernels of forward and backward passes
+        update: sums and copies of gradients, their norm, the optimizer, new weights
         waiting: for the host, where it launches kernels more slowly than they run
     """
 
@@ -38,10 +38,10 @@ def computing(layout: Layout, gpu: Gpu, assumptions: Assumptions) -> Computing:
     """Work out a step; kernels run one after another, each at the speed that bounds it."""
     work = step_work(layout)
     micro, times = _kernels(work.micro_batch, layout, gpu, assumptions), work.micro_batches
-    update = _kernels(work.update, layout, gpu, assumptions)
+    update = _kernels(work.gradients + work.update, layout, gpu, assumptions)
     launching = assumptions.launch_seconds.value
     waiting = times * max(0.0, work.micro_batch.kernels * launching - sum(micro))
-    waiting += max(0.0, work.update.kernels * launching - sum(update))
+    waiting += max(0.0, (work.gradients + work.update).kernels * launching - sum(update))
     products, attention, memory = (times * seconds for seconds in micro)
     return Computing(products, attention, memory, sum(update), waiting)
 

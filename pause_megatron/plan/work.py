@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 
 from pause_megatron.config.presets import head_chunk_rows
-from pause_megatron.plan.layout import Layout
+from pause_megatron.plan.layout import FALLBACK_BUCKET, Layout
 from pause_megatron.plan.shapes import qkv_width
 
 
@@ -45,22 +45,22 @@ class StepWork:
         layers: forward and backward pass of all layers, recomputation included, one micro-batch
         head: of the LM head, one micro-batch
         ends: of embedding and last norm, one micro-batch
-        accumulation: what DeepSpeed does with the gradients of one micro-batch
-        update: gradient norm, clipping, AdamW, new bf16 weights, once a step
+        gradients: what DeepSpeed does with the gradients of all micro-batches
+        update: gradient norm, AdamW, new bf16 weights
         micro_batches: of a step
     """
 
     layers: Work
     head: Work
     ends: Work
-    accumulation: Work
+    gradients: Work
     update: Work
     micro_batches: int
 
     @property
     def micro_batch(self) -> Work:
-        """Forward and backward pass of one micro-batch, accumulation included."""
-        return self.layers + self.head + self.ends + self.accumulation
+        """Forward and backward pass of one micro-batch."""
+        return self.layers + self.head + self.ends
 
 
 def step_work(layout: Layout) -> StepWork:
@@ -71,7 +71,7 @@ def step_work(layout: Layout) -> StepWork:
         layers=layer * layout.model.layers,
         head=head_work(layout),
         ends=_ends(layout),
-        accumulation=_accumulation(layout),
+        gradients=_gradients(layout),
         update=_update(layout),
         micro_batches=layout.batch.accumulation,
     )
@@ -176,24 +176,41 @@ def _ends(layout: Layout) -> Work:
     return Work(bytes=norm + 5 * stream + table + masks, kernels=3 + 1 + 1 + 8 + 2 * bool(masks))
 
 
-def _accumulation(layout: Layout) -> Work:
-    """DeepSpeed's sum over micro-batches: it zeroes and adds to the bf16 gradient, then adds that to an fp32 one."""
-    numel, parameters = layout.numel, len(layout.parameters)
-    if layout.stage == 0 or layout.element == layout.accumulation_bytes:
-        return Work(bytes=4 * layout.element * numel, kernels=2 * parameters)
-    if layout.engine["bf16"].get("immediate_grad_update", False):
-        return Work(bytes=18 * numel, kernels=3 * parameters)
-    return Work(bytes=26 * numel, kernels=4 * parameters)
+def _gradients(layout: Layout) -> Work:
+    """What DeepSpeed does with the gradients of all micro-batches: sums, copies into buckets and out of them.
+
+    Bytes an element, as its operators move them. Stage 1 in bf16: 6 to convert and 12 to add to the fp32 sum; without
+    `immediate_grad_update` 2 to zero and 6 to add to a bf16 gradient before, from the second micro-batch on.
+    """
+    ranks, times = layout.data_parallel, layout.batch.accumulation
+    several, half = ranks > 1, layout.element < 4
+    if layout.stage == 3:
+        total = times * (22 + 12 / ranks)
+    elif layout.stage == 2:
+        total = times * (24 + 18 / ranks)
+    elif layout.stage == 1 and not half:
+        total = (times - 1) * 12 + 28 + 8 / ranks
+    elif layout.stage == 1:
+        held = 0 if layout.engine["bf16"].get("immediate_grad_update") else 8
+        bucket = 16 if layout.group_numels[0] <= FALLBACK_BUCKET else 8
+        total = times * 18 + (times - 1) * held + bucket + 8 * several
+    else:
+        total = (times - 1) * 3 * layout.element + (20 if half else 16) + 8 * several
+    return Work(bytes=round(total * layout.numel), kernels=3 * times * len(layout.parameters))
 
 
 def _update(layout: Layout) -> Work:
-    """Norm (4 bytes an element), zeroes (4); of this rank's share AdamW (28), clipping (8), new bf16 weights (6)."""
+    """Norm, AdamW (28 bytes an element), new bf16 weights (6), gradients zeroed; at stages 2 and 3 of a share."""
     if layout.offloaded("offload_optimizer"):
         return Work()
-    whole = layout.numel if layout.stage < 2 else layout.numel // layout.data_parallel
-    share = layout.numel // (layout.data_parallel if layout.stage else 1)
-    converted = 6 if layout.element < 4 else 0
-    return Work(bytes=8 * whole + (36 + converted) * share, kernels=whole // 2**20 + 4 * len(layout.parameters))
+    ranks, half = layout.data_parallel, layout.element < 4
+    if layout.stage == 1 and half:
+        total = 16 + 34 / ranks  # the norm is taken twice: DeepSpeed's own is not exact (`engine/clipping.py`)
+    elif layout.stage:
+        total = (70 if half else 64) / ranks
+    else:
+        total = 64 if half else 32
+    return Work(bytes=round(total * layout.numel), kernels=layout.numel // 2**20 + 4 * len(layout.parameters))
 
 
 def plain(layout: Layout) -> Layout:

@@ -51,18 +51,53 @@ def keys(name: str, layers: int) -> tuple[str, ...]:
     return (*PLAIN, *CASES[name][0], f"model.layers={layers}")
 
 
+# Weights many, tokens few: the model's own work is next to nothing beside that of the optimizer.
+ENGINE = (
+    *("model.preset=null", "model.layers=1", "model.hidden=128", "model.heads=4", "model.tied=false"),
+    *("data.sequence_length=8", "batch.global_size=8", "batch.micro_size=1", "model.vocab_multiple=2048"),
+)
+ENGINES = {
+    "stage 1": (8, ["engine.zero_stage=1"]),
+    "stage 1, accumulation": (2, ["engine.zero_stage=1"]),
+    "stage 1, one rank": (1, ["engine.zero_stage=1"]),
+    "stage 0": (8, ["engine.zero_stage=0"]),
+    "stage 0, fp32": (8, ["engine.zero_stage=0", "engine.precision=fp32"]),
+    "stage 1, fp32": (4, ["engine.zero_stage=1", "engine.precision=fp32"]),
+    "stage 2": (4, ["engine.zero_stage=2"]),
+    "stage 3": (4, ["engine.zero_stage=3"]),
+}
+
+
+def run(script: str, cases: list[dict], output: Path) -> list:
+    """What a script of tests/ answers to cases, in a process of its own."""
+    command = [sys.executable, str(TESTS / script), json.dumps(cases), str(output)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(output.read_text())
+
+
+@pytest.fixture(scope="module")
+def engine_bytes(tmp_path_factory) -> dict[str, int]:
+    cases = [{"ranks": ranks, "overrides": [*ENGINE, *given], "bytes": True} for ranks, given in ENGINES.values()]
+    return dict(zip(ENGINES, run("measured.py", cases, tmp_path_factory.mktemp("engine") / "bytes.json"), strict=True))
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_gradients_and_optimizer_are_what_deepspeed_moves(engine_bytes, name):
+    ranks, given = ENGINES[name]
+    layout = Layout.of(load(overrides=[*ENGINE, *given]), ranks, 100)
+    step = step_work(layout)
+    assert (step.gradients + step.update).bytes == pytest.approx(engine_bytes[name], rel=0.05)
+
+
 @pytest.fixture(scope="module")
 def counts(tmp_path_factory) -> dict[tuple[str, int], Counts]:
     """Case and number of layers -> what was counted. One process: imports take longer than a case."""
     wanted = {(name, layers): Case(keys(name, layers), *CASES[name][1:]) for name in CASES for layers in (1, 2)}
     wanted[FP32, 1] = Case((*keys("1b", 1), "engine.precision=fp32"))
-    output = tmp_path_factory.mktemp("counts") / "counts.json"
-    listed = json.dumps([asdict(case) for case in wanted.values()])
-    command = [sys.executable, str(TESTS / "fake_cuda.py"), listed, str(output)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return dict(zip(wanted, (Counts(**c) for c in json.loads(output.read_text())), strict=True))
+    answers = run("fake_cuda.py", [asdict(c) for c in wanted.values()], tmp_path_factory.mktemp("counts") / "c.json")
+    return dict(zip(wanted, (Counts(**c) for c in answers), strict=True))
 
 
 def layout(name: str) -> Layout:
