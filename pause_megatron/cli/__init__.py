@@ -28,6 +28,7 @@ VERBS = {
     "launch": "write or submit the SLURM job of a run, after checks",
     "plot": "draw the loss curves of runs as a PNG",
     "plan": "say what a run needs and takes on a cluster: memory, communication, days, GPU-hours",
+    "benchmark": "take real steps of a configuration on this machine: tokens/s, MFU, memory, kernels, waits",
     "doctor": "say what this machine has, what works, and what is missing",
 }
 
@@ -141,8 +142,18 @@ def warn(text: str) -> None:
 
 def note(text: str) -> None:
     """Say something about a run before it starts, on its first rank only."""
-    if not _number("RANK", "SLURM_PROCID"):
+    if is_first_rank():
         _say(f"note: {text}")
+
+
+def is_first_rank() -> bool:
+    """Whether this process is rank 0 by its launcher's word, or alone."""
+    return not _number("RANK", "SLURM_PROCID")
+
+
+def started_ranks() -> int:
+    """Ranks in all by their launcher's word; 1 for a process that is alone."""
+    return _number("WORLD_SIZE", "SLURM_STEP_NUM_TASKS") or 1
 
 
 def _number(*names: str) -> int:

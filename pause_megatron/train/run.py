@@ -75,7 +75,7 @@ def train(config: RunConfig, data: TrainingData, context: ParallelContext, stop:
         hooks = _hooks(config, engine, data, store, context, progress, stream)
         for hook in hooks:
             closing.callback(hook.close)
-        batches = closing.enter_context(_batches(config, data, context, progress, stream))
+        batches = closing.enter_context(step_loader(config, data, context, progress, stream))
         watch = closing.enter_context(HangWatch(config.run.hang_seconds, context))
         closing.enter_context(stop.during_steps(end))
         for result in training_steps(
@@ -140,15 +140,22 @@ def new_engine(config: RunConfig, model: nn.Module, groups: Sequence[dict], cont
     )
 
 
-def _batches(
-    config: RunConfig, data: TrainingData, context: ParallelContext, progress: Progress, stream: Stream | None
+def step_loader(
+    config: RunConfig,
+    data: TrainingData,
+    context: ParallelContext,
+    progress: Progress,
+    stream: Stream | None,
+    *,
+    end: int | None = None,
 ) -> StepLoader:
+    """This rank's batches of the steps after `progress`, read ahead, to step `end`; default: the run's last."""
     sampler = StepSampler(config.batch.global_size, config.batch.micro_size, context.dp_rank, context.dp_size)
     return StepLoader(
         data.train if stream is None else stream.dataset,
         sampler,
         progress.step,
-        config.train.steps,
+        config.train.steps if end is None else end,
         config.data.prefetch,
         pause_ids=data.pause_ids,
         device=context.device,

@@ -1,0 +1,231 @@
+"""Takes the steps of a run, and measures them: the run's model, engine, loader and loop; nothing is saved."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from pause_megatron.benchmark.kernels import Kernel, profiling
+from pause_megatron.benchmark.machine import Machine, device_peak_flops, kernels_of
+from pause_megatron.benchmark.record import Measurement, Memory, StartUp
+from pause_megatron.benchmark.waits import HostWaits, counting_waits
+from pause_megatron.benchmark.windows import windows_of
+from pause_megatron.config.plan import batch_plan
+from pause_megatron.config.presets import parameters, step_flops
+from pause_megatron.config.schema import RunConfig
+from pause_megatron.distributed import ParallelContext, initialize
+from pause_megatron.distributed.collective import gather_objects
+from pause_megatron.engine import Engine
+from pause_megatron.model import PauseGPTModel, parameter_groups
+from pause_megatron.plan.layout import Layout
+from pause_megatron.plan.memory import rank_memory
+from pause_megatron.train.inputs import TrainingData
+from pause_megatron.train.loop import Progress, StepResult, training_steps
+from pause_megatron.train.monitoring import ProgressBar, peak_memory_bytes
+from pause_megatron.train.run import new_engine, new_model, step_loader
+from pause_megatron.train.signals import StopRequest
+from pause_megatron.train.watch import HangWatch, patience
+
+EXTRA_STEPS = 2  # behind the timed ones: one is profiled, in one waits are counted
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much to measure: steps that count, steps before them, kernels to list, ids of made-up text."""
+
+    steps: int = 10
+    warmup: int = 3
+    top: int = 10
+    text_size: int = 32_000
+
+    @property
+    def all_steps(self) -> int:
+        """That are taken."""
+        return self.warmup + self.steps + EXTRA_STEPS
+
+
+@dataclass(frozen=True)
+class _Steps:
+    """Of those that count: when each ended (the warm-up's end before them), and what each was."""
+
+    ends: list[float]
+    results: list[StepResult]
+    memory: tuple[int, int | None]
+    kernels: list[Kernel]
+    waits: HostWaits
+
+
+def run_benchmark(config: RunConfig, sizes: Sizes) -> Measurement:
+    """Train for a few steps and measure them. Every rank calls this; rank 0's is what counts.
+
+    Args:
+        config: resolved. Initial weights are drawn, whatever model.from says.
+        sizes: how much to measure.
+
+    Raises:
+        PauseMegatronError: a configuration, corpus or task that cannot be used.
+    """
+    clock = _Clock()
+    with (
+        initialize(config.parallel, timeout=patience(config), connect_seconds=config.run.connect_seconds) as context,
+        ExitStack() as closing,
+    ):
+        if context.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(context.device)
+        groups = clock.lap()
+        running, data = windows_of(
+            _with_steps(config, sizes), sizes.text_size, ranks=context.world_size, rank=context.rank
+        )
+        windows = clock.lap()
+        _say(context, "building the model")
+        model = new_model(running, data)
+        built = clock.lap()
+        weight_decay = 0.0 if running.train.only else running.optim.weight_decay
+        engine = closing.enter_context(new_engine(running, model, parameter_groups(model, weight_decay), context))
+        start_up = StartUp(groups, windows, built, clock.lap())
+        taken = _take(running, data, engine, context, sizes, closing)
+        return _measurement(config, data, model, engine, context, sizes, start_up, taken)
+
+
+def _with_steps(config: RunConfig, sizes: Sizes) -> RunConfig:
+    """With enough steps, and without validation, which is no part of a step."""
+    changes = {"validation": config.validation.model_copy(update={"every": 0})}
+    if config.finetune.epochs is None:
+        steps = max(config.train.steps or 0, sizes.all_steps)
+        changes["train"] = config.train.model_copy(update={"steps": steps, "tokens": None})
+    return config.model_copy(update=changes)
+
+
+def _take(
+    config: RunConfig,
+    data: TrainingData,
+    engine: Engine,
+    context: ParallelContext,
+    sizes: Sizes,
+    closing: ExitStack,
+) -> _Steps:
+    """Warm-up, timed steps, then one under the profiler and one in which waits are counted."""
+    stream = closing.enter_context(data.stream(context, None)) if data.stream else None
+    batches = closing.enter_context(step_loader(config, data, context, Progress(), stream, end=sizes.all_steps))
+    watch = closing.enter_context(HangWatch(config.run.hang_seconds, context))
+    bar = ProgressBar(sizes.all_steps, 0) if context.rank == 0 else None
+    if bar is not None:
+        closing.callback(bar.close)
+    steps = training_steps(
+        engine,
+        batches,
+        context,
+        optim=config.optim,
+        total_steps=max(config.train.steps, sizes.all_steps),
+        progress=Progress(),
+        stop=StopRequest(),  # asked by nobody: there is nothing to save
+        corpora=data.names,
+    )
+
+    def take(number: int) -> Iterator[StepResult]:
+        for _ in range(number):
+            result = next(steps)
+            watch.beat(f"step {result.step} done")
+            if bar is not None:
+                bar(result)
+            yield result
+
+    for _ in take(sizes.warmup):
+        pass
+    # Between steps nothing waits for the device but the loop itself; only the first and the last moment are exact.
+    _synchronize(context)
+    ends, results = [time.perf_counter()], []
+    for result in take(sizes.steps):
+        if len(results) == sizes.steps - 1:
+            _synchronize(context)
+        ends.append(time.perf_counter())
+        results.append(result)
+    memory = peak_memory_bytes(), _reserved(context)
+    with profiling(context.device) if context.rank == 0 else nullcontext([]) as kernels:
+        for _ in take(1):
+            pass
+    with counting_waits(engine.deepspeed, context.device) as waits:
+        for _ in take(1):
+            pass
+    return _Steps(ends, results, memory, kernels, waits)
+
+
+def _measurement(
+    config: RunConfig,
+    data: TrainingData,
+    model: PauseGPTModel,
+    engine: Engine,
+    context: ParallelContext,
+    sizes: Sizes,
+    start_up: StartUp,
+    taken: _Steps,
+) -> Measurement:
+    vocabulary, machine = model.vocabulary, Machine.of(context)
+    layout = Layout.of(config, context.world_size, vocabulary.size - config.pause.embeddings)
+    peaks = gather_objects(taken.memory)
+    tokens = [result.tokens for result in taken.results]
+    targets = [result.losses.targets for result in taken.results]
+    flops = step_flops(
+        config.model, vocabulary.size, config.data.sequence_length, tokens=sum(tokens), targets=sum(targets)
+    )
+    count = len(taken.results)
+    return Measurement(
+        config=config,
+        batch=batch_plan(config, context.world_size),
+        stage=engine.deepspeed.zero_optimization_stage(),
+        parameters=parameters(config.model, vocabulary.size),
+        windows=_described(config, data),
+        machine=machine,
+        kernels=kernels_of(config, context.device),
+        warmup_steps=sizes.warmup,
+        step_seconds=tuple(end - begin for begin, end in zip(taken.ends, taken.ends[1:], strict=False)),
+        raw_tokens=sum(tokens) / count,
+        text_tokens=sum(result.text_tokens for result in taken.results) / count,
+        targets=sum(targets) / count,
+        flops=round(flops / count),
+        peak_flops=device_peak_flops(config, machine),
+        memory=Memory(
+            peak_bytes=max(peak for peak, _ in peaks),
+            reserved_bytes=None if taken.memory[1] is None else max(reserved for _, reserved in peaks),
+            planned_bytes=rank_memory(layout, context.device.type).peak_bytes,
+        ),
+        waits=taken.waits,
+        kernels_by_time=tuple(taken.kernels[: sizes.top]),
+        start_up=start_up,
+    )
+
+
+def _described(config: RunConfig, data: TrainingData) -> str:
+    if config.task.name is not None:
+        return f"task {config.task.name}"
+    return " ".join(config.data.prefix or config.data.source) or data.description
+
+
+class _Clock:
+    """Seconds since the last look."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        before, self._last = self._last, time.perf_counter()
+        return self._last - before
+
+
+def _synchronize(context: ParallelContext) -> None:
+    if context.device.type == "cuda":
+        torch.cuda.synchronize(context.device)
+
+
+def _reserved(context: ParallelContext) -> int | None:
+    return torch.cuda.max_memory_reserved(context.device) if context.device.type == "cuda" else None
+
+
+def _say(context: ParallelContext, text: str) -> None:
+    if context.rank == 0:
+        print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,117 @@
+"""A measurement as a table of at most 100 columns."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable
+
+from pause_megatron.benchmark.record import Measurement
+from pause_megatron.config.gpus import GIB
+from pause_megatron.config.quantities import scaled
+
+COLUMNS = 100
+_NAME = 12  # columns of the names in the first part
+
+
+def as_table(found: Measurement) -> str:
+    """Lay a measurement out: one line for each thing, then the kernels that took longest."""
+    lines = [
+        line
+        for name, text in _rows(found)
+        for line in textwrap.wrap(
+            text, COLUMNS, initial_indent=f"{name:{_NAME}}  ", subsequent_indent=" " * (_NAME + 2)
+        )
+    ]
+    return "\n".join([*lines, *_kernels(found)])
+
+
+def _rows(found: Measurement) -> Iterable[tuple[str, str]]:
+    config, batch, machine, median = found.config, found.batch, found.machine, found.median_seconds
+    packages = ", ".join(f"{name} {version}" for name, version in machine.packages.items() if version)
+    yield "machine", f"{machine.ranks} x {_device(found)}"
+    yield "versions", f"python {machine.python}, {packages}"
+    sequence = " with sequence parallelism" if config.parallel.sequence else ""
+    yield (
+        "model",
+        f"{found.parameters:,} parameters, {config.engine.precision}, ZeRO stage {found.stage}, {found.kernels} "
+        "kernels",
+    )
+    yield (
+        "batch",
+        f"{batch.global_size:,} windows of {batch.sequence_length:,} tokens = {batch.micro_size} micro x "
+        f"{batch.accumulation} accumulation x {batch.data_parallel} data parallel; {batch.tensor} tensor parallel"
+        f"{sequence}; {found.windows}",
+    )
+    yield "start-up", _start_up(found)
+    yield (
+        "step",
+        f"{_duration(median)} in the median of {len(found.step_seconds)} ({_duration(min(found.step_seconds))} to "
+        f"{_duration(max(found.step_seconds))}), after {found.warmup_steps} of warm-up",
+    )
+    yield "raw tokens", f"{found.raw_tokens / median:,.0f} tokens/s ({found.raw_tokens:,.0f} a step)"
+    yield (
+        "text tokens",
+        f"{found.text_tokens / median:,.0f} tokens/s ({found.text_tokens:,.0f} a step, {found.targets:,.0f} targets)",
+    )
+    yield "FLOPs", f"{scaled(found.flops)}FLOP a step, {scaled(found.flops_per_second)}FLOP/s a rank"
+    yield "MFU", _mfu(found)
+    yield "memory", _memory(found)
+    yield "host waits", _waits(found)
+
+
+def _device(found: Measurement) -> str:
+    machine = found.machine
+    if machine.cuda_name is None:
+        return "CPU process"
+    return machine.cuda_name + (f" ({machine.gpu})" if machine.gpu else "")
+
+
+def _start_up(found: Measurement) -> str:
+    took = found.start_up
+    return (
+        f"process groups {_duration(took.groups)}, windows {_duration(took.windows)}, model {_duration(took.model)}, "
+        f"engine {_duration(took.engine)}"
+    )
+
+
+def _mfu(found: Measurement) -> str:
+    if found.mfu is None:
+        device = "a CPU" if found.machine.cuda_name is None else f"this device in {found.config.engine.precision}"
+        return f"unknown: no peak of {device} is known; log.peak_tflops=N gives it"
+    return f"{found.mfu:.1%} of {found.peak_flops / 1e12:,.5g} TFLOP/s a rank"
+
+
+def _memory(found: Measurement) -> str:
+    memory = found.memory
+    planned = f"{memory.planned_bytes / GIB:,.2f} GiB planned"
+    if memory.reserved_bytes is None:
+        return (
+            f"{memory.peak_bytes / GIB:,.2f} GiB of the process, {planned} for tensors: not comparable, as a process "
+            "also holds its libraries and what its allocator keeps"
+        )
+    return (
+        f"{memory.peak_bytes / GIB:,.2f} GiB of tensors at the peak, {planned} "
+        f"({memory.peak_bytes / memory.planned_bytes - 1:+.1%}); {memory.reserved_bytes / GIB:,.2f} GiB reserved"
+    )
+
+
+def _waits(found: Measurement) -> str:
+    text = f"{found.waits.per_micro_batch:.3g} a micro-batch, {found.waits.per_step:.3g} a step besides"
+    if found.machine.cuda_name is None:
+        text += " (values handed to the host, at most as many as a GPU would wait for)"
+    return text
+
+
+def _kernels(found: Measurement) -> list[str]:
+    if not found.kernels_by_time:
+        return []
+    what = "operators" if found.machine.cuda_name is None else "kernels"
+    rows = [f"{'time a step':>11}  {'share':>6}  {'calls':>7}  {what} of one step"]
+    for kernel in found.kernels_by_time:
+        row = f"{_duration(kernel.seconds):>11}  {kernel.share:6.1%}  {kernel.calls:7,}  {kernel.name}"
+        rows.append(row if len(row) <= COLUMNS else row[: COLUMNS - 3] + "...")
+    return ["", *rows]
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1000:.3g} ms"

@@ -1,0 +1,93 @@
+"""`pause-megatron benchmark`: real steps of a configuration on this machine, timed; nothing is saved."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from pause_megatron.cli import is_first_rank, note, started_ranks
+from pause_megatron.errors import ConfigError
+
+HELP = "take real steps of a configuration on this machine: tokens/s, MFU, memory, kernels, waits"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    from pause_megatron.config.load import recipe_names
+
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--recipe", metavar="NAME", help=f"one of {', '.join(recipe_names())}")
+    source.add_argument("--config", metavar="FILE", help="a YAML file, for example a run's own config.yaml")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="keys on top, for example batch.global_size=32"
+    )
+    parser.add_argument("--steps", type=_at_least(1), default=10, metavar="N", help="steps that count; default: 10")
+    parser.add_argument(
+        "--warmup", type=_at_least(0), default=3, metavar="N", help="steps before them that do not count; default: 3"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write everything to FILE, in bytes and seconds")
+    parser.add_argument("--top", type=_at_least(0), default=10, metavar="N", help="kernels to list; default: 10")
+    parser.add_argument(
+        "--vocab-size", type=_at_least(1), metavar="N", help="ids of made-up text; default: the corpus's, or 32000"
+    )
+    parser.epilog = (
+        "Windows hold made-up text, unless data.prefix, data.source or a task is given; pauses are a run's own. Start\n"
+        "it like a run: alone, or under torchrun, deepspeed or srun. Two more steps follow those that count: one is\n"
+        "profiled, in one the host's waits are counted. batch.global_size=N shortens a step.\n\n"
+        "exit code: 0, or 2 for a configuration, corpus or file that cannot be used."
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure on all ranks; the first one prints and writes."""
+    from pause_megatron.cli.dry_run import text_vocabulary
+    from pause_megatron.cli.pretrain import silence_imports
+    from pause_megatron.config import load
+    from pause_megatron.plan.layout import Layout
+
+    config = load(args.config, recipe=args.recipe, overrides=args.overrides, say=note)
+    file = Path(args.json) if args.json and is_first_rank() else None
+    if file is not None:
+        _check_writable(file)
+    text_size, _ = text_vocabulary(config, args.vocab_size)
+    Layout.of(config, started_ranks(), text_size)  # raises where ranks, batch and engine contradict each other
+    silence_imports()
+    from pause_megatron.benchmark import Sizes, as_record, as_table, run_benchmark
+    from pause_megatron.durable import write_whole
+
+    found = run_benchmark(config, Sizes(args.steps, args.warmup, args.top, text_size))
+    if is_first_rank():
+        print(as_table(found), flush=True)
+    if file is not None:
+        try:
+            write_whole(file, json.dumps(as_record(found), indent=2).encode())
+        except OSError as error:
+            raise _unwritable(file, error) from None
+        print(f"written to {file}", file=sys.stderr)
+    return 0
+
+
+def _check_writable(file: Path) -> None:
+    from pause_megatron.durable import DigestFile
+
+    if file.is_dir():
+        raise ConfigError(f"--json: expected a file, got the folder {file}")
+    try:
+        DigestFile(file).discard()
+    except OSError as error:
+        raise _unwritable(file, error) from None
+
+
+def _unwritable(file: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"--json: expected a file that can be written, got {file}: {error.strerror}")
+
+
+def _at_least(least: int):
+    def count(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected an integer >= {least}, got {text!r}")
+        return int(text)
+
+    return count

@@ -1,0 +1,108 @@
+"""`pause-megatron benchmark` on real ranks: its JSON is true to itself, and to the run that it stands for."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from ranks import run_on_ranks
+
+from pause_megatron.cli import main
+from pause_megatron.config.load import load
+from pause_megatron.config.presets import step_flops
+from pause_megatron.config.schema import RunConfig
+
+KEYS = ["data.sequence_length=64", "batch.global_size=8", "batch.micro_size=2", "model.layers=2"]
+SIZES = ["--steps", "3", "--warmup", "1", "--top", "5", "--vocab-size", "500"]
+# ranks, further keys
+LAYOUTS = [
+    (1, ["log.peak_tflops=0.5"]),
+    (2, ["parallel.tensor=2", "parallel.sequence=true", "engine.precision=bf16", "data.documents=apart"]),
+    (2, ["engine.zero_stage=3", "pause.window=trim", "pause.placement=bernoulli", "log.peak_tflops=0.25"]),
+]
+
+
+def benchmark(file: str, keys: list[str]) -> int:
+    return main(["benchmark", "--recipe", "tiny-pause", *SIZES, "--json", file, *keys])
+
+
+@pytest.mark.parametrize(("ranks", "keys"), LAYOUTS, ids=["alone", "tensor", "zero3"])
+def test_the_json_is_true_to_itself(ranks, keys, tmp_path):
+    file = tmp_path / "found.json"
+    assert run_on_ranks(ranks, benchmark, str(file), [*KEYS, *keys]) == [0] * ranks
+    assert [path.name for path in tmp_path.iterdir()] == ["found.json"]
+    found = json.loads(file.read_text())
+    assert (found["format"], found["version"]) == ("pause-megatron benchmark", 1)
+
+    config = RunConfig.model_validate(found["config"])
+    assert config == load(recipe="tiny-pause", overrides=[*KEYS, *keys])
+
+    seconds = found["step_seconds"]
+    assert 0 < seconds["low"] <= seconds["median"] <= seconds["high"]
+    assert (found["steps"], found["warmup_steps"]) == (3, 1)
+    assert found["raw_tokens_per_second"] * seconds["median"] == pytest.approx(8 * 64)
+    text = found["text_tokens_per_second"] * seconds["median"]
+    assert text == pytest.approx(found["text_tokens_per_step"]) and 8 * 32 < text < 8 * 64
+
+    machine = found["machine"]
+    assert (machine["device"], machine["cuda_name"], machine["gpu"], machine["ranks"]) == ("cpu", None, None, ranks)
+    assert {"python", "torch", "megatron_core", "deepspeed", "triton"} < set(machine)
+    assert found["kernels"] == "plain"
+
+    # The formula, with the rows that really reached the head, summed over the three steps.
+    targets = round(3 * found["targets_per_step"])
+    flops = step_flops(config.model, 501, 64, tokens=3 * 8 * 64, targets=targets) / 3
+    assert found["flops_per_step"] == round(flops)
+    peak = config.log.peak_tflops
+    if peak is None:
+        assert found["mfu"] is None
+    else:
+        assert found["mfu"] == pytest.approx(flops / (seconds["median"] * ranks * peak * 1e12), rel=1e-9)
+
+    memory = found["memory"]
+    assert memory["peak_bytes"] > memory["planned_bytes"] > 0 and memory["reserved_bytes"] is None
+    waits = found["host_waits"]
+    assert all(math.isfinite(waits[name]) and waits[name] >= 0 for name in ("per_micro_batch", "per_step"))
+    top = found["top_kernels"]
+    assert len(top) == 5 and all(entry["calls_per_step"] >= 1 for entry in top)
+    assert sum(entry["share"] for entry in top) <= 1
+    assert sum(entry["seconds_per_step"] for entry in top) < 10 * seconds["high"]
+
+
+def test_a_real_corpus_is_read_where_one_is_given(corpus, tmp_path):
+    file = tmp_path / "found.json"
+    keys = [*KEYS, f"data.prefix={corpus}"]
+    assert run_on_ranks(1, benchmark, str(file), keys) == [0]
+    found = json.loads(file.read_text())
+    assert found["windows"] == corpus
+    assert found["flops_per_step"] == step_flops(
+        load(overrides=["model.layers=2"]).model, 1001, 64, tokens=512, targets=round(found["targets_per_step"])
+    )
+
+
+def test_the_table_is_all_that_stands_on_stdout(tmp_path, capfd):
+    assert main(["benchmark", "--recipe", "tiny-pause", "--json", str(tmp_path / "missing" / "x.json")]) == 2
+    out, err = capfd.readouterr()
+    assert out == "" and err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "tiny"], "--recipe: expected one of"),
+        (["--recipe", "tiny-pause", "--steps", "0"], "--steps: expected an integer >= 1, got '0'"),
+        (["--recipe", "tiny-pause", "--json", "/"], "--json: expected a file, got the folder /"),
+        (["--recipe", "tiny-pause", "--json", "/no/such/x.json"], "--json: expected a file that can be written"),
+        (["--recipe", "tiny-pause", "batch.size=3"], "unknown key 'batch.size'"),
+        (["--recipe", "tiny-pause", "parallel.tensor=2"], "parallel.tensor"),
+    ],
+)
+def test_bad_input_is_one_error_before_work_starts(arguments, message, capsys, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    assert main(["benchmark", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.out == ""
+    assert not Path("/no").exists()

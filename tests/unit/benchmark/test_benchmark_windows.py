@@ -1,0 +1,76 @@
+"""Made-up windows: everything but the meaning of the text is that of a run."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from pause_megatron.benchmark.windows import DOCUMENT_TOKENS, MadeUpIds, MadeUpText, made_up
+from pause_megatron.config.load import load
+from pause_megatron.data.batch import collate
+
+TEXT_SIZE = 300
+
+
+def windows(*overrides: str):
+    config = load(recipe="tiny-pause", overrides=["data.sequence_length=64", "pause.embeddings=2", *overrides])
+    return made_up(config, TEXT_SIZE)
+
+
+def micro_batch(data, numbers: range):
+    return collate([data.train[n] for n in numbers], sample_ids=numbers, pause_ids=data.pause_ids)
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1, 0.5])
+def test_kept_rows_are_those_of_the_pause_plan(rate):
+    data = windows(f"pause.rate={rate}")
+    batch = micro_batch(data, range(5))
+    pauses = round(rate * 64)
+    # A window has N + 1 - M text tokens, and each but the first is a target.
+    assert batch.targets_count == 5 * (64 - pauses)
+    assert batch.raw_tokens == 5 * 64
+    assert batch.targets.max() < TEXT_SIZE <= data.pause_ids.start
+    ids = set(batch.tokens[batch.tokens >= TEXT_SIZE].tolist())
+    assert ids <= set(data.pause_ids) and bool(ids) == bool(rate)
+
+
+def test_removing_the_pauses_gives_the_text_back():
+    data = windows()
+    text = MadeUpText(MadeUpIds(TEXT_SIZE), 64 + 1 - 6, 1234).text(3)
+    sample = data.train[3]
+    tokens = torch.cat([sample["tokens"], sample["labels"][-1:] if sample["loss_mask"][-1] else torch.tensor([])])
+    assert tokens[tokens < TEXT_SIZE].long().tolist() == text[: int((tokens < TEXT_SIZE).sum())].tolist()
+
+
+def test_a_window_is_a_function_of_its_number():
+    first, again = windows(), windows()
+    for number in (7, 0, 7):
+        assert all(torch.equal(first.train[number][key], value) for key, value in again.train[number].items())
+    assert not torch.equal(first.train[0]["tokens"], first.train[1]["tokens"])
+
+
+def test_documents_are_about_as_long_as_they_say():
+    made = MadeUpText(MadeUpIds(TEXT_SIZE), 2048, 1)
+    ends = sum(int((made.text(number) == 0).sum()) for number in range(200))
+    assert ends == pytest.approx(200 * 2048 / DOCUMENT_TOKENS, rel=0.15)
+    assert set(np.unique(made.text(0))) <= set(range(TEXT_SIZE))
+
+
+def test_documents_apart_have_segments():
+    data = windows("data.sequence_length=2048", "data.documents=apart", "data.eod_mask_loss=true")
+    batch = micro_batch(data, range(4))
+    documents = [int(row.max()) + 1 for row in batch.segments]
+    assert max(documents) > 1
+    # Behind every EOD a document begins, at position 0 and without a loss.
+    assert int((batch.position_ids == 0).sum()) == sum(documents)
+    assert batch.targets_count == 4 * (2048 - 205) - sum(d - 1 for d in documents) - _ends_behind(data, range(4))
+
+
+def _ends_behind(data, numbers: range) -> int:
+    """Windows whose last target, which is no input, begins a document."""
+    plain = windows("data.sequence_length=2048", "data.documents=apart")
+    return sum(
+        bool(plain.train[number]["loss_mask"][-1]) and not bool(data.train[number]["loss_mask"][-1])
+        for number in numbers
+    )
