@@ -34,11 +34,13 @@ def profiling(device: torch.device) -> Iterator[list[Kernel]]:
     """Profile the body, which takes one step. The list is filled when it ends: longest first."""
     kernels: list[Kernel] = []
     cuda = device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize(device)  # what was begun before is not the body's
     # On a GPU kernels alone: operators as well would be a million events for a step of many micro-batches.
     with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as recording:
         yield kernels
         if cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(device)
     calls: dict[str, int] = defaultdict(int)
     micros: dict[str, float] = defaultdict(float)
     for event in recording.events():

@@ -75,7 +75,7 @@ def run_benchmark(config: RunConfig, sizes: Sizes) -> Measurement:
         initialize(config.parallel, timeout=patience(config), connect_seconds=config.run.connect_seconds) as context,
         ExitStack() as closing,
     ):
-        if context.device.type == "cuda":
+        if torch.cuda.is_initialized():
             torch.cuda.reset_peak_memory_stats(context.device)
         groups = clock.lap()
         running, data = windows_of(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 from pathlib import Path
@@ -24,14 +26,21 @@ LAYOUTS = [
 ]
 
 
-def benchmark(file: str, keys: list[str]) -> int:
-    return main(["benchmark", "--recipe", "tiny-pause", *SIZES, "--json", file, *keys])
+def benchmark(file: str, keys: list[str], recipe: str = "tiny-pause") -> tuple[int, str]:
+    """The verb's exit code, and what it printed."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        code = main(["benchmark", "--recipe", recipe, *SIZES, "--json", file, *keys])
+    return code, printed.getvalue()
 
 
 @pytest.mark.parametrize(("ranks", "keys"), LAYOUTS, ids=["alone", "tensor", "zero3"])
 def test_the_json_is_true_to_itself(ranks, keys, tmp_path):
     file = tmp_path / "found.json"
-    assert run_on_ranks(ranks, benchmark, str(file), [*KEYS, *keys]) == [0] * ranks
+    answers = run_on_ranks(ranks, benchmark, str(file), [*KEYS, *keys])
+    assert [code for code, _ in answers] == [0] * ranks
+    table, *others = [printed for _, printed in answers]
+    assert others == [""] * (ranks - 1)
+    assert max(map(len, table.splitlines())) <= 100 and table.startswith(f"machine       {ranks} x CPU process\n")
     assert [path.name for path in tmp_path.iterdir()] == ["found.json"]
     found = json.loads(file.read_text())
     assert (found["format"], found["version"]) == ("pause-megatron benchmark", 1)
@@ -74,35 +83,25 @@ def test_the_json_is_true_to_itself(ranks, keys, tmp_path):
 def test_a_real_corpus_is_read_where_one_is_given(corpus, tmp_path):
     file = tmp_path / "found.json"
     keys = [*KEYS, f"data.prefix={corpus}"]
-    assert run_on_ranks(1, benchmark, str(file), keys) == [0]
+    ((code, _),) = run_on_ranks(1, benchmark, str(file), keys)
     found = json.loads(file.read_text())
-    assert found["windows"] == corpus
+    assert code == 0 and found["windows"] == corpus
     assert found["flops_per_step"] == step_flops(
         load(overrides=["model.layers=2"]).model, 1001, 64, tokens=512, targets=round(found["targets_per_step"])
     )
 
 
-def test_the_table_is_all_that_stands_on_stdout(tmp_path, capfd):
-    assert main(["benchmark", "--recipe", "tiny-pause", "--json", str(tmp_path / "missing" / "x.json")]) == 2
-    out, err = capfd.readouterr()
-    assert out == "" and err.count("\n") == 1
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--recipe", "tiny"], "--recipe: expected one of"),
-        (["--recipe", "tiny-pause", "--steps", "0"], "--steps: expected an integer >= 1, got '0'"),
-        (["--recipe", "tiny-pause", "--json", "/"], "--json: expected a file, got the folder /"),
-        (["--recipe", "tiny-pause", "--json", "/no/such/x.json"], "--json: expected a file that can be written"),
-        (["--recipe", "tiny-pause", "batch.size=3"], "unknown key 'batch.size'"),
-        (["--recipe", "tiny-pause", "parallel.tensor=2"], "parallel.tensor"),
-    ],
-)
-def test_bad_input_is_one_error_before_work_starts(arguments, message, capsys, monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID", "SLURM_LOCALID"):
-        monkeypatch.delenv(name, raising=False)
-    assert main(["benchmark", *arguments]) == 2
-    captured = capsys.readouterr()
-    assert message in captured.err and captured.out == ""
-    assert not Path("/no").exists()
+def test_a_finetuning_reads_its_task(corpus, task_records, tmp_path):
+    file = tmp_path / "found.json"
+    keys = [
+        *("model.preset=tiny", "model.layers=2", "data.sequence_length=128", "engine.precision=fp32"),
+        *(f"task.path={task_records / 'commonsense_qa'}", f"data.tokenizer={Path(corpus).parent / 'tokenizer.model'}"),
+    ]
+    ((code, table),) = run_on_ranks(1, benchmark, str(file), keys, "finetune-commonsense_qa")
+    found = json.loads(file.read_text())
+    assert code == 0 and "task commonsense_qa" in table
+    # Packed windows: padding is no token, and prompts are no targets.
+    assert 0 < found["targets_per_step"] < found["text_tokens_per_step"] < found["raw_tokens_per_step"] <= 8 * 128
+    assert found["raw_tokens_per_second"] * found["step_seconds"]["median"] == pytest.approx(
+        found["raw_tokens_per_step"]
+    )
