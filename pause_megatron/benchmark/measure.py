@@ -10,9 +10,10 @@ from dataclasses import dataclass
 
 import torch
 
-from pause_megatron.benchmark.kernels import Kernel, profiling
+from pause_megatron.benchmark.kernels import Profile, profiling
 from pause_megatron.benchmark.machine import Machine, device_peak_flops, kernels_of
 from pause_megatron.benchmark.record import Measurement, Memory, StartUp
+from pause_megatron.benchmark.tensors import held_bytes
 from pause_megatron.benchmark.waits import HostWaits, counting_waits
 from pause_megatron.benchmark.windows import windows_of
 from pause_megatron.config.plan import batch_plan
@@ -26,7 +27,7 @@ from pause_megatron.plan.layout import Layout
 from pause_megatron.plan.memory import rank_memory
 from pause_megatron.train.inputs import TrainingData
 from pause_megatron.train.loop import Progress, StepResult, training_steps
-from pause_megatron.train.monitoring import ProgressBar, peak_memory_bytes
+from pause_megatron.train.monitoring import ProgressBar
 from pause_megatron.train.run import new_engine, new_model, step_loader
 from pause_megatron.train.signals import StopRequest
 from pause_megatron.train.watch import HangWatch, patience
@@ -51,12 +52,12 @@ class Sizes:
 
 @dataclass(frozen=True)
 class _Steps:
-    """Of those that count: when each ended (the warm-up's end before them), and what each was."""
+    """Of those that count: when each ended (the warm-up's end before them), and what each was; then the others."""
 
     ends: list[float]
     results: list[StepResult]
-    memory: tuple[int, int | None]
-    kernels: list[Kernel]
+    memory: tuple[int | None, int | None]
+    profile: Profile
     waits: HostWaits
 
 
@@ -75,8 +76,7 @@ def run_benchmark(config: RunConfig, sizes: Sizes) -> Measurement:
         initialize(config.parallel, timeout=patience(config), connect_seconds=config.run.connect_seconds) as context,
         ExitStack() as closing,
     ):
-        if torch.cuda.is_initialized():
-            torch.cuda.reset_peak_memory_stats(context.device)
+        before = _forget_earlier_tensors(context)
         groups = clock.lap()
         running, data = windows_of(
             _with_steps(config, sizes), sizes.text_size, ranks=context.world_size, rank=context.rank
@@ -89,7 +89,11 @@ def run_benchmark(config: RunConfig, sizes: Sizes) -> Measurement:
         engine = closing.enter_context(new_engine(running, model, parameter_groups(model, weight_decay), context))
         start_up = StartUp(groups, windows, built, clock.lap())
         taken = _take(running, data, engine, context, sizes, closing)
-        return _measurement(config, data, model, engine, context, sizes, start_up, taken)
+        peak, reserved = taken.memory
+        if taken.profile.tensor_bytes is not None:
+            peak = taken.profile.tensor_bytes - before
+        memory = _largest(config, model, context, peak, reserved)
+        return _measurement(config, data, model, engine, context, sizes, start_up, taken, memory)
 
 
 def _with_steps(config: RunConfig, sizes: Sizes) -> RunConfig:
@@ -145,14 +149,14 @@ def _take(
             _synchronize(context)
         ends.append(time.perf_counter())
         results.append(result)
-    memory = peak_memory_bytes(), _reserved(context)
-    with profiling(context.device) if context.rank == 0 else nullcontext([]) as kernels:
+    memory = _memory_of_cuda(context)
+    with profiling(context.device) if context.rank == 0 else nullcontext(Profile()) as profile:
         for _ in take(1):
             pass
     with counting_waits(engine.deepspeed, context.device) as waits:
         for _ in take(1):
             pass
-    return _Steps(ends, results, memory, kernels, waits)
+    return _Steps(ends, results, memory, profile, waits)
 
 
 def _measurement(
@@ -164,10 +168,9 @@ def _measurement(
     sizes: Sizes,
     start_up: StartUp,
     taken: _Steps,
+    memory: Memory,
 ) -> Measurement:
     vocabulary, machine = model.vocabulary, Machine.of(context)
-    layout = Layout.of(config, context.world_size, vocabulary.size - config.pause.embeddings)
-    peaks = gather_objects(taken.memory)
     tokens = [result.tokens for result in taken.results]
     targets = [result.losses.targets for result in taken.results]
     flops = step_flops(
@@ -189,14 +192,38 @@ def _measurement(
         targets=sum(targets) / count,
         flops=round(flops / count),
         peak_flops=device_peak_flops(config, machine),
-        memory=Memory(
-            peak_bytes=max(peak for peak, _ in peaks),
-            reserved_bytes=None if taken.memory[1] is None else max(reserved for _, reserved in peaks),
-            planned_bytes=rank_memory(layout, context.device.type).peak_bytes,
-        ),
+        memory=memory,
         waits=taken.waits,
-        kernels_by_time=tuple(taken.kernels[: sizes.top]),
+        kernels_by_time=tuple(taken.profile.kernels[: sizes.top]),
         start_up=start_up,
+    )
+
+
+def _forget_earlier_tensors(context: ParallelContext) -> int:
+    """Begins the account of the GPU's memory anew; on a CPU: bytes of tensors that live already."""
+    if context.device.type == "cpu":
+        return held_bytes()
+    torch.cuda.reset_peak_memory_stats(context.device)
+    return 0
+
+
+def _memory_of_cuda(context: ParallelContext) -> tuple[int | None, int | None]:
+    """Most bytes of tensors so far, and most that the allocator has taken for them; None on a CPU."""
+    if context.device.type == "cpu":
+        return None, None
+    return torch.cuda.max_memory_allocated(context.device), torch.cuda.max_memory_reserved(context.device)
+
+
+def _largest(
+    config: RunConfig, model: PauseGPTModel, context: ParallelContext, peak: int | None, reserved: int | None
+) -> Memory:
+    """Over the ranks that know their own. Every rank calls this."""
+    layout = Layout.of(config, context.world_size, model.vocabulary.size - config.pause.embeddings)
+    every = gather_objects((peak, reserved))
+    return Memory(
+        peak_bytes=max(peak for peak, _ in every if peak is not None),
+        reserved_bytes=None if reserved is None else max(reserved for _, reserved in every),
+        planned_bytes=rank_memory(layout, context.device.type).peak_bytes,
     )
 
 
@@ -220,10 +247,6 @@ class _Clock:
 def _synchronize(context: ParallelContext) -> None:
     if context.device.type == "cuda":
         torch.cuda.synchronize(context.device)
-
-
-def _reserved(context: ParallelContext) -> int | None:
-    return torch.cuda.max_memory_reserved(context.device) if context.device.type == "cuda" else None
 
 
 def _say(context: ParallelContext, text: str) -> None:

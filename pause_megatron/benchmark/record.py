@@ -28,10 +28,10 @@ class StartUp:
 
 @dataclass(frozen=True)
 class Memory:
-    """Of the rank that took most.
+    """Of tensors on the rank that took most.
 
     Attributes:
-        peak_bytes: on a GPU of its tensors, from the start to the last timed step; on a CPU of the whole process
+        peak_bytes: on a GPU from the start to the last timed step; on a CPU in the profiled step of rank 0
         reserved_bytes: what torch's allocator took from the GPU for them; None on a CPU
         planned_bytes: what `plan` says of the tensors
     """

@@ -28,7 +28,7 @@ def as_table(found: Measurement) -> str:
 def _rows(found: Measurement) -> Iterable[tuple[str, str]]:
     config, batch, machine, median = found.config, found.batch, found.machine, found.median_seconds
     packages = ", ".join(f"{name} {version}" for name, version in machine.packages.items() if version)
-    yield "machine", f"{machine.ranks} x {_device(found)}"
+    yield "machine", f"{machine.ranks} {'rank' if machine.ranks == 1 else 'ranks'} on {_device(found)}"
     yield "versions", f"python {machine.python}, {packages}"
     sequence = " with sequence parallelism" if config.parallel.sequence else ""
     yield (
@@ -62,7 +62,7 @@ def _rows(found: Measurement) -> Iterable[tuple[str, str]]:
 def _device(found: Measurement) -> str:
     machine = found.machine
     if machine.cuda_name is None:
-        return "CPU process"
+        return "a CPU"
     return machine.cuda_name + (f" ({machine.gpu})" if machine.gpu else "")
 
 
@@ -83,22 +83,17 @@ def _mfu(found: Measurement) -> str:
 
 def _memory(found: Measurement) -> str:
     memory = found.memory
-    planned = f"{memory.planned_bytes / GIB:,.2f} GiB planned"
-    if memory.reserved_bytes is None:
-        return (
-            f"{memory.peak_bytes / GIB:,.2f} GiB of the process, {planned} for tensors: not comparable, as a process "
-            "also holds its libraries and what its allocator keeps"
-        )
-    return (
-        f"{memory.peak_bytes / GIB:,.2f} GiB of tensors at the peak, {planned} "
-        f"({memory.peak_bytes / memory.planned_bytes - 1:+.1%}); {memory.reserved_bytes / GIB:,.2f} GiB reserved"
+    text = (
+        f"{_size(memory.peak_bytes)} of tensors at the peak, {_size(memory.planned_bytes)} planned "
+        f"({memory.peak_bytes / memory.planned_bytes - 1:+.1%})"
     )
+    return text if memory.reserved_bytes is None else f"{text}; {_size(memory.reserved_bytes)} reserved"
 
 
 def _waits(found: Measurement) -> str:
     text = f"{found.waits.per_micro_batch:.3g} a micro-batch, {found.waits.per_step:.3g} a step besides"
     if found.machine.cuda_name is None:
-        text += " (values handed to the host, at most as many as a GPU would wait for)"
+        text += " (values handed to the host; a GPU may wait for copies too)"
     return text
 
 
@@ -111,6 +106,10 @@ def _kernels(found: Measurement) -> list[str]:
         row = f"{_duration(kernel.seconds):>11}  {kernel.share:6.1%}  {kernel.calls:7,}  {kernel.name}"
         rows.append(row if len(row) <= COLUMNS else row[: COLUMNS - 3] + "...")
     return ["", *rows]
+
+
+def _size(size: int) -> str:
+    return f"{size / GIB:,.2f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
 
 
 def _duration(seconds: float) -> str:

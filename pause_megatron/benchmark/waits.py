@@ -48,7 +48,7 @@ def counting_waits(engine: Any, device: torch.device) -> Iterator[HostWaits]:
     """Count while the body takes one step.
 
     On a GPU torch itself says which of its operations wait. On a CPU nothing waits; operations that hand a value to the
-    host are counted, which on a GPU would wait: an upper bound, as some of the tensors would stay on the host.
+    host are counted, which on a GPU would wait. Copies to the device, which may wait as well, a CPU does not show.
 
     Args:
         engine: the DeepSpeed engine that takes the step.

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def test_the_json_is_true_to_itself(ranks, keys, tmp_path):
     assert [code for code, _ in answers] == [0] * ranks
     table, *others = [printed for _, printed in answers]
     assert others == [""] * (ranks - 1)
-    assert max(map(len, table.splitlines())) <= 100 and table.startswith(f"machine       {ranks} x CPU process\n")
+    assert max(map(len, table.splitlines())) <= 100 and re.match(rf"machine       {ranks} ranks? on a CPU\n", table)
     assert [path.name for path in tmp_path.iterdir()] == ["found.json"]
     found = json.loads(file.read_text())
     assert (found["format"], found["version"]) == ("pause-megatron benchmark", 1)
@@ -71,7 +72,8 @@ def test_the_json_is_true_to_itself(ranks, keys, tmp_path):
         assert found["mfu"] == pytest.approx(flops / (seconds["median"] * ranks * peak * 1e12), rel=1e-9)
 
     memory = found["memory"]
-    assert memory["peak_bytes"] > memory["planned_bytes"] > 0 and memory["reserved_bytes"] is None
+    assert memory["peak_bytes"] == pytest.approx(memory["planned_bytes"], rel=0.1)
+    assert memory["reserved_bytes"] is None
     waits = found["host_waits"]
     assert all(math.isfinite(waits[name]) and waits[name] >= 0 for name in ("per_micro_batch", "per_step"))
     top = found["top_kernels"]

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from pause_megatron.benchmark.kernels import profiling
+from pause_megatron.benchmark.tensors import held_bytes
 from pause_megatron.benchmark.waits import counting_waits
 
 CPU = torch.device("cpu")
@@ -46,11 +47,12 @@ def test_waits_are_told_apart(micro_batches, inside, outside):
 
 def test_operators_are_counted_and_shares_add_up():
     matrix = torch.randn(300, 300)
-    with profiling(CPU) as kernels:
+    with profiling(CPU) as profile:
         for _ in range(7):
             matrix @ matrix
         with torch.profiler.record_function("a region"):
             matrix.exp()
+    kernels = profile.kernels
     found = {kernel.name: kernel for kernel in kernels}
     assert found["aten::mm"].calls == 7 and found["aten::exp"].calls == 1
     assert "a region" not in found
@@ -60,3 +62,21 @@ def test_operators_are_counted_and_shares_add_up():
     assert found["aten::mm"].share == pytest.approx(
         found["aten::mm"].seconds / sum(kernel.seconds for kernel in kernels)
     )
+
+
+def test_tensors_held_and_taken_on_top_are_the_peak():
+    mib = 2**20 // 4  # elements of fp32
+    before = held_bytes()
+    kept = torch.zeros(3 * mib)
+    kept.grad = torch.zeros(3 * mib)
+    views = [kept[:5], kept.view(3, mib)]  # of one storage
+    assert held_bytes() - before == 6 * 2**20
+    with profiling(CPU) as profile:
+        first = torch.zeros(8 * mib)
+        del first
+        second, third = torch.zeros(4 * mib), torch.zeros(5 * mib)
+        del second
+    assert profile.tensor_bytes - before == (6 + 9) * 2**20
+    assert held_bytes() - before == (6 + 5) * 2**20
+    del kept, views, third
+    assert held_bytes() == before

@@ -52,7 +52,7 @@ def test_the_table_reads_at_100_columns(found):
 def test_every_number_is_there_with_its_unit(found):
     text = " ".join(as_table(found).split())
     for part in (
-        *("8 x NVIDIA H100 80GB HBM3 (h100)", "torch 2.15.0+cu132", "triton kernels"),
+        *("8 ranks on NVIDIA H100 80GB HBM3 (h100)", "torch 2.15.0+cu132", "triton kernels"),
         *("512 windows of 2,048 tokens = 4 micro x 16 accumulation x 8 data parallel; 1 tensor parallel",),
         *("2.50 s in the median of 3 (2.00 s to 4.00 s), after 3 of warm-up", "419,430 tokens/s (1,048,576 a step)"),
         *("377,446 tokens/s", "8.000 PFLOP a step, 400.000 TFLOP/s a rank", "40.4% of 989.4 TFLOP/s a rank"),
@@ -66,7 +66,7 @@ def test_what_is_not_known_is_said(found):
     assert "unknown: no peak of this device in bf16 is known" in as_table(replace(found, peak_flops=None))
     assert as_record(replace(found, peak_flops=None))["mfu"] is None
     cpu = replace(found.machine, device="cpu", cuda_name=None, gpu=None)
-    memory = replace(found.memory, reserved_bytes=None)
+    memory = Memory(66 * 2**20, None, 60 * 2**20)
     text = " ".join(as_table(replace(found, machine=cpu, memory=memory, peak_flops=None)).split())
     assert "no peak of a CPU is known; log.peak_tflops=N gives it" in text
-    assert "not comparable, as a process also holds its libraries" in text
+    assert "66.0 MiB of tensors at the peak, 60.0 MiB planned (+10.0%) host waits" in text
