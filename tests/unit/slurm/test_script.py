@@ -61,7 +61,7 @@ def test_every_script_is_bash_and_asks_for_its_ranks(launcher, container):
 
 def test_the_readme_s_launch_lines_run(capsys):
     text = (LAUNCHER_FILES / "README.md").read_text()
-    lines = [line for line in text.splitlines() if line.startswith("pause-megatron")]
+    lines = [line for line in text.splitlines() if line.startswith("pause-megatron launch")]
     assert len(lines) >= 2
     for line in lines:
         words = shlex.split(line.partition(">")[0])[1:]
