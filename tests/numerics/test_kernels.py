@@ -325,3 +325,18 @@ def test_what_auto_means_and_what_is_refused(monkeypatch):
 
 def test_batch_is_what_the_documents_above_assume():
     assert BATCH == 3 and SEQ > 9
+
+
+@pytest.mark.parametrize("form", ["compiled", "triton"])
+def test_a_machine_that_cannot_compile_is_told_before_the_first_step(form, monkeypatch):
+    from pause_megatron.model.kernels import fused
+
+    def without_compiler(*_: object) -> None:
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+    broken = Pieces(*[without_compiler] * 6)
+    monkeypatch.setattr(fused, f"{form}_pieces", lambda: broken)
+    with pytest.raises(
+        ConfigError, match=rf"engine\.kernels: {form} cannot compile here \(RuntimeError: Failed to find"
+    ):
+        kernels(form, "cpu")

@@ -73,7 +73,7 @@ def kernels(name: str, device: torch.device | str) -> Kernels:
         device: where they will run.
 
     Raises:
-        ConfigError: triton where it cannot run.
+        ConfigError: triton where it cannot run, or nothing can be compiled.
     """
     name = resolve(name, device)
     if name == "plain":
@@ -83,7 +83,20 @@ def kernels(name: str, device: torch.device | str) -> Kernels:
     from pause_megatron.model.kernels import fused
 
     pieces = fused.compiled_pieces() if name == "compiled" else fused.triton_pieces()
-    return Kernels(name, pieces.rotate, pieces.swiglu, pieces.cross_entropy)
+    made = Kernels(name, pieces.rotate, pieces.swiglu, pieces.cross_entropy)
+    _try(made, device)
+    return made
+
+
+def _try(made: Kernels, device: torch.device | str) -> None:
+    """Run one of them: both forms compile at their first use, with a C compiler that a machine may not have."""
+    try:
+        made.swiglu(torch.zeros(1, 2, device=device))
+    except Exception as failure:
+        raise ConfigError(
+            f"engine.kernels: {made.name} cannot compile here ({type(failure).__name__}: {str(failure)[:200]}); "
+            "install a C compiler (gcc), or use engine.kernels=plain, which is slower on a GPU"
+        ) from failure
 
 
 def _interpreted() -> bool:
