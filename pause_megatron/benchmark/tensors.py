@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 
 import torch
@@ -21,8 +22,11 @@ def held_bytes() -> int:
         if not issubclass(type(item), torch.Tensor):  # isinstance would ask objects that warn when they are asked
             continue
         for tensor in (item, item.grad if item.is_leaf else None):
-            if tensor is not None and tensor.device.type == "cpu" and tensor.layout == torch.strided:
-                storage = tensor.untyped_storage()
+            if tensor is None or tensor.device.type != "cpu" or tensor.layout != torch.strided:
+                continue
+            storage = tensor.untyped_storage()
+            # The tensors that torch.compile traces with have no memory, and say so by an error.
+            with contextlib.suppress(RuntimeError):
                 sizes[storage.data_ptr()] = storage.nbytes()
     return sum(sizes.values())
 

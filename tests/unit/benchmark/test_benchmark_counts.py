@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pause_megatron.benchmark.kernels import profiling
 from pause_megatron.benchmark.tensors import held_bytes
@@ -70,6 +71,8 @@ def test_tensors_held_and_taken_on_top_are_the_peak():
     kept = torch.zeros(3 * mib)
     kept.grad = torch.zeros(3 * mib)
     views = [kept[:5], kept.view(3, mib)]  # of one storage
+    with FakeTensorMode():
+        traced = torch.zeros(mib)
     assert held_bytes() - before == 6 * 2**20
     with profiling(CPU) as profile:
         first = torch.zeros(8 * mib)
@@ -78,5 +81,5 @@ def test_tensors_held_and_taken_on_top_are_the_peak():
         del second
     assert profile.tensor_bytes - before == (6 + 9) * 2**20
     assert held_bytes() - before == (6 + 5) * 2**20
-    del kept, views, third
+    del kept, views, third, traced
     assert held_bytes() == before
