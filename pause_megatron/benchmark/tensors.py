@@ -25,9 +25,10 @@ def held_bytes() -> int:
             if tensor is None or tensor.device.type != "cpu" or tensor.layout != torch.strided:
                 continue
             storage = tensor.untyped_storage()
-            # The tensors that torch.compile traces with have no memory, and say so by an error.
+            # The tensors that torch.compile traces with have no memory: an address of 0, or an error.
             with contextlib.suppress(RuntimeError):
-                sizes[storage.data_ptr()] = storage.nbytes()
+                if address := storage.data_ptr():
+                    sizes[address] = storage.nbytes()
     return sum(sizes.values())
 
 

@@ -57,7 +57,6 @@ def test_operators_are_counted_and_shares_add_up():
     found = {kernel.name: kernel for kernel in kernels}
     assert found["aten::mm"].calls == 7 and found["aten::exp"].calls == 1
     assert "a region" not in found
-    assert kernels[0].name == "aten::mm"
     assert [kernel.seconds for kernel in kernels] == sorted((kernel.seconds for kernel in kernels), reverse=True)
     assert sum(kernel.share for kernel in kernels) == pytest.approx(1)
     assert found["aten::mm"].share == pytest.approx(
