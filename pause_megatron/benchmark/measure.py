@@ -12,9 +12,8 @@ import torch
 
 from pause_megatron.benchmark.kernels import Profile, profiling
 from pause_megatron.benchmark.machine import Machine, device_peak_flops, kernels_of
-from pause_megatron.benchmark.record import Measurement, Memory, StartUp
+from pause_megatron.benchmark.record import Measurement, Memory, StartUp, Waits
 from pause_megatron.benchmark.tensors import held_bytes
-from pause_megatron.benchmark.waits import HostWaits, counting_waits
 from pause_megatron.benchmark.windows import windows_of
 from pause_megatron.config.plan import batch_plan
 from pause_megatron.config.presets import parameters, step_flops
@@ -22,6 +21,7 @@ from pause_megatron.config.schema import RunConfig
 from pause_megatron.distributed import ParallelContext, initialize
 from pause_megatron.distributed.collective import gather_objects
 from pause_megatron.engine import Engine
+from pause_megatron.engine.waits import MICRO_BATCH, STEP, HostWaits
 from pause_megatron.model import PauseGPTModel, parameter_groups
 from pause_megatron.plan.layout import Layout
 from pause_megatron.plan.memory import rank_memory
@@ -58,7 +58,7 @@ class _Steps:
     results: list[StepResult]
     memory: tuple[int | None, int | None]
     profile: Profile
-    waits: HostWaits
+    waits: Waits
 
 
 def run_benchmark(config: RunConfig, sizes: Sizes) -> Measurement:
@@ -153,9 +153,11 @@ def _take(
     with profiling(context.device) if context.rank == 0 else nullcontext(Profile()) as profile:
         for _ in take(1):
             pass
-    with counting_waits(engine.deepspeed, context.device) as waits:
+    with HostWaits(context.device) as counted:
         for _ in take(1):
             pass
+    accumulation = batch_plan(config, context.world_size).accumulation
+    waits = Waits(counted.per(MICRO_BATCH, accumulation), counted.per(STEP, 1))
     return _Steps(ends, results, memory, profile, waits)
 
 

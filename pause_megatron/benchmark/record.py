@@ -8,7 +8,6 @@ from typing import Any
 
 from pause_megatron.benchmark.kernels import Kernel
 from pause_megatron.benchmark.machine import Machine
-from pause_megatron.benchmark.waits import HostWaits
 from pause_megatron.config.plan import BatchPlan
 from pause_megatron.config.schema import RunConfig
 
@@ -24,6 +23,19 @@ class StartUp:
     windows: float
     model: float
     engine: float
+
+
+@dataclass(frozen=True)
+class Waits:
+    """How often the host waited for the device (`pause_megatron.engine.waits`).
+
+    Attributes:
+        per_micro_batch: in a forward and backward pass
+        per_step: in a step, outside of these
+    """
+
+    per_micro_batch: float
+    per_step: float
 
 
 @dataclass(frozen=True)
@@ -79,7 +91,7 @@ class Measurement:
     flops: int
     peak_flops: float | None
     memory: Memory
-    waits: HostWaits
+    waits: Waits
     kernels_by_time: tuple[Kernel, ...]
     start_up: StartUp
 
@@ -132,7 +144,7 @@ def as_record(found: Measurement) -> dict[str, Any]:
             "reserved_bytes": memory.reserved_bytes,
             "planned_bytes": memory.planned_bytes,
         },
-        "host_waits": {"per_micro_batch": found.waits.per_micro_batch, "per_step": found.waits.per_step},
+        "host_waits": vars(found.waits),
         "start_up_seconds": vars(found.start_up),
         "top_kernels": [
             {

@@ -93,7 +93,7 @@ def _memory(found: Measurement) -> str:
 def _waits(found: Measurement) -> str:
     text = f"{found.waits.per_micro_batch:.3g} a micro-batch, {found.waits.per_step:.3g} a step besides"
     if found.machine.cuda_name is None:
-        text += " (values handed to the host; a GPU may wait for copies too)"
+        text += " (on a CPU, where the host's own tensors count too)"
     return text
 
 

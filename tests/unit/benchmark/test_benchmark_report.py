@@ -9,8 +9,7 @@ import pytest
 from pause_megatron.benchmark import Measurement, as_record, as_table
 from pause_megatron.benchmark.kernels import Kernel
 from pause_megatron.benchmark.machine import Machine
-from pause_megatron.benchmark.record import Memory, StartUp
-from pause_megatron.benchmark.waits import HostWaits
+from pause_megatron.benchmark.record import Memory, StartUp, Waits
 from pause_megatron.config.load import load
 from pause_megatron.config.plan import batch_plan
 
@@ -38,7 +37,7 @@ def found() -> Measurement:
         flops=8 * 10**15,
         peak_flops=989.4e12,
         memory=Memory(66 * 2**30, 70 * 2**30, 60 * 2**30),
-        waits=HostWaits(inside=8, outside=2, micro_batches=16),
+        waits=Waits(per_micro_batch=0.5, per_step=2.0),
         kernels_by_time=(Kernel(LONG, 12, 0.5, 0.25),),
         start_up=StartUp(1.5, 0.25, 8.0, 4.0),
     )
