@@ -1,4 +1,4 @@
-"""What a benchmark ran on: device, its peak, versions, and which kernels `engine.kernels` means there."""
+"""What a benchmark ran on: device, its peak, versions."""
 
 from __future__ import annotations
 
@@ -57,13 +57,6 @@ def device_peak_flops(config: RunConfig, machine: Machine) -> float | None:
         return config.log.peak_tflops * 1e12
     gpu = gpu_of_cuda(machine.cuda_name) if machine.cuda_name else None
     return gpu.peak_flops if gpu is not None and config.engine.precision == "bf16" else None
-
-
-def kernels_of(config: RunConfig, device: torch.device) -> str:
-    """The kernels that `engine.kernels` means on a device."""
-    if config.engine.kernels != "auto":
-        return config.engine.kernels
-    return "triton" if device.type == "cuda" else "plain"
 
 
 def _version(distribution: str) -> str | None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from pause_megatron.benchmark.kernels import Profile, profiling
-from pause_megatron.benchmark.machine import Machine, device_peak_flops, kernels_of
+from pause_megatron.benchmark.machine import Machine, device_peak_flops
 from pause_megatron.benchmark.record import Measurement, Memory, StartUp, Waits
 from pause_megatron.benchmark.tensors import held_bytes
 from pause_megatron.benchmark.windows import windows_of
@@ -20,9 +20,11 @@ from pause_megatron.config.presets import parameters, step_flops
 from pause_megatron.config.schema import RunConfig
 from pause_megatron.distributed import ParallelContext, initialize
 from pause_megatron.distributed.collective import gather_objects
+from pause_megatron.distributed.settings import settings_of
 from pause_megatron.engine import Engine
 from pause_megatron.engine.waits import MICRO_BATCH, STEP, HostWaits
 from pause_megatron.model import PauseGPTModel, parameter_groups
+from pause_megatron.model.kernels import resolve
 from pause_megatron.plan.layout import Layout
 from pause_megatron.plan.memory import rank_memory
 from pause_megatron.train.inputs import TrainingData
@@ -73,6 +75,7 @@ def run_benchmark(config: RunConfig, sizes: Sizes) -> Measurement:
     """
     clock = _Clock()
     with (
+        settings_of(config),
         initialize(config.parallel, timeout=patience(config), connect_seconds=config.run.connect_seconds) as context,
         ExitStack() as closing,
     ):
@@ -186,7 +189,7 @@ def _measurement(
         parameters=parameters(config.model, vocabulary.size),
         windows=_described(config, data),
         machine=machine,
-        kernels=kernels_of(config, context.device),
+        kernels=resolve(config.engine.kernels, context.device),
         warmup_steps=sizes.warmup,
         step_seconds=tuple(end - begin for begin, end in zip(taken.ends, taken.ends[1:], strict=False)),
         raw_tokens=sum(tokens) / count,
