@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from pause_megatron.config.gpus import gpu_of_cuda
 from pause_megatron.config.plan import BatchPlan
-from pause_megatron.config.presets import flops_per_token, parameters
+from pause_megatron.config.presets import parameters, step_flops
 from pause_megatron.config.schema import RunConfig
 from pause_megatron.data.batch import MicroBatch
 from pause_megatron.distributed import ParallelContext
@@ -29,13 +29,22 @@ from pause_megatron.train.loop import Progress, StepResult
 class Throughput:
     """Rates of a step, in the units of metrics.jsonl.
 
+    MFU = model FLOPs of the step / (seconds of the step x peak of all devices). The FLOPs are those of the rows that
+    are really computed, forward and backward (`config.presets.step_flops`):
+
+        (6 x parameters of layers and norms + 12 x layers x hidden x window) x raw tokens
+        + 6 x vocabulary x hidden x targets
+
+    Recomputed activations do not count, nor the output layer on rows without a target. The seconds count waiting for
+    the loader, but not hooks: those are `hook_seconds`.
+
     Args:
-        flops_per_token: model FLOPs of one raw token
+        flops: (raw tokens, targets) -> model FLOPs of a step over all ranks
         peak_flops: of all devices together, in FLOP/s; None when it is not known
     """
 
-    def __init__(self, flops_per_token: float, peak_flops: float | None) -> None:
-        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
+    def __init__(self, flops: Callable[[int, int], float], peak_flops: float | None) -> None:
+        self._flops, self._peak_flops = flops, peak_flops
 
     @classmethod
     def of(cls, config: RunConfig, vocabulary: int, context: ParallelContext) -> Throughput:
@@ -44,21 +53,29 @@ class Throughput:
         if peak is None and context.device.type == "cuda" and config.engine.precision == "bf16":
             gpu = gpu_of_cuda(torch.cuda.get_device_name(context.device))
             peak = None if gpu is None else gpu.peak_flops / 1e12
-        per_token = flops_per_token(config.model, vocabulary, config.data.sequence_length)
-        return cls(per_token, None if peak is None else peak * 1e12 * context.world_size)
+
+        def flops(tokens: int, targets: int) -> int:
+            length = config.data.sequence_length
+            return step_flops(config.model, vocabulary, length, tokens=tokens, targets=targets)
+
+        return cls(flops, None if peak is None else peak * 1e12 * context.world_size)
 
     def rates(self, result: StepResult) -> dict[str, float | None]:
         """Tokens per second over all ranks, raw and text; MFU (model FLOPs over peak), None without a known peak."""
-        rate = result.tokens / result.seconds
+        flops = self._flops(result.tokens, result.losses.targets)
         return {
-            "tokens_per_second": rate,
+            "tokens_per_second": result.tokens / result.seconds,
             "text_tokens_per_second": result.text_tokens / result.seconds,
-            "mfu": None if self._peak_flops is None else rate * self._flops_per_token / self._peak_flops,
+            "mfu": None if self._peak_flops is None else flops / result.seconds / self._peak_flops,
         }
 
 
 def metrics_record(result: StepResult, throughput: Throughput) -> dict[str, float | int | bool | None]:
-    """A line of metrics.jsonl. Floats are not rounded; what does not exist (no pauses, no peak) is null."""
+    """A line of metrics.jsonl. Floats are not rounded; what does not exist (no pauses, no peak) is null.
+
+    `seconds` (the step, with `loader_seconds` in it) and `hook_seconds` (logging, validation and saves since the step
+    before) of all steps add up to the time since the first batch was asked for.
+    """
     record: dict[str, Any] = {
         "step": result.step,
         "loss": result.losses.mean,
@@ -75,6 +92,8 @@ def metrics_record(result: StepResult, throughput: Throughput) -> dict[str, floa
         **result.validation,
         **throughput.rates(result),
         "seconds": result.seconds,
+        "loader_seconds": result.loader_seconds,
+        "hook_seconds": result.hook_seconds,
     }
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
@@ -129,6 +148,9 @@ TAGS = {
     "tokens_per_second": "throughput/raw_tokens_per_second",
     "text_tokens_per_second": "throughput/text_tokens_per_second",
     "mfu": "throughput/mfu",
+    "seconds": "time/step_seconds",
+    "loader_seconds": "time/loader_seconds",
+    "hook_seconds": "time/hook_seconds",
 }
 
 

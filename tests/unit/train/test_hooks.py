@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from pause_megatron.config.load import load
 from pause_megatron.errors import TrainingError
 from pause_megatron.train.hooks import Every, SkipLimit
 from pause_megatron.train.loop import Progress, StepResult
@@ -34,6 +35,21 @@ def result(step: int, *, applied: bool = True, last: bool = False) -> StepResult
         sample=None,  # no hook of these tests shows it
         last=last,
     )
+
+
+def flops(tokens: int, targets: int) -> float:
+    return 1e9 * tokens + 3e8 * targets
+
+
+def test_mfu_counts_the_rows_that_are_computed(monkeypatch):
+    """Of the output layer only those with a target; a given peak goes before that of the GPU."""
+    config = load(overrides=["model.preset=130m", "data.sequence_length=2048", "log.peak_tflops=100"])
+    context = SimpleNamespace(device=torch.device("cuda"), world_size=2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", pytest.fail)
+    rates = Throughput.of(config, 32_001, context).rates(result(1))
+    layers = 12 * (4 * 768**2 + 3 * 768 * 2048 + 2 * 768) + 768
+    expected = (6 * layers + 12 * 12 * 768 * 2048) * 100 + 6 * 32_001 * 768 * 10
+    assert rates["mfu"] == pytest.approx(expected / 0.5 / (2 * 100e12))
 
 
 def steps_seen(hook_options: dict, total: int = 7, stop_at: int | None = None) -> list[int]:
@@ -64,7 +80,7 @@ def test_a_run_ends_after_too_many_skipped_steps_in_a_row():
 
 
 def test_metrics_are_whole_lines_and_a_resumed_run_takes_its_steps_again(tmp_path):
-    path, rates = tmp_path / "metrics.jsonl", Throughput(flops_per_token=1e9, peak_flops=1e12)
+    path, rates = tmp_path / "metrics.jsonl", Throughput(flops, peak_flops=1e12)
     file = MetricsFile(path, rates, resume_after=0)
     for step in range(1, 5):
         file(result(step))
@@ -77,7 +93,8 @@ def test_metrics_are_whole_lines_and_a_resumed_run_takes_its_steps_again(tmp_pat
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert lines[0]["tokens_per_second"] == 200.0 and lines[0]["text_tokens_per_second"] == 180.0
-    assert lines[0]["mfu"] == pytest.approx(200.0 * 1e9 / 1e12)
+    assert lines[0]["mfu"] == pytest.approx(flops(100, 10) / 0.5 / 1e12)
+    assert (lines[0]["seconds"], lines[0]["loader_seconds"], lines[0]["hook_seconds"]) == (0.5, 0.1, 0.2)
     assert lines[0]["loss"] == 3.0 and lines[0]["loss_after_pause"] is None
     assert lines[0]["pause_fraction"] == pytest.approx(0.1)
 
@@ -105,7 +122,7 @@ def test_a_run_without_pauses_says_nothing_of_the_loss_after_them(tmp_path, caps
     """On the terminal, in metrics.jsonl and in TensorBoard; a loss that is not finite is said, and drawn nowhere."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    rates = Throughput(flops_per_token=1e9, peak_flops=None)
+    rates = Throughput(flops, peak_flops=None)
     file = MetricsFile(tmp_path / "metrics.jsonl", rates, resume_after=0)
     board = TensorBoard(tmp_path / "tensorboard", rates, resume_after=0, config_yaml="", show=str)
     bar = ProgressBar(2, 0)
@@ -126,6 +143,7 @@ def test_a_run_without_pauses_says_nothing_of_the_loss_after_them(tmp_path, caps
     assert second["valid_loss"] is None
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     drawn = {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    assert drawn["time/step_seconds"] == [0.5, 0.5] and drawn["time/hook_seconds"] == pytest.approx([0.2, 0.2])
     assert "loss/valid_after_pause" not in drawn and drawn["loss/valid"] == [3.0]
     assert all(math.isfinite(value) for values in drawn.values() for value in values)
 
