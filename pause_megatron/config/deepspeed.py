@@ -174,7 +174,8 @@ def _fallbacks(config: RunConfig, stage: int) -> dict[str, Any]:
     }
     if stage > 0:
         fallbacks["zero_optimization.reduce_bucket_size"] = 50_000_000
-        fallbacks["zero_optimization.allgather_bucket_size"] = 50_000_000
+    if stage == 1 and bf16:
+        fallbacks["bf16.immediate_grad_update"] = True
     if stage == 3:
         fallbacks["zero_optimization.stage3_prefetch_bucket_size"] = 9 * hidden * hidden // 10
         fallbacks["zero_optimization.stage3_param_persistence_threshold"] = 10 * hidden

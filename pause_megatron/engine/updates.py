@@ -6,8 +6,8 @@ read by the host together with everything else of the step, and handed over as a
 only enqueues work. What DeepSpeed 0.19.8 still waits for on a GPU:
 
   stages 0, 1, 2              nothing (stage 2 with overlap_comm: the device, once a bucket and once a micro-batch)
-  stage 3                     its reduction stream, once a micro-batch; events of gathers and reductions that run far
-                              ahead of the device
+  stage 3                     its reduction stream, once a micro-batch; the device, once a step; events of gathers and
+                              reductions that lie some way back
   a CPU-offloaded optimizer   its own norm, once a group of parameters, and the copies to and from the host
 """
 
