@@ -13,6 +13,7 @@ from pause_megatron.errors import ConfigError, PauseMegatronError
 if TYPE_CHECKING:
     from pause_megatron.config.schema import RunConfig
     from pause_megatron.slurm.script import TrainingJob
+    from pause_megatron.slurm.site import Partition
 
 HELP = "write or submit the SLURM job of a run, after checks"
 
@@ -35,6 +36,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     job.add_argument("--nodes", type=_count, default=1, metavar="N", help="machines (default: 1)")
     job.add_argument("--gpus-per-node", type=_count_or_none, default=8, metavar="N", help="default: 8; 0: on CPUs")
     job.add_argument("--tasks-per-node", type=_count, metavar="N", help="ranks of a node; default: one for each GPU")
+    job.add_argument(
+        "--cpus-per-task",
+        type=_count,
+        metavar="N",
+        help="CPUs of a rank; default: all of a node where the job takes all its GPUs, else what belongs to its GPUs",
+    )
+    job.add_argument("--mem", metavar="SIZE", help="memory of a node, 0: all; default: as for the CPUs")
+    job.add_argument(
+        "--exclusive",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="nobody else on the nodes; default: where the job takes all GPUs of them",
+    )
     job.add_argument("--partition", metavar="P", help="default: the site's")
     job.add_argument("--time", metavar="T", help="time limit, for example 24:00:00; default: the partition's")
     job.add_argument("--name", metavar="NAME", help="default: the verb")
@@ -66,10 +80,11 @@ def run(args: argparse.Namespace) -> int:
     if args.submit and not commands.installed():
         raise ConfigError("--submit: expected sbatch on PATH, got none; leave --submit out to write the script")
     config = load(args.config, recipe=args.recipe, overrides=args.overrides, say=note)
-    job = _job(args, config)
+    site = _site(args)
+    job = _job(args, config, site)
     plan = batch_plan(config, job.nodes * job.tasks_per_node)
     deepspeed_config(config, data_parallel=plan.data_parallel)
-    _check_site(args, job, config)
+    _check_site(args, job, config, site)
     if job.gpus_per_node:
         _check_plan(args.gpu, job, config)
     for warning in _warnings(job, config):
@@ -83,14 +98,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _job(args: argparse.Namespace, config: RunConfig) -> TrainingJob:
+def _job(args: argparse.Namespace, config: RunConfig, site: dict[str, Partition] | None) -> TrainingJob:
     from pause_megatron.slurm.script import SIGNAL_SECONDS, TrainingJob
+    from pause_megatron.slurm.site import find_partition, share_of_node
 
     tasks = args.tasks_per_node or args.gpus_per_node
     if not tasks:
         raise ConfigError("--tasks-per-node: expected the ranks of a node, as --gpus-per-node is 0; came none")
     if args.gpus_per_node and tasks != args.gpus_per_node:
         raise ConfigError(f"--tasks-per-node: expected a rank for each of {args.gpus_per_node} GPUs, came {tasks}")
+    partition = None if site is None else find_partition(site, args.partition)
+    share = share_of_node(partition, tasks=tasks, gpus=args.gpus_per_node)
     source = ["--recipe", args.recipe] if args.recipe else ["--config", args.config] if args.config else []
     return TrainingJob(
         verb="pretrain" if config.task.name is None else "finetune",
@@ -98,6 +116,9 @@ def _job(args: argparse.Namespace, config: RunConfig) -> TrainingJob:
         nodes=args.nodes,
         tasks_per_node=tasks,
         gpus_per_node=args.gpus_per_node,
+        cpus_per_task=args.cpus_per_task or share.cpus_per_task,
+        mem=share.mem if args.mem is None else args.mem,
+        exclusive=share.exclusive if args.exclusive is None else args.exclusive,
         launcher=args.launcher,
         name=args.name,
         partition=args.partition,
@@ -143,26 +164,46 @@ def _check_plan(gpu: str, job: TrainingJob, config: RunConfig) -> None:
     _say(f"fits: {size} (pause-megatron plan says more)")
 
 
-def _check_site(args: argparse.Namespace, job: TrainingJob, config: RunConfig) -> None:
+def _site(args: argparse.Namespace) -> dict[str, Partition] | None:
+    """What sinfo knows; None where this is no cluster."""
+    from pause_megatron.slurm.site import partitions
+
+    try:
+        return partitions()
+    except PauseMegatronError as error:
+        if args.submit:
+            raise
+        first = str(error).splitlines()[0]
+        _say(f"the site is not checked (partition, its GPUs, CPUs, memory, nodes and time limit): {first}")
+        return None
+
+
+def _check_site(
+    args: argparse.Namespace, job: TrainingJob, config: RunConfig, site: dict[str, Partition] | None
+) -> None:
     """The time limit and the hostfile; and, where this is a cluster, all that sinfo knows."""
-    from pause_megatron.slurm.site import check_hostfile, check_partition, find_partition, partitions, seconds_of
+    from pause_megatron.slurm.site import check_hostfile, check_partition, find_partition, megabytes_of, seconds_of
 
     seconds = seconds_of(job.time) if job.time else None
+    memory = megabytes_of(job.mem) if job.mem else 0
     _check_time(seconds, f"--time {job.time}", config)
     if args.hostfile:
         if job.launcher != "deepspeed":
             raise ConfigError(f"--hostfile: belongs to --launcher deepspeed; {job.launcher} needs none")
         check_hostfile(Path(args.hostfile), nodes=job.nodes, tasks_per_node=job.tasks_per_node)
-    try:
-        known = partitions()
-    except PauseMegatronError as error:
-        if args.submit:
-            raise
-        _say(f"the site is not checked (partition, its GPUs, nodes and time limit): {str(error).splitlines()[0]}")
+    if site is None:
         return
-    check_partition(known, job.partition, nodes=job.nodes, gpus_per_node=job.gpus_per_node, seconds=seconds)
+    check_partition(
+        site,
+        job.partition,
+        nodes=job.nodes,
+        gpus_per_node=job.gpus_per_node,
+        cpus_per_node=(job.cpus_per_task or 1) * job.tasks_per_node,
+        memory_mb=memory,
+        seconds=seconds,
+    )
     if job.time is None:
-        partition = find_partition(known, job.partition)
+        partition = find_partition(site, job.partition)
         named = f"--time: not given, {partition.default_seconds} s by default in partition {partition.name}"
         _check_time(partition.default_seconds, named, config)
 

@@ -23,6 +23,9 @@ class TrainingJob:
         arguments: of the verb; None: those that sbatch is given behind the script
         nodes, tasks_per_node: ranks
         gpus_per_node: 0: none are asked for
+        cpus_per_task: CPUs of each rank; None: the node's, where the job is alone on it, else the site's default
+        mem: memory of a node as sbatch takes it, "0" for all of it; None: the site's default
+        exclusive: whether nobody else is on the nodes
         launcher: one of `LAUNCHERS`
         name: of the job; default: the verb
         partition, time: as sbatch takes them; None: the site's default
@@ -36,6 +39,9 @@ class TrainingJob:
     nodes: int = 1
     tasks_per_node: int = 8
     gpus_per_node: int = 8
+    cpus_per_task: int | None = None
+    mem: str | None = "0"
+    exclusive: bool = True
     launcher: str = "srun"
     name: str | None = None
     partition: str | None = None
@@ -62,6 +68,9 @@ def render_training(job: TrainingJob, template: Path = TEMPLATE) -> str:
         f"--nodes={job.nodes}",
         f"--ntasks-per-node={job.tasks_per_node}",
         *([f"--gpus-per-node={job.gpus_per_node}"] if job.gpus_per_node else []),
+        *([f"--cpus-per-task={job.cpus_per_task}"] if job.cpus_per_task else []),
+        *([f"--mem={job.mem}"] if job.mem else []),
+        *(["--exclusive"] if job.exclusive else []),
         *([f"--time={job.time}"] if job.time else []),
         "--output=%x-%j.txt",
         *common_directives(job.signal_seconds),
@@ -71,7 +80,7 @@ def render_training(job: TrainingJob, template: Path = TEMPLATE) -> str:
         template,
         ABOUT=_about(job),
         DIRECTIVES=directive_lines(directives),
-        SETUP=_SETUP,
+        SETUP=_SETUP + (_CPUS_OF_A_TASK if job.launcher != "torchrun" else ""),  # its one task has the whole node
         PROGRAM=LAUNCHERS[job.launcher](job),
         # A job that SLURM is ending has had its signal, and scancel would insist for as long as KillWait.
         FORWARD='running && scancel --signal=USR2 "$SLURM_JOB_ID"',
@@ -86,7 +95,8 @@ def render_experiment(template: Path = TEMPLATE) -> str:
         ABOUT=f"A grid of runs as one SLURM job of one node: sbatch launchers/experiment.sbatch {example}",
         DIRECTIVES=directive_lines(
             [
-                *("--job-name=experiment", "--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=8", "--exclusive"),
+                *("--job-name=experiment", "--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=8"),
+                *("--mem=0", "--exclusive"),
                 *("--output=%x-%j.txt", *common_directives(SIGNAL_SECONDS)),
             ]
         ),
@@ -134,7 +144,7 @@ _SETUP = (
     _SITE
     + """
 
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} CUDA_DEVICE_MAX_CONNECTIONS=1 PYTORCH_ALLOC_CONF=expandable_segments:True
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
 export MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
 # Should SLURM's signal be lost, the run stops in time by itself.
@@ -143,6 +153,11 @@ logs=logs/$SLURM_JOB_NAME-$SLURM_JOB_ID # a file for each rank
 mkdir -p "$logs"
 echo "start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, logs in $PWD/$logs\""""
 )
+
+
+_CPUS_OF_A_TASK = """
+# Since SLURM 22.05 srun does not take the CPUs of a task from the job by itself.
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"""
 
 
 def _about(job: TrainingJob) -> str:
@@ -189,8 +204,8 @@ def _torchrun(job: TrainingJob) -> str:
         f'--master-port=$MASTER_PORT -m pause_megatron {job.verb} "$@"'
     )
     return (
-        "srun --ntasks-per-node=1 --kill-on-bad-exit=1 --open-mode=append "
-        f'--output="$logs/node-%4n.txt"{options} \\\n'
+        "srun --ntasks=$SLURM_JOB_NUM_NODES --ntasks-per-node=1 --kill-on-bad-exit=1 --open-mode=append \\\n"
+        f'    --output="$logs/node-%4n.txt"{options} \\\n'
         f"    bash -c '{inner}' \\\n    torchrun {_arguments(job)}"
     )
 

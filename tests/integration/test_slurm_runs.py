@@ -20,7 +20,8 @@ from pause_megatron.cli import main
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = (60, 300, 1500)  # a machine that is through before it could be hit gets more of them
 TIMING = {"seconds", "tokens_per_second", "text_tokens_per_second", "mfu"}
-ON_ONE_CPU = ("--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=0")
+# On a GPU node the shipped scripts take all of it; here jobs share two small ones.
+ON_ONE_CPU = ("--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=0", "--oversubscribe")
 ON_CPUS = (*ON_ONE_CPU, "--nodes=2")
 
 pytestmark = pytest.mark.skipif(not installed(), reason="needs the Debian packages slurm-wlm and munge, and root")
@@ -180,6 +181,7 @@ def test_launch_refuses_what_this_cluster_does_not_have(corpus, tmp_path, capsys
         (["--partition", "mian"], "--partition: expected one of main, short; came 'mian'. Did you mean 'main'?"),
         ([], "--partition main: expected nodes with GPUs, sinfo shows none there"),
         ([*on_cpus, "--nodes", "4"], "--nodes: expected at most 2"),
+        ([*on_cpus, "--cpus-per-task", "5"], "--cpus-per-task: expected at most 4 CPUs for the ranks of a node"),
         (
             [*on_cpus, "--partition", "short"],
             "--time: not given, 540 s by default in partition short: expected at least",
@@ -197,3 +199,35 @@ def test_launch_submits(cluster, corpus, tmp_path, capsys, monkeypatch):
     number = re.search(r"job (\d+): 2 ranks on 2 nodes", capsys.readouterr().err)[1]
     assert cluster.run("squeue", "--noheader", f"--jobs={number}", "--format=%j %D").split() == ["pretrain", "2"]
     cluster.run("scancel", number)
+
+
+# In place of the program, before it imports anything: what its rank was given.
+SAYS_ITS_SHARE = """
+import json, os, sys
+before, verb, _ = " ".join(sys.orig_argv).partition(" pretrain ")
+if verb and "torchrun" not in before and "deepspeed" not in before:
+    names = ("SLURM_STEP_NUM_TASKS", "SLURM_CPUS_ON_NODE", "SLURM_NODEID", "SRUN_CPUS_PER_TASK")
+    print("share", json.dumps({name: os.environ.get(name) for name in names}), flush=True)
+    os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("launcher", ["srun", "torchrun", "deepspeed"])
+def test_every_rank_gets_its_cpus(launcher, cluster, corpus, tmp_path):
+    """Two nodes, two ranks each with two CPUs; the job has them all, and so has the step that starts the ranks."""
+    (tmp_path / "probe").mkdir()
+    (tmp_path / "probe" / "sitecustomize.py").write_text(SAYS_ITS_SHARE)
+    options = ("--tasks-per-node", "2", "--cpus-per-task", "2", "--mem", "0")
+    text = Path(script(corpus, tmp_path, 60, launcher, *options)).read_text()
+    assert "#SBATCH --cpus-per-task=2\n" in text and "#SBATCH --mem=0\n" in text
+    (tmp_path / "job.sbatch").write_text(
+        text.replace("logs=", f"export PYTHONPATH={tmp_path / 'probe'}:{ROOT}\nlogs=", 1)
+    )
+    job = Job(cluster, tmp_path, str(tmp_path / "job.sbatch"))
+    job.finish()
+    shares = [json.loads(line) for line in re.findall(r"^share (.*)$", job.logs(), flags=re.MULTILINE)]
+    assert len(shares) == 4, job.logs()
+    # srun and DeepSpeed start a task for each rank, torchrun one for each node; in each way both ranks have all CPUs.
+    tasks = "2" if launcher == "torchrun" else "4"
+    assert {(share["SLURM_STEP_NUM_TASKS"], share["SLURM_CPUS_ON_NODE"]) for share in shares} == {(tasks, "4")}
+    assert sorted(share["SLURM_NODEID"] for share in shares) == ["0", "0", "1", "1"]

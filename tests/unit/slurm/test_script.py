@@ -36,7 +36,7 @@ def test_the_shipped_scripts_are_what_the_template_gives(verb):
 def test_every_script_is_bash_and_asks_for_its_ranks(launcher, container):
     job = TrainingJob("pretrain", ("data.prefix=a b",), nodes=3, tasks_per_node=4, gpus_per_node=4, launcher=launcher)
     job = TrainingJob(
-        **{**vars(job), "container": container, "partition": "p", "time": "1:00:00", "lines": ("--mem=0",)}
+        **{**vars(job), "container": container, "partition": "p", "time": "1:00:00", "lines": ("--qos=high",)}
     )
     if launcher == "deepspeed" and container:
         with pytest.raises(ConfigError, match="not with --launcher deepspeed"):
@@ -51,6 +51,8 @@ def test_every_script_is_bash_and_asks_for_its_ranks(launcher, container):
         "partition=p",
         "time=1:00:00",
         "mem=0",
+        "exclusive",
+        "qos=high",
         "requeue",
     ):
         assert f"#SBATCH --{directive}\n" in script
@@ -123,13 +125,32 @@ def test_launch_refuses_what_cannot_run_and_warns_of_what_is_slow(tmp_path, caps
 @pytest.mark.parametrize("option", [[], ["--dry-run"]])
 def test_without_slurm_a_script_is_written_and_what_was_not_checked_is_said(option, tmp_path, capsys, monkeypatch):
     command = ["launch", "--recipe", "tiny-pause", "--gpus-per-node", "2", "--time", "1:00:00", "data.prefix=x"]
-    expected = render_training(TrainingJob("pretrain", (*command[1:3], "data.prefix=x"), 1, 2, 2, time="1:00:00"))
+    share = {"cpus_per_task": 8, "mem": None, "exclusive": False}  # two GPUs of a node that is taken to have eight
+    job = TrainingJob("pretrain", (*command[1:3], "data.prefix=x"), 1, 2, 2, time="1:00:00", **share)
+    expected = render_training(job)
     monkeypatch.setenv("PATH", str(tmp_path))
     assert main([*command, *option]) == 0
     out, err = capsys.readouterr()
     assert out == expected
-    unchecked = "the site is not checked (partition, its GPUs, nodes and time limit): sinfo: not found on PATH"
+    unchecked = (
+        "the site is not checked (partition, its GPUs, CPUs, memory, nodes and time limit): sinfo: not found on PATH"
+    )
     assert f"pause-megatron launch: {unchecked}, SLURM is not installed here\n" in err
+
+
+def test_a_user_says_what_a_job_takes_of_a_node(capsys):
+    command = ["launch", "--recipe", "tiny-pause", "--gpus-per-node", "2", "data.prefix=x"]
+    assert main(command) == 0
+    out = capsys.readouterr().out
+    assert "#SBATCH --cpus-per-task=8\n" in out and "--mem" not in out and "--exclusive" not in out
+    assert main([*command, "--cpus-per-task", "12", "--mem", "200G", "--exclusive"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"#SBATCH --{line}\n" in out for line in ("cpus-per-task=12", "mem=200G", "exclusive"))
+    assert main([*command, "--mem", "plenty"]) == 2
+    assert (
+        "--mem: expected a size as sbatch takes it, for example 0 (all) or 200G, got 'plenty'"
+        in capsys.readouterr().err
+    )
 
 
 def test_without_slurm_nothing_is_submitted(tmp_path, capsys, monkeypatch):

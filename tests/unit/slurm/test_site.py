@@ -5,14 +5,23 @@ from __future__ import annotations
 import pytest
 
 from pause_megatron.errors import ConfigError
-from pause_megatron.slurm.site import check_hostfile, check_partition, parse_partitions, seconds_of
+from pause_megatron.slurm.site import (
+    Share,
+    check_hostfile,
+    check_partition,
+    megabytes_of,
+    parse_partitions,
+    seconds_of,
+    share_of_node,
+)
 
 SINFO = """\
-cpu*|(null)|10|infinite|1:00:00
-gpu|gpu:a100:4(S:0-1),lustre:1|6|2-00:00:00|n/a
-gpu|gpu:h100:8|2|2-00:00:00|n/a
-debug|gpu:2|1|30:00|5:00
+cpu*|(null)|10|infinite|1:00:00|32+|1
+gpu|gpu:a100:4(S:0-1),lustre:1|6|2-00:00:00|n/a|64|1024000
+gpu|gpu:h100:8|2|2-00:00:00|n/a|224|2048000+
+debug|gpu:2|1|30:00|5:00|48|512000
 """
+ASKED = {"nodes": 1, "gpus_per_node": 8, "cpus_per_node": 8, "memory_mb": 0, "seconds": None}
 
 
 def test_partitions():
@@ -22,6 +31,29 @@ def test_partitions():
         ("gpu", False, 8, 8, 172800, 172800),
         ("debug", False, 2, 1, 1800, 300),
     ]
+    # Of the smallest node; 1 MB is what SLURM says of a node whose memory nobody configured.
+    assert [(p.cpus, p.memory_mb) for p in known.values()] == [(32, 0), (64, 1024000), (48, 512000)]
+
+
+def test_a_job_takes_whole_nodes_or_what_belongs_to_its_gpus():
+    known = parse_partitions(SINFO)
+    whole = Share(None, "0", True)
+    assert share_of_node(known["gpu"], tasks=8, gpus=8) == share_of_node(None, tasks=8, gpus=8) == whole
+    assert share_of_node(known["debug"], tasks=2, gpus=2) == whole
+    assert share_of_node(known["debug"], tasks=1, gpus=1) == Share(24, "230400M", False)
+    assert share_of_node(None, tasks=4, gpus=4) == Share(8, None, False)
+    assert share_of_node(known["cpu"], tasks=4, gpus=0) == share_of_node(None, tasks=4, gpus=0)
+    assert share_of_node(None, tasks=4, gpus=0) == Share(None, None, False)
+
+
+@pytest.mark.parametrize(("text", "size"), [("0", 0), ("200G", 204800), ("1T", 1048576), ("512", 512), ("2048K", 2)])
+def test_sizes(text, size):
+    assert megabytes_of(text) == size
+
+
+def test_a_size_that_is_none_is_refused():
+    with pytest.raises(ConfigError, match="--mem: expected a size as sbatch takes it"):
+        megabytes_of("much")
 
 
 @pytest.mark.parametrize(
@@ -31,19 +63,21 @@ def test_partitions():
         (None, {}, "--partition cpu: expected nodes with GPUs"),
         ("debug", {}, "--gpus-per-node: expected at most 2"),
         ("debug", {"gpus_per_node": 2, "nodes": 2}, "--nodes: expected at most 1"),
+        ("gpu", {"cpus_per_node": 65}, "--cpus-per-task: expected at most 64 CPUs for the ranks of a node"),
+        ("gpu", {"memory_mb": 1024001}, "--mem: expected at most 1024000M in partition gpu, got 1024001M; 0 is all"),
         ("gpu", {"seconds": 172801}, "--time: expected at most 172800 s"),
     ],
 )
 def test_what_a_partition_does_not_have_is_refused(name, asked, message):
     with pytest.raises(ConfigError) as error:
-        check_partition(parse_partitions(SINFO), name, **{"nodes": 1, "gpus_per_node": 8, "seconds": None, **asked})
+        check_partition(parse_partitions(SINFO), name, **{**ASKED, **asked})
     assert message in str(error.value)
 
 
 def test_what_it_has_is_not():
     known = parse_partitions(SINFO)
-    check_partition(known, "gpu", nodes=8, gpus_per_node=8, seconds=172800)
-    check_partition(known, None, nodes=10, gpus_per_node=0, seconds=10**9)
+    check_partition(known, "gpu", **{**ASKED, "nodes": 8, "cpus_per_node": 64, "seconds": 172800})
+    check_partition(known, None, **{**ASKED, "nodes": 10, "gpus_per_node": 0, "memory_mb": 10**9, "seconds": 10**9})
 
 
 @pytest.mark.parametrize(
