@@ -35,6 +35,7 @@ def run_config(corpus: str, folder: Path, zero: int) -> RunConfig:
             *("data.sequence_length=64", "batch.global_size=8", "batch.micro_size=2", "optim.warmup_steps=2"),
             *("checkpoint.every=2", "checkpoint.keep=2", "validation.every=8", "validation.samples=8"),
             *("log.samples_every=10", "pause.window=trim", "pause.placement=bernoulli"),
+            "engine.deterministic=true",  # a whole run obeys it, with its validation, saves and resumes
         ],
     )
 

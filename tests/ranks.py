@@ -224,8 +224,8 @@ def _start(rank: int, world_size: int, port: int) -> None:
 def _share_one_gloo_device() -> None:
     """Lets all groups of this process share one event loop.
 
-    Each gloo group would have its own, which wakes a hundred times a second: megatron-core makes dozens of groups for a
-    topology, and the idle ranks of the pools would keep a core busy between them.
+    Each gloo group would have its own, which wakes a hundred times a second: the idle ranks of the pools would keep a
+    core busy between them.
     """
     from torch.distributed import distributed_c10d
 

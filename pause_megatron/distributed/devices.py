@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import socket
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -69,6 +70,8 @@ def take_device(ranks: Ranks, store: dist.Store | None, environment: Mapping[str
         claim_gpu(store, ranks, "" if error else str(torch.cuda.get_device_properties(index).uuid), error)
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
+    # DeepSpeed's barriers name no device. Torch takes the current one, which is the right one from here on.
+    warnings.filterwarnings("ignore", r"barrier\(\): using the device under current context", UserWarning)
     return device
 
 

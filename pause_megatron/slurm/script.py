@@ -80,7 +80,7 @@ def render_training(job: TrainingJob, template: Path = TEMPLATE) -> str:
         template,
         ABOUT=_about(job),
         DIRECTIVES=directive_lines(directives),
-        SETUP=_SETUP + (_CPUS_OF_A_TASK if job.launcher != "torchrun" else ""),  # its one task has the whole node
+        SETUP=_setup(job),
         PROGRAM=LAUNCHERS[job.launcher](job),
         # A job that SLURM is ending has had its signal, and scancel would insist for as long as KillWait.
         FORWARD='running && scancel --signal=USR2 "$SLURM_JOB_ID"',
@@ -144,7 +144,7 @@ _SETUP = (
     _SITE
     + """
 
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-@THREADS@} PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
 export MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
 # Should SLURM's signal be lost, the run stops in time by itself.
@@ -158,6 +158,12 @@ echo "start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on $SLURM_JOB_NODELIS
 _CPUS_OF_A_TASK = """
 # Since SLURM 22.05 srun does not take the CPUs of a task from the job by itself.
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"""
+
+
+def _setup(job: TrainingJob) -> str:
+    # On CPUs a rank computes with all of its own.
+    setup = _SETUP.replace("@THREADS@", "1" if job.gpus_per_node else "${SLURM_CPUS_PER_TASK:-1}")
+    return setup if job.launcher == "torchrun" else setup + _CPUS_OF_A_TASK  # torchrun's one task has the whole node
 
 
 def _about(job: TrainingJob) -> str:

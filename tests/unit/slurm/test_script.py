@@ -146,6 +146,12 @@ def test_a_user_says_what_a_job_takes_of_a_node(capsys):
     assert main([*command, "--cpus-per-task", "12", "--mem", "200G", "--exclusive"]) == 0
     out = capsys.readouterr().out
     assert all(f"#SBATCH --{line}\n" in out for line in ("cpus-per-task=12", "mem=200G", "exclusive"))
+    assert "OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} " in out
+    on_cpus = ["--gpus-per-node", "0", "--tasks-per-node", "4", "--cpus-per-task", "6"]
+    assert main([*command, *on_cpus]) == 0
+    out = capsys.readouterr().out
+    assert "#SBATCH --cpus-per-task=6\n" in out and "gpus" not in out and "--exclusive" not in out
+    assert "OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}} " in out  # a rank computes on its CPUs
     assert main([*command, "--mem", "plenty"]) == 2
     assert (
         "--mem: expected a size as sbatch takes it, for example 0 (all) or 200G, got 'plenty'"
