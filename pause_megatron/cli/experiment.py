@@ -44,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     slurm.add_argument("--time", metavar="T", help="time limit of a job, for example 4:00:00")
     slurm.add_argument("--nodes", type=_count, default=1, metavar="N", help="nodes of a training cell (default: 1)")
     slurm.add_argument("--gpus", type=_count, metavar="N", help="GPUs of each task of a job")
+    slurm.add_argument("--cpus", type=_count, metavar="N", help="CPUs of each task; default: the site's")
     slurm.add_argument(
         "--sbatch", action="append", default=[], metavar="LINE", help="a further #SBATCH line; repeatable"
     )
@@ -72,7 +73,7 @@ def _run(args: argparse.Namespace) -> int:
         if args.slurm:
             from pause_megatron.experiment.slurm import JobOptions, submit
 
-            options = JobOptions(args.partition, args.time, args.nodes, args.gpus, tuple(args.sbatch))
+            options = JobOptions(args.partition, args.time, args.nodes, args.gpus, args.cpus, tuple(args.sbatch))
             return submit(directory, placed, options, say=_say)
         set_threads(args.jobs, args.ranks)
         code = run_local(placed, jobs=args.jobs, stop=_stop_on_signals(), say=_say)

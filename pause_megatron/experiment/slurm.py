@@ -14,7 +14,14 @@ from pause_megatron.errors import ConfigError
 from pause_megatron.experiment.cell import VERSION, read_json, write_json
 from pause_megatron.experiment.folder import TRAINING, Placed
 from pause_megatron.slurm.commands import installed, output_of, queued_jobs
-from pause_megatron.slurm.script import SIGNAL_SECONDS, TEMPLATE, common_directives, directive_lines, fill
+from pause_megatron.slurm.script import (
+    CPUS_OF_A_TASK,
+    SIGNAL_SECONDS,
+    TEMPLATE,
+    common_directives,
+    directive_lines,
+    fill,
+)
 
 
 @dataclass(frozen=True)
@@ -24,7 +31,7 @@ class JobOptions:
     Attributes:
         partition, time: as sbatch takes them; None: the site's default.
         nodes: of a training cell; its ranks are spread evenly.
-        gpus: of each task; None: none asked for.
+        gpus, cpus: of each task; None: none asked for, and the site's default.
         lines: further `#SBATCH` lines, without that word.
     """
 
@@ -32,6 +39,7 @@ class JobOptions:
     time: str | None = None
     nodes: int = 1
     gpus: int | None = None
+    cpus: int | None = None
     lines: tuple[str, ...] = ()
 
 
@@ -88,7 +96,8 @@ def render(folder: Path, verb: str, ranks: int, options: JobOptions) -> str:
     nodes = options.nodes if verb in TRAINING else 1
     if ranks % nodes:
         raise ConfigError(f"--nodes: expected a divisor of --ranks ({ranks}), came {nodes}")
-    wanted = {"partition": options.partition, "time": options.time, "gpus-per-task": options.gpus}
+    wanted = {"partition": options.partition, "time": options.time}
+    wanted |= {"gpus-per-task": options.gpus, "cpus-per-task": options.cpus}
     directives = [
         f"--job-name={folder.name}",
         f"--output={shlex.quote(str(folder / 'job.txt'))}",
@@ -103,7 +112,7 @@ def render(folder: Path, verb: str, ranks: int, options: JobOptions) -> str:
         TEMPLATE,
         ABOUT="One cell of an experiment, as `pause-megatron experiment run --slurm` submits it.",
         DIRECTIVES=directive_lines(directives),
-        SETUP=f"cd {shlex.quote(os.getcwd())}",
+        SETUP=f"cd {shlex.quote(os.getcwd())}{CPUS_OF_A_TASK}",
         PROGRAM=f"{shlex.quote(sys.executable)} -m pause_megatron experiment cell {shlex.quote(str(folder))}",
         FORWARD="kill -USR2 $program",
     )

@@ -155,7 +155,7 @@ echo "start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on $SLURM_JOB_NODELIS
 )
 
 
-_CPUS_OF_A_TASK = """
+CPUS_OF_A_TASK = """
 # Since SLURM 22.05 srun does not take the CPUs of a task from the job by itself.
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"""
 
@@ -163,7 +163,7 @@ _CPUS_OF_A_TASK = """
 def _setup(job: TrainingJob) -> str:
     # On CPUs a rank computes with all of its own.
     setup = _SETUP.replace("@THREADS@", "1" if job.gpus_per_node else "${SLURM_CPUS_PER_TASK:-1}")
-    return setup if job.launcher == "torchrun" else setup + _CPUS_OF_A_TASK  # torchrun's one task has the whole node
+    return setup if job.launcher == "torchrun" else setup + CPUS_OF_A_TASK  # torchrun's one task has the whole node
 
 
 def _about(job: TrainingJob) -> str:

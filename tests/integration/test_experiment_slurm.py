@@ -65,13 +65,14 @@ def test_jobs_run_in_order_and_submitting_again_submits_what_is_left(cluster, tm
 
 def test_a_job_script_asks_for_what_the_site_wants(tmp_path):
     folder = tmp_path / "with blanks"
-    options = JobOptions(partition="gpu", time="4:00:00", nodes=2, gpus=1, lines=("--account=us",))
+    options = JobOptions(partition="gpu", time="4:00:00", nodes=2, gpus=1, cpus=8, lines=("--account=us",))
     script = render(folder, "pretrain", 16, options)
     for line in (
         "--nodes=2",
         "--ntasks-per-node=8",
         "--partition=gpu",
         "--gpus-per-task=1",
+        "--cpus-per-task=8",
         "--account=us",
         "--requeue",
     ):
