@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from pause_megatron.config.schema import RunConfig
 from pause_megatron.distributed import ParallelContext
+from pause_megatron.distributed.collective import barrier
 
 EXIT_HUNG = 76
 _MOST_SECONDS_BETWEEN_LOOKS = 5.0
@@ -46,6 +47,7 @@ class HangWatch:
         self._last, self._what = time.monotonic(), "start"
         if self._seconds:
             self._store = _store()
+            barrier()  # the store may live in rank 0's process, which ends at once where the run is complete
             self._sign_of_life()
             self._thread = threading.Thread(target=self._watch, name="hang watch", daemon=True)
             self._thread.start()

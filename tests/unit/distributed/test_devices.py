@@ -91,13 +91,15 @@ def claim(port: int, uuids: list[str], errors: list[str]) -> str:
     rank, size = dist.get_rank(), dist.get_world_size()
     store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0)
     ranks = Ranks(rank, rank, size, "127.0.0.1", port, "environment")
+    error = ""
     try:
         claim_gpu(store, ranks, uuids[rank], errors[rank])
-    except ConfigError as error:
-        return str(error)
-    finally:
-        dist.barrier()  # the store lives in rank 0
-    return f"{store.num_keys()} keys"
+    except ConfigError as refused:
+        error = str(refused)
+    dist.barrier()
+    keys = store.num_keys()
+    dist.barrier()  # the store lives in rank 0
+    return error or f"{keys} keys"
 
 
 def told(uuids: list[str], errors: list[str] | None = None) -> set[str]:
