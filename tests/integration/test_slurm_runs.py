@@ -231,3 +231,6 @@ def test_every_rank_gets_its_cpus(launcher, cluster, corpus, tmp_path):
     tasks = "2" if launcher == "torchrun" else "4"
     assert {(share["SLURM_STEP_NUM_TASKS"], share["SLURM_CPUS_ON_NODE"]) for share in shares} == {(tasks, "4")}
     assert sorted(share["SLURM_NODEID"] for share in shares) == ["0", "0", "1", "1"]
+    # By which srun binds a task, on clusters that bind (this one has no cgroups to do it with).
+    bound = None if launcher == "torchrun" else "2"
+    assert {share["SRUN_CPUS_PER_TASK"] for share in shares} == {bound}

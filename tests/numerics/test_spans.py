@@ -88,9 +88,10 @@ def test_the_signature_decides_whether_the_kernel_is_used(version, plain, groupe
     assert (takes_call(parameters, grouped=False), takes_call(parameters, grouped=True)) == (plain, grouped)
 
 
-def test_this_torch_has_one_of_these_signatures():
+def test_this_torch_has_the_documented_parameters():
     major, minor = (int(part) for part in torch.__version__.split(".")[:2])
-    assert tuple(SIGNATURES["2.12" if (major, minor) >= (2, 12) else f"{major}.{minor}"].split()) == OWN
+    documented = SIGNATURES["2.12" if (major, minor) >= (2, 12) else f"{major}.{minor}"].split()
+    assert set(documented) <= set(OWN)
 
 
 @pytest.mark.parametrize("causal", [True, False])
