@@ -102,11 +102,14 @@ def claim(port: int, uuids: list[str], errors: list[str]) -> str:
     return error or f"{keys} keys"
 
 
-def told(uuids: list[str], errors: list[str] | None = None) -> set[str]:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return set(run_on_ranks(len(uuids), claim, port, uuids, errors or [""] * len(uuids)))
+        return probe.getsockname()[1]
+
+
+def told(uuids: list[str], errors: list[str] | None = None) -> set[str]:
+    return set(run_on_ranks(len(uuids), claim, free_port(), uuids, errors or [""] * len(uuids)))
 
 
 def test_two_ranks_on_one_gpu_are_named_on_every_rank():
@@ -126,3 +129,49 @@ def test_a_gpu_for_each_rank_is_fine_and_costs_a_few_keys():
 def test_one_rank_s_error_is_every_rank_s():
     (text,) = told(["GPU-a", ""], ["", "local rank 1 on h: expected to see one GPU"])
     assert text == "local rank 1 on h: expected to see one GPU"
+
+
+def take(port: int, visible: list[list[str]]) -> tuple[str, list]:
+    """What a rank that sees these GPUs takes; torch's word about them is given to it, its device is noted."""
+    from types import SimpleNamespace
+    from unittest import mock
+
+    import torch
+    import torch.distributed as dist
+
+    from pause_megatron.distributed.devices import take_device
+
+    rank, size = dist.get_rank(), dist.get_world_size()
+    store = dist.TCPStore("127.0.0.1", port, size, is_master=rank == 0)
+    own, current = visible[rank], []
+    with (
+        mock.patch.object(torch.cuda, "device_count", lambda: len(own)),
+        mock.patch.object(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=own[index])),
+        mock.patch.object(torch.cuda, "set_device", current.append),
+    ):
+        try:
+            found = str(take_device(Ranks(rank, rank, size, "127.0.0.1", port, "environment"), store))
+        except ConfigError as error:
+            found = str(error)
+    dist.barrier()
+    return found, [str(device) for device in current]
+
+
+@pytest.mark.parametrize(
+    ("visible", "devices"),
+    [
+        ([["a"], ["b"]], ["cuda:0", "cuda:0"]),
+        ([["a", "b"], ["a", "b"]], ["cuda:0", "cuda:1"]),
+        ([["a", "b"], ["b"]], ["cuda:0", "cuda:0"]),
+    ],
+)
+def test_a_rank_takes_its_device_and_makes_it_the_current_one(visible, devices):
+    assert run_on_ranks(2, take, free_port(), visible) == [(device, [device]) for device in devices]
+
+
+@pytest.mark.parametrize(
+    ("visible", "message"), [([["a"], ["a"]], "expected a GPU each, got one, a"), ([["a"], []], "")]
+)
+def test_none_is_current_where_one_rank_has_none_of_its_own(visible, message):
+    answers = run_on_ranks(2, take, free_port(), visible)
+    assert answers[0] == answers[1] and message in answers[0][0] and answers[0][1] == []
