@@ -103,21 +103,18 @@ class Counting(TorchDispatchMode):
         if function.namespace == "c10d":
             self.counts.collectives += 1
             return function(*args, **kwargs)
-        if name == "addmm" and "dtype" in function._schema.overload_name:
-            return self._mixed_addmm(args, kwargs)
+        if name == "addmm" and "out" in kwargs:
+            return self._addmm_into(args, kwargs["out"])
         result = function(*args, **kwargs)
         if any(t.device == self._device for t in tensors((args, kwargs, result))):
             self._count(function, name, args, kwargs, result)
         return result
 
-    def _mixed_addmm(self, args: tuple, kwargs: dict) -> Tensor:
-        """bf16 factors added to an fp32 sum: torch's fake implementation of it copies, CUDA's does not."""
-        total, left, right = args[:3]
-        devices = {t.device for t in (total, left, right)}
+    def _addmm_into(self, args: tuple, out: Tensor) -> Tensor:
+        """torch's decomposition of it copies on fake tensors, which a build without CUDA cannot; CUDA does not copy."""
+        devices = {t.device for t in (out, *tensors(args))}
         if len(devices) != 1:
             raise RuntimeError(f"addmm: expected tensors on the same device, got {devices}")
-        out = kwargs.get("out")
-        out = total if out is None else out
         self._product("addmm", args, out)
         return out
 

@@ -133,30 +133,20 @@ def count(case: Case) -> Counts:
 
 
 def _model(config: Any) -> torch.nn.Module:
-    from megatron.core import parallel_state
-
     from pause_megatron.model import Vocabulary, build, build_model
-    from pause_megatron.model.sequence_parallel import sum_gradients_over
 
     build.check_gradient_sums = lambda *_: None  # compares numbers, of which there are none
     pauses = tuple(range(TEXT_SIZE, TEXT_SIZE + config.pause.embeddings))
-    model = build_model(
+    return build_model(
         config.model,
         vocabulary=Vocabulary(TEXT_SIZE, pauses),
         sequence_length=config.data.sequence_length,
         parallel=config.parallel,
         softmax=config.pause.softmax,
         precision=config.engine.precision,
+        kernels=config.engine.kernels,
+        draw=False,
     )
-    for module in model.modules():
-        for name, old in module._parameters.items():
-            if old is not None:
-                new = torch.nn.Parameter(torch.empty_like(old, device=CUDA))
-                new.__dict__.update({k: v for k, v in old.__dict__.items() if k not in new.__dict__})
-                module._parameters[name] = new
-    if config.parallel.sequence:
-        sum_gradients_over(model, parallel_state.get_tensor_model_parallel_group())
-    return model
 
 
 def _inputs(config: Any, case: Case) -> dict[str, Any]:

@@ -31,6 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--mfu", type=float, metavar="F", help="model FLOPs utilisation while computing, 0 to 1")
     parser.add_argument(
+        "--measured", metavar="FILE", help="JSON of `pause-megatron benchmark`, whose MFU and memory count instead"
+    )
+    parser.add_argument(
         "--assume", action="append", default=[], metavar="NAME=VALUE", help="replace an assumption that the table lists"
     )
     parser.add_argument("--vocab-size", type=_count, metavar="N", help="text tokens; default: the corpus's, or 32000")
@@ -42,21 +45,18 @@ def run(args: argparse.Namespace) -> int:
     """Plan for each kind of GPU, print, and say by the exit code whether all of them hold the run."""
     from pause_megatron.cli.dry_run import text_vocabulary
     from pause_megatron.config import load
-    from pause_megatron.plan import Assumptions, Cluster, as_json, as_table, gpu_named, make_plan
+    from pause_megatron.plan import Assumptions, Cluster, as_json, as_table, gpu_named, make_plan, measured_values
 
     given = _given(args)
     gpus = [gpu_named(name.strip()) for name in args.gpu.split(",")]
     config = load(args.config, recipe=args.recipe, overrides=args.overrides, say=note)
     text_size, _ = text_vocabulary(config, args.vocab_size)
-    plans = [
-        make_plan(
-            config,
-            Cluster(gpu, args.nodes, args.gpus_per_node),
-            text_size=text_size,
-            assumptions=Assumptions.of(gpu).with_values(given),
-        )
-        for gpu in gpus
-    ]
+    plans = []
+    for gpu in gpus:
+        cluster, assumptions = Cluster(gpu, args.nodes, args.gpus_per_node), Assumptions.of(gpu)
+        if args.measured:
+            assumptions = measured_values(args.measured, config, cluster, assumptions)
+        plans.append(make_plan(config, cluster, text_size=text_size, assumptions=assumptions.with_values(given)))
     print(json.dumps(as_json(plans), indent=2) if args.json else as_table(plans))
     if all(plan.fits for plan in plans):
         return EXIT_FITS

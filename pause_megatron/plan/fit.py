@@ -20,7 +20,7 @@ class Footprint:
     """Bytes of one GPU.
 
     Attributes:
-        tensors: the largest sum of tensors in a step
+        tensors: the largest sum of tensors in a step, corrected by what was measured
         margin: for fragmentation
         base: context, libraries, NCCL
         capacity: of the GPU
@@ -52,9 +52,12 @@ class Remedy:
 
 def footprint(memory: RankMemory, cluster: Cluster, assumptions: Assumptions) -> Footprint:
     """Tensors, margin and base against the GPU's memory."""
+    tensors = memory.peak_bytes
+    if assumptions.memory_ratio is not None:
+        tensors = round(tensors * assumptions.memory_ratio.value)
     return Footprint(
-        tensors=memory.peak_bytes,
-        margin=memory.peak_bytes * assumptions.fragmentation.value,
+        tensors=tensors,
+        margin=tensors * assumptions.fragmentation.value,
         base=assumptions.base_gib.value * GIB,
         capacity=cluster.gpu.memory_bytes,
     )

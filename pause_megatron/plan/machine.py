@@ -21,14 +21,19 @@ class Assumption:
     source: str
 
 
-MFU = Assumption(0.0, "model FLOPs / peak FLOPs while computing", "given")
+# What a plan works out itself, unless it is given or was measured.
+OPTIONAL = {
+    "mfu": Assumption(0.0, "model FLOPs / peak FLOPs while computing", "given"),
+    "memory_ratio": Assumption(1.0, "of the tensors that are counted", "given"),
+}
 
 
 @dataclass(frozen=True)
 class Assumptions:
     """What a plan takes for granted. `--assume NAME=VALUE` replaces a value."""
 
-    mfu: Assumption | None = None  # given or measured; else it follows from the efficiencies
+    mfu: Assumption | None = None
+    memory_ratio: Assumption | None = None
     product_efficiency: Assumption = Assumption(
         0.75,
         "of the peak",
@@ -99,7 +104,7 @@ class Assumptions:
                 raise ConfigError(f"--assume: expected one of {', '.join(names)}; got {name!r}{hint}")
             if not 0 < value < float("inf"):
                 raise ConfigError(f"--assume {name}: expected a number > 0, got {value}")
-            replaced[name] = replace(getattr(self, name) or MFU, value=value, source="given")
+            replaced[name] = replace(getattr(self, name) or OPTIONAL[name], value=value, source="given")
         return replace(self, **replaced)
 
 

@@ -84,6 +84,7 @@ def _memory_rows(plans: Sequence[Plan], offloads: bool) -> list[Row]:
         ),
         ("  fragmentation margin", shown(lambda plan: plan.footprint.margin)),
         ("  context, libraries, NCCL", shown(lambda plan: plan.footprint.base)),
+        *([("  of the tensors counted", _ratio)] if any(p.assumptions.memory_ratio for p in plans) else []),
         ("memory needed, a GPU", shown(lambda plan: plan.footprint.total)),
         ("memory there, a GPU", shown(lambda plan: plan.footprint.capacity)),
         ("fits", lambda plan: "yes" if plan.fits else "NO"),
@@ -93,6 +94,10 @@ def _memory_rows(plans: Sequence[Plan], offloads: bool) -> list[Row]:
     if offloads:
         rows.append(("memory of the host, a node", shown(lambda p: p.memory.host_bytes * p.cluster.gpus_per_node)))
     return rows
+
+
+def _ratio(plan: Plan) -> str:
+    return f"x {plan.assumptions.memory_ratio.value:.3f}"
 
 
 def _computing_rows(plans: Sequence[Plan]) -> list[Row]:

@@ -7,7 +7,7 @@ compares with these formulas; the bytes of accumulation and optimizer are those 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 
 from pause_megatron.config.presets import head_chunk_rows
 from pause_megatron.plan.layout import FALLBACK_BUCKET, Layout
@@ -154,14 +154,16 @@ def head_work(layout: Layout) -> Work:
     picked = element * rows * hidden
     # Rows are picked, their gradients put back among zeros; both gradients are scaled by the loss's.
     around = 2 * picked + stream + 3 * picked + 2 * picked + 2 * element * matrix
+    if chunks > 1 and element < 4:
+        around += (4 + element) * matrix  # the fp32 sum becomes the gradient
     products = 6 * logits * hidden
     if layout.fused:
-        sums = (4 + element) * matrix if element < 4 else 0  # the fp32 sum becomes the gradient
-        return Work(products, 0, 2 * element * logits + around + sums, 5 * chunks + 10)
+        # Read twice where ranks tell each other of their columns; else the second time comes from the cache.
+        reads, kernels = (2, 16 * chunks) if layout.tensor > 1 else (1, 13 * chunks // 2)
+        return Work(products, 0, (1 + reads) * element * logits + around, kernels + 14)
     # Maximum 4, difference 8, exponential 8, sum 4, softmax 8, scale 8; conversions to fp32 and back.
     a_logit = 40 + (12 if element < 4 else 0)
-    sums = (12 + 10 * (chunks - 1)) * matrix if element < 4 and chunks > 1 else 0
-    return Work(products, 0, a_logit * logits + around + sums, 34 * chunks + 12)
+    return Work(products, 0, a_logit * logits + around, 33 * chunks + 13)
 
 
 def _ends(layout: Layout) -> Work:
@@ -173,7 +175,10 @@ def _ends(layout: Layout) -> Work:
     norm = 7 * residual + 12 * layout.tokens // layout.sequence_split + 3 * element * hidden
     # Rows are looked up and put in sequence-first order; backward, the table's gradient is written whole.
     masks = 4 * stream if layout.tensor > 1 else 0  # tokens whose row is on another rank
-    return Work(bytes=norm + 5 * stream + table + masks, kernels=3 + 1 + 1 + 8 + 2 * bool(masks))
+    twice = 3 * table if layout.model.tied else 0  # both gradients of one table are added
+    scattered = 2 * residual if layout.sequence_split > 1 else 0
+    kernels = 3 + 1 + 1 + 8 + 2 * bool(masks) + bool(twice) + bool(scattered)
+    return Work(bytes=norm + 5 * stream + table + masks + twice + scattered, kernels=kernels)
 
 
 def _gradients(layout: Layout) -> Work:
@@ -205,15 +210,9 @@ def _update(layout: Layout) -> Work:
         return Work()
     ranks, half = layout.data_parallel, layout.element < 4
     if layout.stage == 1 and half:
-        total = 16 + 34 / ranks  # the norm is taken twice: DeepSpeed's own is not exact (`engine/clipping.py`)
+        total = 8 + 34 / ranks  # the norm is that of whole gradients
     elif layout.stage:
-        total = (70 if half else 64) / ranks
+        total = (50 if half else 48) / ranks
     else:
-        total = 64 if half else 32
-    return Work(bytes=round(total * layout.numel), kernels=layout.numel // 2**20 + 4 * len(layout.parameters))
-
-
-def plain(layout: Layout) -> Layout:
-    """The same run without fused kernels."""
-    engine = layout.config.engine.model_copy(update={"kernels": "plain"})
-    return replace(layout, config=layout.config.model_copy(update={"engine": engine}))
+        total = 44 if half else 32
+    return Work(bytes=round(total * layout.numel), kernels=4 * len(layout.parameters))

@@ -1,0 +1,95 @@
+"""What `pause-megatron benchmark` measured, in the place of what is assumed. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pause_megatron.config.schema import RunConfig
+from pause_megatron.errors import ConfigError
+from pause_megatron.plan.machine import OPTIONAL, Assumptions, Cluster
+
+FORMAT, VERSION = "pause-megatron benchmark", 1
+# Where one of these differs, a step does other work: its MFU says nothing.
+SHAPE = (
+    *(f"model.{name}" for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "tied", "qkv_bias", "attention")),
+    *("data.sequence_length", "data.documents", "batch.micro_size", "engine.precision"),
+    *("parallel.tensor", "parallel.sequence", "parallel.recompute"),
+)
+
+
+def measured_values(path: str, config: RunConfig, cluster: Cluster, assumptions: Assumptions) -> Assumptions:
+    """Return assumptions with a benchmark's MFU and its memory against what was planned.
+
+    Args:
+        path: JSON of `pause-megatron benchmark`.
+        config: resolved; of the run that is planned.
+        cluster: where it will run.
+        assumptions: what else is taken for granted.
+
+    Raises:
+        ConfigError: not such a file, or it measured another GPU, model or micro-batch.
+    """
+    record = _read(path)
+    machine, memory = _part(record, "machine", path), _part(record, "memory", path)
+    if _number(record, "mfu", path, none=True) is None:
+        where = machine.get("cuda_name") or machine.get("device")
+        raise ConfigError(f"--measured {path}: expected an MFU, got none: {where} has no known peak")
+    different = list(_differences(record, path, config, cluster))
+    if different:
+        raise ConfigError(f"--measured {path}: it measured another run: {'; '.join(different)}")
+    ratio = _number(memory, "peak_bytes", path) / _number(memory, "planned_bytes", path)
+    source = f"measured: {path}, {machine.get('ranks')} ranks of {machine.get('cuda_name')}, with what they send"
+    return replace(
+        assumptions,
+        mfu=replace(OPTIONAL["mfu"], value=_number(record, "mfu", path), source=source),
+        memory_ratio=replace(OPTIONAL["memory_ratio"], value=ratio, source=f"measured: {path}"),
+    )
+
+
+def _read(path: str) -> dict[str, Any]:
+    try:
+        record = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not JSON"
+        raise ConfigError(f"--measured {path}: cannot be read: {reason}") from None
+    found = record.get("format") if isinstance(record, dict) else type(record).__name__
+    if found != FORMAT:
+        raise ConfigError(f'--measured {path}: expected the JSON of `{FORMAT}`, got "format": {found!r}')
+    if record.get("version") != VERSION:
+        raise ConfigError(f"--measured {path}: expected version {VERSION}, got {record.get('version')!r}")
+    return record
+
+
+def _part(record: dict[str, Any], name: str, path: str) -> dict[str, Any]:
+    if not isinstance(record.get(name), dict):
+        raise ConfigError(f"--measured {path}: {name}: expected an object, got {record.get(name)!r}")
+    return record[name]
+
+
+def _number(record: dict[str, Any], name: str, path: str, *, none: bool = False) -> float | None:
+    value = record.get(name)
+    if none and value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
+        raise ConfigError(f"--measured {path}: {name}: expected a number > 0, got {value!r}")
+    return value
+
+
+def _differences(record: dict[str, Any], path: str, config: RunConfig, cluster: Cluster) -> Iterator[str]:
+    """What was measured and what is planned, where they are not the same."""
+    gpu = record["machine"].get("gpu")
+    if gpu != cluster.gpu.name:
+        yield f"GPU {gpu}, planned {cluster.gpu.name}"
+    measured, planned = _part(record, "config", path), config.model_dump(mode="json")
+    for key in SHAPE:
+        section, name = key.split(".")
+        then, now = _part(measured, section, path).get(name), planned[section][name]
+        if then != now:
+            yield f"{key}={then}, planned {now}"
+    fused = planned["engine"]["kernels"] != "plain"
+    if (record.get("kernels") != "plain") != fused:
+        yield f"engine.kernels={record.get('kernels')}, planned {planned['engine']['kernels']}"
