@@ -25,7 +25,7 @@ class Toy(nn.Module):
         self.layers = nn.Sequential(nn.Linear(WIDTH, 7), nn.GELU(), nn.Linear(7, 5), nn.GELU(), nn.Linear(5, 1))
 
     def forward(self, rows: torch.Tensor, scale: float) -> torch.Tensor:
-        losses = self.layers(rows.to(self.layers[0].weight.dtype)).float().squeeze(-1).pow(2)
+        losses = self.layers(rows.to(self.layers[0].weight)).float().squeeze(-1).pow(2)
         return scale * losses.sum()
 
 

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Runs everything that needs a GPU, in at most 8 minutes on one, and leaves a report that is complete after every part.
+# Without a GPU the parts that a CPU has are run. No network is needed.
+#
+#   [PYTHON=python3] [WHEELS=FOLDER] bash launchers/gpu_check.sh [OUT] [--parts NAMES] [--seconds N]
+#
+#   OUT      folder of report.json, summary.txt, logs.txt (default: runs/gpu-check)
+#   PYTHON   interpreter that has torch (default: python3); nothing is installed into it
+#   WHEELS   folder of wheels that it lacks; the check says which, and the command that fetches them
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+exec "${PYTHON:-python3}" tests/gpu/check.py "$@"

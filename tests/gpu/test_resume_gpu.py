@@ -1,0 +1,64 @@
+"""A run that is stopped and goes on, against one that never stopped."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from forked_ranks import metrics
+from small_runs import DEVICE, furthest, keys
+
+from pause_megatron.checkpoint import Store
+from pause_megatron.config.load import load
+from pause_megatron.train.pretrain import pretrain
+from pause_megatron.train.run import EXIT_STOPPED
+from pause_megatron.train.signals import StopRequest
+
+# cuBLAS reads it once a process, and this process trains in both ways.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+STOP, STEPS = 4, 8
+
+
+class StopAfter(StopRequest):
+    """Asks a run to stop as soon as its log has so many steps."""
+
+    def __init__(self, folder: Path, steps: int) -> None:
+        super().__init__()
+        self._log, self._steps = folder / "metrics.jsonl", steps
+
+    def __bool__(self) -> bool:
+        if self._log.exists() and len(self._log.read_text().splitlines()) >= self._steps:
+            self.reason = "the test"
+        return self.reason is not None
+
+
+def final_state(folder: Path) -> dict[str, bytes]:
+    last = Store(folder / "checkpoints").path(STEPS)
+    return {path.name: path.read_bytes() for path in sorted(last.glob("state-*.safetensors"))}
+
+
+@pytest.mark.parametrize(
+    ("precision", "deterministic", "documents"),
+    [("bf16", False, "joined"), ("bf16", True, "joined"), ("bf16", True, "apart"), ("fp32", True, "joined")],
+)
+def test_a_run_goes_on_as_if_it_had_not_stopped(corpus, tmp_path, figures, precision, deterministic, documents):
+    more = [f"engine.precision={precision}", f"data.documents={documents}"]
+    more.append(f"engine.deterministic={str(deterministic).lower()}")
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    assert pretrain(load(recipe="tiny-pause", overrides=keys(corpus, straight, *more))) == 0
+    config = load(recipe="tiny-pause", overrides=keys(corpus, stopped, *more))
+    assert pretrain(config, StopAfter(stopped, STOP)) == EXIT_STOPPED
+    assert [line["step"] for line in metrics(stopped)] == list(range(1, STOP + 1))
+    assert pretrain(config) == 0
+    found, expected = metrics(stopped), metrics(straight)
+    assert [line["step"] for line in found] == list(range(1, STEPS + 1))
+    gap = furthest([line["loss"] for line in found], [line["loss"] for line in expected])
+    same = found == expected and final_state(stopped) == final_state(straight)
+    figures(gap=gap, same_bits=same)
+    how = "deterministic" if deterministic else "by default"
+    figures.line(f"resume: {precision}, documents {documents}, {how}: losses {gap:.1e} apart, same bits: {same}")
+    assert gap < 1e-3
+    if deterministic or DEVICE == "cpu":
+        assert same
