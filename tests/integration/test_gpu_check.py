@@ -45,7 +45,7 @@ def checked(folder: Path, parts: list[Part], seconds: float = 100.0) -> tuple[di
     """The report by part, and the summary."""
     report = Report(folder / "out", [one.name for one in parts])
     (folder / "scratch").mkdir()
-    run_parts(parts, report, folder / "scratch", seconds=seconds, places=[str(GPU)])
+    run_parts(parts, report, folder / "scratch", seconds=seconds, places=[str(GPU), str(GPU.parent)])
     assert sorted(path.name for path in (folder / "out").iterdir()) == ["logs.txt", "report.json", "summary.txt"]
     found = json.loads((folder / "out" / "report.json").read_text())
     assert found["complete"] and found["format"] == "pause-megatron gpu_check"
