@@ -42,15 +42,17 @@ class Part(NamedTuple):
 
 PARTS = (
     Part("versions", 60, ("tests/gpu/test_versions_gpu.py",), alone=True),
-    Part("kernels", 90, ("tests/gpu/test_kernels_gpu.py",), alone=True),
+    Part("kernels", 90, ("tests/gpu/test_kernels_gpu.py", "-k", "not compiled"), alone=True),
     Part("numerics", 100, ("tests/gpu/test_numerics_gpu.py",)),
     Part("speed", 165, ("tests/gpu/test_speed_gpu.py",), alone=True),
     Part("zero", 90, ("tests/gpu/test_zero_gpu.py",)),
     Part("resume", 90, ("tests/gpu/test_resume_gpu.py",)),
     Part("spans", 60, ("tests/gpu/test_spans_gpu.py",)),
-    Part("signals", 100, ("tests/gpu/test_signals_gpu.py",)),
+    Part("signals", 130, ("tests/gpu/test_signals_gpu.py",)),
     Part("command line", 120, ("tests/gpu/test_command_line_gpu.py",)),
     Part("two ranks", 150, ("tests/gpu/test_two_ranks_gpu.py",)),
+    # Last, because each shape is compiled anew, and `auto` never means it.
+    Part("compiled", 120, ("tests/gpu/test_kernels_gpu.py", "-k", "compiled")),
 )
 
 

@@ -102,12 +102,6 @@ def _asked(config: pytest.Config) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if _asked(config):
-        import torch
-
-        # The suite interprets Triton's kernels, because a CPU cannot run them. Read when they are first imported.
-        if torch.cuda.is_available():
-            os.environ["TRITON_INTERPRET"] = "0"
     if seconds := os.environ.get("GPU_CHECK_STACKS_AFTER"):
         faulthandler.dump_traceback_later(float(seconds), file=sys.__stderr__)
 

@@ -147,7 +147,7 @@ def machine_lines(found: dict[str, Any]) -> list[str]:
     """The machine in two lines."""
     versions = [f"{name} {found[name]}" for name in ("torch", "triton", "megatron-core", "deepspeed") if found[name]]
     return [
-        f"{'; '.join(found['gpus']) or 'no GPU'}; {found['cores']} cores",
+        f"{'; '.join(found['gpus']) or 'nvidia-smi finds no GPU'}; {found['cores']} cores",
         f"Python {found['python']}, {', '.join(versions)}",
     ]
 

@@ -12,6 +12,9 @@ import torch
 from wheels import ROOT
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cuda":
+    # The suite interprets Triton's kernels, because a CPU cannot run them. Read when they are first imported.
+    os.environ["TRITON_INTERPRET"] = "0"
 
 
 def keys(corpus: str, folder: Path | str, *more: str) -> list[str]:

@@ -167,7 +167,7 @@ def test_products_of_bf16_are_summed_in_fp32(cuda, figures):
     wide = seconds_of(lambda: torch.addmm(total, left, right, out=total, out_dtype=torch.float32), DEVICE)
     figures(gap=gap, bf16_seconds=narrow, fp32_sum_seconds=wide)
     figures.line(f"kernels: addmm into fp32: {wide * 1e3:.2f} ms, bf16 product {narrow * 1e3:.2f} ms, gap {gap:.0e}")
-    assert gap < 1e-5 and wide < 1.5 * narrow
+    assert gap < 1e-4 and wide < 2 * narrow
 
 
 @pytest.mark.parametrize("size", SIZES)

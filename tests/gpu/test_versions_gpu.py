@@ -35,6 +35,10 @@ def test_the_gpu(cuda, figures):
         cudnn=torch.backends.cudnn.version(),
         nccl=".".join(map(str, torch.cuda.nccl.version())),
     )
+    figures.line(
+        f"machine: {torch.cuda.device_count()} x {properties.name}, capability {properties.major}.{properties.minor}, "
+        f"CUDA {torch.version.cuda}, NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
+    )
     known = gpu_of_cuda(properties.name)
     assert known is not None, f"{properties.name} is not in config/gpus.py: no MFU, no plan"
     assert 0.9 < properties.total_memory / known.memory_bytes <= 1.05
