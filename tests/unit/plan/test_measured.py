@@ -6,11 +6,11 @@ import json
 from dataclasses import replace
 
 import pytest
+from pause_megatron.benchmark.waits import HostWaits
 
 from pause_megatron.benchmark import Measurement, as_record
 from pause_megatron.benchmark.machine import Machine
 from pause_megatron.benchmark.record import Memory, StartUp
-from pause_megatron.benchmark.waits import HostWaits
 from pause_megatron.cli import main
 from pause_megatron.config.load import load
 from pause_megatron.config.plan import batch_plan
