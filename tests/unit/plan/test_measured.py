@@ -6,11 +6,10 @@ import json
 from dataclasses import replace
 
 import pytest
-from pause_megatron.benchmark.waits import HostWaits
 
 from pause_megatron.benchmark import Measurement, as_record
 from pause_megatron.benchmark.machine import Machine
-from pause_megatron.benchmark.record import Memory, StartUp
+from pause_megatron.benchmark.record import Memory, StartUp, Waits
 from pause_megatron.cli import main
 from pause_megatron.config.load import load
 from pause_megatron.config.plan import batch_plan
@@ -38,7 +37,7 @@ def found() -> Measurement:
         flops=8 * 10**15,
         peak_flops=10**15,
         memory=Memory(11 * 2**30, None, 10 * 2**30),
-        waits=HostWaits(inside=0, outside=2, micro_batches=16),
+        waits=Waits(per_micro_batch=0, per_step=1),
         kernels_by_time=(),
         start_up=StartUp(1.0, 1.0, 1.0, 1.0),
     )
