@@ -13,7 +13,7 @@ from unittest import mock
 
 import torch
 
-from pause_megatron.engine.waits import MICRO_BATCH, PLUMBING, STEP, HostWaits, Wait
+from pause_megatron.engine.waits import MICRO_BATCH, PLUMBING, STEP, HostWaits, Wait, of_the_host
 
 PLUMBING.add(__file__)
 
@@ -92,6 +92,8 @@ def waits_of_steps(overrides: Sequence[str], steps: int = 2) -> dict[str, Any]:
     with asynchronous_accelerator(), initialize(config.parallel, device="cpu") as context:
         engine, _ = new_engine_of(config, context)
         batches = random_batches(config, context)
+        for batch in batches:
+            of_the_host(batch.segments, batch.prefix)
         losses, record = [], HostWaits()
         with engine:
             results = training_steps(

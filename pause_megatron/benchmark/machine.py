@@ -1,4 +1,4 @@
-"""What a benchmark ran on: device, its peak, versions."""
+"""What a benchmark ran on: device and versions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import torch
 
 from pause_megatron.config.gpus import gpu_of_cuda
-from pause_megatron.config.schema import RunConfig
 from pause_megatron.distributed import ParallelContext
 
 VERSIONS = ("torch", "megatron-core", "deepspeed", "triton")
@@ -49,14 +48,6 @@ class Machine:
             python=platform.python_version(),
             packages={name: _version(name) for name in VERSIONS},
         )
-
-
-def device_peak_flops(config: RunConfig, machine: Machine) -> float | None:
-    """Peak of one device, FLOP/s: `log.peak_tflops`, else the GPU's in dense bf16; None: not known."""
-    if config.log.peak_tflops is not None:
-        return config.log.peak_tflops * 1e12
-    gpu = gpu_of_cuda(machine.cuda_name) if machine.cuda_name else None
-    return gpu.peak_flops if gpu is not None and config.engine.precision == "bf16" else None
 
 
 def _version(distribution: str) -> str | None:

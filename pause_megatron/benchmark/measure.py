@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 
 from pause_megatron.benchmark.kernels import Profile, profiling
-from pause_megatron.benchmark.machine import Machine, device_peak_flops
+from pause_megatron.benchmark.machine import Machine
 from pause_megatron.benchmark.record import Measurement, Memory, StartUp, Waits
 from pause_megatron.benchmark.tensors import held_bytes
 from pause_megatron.benchmark.windows import windows_of
+from pause_megatron.config.gpus import device_peak_flops
 from pause_megatron.config.plan import batch_plan
 from pause_megatron.config.presets import parameters, step_flops
 from pause_megatron.config.schema import RunConfig
@@ -196,7 +197,7 @@ def _measurement(
         text_tokens=sum(result.text_tokens for result in taken.results) / count,
         targets=sum(targets) / count,
         flops=round(flops / count),
-        peak_flops=device_peak_flops(config, machine),
+        peak_flops=device_peak_flops(config, machine.cuda_name),
         memory=memory,
         waits=taken.waits,
         kernels_by_time=tuple(taken.profile.kernels[: sizes.top]),

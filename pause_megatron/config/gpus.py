@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from pause_megatron.config.schema import RunConfig
 from pause_megatron.config.spelling import nearest
 from pause_megatron.errors import ConfigError
 
@@ -69,6 +70,22 @@ def gpu_named(name: str) -> Gpu:
     if name not in GPUS:
         raise ConfigError(f"--gpu: expected one of {', '.join(GPUS)}; got {name!r}{nearest(name, GPUS)}")
     return GPUS[name]
+
+
+def device_peak_flops(config: RunConfig, cuda_name: str | None) -> float | None:
+    """Return the peak of one device for MFU, FLOP/s: `log.peak_tflops`, else the GPU's in dense bf16.
+
+    Args:
+        config: its precision decides too: an fp32 run is not measured against the peak of bf16.
+        cuda_name: of the device; None: it is no GPU.
+
+    Returns:
+        None: not known.
+    """
+    if config.log.peak_tflops is not None:
+        return config.log.peak_tflops * 1e12
+    gpu = gpu_of_cuda(cuda_name) if cuda_name and config.engine.precision == "bf16" else None
+    return gpu and gpu.peak_flops
 
 
 def gpu_of_cuda(cuda_name: str) -> Gpu | None:

@@ -38,18 +38,9 @@ def barrier() -> None:
         dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
 
 
-def sum_over_data_parallel(values: Sequence[float], context: ParallelContext) -> list[float]:
-    """Sum of each number over the ranks that see different windows, in float64."""
-    return _all_reduced(values, context, context.dp_group)
-
-
 def sum_over_ranks(values: Sequence[float], context: ParallelContext) -> list[float]:
     """Sum of each number over all ranks, in float64: whole numbers stay exact up to 2**53."""
-    return _all_reduced(values, context, None)
-
-
-def _all_reduced(values: Sequence[float], context: ParallelContext, group: dist.ProcessGroup | None) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64, device=context.device)
     if context.world_size > 1:
-        dist.all_reduce(tensor, group=group)
+        dist.all_reduce(tensor)
     return tensor.tolist()

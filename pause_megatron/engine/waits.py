@@ -71,6 +71,13 @@ PLUMBING = {__file__}
 """Files that are not named as the place of a wait."""
 
 
+def of_the_host(*tensors: Tensor | None) -> None:
+    """Mark tensors that stay on the host, so that reading them counts as no wait where the device is a CPU too."""
+    for tensor in tensors:
+        if tensor is not None:
+            setattr(tensor, _HOST, True)
+
+
 class HostWaits:
     """Counts the waits of the code within; use as a context.
 
@@ -190,6 +197,8 @@ class _Calls(TorchFunctionMode):
                 return function(*args, **kwargs)
         result = function(*args, **kwargs)
         if name in _FACTORIES and kwargs.get("device") is None and not isinstance(args[0] if args else None, Tensor):
+            setattr(result, _HOST, True)
+        elif name in _UPLOADING and hasattr(args[0], _HOST):
             setattr(result, _HOST, True)
         elif name == "to" and hasattr(result, _HOST):
             delattr(result, _HOST)  # on a CPU it may be the same tensor

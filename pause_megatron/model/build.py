@@ -110,6 +110,7 @@ def transformer_config(
         pipeline_dtype=torch.bfloat16 if bf16 else torch.float32,
         tensor_model_parallel_size=parallel.tensor,
         sequence_parallel=parallel.sequence,
+        deterministic_mode=torch.are_deterministic_algorithms_enabled(),
         use_te_activation_func=fused and model.attention == "sdpa",
         # Weights are ours (init.py), allocated on `torch.cuda.current_device()` (without CUDA: the CPU). megatron-core
         # marks them as tensor parallel, which DeepSpeed reads. Its CPU initialization would make whole fp32 matrices.

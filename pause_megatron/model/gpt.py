@@ -42,7 +42,7 @@ class PauseGPTModel(LanguageModule):
 
     It can be called in three ways: with `targets` (the training loop of this package), with `labels` (a Megatron-LM
     script), and with neither (logits). Where every position has a target and no row is padding, losses and gradients
-    are those of megatron-core's GPTModel, bit for bit.
+    are those of megatron-core's GPTModel, on a CPU bit for bit.
 
     Args:
         config: as GPTModel.

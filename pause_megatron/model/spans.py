@@ -35,7 +35,7 @@ class Spans:
     def of(cls, lengths: Tensor, device: torch.device | str) -> Spans:
         """From lengths int64 [spans] on the host."""
         bounds = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-        return cls(tuple(lengths.tolist()), bounds.to(device, non_blocking=True))
+        return cls(tuple(lengths.tolist()), _upload(bounds, device))
 
     @property
     def longest(self) -> int:
@@ -87,8 +87,14 @@ class TextSpans:
                 f"prefix: expected marks on the first tokens of each text only, got another mark in sample {sample} at "
                 f"position {position}; use segment_mask for such a mask"
             )
-        rows = marked.nonzero().squeeze(1).to(device, non_blocking=True)
+        rows = _upload(marked.nonzero().squeeze(1), device)
         return cls(texts, rows, Spans.of(lengths[lengths > 0], device))
+
+
+def _upload(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """A copy of a host's tensor on the device. From memory that is not pinned the host would wait for it."""
+    pinned = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
+    return pinned.to(device, non_blocking=True)
 
 
 def attend_apart(query: Tensor, key: Tensor, value: Tensor, spans: TextSpans, *, scale: float) -> Tensor:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from pause_megatron.config.gpus import gpu_of_cuda
+from pause_megatron.config.gpus import device_peak_flops
 from pause_megatron.config.plan import BatchPlan
 from pause_megatron.config.presets import parameters, step_flops
 from pause_megatron.config.schema import RunConfig
@@ -49,16 +49,14 @@ class Throughput:
     @classmethod
     def of(cls, config: RunConfig, vocabulary: int, context: ParallelContext) -> Throughput:
         """For a run: `log.peak_tflops`, else the GPU's known peak in bf16, else no MFU."""
-        peak = config.log.peak_tflops
-        if peak is None and context.device.type == "cuda" and config.engine.precision == "bf16":
-            gpu = gpu_of_cuda(torch.cuda.get_device_name(context.device))
-            peak = None if gpu is None else gpu.peak_flops / 1e12
+        cuda_name = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else None
+        peak = device_peak_flops(config, cuda_name)
 
         def flops(tokens: int, targets: int) -> int:
             length = config.data.sequence_length
             return step_flops(config.model, vocabulary, length, tokens=tokens, targets=targets)
 
-        return cls(flops, None if peak is None else peak * 1e12 * context.world_size)
+        return cls(flops, None if peak is None else peak * context.world_size)
 
     def rates(self, result: StepResult) -> dict[str, float | None]:
         """Tokens per second over all ranks, raw and text; MFU (model FLOPs over peak), None without a known peak."""

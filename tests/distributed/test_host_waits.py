@@ -41,6 +41,11 @@ def test_waits_with_tensor_and_sequence_parallelism():
         assert (counted["micro_batch"], counted["step"]) == (0, 1), counted["table"]
 
 
+def test_waits_with_documents_apart():
+    for counted in run_on_ranks(1, waits_of_steps, [*SMALL, *keys("zero1", "bf16"), "data.documents=apart"]):
+        assert (counted["micro_batch"], counted["step"]) == (0, 1), counted["table"]
+
+
 def waits_with(place: str) -> tuple[float, float, str]:
     """The waits of steps in which somebody has added one."""
     from pause_megatron.engine.engine import Engine
