@@ -125,7 +125,7 @@ class ModelSection(Section):
         128, ge=1, description="the vocabulary is padded to a multiple of this x parallel.tensor"
     )
     head_chunk: int | None = Field(
-        1024,
+        None,
         ge=1,
         description="rows of logits that exist at one time in the LM head; null: a multiple of 1024 that takes at most "
         "256 MiB on a GPU, 32 MiB on a CPU, but at least 1024",

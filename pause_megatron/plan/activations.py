@@ -7,13 +7,10 @@ output and one number a row instead of the scores, a head that keeps nothing but
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from pause_megatron.config.presets import head_chunk_rows
-from pause_megatron.plan.layout import Layout
+from pause_megatron.plan.layout import Device, Layout
 from pause_megatron.plan.shapes import qkv_width
-
-Device = Literal["cuda", "cpu"]
 
 
 @dataclass(frozen=True)
@@ -23,6 +20,7 @@ class Activations:
     Attributes:
         attention: what the attention half of a layer keeps when it is not recomputed
         feed_forward: what its other half keeps
+        angles: cosines and sines (fp32, half of the channels each) that all layers share, if that kernel is fused
         layer_input: the residual stream at one place
         final_norm: what the last norm keeps
         layer_workspace: most that the backward pass of a layer adds to what the layer keeps
@@ -35,6 +33,7 @@ class Activations:
 
     attention: int
     feed_forward: int
+    angles: int
     layer_input: int
     final_norm: int
     layer_workspace: int
@@ -66,8 +65,9 @@ def activations(layout: Layout, device: Device) -> Activations:
     rows = 2 * element * layout.target_rows * hidden
     return Activations(
         attention=_attention(layout, device) + norm_and_input,
-        # The first matrix's output, the activated gate, the other half (plus megatron-core's offset of 0), the product.
-        feed_forward=5 * element * inner + norm_and_input,
+        # The first matrix's output and the product; in between, the activated gate and the other half plus an offset.
+        feed_forward=(3 if layout.fused_on(device) else 5) * element * inner + norm_and_input,
+        angles=4 * _angles(layout) if layout.fused_on(device) else 0,
         layer_input=element * residual,
         final_norm=norm,
         layer_workspace=2 * element * inner + 2 * element * residual + gathered,
@@ -91,9 +91,8 @@ def _attention(layout: Layout, device: Device) -> int:
     queries = tokens * model.hidden // tensor
     keys = queries * model.kv_heads // model.heads
     kept = 2 * queries + keys + tokens * qkv_width(model, tensor)
-    rotations = 4 * layout.batch.sequence_length * (model.hidden // model.heads)  # cosine, sine; queries, keys
+    rotations = 0 if layout.fused_on(device) else 4 * _angles(layout)  # cosine, sine; queries, keys
     if layout.by_spans:
-        rotations *= layout.batch.micro_size  # positions are each window's own
         if layout.batch.micro_size > 1:
             kept = 3 * queries + 2 * keys  # the three sample by sample, the result in both orders
         elif device == "cpu" or layout.element == 4:
@@ -101,14 +100,25 @@ def _attention(layout: Layout, device: Device) -> int:
     return layout.element * (kept + rotations) + 4 * tokens * model.heads // tensor
 
 
+def _angles(layout: Layout) -> int:
+    """Tokens x channels of a head: positions are each window's own where its texts do not see each other."""
+    windows = layout.batch.micro_size if layout.by_spans else 1
+    return windows * layout.batch.sequence_length * (layout.model.hidden // layout.model.heads)
+
+
 def _head_chunk(layout: Layout, device: Device) -> int:
-    """`model/head.py`: a chunk's logits in both types, their gradient; the weight gradient, summed in fp32."""
+    """`model/head.py`: a chunk's logits, in both types and with their gradient; the weight gradient, summed in fp32.
+
+    A fused cross-entropy keeps neither the fp32 logits nor their gradient, which takes the place of the logits.
+    """
     rows = head_chunk_rows(layout.model.head_chunk, columns=layout.rows, element=layout.element, device=device)
     chunk = min(rows, layout.target_rows)
     chunks = -(-layout.target_rows // chunk)
     logits, matrix = chunk * layout.rows, layout.rows * layout.model.hidden
     if layout.element == 4:
         return 4 * logits + 4 * matrix
+    if layout.fused_on(device):
+        return (2 if chunks == 1 else 6) * matrix + 2 * logits
     if chunks == 1:
         return max(8 * logits, 4 * logits + 2 * matrix)
     # From the second chunk on there is the fp32 sum, and the gradient of the chunk before is still there when the next

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from pause_megatron.config.deepspeed import deepspeed_config
 from pause_megatron.config.plan import BatchPlan, batch_plan
@@ -12,6 +12,7 @@ from pause_megatron.config.schema import ModelSection, RunConfig
 from pause_megatron.plan.shapes import Parameter, padded_vocabulary, rank_parameters
 
 FALLBACK_BUCKET = 500_000_000  # elements that DeepSpeed sums at a time where no reduce_bucket_size applies
+Device = Literal["cuda", "cpu"]
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 
 
@@ -74,7 +75,18 @@ class Layout:
     @property
     def fused(self) -> bool:
         """Whether rotary embedding, SwiGLU and cross-entropy are a kernel each on a GPU."""
-        return self.config.engine.kernels != "plain"
+        return self.fused_on("cuda")
+
+    def fused_on(self, device: Device) -> bool:
+        """Whether they are on a device: `engine.kernels` means the fused ones on a GPU only, if it is auto."""
+        kernels = self.config.engine.kernels
+        return device == "cuda" if kernels == "auto" else kernels != "plain"
+
+    @property
+    def adds_at_once(self) -> bool:
+        """Whether a gradient is let go of as soon as it is in the fp32 sum (DeepSpeed's bf16 optimizer, stage 1)."""
+        held = not self.engine["bf16"].get("immediate_grad_update", False)
+        return self.stage == 1 and self.element < self.accumulation_bytes and not held
 
     @property
     def zero(self) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pause_megatron.plan.activations import Activations, Device, activations
-from pause_megatron.plan.layout import FALLBACK_BUCKET, Layout, padded
+from pause_megatron.plan.activations import Activations, activations
+from pause_megatron.plan.layout import FALLBACK_BUCKET, Device, Layout, padded
 from pause_megatron.plan.live import live_parameters
 from pause_megatron.plan.reductions import reductions
 
@@ -98,7 +98,7 @@ def rank_memory(layout: Layout, device: Device = "cuda") -> RankMemory:
 
 def _phases(layout: Layout, states: States, kept: Activations) -> dict[str, dict[str, int]]:
     layers = layout.model.layers
-    all_layers = layers * (kept.layer_input if layout.recompute else kept.layer)
+    all_layers = kept.angles + layers * (kept.layer_input if layout.recompute else kept.layer)
     again = kept.layer + kept.layer_input if layout.recompute else 0  # with its output, made once more
     buffers = states.buffers + kept.gather_buffer
     in_backward = {"gathered parameters": states.live, "buffers": buffers + states.backward_buffers}
@@ -189,11 +189,14 @@ def _stage0(layout: Layout) -> States:
 
 
 def _bf16_stage1(layout: Layout) -> States:
-    """DeepSpeed's bf16 optimizer: the whole gradient in fp32 on every rank for good, and the bf16 one within a step."""
+    """DeepSpeed's bf16 optimizer: the whole gradient in fp32 on every rank for good, and the bf16 one within a step.
+
+    With `immediate_grad_update` it lets go of a bf16 gradient as soon as it is added.
+    """
     flat = layout.flat_numel
     decaying = padded(layout.group_numels[0], 2 * layout.data_parallel)
     together = flat if decaying <= FALLBACK_BUCKET else 0  # a group alone in its bucket is summed where it lies
-    half = layout.element * layout.numel
+    half = 0 if layout.adds_at_once else layout.element * layout.numel
     held = half if layout.batch.accumulation > 1 else 0
     return States(
         weights=layout.element * flat,

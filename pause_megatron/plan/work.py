@@ -196,7 +196,7 @@ def _gradients(layout: Layout) -> Work:
     elif layout.stage == 1 and not half:
         total = (times - 1) * 12 + 28 + 8 / ranks
     elif layout.stage == 1:
-        held = 0 if layout.engine["bf16"].get("immediate_grad_update") else 8
+        held = 0 if layout.adds_at_once else 8
         bucket = 16 if layout.group_numels[0] <= FALLBACK_BUCKET else 8
         total = times * 18 + (times - 1) * held + bucket + 8 * several
     else:

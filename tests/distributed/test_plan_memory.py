@@ -57,6 +57,10 @@ MEMORY = {
         4,
         ["engine.zero_stage=1", "parallel.tensor=2", "parallel.recompute=full", "model.tied=true", "model.layers=4"],
     ),
+    "stage 1, gradients let go of at once": (
+        4,
+        ["engine.ds_config=DS/at_once.json", "engine.zero_stage=1", "model.hidden=256", "data.sequence_length=32"],
+    ),
     "stage 1, sequence parallel": (4, ["engine.zero_stage=1", *SP, "model.layers=4"]),
     "stage 3, sequence parallel, recomputed": (
         8,
@@ -119,6 +123,8 @@ def ds(tmp_path_factory) -> Path:
     }.items():
         zero = {"contiguous_gradients": True, "overlap_comm": False, "reduce_bucket_size": 40_000} | changes
         (folder / f"{name}.json").write_text(json.dumps({"zero_optimization": zero}))
+    at_once = {"bf16": {"enabled": "auto", "immediate_grad_update": True}, "zero_optimization": {"stage": "auto"}}
+    (folder / "at_once.json").write_text(json.dumps(at_once))
     return folder
 
 

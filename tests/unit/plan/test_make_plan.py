@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
@@ -81,8 +82,33 @@ def test_activations_follow_korthikanti():
         - plan(*keys).memory.phases["head"]["activations"]
         for keys in ([], ["parallel.tensor=2", "parallel.sequence=true"])
     ]
-    rotations = 4 * 2 * 2048 * 128  # cosines and sines are not divided
-    assert kept[0] - rotations == 2 * (kept[1] - rotations)
+    assert kept[0] == 2 * kept[1]
+
+
+def test_unfused_kernels_keep_more():
+    """SwiGLU: the activated gate and the other half; rotary embedding: cosines and sines in each layer anew."""
+    tokens = 4 * 2048
+    fused, plain = (plan(f"engine.kernels={kind}") for kind in ("triton", "plain"))
+    layers, ffn = fused.layout.model.layers, fused.layout.model.ffn
+    more = [p.memory.phases["head"]["activations"] for p in (plain, fused)]
+    rotations = 4 * 2048 * 128
+    assert more[0] - more[1] == layers * (2 * 2 * tokens * ffn + 2 * rotations) - rotations
+    chunk = fused.layout.rows * 4096  # bf16 logits of 256 MiB: their fp32 form and its gradient are not there
+    heads = [p.memory.phases["head"]["head"] for p in (plain, fused)]
+    assert heads[1] == 6 * fused.layout.rows * 2048 + 2 * chunk
+    assert heads[0] >= 4 * fused.layout.rows * 2048 + 10 * chunk
+
+
+def test_gradients_that_are_let_go_of_are_not_kept(tmp_path):
+    """DeepSpeed's `immediate_grad_update`: 2 bytes a parameter less, where a step has several micro-batches."""
+    gradients = []
+    for at_once in (False, True):
+        file = tmp_path / f"{at_once}.json"
+        given = {"bf16": {"enabled": "auto", "immediate_grad_update": at_once}, "zero_optimization": {"stage": 1}}
+        file.write_text(json.dumps(given))
+        made = plan(f"engine.ds_config={file}")
+        gradients.append(made.memory.phases["head"]["gradients"])
+    assert gradients[0] - gradients[1] == 2 * made.layout.numel
 
 
 @pytest.mark.parametrize("gpu", GPUS)
@@ -113,7 +139,7 @@ def test_texts_apart_take_no_mask(windows):
         spared = (windows > 1) * windows * length * model.hidden * model.kv_heads // model.heads
         kept = [made.memory.phases["head"]["activations"] for made in (apart, joined)]
         differences.append(kept[0] - kept[1])
-        assert differences[-1] == 2 * model.layers * (rotations - spared)
+        assert differences[-1] == rotations - 2 * model.layers * spared
     assert differences[1] == 2 * differences[0]
 
 
