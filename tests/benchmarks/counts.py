@@ -18,7 +18,7 @@ from counting import Counts
 from fake_cuda import TEXT_SIZE, Case, count
 
 from pause_megatron.config.load import load
-from pause_megatron.plan import GPUS, Cluster, make_plan
+from pause_megatron.plan import GPUS, Cluster, Plan, make_plan
 from pause_megatron.plan.layout import Layout
 from pause_megatron.plan.roofline import computing
 from pause_megatron.plan.work import step_work
@@ -75,6 +75,13 @@ def table_of_counts() -> None:
             )
 
 
+def mfu_if_gradients_are_held(plan: Plan) -> float:
+    """MFU without DeepSpeed's `immediate_grad_update`."""
+    engine = {**plan.layout.engine, "bf16": {"enabled": True, "immediate_grad_update": False}}
+    parts = computing(replace(plan.layout, engine=engine), plan.cluster.gpu, plan.assumptions)
+    return plan.time.model_flops / (parts.seconds * plan.cluster.gpu.peak_flops)
+
+
 def table_of_mfu() -> None:
     """Print what follows for one GPU."""
     columns = (
@@ -92,15 +99,16 @@ def table_of_mfu() -> None:
                 for form in FORMS
             ]
             last = plans[-1]
-            engine = {**last.layout.engine, "bf16": {"enabled": True, "immediate_grad_update": True}}
-            parts = computing(replace(last.layout, engine=engine), last.cluster.gpu, last.assumptions)
-            at_once = last.time.model_flops / (parts.seconds * last.cluster.gpu.peak_flops)
+            held = [mfu_if_gradients_are_held(plan) for plan in plans]
+            parts = last.time.parts
             shares = ", ".join(
                 f"{getattr(parts, part) / parts.seconds:.0%}"
                 for part in ("products", "attention", "memory", "update", "waiting")
             )
-            cells = " | ".join(f"{plan.computing_mfu:.1%}{'' if plan.fits else ' (no room)'}" for plan in plans)
-            print(f"| {name} | {gpu} | {cells} | {at_once:.1%} | {shares} |")
+            cells = " | ".join(
+                f"{mfu:.1%}{'' if plan.fits else ' (no room)'}" for mfu, plan in zip(held, plans, strict=True)
+            )
+            print(f"| {name} | {gpu} | {cells} | {last.computing_mfu:.1%} | {shares} |")
 
 
 if __name__ == "__main__":

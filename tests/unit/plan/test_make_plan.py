@@ -158,7 +158,7 @@ def test_nvlink_that_joins_two_carries_no_larger_ring():
     ("recipe", "keys", "gpu"),
     [
         ("c4-1b-pause", ["batch.micro_size=64"], "a100-40"),
-        ("c4-7b-pause", ["parallel.tensor=1", "parallel.sequence=false"], "h100"),
+        ("c4-7b-pause", ["parallel.tensor=1", "parallel.sequence=false"], "a100-40"),
         ("c4-7b-std", ["engine.zero_stage=0"], "a100-40"),
     ],
 )
