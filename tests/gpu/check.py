@@ -124,7 +124,7 @@ def run_parts(
             while waiting and _may_start(waiting[0], running, at_once):
                 part, left = waiting.pop(0), end - time.monotonic()
                 if left < LEAST_SECONDS:
-                    report.skipped(part.name, f"the {seconds:g} s of all parts are over")
+                    report.left_out(part.name, f"the {seconds:g} s of all parts are over")
                     continue
                 report.started(part.name)
                 limit = min(part.seconds, left)

@@ -23,7 +23,7 @@ class Outcome(NamedTuple):
 
     Attributes:
         name: of the part.
-        status: passed, failed, crashed, timed out, not run or stopped.
+        status: passed, failed, crashed, timed out, not run (nothing of it can be run here) or stopped.
         reason: why it did not pass, or what of it was not run.
         seconds: it took.
         tests: name, outcome, seconds and reason of each test.
@@ -110,7 +110,7 @@ class Child:
         if stopped:
             return "stopped", "the check was asked to end"
         if self._late:
-            return "timed out", f"after {self.limit:g} s"
+            return "timed out", f"after {self.limit:.0f} s"
         if code < 0:
             return "crashed", signal.Signals(-code).name
         if code not in (0, NO_TESTS):

@@ -75,10 +75,10 @@ class Report:
         self._parts[name]["status"] = "running"
         self._write()
 
-    def skipped(self, name: str, reason: str) -> None:
-        """A part will not begin."""
-        self._parts[name] |= {"status": "not run", "reason": reason}
-        self.say(f"{name}: not run: {reason}")
+    def left_out(self, name: str, reason: str) -> None:
+        """There is no time for a part."""
+        self._parts[name] |= {"status": "no time", "reason": reason}
+        self.say(f"{name}: no time: {reason}")
         self._write()
 
     def finished(self, outcome: Outcome) -> None:

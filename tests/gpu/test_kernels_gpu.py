@@ -1,12 +1,11 @@
 """Fused kernels on the device: what they compute, against fp64; whole models on them; their time against the memory's.
 
-The cases of models are those of tests/numerics/test_kernels.py, which run in Triton's interpreter there.
+The cases are those of tests/numerics/test_kernels.py, where Triton's interpreter runs them, and the real sizes.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
@@ -14,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from clock import seconds_of
 from small_runs import DEVICE
+from tiny_model import SEQ, batch, distance, take_gradients, tiny
 from torch import Tensor
-from wheels import ROOT
 
 from pause_megatron.config.gpus import gpu_of_cuda
-
-sys.path.insert(0, str(ROOT / "tests" / "numerics"))
+from pause_megatron.config.schema import ParallelSection
+from pause_megatron.distributed import initialize
 
 ALONE = SimpleNamespace(size=lambda: 1, rank=lambda: 0)  # a tensor-parallel group of one rank
 DTYPES = [torch.float32, torch.bfloat16]
@@ -125,33 +124,51 @@ def test_cross_entropy(form, dtype, columns, figures):
     assert run(logits[:0], targets[:0], scale, ALONE, True)[0].shape == (0,)
 
 
-@pytest.fixture
-def on_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable]:
-    """`model_differences` of the numerics tests, whose tensors are then made on the device."""
-    import test_kernels as cases
+# kv heads, pauses, softmax, head chunk, recomputation, share of targets, several documents a window
+MODELS = [
+    (4, 1, "keep", 7, "none", 0.9, False),
+    (2, 3, "exclude", None, "none", 0.4, False),
+    (2, 1, "exclude", 7, "full", 0.9, True),
+    (4, 1, "keep", 1, "none", 0.3, True),
+    (4, 1, "keep", None, "none", 0.0, False),
+]
 
-    import pause_megatron.distributed as distributed
 
-    make_batch, initialize = cases.batch, distributed.initialize
+def run_model(form: str, precision: str, case: tuple) -> dict[str, Tensor]:
+    """Losses, their sum, and gradients of one batch of a tiny model, in fp32."""
+    from pause_megatron.model.spans import TextSpans
 
-    def batch(*given, **named):
-        with torch.device("cpu"):  # its generator is one of a CPU
-            made = make_batch(*given, **named)
-        return {name: value.to(DEVICE) for name, value in made.items()}
-
-    monkeypatch.setattr(cases, "batch", batch)
-    monkeypatch.setattr(distributed, "initialize", lambda parallel, device: initialize(parallel))
-    with torch.device(DEVICE):
-        yield cases.model_differences
+    kv_heads, pauses, softmax, chunk, recompute, kept, documents = case
+    model = tiny(
+        **{"parallel": ParallelSection(recompute=recompute), "kernels": form, "precision": precision},
+        **{"pauses": pauses, "softmax": softmax, "kv_heads": kv_heads, "head_chunk": chunk},
+    )
+    data, options = batch(kept, pauses=pauses), {}
+    if documents:
+        starts = torch.tensor([[4], [9], [SEQ]])
+        segments = (torch.arange(SEQ) >= starts).int()
+        data["position_ids"] = torch.arange(SEQ) - segments * starts
+        options["attention_mask"] = TextSpans.of(segments, device=DEVICE)
+    data = {name: value.to(DEVICE) for name, value in data.items()}
+    rows = {"target_rows": data["rows"], "targets": data["targets"]}
+    out = model(data["tokens"], data["position_ids"], loss_scale=0.01, **rows, **options)
+    out.loss.backward()
+    found = {name: value.float() for name, value in take_gradients(model).items()}
+    found["sum"] = out.sum.detach()[None]
+    return {**found, "losses": out.token_losses.detach()} if kept else found
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_model_on_them_is_the_plain_one(form, precision, on_device, figures):
-    found = on_device(form, 1, False, precision)
-    worst = max(fused for fused, _ in found.values())
-    figures(**{case: gaps[0] for case, gaps in found.items()})
+def test_a_model_on_them_is_the_plain_one(form, precision, figures):
+    gaps = {}
+    with initialize(ParallelSection()):
+        for case in MODELS:
+            reference = run_model("plain", "fp32", case)
+            gaps[str(case)] = tuple(distance(run_model(name, precision, case), reference) for name in (form, "plain"))
+    worst = max(fused for fused, _ in gaps.values())
+    figures(**gaps)
     figures.line(f"kernels: {form} model in {precision}: losses and gradients within {worst:.1e} of plain fp32")
-    for case, (fused, plain) in found.items():
+    for case, (fused, plain) in gaps.items():
         assert fused <= (MODEL_ROUNDING if precision == "fp32" else 1.25 * plain), case
 
 
