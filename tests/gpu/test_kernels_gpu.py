@@ -169,7 +169,7 @@ def test_a_model_on_them_is_the_plain_one(form, precision, figures):
     figures(**gaps)
     figures.line(f"kernels: {form} model in {precision}: losses and gradients within {worst:.1e} of plain fp32")
     for case, (fused, plain) in gaps.items():
-        assert fused <= (MODEL_ROUNDING if precision == "fp32" else 1.25 * plain), case
+        assert fused <= (MODEL_ROUNDING if precision == "fp32" else 2 * plain), case
 
 
 def test_products_of_bf16_are_summed_in_fp32(cuda, figures):
