@@ -89,6 +89,7 @@ def _prepare(report: Report, wheels: Path | None, site: Path) -> list[str] | Non
         if trouble := unpack(Path(wheels), site):
             report.close(trouble)
             return None
+        report.installed([str(site)])
     places = [str(site)] if wheels is not None else []
     wanting = look([*places, *sys.path[1:]], folder=str(wheels or "WHEELS"))
     if wanting.outside:

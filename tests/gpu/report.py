@@ -7,7 +7,9 @@ import json
 import os
 import platform
 import subprocess
+import sys
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ class Report:
     def __init__(self, folder: Path, parts: list[str]) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        for name in ("report.json", "summary.txt", "logs.txt"):
+        for name in ("report.json", "summary.txt", "logs.txt", "benchmark-130m.json", "benchmark-1b.json"):
             (folder / name).unlink(missing_ok=True)  # those of an earlier check
         self._begun = time.monotonic()
         self._logs: dict[str, str] = {}
@@ -58,6 +60,11 @@ class Report:
     @property
     def failed(self) -> list[str]:
         return [part["name"] for part in self._parts.values() if part["status"] not in (*GOOD, "waiting", "running")]
+
+    def installed(self, places: Sequence[str]) -> None:
+        """Wheels were unpacked into these folders."""
+        self._report["machine"] = machine(places)
+        self._write()
 
     def say(self, text: str) -> None:
         """A line of progress."""
@@ -125,15 +132,13 @@ class Report:
         return "\n".join([*_cut(lines, CHARACTERS - len(last) - 2), last]) + "\n"
 
 
-def machine() -> dict[str, Any]:
-    """What can be told without an import."""
+def machine(places: Sequence[str] = ()) -> dict[str, Any]:
+    """What can be told without an import; `places` are looked for packages in before those of this Python."""
     wanted = "name,driver_version,memory.total"
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in ("torch", "triton", "megatron-core", "deepspeed", "transformers"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
+        found = metadata.distributions(name=name, path=[*places, *sys.path])
+        versions[name] = next((distribution.version for distribution in found), None)
     return {
         "gpus": _output("nvidia-smi", f"--query-gpu={wanted}", "--format=csv,noheader").splitlines(),
         "cores": len(os.sched_getaffinity(0)),

@@ -164,6 +164,7 @@ def test_wheels_are_installed_beside_the_python_that_is_there(bare, tmp_path):
     folder = tmp_path / "wheels"
     folder.mkdir()
     wheel(folder, "hjson", "3.1.0")
+    wheel(folder, "deepspeed", "0.19.8")
     wheel(folder, "sentencepiece", "0.2.2", "a-package-that-nobody-has")
     process = launch(tmp_path / "out", PYTHON=str(bare), WHEELS=str(folder))
     printed, _ = process.communicate(timeout=60)
@@ -172,6 +173,7 @@ def test_wheels_are_installed_beside_the_python_that_is_there(bare, tmp_path):
     missing = set(found["problem"].partition(": ")[2].split(", "))
     # The wheels' own words about what they need count, and a version that was never run is no reason to stop.
     assert "a-package-that-nobody-has" in missing and not {"hjson", "sentencepiece"} & missing
+    assert (found["machine"]["deepspeed"], found["machine"]["torch"]) == ("0.19.8", None)
     assert found["warnings"][0] == "versions outside of the tested ranges: sentencepiece 0.2.2, expected >=0.2.3,<0.3"
     assert "sentencepiece==0.2.3" in found["warnings"][1]
     assert list((bare.parents[1] / "lib").rglob("hjson*")) == []
