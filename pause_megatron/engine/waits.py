@@ -196,9 +196,9 @@ class _Calls(TorchFunctionMode):
             with self._record.noted(name):
                 return function(*args, **kwargs)
         result = function(*args, **kwargs)
-        if name in _FACTORIES and kwargs.get("device") is None and not isinstance(args[0] if args else None, Tensor):
-            setattr(result, _HOST, True)
-        elif name in _UPLOADING and hasattr(args[0], _HOST):
+        made_of_numbers = name in _FACTORIES and not isinstance(args[0] if args else None, Tensor)
+        on_host = made_of_numbers and kwargs.get("device") is None
+        if on_host or (name in _UPLOADING and hasattr(args[0], _HOST)):
             setattr(result, _HOST, True)
         elif name == "to" and hasattr(result, _HOST):
             delattr(result, _HOST)  # on a CPU it may be the same tensor
