@@ -11,8 +11,6 @@ import pytest
 
 # Set before anything imports torch: the ranks of a pool share few cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Triton's kernels run in its interpreter, on a CPU. It must know when it is imported.
-os.environ.setdefault("TRITON_INTERPRET", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from hidden_gpu import asks_for_gpu
@@ -28,6 +26,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if not asks_for_gpu(config.option.markexpr, config.args, config.rootpath):
         # Before anything imports torch, and for every child process: a machine with CUDA is then one without.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        # Triton's kernels then run in its interpreter. It must know when it is imported.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_report_header() -> str:
