@@ -102,9 +102,12 @@ def _phases(layout: Layout, states: States, kept: Activations) -> dict[str, dict
     again = kept.layer + kept.layer_input if layout.recompute else 0  # with its output, made once more
     buffers = states.buffers + kept.gather_buffer
     in_backward = {"gathered parameters": states.live, "buffers": buffers + states.backward_buffers}
+    # DeepSpeed's stage 1 in fp32 keeps its bucket from the first backward pass of a step to the last.
+    kept_buffers = states.backward_buffers if layout.stage == 1 and layout.batch.accumulation > 1 else 0
     phases = {
         "head": {
             "gathered parameters": states.live,
+            "buffers": buffers + kept_buffers,
             "activations": all_layers + kept.final_norm + kept.head_rows,
             "head": kept.head_chunk,
         },

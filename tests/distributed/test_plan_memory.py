@@ -57,6 +57,13 @@ MEMORY = {
         4,
         ["engine.zero_stage=1", "parallel.tensor=2", "parallel.recompute=full", "model.tied=true", "model.layers=4"],
     ),
+    "stage 1, fp32, a large vocabulary": (
+        4,
+        [
+            *("engine.zero_stage=1", "engine.precision=fp32", "model.layers=1", "data.sequence_length=256"),
+            *("model.vocab_multiple=32768", "model.head_chunk=512", "batch.micro_size=2"),
+        ],
+    ),
     "stage 1, gradients let go of at once": (
         4,
         ["engine.ds_config=DS/at_once.json", "engine.zero_stage=1", "model.hidden=256", "data.sequence_length=32"],
