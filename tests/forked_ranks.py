@@ -20,7 +20,7 @@ from pause_megatron.config.load import load
 from pause_megatron.config.schema import RunConfig
 
 STEPS, RANKS = 24, 2
-TIMING = {"seconds", "tokens_per_second", "text_tokens_per_second", "mfu"}
+TIMING = {"seconds", "loader_seconds", "hook_seconds", "tokens_per_second", "text_tokens_per_second", "mfu"}
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["pause_megatron.train.pretrain", "deepspeed"])

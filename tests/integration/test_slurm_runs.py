@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forked_ranks import TIMING
 from slurm_cluster import Cluster, installed
 from slurm_job import EndedTooSoonError, Job
 from small_grid import write_records
@@ -19,7 +20,6 @@ from pause_megatron.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = (60, 300, 1500)  # a machine that is through before it could be hit gets more of them
-TIMING = {"seconds", "tokens_per_second", "text_tokens_per_second", "mfu"}
 # On a GPU node the shipped scripts take all of it; here jobs share two small ones.
 ON_ONE_CPU = ("--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=0", "--oversubscribe")
 ON_CPUS = (*ON_ONE_CPU, "--nodes=2")
