@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pause_megatron.config.plan import BatchPlan
-from pause_megatron.config.presets import flops_per_token, parameters
+from pause_megatron.config.presets import parameters, step_flops
 from pause_megatron.config.quantities import scaled
 from pause_megatron.config.schema import RunConfig
 
@@ -99,9 +99,9 @@ def _batch_rows(plan: BatchPlan) -> list[tuple[str, str]]:
 def _model_rows(
     config: RunConfig, plan: BatchPlan, engine: dict[str, Any], text_size: int, origin: str
 ) -> list[tuple[str, str]]:
-    """FLOPs are those of full windows, padding included."""
+    """FLOPs are those of full windows, padding included, of the rows that are computed."""
     size, model = text_size + config.pause.embeddings, config.model
-    flops = flops_per_token(model, size, plan.sequence_length) * plan.raw_tokens
+    flops = step_flops(model, size, plan.sequence_length, tokens=plan.raw_tokens, targets=plan.targets)
     return [
         ("vocabulary", f"{size:,} = {text_size:,} text ({origin}) + {config.pause.embeddings} pause"),
         (

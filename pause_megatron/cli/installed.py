@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 import pause_megatron
 from pause_megatron.cli.finding import Finding, Probe
+from pause_megatron.cli.packages import EXTRAS
 from pause_megatron.versions import PYTHON, TRIED, Package, release
 
 
@@ -114,14 +115,20 @@ def own_modules() -> Iterator[Finding]:
         for _, name, _ in pkgutil.walk_packages(pause_megatron.__path__, "pause_megatron.")
         if name.rpartition(".")[2] != "__main__"
     ]
+    extras = set()
     for name in names:
         try:
             importlib.import_module(name)
         except Exception as error:
+            package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+            if package in EXTRAS:  # nobody needs it for training
+                extras.add(EXTRAS[package])
+                continue
             advice = "install the versions of launchers/constraints.txt"
             yield Finding("own modules", "missing", f"{name} cannot be imported: {_reason(error)}", advice)
             return
-    yield Finding("own modules", "ok", f"all {len(names)} can be imported")
+    but = f", but for what pause-megatron[{','.join(sorted(extras))}] brings" if extras else ""
+    yield Finding("own modules", "ok", f"all {len(names)} can be imported{but}")
 
 
 def torch_backends() -> Iterator[Finding]:

@@ -108,7 +108,7 @@ def _job(args: argparse.Namespace, config: RunConfig, site: dict[str, Partition]
     if args.gpus_per_node and tasks != args.gpus_per_node:
         raise ConfigError(f"--tasks-per-node: expected a rank for each of {args.gpus_per_node} GPUs, came {tasks}")
     partition = None if site is None else find_partition(site, args.partition)
-    share = share_of_node(partition, tasks=tasks, gpus=args.gpus_per_node)
+    share = share_of_node(partition, tasks=tasks, gpus=args.gpus_per_node, exclusive=args.exclusive)
     source = ["--recipe", args.recipe] if args.recipe else ["--config", args.config] if args.config else []
     return TrainingJob(
         verb="pretrain" if config.task.name is None else "finetune",
@@ -118,7 +118,7 @@ def _job(args: argparse.Namespace, config: RunConfig, site: dict[str, Partition]
         gpus_per_node=args.gpus_per_node,
         cpus_per_task=args.cpus_per_task or share.cpus_per_task,
         mem=share.mem if args.mem is None else args.mem,
-        exclusive=share.exclusive if args.exclusive is None else args.exclusive,
+        exclusive=share.exclusive,
         launcher=args.launcher,
         name=args.name,
         partition=args.partition,

@@ -52,6 +52,18 @@ class BatchPlan:
         return self.raw_tokens * (1 - self.pause_fraction)
 
     @property
+    def target_rows(self) -> int:
+        """Rows of a micro-batch that reach the head: those whose next token is text (expected, for a cut window)."""
+        length = self.sequence_length
+        pauses = self.pause_fraction * length * length / max(length - 1, 1)
+        return round(self.micro_size * (length - pauses))
+
+    @property
+    def targets(self) -> int:
+        """Rows that reach the head, per step."""
+        return self.target_rows * self.accumulation * self.data_parallel
+
+    @property
     def total_tokens(self) -> int | None:
         """Text and pauses, whole run."""
         return None if self.steps is None else self.steps * self.raw_tokens

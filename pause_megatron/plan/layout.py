@@ -115,10 +115,8 @@ class Layout:
 
     @property
     def target_rows(self) -> int:
-        """Rows of a micro-batch that reach the head: those whose next token is text (expected, for a cut window)."""
-        length = self.batch.sequence_length
-        pauses = self.batch.pause_fraction * length * length / max(length - 1, 1)
-        return round(self.batch.micro_size * (length - pauses))
+        """Rows of a micro-batch that reach the head."""
+        return self.batch.target_rows
 
     @property
     def by_spans(self) -> bool:

@@ -27,6 +27,14 @@ OPTIONAL = {
     "memory_ratio": Assumption(1.0, "of the tensors that are counted", "given"),
 }
 
+# What the seconds of computing follow from; an MFU that is given or measured takes their place.
+SPEEDS = frozenset(
+    {
+        *("product_efficiency", "product_half_width", "attention_efficiency", "attention_half_width"),
+        *("memory_efficiency", "launch_seconds"),
+    }
+)
+
 
 @dataclass(frozen=True)
 class Assumptions:

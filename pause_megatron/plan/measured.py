@@ -37,7 +37,12 @@ def measured_values(path: str, config: RunConfig, cluster: Cluster, assumptions:
     machine, memory = _part(record, "machine", path), _part(record, "memory", path)
     if _number(record, "mfu", path, none=True) is None:
         where = machine.get("cuda_name") or machine.get("device")
-        raise ConfigError(f"--measured {path}: expected an MFU, got none: {where} has no known peak")
+        raise ConfigError(
+            f"--measured {path}: expected an MFU, got none: {where} has no known peak; measure again with "
+            "log.peak_tflops=TFLOPS"
+        )
+    if record["mfu"] > 1:
+        raise ConfigError(f"--measured {path}: mfu: expected a share, 0 to 1, got {record['mfu']}")
     different = list(_differences(record, path, config, cluster))
     if different:
         raise ConfigError(f"--measured {path}: it measured another run: {'; '.join(different)}")
@@ -56,9 +61,9 @@ def _read(path: str) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not JSON"
         raise ConfigError(f"--measured {path}: cannot be read: {reason}") from None
-    found = record.get("format") if isinstance(record, dict) else type(record).__name__
-    if found != FORMAT:
-        raise ConfigError(f'--measured {path}: expected the JSON of `{FORMAT}`, got "format": {found!r}')
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        found = f'"format": {json.dumps(record.get("format"))}' if isinstance(record, dict) else "no object"
+        raise ConfigError(f"--measured {path}: expected the JSON of `{FORMAT}`, got {found}")
     if record.get("version") != VERSION:
         raise ConfigError(f"--measured {path}: expected version {VERSION}, got {record.get('version')!r}")
     return record

@@ -7,6 +7,7 @@ from dataclasses import fields
 
 from pause_megatron.config.gpus import GIB
 from pause_megatron.config.quantities import scaled
+from pause_megatron.plan.machine import SPEEDS
 from pause_megatron.plan.plan import Plan
 
 MIB = 2**20
@@ -51,6 +52,7 @@ def _rows(plans: Sequence[Plan]) -> list[Row]:
         ("ranks", lambda plan: f"{plan.cluster.nodes} x {plan.cluster.gpus_per_node} = {plan.cluster.ranks}"),
         ("data x tensor parallel", lambda plan: f"{plan.layout.data_parallel} x {plan.layout.tensor}"),
         ("ZeRO stage", lambda plan: str(plan.layout.stage)),
+        ("kernels (engine.kernels)", lambda plan: "fused" if plan.layout.fused else "plain"),
         ("global = micro x accumulation x data", _batch),
         ("parameters of a rank", lambda plan: f"{plan.layout.numel:,}"),
         *_memory_rows(plans, offloads),
@@ -200,11 +202,12 @@ def _milliseconds(seconds: float) -> str:
 
 def _assumptions(plans: Sequence[Plan]) -> list[str]:
     lines = ["assumed (replace with --assume NAME=VALUE, or --mfu)"]
-    if plans[0].time.parts is not None:
+    worked_out = plans[0].time.parts is not None
+    if worked_out:
         lines[:0] = ["counted: FLOPs, bytes and kernels of the model, bytes of the optimizer and of all collectives"]
     for field in fields(plans[0].assumptions):
         of_gpus = [getattr(plan.assumptions, field.name) for plan in plans]
-        if of_gpus[0] is None:
+        if of_gpus[0] is None or (field.name in SPEEDS and not worked_out):
             continue
         values = ", ".join(dict.fromkeys(_number(assumption.value) for assumption in of_gpus))
         lines.append(f"  {field.name:20} {values} {of_gpus[0].unit} ({of_gpus[0].source})")

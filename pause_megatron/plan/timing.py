@@ -73,7 +73,7 @@ def step_time(
         layout.vocabulary,
         batch.sequence_length,
         tokens=batch.raw_tokens,
-        targets=layout.target_rows * batch.accumulation * batch.data_parallel,
+        targets=batch.targets,
     )
     executed = model_flops + (_forward_flops(layout) * batch.raw_tokens if layout.recompute else 0)
     if assumptions.mfu is None:

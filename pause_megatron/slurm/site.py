@@ -97,17 +97,19 @@ class Share:
     exclusive: bool
 
 
-def share_of_node(partition: Partition | None, *, tasks: int, gpus: int) -> Share:
+def share_of_node(partition: Partition | None, *, tasks: int, gpus: int, exclusive: bool | None = None) -> Share:
     """A whole node for a job that takes all its GPUs; else what belongs to its GPUs; on CPUs the site's default.
 
     Args:
         partition: None: not known; then a node is taken to have 8 GPUs.
         tasks: ranks of a node.
         gpus: of a node that the job takes; 0: it runs on CPUs.
+        exclusive: whether it wants the node for itself; None: where it takes all GPUs.
     """
     if not gpus:
-        return Share(None, None, False)
-    if gpus >= (partition.gpus if partition and partition.gpus else _GPUS_OF_A_NODE):
+        return Share(None, None, bool(exclusive))
+    of_a_node = partition.gpus if partition and partition.gpus else _GPUS_OF_A_NODE
+    if exclusive or (exclusive is None and gpus >= of_a_node):
         return Share(None, "0", True)
     if partition is None or not partition.gpus:
         return Share(_CPUS_OF_A_GPU, None, False)

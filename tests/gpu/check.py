@@ -58,15 +58,24 @@ PARTS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Look for what is missing, run the parts. Returns 0, 1 if a part failed, 2 if a package is missing."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("output", nargs="?", default="runs/gpu-check", type=Path, help="folder of the report")
+    parser = argparse.ArgumentParser(
+        "gpu_check.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "output", nargs="?", default="runs/gpu-check", type=Path, help="folder of the report (default: runs/gpu-check)"
+    )
     parser.add_argument("--parts", help=f"only these, with commas between: {', '.join(p.name for p in PARTS)}")
     parser.add_argument("--seconds", type=float, default=480, help="for all parts together (default: 480)")
     parser.add_argument("--wheels", type=Path, default=os.environ.get("WHEELS"), help="folder of wheels to install")
     options = parser.parse_args(arguments)
     names = [part.name for part in PARTS] if options.parts is None else options.parts.split(",")
     if unknown := set(names) - {part.name for part in PARTS}:
-        parser.error(f"--parts: expected names of parts, got {', '.join(sorted(unknown))}")
+        known = ", ".join(part.name for part in PARTS)
+        parser.error(f"--parts: expected names out of {known}; got {', '.join(sorted(unknown))}")
+    if options.seconds < LEAST_SECONDS:
+        parser.error(f"--seconds: expected at least {LEAST_SECONDS}, got {options.seconds:g}")
+    if options.output.exists() and not options.output.is_dir():
+        parser.error(f"OUT: expected a folder, got the file {options.output}")
     parts = [part for part in PARTS if part.name in names]
     signal.signal(signal.SIGTERM, _stop)
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as scratch:
@@ -95,7 +104,7 @@ def _prepare(report: Report, wheels: Path | None, site: Path) -> list[str] | Non
     if wanting.outside:
         report.warn(f"versions outside of the tested ranges: {'; '.join(wanting.outside)}")
     if wanting.fetch:
-        report.warn(f"a machine with a network fetches them with: {wanting.fetch}")
+        report.warn(f"missing or outside: a machine with a network fetches wheels with: {wanting.fetch}")
         report.warn(f"then: WHEELS={wheels or 'WHEELS'} bash launchers/gpu_check.sh {report.folder}")
     if wanting.absent:
         report.close(f"missing packages: {', '.join(wanting.absent)}")

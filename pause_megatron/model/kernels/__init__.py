@@ -56,12 +56,12 @@ def resolve(name: str, device: torch.device | str) -> Name:
     if name == "auto":
         return "triton" if cuda and find_spec("triton") else "plain"
     if name == "triton":
-        if not find_spec("triton"):
-            raise ConfigError("engine.kernels: triton is not installed here; install triton, or use compiled or plain")
-        if not cuda and not _interpreted():
+        if not cuda and not (find_spec("triton") and _interpreted()):
             raise ConfigError(
                 f"engine.kernels: triton needs a CUDA device, got {torch.device(device).type}; use plain or compiled"
             )
+        if not find_spec("triton"):
+            raise ConfigError("engine.kernels: triton is not installed here; install triton, or use compiled or plain")
     return name
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import platform
@@ -134,3 +135,17 @@ def test_what_breaks_although_it_imports_fails(tmp_path):
         assert findings["megatron-core"]["advice"].startswith("pip install triton ")
     else:
         assert findings["megatron-core"]["status"] == "ok"
+
+
+def test_what_an_extra_brings_is_not_missed_for_training(monkeypatch):
+    """The environment of the quickstart has no lm-eval."""
+    real = importlib.import_module
+
+    def without_lm_eval(name: str, *rest: str):
+        if name == "pause_megatron.evaluate.lm_eval_model":
+            raise ModuleNotFoundError("No module named 'lm_eval'", name="lm_eval")
+        return real(name, *rest)
+
+    monkeypatch.setattr(installed.importlib, "import_module", without_lm_eval)
+    (finding,) = installed.own_modules()
+    assert (finding.status, finding.text.partition(", ")[2]) == ("ok", "but for what pause-megatron[evaluate] brings")

@@ -7,6 +7,7 @@ import json
 import pytest
 
 from pause_megatron.cli import main
+from pause_megatron.config.quantities import scaled
 
 RUN = ("plan", "--recipe", "c4-1b-pause", "--nodes", "16", "--gpus-per-node", "8")
 
@@ -79,3 +80,11 @@ def test_a_warning_is_printed(capsys):
 def test_input_that_cannot_be_planned(arguments, message, capsys):
     assert main(["plan", "--recipe", "c4-1b-pause", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_run_s_own_flops_are_those_of_its_plan(capsys):
+    """`--dry-run` and `plan` count the same rows."""
+    assert main(["plan", "--recipe", "tiny-pause", "--gpus-per-node", "1", "--vocab-size", "8000", "--json"]) == 0
+    (record,) = json.loads(capsys.readouterr().out)
+    assert main(["pretrain", "--recipe", "tiny-pause", "--dry-run", "--vocab-size", "8000"]) == 0
+    assert scaled(record["step"]["model_flops"]) in capsys.readouterr().out

@@ -108,8 +108,8 @@ def test_a_run_on_other_ranks_is_the_same(planned, found):
     ("broken", "message"),
     [
         (lambda record: "{", "cannot be read: not JSON"),
-        (lambda record: [1], "got \"format\": 'list'"),
-        (lambda record: {"a": 1}, 'expected the JSON of `pause-megatron benchmark`, got "format": None'),
+        (lambda record: [1], "expected the JSON of `pause-megatron benchmark`, got no object"),
+        (lambda record: {"a": 1}, 'expected the JSON of `pause-megatron benchmark`, got "format": null'),
         (lambda record: record | {"version": 2}, "expected version 1, got 2"),
         (lambda record: record | {"mfu": "fast"}, "mfu: expected a number > 0, got 'fast'"),
         (lambda record: record | {"memory": None}, "memory: expected an object, got None"),

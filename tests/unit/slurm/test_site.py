@@ -44,6 +44,10 @@ def test_a_job_takes_whole_nodes_or_what_belongs_to_its_gpus():
     assert share_of_node(None, tasks=4, gpus=4) == Share(8, None, False)
     assert share_of_node(known["cpu"], tasks=4, gpus=0) == share_of_node(None, tasks=4, gpus=0)
     assert share_of_node(None, tasks=4, gpus=0) == Share(None, None, False)
+    # All GPUs of a node that is shared all the same; part of one that is not.
+    assert share_of_node(None, tasks=8, gpus=8, exclusive=False) == Share(8, None, False)
+    assert share_of_node(known["debug"], tasks=2, gpus=2, exclusive=False) == Share(24, "460800M", False)
+    assert share_of_node(None, tasks=4, gpus=4, exclusive=True) == whole
 
 
 @pytest.mark.parametrize(("text", "size"), [("0", 0), ("200G", 204800), ("1T", 1048576), ("512", 512), ("2048K", 2)])
