@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
+
+from _pytest.mark.expression import Expression
 
 
 def asks_for_gpu(expression: str, paths: Sequence[str], root: Path) -> bool:
@@ -15,8 +16,20 @@ def asks_for_gpu(expression: str, paths: Sequence[str], root: Path) -> bool:
         paths: what is to be collected, relative to the current folder or absolute.
         root: the repository.
     """
-    if re.search(r"\bgpu\b", re.sub(r"\bnot\s+gpu\b", "", expression)):
+    if expression and _chooses_gpu(expression):
         return True
     folder = (root / "tests" / "gpu").resolve()
     places = [Path(path.split("::")[0]).resolve() for path in paths]
     return bool(places) and all(place == folder or folder in place.parents for place in places)
+
+
+def _chooses_gpu(expression: str) -> bool:
+    """Whether a test is chosen for its mark `gpu`, whatever its other marks are."""
+    chosen = Expression.compile(expression)
+    for others in (False, True):
+        with_gpu, without = (
+            chosen.evaluate(lambda name, /, o=others, g=gpu, **_: g if name == "gpu" else o) for gpu in (True, False)
+        )
+        if with_gpu and not without:
+            return True
+    return False

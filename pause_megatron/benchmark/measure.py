@@ -188,6 +188,7 @@ def _measurement(
         batch=batch_plan(config, context.world_size),
         stage=engine.deepspeed.zero_optimization_stage(),
         parameters=parameters(config.model, vocabulary.size),
+        vocabulary=vocabulary.size,
         windows=_described(config, data),
         machine=machine,
         kernels=resolve(config.engine.kernels, context.device),

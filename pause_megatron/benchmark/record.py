@@ -62,6 +62,7 @@ class Measurement:
         batch: its batches
         stage: of ZeRO
         parameters: of the whole model
+        vocabulary: ids of text and pauses
         windows: what the steps read, in a few words
         machine: where
         kernels: of rotary embedding, SwiGLU and cross-entropy
@@ -80,6 +81,7 @@ class Measurement:
     batch: BatchPlan
     stage: int
     parameters: int
+    vocabulary: int
     windows: str
     machine: Machine
     kernels: str
@@ -128,6 +130,7 @@ def as_record(found: Measurement) -> dict[str, Any]:
         },
         "kernels": found.kernels,
         "windows": found.windows,
+        "vocabulary": found.vocabulary,
         "steps": len(found.step_seconds),
         "warmup_steps": found.warmup_steps,
         "step_seconds": {"median": median, "low": min(found.step_seconds), "high": max(found.step_seconds)},

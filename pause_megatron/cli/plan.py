@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     for gpu in gpus:
         cluster, assumptions = Cluster(gpu, args.nodes, args.gpus_per_node), Assumptions.of(gpu)
         if args.measured:
-            assumptions = measured_values(args.measured, config, cluster, assumptions)
+            assumptions = measured_values(args.measured, config, cluster, assumptions, text_size=text_size)
         plans.append(make_plan(config, cluster, text_size=text_size, assumptions=assumptions.with_values(given)))
     print(json.dumps(as_json(plans), indent=2) if args.json else as_table(plans))
     if all(plan.fits for plan in plans):

@@ -48,7 +48,7 @@ GPUS = {
         Gpu("h100-pcie", r"\bH100 PCIe", 79.1 * GIB, 756e12, 2.0e12, 300e9, 2, 50e9, 64e9),  # bridges join two
         Gpu("h100-94", r"\bH100 NVL", 93.1 * GIB, 835.5e12, 3.938e12, 300e9, 2, 50e9, 64e9),
         Gpu("h100", r"\bH100\b", 79.1 * GIB, 989.4e12, 3.352e12, 450e9, 8, 50e9, 64e9),
-        Gpu("h800", r"\bH800\b", 79.1 * GIB, 989.4e12, 3.352e12, 200e9, 8, 50e9, 64e9),
+        Gpu("h800", r"\bH800\b(?! PCIe)", 79.1 * GIB, 989.4e12, 3.352e12, 200e9, 8, 50e9, 64e9),
         Gpu("h20", r"\bH20\b", 95.0 * GIB, 148e12, 4.0e12, 450e9, 8, 50e9, 64e9),
         Gpu("h200-nvl", r"\bH200 NVL", 139.7 * GIB, 835.5e12, 4.8e12, 450e9, 4, 50e9, 64e9),
         Gpu("h200", r"\bH200\b", 139.7 * GIB, 989.4e12, 4.8e12, 450e9, 8, 50e9, 64e9),
@@ -89,5 +89,7 @@ def device_peak_flops(config: RunConfig, cuda_name: str | None) -> float | None:
 
 
 def gpu_of_cuda(cuda_name: str) -> Gpu | None:
-    """Return the GPU that CUDA calls so ("NVIDIA H100 80GB HBM3"); None: it is not in the table."""
+    """Return the GPU that CUDA calls so ("NVIDIA H100 80GB HBM3"); None: it is not in the table, or a slice (MIG)."""
+    if "MIG " in cuda_name:  # a slice: the peak is a part of the GPU's
+        return None
     return next((gpu for gpu in GPUS.values() if re.search(gpu.cuda_name, cuda_name)), None)

@@ -2,8 +2,9 @@
 
 While the host waits, it enqueues no kernels, and the device runs dry behind them. A wait is hidden in harmless-looking
 Python: `.item()`, `bool(tensor)`, `tensor.tolist()`, a boolean mask as an index, `torch.tensor(number, device=...)`, a
-copy from memory that is not pinned. `HostWaits` sees them all, in whatever code runs within it, DeepSpeed's and
-megatron-core's too, forward and backward. It needs no GPU: on a CPU every tensor counts as one of the device.
+copy from memory that is not pinned. `HostWaits` sees these, in whatever code runs within it, DeepSpeed's and
+megatron-core's too, and needs no GPU: on a CPU every tensor counts as one of the device. There it cannot see whether
+memory is pinned, and in a backward pass it sees operators alone. On a GPU `torch.cuda.set_sync_debug_mode` sees all.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 # Python calls that operators do not show: on a CPU they read memory directly.
 _HANDING_OVER = {"tolist", "numpy", "__array__", "cpu"}
 _UPLOADING = {"new_tensor"}
-_FACTORIES = {"tensor", "as_tensor", "asarray"}
+_FACTORIES = {"tensor", "as_tensor", "asarray", "from_numpy"}
 _HOST = "_of_the_host"  # set on tensors, while counting
 PLUMBING = {__file__}
 """Files that are not named as the place of a wait."""
@@ -195,6 +196,10 @@ class _Calls(TorchFunctionMode):
         if self._waits(name, args, kwargs):
             with self._record.noted(name):
                 return function(*args, **kwargs)
+        blocking = not kwargs.get("non_blocking", False)
+        if name == "to" and blocking and hasattr(args[0], _HOST) and _names_a_device(args, kwargs):
+            # Pinned or not, a copy that was not asked to be asynchronous is waited for.
+            self._record.note("to(device) of the host's numbers, blocking")
         result = function(*args, **kwargs)
         made_of_numbers = name in _FACTORIES and not isinstance(args[0] if args else None, Tensor)
         on_host = made_of_numbers and kwargs.get("device") is None
@@ -211,6 +216,10 @@ class _Calls(TorchFunctionMode):
             device = kwargs.get("device")
             return device is not None and torch.device(device).type == self._record.device_type
         return False
+
+
+def _names_a_device(args: tuple, kwargs: dict) -> bool:
+    return "device" in kwargs or any(isinstance(argument, (torch.device, str)) for argument in args[1:])
 
 
 @contextlib.contextmanager

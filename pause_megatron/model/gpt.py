@@ -143,6 +143,7 @@ class PauseGPTModel(LanguageModule):
             and self.rotary_pos_emb is not None
             and not config.rotary_interleaved
             and rotary_percent == 1.0
+            and not config.recompute_granularity  # megatron-core's own keeps tensors only, and a mask that is one
             and all(isinstance(layer.self_attention.core_attention, SDPACoreAttention) for layer in self.decoder.layers)
         )
         if self.kernels.fused:

@@ -19,6 +19,7 @@ class Assumption:
     value: float
     unit: str
     source: str
+    ranks: int | None = None  # of the run in whose whole steps it was measured, with what they send and compute again
 
 
 # What a plan works out itself, unless it is given or was measured.
@@ -33,6 +34,10 @@ SPEEDS = frozenset(
         *("product_efficiency", "product_half_width", "attention_efficiency", "attention_half_width"),
         *("memory_efficiency", "launch_seconds"),
     }
+)
+
+SHARES = frozenset(
+    {"mfu", "product_efficiency", "attention_efficiency", "memory_efficiency", "link_efficiency", "overlap"}
 )
 
 
@@ -112,6 +117,8 @@ class Assumptions:
                 raise ConfigError(f"--assume: expected one of {', '.join(names)}; got {name!r}{hint}")
             if not 0 < value < float("inf"):
                 raise ConfigError(f"--assume {name}: expected a number > 0, got {value}")
+            if value > 1 and name in SHARES:
+                raise ConfigError(f"--assume {name}: expected a share, 0 to 1, got {value:g}")
             replaced[name] = replace(getattr(self, name) or OPTIONAL[name], value=value, source="given")
         return replace(self, **replaced)
 

@@ -18,10 +18,14 @@ SHAPE = (
     *(f"model.{name}" for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "tied", "qkv_bias", "attention")),
     *("data.sequence_length", "data.documents", "batch.micro_size", "engine.precision"),
     *("parallel.tensor", "parallel.sequence", "parallel.recompute"),
+    *("model.head_chunk", "model.vocab_multiple", "pause.rate", "pause.window", "pause.softmax", "pause.embeddings"),
+    *("engine.deterministic", "train.only"),
 )
 
 
-def measured_values(path: str, config: RunConfig, cluster: Cluster, assumptions: Assumptions) -> Assumptions:
+def measured_values(
+    path: str, config: RunConfig, cluster: Cluster, assumptions: Assumptions, *, text_size: int
+) -> Assumptions:
     """Return assumptions with a benchmark's MFU and its memory against what was planned.
 
     Args:
@@ -29,6 +33,7 @@ def measured_values(path: str, config: RunConfig, cluster: Cluster, assumptions:
         config: resolved; of the run that is planned.
         cluster: where it will run.
         assumptions: what else is taken for granted.
+        text_size: ids of the text vocabulary.
 
     Raises:
         ConfigError: not such a file, or it measured another GPU, model or micro-batch.
@@ -43,14 +48,16 @@ def measured_values(path: str, config: RunConfig, cluster: Cluster, assumptions:
         )
     if record["mfu"] > 1:
         raise ConfigError(f"--measured {path}: mfu: expected a share, 0 to 1, got {record['mfu']}")
-    different = list(_differences(record, path, config, cluster))
+    different = list(_differences(record, path, config, cluster, text_size + config.pause.embeddings))
     if different:
         raise ConfigError(f"--measured {path}: it measured another run: {'; '.join(different)}")
     ratio = _number(memory, "peak_bytes", path) / _number(memory, "planned_bytes", path)
+    if not 0.1 < ratio < 10:
+        raise ConfigError(f"--measured {path}: expected memory about as planned, got {ratio:g} times as much")
     source = f"measured: {path}, {machine.get('ranks')} ranks of {machine.get('cuda_name')}, with what they send"
     return replace(
         assumptions,
-        mfu=replace(OPTIONAL["mfu"], value=_number(record, "mfu", path), source=source),
+        mfu=replace(OPTIONAL["mfu"], value=_number(record, "mfu", path), source=source, ranks=machine.get("ranks")),
         memory_ratio=replace(OPTIONAL["memory_ratio"], value=ratio, source=f"measured: {path}"),
     )
 
@@ -58,7 +65,7 @@ def measured_values(path: str, config: RunConfig, cluster: Cluster, assumptions:
 def _read(path: str) -> dict[str, Any]:
     try:
         record = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not JSON"
         raise ConfigError(f"--measured {path}: cannot be read: {reason}") from None
     if not isinstance(record, dict) or record.get("format") != FORMAT:
@@ -79,16 +86,20 @@ def _number(record: dict[str, Any], name: str, path: str, *, none: bool = False)
     value = record.get(name)
     if none and value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < float("inf"):
-        raise ConfigError(f"--measured {path}: {name}: expected a number > 0, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 2**63:
+        raise ConfigError(f"--measured {path}: {name}: expected a number > 0, got {repr(value)[:40]}")
     return value
 
 
-def _differences(record: dict[str, Any], path: str, config: RunConfig, cluster: Cluster) -> Iterator[str]:
+def _differences(
+    record: dict[str, Any], path: str, config: RunConfig, cluster: Cluster, vocabulary: int
+) -> Iterator[str]:
     """What was measured and what is planned, where they are not the same."""
     gpu = record["machine"].get("gpu")
     if gpu != cluster.gpu.name:
         yield f"GPU {gpu}, planned {cluster.gpu.name}"
+    if record.get("vocabulary") != vocabulary:
+        yield f"a vocabulary of {record.get('vocabulary')} ids, pauses included, planned {vocabulary}"
     measured, planned = _part(record, "config", path), config.model_dump(mode="json")
     for key in SHAPE:
         section, name = key.split(".")

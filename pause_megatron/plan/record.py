@@ -73,7 +73,7 @@ def _record(plan: Plan) -> dict[str, Any]:
         "checkpoint": asdict(plan.saving),
         "warnings": list(plan.warnings),
         "assumptions": {
-            field.name: asdict(assumption)
+            field.name: {key: value for key, value in asdict(assumption).items() if value is not None}
             for field in fields(plan.assumptions)
             if (assumption := getattr(plan.assumptions, field.name)) is not None
         },

@@ -79,8 +79,9 @@ def step_time(
     if assumptions.mfu is None:
         parts = computing(layout, cluster.gpu, assumptions)
         compute = parts.seconds
-    else:
-        compute = executed / (cluster.ranks * cluster.gpu.peak_flops * assumptions.mfu.value)
+    else:  # one that was measured counts no recomputation
+        flops = executed if assumptions.mfu.ranks is None else model_flops
+        compute = flops / (cluster.ranks * cluster.gpu.peak_flops * assumptions.mfu.value)
     seconds = [_seconds(t, layout, cluster, assumptions) for t in traffic]
     hideable = sum(s for t, s in zip(traffic, seconds, strict=True) if _hides(t, layout))
     hidden = min(assumptions.overlap.value, compute / hideable) if hideable else 0.0
@@ -88,7 +89,9 @@ def step_time(
         _wire(t, s, hidden if _hides(t, layout) else 0.0, layout, cluster)
         for t, s in zip(traffic, seconds, strict=True)
     )
-    exposed = sum(wire.exposed_seconds for wire in wires)
+    # Measured on as many ranks, the traffic is in the MFU already.
+    counted = assumptions.mfu is not None and assumptions.mfu.ranks == cluster.ranks
+    exposed = 0.0 if counted else sum(wire.exposed_seconds for wire in wires)
     return StepTime(model_flops, executed, compute, parts, exposed, _offload(layout, cluster, assumptions)), wires
 
 

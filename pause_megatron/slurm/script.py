@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -129,9 +130,8 @@ def fill(template: Path, **values: str) -> str:
     missing = [f"@{mark}@" for mark in _MARKS if f"@{mark}@" not in text]
     if missing:
         raise ConfigError(f"{template}: expected the marks of {TEMPLATE.name}, {', '.join(missing)} not there")
-    for mark, value in values.items():
-        text = text.replace(f"@{mark}@", value)
-    return text
+    # In one pass: what takes the place of a mark may look like one.
+    return re.sub(r"@([A-Z]+)@", lambda mark: values.get(mark[1], mark[0]), text)
 
 
 _SITE = """

@@ -50,7 +50,7 @@ class StepResult:
             optimizer's part of it, which the next step then waits for
         loader_seconds: of these, waiting for the batch
         hook_seconds: wall time between the step before, or the start, and this one: what hooks took (logging,
-            validation, saves). `seconds` and `hook_seconds` of all steps leave nothing out
+            validation, saves). With `seconds` they leave nothing out but the hooks of the last step
         sample: this rank's first micro-batch, on the CPU
         last: the run is complete
         validation: held-out losses by name, None for one that does not exist; filled in by the validation hook, for the

@@ -72,7 +72,7 @@ def metrics_record(result: StepResult, throughput: Throughput) -> dict[str, floa
     """A line of metrics.jsonl. Floats are not rounded; what does not exist (no pauses, no peak) is null.
 
     `seconds` (the step, with `loader_seconds` in it) and `hook_seconds` (logging, validation and saves since the step
-    before) of all steps add up to the time since the first batch was asked for.
+    before, or the start) of all steps add up to the time until the last step ended; its own hooks are in no line.
     """
     record: dict[str, Any] = {
         "step": result.step,

@@ -66,9 +66,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--parts", help=f"only these, with commas between: {', '.join(p.name for p in PARTS)}")
     parser.add_argument("--seconds", type=float, default=480, help="for all parts together (default: 480)")
-    parser.add_argument("--wheels", type=Path, default=os.environ.get("WHEELS"), help="folder of wheels to install")
+    parser.add_argument(
+        "--wheels", type=Path, default=os.environ.get("WHEELS") or None, help="folder of wheels to install"
+    )
     options = parser.parse_args(arguments)
-    names = [part.name for part in PARTS] if options.parts is None else options.parts.split(",")
+    names = (
+        [part.name for part in PARTS] if options.parts is None else [name.strip() for name in options.parts.split(",")]
+    )
     if unknown := set(names) - {part.name for part in PARTS}:
         known = ", ".join(part.name for part in PARTS)
         parser.error(f"--parts: expected names out of {known}; got {', '.join(sorted(unknown))}")
@@ -77,7 +81,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.output.exists() and not options.output.is_dir():
         parser.error(f"OUT: expected a folder, got the file {options.output}")
     parts = [part for part in PARTS if part.name in names]
-    signal.signal(signal.SIGTERM, _stop)
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, _stop)
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"OUT: {options.output} cannot be made: {error.strerror}")
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as scratch:
         report = Report(options.output, [part.name for part in parts])
         places = _prepare(report, options.wheels, Path(scratch) / "site")
@@ -147,7 +156,7 @@ def run_parts(
         for _, child in running:
             child.kill()
             report.finished(child.outcome(stopped=True))
-        report.close()
+        report.close("stopped before its end" if waiting or running else "")
 
 
 def _may_start(part: Part, running: Sequence[tuple[Part, Child]], at_once: int) -> bool:

@@ -115,6 +115,24 @@ def test_cross_entropy_of_a_whole_vocabulary(form, dtype, columns):
     assert run(logits[:0], targets[:0], scale, ALONE, True)[0].shape == (0,)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_no_stride_matters(form):
+    """Targets out of a table of pairs, angles out of a longer row."""
+    generator = torch.Generator().manual_seed(5)
+    logits, pairs = torch.randn(6, 9, generator=generator), torch.randint(0, 9, (6, 2), generator=generator)
+    run, scale = functions(form), torch.tensor(1.0)
+    for differentiable in (True, False):
+        got, expected = (
+            run.cross_entropy(logits.clone(), targets, scale, ALONE, differentiable)
+            for targets in (pairs[:, 1], pairs[:, 1].contiguous())
+        )
+        assert torch.equal(got[0], expected[0])
+        assert not differentiable or torch.equal(got[1], expected[1])
+    x, angles = torch.randn(4, 2, 3, 6, generator=generator), torch.randn(4, 1, 7, generator=generator)
+    cos, sin = angles.cos()[..., 1:4], angles.sin()[..., 1:4]
+    assert torch.equal(run.rotate(x, cos, sin), run.rotate(x, cos.contiguous(), sin.contiguous()))
+
+
 def cross_entropy_in_shards(form: str) -> list[torch.Tensor]:
     """This rank's losses and gradient, of logits whose first shard has no live column in one case."""
     import torch.distributed as dist

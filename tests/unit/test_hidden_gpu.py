@@ -53,3 +53,13 @@ def test_this_session_hides_it_unless_it_was_asked_for(request):
     if not asks_for_gpu(config.option.markexpr, config.args, config.rootpath):
         child = subprocess.run(["env"], capture_output=True, text=True, check=True).stdout.splitlines()
         assert "CUDA_VISIBLE_DEVICES=" in child
+
+
+@pytest.mark.parametrize("expression", ["not gpu", "not (gpu or slow)", "not(gpu)", "compat", "slow and not gpu"])
+def test_expressions_that_leave_the_gpu_out(expression):
+    assert not asks_for_gpu(expression, [], ROOT)
+
+
+@pytest.mark.parametrize("expression", ["gpu", "gpu and not slow", "slow or gpu", "(gpu)"])
+def test_expressions_that_choose_the_gpu(expression):
+    assert asks_for_gpu(expression, [], ROOT)

@@ -35,8 +35,8 @@ def _rotate_kernel(
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
     """`fused.Pieces.turn`: x [seq, batch, heads, channels], its last dimension contiguous; the result contiguous."""
-    if x.stride(-1) != 1:
-        x = x.contiguous()
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    cos, sin = cos.contiguous(), sin.contiguous()
     seq, batch, heads, channels = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     _rotate_kernel[(seq * batch,)](
@@ -163,7 +163,9 @@ def logit_statistics(logits: Tensor, targets: Tensor) -> Tensor:
     rows, columns = logits.shape
     out = torch.empty((3, rows), dtype=torch.float32, device=logits.device)
     if rows:
-        _statistics_kernel[(rows,)](logits, targets, out, rows, columns, logits.stride(0), **_block(columns))
+        _statistics_kernel[(rows,)](
+            logits, targets.contiguous(), out, rows, columns, logits.stride(0), **_block(columns)
+        )
     return out
 
 
@@ -172,7 +174,7 @@ def logit_gradient_(logits: Tensor, targets: Tensor, highest: Tensor, total: Ten
     rows, columns = logits.shape
     if rows:
         _gradient_kernel[(rows,)](
-            logits, targets, highest.contiguous(), total.contiguous(), scale, columns, logits.stride(0),
+            logits, targets.contiguous(), highest.contiguous(), total.contiguous(), scale, columns, logits.stride(0),
             **_block(columns),
         )  # fmt: skip
 
@@ -182,7 +184,9 @@ def cross_entropy_(logits: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
     rows, columns = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows:
-        _cross_entropy_kernel[(rows,)](logits, targets, losses, scale, columns, logits.stride(0), **_block(columns))
+        _cross_entropy_kernel[(rows,)](
+            logits, targets.contiguous(), losses, scale, columns, logits.stride(0), **_block(columns)
+        )
     return losses
 
 

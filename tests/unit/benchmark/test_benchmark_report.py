@@ -26,6 +26,7 @@ def found() -> Measurement:
         batch=batch_plan(config, 8),
         stage=1,
         parameters=1_042_358_272,
+        vocabulary=32_001,
         windows="made-up text of 32,000 ids",
         machine=Machine("cuda", "NVIDIA H100 80GB HBM3", "h100", 8, "3.12.1", packages),
         kernels="triton",

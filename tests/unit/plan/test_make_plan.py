@@ -45,6 +45,7 @@ def plan(*overrides: str, recipe: str = "c4-1b-pause", gpu: str = "h100", nodes:
         ("NVIDIA B300 SXM6 AC", "b300"),
         ("NVIDIA GB300", "gb300"),
         ("NVIDIA GeForce RTX 4090", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
     ],
 )
 def test_the_names_that_cuda_gives(cuda_name, name):

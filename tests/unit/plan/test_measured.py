@@ -26,6 +26,7 @@ def found() -> Measurement:
         batch=batch_plan(config, 8),
         stage=1,
         parameters=1,
+        vocabulary=32_001,
         windows="made up",
         machine=Machine("cuda", "NVIDIA H100 80GB HBM3", "h100", 8, "3.12.1", {}),
         kernels="triton",
@@ -132,3 +133,18 @@ def test_a_cpu_has_no_mfu(planned, found):
 def test_a_missing_file(capsys):
     assert main([*RUN, "--measured", "nowhere.json"]) == 2
     assert "--measured nowhere.json: cannot be read: No such file" in capsys.readouterr().err
+
+
+def test_measured_on_as_many_ranks_it_is_the_step_s_own_mfu(found, tmp_path, capsys):
+    """Recomputation and traffic are in what was measured, so neither is added to it."""
+    keys = ["parallel.recompute=full", "engine.ds_config=zero2"]
+    record = as_record(found) | {"mfu": 0.4}
+    record["config"]["parallel"]["recompute"] = "full"
+    path = tmp_path / "measured.json"
+    path.write_text(json.dumps(record))
+    assert main([*RUN, *keys, "--measured", str(path), "--json"]) == 0
+    (plan,) = json.loads(capsys.readouterr().out)
+    assert plan["step"]["mfu"] == pytest.approx(0.4)
+    assert main(["plan", "--recipe", "c4-1b-pause", "--nodes", "2", *keys, "--measured", str(path), "--json"]) == 0
+    (wider,) = json.loads(capsys.readouterr().out)
+    assert wider["step"]["mfu"] < 0.4
