@@ -6,7 +6,7 @@ import argparse
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 from pause_megatron.errors import ConfigError, PauseMegatronError
@@ -144,6 +144,17 @@ def note(text: str) -> None:
     """Say something about a run before it starts, on its first rank only."""
     if is_first_rank():
         _say(f"note: {text}")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """A type for argparse: integers from `least` on."""
+
+    def integer(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected an integer >= {least}, got {text!r}")
+        return int(text)
+
+    return integer
 
 
 def is_first_rank() -> bool:

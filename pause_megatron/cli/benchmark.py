@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from pause_megatron.cli import is_first_rank, note, started_ranks
+from pause_megatron.cli import at_least, is_first_rank, note, started_ranks
 from pause_megatron.errors import ConfigError
 
 HELP = "take real steps of a configuration on this machine: tokens/s, MFU, memory, kernels, waits"
@@ -23,14 +23,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="keys on top, for example batch.global_size=32"
     )
-    parser.add_argument("--steps", type=_at_least(1), default=10, metavar="N", help="steps that count; default: 10")
+    parser.add_argument("--steps", type=at_least(1), default=10, metavar="N", help="steps that count; default: 10")
     parser.add_argument(
-        "--warmup", type=_at_least(0), default=3, metavar="N", help="steps before them that do not count; default: 3"
+        "--warmup", type=at_least(0), default=3, metavar="N", help="steps before them that do not count; default: 3"
     )
     parser.add_argument("--json", metavar="FILE", help="write everything to FILE, in bytes and seconds")
-    parser.add_argument("--top", type=_at_least(0), default=10, metavar="N", help="kernels to list; default: 10")
+    parser.add_argument("--top", type=at_least(0), default=10, metavar="N", help="kernels to list; default: 10")
     parser.add_argument(
-        "--vocab-size", type=_at_least(1), metavar="N", help="ids of made-up text; default: the corpus's, or 32000"
+        "--vocab-size", type=at_least(1), metavar="N", help="ids of made-up text; default: the corpus's, or 32000"
     )
     parser.epilog = (
         "Windows hold made-up text, unless data.prefix, data.source or a task is given; pauses are a run's own. Start\n"
@@ -82,12 +82,3 @@ def _check_writable(file: Path) -> None:
 
 def _unwritable(file: Path, error: OSError) -> ConfigError:
     return ConfigError(f"--json: expected a file that can be written, got {file}: {error.strerror}")
-
-
-def _at_least(least: int):
-    def count(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected an integer >= {least}, got {text!r}")
-        return int(text)
-
-    return count

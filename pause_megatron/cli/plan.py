@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-from pause_megatron.cli import note
+from pause_megatron.cli import at_least, note
 from pause_megatron.errors import ConfigError
 
 HELP = "say what a run needs and takes on a cluster: memory, communication, days, GPU-hours"
@@ -24,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--recipe", metavar="NAME", help=f"one of {', '.join(recipe_names())}")
     source.add_argument("--config", metavar="FILE", help="a YAML file, for example a run's own config.yaml")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys on top, for example batch.micro_size=8")
-    parser.add_argument("--nodes", type=_count, default=1, metavar="N", help="machines; default: 1")
-    parser.add_argument("--gpus-per-node", type=_count, default=8, metavar="N", help="default: 8")
+    parser.add_argument("--nodes", type=at_least(1), default=1, metavar="N", help="machines; default: 1")
+    parser.add_argument("--gpus-per-node", type=at_least(1), default=8, metavar="N", help="default: 8")
     parser.add_argument(
         "--gpu", default="h100", metavar="NAMES", help=f"one or several, with commas: {', '.join(GPUS)}; default: h100"
     )
@@ -36,7 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--assume", action="append", default=[], metavar="NAME=VALUE", help="replace an assumption that the table lists"
     )
-    parser.add_argument("--vocab-size", type=_count, metavar="N", help="text tokens; default: the corpus's, or 32000")
+    parser.add_argument(
+        "--vocab-size", type=at_least(1), metavar="N", help="text tokens; default: the corpus's, or 32000"
+    )
     parser.add_argument("--json", action="store_true", help="everything as JSON, in bytes and seconds")
     parser.epilog = "exit code: 0, or 2 when the run does not fit on one of the GPUs (what would fit is said)."
 
@@ -81,9 +83,3 @@ def _given(args: argparse.Namespace) -> dict[str, float]:
     if changes.get("mfu", 0) > 1:
         raise ConfigError(f"--mfu: expected a share, 0 to 1, got {changes['mfu']}")
     return changes
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text!r}")
-    return int(text)

@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pause_megatron.distributed.transfer import to_device
+
 MICRO_BATCH, STEP = "micro-batch", "step"
 _place = STEP
 
@@ -53,8 +55,7 @@ class Wait:
 
 def upload(values: Sequence[float], device: torch.device) -> Tensor:
     """Numbers of the host as float64 [n] on the device, without a wait."""
-    tensor = torch.tensor(values, dtype=torch.float64, pin_memory=device.type == "cuda")
-    return tensor.to(device, non_blocking=True)
+    return to_device(torch.tensor(values, dtype=torch.float64), device)
 
 
 # Operators whose result depends on numbers of the device, or that hand them over.

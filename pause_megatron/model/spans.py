@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pause_megatron.distributed.transfer import to_device
+
 
 @dataclass(frozen=True)
 class Spans:
@@ -35,7 +37,7 @@ class Spans:
     def of(cls, lengths: Tensor, device: torch.device | str) -> Spans:
         """From lengths int64 [spans] on the host."""
         bounds = F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
-        return cls(tuple(lengths.tolist()), _upload(bounds, device))
+        return cls(tuple(lengths.tolist()), to_device(bounds, device))
 
     @property
     def longest(self) -> int:
@@ -87,14 +89,8 @@ class TextSpans:
                 f"prefix: expected marks on the first tokens of each text only, got another mark in sample {sample} at "
                 f"position {position}; use segment_mask for such a mask"
             )
-        rows = _upload(marked.nonzero().squeeze(1), device)
+        rows = to_device(marked.nonzero().squeeze(1), device)
         return cls(texts, rows, Spans.of(lengths[lengths > 0], device))
-
-
-def _upload(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """A copy of a host's tensor on the device. From memory that is not pinned the host would wait for it."""
-    pinned = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
-    return pinned.to(device, non_blocking=True)
 
 
 def attend_apart(query: Tensor, key: Tensor, value: Tensor, spans: TextSpans, *, scale: float) -> Tensor:
