@@ -120,8 +120,9 @@ def initialize(
     earlier = frozenset(_groups())
     _join_deepspeed(timeout)
     make_groups(parallel.tensor, timeout)
-    # Nothing here draws random numbers on the device (no dropout, weights are drawn on the host), but megatron-core
-    # enters the tracker under sequence parallelism: the one for inference has a fork() that does nothing.
+    # Nothing here draws from the device's own generator (no dropout, weights have generators of their own), but
+    # megatron-core enters the tracker where it allocates weights and under sequence parallelism: the one for inference
+    # has a fork() that does nothing.
     tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
     return ParallelContext(
         rank=dist.get_rank(),

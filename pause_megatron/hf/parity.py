@@ -195,9 +195,10 @@ def native_logits(checkpoint: NativeCheckpoint, windows: Tensor, dtype: torch.dt
             sequence_length=config.data.sequence_length,
             parallel=ParallelSection(),
             precision="fp32",
+            draw=False,
         )
         load_weights(model, checkpoint.reader, live_rows=checkpoint.vocabulary.size, rank=0, ranks=1)
-        model.to(context.device).eval()
+        model.eval()
 
         def run() -> list[Tensor]:
             positions = torch.arange(windows.shape[1], device=context.device)[None]

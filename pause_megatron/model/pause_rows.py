@@ -29,7 +29,7 @@ def train_pause_rows_only(model: PauseGPTModel) -> None:
         if getattr(parameter, "is_embedding_or_output_parameter", False):
             first = group.rank() * parameter.shape[0]
             mine = [row - first for row in model.vocabulary.pause_ids if first <= row < first + parameter.shape[0]]
-            parameter.register_hook(_keep_rows(torch.tensor(mine, dtype=torch.int64)))
+            parameter.register_hook(_keep_rows(torch.tensor(mine, dtype=torch.int64, device=parameter.device)))
         else:
             # Not a product with 0: that would let an infinite gradient through as NaN.
             parameter.register_hook(torch.zeros_like)
@@ -37,7 +37,6 @@ def train_pause_rows_only(model: PauseGPTModel) -> None:
 
 def _keep_rows(rows: Tensor) -> Callable[[Tensor], Tensor]:
     def keep(gradient: Tensor) -> Tensor:
-        index = rows.to(gradient.device)
-        return torch.zeros_like(gradient).index_copy(0, index, gradient.index_select(0, index))
+        return torch.zeros_like(gradient).index_copy(0, rows, gradient.index_select(0, rows))
 
     return keep
