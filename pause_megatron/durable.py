@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,16 +113,41 @@ sync_folder = sync_file
 
 
 def point(link: Path, target: str) -> None:
-    """Make `link` a symbolic link to `target` (relative to its folder), replacing an older one in a single step."""
+    """Make `link` lead to `target` (a name in its folder), replacing an older one in a single step.
+
+    A symbolic link; where the file system has none, a file that holds the name.
+
+    Raises:
+        OSError: neither can be made, or a folder is in the way.
+    """
     partial = link.with_name(f".{link.name}.partial")
     partial.unlink(missing_ok=True)
-    partial.symlink_to(target)
+    try:
+        partial.symlink_to(target)
+    except OSError:
+        write_whole(link, f"{target}\n".encode())
+        return
     try:
         os.replace(partial, link)
     except OSError:
         partial.unlink()
         raise
     sync_folder(link.parent)
+
+
+def read_regular(path: Path, largest: int) -> bytes:
+    """Bytes of a small file.
+
+    Raises:
+        OSError: it cannot be read, is larger than `largest` bytes, or is a folder, a pipe or a device, on which reading
+            might wait for ever.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EINVAL, "expected a file, got something else of that name")
+    if status.st_size > largest:
+        raise OSError(errno.EFBIG, f"expected at most {largest:,} bytes, got {status.st_size:,}")
+    return path.read_bytes()
 
 
 def digest_of(path: Path) -> str:

@@ -23,7 +23,7 @@ KEPT = 3
 class Saving:
     """An engine, and how a system saves and restores it."""
 
-    def __init__(self, system: str, folder: Path, context) -> None:
+    def __init__(self, system: str, folder: Path, context, width: int = WIDTH) -> None:
         import torch
 
         from pause_megatron.checkpoint import Store
@@ -31,7 +31,7 @@ class Saving:
         from pause_megatron.train.run import new_engine
 
         config = load(overrides=["train.steps=1", "batch.global_size=2", "batch.micro_size=1", "engine.precision=fp32"])
-        model = torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH) for _ in range(4)))
+        model = torch.nn.Sequential(*(torch.nn.Linear(width, width) for _ in range(4)))
         groups = [{"params": list(model.parameters()), "weight_decay": 0.0}]
         self.system, self.folder, self.context = system, folder, context
         self.engine = new_engine(config, model, groups, context)
@@ -50,6 +50,7 @@ class Saving:
         for address in self.engine.state.needed():
             for key in ADAM_STATE:
                 self.engine.state.set(address, key, torch.full((address.numel,), float(step)))
+        self.engine.state.step = max(step, 0)
 
     def is_of(self, step: int) -> bool:
         """Whether every element is the step's."""
@@ -60,12 +61,12 @@ class Saving:
             bool((state.get(address, key) == step).all()) for address in state.owned() for key in ADAM_STATE
         )
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, keep: int = KEPT) -> None:
         """As the system does it."""
         if self.system == "deepspeed":
             self.engine.deepspeed.save_checkpoint(str(self.folder), tag=f"step{step}", client_state={"step": step})
             if self.context.rank == 0:
-                shutil.rmtree(self.folder / f"step{step - KEPT}", ignore_errors=True)
+                shutil.rmtree(self.folder / f"step{step - keep}", ignore_errors=True)
             return
         from pause_megatron.checkpoint import save
 
@@ -78,7 +79,7 @@ class Saving:
             progress={"step": step},
             config_yaml="",
             save_tokenizer=lambda path: path.mkdir(),
-            keep=KEPT,
+            keep=keep,
         )
 
     def restore(self) -> tuple[str, int]:
@@ -101,7 +102,7 @@ class Saving:
         found = self.store.newest_complete()
         if found is None:
             return None
-        self.complaints = found[2]
+        self.complaints = list(found[2])
         reader = CheckpointReader(found[0], self.context.tp_rank)
         restore_weights(self.engine.module, reader)
         restore_engine(self.engine, reader)

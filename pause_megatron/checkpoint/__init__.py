@@ -2,9 +2,9 @@
 
 Layout of `RUN/checkpoints/`:
 
-    latest -> step-00000200            a symbolic link, moved only once its target is complete
+    latest -> step-00000200            moved once its target is complete; `run_folder` says what it means
     step-00000200/
-        manifest.json                  written last: names every file with its size and digest
+        manifest.json                  written last: names every file with its size and digest, and has one of its own
         config.yaml                    the resolved configuration
         tokenizer/                     what decodes this model's ids
         state-tp00-of-02-dp0001-of-0004.safetensors

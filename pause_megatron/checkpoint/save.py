@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import shutil
+import stat
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from safetensors.torch import save_file
+from torch import Tensor
 
-from pause_megatron.checkpoint.manifest import MANIFEST, FileEntry, Manifest, ParameterEntry
+from pause_megatron.checkpoint.manifest import FileEntry, Manifest, ParameterEntry, state_file
+from pause_megatron.checkpoint.reader import state_fault
 from pause_megatron.checkpoint.store import Store
 from pause_megatron.distributed.collective import barrier, gather_objects
 from pause_megatron.distributed.context import ParallelContext
 from pause_megatron.durable import digest_of, sync_file, write_whole
 from pause_megatron.engine import ADAM_STATE, Engine
 from pause_megatron.errors import CheckpointError
+from pause_megatron.run_folder import LATEST, MANIFEST
 
 
 def save(
@@ -69,8 +74,9 @@ def save(
             files=written,
             progress=dict(progress),
         )
-        failure = _attempt(lambda: _publish(store, hidden, manifest, keep))
+        failure = _attempt(lambda: _publish(store, hidden, manifest))
     _give_up_on_failure(hidden, step, gather_objects(failure), context.rank)
+    _tidy(store, step, keep, context.rank)
     barrier()
     return store.path(step)
 
@@ -89,11 +95,11 @@ def _write_mine(
         for address in state.owned()
         for key in ADAM_STATE
     }
-    name = (
-        f"state-tp{context.tp_rank:02d}-of-{context.tp_size:02d}"
-        f"-dp{context.dp_rank:04d}-of-{context.dp_size:04d}.safetensors"
-    )
-    save_file(tensors, hidden / name)
+    for label, values in tensors.items():
+        if fault := state_fault(label.partition("|")[0], values):
+            raise CheckpointError(f"{label}: {fault}: a state to go back from, not to save")
+    name = state_file(context.tp_rank, context.tp_size, context.dp_rank, context.dp_size)
+    _save_tensors(tensors, hidden / name)
     paths = [hidden / name]
     if context.rank == 0:
         write_whole(hidden / "config.yaml", config_yaml.encode())
@@ -109,10 +115,34 @@ def _write_mine(
     return entries
 
 
-def _publish(store: Store, hidden: Path, manifest: Manifest, keep: int) -> None:
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """A safetensors file with the permissions of any new file; the library makes it its owner's alone."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path)
+    path.chmod(stat.S_IMODE(mode))
+
+
+def _publish(store: Store, hidden: Path, manifest: Manifest) -> None:
     write_whole(hidden / MANIFEST, manifest.dumps().encode())
     store.publish(hidden, manifest.step)
-    store.prune(keep)
+
+
+def _tidy(store: Store, step: int, keep: int, rank: int) -> None:
+    """What comes after a checkpoint has its name: nothing that fails here undoes it, so the run goes on."""
+    if rank == 0:
+        try:
+            store.point_to(step)
+        except OSError as error:
+            _warn(step, f"{store.folder / LATEST} could not be pointed at it: {error}")
+    try:
+        store.prune(keep)
+    except (OSError, CheckpointError) as error:
+        _warn(step, f"older ones could not be deleted: {error}")
+
+
+def _warn(step: int, what: str) -> None:
+    print(f"warning: the checkpoint of step {step} is complete, but {what}", file=sys.stderr, flush=True)
 
 
 def _parameters(engine: Engine) -> dict[str, ParameterEntry]:

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import re
 import shutil
+import sys
 from pathlib import Path
 
-from pause_megatron.checkpoint.manifest import MANIFEST, FileEntry, Manifest
-from pause_megatron.distributed.collective import broadcast_object, gather_objects
-from pause_megatron.durable import digest_of, point, sync_folder
+from pause_megatron.checkpoint.manifest import Manifest
+from pause_megatron.checkpoint.verify import Complete, Report, first_complete, no_report, problems_of
+from pause_megatron.distributed.collective import broadcast_object
+from pause_megatron.durable import point, sync_folder
 from pause_megatron.errors import CheckpointError
+from pause_megatron.run_folder import (
+    LATEST,
+    MANIFEST,
+    SET_ASIDE,
+    choose,
+    choose_in,
+    last_published,
+    record_published,
+    step_name,
+    steps_in,
+)
 
-LATEST = "latest"
-_STEP = re.compile(r"step-(\d{8,})")
 _HIDDEN = ".incoming-"
+_LEAST_KEPT = 2
+_Stamp = tuple[tuple[str, int, int, int], ...]
 
 
 class Store:
@@ -28,17 +41,18 @@ class Store:
     def __init__(self, folder: str | Path, rank: int = 0, world_size: int = 1) -> None:
         self.folder = Path(folder)
         self._rank, self._world_size = rank, world_size
+        # Of this process: what it resumed from; and what the files of checkpoints were like when they were found
+        # complete (with so many optimizer steps) or damaged, so that they are not read again while nobody writes them.
+        self._resumed: int | None = None
+        self._verdicts: dict[int, tuple[_Stamp, int | None]] = {}
 
     def steps(self) -> list[int]:
         """Steps of the checkpoints that have a name, ascending. A name is given only to complete ones."""
-        if not self.folder.is_dir():
-            return []
-        matches = (_STEP.fullmatch(path.name) for path in self.folder.iterdir() if path.is_dir())
-        return sorted(int(match.group(1)) for match in matches if match)
+        return steps_in(self.folder)
 
     def path(self, step: int) -> Path:
         """Folder of the checkpoint of a step."""
-        return self.folder / f"step-{step:08d}"
+        return self.folder / step_name(step)
 
     def begin(self, step: int) -> Path:
         """An empty hidden folder to write into, in place of what a killed save left behind. Rank 0 only."""
@@ -53,79 +67,166 @@ class Store:
         return self.folder / f"{_HIDDEN}{step:08d}"
 
     def publish(self, hidden: Path, step: int) -> Path:
-        """Gives a complete, synced folder its name and points `latest` at it. Rank 0 only."""
+        """Gives a complete, synced folder its name. Rank 0 only.
+
+        What was passed over when the run resumed (rolled back, or damaged) is set aside first, and nothing is deleted.
+        """
+        if self._resumed is not None:
+            self._leave_behind(self._resumed)
         final = self.path(step)
-        if final.exists():  # an earlier one of the same step, found damaged when the run resumed before it
-            shutil.rmtree(final)
-        sync_folder(hidden)
+        if final.exists():
+            self._set_aside(final)
         os.rename(hidden, final)
-        sync_folder(self.folder)
-        point(self.folder / LATEST, final.name)
+        self._resumed = None
+        self._judge(step, complete=True)
         return final
 
-    def prune(self, keep: int) -> None:
-        """Deletes all but the newest `keep`. Rank 0 only. Each loses its manifest first: half of one is none."""
-        for step in self.steps()[:-keep]:
-            (self.path(step) / MANIFEST).unlink(missing_ok=True)
-            shutil.rmtree(self.path(step), ignore_errors=True)
-
-    def newest_complete(self) -> tuple[Path, Manifest, list[str]] | None:
-        """The newest checkpoint whose every file has the size and digest that its manifest states.
-
-        Every rank calls this; the digests are shared out among them, and all return the same.
-
-        Returns:
-            (folder, manifest, complaints about newer ones that were passed over), or None when there is no checkpoint.
+    def point_to(self, step: int) -> None:
+        """Points `latest` at a checkpoint that has its name. Rank 0 only.
 
         Raises:
+            OSError: it cannot be moved. The rule of `run_folder` finds the newest one all the same.
+        """
+        sync_folder(self.folder)
+        latest = self.folder / LATEST
+        if latest.is_dir() and not latest.is_symlink():  # a copy that followed the link
+            self._adopt(latest)
+        point(latest, step_name(step))
+        record_published(self.folder, step)
+
+    def prune(self, keep: int) -> None:
+        """Deletes all but the newest `keep` complete checkpoints. Every rank calls this.
+
+        The newest and the complete one before it always stay. One without an applied step more than the one before
+        it has the same weights, and does not count: steps that were all skipped push out nothing. Damaged ones do not
+        count either; they are named, and go when the complete ones around them do. Each loses its manifest first: half
+        of one is none.
+        """
+        kept: list[int] = []  # optimizer steps
+        gone: list[int] = []
+        for step in reversed(broadcast_object(self.steps() if self._rank == 0 else [])):
+            enough = len(kept) >= _LEAST_KEPT and len(set(kept)) >= keep
+            applied = None if enough else self._applied_in(step)
+            if enough or (applied in kept and len(kept) >= _LEAST_KEPT):
+                gone.append(step)
+            elif applied is not None:
+                kept.append(applied)
+        if self._rank == 0:
+            for step in gone:
+                self._delete(self.path(step))
+
+    def newest_complete(self, report: Report = no_report) -> tuple[Path, Manifest, tuple[str, ...]] | None:
+        """The checkpoint to go on from, by the rule of `run_folder`. Every rank calls this; all return the same.
+
+        Returns:
+            (folder, manifest, complaints about others that were passed over), or None when there is no checkpoint.
+
+        Raises:
+            NewerFormatError: it was written by a newer release.
             CheckpointError: there are checkpoints, and none of them is complete.
         """
-        complaints: list[str] = []
-        for step in reversed(broadcast_object(self.steps())):
-            folder = self.path(step)
-            problems = self.verify(folder)
-            if not problems:
-                return folder, Manifest.load(folder), complaints
-            complaints += problems
-        if complaints:
-            raise CheckpointError(
-                f"{self.folder}: expected at least one complete checkpoint, every one is damaged:\n  "
-                + "\n  ".join(complaints)
-            )
-        return None
+        choice = broadcast_object(choose_in(self.folder) if self._rank == 0 else None)
+        if not choice.folders:
+            return None
+        found = first_complete(choice.folders, rank=self._rank, world_size=self._world_size, report=report)
+        self._resumed = found.manifest.step
+        if self._rank == 0:
+            self._judge(found.manifest.step, complete=True)
+        notes = (choice.note,) if choice.note else ()
+        return found.folder, found.manifest, notes + found.complaints
 
     def verify(self, folder: Path) -> list[str]:
         """What is wrong with a checkpoint, one line a file; empty when nothing is. Every rank calls this."""
+        return problems_of(folder, rank=self._rank, world_size=self._world_size)
+
+    def _applied_in(self, step: int) -> int | None:
+        """Optimizer steps in a checkpoint; None: it is damaged. Every rank calls this; all return the same.
+
+        It is read only where somebody wrote to it since this process has written or read it.
+        """
+        known = self._verdicts.get(step) if self._rank == 0 else None
+        if broadcast_object(known is not None and known[0] == self._stamp(step)):
+            return broadcast_object(known and known[1])
+        problems = self.verify(self.path(step))
+        if self._rank != 0:
+            return broadcast_object(None)
+        for problem in problems:
+            print(f"damaged, does not count towards checkpoint.keep: {problem}", file=sys.stderr, flush=True)
+        return broadcast_object(self._judge(step, complete=not problems))
+
+    def _judge(self, step: int, *, complete: bool) -> int | None:
+        """Remembers what was found out about a checkpoint. Rank 0 only."""
+        applied = None
+        with contextlib.suppress(CheckpointError):
+            applied = Manifest.load(self.path(step)).optimizer_step if complete else None
+        self._verdicts[step] = self._stamp(step), applied
+        return applied
+
+    def _stamp(self, step: int) -> _Stamp:
+        """Names, sizes, times and numbers of the files of a checkpoint: whoever writes to one changes them."""
+        stamps = []
         try:
-            manifest = Manifest.load(folder)
-        except CheckpointError as error:
-            return sorted({problem for problems in gather_objects([str(error)]) for problem in problems})
-        mine = list(manifest.files)[self._rank :: self._world_size]
-        found = [problem for name in mine if (problem := file_problem(folder / name, manifest.files[name]))]
-        return sorted({problem for problems in gather_objects(found) for problem in problems})
+            for path in sorted(self.path(step).rglob("*")):
+                status = path.stat()
+                stamps.append((str(path), status.st_size, status.st_mtime_ns, status.st_ino))
+        except OSError as error:
+            stamps.append((str(error), 0, 0, 0))
+        return tuple(stamps)
+
+    def _leave_behind(self, resumed: int) -> None:
+        """Sets aside the checkpoints that are newer than the one that the run went on from."""
+        newer = [step for step in self.steps() if step > resumed]
+        for step in newer:
+            self._set_aside(self.path(step))
+        published = last_published(self.folder)
+        if newer and published is not None and published > resumed:
+            record_published(self.folder, resumed)  # the roll-back is done: from here on the newest is meant again
+
+    def _set_aside(self, folder: Path) -> None:
+        aside = self.folder / SET_ASIDE
+        aside.mkdir(exist_ok=True)
+        target = aside / folder.name
+        number = 1
+        while target.exists():
+            number += 1
+            target = aside / f"{folder.name}.{number}"
+        os.rename(folder, target)
+        print(f"{folder} was passed over: moved to {target}", file=sys.stderr, flush=True)
+
+    def _adopt(self, latest: Path) -> None:
+        """Takes a folder out of the place of `latest`: as the checkpoint that it is, unless that is there already."""
+        try:
+            named = self.path(Manifest.load(latest).step)
+        except CheckpointError:
+            named = latest
+        if named.exists():
+            self._set_aside(latest)
+        else:
+            os.rename(latest, named)
+
+    def _delete(self, folder: Path) -> None:
+        if folder.is_symlink():
+            folder.unlink()
+            return
+        (folder / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def resolve(path: str | Path) -> Path:
-    """A checkpoint folder from what a user typed: the folder, `.../latest`, `RUN/checkpoints` or `RUN`.
+def open_newest(path: str | Path, *, rank: int = 0, world_size: int = 1, report: Report = no_report) -> Complete:
+    """The complete checkpoint that a user means: one itself, `.../latest`, `RUN/checkpoints` or `RUN`.
+
+    Every rank calls this; rank 0 says what was passed over. Arguments as in `first_complete`.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or it is damaged.
     """
-    path = Path(path)
-    for candidate in (path, path / LATEST, path / "checkpoints" / LATEST):
-        if (candidate / MANIFEST).is_file():
-            return candidate.resolve()
-    raise CheckpointError(f"{path}: expected a checkpoint (a folder with {MANIFEST}) or a run folder, found neither")
-
-
-def file_problem(path: Path, entry: FileEntry) -> str | None:
-    """What is wrong with a file whose size and digest are known; None when nothing is."""
-    try:
-        size = path.stat().st_size
-        if size != entry.bytes:
-            return f"{path}: expected {entry.bytes} bytes, found {size}"
-        if digest_of(path) != entry.digest:
-            return f"{path}: its digest is not the manifest's; the file was altered after it was written"
-    except OSError as error:
-        return f"{path}: {error.strerror or error}"
-    return None
+    choice = broadcast_object(choose(path) if rank == 0 else None)
+    if not choice.folders:
+        raise CheckpointError(
+            f"{path}: expected a checkpoint (a folder with {MANIFEST}) or a run folder, found neither"
+        )
+    found = first_complete(choice.folders, rank=rank, world_size=world_size, report=report)
+    if rank == 0:
+        for line in ((choice.note,) if choice.note else ()) + found.complaints:
+            print(f"warning: passed over: {line}", file=sys.stderr, flush=True)
+    return found

@@ -8,6 +8,7 @@ from pathlib import Path
 from pause_megatron.config.schema import DataSection
 from pause_megatron.config.text import Entry, read_entries
 from pause_megatron.errors import ConfigError
+from pause_megatron.run_folder import choose
 
 SHAPE = ("layers", "hidden", "heads", "kv_heads", "ffn", "tied", "qkv_bias", "rope_base", "norm_eps")
 """Keys of the model section that decide what a model with given weights computes."""
@@ -18,7 +19,6 @@ PAUSES = ("pause.embeddings", "pause.softmax")
 OF_A_TASK = ("pause.rate", "pause.window", "pause.placement", "pause.seed", "data.sequence_length")
 """What a finetuning keeps of the pretraining besides: the window, and the record of how pauses were put into it."""
 
-_PLACES = ("", "latest", "checkpoints/latest")
 _LARGEST_BYTES = 1 << 20
 
 
@@ -28,13 +28,12 @@ def checkpoint_config(path: str | Path) -> Path:
     Raises:
         ConfigError: there is none.
     """
-    for place in _PLACES:
-        folder = Path(path) / place
-        try:
-            if (folder / "manifest.json").is_file() and (folder / "config.yaml").is_file():
+    try:
+        for folder in choose(path).folders:
+            if (folder / "config.yaml").is_file():
                 return folder / "config.yaml"
-        except OSError:  # a name that no file can have
-            break
+    except OSError:  # a name that no file can have
+        pass
     first = f"; import it first: pause-megatron import-hf {path} CHECKPOINT" if _is_of_transformers(path) else ""
     raise ConfigError(
         "model.from: expected a checkpoint (a folder with manifest.json and config.yaml) or a run folder, came "

@@ -248,7 +248,9 @@ class CheckpointSection(Section):
     """Complete-or-invisible saves under RUN/checkpoints/."""
 
     every: int = Field(1000, ge=0, description="steps between saves; 0: only at the end and on a stop signal")
-    keep: int = Field(3, ge=1, description="newest complete checkpoints that are kept")
+    keep: int = Field(
+        3, ge=1, description="complete checkpoints that are kept; the newest and the one before it always are"
+    )
     before_end_seconds: int = Field(
         300,
         ge=0,

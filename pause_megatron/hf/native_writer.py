@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pause_megatron.checkpoint.layout import VOCABULARY, partition_dim, row_spans, shard_shape
-from pause_megatron.checkpoint.manifest import MANIFEST, FileEntry, Manifest, ParameterEntry
+from pause_megatron.checkpoint.manifest import FileEntry, Manifest, ParameterEntry, state_file
 from pause_megatron.checkpoint.verify import Report
 from pause_megatron.config.schema import RunConfig
 from pause_megatron.durable import digest_of, sync_file, write_whole
@@ -20,6 +20,7 @@ from pause_megatron.hf.safetensors_file import Entry, SafetensorsWriter
 from pause_megatron.hf.weights import HFRows, HFTensor, native_rows, native_shapes
 from pause_megatron.model import Vocabulary
 from pause_megatron.model.init import pause_row
+from pause_megatron.run_folder import MANIFEST
 
 _BLOCK_BYTES = 16 << 20
 
@@ -72,7 +73,7 @@ def write_native(
             for key in ADAM_STATE
             for name, shape in shapes.items()
         ]
-        path = folder / f"state-tp{rank:02d}-of-{ranks:02d}-dp0000-of-0001.safetensors"
+        path = folder / state_file(rank, ranks, 0, 1)
         with SafetensorsWriter(path, entries) as writer:
             for entry in entries:
                 key, name, _ = entry.name.split("|")

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from pause_megatron.checkpoint.merge import MergedReader, load_weights, restore_masters
-from pause_megatron.checkpoint.store import Store, resolve
+from pause_megatron.checkpoint.store import open_newest
 from pause_megatron.config.initial import SHAPE
 from pause_megatron.config.load import load
 from pause_megatron.config.schema import RunConfig
@@ -36,11 +36,12 @@ class InitialWeights:
     draws = False
 
     def __init__(self, config: RunConfig, tokenizer: Tokenizer, context: ParallelContext) -> None:
-        self._folder, self._context = resolve(config.model.from_), context
-        if problems := Store(self._folder.parent, context.rank, context.world_size).verify(self._folder):
-            raise CheckpointError(
-                f"model.from={config.model.from_}: the checkpoint is damaged:\n  " + "\n  ".join(problems)
-            )
+        self._context = context
+        try:
+            found = open_newest(config.model.from_, rank=context.rank, world_size=context.world_size)
+        except CheckpointError as error:
+            raise CheckpointError(f"model.from={config.model.from_}: {error}") from None
+        self._folder = found.folder
         if differences := _differences(self._folder, config, tokenizer):
             raise CheckpointError(
                 f"model.from={config.model.from_}: weights of another model. Leave the model's sizes out to take the "

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
+from pause_megatron.byte_progress import ByteProgress
 from pause_megatron.checkpoint import (
     CheckpointReader,
     Manifest,
@@ -16,6 +17,7 @@ from pause_megatron.checkpoint import (
     restore_engine,
     restore_weights,
 )
+from pause_megatron.checkpoint.verify import no_report
 from pause_megatron.config.deepspeed import deepspeed_config
 from pause_megatron.config.identity import deciding_keys
 from pause_megatron.config.load import load
@@ -44,7 +46,7 @@ class Resumed:
     draws = False
 
     def __init__(self, folder: Path, manifest: Manifest, context: ParallelContext) -> None:
-        self.progress = Progress(**manifest.progress)
+        self.progress = _progress(folder, manifest)
         self.folder, self._manifest, self._context = folder, manifest, context
         self._reader: CheckpointReader | ShardReader | None = None
 
@@ -69,7 +71,8 @@ def find_resume(store: Store, config: RunConfig, corpus: str, context: ParallelC
     Raises:
         CheckpointError: every checkpoint is damaged, or it is of another configuration or corpus.
     """
-    found = store.newest_complete()
+    with ByteProgress(sys.stderr) as progress:
+        found = store.newest_complete(progress.report if context.rank == 0 else no_report)
     if found is None:
         return None
     folder, manifest, complaints = found
@@ -83,7 +86,7 @@ def find_resume(store: Store, config: RunConfig, corpus: str, context: ParallelC
         )
     if context.rank == 0:
         for complaint in complaints:
-            print(f"damaged, passed over: {complaint}", file=sys.stderr)
+            print(f"passed over: {complaint}", file=sys.stderr)
         print(f"resuming after step {manifest.step} from {folder}", file=sys.stderr)
         if change := world_change(manifest, config, context):
             print(change, file=sys.stderr, flush=True)
@@ -100,6 +103,16 @@ def world_change(manifest: Manifest, config: RunConfig, context: ParallelContext
     }
     changes = [f"{name} {old} -> {new}" for name, (old, new) in sizes.items() if old != new]
     return f"the world has changed, the state is cut anew: {', '.join(changes)}" if changes else None
+
+
+def _progress(folder: Path, manifest: Manifest) -> Progress:
+    expected = {field.name for field in fields(Progress)}
+    if manifest.progress.keys() != expected:
+        raise CheckpointError(
+            f"{folder}: expected the counters {', '.join(sorted(expected))} of a run, got "
+            f"{', '.join(manifest.progress) or 'none'}"
+        )
+    return Progress(**manifest.progress)
 
 
 def progress_record(progress: Progress) -> dict[str, int]:

@@ -205,7 +205,7 @@ def native(
 ) -> list[tuple[list[int], list[float]]]:
     """Greedy answers and log-likelihoods by the checkpoint's own model: no cache, no batch, no transformers."""
     from pause_megatron.checkpoint import CheckpointReader, restore_weights
-    from pause_megatron.checkpoint.store import resolve
+    from pause_megatron.checkpoint.store import open_newest
     from pause_megatron.config.load import load
     from pause_megatron.distributed import initialize
     from pause_megatron.train.pretrain import corpus_data
@@ -214,7 +214,7 @@ def native(
     config = load(str(Path(folder) / "config.yaml"))
     with initialize(config.parallel) as context:
         model = new_model(config, corpus_data(config, context.world_size))
-        restore_weights(model, CheckpointReader(resolve(folder), context.tp_rank))
+        restore_weights(model, CheckpointReader(open_newest(folder).folder, context.tp_rank))
         model.eval()
         pauses = list(model.vocabulary.pause_ids)
 

@@ -55,7 +55,7 @@ def run_config(corpus: str, folder: Path | str, tensor: int, zero: int, extra: l
 def train(corpus: str, folder: str, tensor: int, zero: int, extra: list[str]) -> list[torch.Tensor]:
     """Trains; then the logits of the first validation windows, by the native model at the topology that trained it."""
     from pause_megatron.checkpoint import CheckpointReader, restore_weights
-    from pause_megatron.checkpoint.store import resolve
+    from pause_megatron.checkpoint.store import open_newest
     from pause_megatron.distributed import initialize
     from pause_megatron.train.pretrain import corpus_data, pretrain
     from pause_megatron.train.run import new_model
@@ -65,7 +65,7 @@ def train(corpus: str, folder: str, tensor: int, zero: int, extra: list[str]) ->
     with initialize(config.parallel) as context:
         data = corpus_data(config, context.world_size)
         model = new_model(config, data)
-        restore_weights(model, CheckpointReader(resolve(folder), context.tp_rank))
+        restore_weights(model, CheckpointReader(open_newest(folder).folder, context.tp_rank))
         windows = torch.stack([data.valid.windows[i]["tokens"] for i in range(SAMPLES)])
         positions = torch.arange(windows.shape[1]).expand_as(windows)
         with torch.no_grad():

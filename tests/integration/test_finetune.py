@@ -14,7 +14,7 @@ from forked_ranks import TIMING
 from ranks import run_on_ranks
 
 from pause_megatron.checkpoint import Store
-from pause_megatron.checkpoint.store import resolve
+from pause_megatron.checkpoint.store import open_newest
 from pause_megatron.cli import main
 from pause_megatron.config.load import load
 from pause_megatron.config.schema import RunConfig
@@ -162,7 +162,7 @@ def native_scores(folder: str, base: str, data: str, counts: tuple[int, ...]) ->
     found = []
     with initialize(task.config.parallel) as context, torch.no_grad():
         model = new_model(task.config, training_data(task)).eval()
-        restore_weights(model, CheckpointReader(resolve(folder), context.tp_rank))
+        restore_weights(model, CheckpointReader(open_newest(folder).folder, context.tp_rank))
         for count in counts:
             of_count = []
             for example in task.windows.examples[:4]:

@@ -265,7 +265,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a state file of other tensors": (lambda f: other_tensors(state(f), "no label", (300, 300)), "KEY.PARAMETER.START"),
     "a state file without the parameters": (
         lambda f: other_tensors(state(f), "param|x|0", (90_000,)),
-        r"expected elements .* found 0",
+        "which the manifest has not",
     ),
     "a state file linked from elsewhere": (lambda f: moved_out(f, state(f).name), "a link out of the checkpoint"),
     "a tokenizer linked from elsewhere": (
@@ -286,8 +286,8 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a config of 10 GB": (lambda f: sparse(f / "config.yaml", 10**10), "config.yaml"),
     "a billion layers": (lambda f: yaml_edit(f, "layers: 1", "layers: 1000000000"), "1,000,000,000 layers"),
     "a hidden size of 2**40": (lambda f: yaml_edit(f, "hidden: 16", f"hidden: {2**40}"), "expected shape"),
-    "a pause id of 2**40": (huge_pause_id, "the state files hold"),
-    "a parameter of 10**18 elements": (huge_shape, "expected shape"),
+    "a pause id of 2**40": (huge_pause_id, r"expected elements .* found"),
+    "a parameter of 10**18 elements": (huge_shape, r"expected elements .* found"),
     "a manifest that leaves the folder": (
         lambda f: replace(Manifest.load(f), files={"../../etc/passwd": FileEntry(1, "")}),
         "leaves the checkpoint",

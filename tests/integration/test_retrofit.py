@@ -11,7 +11,7 @@ from ranks import run_on_ranks
 
 from pause_megatron.checkpoint import MergedReader
 from pause_megatron.checkpoint.layout import VOCABULARY
-from pause_megatron.checkpoint.store import resolve
+from pause_megatron.checkpoint.store import open_newest
 from pause_megatron.config.load import load
 from pause_megatron.errors import CheckpointError
 from pause_megatron.hf.export import export
@@ -48,7 +48,7 @@ def bases(corpus, tmp_path_factory) -> dict[str, Path]:
 
 def changed_rows(before: Path, after: Path) -> dict[str, list[int]]:
     """For each parameter that differs in a bit, the rows that do."""
-    one, two = MergedReader(resolve(before)), MergedReader(resolve(after))
+    one, two = MergedReader(open_newest(before).folder), MergedReader(open_newest(after).folder)
     found = {}
     for name in one.manifest.parameters:
         rows = min(one.shape(name)[0], two.shape(name)[0])  # vocabularies are padded by tensor-parallel size
@@ -86,7 +86,7 @@ def test_the_second_stage_trains_everything_from_there(bases, corpus, tmp_path):
     )
     run_on_ranks(2, pretrain, corpus, second, 2, 1, [f"model.from={first}", *settings])
     changed = changed_rows(Path(first), Path(second))
-    assert len(changed) == len(MergedReader(resolve(first)).manifest.parameters)
+    assert len(changed) == len(MergedReader(open_newest(first).folder).manifest.parameters)
     losses = [json.loads((Path(run) / "metrics.jsonl").read_text().splitlines()[-1]) for run in (first, second)]
     assert losses[1]["valid_loss"] < losses[0]["valid_loss"]
     done = export(second, tmp_path / "out")

@@ -1,0 +1,513 @@
+"""Which checkpoint is meant, by whoever asks; what damage is found; and what is never lost."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import random
+import shutil
+import stat
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_on_ranks
+from safetensors.torch import load_file, save_file
+from test_engine import config, make_engine
+
+from pause_megatron.checkpoint import Manifest, Store
+from pause_megatron.checkpoint.manifest import VERSION, FileEntry, NewerFormatError
+from pause_megatron.checkpoint.store import open_newest
+from pause_megatron.checkpoint.verify import problems_of
+from pause_megatron.durable import digest_of
+from pause_megatron.errors import CheckpointError
+from pause_megatron.run_folder import choose, last_published
+
+FLIPS, FULL_FLIPS = 300, 2500
+
+
+def one_rank(folder: str, call) -> None:
+    """Calls `call(save)` on a rank that is alone; `save(step, keep=3)` saves its engine into a store of one process."""
+    from pause_megatron.checkpoint import save
+    from pause_megatron.config.schema import ParallelSection
+    from pause_megatron.distributed import initialize
+
+    with initialize(ParallelSection()) as context, make_engine(config(1, "fp32", 2), context) as engine:
+        store = Store(folder)
+        store.newest_complete()
+
+        def save_step(step: int, *, keep: int = 3, applied: int | None = None) -> None:
+            engine.state.step = step if applied is None else applied
+            save(
+                store,
+                engine,
+                context,
+                step=step,
+                corpus="corpus",
+                progress={"step": step, "tokens": 16 * step, "text_tokens": 15 * step},
+                config_yaml="run: {}\n",
+                save_tokenizer=lambda path: (path.mkdir(), (path / "tokenizer.json").write_text("{}")),
+                keep=keep,
+            )
+
+        call(save_step, store, engine)
+
+
+def save_all(save, store, engine) -> None:
+    for step in (10, 20, 30):
+        save(step)
+
+
+def save_three(folder: str) -> None:
+    one_rank(folder, save_all)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """A run folder with the checkpoints of steps 10, 20 and 30."""
+    folder = tmp_path_factory.mktemp("three") / "run"
+    run_on_ranks(1, save_three, str(folder / "checkpoints"))
+    return folder
+
+
+@pytest.fixture
+def run(made, tmp_path) -> Path:
+    shutil.copytree(made, tmp_path / "run", symlinks=True)
+    return tmp_path / "run"
+
+
+def taken(run: Path) -> int:
+    """The step that everybody takes: resume, and export by each name that a user may type."""
+    resumed = Store(run / "checkpoints").newest_complete()[1].step
+    for place in ("", "checkpoints", "checkpoints/latest"):
+        assert open_newest(run / place).manifest.step == resumed, place
+    return resumed
+
+
+def damage(folder: Path) -> None:
+    """One bit of a state file."""
+    path = next(folder.glob("state-*"))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def point_by_hand(run: Path, target: str) -> None:
+    latest = run / "checkpoints" / "latest"
+    latest.unlink()
+    latest.symlink_to(target)
+
+
+def resolved_link(run: Path) -> None:
+    """As `cp -rL`, `scp -r` and object stores leave it."""
+    copy = run.with_name("copy")
+    shutil.copytree(run, copy)
+    shutil.rmtree(run)
+    copy.rename(run)
+    assert (run / "checkpoints" / "latest").is_dir() and not (run / "checkpoints" / "latest").is_symlink()
+
+
+def a_text_file(run: Path) -> None:
+    (run / "checkpoints" / "latest").unlink()
+    (run / "checkpoints" / "latest").write_text("step-00000020\n")
+
+
+def killed_before_the_pointer_moved(run: Path) -> None:
+    point_by_hand(run, "step-00000020")
+    (run / ".checkpoints.json").write_text('{"published": 20}')
+
+
+CHANGES = {
+    "nothing": (lambda run: None, 30),
+    "no latest": (lambda run: (run / "checkpoints" / "latest").unlink(), 30),
+    "moved back": (lambda run: point_by_hand(run, "step-00000020"), 20),
+    "moved back, as DeepSpeed's file": (a_text_file, 20),
+    "moved back with a path": (lambda run: point_by_hand(run, str(run / "checkpoints" / "step-00000010")), 10),
+    "moved back to a damaged one": (
+        lambda run: (point_by_hand(run, "step-00000020"), damage(run / "checkpoints" / "step-00000020")),
+        10,
+    ),
+    "leads nowhere": (lambda run: point_by_hand(run, "step-00000099"), 30),
+    "no name of a checkpoint": (lambda run: point_by_hand(run, "../../etc"), 30),
+    "a copy that followed the link": (resolved_link, 30),
+    "killed before the pointer moved": (killed_before_the_pointer_moved, 30),
+    "the newest is damaged": (lambda run: damage(run / "checkpoints" / "step-00000030"), 20),
+    "the newest lost its folder": (lambda run: shutil.rmtree(run / "checkpoints" / "step-00000030"), 20),
+    "no record": (lambda run: (run / ".checkpoints.json").unlink(), 30),
+    "a record that is none": (lambda run: (run / ".checkpoints.json").write_text("[" * 9999), 30),
+    "other things beside them": (
+        lambda run: [
+            (run / "checkpoints" / "step-0000000040").mkdir(),  # too many digits for that number
+            (run / "checkpoints" / "step-00000050").touch(),
+            (run / "checkpoints" / "step-99999999").symlink_to("nowhere"),
+        ],
+        30,
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_resume_and_export_take_the_same_checkpoint(run, change):
+    act, expected = CHANGES[change]
+    act(run)
+    assert taken(run) == expected
+
+
+def test_only_latest_was_copied(run):
+    """`scp -r HOST:RUN/checkpoints/latest checkpoints/`: it is taken, and becomes a checkpoint at the next save."""
+    resolved_link(run)
+    for step in (10, 20, 30):
+        shutil.rmtree(run / "checkpoints" / f"step-{step:08d}")
+    assert taken(run) == 30
+    run_on_ranks(1, save_one, str(run / "checkpoints"), 40)
+    assert Store(run / "checkpoints").steps() == [30, 40] and taken(run) == 40
+
+
+def save_one(folder: str, step: int, keep: int = 3, applied: int | None = None) -> None:
+    one_rank(folder, lambda save, store, engine: save(step, keep=keep, applied=applied))
+
+
+def test_a_folder_in_place_of_latest_is_replaced_and_nothing_of_it_is_lost(run):
+    resolved_link(run)
+    run_on_ranks(1, save_one, str(run / "checkpoints"), 40)
+    assert os.readlink(run / "checkpoints" / "latest") == "step-00000040"
+    assert Manifest.load(run / "checkpoints" / "set-aside" / "latest").step == 30
+    assert taken(run) == 40
+
+
+def save_without_links(folder: str) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EPERM, "Operation not permitted")
+
+    original, Path.symlink_to = Path.symlink_to, refuse
+    try:
+        save_three(folder)
+    finally:
+        Path.symlink_to = original
+
+
+def test_where_there_are_no_symbolic_links_latest_is_a_file(tmp_path):
+    run_on_ranks(1, save_without_links, str(tmp_path / "checkpoints"))
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000030\n"
+    assert taken(tmp_path) == 30
+    run_on_ranks(1, save_one, str(tmp_path / "checkpoints"), 40)
+    assert taken(tmp_path) == 40
+
+
+def test_a_roll_back_goes_on_from_there_and_sets_the_newer_ones_aside(run):
+    point_by_hand(run, "step-00000010")
+    run_on_ranks(1, save_one, str(run / "checkpoints"), 15)
+    checkpoints = run / "checkpoints"
+    assert Store(checkpoints).steps() == [10, 15] and taken(run) == 15
+    aside = sorted(path.name for path in (checkpoints / "set-aside").iterdir())
+    assert aside == ["step-00000020", "step-00000030"]
+    assert all(not problems_of(path) for path in (checkpoints / "set-aside").iterdir())
+
+
+def interrupted_save(folder: str, call: str) -> None:
+    """A save that ends, as a kill would end it, before this call of the store."""
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*_: object) -> None:
+        raise Killed
+
+    def act(save, store, engine) -> None:
+        setattr(store, call, kill)
+        with pytest.raises(Killed):
+            save(15)
+
+    one_rank(folder, act)
+
+
+@pytest.mark.parametrize(("call", "expected"), [("publish", 10), ("_set_aside", 10), ("point_to", 15)])
+def test_a_roll_back_that_was_killed_while_it_saved_goes_on(run, call, expected):
+    point_by_hand(run, "step-00000010")
+    run_on_ranks(1, interrupted_save, str(run / "checkpoints"), call)
+    assert taken(run) == expected
+
+
+def fail_after_publishing(folder: str) -> str:
+    """What is said on stderr when neither `latest` nor older checkpoints can be touched."""
+    import contextlib
+    import io
+
+    import pause_megatron.checkpoint.store as module
+
+    said = io.StringIO()
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    def act(save, store, engine) -> None:
+        original, module.point, store._delete = module.point, refuse, refuse
+        try:
+            with contextlib.redirect_stderr(said):
+                save(40)
+                save(50)
+        finally:
+            module.point = original
+
+    one_rank(folder, act)
+    return said.getvalue()
+
+
+def test_what_fails_after_publication_is_a_warning_and_the_checkpoint_is_there(run):
+    (said,) = run_on_ranks(1, fail_after_publishing, str(run / "checkpoints"))
+    assert said.count("the checkpoint of step 40 is complete, but") == 2, said
+    assert "could not be written" not in said
+    assert Store(run / "checkpoints").steps() == [10, 20, 30, 40, 50] and taken(run) == 50
+    assert last_published(run / "checkpoints") == 30
+
+
+# What goes
+
+
+def test_damaged_ones_beside_it_never_cost_the_good_one(run):
+    """Newer damaged ones, resume, save: the new one and the one that it went on from are there."""
+    for step in (20, 30):
+        damage(run / "checkpoints" / f"step-{step:08d}")
+    run_on_ranks(1, save_one, str(run / "checkpoints"), 12, 1)
+    assert Store(run / "checkpoints").steps() == [10, 12] and taken(run) == 12
+    run_on_ranks(1, save_one, str(run / "checkpoints"), 31, 1)
+    assert Store(run / "checkpoints").steps() == [12, 31]
+
+
+def damage_then_save(folder: str) -> None:
+    def act(save, store, engine) -> None:
+        damage(Path(folder) / "step-00000020")
+        damage(Path(folder) / "step-00000030")
+        save(40, keep=2)
+
+    one_rank(folder, act)
+
+
+def test_only_complete_ones_count_also_when_they_are_damaged_meanwhile(run):
+    run_on_ranks(1, damage_then_save, str(run / "checkpoints"))
+    assert {10, 40} <= set(Store(run / "checkpoints").steps())
+    damage(run / "checkpoints" / "step-00000040")
+    assert taken(run) == 10
+
+
+def save_skipped(folder: str) -> None:
+    """Many saves without an applied step between them."""
+
+    def act(save, store, engine) -> None:
+        for step in range(40, 100, 10):
+            save(step, keep=2, applied=31)
+
+    one_rank(folder, act)
+
+
+def test_skipped_steps_push_out_nothing(run):
+    run_on_ranks(1, save_skipped, str(run / "checkpoints"))
+    assert Store(run / "checkpoints").steps() == [30, 80, 90]
+
+
+# What is found
+
+
+def flips(folder: Path, count: int) -> list[tuple[Path, int, int]]:
+    """(file, byte, bit): half of them over the files by their size, half over the files alike."""
+    rng = random.Random(0)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    by_size = rng.choices(files, [path.stat().st_size for path in files], k=count // 2)
+    chosen = by_size + [rng.choice(files) for _ in range(count - count // 2)]
+    return [(path, rng.randrange(path.stat().st_size), rng.randrange(8)) for path in chosen]
+
+
+def test_no_flipped_bit_is_silent_and_none_hides_an_older_checkpoint(run, full):
+    newest = run / "checkpoints" / "step-00000030"
+    for path, place, bit in flips(newest, FULL_FLIPS if full else FLIPS):
+        content = path.read_bytes()
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
+        folder, _, complaints = Store(run / "checkpoints").newest_complete()
+        assert folder.name == "step-00000020", (path, place, bit)
+        assert any(path.name in complaint for complaint in complaints), (path, place, bit, complaints)
+        path.write_bytes(content)
+    assert taken(run) == 30
+
+
+def rewrite(folder: Path, manifest: Manifest) -> None:
+    """A manifest whose own digest is right, over the files as they are now."""
+    files = {
+        name: FileEntry((folder / name).stat().st_size, digest_of(folder / name))
+        if (folder / name).is_file()
+        else entry
+        for name, entry in manifest.files.items()
+    }
+    (folder / "manifest.json").write_text(replace(manifest, files=files).dumps())
+
+
+def change_state(folder: Path, change) -> None:
+    path = next(folder.glob("state-*"))
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+def doubled(tensors: dict) -> None:
+    """Half of a parameter twice in place of the whole."""
+    name = next(name for name in tensors if name.startswith("param|layers.0.weight|0"))
+    values = tensors.pop(name)
+    half = len(values) // 2
+    tensors[name], tensors[name[:-1] + "1"] = values[:half].clone(), values[: len(values) - half].clone()
+
+
+def value(key: str, number: float):
+    def change(tensors: dict) -> None:
+        name = next(name for name in tensors if name.startswith(f"{key}|"))
+        tensors[name][-1] = number
+
+    return change
+
+
+FORGED = {
+    "half of a parameter twice": doubled,
+    "a parameter less": lambda tensors: tensors.pop("param|layers.2.bias|0"),
+    "a moment less": lambda tensors: tensors.pop("exp_avg_sq|layers.2.bias|0"),
+    "an element less": lambda tensors: tensors.update({"param|layers.2.bias|0": tensors["param|layers.2.bias|0"][1:]}),
+    "an element more": lambda tensors: tensors.update({"param|layers.2.bias|0": torch.zeros(6)}),
+    "a parameter more": lambda tensors: tensors.update({"param|other|0": torch.zeros(1)}),
+    "integers": lambda tensors: tensors.update({"param|layers.2.bias|0": torch.zeros(5, dtype=torch.int32)}),
+    "half precision": lambda tensors: tensors.update({"param|layers.2.bias|0": torch.zeros(5, dtype=torch.bfloat16)}),
+    "NaN weights": value("param", math.nan),
+    "infinite moments": value("exp_avg", -math.inf),
+    "NaN second moments": value("exp_avg_sq", math.nan),
+    "negative second moments": value("exp_avg_sq", -1.0),
+}
+
+
+@pytest.mark.parametrize("kind", FORGED)
+def test_a_state_that_cannot_be_is_passed_over_although_its_digests_are_right(run, kind):
+    newest = run / "checkpoints" / "step-00000030"
+    manifest = Manifest.load(newest)
+    change_state(newest, FORGED[kind])
+    rewrite(newest, manifest)
+    _, found, complaints = Store(run / "checkpoints").newest_complete()
+    assert found.step == 20 and any("step-00000030" in line for line in complaints), complaints
+
+
+MANIFESTS = {
+    "another step": lambda m: replace(m, step=31, progress={**m.progress, "step": 31}),
+    "another step in the progress": lambda m: replace(m, progress={**m.progress, "step": 31}),
+    "a negative counter": lambda m: replace(m, progress={**m.progress, "tokens": -1}),
+    "a step that is null": lambda m: replace(m, step=None),
+    "a step that is a number with a point": lambda m: replace(m, step=30.0),
+    "a step that is true": lambda m: replace(m, optimizer_step=True),
+    "a nested counter": lambda m: replace(m, progress={**m.progress, "tokens": {"a": 1}}),
+    "a huge counter": lambda m: replace(m, progress={**m.progress, "step": 10**400}),
+    "no tensor-parallel rank": lambda m: replace(m, tensor_parallel=0),
+    "a million ranks": lambda m: replace(m, data_parallel=10**12, tensor_parallel=10**12),
+    "a stage that there is not": lambda m: replace(m, zero_stage=4),
+    "another cut": lambda m: replace(
+        m, parameters={name: replace(entry, partition_dim=7) for name, entry in m.parameters.items()}
+    ),
+    "a dimension too many": lambda m: replace(
+        m, parameters={name: replace(entry, partition_dim=1) for name, entry in m.parameters.items()}
+    ),
+    "an empty shape": lambda m: replace(
+        m, parameters={name: replace(entry, shape=(0,)) for name, entry in m.parameters.items()}
+    ),
+    "a file that is not there": lambda m: replace(m, files={**m.files, "other": FileEntry(1, "xxh3_128:0")}),
+    "no state file": lambda m: replace(m, files={n: e for n, e in m.files.items() if not n.startswith("state")}),
+    "an odd name": lambda m: replace(m, files={**m.files, "a\n\x00": FileEntry(1, "")}),
+}
+
+
+@pytest.mark.parametrize("kind", MANIFESTS)
+def test_a_manifest_that_cannot_be_is_passed_over_although_its_digest_is_right(run, kind):
+    newest = run / "checkpoints" / "step-00000030"
+    (newest / "manifest.json").write_text(MANIFESTS[kind](Manifest.load(newest)).dumps())
+    _, found, complaints = Store(run / "checkpoints").newest_complete()
+    assert found.step == 20 and any("step-00000030" in line for line in complaints)
+
+
+def in_place(folder: Path, make) -> None:
+    (folder / "manifest.json").unlink()
+    make(folder / "manifest.json")
+
+
+PLACES = {
+    "a pipe for a manifest": lambda f: in_place(f, os.mkfifo),
+    "a folder for a manifest": lambda f: in_place(f, Path.mkdir),
+    "an empty manifest": lambda f: in_place(f, Path.touch),
+    "brackets for a manifest": lambda f: in_place(f, lambda path: path.write_text("[" * 100_000)),
+    "zeros for a manifest": lambda f: in_place(f, lambda path: path.write_bytes(b"\0" * 999)),
+    "a pipe for a file": lambda f: ((f / "config.yaml").unlink(), os.mkfifo(f / "config.yaml")),
+    "a folder for a file": lambda f: ((f / "config.yaml").unlink(), (f / "config.yaml").mkdir()),
+    "a link out of it": lambda f: (
+        shutil.move(f / "config.yaml", f.parent / "aside"),
+        (f / "config.yaml").symlink_to(f.parent / "aside"),
+    ),
+    "another name": lambda f: (shutil.rmtree(f), shutil.copytree(f.with_name("step-00000010"), f)),
+}
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_things_that_are_no_files_are_passed_over_and_nothing_hangs(run, kind):
+    PLACES[kind](run / "checkpoints" / "step-00000030")
+    assert Store(run / "checkpoints").newest_complete()[1].step == 20
+
+
+@pytest.mark.parametrize("version", [VERSION + 1, 99, 10**9])
+@pytest.mark.parametrize("digested", [True, False])
+def test_a_newer_format_is_an_error_that_says_so(run, version, digested, monkeypatch):
+    newest = run / "checkpoints" / "step-00000030"
+    if digested:
+        manifest = Manifest.load(newest)
+        monkeypatch.setattr("pause_megatron.checkpoint.manifest.VERSION", version)
+        (newest / "manifest.json").write_text(manifest.dumps())
+        monkeypatch.undo()
+    else:  # written by hand
+        text = (newest / "manifest.json").read_text()
+        (newest / "manifest.json").write_text(text.replace(f'"version": {VERSION}', f'"version": {version}'))
+    for take in (Store(run / "checkpoints").newest_complete, lambda: open_newest(run)):
+        with pytest.raises(NewerFormatError, match=rf"version {VERSION} or older, got version {version}"):
+            take()
+
+
+def test_a_manifest_of_the_first_version_is_read(run):
+    newest = run / "checkpoints" / "step-00000030" / "manifest.json"
+    lines = [line for line in newest.read_text().splitlines() if "manifest_digest" not in line]
+    newest.write_text("\n".join(lines).replace(f'"version": {VERSION}', '"version": 1'))
+    assert taken(run) == 30
+
+
+def test_files_have_the_permissions_of_the_umask(made):
+    umask = os.umask(0)
+    os.umask(umask)
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in made.rglob("*") if path.is_file()}
+    assert modes == {0o666 & ~umask}
+
+
+def save_broken(folder: str) -> list[str]:
+    said = []
+
+    def act(save, store, engine) -> None:
+        for key, number in (("param", math.nan), ("exp_avg", math.inf), ("exp_avg_sq", math.nan)):
+            address = engine.state.owned()[0]
+            before = engine.state.get(address, key).clone()
+            engine.state.set(address, key, torch.full((address.numel,), number))
+            with pytest.raises(CheckpointError) as raised:
+                save(40)
+            said.append(str(raised.value))
+            engine.state.set(address, key, before)
+
+    one_rank(folder, act)
+    return said
+
+
+def test_a_state_that_is_not_finite_is_not_saved(run):
+    for said in run_on_ranks(1, save_broken, str(run / "checkpoints"))[0]:
+        assert "the checkpoint of step 40 could not be written" in said and "expected finite numbers" in said
+    assert taken(run) == 30
+
+
+def test_choose_says_what_is_unusual(run):
+    assert choose(run).note == ""
+    point_by_hand(run, "step-00000010")
+    assert "was moved back to step-00000010, before step-00000020, step-00000030" in choose(run).note
