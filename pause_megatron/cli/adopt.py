@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from pause_megatron.cli import warn
+from pause_megatron.paths import path_option, prefix_option
 
 HELP = "check a corpus that Megatron-LM's preprocess_data.py made, and write its manifest"
 
@@ -17,9 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  pause-megatron adopt data/theirs_text_document --tokenizer tok.model\n\n"
         "Reads PREFIX.bin and PREFIX.idx whole and writes PREFIX.tokenizer/ and PREFIX.manifest.json beside them."
     )
-    parser.add_argument("prefix", metavar="PREFIX", help="prefix of the .bin and .idx, which are never written to")
+    parser.add_argument(
+        "prefix", type=prefix_option, metavar="PREFIX", help="prefix of the .bin and .idx, which are never written to"
+    )
     parser.add_argument(
         "--tokenizer",
+        type=path_option,
         required=True,
         metavar="PATH",
         help="that they were made with: SentencePiece .model, tokenizer.json, folder, or hf:NAME",
@@ -51,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace a manifest that is there")
     parser.add_argument(
         "--cache",
+        type=path_option,
         metavar="FOLDER",
         help="data.cache of the runs to come: the record there lets them start without reading the corpus again "
         "(default: 'cache' beside the corpus)",

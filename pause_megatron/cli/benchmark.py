@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pause_megatron.cli import at_least, is_first_rank, note, started_ranks
 from pause_megatron.errors import ConfigError
+from pause_megatron.paths import path_option
 
 HELP = "take real steps of a configuration on this machine: tokens/s, MFU, memory, kernels, waits"
 
@@ -19,7 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--recipe", metavar="NAME", help=f"one of {', '.join(recipe_names())}")
-    source.add_argument("--config", metavar="FILE", help="a YAML file, for example a run's own config.yaml")
+    source.add_argument(
+        "--config", type=path_option, metavar="FILE", help="a YAML file, for example a run's own config.yaml"
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="keys on top, for example batch.global_size=32"
     )
@@ -27,7 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--warmup", type=at_least(0), default=3, metavar="N", help="steps before them that do not count; default: 3"
     )
-    parser.add_argument("--json", metavar="FILE", help="write everything to FILE, in bytes and seconds")
+    parser.add_argument(
+        "--json", type=path_option, metavar="FILE", help="write everything to FILE, in bytes and seconds"
+    )
     parser.add_argument("--top", type=at_least(0), default=10, metavar="N", help="kernels to list; default: 10")
     parser.add_argument(
         "--vocab-size", type=at_least(1), metavar="N", help="ids of made-up text; default: the corpus's, or 32000"

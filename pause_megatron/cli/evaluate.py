@@ -16,6 +16,7 @@ from pause_megatron.cli.exported_model import (
     load_model,
 )
 from pause_megatron.errors import ConfigError, DataError
+from pause_megatron.paths import path_option
 
 if TYPE_CHECKING:
     from pause_megatron.evaluate import ResultsFolder, Settings
@@ -41,19 +42,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_argument(parser)
     parser.add_argument(
         "--tasks",
+        type=_names,
         required=True,
         metavar="NAME,...",
         help=f"of {', '.join(task_names())}; FILE.yaml; module:attribute; lm_eval/NAME for a task of lm-eval",
     )
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder of results.json and samples/")
+    parser.add_argument(
+        "--output", type=path_option, required=True, metavar="DIR", help="folder of results.json and samples/"
+    )
     data = parser.add_argument_group("data")
     data.add_argument(
         "--task-path",
+        type=path_option,
         metavar="ROOT",
         help="folder that holds a folder of JSON lines for each task (default: the Hugging Face hub)",
     )
     data.add_argument("--limit", metavar="N", help="the first N records of each task (default: all)")
-    data.add_argument("--include-path", metavar="DIR", help="folder of lm-eval task files (*.yaml) of your own")
+    data.add_argument(
+        "--include-path", type=path_option, metavar="DIR", help="folder of lm-eval task files (*.yaml) of your own"
+    )
     pauses = parser.add_argument_group("pauses")
     pauses.add_argument(
         "--pauses", metavar="N,...", help="behind each prompt (default: what the model was finetuned with)"
@@ -72,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     batch_size = _number("--batch-size", args.batch_size, least=1)
     limit = None if args.limit is None else _number("--limit", args.limit, least=1)
     seed = _number("--seed", args.seed, least=0)
-    names = list(dict.fromkeys(name.strip() for name in args.tasks.split(",")))
+    names = list(dict.fromkeys(args.tasks))
     asked = _examples([name for name in names if not name.startswith(_LM_EVAL)], args.task_path, limit)
     of_lm_eval = [name.removeprefix(_LM_EVAL) for name in names if name.startswith(_LM_EVAL)]
     harness = _harness(of_lm_eval, args)
@@ -95,6 +102,10 @@ def run(args: argparse.Namespace) -> int:
                 entries += harness.evaluate(generator, name, each, folder, batch_size=batch_size, limit=limit)
     print(_table(entries))
     return 0
+
+
+def _names(text: str) -> list[str]:
+    return [path_option(name.strip()) for name in text.split(",")]
 
 
 def _examples(names: Sequence[str], root: str | None, limit: int | None) -> list[tuple[Task, list[Example]]]:

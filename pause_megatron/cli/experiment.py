@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pause_megatron.errors import ConfigError
+from pause_megatron.paths import expanded, path_option
 
 if TYPE_CHECKING:
     from pause_megatron.experiment.grid import Plan
@@ -31,9 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("words", nargs="*", metavar="DIR|KEY=VALUE", help="status, report: DIR; run: keys on top")
     grid = parser.add_argument_group("run: which grid")
     grid.add_argument("--recipe", metavar="NAME", help=f"one of {', '.join(recipe_names())}")
-    grid.add_argument("--config", metavar="FILE", help="a grid file, for example DIR/grid.yaml")
-    grid.add_argument("--task-path", metavar="ROOT", help="folder with a folder of records per task (data.tasks)")
-    grid.add_argument("--output", metavar="DIR", help="default: runs/experiments/NAME; report: default DIR/report")
+    grid.add_argument("--config", type=path_option, metavar="FILE", help="a grid file, for example DIR/grid.yaml")
+    grid.add_argument(
+        "--task-path", type=path_option, metavar="ROOT", help="folder with a folder of records per task (data.tasks)"
+    )
+    grid.add_argument(
+        "--output", type=path_option, metavar="DIR", help="default: runs/experiments/NAME; report: default DIR/report"
+    )
     grid.add_argument("--dry-run", action="store_true", help="list cells, steps, FLOPs and order, and stop")
     local = parser.add_argument_group("run: here")
     local.add_argument("--jobs", type=_count, default=1, metavar="N", help="cells at a time (default: 1)")
@@ -87,10 +92,11 @@ def _planned(args: argparse.Namespace) -> tuple[Grid, Plan]:
     from pause_megatron.experiment.grid import expand
     from pause_megatron.experiment.inputs import assume, gather
     from pause_megatron.experiment.load import load_grid
+    from pause_megatron.experiment.models import as_overrides
 
     overrides = list(args.words)
     if args.task_path is not None:
-        overrides.append(f"data.tasks={args.task_path}")
+        overrides += as_overrides({"data.tasks": args.task_path})
     grid = load_grid(args.config, recipe=args.recipe, overrides=overrides)
     without_data = args.dry_run and not grid.data.prefix
     if without_data:
@@ -140,7 +146,10 @@ def _directory(args: argparse.Namespace) -> Path:
     """The one folder that status, report and cell are about."""
     if len(args.words) != 1:
         raise ConfigError(f"experiment {args.action}: expected one folder, came {len(args.words)}")
-    return Path(args.words[0]).resolve()
+    try:
+        return Path(expanded(args.words[0])).resolve()
+    except ValueError as error:
+        raise ConfigError(f"experiment {args.action}: {error}") from None
 
 
 def _stop_on_signals():

@@ -8,6 +8,8 @@ import re
 import sys
 import time
 
+from pause_megatron.paths import path_option
+
 HELP = "turn a checkpoint into a Hugging Face folder that transformers and vLLM load"
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -15,8 +17,8 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("checkpoint", help="a checkpoint, RUN/checkpoints/latest, or RUN")
-    parser.add_argument("output", help="the folder; new or empty")
+    parser.add_argument("checkpoint", type=path_option, help="a checkpoint, RUN/checkpoints/latest, or RUN")
+    parser.add_argument("output", type=path_option, help="the folder; new or empty")
     parser.add_argument(
         "--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the weights (default: fp32)"
     )

@@ -6,6 +6,8 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
+from pause_megatron.paths import path_option
+
 if TYPE_CHECKING:
     from pause_megatron.inference import PauseGenerator
 
@@ -13,7 +15,11 @@ if TYPE_CHECKING:
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
     """Which model: --model."""
     parser.add_argument(
-        "--model", required=True, metavar="DIR", help="folder that export-hf wrote, or a Llama-like one"
+        "--model",
+        type=path_option,
+        required=True,
+        metavar="DIR",
+        help="folder that export-hf wrote, or a Llama-like one",
     )
 
 

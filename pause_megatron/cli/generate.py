@@ -17,6 +17,8 @@ from pause_megatron.cli.exported_model import (
     load_model,
 )
 from pause_megatron.errors import ConfigError, DataError
+from pause_megatron.lines import lines_of
+from pause_megatron.paths import path_option
 
 if TYPE_CHECKING:
     from pause_megatron.inference import Generation, PauseGenerator, SettledPauses
@@ -31,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given repeatedly"
     )
-    parser.add_argument("--prompts-file", metavar="FILE", help="a prompt a line; - for standard input")
+    parser.add_argument(
+        "--prompts-file", type=path_option, metavar="FILE", help="a prompt a line; - for standard input"
+    )
     pauses = parser.add_argument_group("pauses")
     pauses.add_argument(
         "--pauses",
@@ -108,11 +112,9 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     if args.prompts_file is not None:
         try:
             content = sys.stdin.buffer.read() if args.prompts_file == "-" else Path(args.prompts_file).read_bytes()
-            prompts += [line for line in content.decode("utf-8").splitlines() if line]
+            prompts += filter(None, lines_of(content, f"--prompts-file {args.prompts_file}"))
         except OSError as error:
             raise DataError(f"--prompts-file {args.prompts_file}: cannot be read ({error.strerror})") from None
-        except UnicodeDecodeError as error:
-            raise DataError(f"--prompts-file {args.prompts_file}: expected UTF-8, byte {error.start} is not") from None
     if not prompts:
         raise ConfigError("expected a prompt: --prompt TEXT, or --prompts-file FILE with a prompt a line")
     return prompts

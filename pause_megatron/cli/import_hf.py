@@ -7,13 +7,17 @@ import os
 import sys
 import time
 
+from pause_megatron.paths import path_option
+
 HELP = "turn a Hugging Face folder of the Llama family into a checkpoint with pauses"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("folder", help="config.json, safetensors and a tokenizer of a Llama, Mistral or Qwen2 model")
-    parser.add_argument("checkpoint", help="the checkpoint to write; new or empty")
+    parser.add_argument(
+        "folder", type=path_option, help="config.json, safetensors and a tokenizer of a Llama, Mistral or Qwen2 model"
+    )
+    parser.add_argument("checkpoint", type=path_option, help="the checkpoint to write; new or empty")
     parser.add_argument(
         "--pause-token",
         default="<pause>",

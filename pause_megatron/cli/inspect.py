@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from pause_megatron.paths import path_option, prefix_option
+
 HELP = "show what a corpus holds, and its windows with their pauses"
 
 # Configuration keys that decide what a window looks like; each is an option of the same name.
@@ -20,14 +22,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from pause_megatron.config.keys import keys
 
     parser.epilog = "example: pause-megatron inspect data/c4 --sample 3 --pause.rate 0.2 --png c4.png"
-    parser.add_argument("prefix", metavar="PREFIX", help="prefix of a corpus that `prepare` or `adopt` made")
+    parser.add_argument(
+        "prefix", type=prefix_option, metavar="PREFIX", help="prefix of a corpus that `prepare` or `adopt` made"
+    )
     parser.add_argument(
         "--sample", type=_number, action="append", default=[], metavar="N", help="show window N; may be repeated"
     )
     parser.add_argument(
         "--windows", type=_number, default=200, metavar="N", help="windows that the pause statistics are of (200)"
     )
-    parser.add_argument("--png", metavar="FILE", help="draw the histograms")
+    parser.add_argument("--png", type=path_option, metavar="FILE", help="draw the histograms")
     parser.add_argument("--json", action="store_true", help="print everything as one JSON object instead")
     windows = parser.add_argument_group("windows, as in a run's configuration")
     for key in KEYS:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pause_megatron.cli import note
 from pause_megatron.errors import ConfigError, PauseMegatronError
+from pause_megatron.paths import path_option
 
 if TYPE_CHECKING:
     from pause_megatron.config.schema import RunConfig
@@ -30,7 +31,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--recipe", metavar="NAME", help="a recipe that ships; a finetuning's makes a finetuning")
-    source.add_argument("--config", metavar="FILE", help="a YAML file, for example a run's own config.yaml")
+    source.add_argument(
+        "--config", type=path_option, metavar="FILE", help="a YAML file, for example a run's own config.yaml"
+    )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys on top, for example optim.lr=3e-4")
     job = parser.add_argument_group("the job")
     job.add_argument("--nodes", type=_count, default=1, metavar="N", help="machines (default: 1)")
@@ -63,9 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="HOW",
         help="srun: a task for each rank (default); torchrun: a task for each node; deepspeed: DeepSpeed's, over srun",
     )
-    start.add_argument("--hostfile", metavar="FILE", help="DeepSpeed's: is checked against the job's nodes and ranks")
-    start.add_argument("--container", metavar="KIND:IMAGE", help="pyxis:IMAGE or apptainer:IMAGE")
-    start.add_argument("--template", metavar="FILE", help="the site's own pause_megatron/slurm/job.sbatch")
+    start.add_argument(
+        "--hostfile", type=path_option, metavar="FILE", help="DeepSpeed's: is checked against the job's nodes and ranks"
+    )
+    start.add_argument("--container", type=_container, metavar="KIND:IMAGE", help="pyxis:IMAGE or apptainer:IMAGE")
+    start.add_argument(
+        "--template", type=path_option, metavar="FILE", help="the site's own pause_megatron/slurm/job.sbatch"
+    )
     end = parser.add_mutually_exclusive_group()
     end.add_argument("--dry-run", action="store_true", help="check, print the script, and stop (the default)")
     end.add_argument("--submit", action="store_true", help="check, and hand the script to sbatch")
@@ -222,6 +229,11 @@ def _warnings(job: TrainingJob, config: RunConfig) -> list[str]:
 
 def _say(text: str) -> None:
     print(f"pause-megatron launch: {text}", file=sys.stderr, flush=True)
+
+
+def _container(text: str) -> str:
+    kind, colon, image = text.partition(":")
+    return kind + colon + path_option(image) if image.startswith("~") else path_option(text)
 
 
 def _count(text: str) -> int:

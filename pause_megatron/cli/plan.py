@@ -8,6 +8,7 @@ import sys
 
 from pause_megatron.cli import at_least, note
 from pause_megatron.errors import ConfigError
+from pause_megatron.paths import path_option
 
 HELP = "say what a run needs and takes on a cluster: memory, communication, days, GPU-hours"
 
@@ -22,7 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--recipe", metavar="NAME", help=f"one of {', '.join(recipe_names())}")
-    source.add_argument("--config", metavar="FILE", help="a YAML file, for example a run's own config.yaml")
+    source.add_argument(
+        "--config", type=path_option, metavar="FILE", help="a YAML file, for example a run's own config.yaml"
+    )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys on top, for example batch.micro_size=8")
     parser.add_argument("--nodes", type=at_least(1), default=1, metavar="N", help="machines; default: 1")
     parser.add_argument("--gpus-per-node", type=at_least(1), default=8, metavar="N", help="default: 8")
@@ -31,7 +34,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--mfu", type=float, metavar="F", help="model FLOPs utilisation while computing, 0 to 1")
     parser.add_argument(
-        "--measured", metavar="FILE", help="JSON of `pause-megatron benchmark`, whose MFU and memory count instead"
+        "--measured",
+        type=path_option,
+        metavar="FILE",
+        help="JSON of `pause-megatron benchmark`, whose MFU and memory count instead",
     )
     parser.add_argument(
         "--assume", action="append", default=[], metavar="NAME=VALUE", help="replace an assumption that the table lists"

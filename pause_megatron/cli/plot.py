@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from pause_megatron.errors import DataError
+from pause_megatron.lines import lines_of
+from pause_megatron.paths import path_option
 
 HELP = "draw the loss curves of runs as a PNG"
 SMOOTHING_STEPS = 20
@@ -15,8 +17,12 @@ SMOOTHING_STEPS = 20
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder (run.dir), or its metrics.jsonl")
-    parser.add_argument("--output", required=True, metavar="FILE", help="picture to write; .png, .svg or .pdf")
+    parser.add_argument(
+        "runs", type=path_option, nargs="+", metavar="RUN", help="run folder (run.dir), or its metrics.jsonl"
+    )
+    parser.add_argument(
+        "--output", type=path_option, required=True, metavar="FILE", help="picture to write; .png, .svg or .pdf"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -30,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
 def _read(path: Path) -> list[dict[str, Any]]:
     file = path / "metrics.jsonl" if path.is_dir() else path
     try:
-        records = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        records = [json.loads(line) for line in lines_of(file.read_bytes(), str(file))]
     except OSError as error:
         raise DataError(f"{file}: expected the metrics of a run: {error.strerror}") from None
     except ValueError as error:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 
+from pause_megatron.paths import path_option, pattern_option, prefix_option
+
 ENCODERS = ("auto", "library", "gigatoken")  # those of data.encoders, which is too heavy to import for --help
 HELP = "turn shards of text into a tokenized corpus (.bin, .idx, manifest)"
 
@@ -20,10 +22,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_input_arguments(parser)
     parser.add_argument(
-        "--tokenizer", required=True, metavar="PATH", help="SentencePiece .model, tokenizer.json, folder, or hf:NAME"
+        "--tokenizer",
+        type=path_option,
+        required=True,
+        metavar="PATH",
+        help="SentencePiece .model, tokenizer.json, folder, or hf:NAME",
     )
     parser.add_argument(
-        "--output", required=True, metavar="PREFIX", help="writes PREFIX.bin, .idx, .manifest.json, .tokenizer/"
+        "--output",
+        type=prefix_option,
+        required=True,
+        metavar="PREFIX",
+        help="writes PREFIX.bin, .idx, .manifest.json, .tokenizer/",
     )
     parser.add_argument("--workers", type=int, metavar="N", help="processes, a shard each (default: the cores)")
     parser.add_argument(
@@ -65,6 +75,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that say which documents are read; train-tokenizer has them too."""
     parser.add_argument(
         "--input",
+        type=pattern_option,
         required=True,
         nargs="+",
         metavar="SHARD",
@@ -77,7 +88,12 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     hub.add_argument("--hf-split", default="train", metavar="NAME", help="split (default: train)")
     hub.add_argument("--hf-revision", metavar="REV", help="branch, tag or commit")
     hub.add_argument(
-        "--hf-data-files", nargs="+", default=(), metavar="FILE", help="files for a loader such as hf:json"
+        "--hf-data-files",
+        type=pattern_option,
+        nargs="+",
+        default=(),
+        metavar="FILE",
+        help="files for a loader such as hf:json",
     )
 
 

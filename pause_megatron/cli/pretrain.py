@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pause_megatron.cli import note
 from pause_megatron.errors import ConfigError
+from pause_megatron.paths import path_option
 
 if TYPE_CHECKING:
     from pause_megatron.config.plan import BatchPlan
@@ -36,7 +37,9 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, recipes: str) -> None:
     """The options of every verb that trains; `recipes` says which ones ship for it."""
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--recipe", metavar="NAME", help=recipes)
-    source.add_argument("--config", metavar="FILE", help="a YAML file, for example a run's own config.yaml")
+    source.add_argument(
+        "--config", type=path_option, metavar="FILE", help="a YAML file, for example a run's own config.yaml"
+    )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys on top, for example optim.lr=3e-4")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("--dry-run", action="store_true", help="print the arithmetic of the run and stop; needs no GPU")

@@ -8,6 +8,7 @@ import threading
 import time
 
 from pause_megatron.cli.prepare import add_input_arguments, hub_options
+from pause_megatron.paths import path_option
 
 HELP = "train a SentencePiece BPE tokenizer on shards of text"
 
@@ -22,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vocab-size", type=int, required=True, metavar="N", help="pieces, the 256 byte pieces among them"
     )
-    parser.add_argument("--output", required=True, metavar="FILE.model", help="the model")
+    parser.add_argument("--output", type=path_option, required=True, metavar="FILE.model", help="the model")
     parser.add_argument("--max-documents", type=int, metavar="N", help="documents to train on, spread over the shards")
     parser.add_argument(
         "--max-bytes", type=int, default=200_000_000, metavar="N", help="bytes of text to train on (default: 200000000)"

@@ -7,6 +7,7 @@ import sys
 
 from pause_megatron.cli import warn
 from pause_megatron.errors import DataError
+from pause_megatron.paths import path_option, prefix_option
 
 HELP = "read a corpus whole and compare it with the digests of its manifest"
 EXIT_DAMAGED = 1
@@ -15,10 +16,15 @@ EXIT_DAMAGED = 1
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument(
-        "prefixes", nargs="+", metavar="PREFIX", help="prefix of a corpus that `prepare` or `adopt` made"
+        "prefixes",
+        type=prefix_option,
+        nargs="+",
+        metavar="PREFIX",
+        help="prefix of a corpus that `prepare` or `adopt` made",
     )
     parser.add_argument(
         "--cache",
+        type=path_option,
         metavar="FOLDER",
         help="data.cache of the runs to come: the record there lets them start without reading the corpus again "
         "(default: 'cache' beside the corpus)",

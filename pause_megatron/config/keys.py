@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types
 
@@ -53,6 +53,8 @@ def _key(section: str, name: str, field: Any) -> Key:
         members = [member for member in get_args(annotation) if member is not type(None)]
         optional = len(members) < len(get_args(annotation))
         annotation = members[0]
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
     choices = tuple(get_args(annotation)) if get_origin(annotation) is Literal else ()
     kind = str if choices else (get_origin(annotation) or annotation)
     signs = ((annotated_types.Ge, ">=", "ge"), (annotated_types.Gt, ">", "gt"))

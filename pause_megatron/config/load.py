@@ -167,11 +167,13 @@ def _parse(entries: Mapping[str, Entry]) -> RunConfig:
     try:
         return RunConfig.model_validate(nested)
     except ValidationError as error:
-        paths = dict.fromkeys(".".join(map(str, problem["loc"][:2])) for problem in error.errors())
-    raise ConfigError("\n".join(_wrong(entries[path], keys()[path]) for path in paths))
+        problems = {".".join(map(str, problem["loc"][:2])): problem for problem in reversed(error.errors())}
+    raise ConfigError("\n".join(_wrong(entries[path], keys()[path], problems[path]) for path in reversed(problems)))
 
 
-def _wrong(entry: Entry, key: Key) -> str:
+def _wrong(entry: Entry, key: Key, problem: Any) -> str:
+    if problem["type"] == "value_error":  # what a path cannot be
+        return f"{entry.where}: {key.path}: {problem['ctx']['error']}"
     guess = nearest(entry.value, key.choices) if key.choices and isinstance(entry.value, str) else ""
     came = "null" if entry.value is None else repr(entry.value)
     return f"{entry.where}: {key.path}: expected {key.expected}; came {came}{guess}"

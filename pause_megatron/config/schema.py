@@ -6,9 +6,26 @@ token budget) are filled in by `pause_megatron.config.load`, once; nothing is ch
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+
+from pause_megatron.paths import expanded, expanded_pattern
+
+PathText = Annotated[str, AfterValidator(expanded)]
+"""The type of every key that takes a path, or a name in a path's place."""
+
+PatternText = Annotated[str, AfterValidator(expanded_pattern)]
+"""The type of keys that take paths or globs."""
+
+
+def split_words(value: object) -> object:
+    """Prefixes and their weights as a tuple of texts: a text is split at blanks, a list stays as it is."""
+    if isinstance(value, str):
+        return tuple(value.split())
+    if isinstance(value, (list, tuple)):  # the weights of a blend may be written as numbers
+        return tuple(str(item) if type(item) in (int, float) else item for item in value)
+    return value
 
 
 class Section(BaseModel):
@@ -20,7 +37,9 @@ class Section(BaseModel):
 class RunSection(Section):
     """Where a run lives and what makes it repeatable."""
 
-    dir: str = Field("runs/default", description="run folder: config.yaml, metrics.jsonl, tensorboard/, checkpoints/")
+    dir: PathText = Field(
+        "runs/default", description="run folder: config.yaml, metrics.jsonl, tensorboard/, checkpoints/"
+    )
     seed: int = Field(1234, ge=0, description="seed of the initial weights and of the sample order")
     hang_seconds: int = Field(
         1800,
@@ -36,12 +55,12 @@ class RunSection(Section):
 class DataSection(Section):
     """The prepared corpus and how windows are cut from it."""
 
-    prefix: tuple[str, ...] = Field(
+    prefix: tuple[PathText, ...] = Field(
         (),
         description="prefix of a prepared corpus (PREFIX.bin, PREFIX.idx, PREFIX.manifest.json); or several; "
         "or a blend 'WEIGHT PREFIX WEIGHT PREFIX ...' as in Megatron-LM's --data-path",
     )
-    source: tuple[str, ...] = Field(
+    source: tuple[PatternText, ...] = Field(
         (),
         description="instead of data.prefix: shards (paths or globs) or hf:NAME, read and tokenized while training; "
         "hf:json may be followed by files",
@@ -50,7 +69,7 @@ class DataSection(Section):
     source_split: str = Field("train", description="split of data.source=hf:NAME")
     text_key: str = Field("text", description="key of the text in data.source")
     sequence_length: int = Field(2048, ge=8, description="tokens of a window, pauses included")
-    valid_prefix: tuple[str, ...] = Field(
+    valid_prefix: tuple[PathText, ...] = Field(
         (),
         description="prefix (or several, or a blend) of corpora to validate on; then all of data.prefix trains",
     )
@@ -59,12 +78,12 @@ class DataSection(Section):
         description="shares of the documents for train, validation, test; default: 99,1,0, or with data.valid_prefix "
         "1,0,0",
     )
-    tokenizer: str | None = Field(
+    tokenizer: PathText | None = Field(
         None,
         description="tokenizer to insist on (another one is refused); default: the one kept beside the corpus, or for "
         "a finetuning that of model.from",
     )
-    cache: str | None = Field(None, description="folder of index caches; default: 'cache' beside the first prefix")
+    cache: PathText | None = Field(None, description="folder of index caches; default: 'cache' beside the first prefix")
     verify: Literal["once", "always", "never"] = Field(
         "once",
         description="once: read each corpus whole at its first use and compare it with its digests; always: at every "
@@ -83,11 +102,7 @@ class DataSection(Section):
     @field_validator("prefix", "valid_prefix", "source", mode="before")
     @classmethod
     def _split_prefix(cls, value: object) -> object:
-        if isinstance(value, str):
-            return tuple(value.split())
-        if isinstance(value, (list, tuple)):  # the weights of a blend may be written as numbers
-            return tuple(str(item) if type(item) in (int, float) else item for item in value)
-        return value
+        return split_words(value)
 
 
 class ModelSection(Section):
@@ -96,7 +111,7 @@ class ModelSection(Section):
     # "from" is a word of Python's: the attribute is `from_`, the key that people write is model.from.
     model_config = ConfigDict(validate_by_name=True, serialize_by_alias=True)
 
-    from_: str | None = Field(
+    from_: PathText | None = Field(
         None,
         alias="from",
         description="checkpoint to take initial weights from (a run, a checkpoint, or what import-hf made); sizes left "
@@ -155,10 +170,10 @@ class PauseSection(Section):
 class TaskSection(Section):
     """What a model is finetuned on. A run with a task is a finetuning."""
 
-    name: str | None = Field(
+    name: PathText | None = Field(
         None, description="a task that ships, a task's YAML file, or 'module:attribute'; null: pretraining on a corpus"
     )
-    path: str | None = Field(
+    path: PathText | None = Field(
         None, description="folder with this task's train.jsonl[.gz] and evaluation file; default: the Hugging Face Hub"
     )
     limit: int | None = Field(None, ge=1, description="train on the first so many records; default: all")
@@ -229,7 +244,7 @@ class ParallelSection(Section):
 class EngineSection(Section):
     """DeepSpeed."""
 
-    ds_config: str | None = Field(None, description="DeepSpeed JSON: a path, or a name in ds_configs/ ('zero2')")
+    ds_config: PathText | None = Field(None, description="DeepSpeed JSON: a path, or a name in ds_configs/ ('zero2')")
     zero_stage: int | None = Field(None, ge=0, le=3, description="ZeRO stage; default: the ds_config's, else 1")
     precision: Literal["fp32", "bf16"] = Field("bf16", description="arithmetic of the model; optimizer state is fp32")
     kernels: Literal["auto", "plain", "compiled", "triton"] = Field(

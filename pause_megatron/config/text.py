@@ -131,10 +131,13 @@ def read_override(override: str) -> Entry:
         node = _compose(text, where)
     except ConfigError:
         return Entry(path.strip(), text, text, where)
-    if node is None or isinstance(node, yaml.MappingNode):
-        return Entry(path.strip(), text if node else None, text, where)
+    listed = isinstance(node, yaml.SequenceNode) and not node.flow_style  # "- x"
+    if node is None or isinstance(node, yaml.MappingNode) or listed:
+        return Entry(path.strip(), text.strip() or None, text, where)
     value, written = _value(node, where)
     plain = isinstance(node, yaml.ScalarNode) and node.style is None
+    if plain and isinstance(value, str):  # a command line has no comments and no anchors: `#` and `&` are the text's
+        value = text.strip()
     return Entry(path.strip(), value, text if plain else written, where)
 
 

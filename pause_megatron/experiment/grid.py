@@ -94,7 +94,7 @@ def _pretrain(name: str, model: Pretraining, grid: Grid, inputs: Inputs) -> Cell
     return Cell(
         f"pretrain-{name}",
         "pretrain",
-        (*model.source, *model.overrides, f"data.prefix={grid.data.prefix}", f"run.dir={OUTPUT}"),
+        (*model.source, *model.overrides, *as_overrides({"data.prefix": grid.data.prefix}), f"run.dir={OUTPUT}"),
         {"config": _plain(deciding_keys(model.config)), "corpus": inputs.corpus},
         estimate=Estimate(train.steps, train.tokens, model.flops_per_token, model.parameters),
     )
@@ -115,7 +115,7 @@ def _finetune(
     )
     config = _finetuning_config(task, recipe, overrides, model.config)
     name = f"finetune-{variant.model}-{task}-m{m_ft}{_marks(variant.set)}-s{seed}"
-    folder = () if records.folder is None else (f"task.path={records.folder}",)
+    folder = () if records.folder is None else as_overrides({"task.path": records.folder})
     rows = inputs.vocabulary + config.pause.embeddings
     return Cell(
         name.replace("..", "to"),

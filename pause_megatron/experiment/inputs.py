@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from pause_megatron.data.manifest import Manifest
 from pause_megatron.errors import ConfigError
@@ -61,7 +61,7 @@ def gather(grid: Grid) -> Inputs:
         raise ConfigError(
             "data.prefix: expected the prefix of a prepared corpus (see pause-megatron prepare), came none"
         )
-    words = grid.data.prefix.split()
+    words = grid.data.prefix
     manifests = {word: Manifest.load(word) for word in words if not _is_number(word)}
     corpus = " ".join(manifests[word].fingerprint if word in manifests else word for word in words)
     vocabulary = next(iter(manifests.values())).tokenizer.vocab_size
@@ -71,7 +71,7 @@ def gather(grid: Grid) -> Inputs:
 def _records(grid: Grid, name: str) -> Records:
     section = grid.tasks[name]
     task = load_task(section.task or name)
-    folder = str(Path(grid.data.tasks) / task.folder) if grid.data.tasks else None
+    folder = os.path.join(grid.data.tasks, task.folder) if grid.data.tasks else None
     limit = {**grid.finetune.set, **section.set}.get("task.limit")
     train = read_examples(task, "train", path=folder, limit=limit)
     scored = read_examples(task, "eval", path=folder, limit=section.limit or grid.evaluate.limit)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pause_megatron.errors import DataError
+from pause_megatron.lines import lines_of
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def ledger_of(verb: str, product: Path, flops_per_token: float, wall_seconds: fl
 def _training(path: Path) -> tuple[int, int, float]:
     """Raw tokens, text tokens and seconds of the steps of a run."""
     try:
-        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for line in lines_of(path.read_bytes(), str(path))]
         # Seconds stand only in the lines that log.every kept; tokens are running sums.
         seconds = sum(line["seconds"] for line in lines) / len(lines) * lines[-1]["step"]
         return lines[-1]["tokens"], lines[-1]["text_tokens"], seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 from pause_megatron.config.load import load
@@ -122,8 +123,10 @@ def _text(value: object) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, tuple):
-        return f"[{', '.join(map(_text, value))}]"
-    return str(value)
+        return f"[{', '.join(json.dumps(item, ensure_ascii=False) for item in value)}]"
+    text = str(value)
+    # What YAML would read as a list, a group or a quotation is text in quotes; the rest stands as it is.
+    return json.dumps(text, ensure_ascii=False) if not text or text[0] in "[{'\"" else text
 
 
 def _tokens(budget: Budget, run: Pretraining, like: Pretraining) -> int:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+
+from pause_megatron.config.schema import PathText, split_words
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_]*$")]
 # M_ft: a number, or a range such as "0..50" that is drawn from for each example (pause dropout).
@@ -26,8 +28,13 @@ class GridSection(BaseModel):
 class Data(GridSection):
     """What the user gives: a prepared corpus, and where the tasks' records lie."""
 
-    prefix: str | None = Field(None, description="data.prefix of every pretraining run")
-    tasks: str | None = Field(None, description="folder that holds a folder per task; null: the Hugging Face Hub")
+    prefix: tuple[PathText, ...] = Field((), description="data.prefix of every pretraining run")
+    tasks: PathText | None = Field(None, description="folder that holds a folder per task; null: the Hugging Face Hub")
+
+    @field_validator("prefix", mode="before")
+    @classmethod
+    def _split_prefix(cls, value: object) -> object:
+        return split_words(value)
 
 
 class ExtraLayers(GridSection):
@@ -48,7 +55,7 @@ class Model(GridSection):
     """One pretraining run: a recipe or a file, keys on top, and how large and long compared with another model."""
 
     recipe: str | None = None
-    config: str | None = None
+    config: PathText | None = None
     set: Keys = {}
     extra_layers: ExtraLayers | None = None
     budget: Budget | None = None
@@ -71,7 +78,7 @@ class Evaluation(GridSection):
 class GridTask(GridSection):
     """One task: the M_ft to finetune with, and what differs from the other tasks."""
 
-    task: str | None = Field(None, description="name, file or module:attribute of the task; null: the key")
+    task: PathText | None = Field(None, description="name, file or module:attribute of the task; null: the key")
     recipe: str | None = Field(None, description="recipe of the finetuning run; null: finetune-TASK")
     pauses: tuple[Pauses, ...] = Field((10,), min_length=1)
     set: Keys = {}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pause_megatron.config.spelling import nearest
 from pause_megatron.errors import ConfigError
+from pause_megatron.lines import lines_of
 from pause_megatron.slurm.commands import output_of
 
 _GPUS_OF_A_NODE = 8
@@ -217,7 +218,7 @@ def check_hostfile(path: Path, *, nodes: int, tasks_per_node: int) -> None:
         ConfigError: it cannot be read, a line is wrong, or hosts or slots differ.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = lines_of(path.read_bytes(), str(path))
     except OSError as error:
         raise ConfigError(f"--hostfile {path}: {error.strerror}") from None
     slots: dict[str, int] = {}

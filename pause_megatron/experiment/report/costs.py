@@ -12,6 +12,7 @@ from pause_megatron.experiment.estimate import si
 from pause_megatron.experiment.ledger import Ledger, total
 from pause_megatron.experiment.report.collect import Collected
 from pause_megatron.experiment.report.tables import table
+from pause_megatron.lines import lines_of
 
 TOTAL = "all cells, each once"
 
@@ -99,6 +100,6 @@ def _sum(collected: Collected, names: Any) -> Ledger:
 def _last_lines(path: Path) -> dict[str, Any]:
     """The last step's record, with the newest held-out losses in it."""
     found: dict[str, Any] = {}
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in lines_of(path.read_bytes(), str(path)):
         found |= {key: value for key, value in json.loads(line).items() if value is not None}
     return found

@@ -33,12 +33,15 @@ def error_of(**arguments) -> str:
 
 # What a key may be set to so that no cross-field rule breaks: the text that belongs to the property test below.
 PLAIN_TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
+PATHS = st.text(st.characters(exclude_categories=["Cs", "Cc", "Zl", "Zp"]), min_size=1, max_size=60).filter(str.strip)
+PATHS = PATHS.filter(lambda text: not text.startswith("~"))
 VALUES = {
-    "run.dir": PLAIN_TEXT,
+    "run.dir": PATHS,
     "run.seed": st.integers(0, 2**63),
-    "data.prefix": st.lists(PLAIN_TEXT, max_size=3),
-    "data.tokenizer": st.none() | PLAIN_TEXT,
-    "data.cache": st.none() | st.text(st.characters(exclude_categories=["Cs"])),
+    "data.prefix": st.lists(PATHS, max_size=3),
+    "data.tokenizer": st.none() | PATHS,
+    "data.cache": st.none() | PATHS,
+    "data.text_key": PLAIN_TEXT,
     "model.preset": st.sampled_from(["tiny", "130m", "1b", "7b"]),
     "model.rope_base": st.floats(1e-3, 1e9),
     "model.init_std": st.floats(min_value=0, exclude_min=True, allow_infinity=False),
