@@ -11,6 +11,7 @@ from prose import train_model
 
 from pause_megatron.data.tokenizer import load_tokenizer
 from pause_megatron.hf.tokenizer import convert_tokenizer
+from pause_megatron.hf.tokenizer_files import write_tokenizer
 
 try:
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer
@@ -44,7 +45,8 @@ def exported_folder(folder: Path, pauses: int = 1) -> Path:
     hf = folder / "hf"
     hf.mkdir()
     pause_ids = range(tokenizer.pause_id, tokenizer.pause_id + pauses)
-    convert_tokenizer(folder / "native", tokenizer, pause_ids).save(hf, sequence_length=64)
+    made = convert_tokenizer(folder / "native", tokenizer, pause_ids)
+    write_tokenizer(hf, made, {}, sequence_length=64, plain=True)
     (hf / "config.json").write_text(json.dumps({"model_type": "llama"}), encoding="utf-8")
     return hf
 

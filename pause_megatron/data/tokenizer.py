@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from pause_megatron.data.tokenizer_backends import (
@@ -20,6 +20,7 @@ from pause_megatron.data.tokenizer_backends import (
     TokenizerBackend,
     open_backend,
 )
+from pause_megatron.data.tokenizer_companions import companions_of, write_companions
 from pause_megatron.errors import DataError
 
 PAUSE_TOKEN = "<pause>"
@@ -38,10 +39,14 @@ class Tokenizer:
         pause_id: first id of `<pause>`; `vocab_size` unless the tokenizer has a slot for it.
         fingerprint: "KIND:SHA256" of the tokenizer's content; does not depend on where the file lies.
         leading: ids that the exported tokenizer puts before a prompt (a BOS, if it does); `encode` never does.
+        companions: contents of the files beside it that an export takes along (chat templates and the like), by name.
     """
 
-    def __init__(self, backend: TokenizerBackend, *, eod: int, pause_id: int) -> None:
+    def __init__(
+        self, backend: TokenizerBackend, *, eod: int, pause_id: int, companions: Mapping[str, bytes] | None = None
+    ) -> None:
         self._backend = backend
+        self.companions = dict(companions or {})
         self.kind = backend.kind
         self.content = backend.content
         self.vocab_size = backend.vocab_size
@@ -109,6 +114,7 @@ class Tokenizer:
             "special_tokens": getattr(self._backend, "special_tokens", {}),
         }
         (folder / DESCRIPTION_NAME).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        write_companions(folder, self.companions)
 
     def check_pause_ids(self, count: int) -> None:
         """Check that `pause_id .. pause_id + count - 1` can serve as pauses: in nobody's use, out of reach of text.
@@ -165,7 +171,19 @@ def load_tokenizer(path: str | Path, *, eod_token: str | None = None, pause_id: 
         return _load_saved(Path(path), eod_token=eod_token, pause_id=pause_id)
     backend = open_backend(path)
     eod = _eod(backend, eod_token, path)
-    return Tokenizer(backend, eod=eod, pause_id=_own_pause_id(backend, path) if pause_id is None else pause_id)
+    return Tokenizer(
+        backend,
+        eod=eod,
+        pause_id=_own_pause_id(backend, path) if pause_id is None else pause_id,
+        companions=_companions(Path(path)),
+    )
+
+
+def _companions(path: Path) -> dict[str, bytes]:
+    """Those of a folder, or beside a tokenizer.json; a .model may lie anywhere, beside other people's files."""
+    if path.is_dir():
+        return companions_of(path)
+    return companions_of(path.parent) if path.name == HuggingFaceBackend.file_name else {}
 
 
 def _load_saved(folder: Path, *, eod_token: str | None, pause_id: int | None) -> Tokenizer:
@@ -191,6 +209,7 @@ def _load_saved(folder: Path, *, eod_token: str | None, pause_id: int | None) ->
         backend,
         eod=eod if eod_token is None else _eod(backend, eod_token, str(folder)),
         pause_id=own_pause_id if pause_id is None else pause_id,
+        companions=companions_of(folder, generation=True),
     )
     if tokenizer.fingerprint != fingerprint:
         raise DataError(

@@ -47,7 +47,7 @@ def config_json(
     live_rows: int,
     sequence_length: int,
     dtype: str,
-    special_ids: Mapping[str, int],
+    special_ids: Mapping[str, int | list[int] | None],
     pause: Mapping[str, Any],
 ) -> dict[str, Any]:
     """`config.json` of a plain LlamaForCausalLM or Qwen2ForCausalLM.
@@ -58,7 +58,7 @@ def config_json(
         live_rows: rows of the embedding: text and pauses, no padding
         sequence_length: becomes max_position_embeddings
         dtype: "fp32", "bf16" or "fp16"
-        special_ids: ids by role: "eos", and "bos", "pad" where there are any
+        special_ids: ids by role: "eos" (or several of it), and "bos", "pad" where there are any
         pause: what the folder says about its pauses; transformers keeps keys that it does not know
     """
     config: dict[str, Any] = {

@@ -21,7 +21,8 @@ from pause_megatron.hf.checkpoint import NativeCheckpoint, open_checkpoint
 from pause_megatron.hf.model_card import model_card
 from pause_megatron.hf.parity import Parity, prove, tokenizer_agrees
 from pause_megatron.hf.safetensors_file import Entry, SafetensorsWriter, split_into_files
-from pause_megatron.hf.tokenizer import HFTokenizer, convert_tokenizer
+from pause_megatron.hf.tokenizer import HFTokenizer, convert_tokenizer, pause_entry
+from pause_megatron.hf.tokenizer_files import generation_config, names_class, write_tokenizer
 from pause_megatron.hf.weights import HFTensor, hf_tensors
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -142,34 +143,38 @@ def _write_descriptions(
     config, manifest = checkpoint.config, checkpoint.reader.manifest
     length, live_rows = config.data.sequence_length, checkpoint.vocabulary.size
     pause = pause_record(checkpoint, tokenizer.pauses, finetuned_pauses)
-    tokenizer.save(folder, sequence_length=length)
+    companions, eod = checkpoint.tokenizer.companions, checkpoint.tokenizer.eod
+    generation = generation_config(companions, tokenizer.special_ids, checkpoint.pause_ids, eod)
+    ids = {role: generation.get(f"{role}_token_id") for role in ("bos", "eos", "pad")}
 
-    def write_config(family: str) -> None:
+    def write_as(family: str, plain: bool) -> None:
+        write_tokenizer(folder, tokenizer, companions, sequence_length=length, plain=plain)
         record = config_json(
             config.model,
             family=family,
             live_rows=live_rows,
             sequence_length=length,
             dtype=dtype,
-            special_ids=tokenizer.special_ids,
+            special_ids=ids,
             pause=pause,
         )
         _write_json(folder / "config.json", record)
 
-    ids = {f"{role}_token_id": index for role, index in tokenizer.special_ids.items() if role != "unk"}
-    _write_json(folder / "generation_config.json", {**ids, "suppress_tokens": list(checkpoint.pause_ids)})
+    _write_json(folder / "generation_config.json", generation)
     card = model_card(
         config, progress=manifest.progress, pause=pause, step=manifest.step, live_rows=live_rows, dtype=dtype
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
     # transformers reads the tokenizer of any folder of type qwen2 as Qwen2's own, whatever its files say. Where that
-    # gives other ids, the model is a Llama with attention biases.
-    if config.model.qkv_bias:
-        write_config("qwen2")
-        if tokenizer_agrees(checkpoint, folder):
-            return "qwen2"
-    write_config("llama")
-    return "llama"
+    # gives other ids, the model is a Llama with attention biases. Classes named after models rebuild parts of a
+    # tokenizer.json: where the source's does so in another way, the file is read as it stands.
+    families = ("qwen2", "llama") if config.model.qkv_bias else ("llama",)
+    ways = [(family, plain) for family in families for plain in ((False, True) if names_class(companions) else (True,))]
+    for family, plain in ways:
+        write_as(family, plain)
+        if (family, plain) == ways[-1] or tokenizer_agrees(checkpoint, folder):  # the last one's faults are said later
+            return family
+    raise AssertionError("there is always a way")
 
 
 def pause_record(checkpoint: NativeCheckpoint, names: Sequence[str], finetuned_pauses: int | None) -> dict[str, Any]:
@@ -184,9 +189,7 @@ def pause_record(checkpoint: NativeCheckpoint, names: Sequence[str], finetuned_p
         finetuned_pauses = pause_range(finetune.pauses)[-1]
     tokens = 0 if finetuned else progress.get("tokens", 0)
     return {
-        "token": names[0],
-        "tokens": list(names),
-        "ids": list(checkpoint.pause_ids),
+        **pause_entry(names, checkpoint.pause_ids),
         "m_ft": finetuned_pauses,
         "rate": pause.rate if config.model.from_ or not finetuned else 0.0,
         "realised_rate": 1 - progress.get("text_tokens", 0) / tokens if tokens else None,

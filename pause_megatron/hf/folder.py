@@ -50,13 +50,28 @@ class SourceFolder:
         """
         if not isinstance(name, str) or not name or Path(name).name != name or name in (".", "..") or "\\" in name:
             raise CheckpointError(f"{self.path}: expected names of files in this folder, came {str(name)[:200]!r}")
-        path = self.path / name
+        return self._inside(self.path / name, self._root)
+
+    def files_in(self, name: str) -> list[Path]:
+        """Paths of the files of a folder inside the folder; none where it is not there.
+
+        Raises:
+            CheckpointError: it or one of them lies elsewhere, or is no file.
+        """
+        inner = self.path / name
+        if not self.has(name):
+            return []
+        if inner.is_symlink() or not inner.is_dir():
+            raise CheckpointError(f"{inner}: expected a folder")
+        return [self._inside(path, self._root / name) for path in sorted(inner.iterdir())]
+
+    def _inside(self, path: Path, parent: Path) -> Path:
         if not path.is_file():
             raise CheckpointError(f"{path}: expected a file, found none")
         target = path.resolve()
         blobs = self._root.parent.parent / "blobs"
         in_cache = self._root.parent.name == "snapshots" and target.parent == blobs
-        if target.parent != self._root and not in_cache:
+        if target.parent != parent and not in_cache:
             raise CheckpointError(f"{path}: a link out of the folder, to {target}; copy the file in its place")
         return path
 

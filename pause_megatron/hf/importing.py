@@ -20,6 +20,7 @@ from pause_megatron.config.schema import (
 )
 from pause_megatron.data.tokenizer import PAUSE_TOKEN, Tokenizer, load_tokenizer
 from pause_megatron.data.tokenizer_backends import HuggingFaceBackend, open_backend
+from pause_megatron.data.tokenizer_companions import CONFIG, GENERATION, TEMPLATE, TEMPLATES, companions_of
 from pause_megatron.durable import sync_folder, write_whole
 from pause_megatron.errors import CheckpointError, DataError
 from pause_megatron.hf.appearing import appearing, new_folder
@@ -157,20 +158,64 @@ def _tokenizer(folder: SourceFolder, architecture: Architecture, token: str) -> 
             "transformers (AutoTokenizer.from_pretrained(...).save_pretrained)"
         )
     path = folder.file(names[0])
+    companions = _companions(folder, architecture.rows)
     try:
         backend = open_backend(str(path))
+        if not isinstance(backend, HuggingFaceBackend):
+            _refuse_added_tokens(folder, backend.vocab_size)
         existing = backend.id_of(token)
         ids = _pause_ids(existing, backend.vocab_size, architecture, folder, token)
         eod = load_tokenizer(path, pause_id=ids.start).eod
         if isinstance(backend, HuggingFaceBackend):
             extended = with_pauses(json.loads(backend.content), {}, ids, eod=eod, where=str(path)).document
             backend = HuggingFaceBackend(json.dumps(extended).encode(), str(path), backend.special_tokens)
-        native = Tokenizer(backend, eod=eod, pause_id=ids.start)
+        native = Tokenizer(backend, eod=eod, pause_id=ids.start, companions=companions)
         native.check_pause_ids(len(ids))
     except DataError as error:
         raise CheckpointError(f"{folder.path}: its tokenizer cannot be used: {error}") from None
     text_size = min(open_backend(str(path)).vocab_size, architecture.rows)
     return _Tokenizer(native, ids, existing is not None and ids.stop <= architecture.rows, text_size)
+
+
+def _companions(folder: SourceFolder, rows: int) -> dict[str, bytes]:
+    """Chat templates, roles of tokens, and where answers end; as bytes, after a look at where they lie."""
+    for name in (*_TOKENIZER_JSON, TEMPLATE, GENERATION):
+        if folder.has(name):
+            folder.file(name)
+    folder.files_in(TEMPLATES)
+    found = companions_of(folder.path, generation=True)
+    ends = folder.json(GENERATION) if folder.has(GENERATION) else {}
+    if "eos_token_id" not in ends:  # transformers then takes the model's own
+        config = folder.json("config.json")
+        keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+        ends = {key: config[key] for key in keys if config.get(key) is not None} | ends
+    stops = ends.get("eos_token_id")
+    for index in stops if isinstance(stops, list) else [] if stops is None else [stops]:
+        if type(index) is not int or not 0 <= index < rows:
+            raise CheckpointError(
+                f"{folder.path}: eos_token_id (generation_config.json, else config.json): expected ids below the "
+                f"{rows} rows of the embedding, got {str(index)[:60]!r}"
+            )
+    if ends:
+        found[GENERATION] = json.dumps(ends, indent=2).encode()
+    return found
+
+
+def _refuse_added_tokens(folder: SourceFolder, pieces: int) -> None:
+    """A SentencePiece model knows nothing of tokens that were added behind its pieces: their ids would be lost."""
+    added = {}
+    if folder.has(CONFIG):
+        entries = folder.json(CONFIG).get("added_tokens_decoder")
+        added = {str(index): entry for index, entry in entries.items()} if isinstance(entries, dict) else {}
+    if folder.has("added_tokens.json"):
+        added |= {str(index): name for name, index in folder.json("added_tokens.json").items()}
+    beyond = [index for index in added if index.isdecimal() and int(index) >= pieces]
+    if beyond:
+        raise CheckpointError(
+            f"{folder.path}: expected tokenizer.json, as tokens were added behind the {pieces:,} pieces of "
+            f"tokenizer.model (id {beyond[0]} and {len(beyond) - 1} more); save it there with transformers "
+            "(AutoTokenizer.from_pretrained(...).save_pretrained)"
+        )
 
 
 def _pause_ids(

@@ -17,6 +17,7 @@ from pause_megatron.config.schema import ParallelSection
 from pause_megatron.data.corpora import open_corpora
 from pause_megatron.data.manifest import path_of
 from pause_megatron.data.pause import PauseInjector, PausePlan
+from pause_megatron.data.tokenizer import ids_before
 from pause_megatron.distributed import initialize
 from pause_megatron.distributed.ranks import Ranks
 from pause_megatron.errors import CheckpointError, PauseMegatronError
@@ -168,6 +169,9 @@ def compare_tokenizers(checkpoint: NativeCheckpoint, folder: Path, lines: Sequen
             f"the converted tokenizer gives other ids for {len(wrong)} of {len(lines)} lines, for example "
             f"{lines[first][:200]!r}: expected {list(expected[first])[:40]}, came {list(found[first])[:40]}"
         )
+    whole, alone = theirs("a")["input_ids"], theirs("a", add_special_tokens=False)["input_ids"]
+    if (leading := ids_before(whole, alone)) != checkpoint.tokenizer.leading:
+        raise CheckpointError(f"before a text: expected the ids {checkpoint.tokenizer.leading}, got {leading}")
     pauses = list(checkpoint.pause_ids)
     text = theirs.convert_ids_to_tokens(pauses)
     for line, ids in zip(lines[:10], expected[:10], strict=True):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pause_megatron.checkpoint.layout import VOCABULARY
 from pause_megatron.errors import ConfigError
-from pause_megatron.hf.tokenizer import pause_names
+from pause_megatron.hf.tokenizer import pause_entry, pause_names
 from pause_megatron.model.init import pause_row
 
 
@@ -99,7 +99,7 @@ def _describe(model: Any, tokenizer: Any, pause_ids: range) -> None:
     """What an export's config.json and generation_config.json say of the tokens."""
     names = tokenizer.convert_ids_to_tokens(list(pause_ids))
     known = getattr(model.config, "pause", None) or {"m_ft": None}
-    model.config.pause = {**known, "token": names[0], "tokens": names, "ids": list(pause_ids)}
+    model.config.pause = {**known, **pause_entry(names, pause_ids)}
     generation = getattr(model, "generation_config", None)
     if generation is not None:
         generation.suppress_tokens = sorted({*(generation.suppress_tokens or ()), *pause_ids})

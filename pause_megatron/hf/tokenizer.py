@@ -29,27 +29,6 @@ class HFTokenizer:
     special_ids: dict[str, int]
     pauses: tuple[str, ...]
 
-    def save(self, folder: Path, *, sequence_length: int) -> None:
-        """Writes tokenizer.json, tokenizer_config.json and special_tokens_map.json (for transformers 4 and others)."""
-        names = {f"{role}_token": name for role, name in self.special.items()}
-        config = {
-            # Reads tokenizer.json as it stands; the classes named after models rebuild parts of it.
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_max_length": sequence_length,
-            "padding_side": "left",
-            "clean_up_tokenization_spaces": False,
-            **names,
-            "extra_special_tokens": list(self.pauses),
-        }
-        special_map = {**names, "additional_special_tokens": list(self.pauses)}
-        for name, content in (
-            ("tokenizer.json", self.document),
-            ("tokenizer_config.json", config),
-            ("special_tokens_map.json", special_map),
-        ):
-            text = json.dumps(content, ensure_ascii=False, indent=None if name == "tokenizer.json" else 2)
-            (folder / name).write_text(text + "\n", encoding="utf-8")
-
 
 def convert_tokenizer(folder: Path, tokenizer: Tokenizer, pause_ids: Sequence[int]) -> HFTokenizer:
     """Translates the tokenizer of a checkpoint.
@@ -75,6 +54,11 @@ def convert_tokenizer(folder: Path, tokenizer: Tokenizer, pause_ids: Sequence[in
 def pause_names(count: int) -> tuple[str, ...]:
     """Names of the pause tokens: "<pause>", "<pause_1>", "<pause_2>", ..."""
     return (PAUSE_TOKEN, *(f"{PAUSE_TOKEN[:-1]}_{number}{PAUSE_TOKEN[-1]}" for number in range(1, count)))
+
+
+def pause_entry(names: Sequence[str], ids: Sequence[int]) -> dict[str, Any]:
+    """How config.json's "pause" entry begins: the token, all of them where there are several, and their ids."""
+    return {"token": names[0], "tokens": list(names), "ids": list(ids)}
 
 
 def with_pauses(

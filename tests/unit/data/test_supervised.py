@@ -75,6 +75,7 @@ def test_ids_are_those_of_inference_with_the_exported_tokenizer(task_records, tm
     from transformers import AutoTokenizer
 
     from pause_megatron.hf.tokenizer import convert_tokenizer
+    from pause_megatron.hf.tokenizer_files import write_tokenizer
     from pause_megatron.inference import PauseInfo
     from pause_megatron.inference.prompts import PromptEncoder
 
@@ -82,7 +83,8 @@ def test_ids_are_those_of_inference_with_the_exported_tokenizer(task_records, tm
     native.save(tmp_path / "native")
     pause_ids = range(native.pause_id, native.pause_id + 2)
     (tmp_path / "hf").mkdir()
-    convert_tokenizer(tmp_path / "native", native, pause_ids).save(tmp_path / "hf", sequence_length=1024)
+    made = convert_tokenizer(tmp_path / "native", native, pause_ids)
+    write_tokenizer(tmp_path / "hf", made, {}, sequence_length=1024, plain=True)
     encoder = PromptEncoder(AutoTokenizer.from_pretrained(tmp_path / "hf"), PauseInfo(pause_ids))
     assert encoder.leading == native.leading and bool(native.leading) == tokenizer_path.endswith("bos")
 

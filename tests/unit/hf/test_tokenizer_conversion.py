@@ -11,6 +11,7 @@ from records import c4_texts
 from pause_megatron.data.tokenizer import load_tokenizer
 from pause_megatron.errors import CheckpointError
 from pause_megatron.hf.tokenizer import convert_tokenizer
+from pause_megatron.hf.tokenizer_files import write_tokenizer
 
 ODD = [
     "",
@@ -45,7 +46,8 @@ def converted(tmp_path: Path, path: Path, pauses: int = 1, pause_id: int | None 
     native.save(tmp_path / "native")
     (tmp_path / "hf").mkdir()
     ids = range(native.pause_id, native.pause_id + pauses)
-    convert_tokenizer(tmp_path / "native", native, ids).save(tmp_path / "hf", sequence_length=64)
+    made = convert_tokenizer(tmp_path / "native", native, ids)
+    write_tokenizer(tmp_path / "hf", made, {}, sequence_length=64, plain=True)
     return native, AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=False)
 
 

@@ -1,0 +1,221 @@
+"""Chat models go in and come out as they were, but for the pause: templates, tokens, flags, and where answers end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from prose import documents, train_model
+
+from pause_megatron.cli import main
+from pause_megatron.data.tokenizer import load_tokenizer
+from pause_megatron.errors import CheckpointError, PauseMegatronError
+from pause_megatron.hf.export import export
+from pause_megatron.hf.importing import import_folder
+
+TEMPLATE = (
+    "{%- for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{%- endfor %}{%- if add_generation_prompt %}<|im_start|>assistant\n{%- endif %}"
+)
+MESSAGES = [{"role": "user", "content": "Why, fellow citizens?"}]
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES |= {"num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.3}
+
+
+def chat_tokenizer(cls: str):
+    """A byte-level BPE with markers of a chat, one token that is no marker, and a tool template beside the default."""
+    import transformers
+
+    base = transformers.Qwen2Tokenizer().train_new_from_iterator(documents(200), 500)
+    tokenizer = base
+    if cls != "Qwen2Tokenizer":
+        tokenizer = getattr(transformers, cls)(tokenizer_object=base.backend_tokenizer, eos_token="<|endoftext|>")
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.add_tokens([transformers.AddedToken("<tool>", special=False, normalized=False, lstrip=True)])
+    tokenizer.eos_token, tokenizer.pad_token = "<|im_end|>", "<|endoftext|>"
+    tokenizer.padding_side, tokenizer.model_max_length = "left", 4096
+    return tokenizer
+
+
+def chat_model(folder: Path, cls: str, tokenizer_cls: str, ends: list[int] | None = None) -> Path:
+    """A folder as the Hub has it: the model, its tokenizer, and a generation_config.json with two ends."""
+    import transformers
+
+    tokenizer = chat_tokenizer(tokenizer_cls)
+    tokenizer.chat_template = {"default": TEMPLATE, "tool_use": "{{ 'tools: ' ~ tools }}" + TEMPLATE}
+    config = getattr(transformers, f"{cls}Config")(
+        vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, bos_token_id=None, **SIZES
+    )
+    torch.manual_seed(3)
+    model = getattr(transformers, f"{cls}ForCausalLM")(config)
+    model.generation_config = transformers.GenerationConfig(
+        eos_token_id=ends or [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|endoftext|>")],
+        pad_token_id=tokenizer.pad_token_id,
+        do_sample=True,
+        temperature=0.6,
+        top_k=40,
+        repetition_penalty=1.05,
+    )
+    model.save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
+    return folder
+
+
+def there_and_back(source: Path, folder: Path) -> Path:
+    import_folder(source, folder / "native")
+    export(folder / "native", folder / "back")
+    return folder / "back"
+
+
+def tokenizer_of(folder: Path):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+
+
+def flags(tokenizer) -> dict[int, tuple]:
+    names = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+    return {
+        index: tuple(getattr(token, name) for name in names) for index, token in tokenizer.added_tokens_decoder.items()
+    }
+
+
+def generation_of(folder: Path) -> dict:
+    from transformers import GenerationConfig
+
+    found = GenerationConfig.from_pretrained(str(folder)).to_dict()
+    return {key: value for key, value in found.items() if key not in ("transformers_version", "_from_model_config")}
+
+
+@pytest.mark.parametrize(
+    ("cls", "tokenizer_cls"),
+    [("Llama", "PreTrainedTokenizerFast"), ("Qwen2", "Qwen2Tokenizer"), ("Mistral", "PreTrainedTokenizerFast")],
+)
+def test_a_chat_model_comes_back_equal_but_for_the_pause(tmp_path, cls, tokenizer_cls):
+    source = chat_model(tmp_path / "hf", cls, tokenizer_cls)
+    back = there_and_back(source, tmp_path)
+    before, after = tokenizer_of(source), tokenizer_of(back)
+    pause = after.convert_tokens_to_ids("<pause>")
+    assert after.chat_template == before.chat_template and set(after.chat_template) == {"default", "tool_use"}
+    for template in ("default", "tool_use"):
+        chats = [
+            each.apply_chat_template(
+                MESSAGES, chat_template=template, tools=[], add_generation_prompt=True, tokenize=False
+            )
+            for each in (before, after)
+        ]
+        assert chats[0] == chats[1] and before(chats[0])["input_ids"] == after(chats[1])["input_ids"]
+    text = after("a <tool> b<|im_end|>")["input_ids"]
+    assert text == before("a <tool> b<|im_end|>")["input_ids"] and before.eos_token_id in text
+    assert flags(after) == flags(before) | {pause: ("<pause>", False, False, False, False, True)}
+    assert set(after.all_special_tokens) == {*before.all_special_tokens, "<pause>"}
+    assert "<|im_start|>" in before.all_special_tokens
+    same = ("bos_token", "eos_token", "pad_token", "unk_token", "padding_side", "model_max_length", "truncation_side")
+    for name in (*same, "clean_up_tokenization_spaces"):
+        assert getattr(after, name) == getattr(before, name), name
+    assert type(after) is type(before)
+    assert generation_of(back) == generation_of(source) | {"suppress_tokens": [pause]}
+    assert len(generation_of(back)["eos_token_id"]) == 2
+    assert json.loads((back / "config.json").read_text())["eos_token_id"] == generation_of(back)["eos_token_id"]
+
+
+def test_an_answer_ends_where_it_ended_with_pauses_and_without(tmp_path, capsys):
+    """The second end of the source ends the answer of the export, in transformers and in `generate`."""
+    import transformers
+
+    prompt = "fellow citizens"
+    source = chat_model(tmp_path / "hf", "Llama", "PreTrainedTokenizerFast")
+    free = there_and_back(source, tmp_path / "free")
+
+    def answer(folder: Path, pauses: int, **options) -> list[int]:
+        tokenizer, model = tokenizer_of(folder), transformers.AutoModelForCausalLM.from_pretrained(str(folder))
+        inputs = tokenizer(prompt + "<pause>" * pauses, return_tensors="pt")
+        settings = {"max_new_tokens": 12, "do_sample": False, "repetition_penalty": 1.0, **options}
+        return model.generate(**inputs, **settings)[0, inputs["input_ids"].shape[1] :].tolist()
+
+    unended = {pauses: answer(free, pauses, eos_token_id=None) for pauses in (0, 3)}
+    assert answer(source, 0, eos_token_id=None) == unended[0] and unended[0] != unended[3]
+    # Among the ends of the chat model are now tokens of these answers, which are not the tokenizer's eos.
+    ends = {pauses: next(i for i in range(3, 12) if ids[i] not in ids[:i]) for pauses, ids in unended.items()}
+    stops = [tokenizer_of(source).eos_token_id, *(unended[pauses][ends[pauses]] for pauses in unended)]
+    settings = json.loads((source / "generation_config.json").read_text())
+    (source / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": stops}))
+    back = there_and_back(source, tmp_path)
+
+    def cut(ids: list[int]) -> list[int]:
+        return ids[: next(i for i, token in enumerate(ids) if token in stops) + 1]
+
+    assert answer(source, 0) == answer(back, 0) == cut(unended[0])
+    assert answer(back, 3) == cut(unended[3])
+    for pauses in (0, 3):
+        capsys.readouterr()
+        options = ["--pauses", str(pauses), "--max-new-tokens", "12", "--json"]
+        assert main(["generate", "--model", str(back), "--prompt", prompt, *options]) == 0
+        completion = json.loads(capsys.readouterr().out)["completions"][0]
+        text = len(cut(unended[pauses])) - 1  # the end itself is not counted
+        assert (completion["finish"], completion["new_tokens"]) == ("eos", text)
+
+
+def test_where_an_answer_ends_may_stand_in_config_json_alone(tmp_path):
+    source = chat_model(tmp_path / "hf", "Llama", "PreTrainedTokenizerFast")
+    ends = json.loads((source / "generation_config.json").read_text())["eos_token_id"]
+    (source / "generation_config.json").unlink()
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"eos_token_id": ends}))
+    assert generation_of(there_and_back(source, tmp_path))["eos_token_id"] == ends
+
+
+def test_the_files_go_through_a_corpus_and_a_checkpoint(tmp_path):
+    """What `prepare` keeps beside a corpus is what a run writes into its checkpoints."""
+    source = chat_model(tmp_path / "hf", "Llama", "PreTrainedTokenizerFast")
+    import_folder(source, tmp_path / "native")
+    (tmp_path / "s.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(20)))
+    given = ["--input", str(tmp_path / "s.jsonl"), "--output", str(tmp_path / "c"), "--workers", "1"]
+    assert main(["prepare", "--tokenizer", str(tmp_path / "native" / "tokenizer"), *given]) == 0
+    imported, kept = load_tokenizer(tmp_path / "native" / "tokenizer"), load_tokenizer(tmp_path / "c.tokenizer")
+    assert {"generation_config.json", "chat_template.jinja", "chat_template.tool_use.jinja"} <= set(imported.companions)
+    assert kept.companions == imported.companions and kept.fingerprint == imported.fingerprint
+    # A corpus of the source's own tokenizer belongs to no model yet: how a model generates is not taken over.
+    assert set(load_tokenizer(source).companions) == set(imported.companions) - {"generation_config.json"}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("generation_config.json", '{"eos_token_id": [1, 99999]}', r"eos_token_id .*: expected ids below the \d+ rows"),
+        ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id"),
+        ("generation_config.json", "[", "expected JSON"),
+        ("tokenizer_config.json", "[1]", "expected a JSON object"),
+        ("special_tokens_map.json", '"x"', "expected a JSON object"),
+        ("additional_chat_templates/a b.jinja", "", "expected a chat template's name"),
+        ("additional_chat_templates/x.jinja/y", "", "expected a file"),
+    ],
+)
+def test_files_that_cannot_be_carried_are_refused(tmp_path, name, content, expected):
+    source = chat_model(tmp_path / "hf", "Llama", "PreTrainedTokenizerFast")
+    (source / name).parent.mkdir(exist_ok=True)
+    (source / name).write_text(content)
+    with pytest.raises(PauseMegatronError, match=expected):
+        import_folder(source, tmp_path / "native")
+    assert not (tmp_path / "native").exists()
+
+
+def test_a_template_that_is_a_link_out_of_the_folder_is_refused(tmp_path):
+    source = chat_model(tmp_path / "hf", "Llama", "PreTrainedTokenizerFast")
+    (source / "additional_chat_templates" / "evil.jinja").symlink_to("/etc/passwd")
+    with pytest.raises(CheckpointError, match="a link out of the folder"):
+        import_folder(source, tmp_path / "native")
+
+
+@pytest.mark.parametrize("where", ["added_tokens.json", "tokenizer_config.json"])
+def test_tokens_added_behind_a_sentencepiece_model_are_not_lost_in_silence(tmp_path, where):
+    source = chat_model(tmp_path / "hf", "Llama", "PreTrainedTokenizerFast")
+    (source / "tokenizer.json").unlink()
+    train_model(source / "tokenizer.model", vocab_size=450)
+    added = {"<|im_end|>": 451} if where == "added_tokens.json" else {"added_tokens_decoder": {"451": {"content": "x"}}}
+    for name in ("tokenizer_config.json", "added_tokens.json"):
+        (source / name).write_text(json.dumps(added if name == where else {}))
+    with pytest.raises(CheckpointError, match=r"expected tokenizer\.json, as tokens were added behind the 450 pieces"):
+        import_folder(source, tmp_path / "native")
