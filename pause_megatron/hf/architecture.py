@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,15 @@ FAMILIES = {
 }
 """Model types that are this project's decoder: RMSNorm, SwiGLU, rotary halves; Qwen2 with biases on queries, keys and
 values. TinyLlama and SmolLM are of type llama."""
+
+_READ = frozenset(
+    {
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act"),
+        *("num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings"),
+        *("attention_bias", "mlp_bias", "initializer_range", "sliding_window", "use_sliding_window"),
+    }
+)
+"""Keys that decide what a model computes and for how many tokens. One that is missing has transformers' own default."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +122,13 @@ class _ConfigReader:
 
     def __init__(self, config: Mapping[str, Any], where: str) -> None:
         self._config, self._where = config, where
+        self._assumed: frozenset[str] = frozenset()
 
     def read(self, sequence_length: int | None) -> Architecture:
         family = self._family()
+        defaults = _defaults(family)
+        self._assumed = frozenset(defaults) - self._config.keys()
+        self._config = {**defaults, **self._config}
         self._refuse_options(family)
         heads, hidden = self._size("num_attention_heads"), self._size("hidden_size")
         self._expect("head_dim", self._config.get("head_dim"), (None, hidden // heads))
@@ -185,14 +199,26 @@ class _ConfigReader:
             raise self._wrong(
                 "max_position_embeddings", f"at least the {length} positions asked for (8 or more)", positions
             )
-        if family == "qwen2" and not self._config.get("use_sliding_window", False):
+        if family == "qwen2" and not self._flag("use_sliding_window"):
             window = None
-        if family != "llama" and window is not None and window < length:
-            raise CheckpointError(
-                f"{self._where}: sliding_window: expected null or at least {length} (the native model attends to the "
-                f"whole window), came {window}. Windows of up to {window} tokens compute the same: "
-                f"give --sequence-length {window}"
-            )
+        if family != "llama" and window is not None:
+            window = self._size("sliding_window")
+            if window < length:
+                assumed = (
+                    ", which transformers takes where the key is missing" if "sliding_window" in self._assumed else ""
+                )
+                raise CheckpointError(
+                    f"{self._where}: sliding_window: expected null or at least {length} (the native model attends to "
+                    f"the whole window), came {window}{assumed}. Windows of up to {window} tokens compute the same: "
+                    f"give --sequence-length {window}"
+                )
+        kinds = self._config.get("layer_types") or []
+        if not isinstance(kinds, (list, tuple)):
+            raise self._wrong("layer_types", "a list of the layers' kinds, or null", kinds)
+        others = [kind for kind in kinds if kind != "full_attention" and (kind != "sliding_attention" or not window)]
+        layers = self._size("num_hidden_layers")
+        if others or len(kinds or range(layers)) != layers:
+            raise self._wrong("layer_types", f"full_attention in each of num_hidden_layers = {layers}", kinds)
 
     def _expect(self, key: str, came: Any, allowed: tuple) -> None:
         if came not in allowed:
@@ -220,3 +246,18 @@ class _ConfigReader:
 
     def _wrong(self, key: str, expected: str, came: Any) -> CheckpointError:
         return CheckpointError(f"{self._where}: {key}: expected {expected}, came {str(came)[:200]!r}")
+
+
+def _defaults(family: str) -> dict[str, Any]:
+    """What transformers takes for keys that a config.json leaves out: the defaults of its own configuration class.
+
+    None among them are values that follow from others (num_key_value_heads, head_dim), here as there.
+    """
+    import transformers
+
+    cls = getattr(transformers, FAMILIES[family].replace("ForCausalLM", "Config"))
+    given = {name: entry.default for name, entry in inspect.signature(cls.__init__).parameters.items()}
+    found = {name: value for name, value in given.items() if name in _READ and value is not inspect.Parameter.empty}
+    made = cls().to_dict()
+    theta = (made.get("rope_parameters") or made).get("rope_theta")
+    return {**found, **({} if theta is None else {"rope_theta": theta})}
