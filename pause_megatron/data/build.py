@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
@@ -17,6 +17,8 @@ from megatron.core.datasets.utils import Split
 
 from pause_megatron.config.schema import PauseSection
 from pause_megatron.data.dataset import PauseGPTDataset, PauseGPTDatasetConfig, PauseTokenizer
+from pause_megatron.data.index_cache import IndexCacheError, cached_indices, unused_files
+from pause_megatron.data.split_text import require_window
 from pause_megatron.errors import ConfigError, DataError
 
 Blend = tuple[list[str], list[float] | None]
@@ -28,7 +30,7 @@ class Datasets:
 
     Attributes:
         train: At least as many samples as were asked for; None without corpora to train on.
-        valid: Held-out windows with pauses, or None where the split has no documents.
+        valid: Held-out windows with pauses, or None where none were asked for.
         valid_without_pauses: Held-out windows of the same length with text in every place (rate 0), or None likewise.
             They are `valid` itself where the run has no pauses.
         train_names, valid_names: What the corpora of a blend are called, in the order of their dataset_id; empty for
@@ -83,8 +85,8 @@ def build_datasets(
 
     Raises:
         ConfigError: a split or blend that cannot be read, pause options that do not fit, more samples than a blend
-            without weights holds.
-        DataError: a corpus that is missing, or a train split without documents.
+            without weights holds, a cache folder that cannot be written.
+        DataError: a corpus that is missing, or one whose share of a split has less text than a window.
     """
     _check_split(split)
     blends = {key: parse_blend(words) for key, words in (("prefix", prefix), ("valid_prefix", valid_prefix)) if words}
@@ -96,7 +98,6 @@ def build_datasets(
                 raise DataError(f"data.{key}: expected the files {name}.bin and {name}.idx, at least one is missing")
     first = next(iter(blends.values()))[0][0]
     cache = cache or os.path.join(os.path.dirname(os.path.abspath(first)), "cache")
-    _remove_cut_indices(Path(cache))
     pause_tokenizer = PauseTokenizer(tokenizer, pause.embeddings)
 
     def config_of(blend: Blend, split: str) -> PauseGPTDatasetConfig:
@@ -105,7 +106,8 @@ def build_datasets(
             sequence_length=sequence_length,
             blend=blend,
             split=split,
-            path_to_cache=_blend_cache(blend, cache),
+            # A blend's order follows from its corpora in a second; from a file it would be read unchecked.
+            path_to_cache=cache if len(blend[0]) == 1 else None,
             window_cache_path=cache,
             tokenizer=pause_tokenizer,
             reset_position_ids=documents == "apart",
@@ -124,15 +126,21 @@ def build_datasets(
     train_names = valid_names = ()
     if prefix:
         config = config_of(blends["prefix"], split)
-        if not _has_documents(config, Split.train):
-            raise DataError(f"data.split={split}: expected documents for training, the split leaves none")
-        train, train_names = _build(config, Split.train, train_samples), names_of(config.blend[0])
+        require_window(config, Split.train)
     held_out = config_of(blends["valid_prefix"], "0,1,0") if valid_prefix else config
-    if valid_samples > 0 and _has_documents(held_out, Split.valid):
+    without_pauses = dataclasses.replace(held_out, pause_rate=0.0)
+    if valid_samples > 0:
+        require_window(without_pauses, Split.valid, of_its_own=bool(valid_prefix))
+    before = cached_indices(Path(cache))
+    if prefix:
+        train, train_names = _build(config, Split.train, train_samples), names_of(config.blend[0])
+    if valid_samples > 0:
         valid = plain = _build(held_out, Split.valid, valid_samples)
         valid_names = names_of(held_out.blend[0])
         if pause.rate > 0:
-            plain = _build(dataclasses.replace(held_out, pause_rate=0.0), Split.valid, valid_samples)
+            plain = _build(without_pauses, Split.valid, valid_samples)
+    if _is_first_rank() and cached_indices(Path(cache)) != before:
+        _say_what_is_unused(Path(cache), [part for part in (train, valid) if part is not None])
     return Datasets(train, valid, plain, train_names, valid_names, pause_tokenizer)
 
 
@@ -146,11 +154,6 @@ def names_of(prefixes: Sequence[str]) -> tuple[str, ...]:
         if len(set(names)) == len(names):
             return tuple(names)
     return tuple(f"{path[-1]}#{number}" for number, path in enumerate(paths, start=1))
-
-
-def _blend_cache(blend: Blend, cache: str) -> str | None:
-    # BlendedDataset asks torch.distributed for the rank as soon as it has a cache folder.
-    return cache if len(blend[0]) == 1 or torch.distributed.is_initialized() else None
 
 
 def parse_blend(prefix: Sequence[str]) -> Blend:
@@ -188,45 +191,6 @@ def _check_split(split: str) -> None:
         raise ConfigError(f"data.split: expected a share above 0 for training, got {split!r}")
 
 
-def _has_documents(config: PauseGPTDatasetConfig, split: Split) -> bool:
-    """Whether the split has documents in every corpus of the blend. False: in none.
-
-    Raises:
-        DataError: in some of them only; megatron-core cannot blend those.
-    """
-    bounds = config.split_matrix[split.value]
-    if bounds is None:
-        return False
-    prefixes = config.blend[0]
-    # The builder's own rounding.
-    counts = [len(IndexedDataset(prefix).sequence_lengths) for prefix in prefixes]
-    empty = [
-        prefix
-        for prefix, count in zip(prefixes, counts, strict=True)
-        if round(bounds[0] * float(count)) >= round(bounds[1] * float(count))
-    ]
-    if empty and len(empty) < len(prefixes):
-        raise DataError(
-            f"data.split={config.split}: expected documents of every corpus in the {split.name} split, "
-            f"{', '.join(empty)} has too few to give any"
-        )
-    return not empty
-
-
-def _remove_cut_indices(cache: Path) -> None:
-    """Deletes index files that a killed run left unfinished: megatron-core takes any file of the right name for whole.
-
-    On rank 0 only, before it builds; the builder lets the other ranks look at the cache after that.
-    """
-    if torch.distributed.is_initialized() and torch.distributed.get_rank() != 0:
-        return
-    for path in cache.glob("*.npy"):
-        try:
-            np.load(path, mmap_mode="r", allow_pickle=False)  # maps the whole array: a short file is an error
-        except (ValueError, EOFError):
-            path.unlink(missing_ok=True)
-
-
 def _build(config: PauseGPTDatasetConfig, split: Split, samples: int | None) -> PauseGPTDataset | BlendedDataset:
     """One split, by the stock builder. The others are not built."""
     if samples is None and config.blend[1] is not None:
@@ -237,10 +201,27 @@ def _build(config: PauseGPTDatasetConfig, split: Split, samples: int | None) -> 
     config = dataclasses.replace(config)
     config.split_matrix = [config.split_matrix[each.value] if each is split else None for each in Split]
     sizes = [samples if each is split else 0 for each in Split]
-    dataset = BlendedMegatronDatasetBuilder(PauseGPTDataset, sizes, lambda: True, config).build()[split.value]
+    builder = BlendedMegatronDatasetBuilder(PauseGPTDataset, sizes, lambda: True, config)
+    try:
+        dataset = builder.build()[split.value]
+    except IndexCacheError as error:
+        if torch.distributed.is_initialized() and _is_first_rank():
+            # The builder lets the other ranks look at the cache once rank 0 has built it. They find none, and say so.
+            torch.distributed.barrier()
+        raise ConfigError(f"data.cache: {error}") from None
     if samples is not None and len(dataset) < samples:
         raise ConfigError(
             f"data.prefix: {samples} {split.name} samples were asked for, the corpora hold {len(dataset)} and are read "
             f"once each. Give them weights (WEIGHT PREFIX WEIGHT PREFIX ...) to have them repeated"
         )
     return dataset
+
+
+def _is_first_rank() -> bool:
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+def _say_what_is_unused(cache: Path, built: Sequence[PauseGPTDataset | BlendedDataset]) -> None:
+    parts = [part for dataset in built for part in getattr(dataset, "datasets", [dataset])]
+    if unused := unused_files(cache, {part.dataset_path: part.config.corpus_content for part in parts}):
+        print(unused, file=sys.stderr, flush=True)

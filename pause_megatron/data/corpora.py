@@ -13,6 +13,7 @@ from pause_megatron.config.schema import DataSection
 from pause_megatron.data.build import parse_blend
 from pause_megatron.data.corpus import Corpus, open_corpus, require_one_tokenizer
 from pause_megatron.data.first_use import verify_at_use
+from pause_megatron.data.manifest import Manifest
 from pause_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from pause_megatron.data.verify import no_report
 from pause_megatron.errors import DataError
@@ -45,6 +46,18 @@ class Corpora:
             report = progress.report if rank == 0 else no_report
             for corpus in self.corpora + self.valid:
                 verify_at_use(corpus, data.verify, data.cache, report=report, warn=_warn)
+
+    def require_unchanged(self) -> None:
+        """Make sure that the files which this process has mapped meanwhile are those that were opened here.
+
+        From now on a corpus may be replaced by others of its name: a mapped file stays what it is.
+
+        Raises:
+            DataError: a corpus was prepared anew meanwhile.
+        """
+        for corpus in self.corpora + self.valid:
+            if Manifest.load(corpus.prefix).fingerprint != corpus.manifest.fingerprint:
+                raise DataError(f"{corpus.prefix}: prepared anew while this run was opening it. Start the run again")
 
     def show(self, ids: Sequence[int]) -> str:
         """Text of token ids with pauses as `<pause>` and ends of documents as `<eod>`."""

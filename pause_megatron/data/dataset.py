@@ -16,6 +16,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from pause_megatron.data.boundaries import document_begins, packed_documents, restarting_positions, segments_of
+from pause_megatron.data.index_cache import Content, IndexCache, content_of
 from pause_megatron.data.model_rows import check_model_rows
 from pause_megatron.data.pause import PauseInjector, PausePlan, Window
 from pause_megatron.data.pause_tokenizer import NO_PAD, PauseTokenizer
@@ -58,6 +59,9 @@ class PauseGPTDatasetConfig(GPTDatasetConfig):
     window_cache_path: str | None = None
     """Folder of the window indices, if not path_to_cache. BlendedDataset can use path_to_cache only inside a process
        group; windows can be cached without one, here."""
+
+    corpus_content: Content | None = field(init=False, default=None)
+    """What is in the corpus. Each dataset fills it in for itself: part of the key of its index cache"""
 
     pause_plan: PausePlan | None = field(init=False, default=None)
     """The pause settings together with what follows from them. Made from the others"""
@@ -103,8 +107,8 @@ class PauseGPTDataset(GPTDataset):
     document_index, `indices` is None.
 
     Raises:
-        DataError: a split without any token, which megatron-core would look at forever; a corpus that contains a
-            pause id (when the sample is read).
+        DataError: a split without any token, which megatron-core would look at forever; an index cache that cannot be
+            written, or that rank 0 should have built; a corpus that contains a pause id (when the sample is read).
     """
 
     def __init__(
@@ -125,6 +129,7 @@ class PauseGPTDataset(GPTDataset):
         text_config = copy.copy(config)
         text_config.sequence_length = plan.text_length - 1
         text_config.path_to_cache = config.window_cache_path or config.path_to_cache
+        text_config.corpus_content = content_of(dataset_path, indexed_dataset.sequence_lengths)
         self._position_ids = torch.arange(plan.sequence_length)
         self._all_ones = np.ones(plan.sequence_length, dtype=np.float32)
         self._attention_mask: torch.Tensor | None = None
@@ -154,7 +159,24 @@ class PauseGPTDataset(GPTDataset):
             "pause_window",
             "pause_placement",
             "pause_seed",
+            "corpus_content",
         ]
+
+    def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
+        """The indices, from files that were checked. Rank 0 builds them where they are not there or not whole."""
+        config = self.config  # this dataset's own copy
+        if config.path_to_cache is None:  # where GPTDataset puts them
+            config.path_to_cache = os.path.join(self.dataset.path_prefix, "cache", f"{type(self).__name__}_indices")
+        folder = config.path_to_cache
+        cache = IndexCache(folder, self.unique_description_hash)
+        others_build = config.fast_cache_load or config.defer_npy_index_mmap
+        if others_build or (torch.distributed.is_initialized() and torch.distributed.get_rank() != 0):
+            cache.require()
+        elif not cache.is_whole():
+            with cache.building() as config.path_to_cache:
+                super()._build_document_sample_shuffle_indices()
+            config.path_to_cache = folder
+        return super()._build_document_sample_shuffle_indices()
 
     def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
         """One sample. `None` gives a filler for an incomplete batch: sample 0 with nothing supervised."""

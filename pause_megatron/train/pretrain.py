@@ -12,6 +12,7 @@ from pause_megatron.data.dataset import PauseTokenizer
 from pause_megatron.data.loader import Samples
 from pause_megatron.distributed import initialize
 from pause_megatron.distributed.settings import settings_of
+from pause_megatron.train.cache_folder import with_cache_folder
 from pause_megatron.train.inputs import HeldOut, TrainingData
 from pause_megatron.train.run import train
 from pause_megatron.train.signals import StopRequest, listening
@@ -44,8 +45,11 @@ def pretrain(config: RunConfig, stop: StopRequest | None = None) -> int:
 def corpus_data(config: RunConfig, world_size: int, rank: int = 0) -> TrainingData:
     """The windows of `data.prefix`, or of `data.source`. Every rank calls this: rank 0 builds the index caches."""
     corpora = open_corpora(config.data, config.pause.embeddings)
+    if corpora.corpora or corpora.valid:
+        config = with_cache_folder(config, (corpora.corpora or corpora.valid)[0].prefix)
     corpora.verify(config.data, rank)
     datasets = _datasets(config, corpora)
+    corpora.require_unchanged()
     plan = batch_plan(config, world_size)
 
     def held_out(windows: Samples | None) -> HeldOut | None:

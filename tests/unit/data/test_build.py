@@ -115,10 +115,17 @@ def test_pauses_do_not_change_with_the_sample_order(build: Callable[..., Dataset
     assert torch.equal(first[0]["tokens"] >= PAUSE, second[0]["tokens"] >= PAUSE)
 
 
-@pytest.mark.parametrize(("split", "samples"), [("1,0,0", 6), ("9999,1,0", 6), ("1", 6), ("9,1,0", 0)])
-def test_no_validation(build: Callable[..., Datasets], split: str, samples: int) -> None:
-    datasets = build(split=split, valid_samples=samples)
+@pytest.mark.parametrize("split", ["1,0,0", "9999,1,0", "1", "9,1,0"])
+def test_no_validation(build: Callable[..., Datasets], split: str, tmp_path: Path) -> None:
+    """None where none is asked for; a refusal, before anything is built, where one is and the split leaves no text."""
+    datasets = build(split=split, valid_samples=0)
     assert datasets.valid is None and datasets.valid_without_pauses is None
+    if split != "9,1,0":
+        with pytest.raises(
+            DataError, match=rf"one: expected at least 65 tokens .* valid split, got 0 .* of 40, .*{split}"
+        ):
+            build(split=split, valid_samples=6, cache=str(tmp_path / "none"))
+        assert not (tmp_path / "none").exists()
 
 
 def test_caches_stand_where_they_were_asked_for(build: Callable[..., Datasets], corpora: list[str]) -> None:
@@ -192,14 +199,35 @@ def test_a_corpus_that_is_missing(build: Callable[..., Datasets], corpora: list[
         build(["1", corpora[0], "1", str(tmp_path / "no")])
 
 
-def test_a_split_that_only_some_corpora_can_give(
-    build: Callable[..., Datasets], corpora: list[str], tmp_path: Path
+@pytest.mark.parametrize("pause", [PauseSection(rate=0.2), PauseSection(rate=0.2, window="trim"), PauseSection(rate=0)])
+def test_a_corpus_with_less_text_than_a_window(
+    build: Callable[..., Datasets], corpora: list[str], tmp_path: Path, pause: PauseSection
 ) -> None:
-    tiny = write_corpus(tmp_path / "tiny", paragraphs(1))
-    with pytest.raises(DataError, match=r"documents of every corpus in the valid split, .*tiny has too few"):
-        build(["1", corpora[0], "1", tiny])
-    with pytest.raises(DataError, match=r"expected documents for training, the split leaves none"):
-        build([tiny], split="4,6,0")
+    """Refused by name in every kind of list, before anything is built; one token more, and it trains."""
+    needed = 65 - (round(pause.rate * 64) if pause.window == "exact" else 0)
+    document, cache = np.concatenate(paragraphs(3)), tmp_path / "none"
+    few, enough, empty = (write_corpus(tmp_path / f"corpus{n}", [document[:n]]) for n in (needed - 1, needed, 0))
+    message = rf"{few}: expected at least {needed} tokens .*sequence_length=64\) in its train split, got {needed - 1} "
+    for blend in ([few], [corpora[0], few], ["1", corpora[0], "1", few], [few, enough]):
+        for samples in (4, None) if "1" not in blend else (4,):
+            with pytest.raises(DataError, match=message):
+                build(blend, pause=pause, split="1", train_samples=samples, valid_samples=0, cache=str(cache))
+    with pytest.raises(DataError, match=rf"{empty}: expected at least {needed} tokens .*, got 0 \(documents: 1 of 1"):
+        build([empty, enough], pause=pause, split="1", valid_samples=0, cache=str(cache))
+    with pytest.raises(DataError, match=r"in its train split, got 0 \(documents: 0 of 1, with data.split=4,6,0\)"):
+        build([enough], pause=pause, split="4,6,0", valid_samples=0, cache=str(cache))
+    with pytest.raises(DataError, match=r"in its valid split, got 0 \(documents: 0 of 1, .*data.valid_prefix"):
+        build(["1", corpora[0], "1", enough], pause=pause, split="9,1,0", cache=str(cache))
+    # Held-out windows are also scored without pauses: that takes a whole window of text.
+    short = write_corpus(tmp_path / "short", [document[:64]])
+    for held_out in ([short], [corpora[1], short], ["1", short, "1", corpora[1]]):
+        with pytest.raises(
+            DataError, match=rf"{short}: expected at least 65 tokens .*valid split, got 64 \(documents: 1\)"
+        ):
+            build(valid_prefix=held_out, pause=pause, split="1", cache=str(cache))
+    assert not cache.exists()
+    for blend in ([enough], [corpora[0], enough], ["1", corpora[0], "1", enough]):
+        assert len(build(blend, pause=pause, split="1", train_samples=1, valid_samples=0).train) >= 1
 
 
 def test_a_pause_id_that_is_eod(build: Callable[..., Datasets]) -> None:
@@ -233,7 +261,7 @@ def test_corpora_to_validate_on(build: Callable[..., Datasets], corpora: list[st
         assert valid.dataset_path == corpora[1] and set(valid.document_index.tolist()) == set(range(20))
     assert has_pauses(datasets.valid) and not has_pauses(datasets.valid_without_pauses)
     assert datasets.valid.injector.split == "valid"
-    alone = build([corpora[0]], split="1,0,0").train
+    alone = build([corpora[0]], split="1,0,0", valid_samples=0).train
     assert all(torch.equal(datasets.train[number]["tokens"], alone[number]["tokens"]) for number in range(40))
     assert (datasets.train_names, datasets.valid_names) == ((), ())
 
