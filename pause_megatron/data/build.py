@@ -60,6 +60,7 @@ def build_datasets(
     cache: str | None = None,
     documents: str = "joined",
     eod_mask_loss: bool = False,
+    read_cache: bool = False,
 ) -> Datasets:
     """Builds train and validation datasets. Call it on every rank: rank 0 builds the index caches, the others wait.
 
@@ -82,6 +83,7 @@ def build_datasets(
         cache: Folder of the index caches; default: 'cache' beside the first prefix.
         documents: "joined", or "apart": positions that start again with each document, and `segments` for attention.
         eod_mask_loss: No target behind an EOD, as in Megatron-LM.
+        read_cache: Compare index caches with their digests byte by byte, not only those changed since.
 
     Raises:
         ConfigError: a split or blend that cannot be read, pause options that do not fit, more samples than a blend
@@ -109,6 +111,7 @@ def build_datasets(
             # A blend's order follows from its corpora in a second; from a file it would be read unchecked.
             path_to_cache=cache if len(blend[0]) == 1 else None,
             window_cache_path=cache,
+            read_index_cache=read_cache,
             tokenizer=pause_tokenizer,
             reset_position_ids=documents == "apart",
             reset_attention_mask=documents == "apart",

@@ -60,6 +60,9 @@ class PauseGPTDatasetConfig(GPTDatasetConfig):
     """Folder of the window indices, if not path_to_cache. BlendedDataset can use path_to_cache only inside a process
        group; windows can be cached without one, here."""
 
+    read_index_cache: bool = False
+    """Compare cached indices with their digests byte by byte at each start, not only after they were changed"""
+
     corpus_content: Content | None = field(init=False, default=None)
     """What is in the corpus. Each dataset fills it in for itself: part of the key of its index cache"""
 
@@ -172,7 +175,7 @@ class PauseGPTDataset(GPTDataset):
         others_build = config.fast_cache_load or config.defer_npy_index_mmap
         if others_build or (torch.distributed.is_initialized() and torch.distributed.get_rank() != 0):
             cache.require()
-        elif not cache.is_whole():
+        elif not cache.is_whole(read=config.read_index_cache):
             with cache.building() as config.path_to_cache:
                 super()._build_document_sample_shuffle_indices()
             config.path_to_cache = folder

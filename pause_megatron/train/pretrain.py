@@ -85,4 +85,5 @@ def _datasets(config: RunConfig, corpora: Corpora) -> Datasets:
         cache=config.data.cache,
         documents=config.data.documents,
         eod_mask_loss=config.data.eod_mask_loss,
+        read_cache=config.data.verify == "always",
     )
