@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
+import math
 from pathlib import Path
 from typing import Any
 
+from pause_megatron.cli import note
 from pause_megatron.errors import DataError
-from pause_megatron.lines import lines_of
+from pause_megatron.metrics_file import NAME, is_number, read_metrics
 from pause_megatron.paths import path_option
 
 HELP = "draw the loss curves of runs as a PNG"
@@ -34,15 +35,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _read(path: Path) -> list[dict[str, Any]]:
-    file = path / "metrics.jsonl" if path.is_dir() else path
-    try:
-        records = [json.loads(line) for line in lines_of(file.read_bytes(), str(file))]
-    except OSError as error:
-        raise DataError(f"{file}: expected the metrics of a run: {error.strerror}") from None
-    except ValueError as error:
-        raise DataError(f"{file}: expected one JSON object a line: {error}") from None
+    file = path / NAME if path.is_dir() else path
+    metrics = read_metrics(file)
+    # A step whose loss was not finite has none.
+    records = metrics.with_numbers("loss", "text_tokens")
     if not records:
-        raise DataError(f"{file}: expected the metrics of a run, it is empty")
+        raise DataError(f"{file}: expected the metrics of a run, got no line of a step with a loss")
+    if metrics.damaged:
+        note(f"{file}: {metrics.damaged:,} damaged lines left out")
     return records
 
 
@@ -55,7 +55,6 @@ def _draw(runs: list[tuple[str, list[dict[str, Any]]]], output: Path) -> None:
     figure, (train, valid) = plt.subplots(1, 2, figsize=(12, 4.8), constrained_layout=True)
     for index, (name, records) in enumerate(runs):
         color = f"C{index}"
-        records = [record for record in records if record["loss"] is not None]
         tokens = [record["text_tokens"] / 1e6 for record in records]
         losses = [record["loss"] for record in records]
         train.plot(tokens, losses, color=color, alpha=0.2, linewidth=0.8)
@@ -73,19 +72,20 @@ def _draw(runs: list[tuple[str, list[dict[str, Any]]]], output: Path) -> None:
 
 
 def _draw_validation(axes: Any, name: str, color: str, records: list[dict[str, Any]]) -> None:
-    scored = [record for record in records if record.get("valid_loss") is not None]
+    scored = [record for record in records if is_number(record.get("valid_loss"))]
     tokens = [record["text_tokens"] / 1e6 for record in scored]
     curves = {
         "valid_loss": (name, "-", "o"),
         "valid_loss_without_pauses": (f"{name}, scored without pauses", "--", "."),
     }
-    if any(record.get("valid_loss_after_pause") is not None for record in scored):
+    if any(is_number(record.get("valid_loss_after_pause")) for record in scored):
         curves["valid_loss_after_pause"] = (f"{name}, directly after a pause", ":", "^")
         curves["valid_loss_elsewhere"] = (f"{name}, elsewhere", "-.", "v")
     else:
         del curves["valid_loss_without_pauses"]  # the same as valid_loss in a run without pauses
     for key, (label, style, marker) in curves.items():
-        axes.plot(tokens, [record[key] for record in scored], style, marker=marker, color=color, label=label, ms=4)
+        losses = [value if is_number(value := record.get(key)) else math.nan for record in scored]
+        axes.plot(tokens, losses, style, marker=marker, color=color, label=label, ms=4)
 
 
 def _smooth(values: list[float]) -> list[float]:

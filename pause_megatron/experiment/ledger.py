@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pause_megatron.errors import DataError
-from pause_megatron.lines import lines_of
+from pause_megatron.metrics_file import NAME, read_metrics
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def ledger_of(verb: str, product: Path, flops_per_token: float, wall_seconds: fl
         DataError: the product is not what the verb writes.
     """
     if verb in ("pretrain", "finetune"):
-        raw, text, seconds = _training(product / "metrics.jsonl")
+        raw, text, seconds = _training(product / NAME)
     elif verb == "evaluate":
         raw, text, seconds = _evaluation(product / "results.json")
     else:
@@ -70,13 +70,12 @@ def ledger_of(verb: str, product: Path, flops_per_token: float, wall_seconds: fl
 
 def _training(path: Path) -> tuple[int, int, float]:
     """Raw tokens, text tokens and seconds of the steps of a run."""
-    try:
-        lines = [json.loads(line) for line in lines_of(path.read_bytes(), str(path))]
-        # Seconds stand only in the lines that log.every kept; tokens are running sums.
-        seconds = sum(line["seconds"] for line in lines) / len(lines) * lines[-1]["step"]
-        return lines[-1]["tokens"], lines[-1]["text_tokens"], seconds
-    except (OSError, ValueError, KeyError, IndexError) as error:
-        raise DataError(f"{path}: expected the metrics of a run: {error!r}") from None
+    lines = read_metrics(path).with_numbers("tokens", "text_tokens", "seconds")
+    if not lines:
+        raise DataError(f"{path}: expected the metrics of a run, got no line of a step with its tokens and seconds")
+    # Seconds stand only in the lines that log.every kept; tokens are running sums.
+    seconds = sum(line["seconds"] for line in lines) / len(lines) * lines[-1]["step"]
+    return lines[-1]["tokens"], lines[-1]["text_tokens"], seconds
 
 
 def _evaluation(path: Path) -> tuple[int, int, float]:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from pause_megatron.config.load import load
+from pause_megatron.errors import DataError
 from pause_megatron.experiment.cell import PRODUCT, read_json
 from pause_megatron.experiment.estimate import si
 from pause_megatron.experiment.ledger import Ledger, total
 from pause_megatron.experiment.report.collect import Collected
 from pause_megatron.experiment.report.tables import table
-from pause_megatron.lines import lines_of
+from pause_megatron.metrics_file import NAME, read_metrics
 
 TOTAL = "all cells, each once"
 
@@ -48,7 +48,7 @@ def pretrained(collected: Collected) -> list[dict[str, Any]]:
             continue
         run = collected.directory / "cells" / name / PRODUCT["pretrain"]
         config = load(run / "config.yaml")
-        last = _last_lines(run / "metrics.jsonl")
+        last = _last_lines(run / NAME)
         found.append(
             {
                 "name": cell.name.removeprefix("pretrain-"),
@@ -59,7 +59,7 @@ def pretrained(collected: Collected) -> list[dict[str, Any]]:
                 "steps": last["step"],
                 "raw_tokens": last["tokens"],
                 "text_tokens": last["text_tokens"],
-                "train_loss": last["loss"],
+                "train_loss": last.get("loss"),
                 "valid_loss": last.get("valid_loss"),
                 "valid_loss_without_pauses": last.get("valid_loss_without_pauses"),
             }
@@ -100,6 +100,8 @@ def _sum(collected: Collected, names: Any) -> Ledger:
 def _last_lines(path: Path) -> dict[str, Any]:
     """The last step's record, with the newest held-out losses in it."""
     found: dict[str, Any] = {}
-    for line in lines_of(path.read_bytes(), str(path)):
-        found |= {key: value for key, value in json.loads(line).items() if value is not None}
+    for record in read_metrics(path).with_numbers("tokens", "text_tokens"):
+        found |= {key: value for key, value in record.items() if value is not None}
+    if not found:
+        raise DataError(f"{path}: expected the metrics of a run, got no line of a step with its tokens")
     return found
