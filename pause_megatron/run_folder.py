@@ -72,17 +72,17 @@ def choose(path: str | Path) -> Choice:
 
 
 def last_published(checkpoints: Path) -> int | None:
-    """The step that `latest` was last pointed to by a save; None: never, or by a program that left no record."""
+    """The step that `latest` was last pointed to by a save, 0 before the first; None: not known."""
     try:
-        step = json.loads(_record(checkpoints).read_text(encoding="utf-8"))["published"]
+        step = json.loads(record_of(checkpoints).read_text(encoding="utf-8"))["published"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
-    return step if isinstance(step, int) else None
+    return step if type(step) is int and step >= 0 else None
 
 
 def record_published(checkpoints: Path, step: int) -> None:
     """Leaves the record that `last_published` reads."""
-    write_whole(_record(checkpoints), json.dumps({"published": step}).encode())
+    write_whole(record_of(checkpoints), json.dumps({"published": step}).encode())
 
 
 def pointed_to(checkpoints: Path) -> str:
@@ -98,7 +98,8 @@ def pointed_to(checkpoints: Path) -> str:
         return ""
 
 
-def _record(checkpoints: Path) -> Path:
+def record_of(checkpoints: Path) -> Path:
+    """Where that record is."""
     return checkpoints.with_name(f".{checkpoints.name}.json")
 
 

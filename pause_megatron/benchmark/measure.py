@@ -101,12 +101,12 @@ def run_benchmark(config: RunConfig, sizes: Sizes) -> Measurement:
 
 
 def _with_steps(config: RunConfig, sizes: Sizes) -> RunConfig:
-    """With enough steps, and without validation, which is no part of a step."""
-    changes = {"validation": config.validation.model_copy(update={"every": 0})}
+    """With enough steps from the first one on, and without validation, which is no part of a step."""
+    lengths = {"extended_from": None}
     if config.finetune.epochs is None:
-        steps = max(config.train.steps or 0, sizes.all_steps)
-        changes["train"] = config.train.model_copy(update={"steps": steps, "tokens": None})
-    return config.model_copy(update=changes)
+        lengths |= {"steps": max(config.train.steps or 0, sizes.all_steps), "tokens": None}
+    train, validation = config.train.model_copy(update=lengths), config.validation.model_copy(update={"every": 0})
+    return config.model_copy(update={"train": train, "validation": validation})
 
 
 def _take(

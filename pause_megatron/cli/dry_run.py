@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pause_megatron.config.plan import BatchPlan
+from pause_megatron.config.plan import BatchPlan, added_steps
 from pause_megatron.config.presets import parameters, step_flops
 from pause_megatron.config.quantities import scaled
 from pause_megatron.config.schema import RunConfig
@@ -56,7 +56,7 @@ def describe_task(data: TaskData, plan: BatchPlan, engine: dict[str, Any]) -> st
     from pause_megatron.data.supervised import summarize
 
     config, facts, arrangement = data.config, summarize(data.windows), data.windows.arrangement
-    plan = replace(plan, steps=config.train.steps)
+    plan = replace(plan, steps=added_steps(config))
     places, length = plan.steps * plan.global_size, arrangement.sequence_length
     epochs = places / facts.windows
     finetune = config.finetune
@@ -131,12 +131,16 @@ def _window(config: RunConfig) -> str:
 def _steps(config: RunConfig, plan: BatchPlan) -> str:
     if plan.steps is None:
         return "unknown: give train.steps or train.tokens"
+    if (extended := config.train.extended_from) is not None:
+        return f"{plan.steps:,} behind the {extended:,} of the finished run, to step {config.train.steps:,}"
     return f"{plan.steps:,} for a budget of {config.train.tokens:,} raw tokens"
 
 
 def _schedule(config: RunConfig) -> str:
     optim = config.optim
     after = "constant" if optim.schedule == "constant" else f"{optim.schedule} to {optim.min_lr_fraction:.0%}"
+    if config.train.extended_from is not None and optim.schedule == "constant":
+        return f"{optim.lr:g}, constant"
     return f"{optim.lr:g} after {optim.warmup_steps:,} steps of warm-up, then {after}"
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from pause_megatron.config.plan import added_steps
 from pause_megatron.config.rules import micro_divides_global, sequence_needs_tensor, warmup_ends
 from pause_megatron.config.schema import RunConfig
 
@@ -21,6 +22,7 @@ _OF_AN_EPOCH = (
     *("finetune.pauses", "finetune.filler", "finetune.batching", "task.name", "task.path", "task.limit"),
 )
 _LENGTHS = ("train.steps", "train.tokens")
+_OF_A_WARMUP = (*_LENGTHS, "train.extended_from", *_OF_A_STEP, *_OF_A_SCHEDULE)
 _SHARE = 10
 
 
@@ -67,7 +69,7 @@ def follow_epochs(config: RunConfig, sources: Sources) -> RunConfig:
 def follow_values(config: RunConfig, sources: Sources) -> RunConfig:
     """After that: warm-up, micro-batch and sequence parallelism that no longer fit."""
     changes = (
-        ("optim.warmup_steps", warmup_ends, fitting_warmup, (*_LENGTHS, *_OF_A_STEP, *_OF_A_SCHEDULE)),
+        ("optim.warmup_steps", warmup_ends, fitting_warmup, _OF_A_WARMUP),
         ("batch.micro_size", micro_divides_global, _fitting_micro_size, ("batch.global_size",)),
         ("parallel.sequence", sequence_needs_tensor, lambda _: False, ("parallel.tensor",)),
     )
@@ -82,12 +84,12 @@ def follow_values(config: RunConfig, sources: Sources) -> RunConfig:
 
 
 def fitting_warmup(config: RunConfig) -> int:
-    """Warm-up for a run that is too short for its own: a tenth of it, at least a step where there are two.
+    """Warm-up for a run (or an extension) that is too short for its own: a tenth, at least a step where there are two.
 
     Args:
         config: its number of steps known
     """
-    steps, optim = config.train.steps, config.optim
+    steps, optim = added_steps(config), config.optim
     room = steps - 1
     if optim.schedule == "wsd":
         room = min(room, int(steps * (1 - optim.decay_fraction)))

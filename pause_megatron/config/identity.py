@@ -10,7 +10,7 @@ from pause_megatron.config.schema import RunConfig
 FREE_SECTIONS = frozenset({"parallel", "checkpoint", "validation", "log"})
 FREE_KEYS = frozenset(
     {
-        *("run.dir", "run.hang_seconds", "run.connect_seconds"),
+        *("run.dir", "run.hang_seconds", "run.connect_seconds", "run.start_over"),
         *("data.prefix", "data.valid_prefix", "data.tokenizer", "data.cache"),  # the data are compared by their content
         *("data.verify", "data.prefetch"),
         "task.path",
@@ -18,6 +18,12 @@ FREE_KEYS = frozenset(
         "batch.micro_size",
         *("engine.ds_config", "engine.zero_stage", "engine.kernels", "engine.deterministic"),
     }
+)
+
+# What may change besides at the step at which a finished run is extended (train.extended_from).
+LENGTH_KEYS = ("train.steps", "train.tokens", "train.extended_from", "finetune.epochs")
+SCHEDULE_KEYS = (
+    *("optim.lr", "optim.min_lr_fraction", "optim.warmup_steps", "optim.schedule", "optim.decay_fraction"),
 )
 
 

@@ -39,7 +39,7 @@ class BatchPlan:
     sequence_length: int
     pauses: int  # inserted per window, before the cut of window=trim
     pause_fraction: float  # expected pauses per input token
-    steps: int | None
+    steps: int | None  # of this run; of an extended one, those that are added
 
     @property
     def raw_tokens(self) -> int:
@@ -65,7 +65,7 @@ class BatchPlan:
 
     @property
     def total_tokens(self) -> int | None:
-        """Text and pauses, whole run."""
+        """Text and pauses, all steps."""
         return None if self.steps is None else self.steps * self.raw_tokens
 
 
@@ -117,8 +117,14 @@ def batch_plan(config: RunConfig, world_size: int) -> BatchPlan:
         sequence_length=length,
         pauses=pauses,
         pause_fraction=expected_pause_fraction(pauses, length, config.pause.window),
-        steps=config.train.steps,
+        steps=added_steps(config),
     )
+
+
+def added_steps(config: RunConfig) -> int | None:
+    """Steps that a run takes after the one that it extends, all of them where it extends none; None: not known yet."""
+    steps = config.train.steps
+    return None if steps is None else steps - (config.train.extended_from or 0)
 
 
 def expected_pause_fraction(pauses: int, sequence_length: int, window: str) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-from pause_megatron.config.plan import pause_range, pauses_per_window
+from pause_megatron.config.plan import added_steps, pause_range, pauses_per_window
 from pause_megatron.config.schema import DataSection, ModelSection, ParallelSection, RunConfig
 from pause_megatron.config.spelling import nearest
 from pause_megatron.errors import ConfigError
@@ -132,13 +132,27 @@ def steps_and_tokens_agree(config: RunConfig) -> Broken:
 
 
 @_rule
+def an_extension_adds_steps(config: RunConfig) -> Broken:
+    added = added_steps(config)
+    if config.train.extended_from is not None and added is not None and added < 1:
+        keys = ("train.steps", "train.extended_from")
+        return keys, "train.steps > train.extended_from (the step at which the finished run ended)"
+    return None
+
+
+@_rule
 def warmup_ends(config: RunConfig) -> Broken:
-    steps, optim = config.train.steps, config.optim
-    if steps is not None and optim.warmup_steps and optim.warmup_steps >= steps:
-        return ("optim.warmup_steps", "train.steps"), "optim.warmup_steps < train.steps"
-    if steps is not None and optim.schedule == "wsd" and optim.warmup_steps > steps * (1 - optim.decay_fraction):
-        keys = ("optim.warmup_steps", "optim.decay_fraction", "train.steps")
-        return keys, "warm-up and decay (optim.decay_fraction x train.steps) to fit into train.steps"
+    steps, optim, extended = added_steps(config), config.optim, config.train.extended_from is not None
+    if steps is None or steps < 1 or (extended and optim.schedule == "constant"):  # which has no second warm-up
+        return None
+    lengths = ("train.steps", "train.extended_from") if extended else ("train.steps",)
+    length = "train.steps - train.extended_from" if extended else "train.steps"
+    if optim.warmup_steps and optim.warmup_steps >= steps:
+        return ("optim.warmup_steps", *lengths), f"optim.warmup_steps < {length}"
+    if optim.schedule == "wsd" and optim.warmup_steps > steps * (1 - optim.decay_fraction):
+        keys = ("optim.warmup_steps", "optim.decay_fraction", *lengths)
+        share = f"({length})" if extended else length
+        return keys, f"warm-up and decay (optim.decay_fraction x {share}) to fit into {length}"
     return None
 
 

@@ -50,6 +50,12 @@ class RunSection(Section):
     connect_seconds: int = Field(
         600, ge=1, description="a rank that does not find the others for so long at the start says whom, and ends"
     )
+    start_over: bool = Field(
+        False,
+        description="begin at step 1 where the checkpoints of a run are gone (else refused); its metrics.jsonl and "
+        "tensorboard/ are kept beside as metrics.before-TIME.jsonl and tensorboard.before-TIME. Where a complete "
+        "checkpoint is there the run goes on from it all the same",
+    )
 
 
 class DataSection(Section):
@@ -204,6 +210,14 @@ class TrainSection(Section):
 
     steps: int | None = Field(None, ge=1, description="optimizer steps; give this or train.tokens")
     tokens: int | None = Field(None, ge=1, description="raw tokens (text and pauses); give this or train.steps")
+    extended_from: int | None = Field(
+        None,
+        ge=1,
+        description="the step at which a finished run ended, to go on from there to a larger train.steps with its "
+        "optimizer state; optim.lr, min_lr_fraction, warmup_steps, schedule and decay_fraction may change at that "
+        "step. constant: stays at optim.lr; other schedules begin anew over the added steps, warm-up too. A corpus's "
+        "windows that were not read follow, or where they do not last it is read anew in an order of its own",
+    )
     only: Literal["pause_rows"] | None = Field(
         None, description="pause_rows: update the pause embeddings (and pause logits) alone, all else stays; null: all"
     )

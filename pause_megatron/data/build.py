@@ -17,7 +17,9 @@ from megatron.core.datasets.utils import Split
 
 from pause_megatron.config.schema import PauseSection
 from pause_megatron.data.dataset import PauseGPTDataset, PauseGPTDatasetConfig, PauseTokenizer
+from pause_megatron.data.extension import read_on
 from pause_megatron.data.index_cache import IndexCacheError, cached_indices, unused_files
+from pause_megatron.data.loader import Samples
 from pause_megatron.data.split_text import require_window
 from pause_megatron.errors import ConfigError, DataError
 
@@ -38,7 +40,7 @@ class Datasets:
         tokenizer: The corpus's tokenizer with the pause ids.
     """
 
-    train: PauseGPTDataset | BlendedDataset | None
+    train: Samples | None
     valid: PauseGPTDataset | BlendedDataset | None
     valid_without_pauses: PauseGPTDataset | BlendedDataset | None
     train_names: tuple[str, ...]
@@ -61,6 +63,7 @@ def build_datasets(
     documents: str = "joined",
     eod_mask_loss: bool = False,
     read_cache: bool = False,
+    samples_before: int = 0,
 ) -> Datasets:
     """Builds train and validation datasets. Call it on every rank: rank 0 builds the index caches, the others wait.
 
@@ -84,6 +87,8 @@ def build_datasets(
         documents: "joined", or "apart": positions that start again with each document, and `segments` for attention.
         eod_mask_loss: No target behind an EOD, as in Megatron-LM.
         read_cache: Compare index caches with their digests byte by byte, not only those changed since.
+        samples_before: Windows of these that a finished run was given, which is now extended: `data.extension` says
+            what the others are.
 
     Raises:
         ConfigError: a split or blend that cannot be read, pause options that do not fit, more samples than a blend
@@ -136,7 +141,8 @@ def build_datasets(
         require_window(without_pauses, Split.valid, of_its_own=bool(valid_prefix))
     before = cached_indices(Path(cache))
     if prefix:
-        train, train_names = _build(config, Split.train, train_samples), names_of(config.blend[0])
+        train_names = names_of(config.blend[0])
+        train = read_on(_build, config, train_samples, samples_before)
     if valid_samples > 0:
         valid = plain = _build(held_out, Split.valid, valid_samples)
         valid_names = names_of(held_out.blend[0])

@@ -7,14 +7,21 @@ import math
 from pause_megatron.config.schema import OptimSection
 
 
-def learning_rate(optim: OptimSection, step: int, total_steps: int) -> float:
+def learning_rate(optim: OptimSection, step: int, total_steps: int, extended_from: int | None = None) -> float:
     """Learning rate of optimizer step `step` (the first step is 1) in a run of `total_steps`.
 
     Linear warm-up from 0 over `optim.warmup_steps`, then by `optim.schedule`:
       cosine    half a cosine from the peak to `min_lr_fraction` of it at the last step;
       wsd       the peak, then a linear decay to `min_lr_fraction` over the last `decay_fraction` of all steps;
       constant  the peak.
+
+    A run that extends one which ended after step `extended_from` has, in the steps after that, the schedule of a run of
+    `total_steps - extended_from` steps; `constant` has no second warm-up, and stays at the peak.
     """
+    if extended_from is not None:
+        if optim.schedule == "constant":
+            return optim.lr
+        return learning_rate(optim, step - extended_from, total_steps - extended_from)
     if step <= optim.warmup_steps:
         return optim.lr * step / optim.warmup_steps
     low = optim.lr * optim.min_lr_fraction

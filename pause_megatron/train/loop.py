@@ -84,6 +84,7 @@ def training_steps(
     *,
     optim: OptimSection,
     total_steps: int,
+    extended_from: int | None = None,
     progress: Progress,
     stop: StopRequest,
     corpora: Sequence[str] = (),
@@ -101,6 +102,7 @@ def training_steps(
         context: this rank's place
         optim: learning rate and schedule
         total_steps: steps of the whole run
+        extended_from: the step at which the run that this one extends ended; see `learning_rate`
         progress: where the run stands
         stop: read in each step; any rank's request stops all of them
         corpora: names of the corpora of a blend, whose losses are told apart
@@ -115,7 +117,7 @@ def training_steps(
         if step is None:
             return
         loaded = time.perf_counter()
-        lr = learning_rate(optim, step + 1, total_steps)
+        lr = learning_rate(optim, step + 1, total_steps, extended_from)
         numbers = _StepNumbers(micro_batches, context, corpora, stop)
         outcome = engine.train_step(
             [batch.to(context.device) for batch in micro_batches],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import math
-import os
 import resource
 import sys
 import textwrap
@@ -23,6 +22,7 @@ from pause_megatron.config.presets import parameters, step_flops
 from pause_megatron.config.schema import RunConfig
 from pause_megatron.data.batch import MicroBatch
 from pause_megatron.distributed import ParallelContext
+from pause_megatron.metrics_file import keep_steps
 from pause_megatron.train.loop import Progress, StepResult
 
 
@@ -103,7 +103,8 @@ class MetricsFile:
 
     def __init__(self, path: Path, throughput: Throughput, resume_after: int) -> None:
         self._throughput = throughput
-        _keep_steps(path, resume_after)
+        if damage := keep_steps(path, resume_after):
+            _say(damage)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
 
     def __call__(self, result: StepResult) -> None:
@@ -112,22 +113,6 @@ class MetricsFile:
 
     def close(self) -> None:
         self._file.close()
-
-
-def _keep_steps(path: Path, last: int) -> None:
-    """Drops the lines of steps that the resumed run will take again, and a line that a kill cut short."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        try:
-            if line.endswith("\n") and json.loads(line)["step"] <= last:
-                kept.append(line)
-        except (ValueError, KeyError, TypeError):
-            continue
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text("".join(kept), encoding="utf-8")
-    os.replace(partial, path)
 
 
 TAGS = {
@@ -205,9 +190,14 @@ def announce(
         f"parallel{sequence}, ZeRO {zero_stage}, {config.engine.precision}"
     )
     _say(
-        f"{parameters(config.model, vocabulary):,} parameters; {plan.steps:,} steps of {data}, run folder "
-        f"{config.run.dir}"
+        f"{parameters(config.model, vocabulary):,} parameters; {plan.steps:,} steps{_behind(config)} of {data}, "
+        f"run folder {config.run.dir}"
     )
+
+
+def _behind(config: RunConfig) -> str:
+    extended = config.train.extended_from
+    return "" if extended is None else f" after step {extended:,}, which the run is extended from,"
 
 
 def conclude(progress: Progress, stopped: bool, reason: str | None) -> None:

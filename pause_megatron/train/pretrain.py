@@ -86,4 +86,5 @@ def _datasets(config: RunConfig, corpora: Corpora) -> Datasets:
         documents=config.data.documents,
         eod_mask_loss=config.data.eod_mask_loss,
         read_cache=config.data.verify == "always",
+        samples_before=(config.train.extended_from or 0) * config.batch.global_size,
     )

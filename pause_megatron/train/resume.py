@@ -19,13 +19,13 @@ from pause_megatron.checkpoint import (
 )
 from pause_megatron.checkpoint.verify import no_report
 from pause_megatron.config.deepspeed import deepspeed_config
-from pause_megatron.config.identity import deciding_keys
 from pause_megatron.config.load import load
 from pause_megatron.config.schema import RunConfig
 from pause_megatron.distributed import ParallelContext
 from pause_megatron.engine import Engine
 from pause_megatron.errors import CheckpointError
 from pause_megatron.model import PauseGPTModel
+from pause_megatron.train.extension import config_differences, how_to_extend
 from pause_megatron.train.loop import Progress
 
 
@@ -76,13 +76,14 @@ def find_resume(store: Store, config: RunConfig, corpus: str, context: ParallelC
     if found is None:
         return None
     folder, manifest, complaints = found
-    differences = config_differences(load(folder / "config.yaml"), config)
+    differences = config_differences(load(folder / "config.yaml"), config, manifest.step)
     if manifest.corpus != corpus:
         differences.append(f"corpus: {manifest.corpus} in the checkpoint, {corpus} in this run")
     if differences:
         raise CheckpointError(
             f"{folder}: a checkpoint of another configuration. Give back its values, or another run.dir:\n  "
             + "\n  ".join(differences)
+            + how_to_extend(load(folder / "config.yaml"), config, manifest.step)
         )
     if context.rank == 0:
         for complaint in complaints:
@@ -118,9 +119,3 @@ def _progress(folder: Path, manifest: Manifest) -> Progress:
 def progress_record(progress: Progress) -> dict[str, int]:
     """What a checkpoint keeps of the progress."""
     return asdict(progress)
-
-
-def config_differences(before: RunConfig, now: RunConfig) -> list[str]:
-    """The keys that decide the losses and differ, one line each."""
-    old, new = deciding_keys(before), deciding_keys(now)
-    return [f"{key}: {old[key]!r} in the checkpoint, {new[key]!r} in this run" for key in new if old[key] != new[key]]

@@ -61,6 +61,8 @@ def train(config: RunConfig, data: TrainingData, context: ParallelContext, stop:
         closing.enter_context(own_run(folder, context))
         store = Store(folder / "checkpoints", context.rank, context.world_size)
         start = find_start(store, config, data, context)
+        # Permission to start over is for this start, not for those that read the run's config.yaml.
+        config = config.model_copy(update={"run": config.run.model_copy(update={"start_over": False})})
         model = new_model(config, data, draw=start.draws)
         start.weights_into(model)
         # What must not move must not decay either.
@@ -84,6 +86,7 @@ def train(config: RunConfig, data: TrainingData, context: ParallelContext, stop:
             context,
             optim=config.optim,
             total_steps=config.train.steps,
+            extended_from=config.train.extended_from,
             progress=progress,
             stop=stop,
             corpora=data.names,

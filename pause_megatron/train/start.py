@@ -14,6 +14,7 @@ from pause_megatron.train.initial import InitialWeights
 from pause_megatron.train.inputs import TrainingData
 from pause_megatron.train.loop import Progress
 from pause_megatron.train.resume import find_resume
+from pause_megatron.train.start_over import before_the_first_step
 
 
 class Start(Protocol):
@@ -61,9 +62,12 @@ def find_start(store: Store, config: RunConfig, data: TrainingData, context: Par
     """The newest complete checkpoint of the run; else `model.from`; else from scratch. Every rank calls this.
 
     Raises:
-        CheckpointError: a checkpoint that is damaged, or of another run or model; the differences are named.
+        CheckpointError: a checkpoint that is damaged, or of another run or model; the differences are named. Or the
+            run had checkpoints, which are gone.
+        ConfigError: a run that is to be extended has none.
     """
     resumed = find_resume(store, config, data.fingerprint, context)
     if resumed is not None:
         return resumed
+    before_the_first_step(config, store.folder, context)
     return InitialWeights(config, data.tokenizer, context) if config.model.from_ else FromScratch()

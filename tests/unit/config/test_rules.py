@@ -64,6 +64,10 @@ BROKEN = {
         ["data.documents=apart", "model.attention=te"],
         "model.attention=sdpa with data.documents=apart",
     ),
+    "an_extension_adds_steps": (
+        ["train.steps=100", "train.extended_from=100"],
+        "expected train.steps > train.extended_from (the step at which the finished run ended); came train.steps=100",
+    ),
     "run_dir_is_named": (["run.dir=' '"], "the name of a folder"),
 }
 
@@ -95,6 +99,8 @@ def test_all_broken_rules_are_reported_together():
         ["data.split=1,0,0", "validation.every=0"],
         ["data.split=1,0,0", "data.valid_prefix=v"],
         ["train.steps=10", "optim.warmup_steps=8", "optim.schedule=wsd"],
+        ["train.extended_from=100", "train.steps=110", "optim.warmup_steps=9"],
+        ["train.extended_from=100", "train.steps=110", "optim.warmup_steps=50", "optim.schedule=constant"],
         ["parallel.tensor=4", "parallel.sequence=true", "model.preset=1b"],
         ["task.name=gsm8k", "finetune.pauses=0..50", "finetune.epochs=0.5"],
         ["task.name=gsm8k", "finetune.batching=padded", "model.attention=te"],

@@ -38,3 +38,12 @@ def test_known_values():
     assert [learning_rate(cosine, step, 110) for step in (1, 5, 10, 60, 110)] == pytest.approx([0.1, 0.5, 1, 0.5, 0])
     wsd = OptimSection(lr=1.0, min_lr_fraction=0.0, schedule="wsd", decay_fraction=0.2)
     assert [learning_rate(wsd, step, 100) for step in (1, 80, 90, 100)] == pytest.approx([1, 1, 0.5, 0])
+
+
+@given(optim, st.integers(60, 500), st.integers(1, 10_000))
+def test_the_added_steps_of_an_extended_run_have_the_schedule_of_a_run_of_their_number(section, added, ended):
+    rates = [learning_rate(section, ended + step, ended + added, ended) for step in range(1, added + 1)]
+    if section.schedule == "constant":
+        assert rates == [section.lr] * added
+    else:
+        assert rates == [learning_rate(section, step, added) for step in range(1, added + 1)]
