@@ -9,7 +9,7 @@ from typing import Any
 
 from pause_megatron.cli import note
 from pause_megatron.errors import DataError
-from pause_megatron.metrics_file import NAME, is_number, read_metrics
+from pause_megatron.metrics_lines import NAME, is_number, read_metrics
 from pause_megatron.paths import path_option
 
 HELP = "draw the loss curves of runs as a PNG"

@@ -17,7 +17,7 @@ from megatron.core.datasets.utils import Split
 
 from pause_megatron.config.schema import PauseSection
 from pause_megatron.data.dataset import PauseGPTDataset, PauseGPTDatasetConfig, PauseTokenizer
-from pause_megatron.data.extension import read_on
+from pause_megatron.data.extension import TooFewWindows, read_on
 from pause_megatron.data.index_cache import IndexCacheError, cached_indices, unused_files
 from pause_megatron.data.loader import Samples
 from pause_megatron.data.split_text import require_window
@@ -219,7 +219,7 @@ def _build(config: PauseGPTDatasetConfig, split: Split, samples: int | None) -> 
             torch.distributed.barrier()
         raise ConfigError(f"data.cache: {error}") from None
     if samples is not None and len(dataset) < samples:
-        raise ConfigError(
+        raise TooFewWindows(
             f"data.prefix: {samples} {split.name} samples were asked for, the corpora hold {len(dataset)} and are read "
             f"once each. Give them weights (WEIGHT PREFIX WEIGHT PREFIX ...) to have them repeated"
         )

@@ -29,11 +29,16 @@ from pause_megatron.errors import ConfigError
 Build = Callable[[PauseGPTDatasetConfig, Split, int | None], PauseGPTDataset | BlendedDataset]
 
 
+class TooFewWindows(ConfigError):
+    """Corpora without weights, which are read once each, hold fewer windows than were asked for."""
+
+
 class LaterWindows:
     """Windows by the number that they have in a run, beginning with `first`."""
 
     def __init__(self, windows: Samples, first: int) -> None:
         self._windows, self._first = windows, first
+        self.datasets = getattr(windows, "datasets", [windows])  # those of the corpora, as BlendedDataset names them
 
     def __len__(self) -> int:
         return self._first + len(self._windows)
@@ -70,7 +75,7 @@ def read_on(build: Build, config: PauseGPTDatasetConfig, samples: int | None, be
         whole = build(config, Split.train, samples)
         if _all_of_first_readings(whole):
             return whole
-    except ConfigError:  # corpora without weights are read once: there are not so many windows
+    except TooFewWindows:
         pass
     own = dataclasses.replace(
         config, random_seed=_seed(config.random_seed, before), pause_seed=_seed(config.pause_seed, before)

@@ -161,5 +161,10 @@ def read_samples(path: str | Path) -> dict[str, Record]:
         lines = path.read_bytes().split(b"\n")[:-1]
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-    records = [parse_object(line, f"{path}: line {number}") for number, line in enumerate(lines, 1)]
-    return {record["id"]: record for record in records}
+    found = {}
+    for number, line in enumerate(lines, 1):
+        record = parse_object(line, f"{path}: line {number}")
+        if not isinstance(record.get("id"), str):
+            raise DataError(f"{path}: line {number}: id: expected a text, got {record.get('id')!r}")
+        found[record["id"]] = record
+    return found

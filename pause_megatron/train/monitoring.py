@@ -22,7 +22,7 @@ from pause_megatron.config.presets import parameters, step_flops
 from pause_megatron.config.schema import RunConfig
 from pause_megatron.data.batch import MicroBatch
 from pause_megatron.distributed import ParallelContext
-from pause_megatron.metrics_file import keep_steps
+from pause_megatron.metrics_lines import keep_steps
 from pause_megatron.train.loop import Progress, StepResult
 
 

@@ -13,7 +13,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from pause_megatron import metrics_file
+from pause_megatron import metrics_lines
 from pause_megatron.config.load import load
 from pause_megatron.config.schema import RunConfig
 from pause_megatron.distributed import ParallelContext
@@ -70,7 +70,7 @@ def lost_step(folder: Path, config: RunConfig) -> int | None:
     published = last_published(folder / "checkpoints")
     if published is not None:
         return published or None
-    last = metrics_file.last_step(folder / metrics_file.NAME)
+    last = metrics_lines.last_step(folder / metrics_lines.NAME)
     with suppress(PauseMegatronError):  # gone, or of another version: this start's configuration is the best guess
         config = load(folder / "config.yaml")
     every = config.checkpoint.every
@@ -85,7 +85,7 @@ def put_aside(folder: Path) -> None:
         OSError: one cannot be renamed.
     """
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    for name in (metrics_file.NAME, "tensorboard"):
+    for name in (metrics_lines.NAME, "tensorboard"):
         path = folder / name
         if not path.exists():
             continue
@@ -104,8 +104,8 @@ def _free(path: Path, stamp: str) -> Path:
 
 
 def _refusal(folder: Path, checkpoints: Path, lost: int) -> str:
-    metrics = folder / metrics_file.NAME
-    last = metrics_file.last_step(metrics)
+    metrics = folder / metrics_lines.NAME
+    last = metrics_lines.last_step(metrics)
     there = f"{metrics} goes up to step {last:,}" if last is not None else f"{record_of(checkpoints)} says so"
     state = "is not there" if not checkpoints.exists() else "holds no checkpoint"
     return (

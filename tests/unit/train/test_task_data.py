@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from prose import train_model
 
 from pause_megatron.config.load import dump, load
@@ -47,6 +48,19 @@ def test_a_warm_up_that_the_epochs_leave_no_room_for_is_shortened_and_said(setti
     assert again.config == data.config and shorter_warmup(data.config, again.config) is None
     with pytest.raises(ConfigError, match=r"expected optim\.warmup_steps < train\.steps"):
         load(overrides=[*settings, "train.steps=50", "optim.warmup_steps=50"])
+
+
+def test_a_finetuning_is_extended_by_epochs(settings):
+    """Epoch follows epoch whatever their number, so the added steps read the examples in new orders."""
+    one = open_task(load(overrides=[*settings, "finetune.epochs=1"]))
+    ended = one.config.train.steps
+    longer = [*settings, "optim.warmup_steps=50", f"train.extended_from={ended}"]
+    three = open_task(load(overrides=[*longer, "finetune.epochs=3"]))
+    added = three.config.train.steps - ended
+    assert added >= ended and three.config.optim.warmup_steps == max(1, added // 10)
+    assert all(torch.equal(one.windows[n]["tokens"], three.windows[n]["tokens"]) for n in range(4 * ended))
+    with pytest.raises(ConfigError, match=r"expected train\.steps > train\.extended_from"):
+        open_task(load(overrides=[*longer, "finetune.epochs=1"]))
 
 
 def test_the_fingerprint_is_of_the_examples(settings):

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pause_megatron import metrics_file
+from pause_megatron import metrics_lines
 from pause_megatron.cli import main
 from pause_megatron.errors import DataError
 from pause_megatron.experiment.ledger import ledger_of
 from pause_megatron.experiment.report.costs import _last_lines
-from pause_megatron.metrics_file import DAMAGED, keep_steps, last_step, read_metrics
+from pause_megatron.metrics_lines import DAMAGED, keep_steps, last_step, read_metrics
 
 
 def line(step: int) -> bytes:
@@ -40,7 +40,7 @@ BAD = {
     "nothing": b"",
     "zeros": b"\0" * 4096,
     "two lines in one": b'{"step": 1}{"step": 2}',
-    "longer than any line": b'{"step": 1, "x": "' + b"y" * (2 * metrics_file.LONGEST_LINE) + b'"}',
+    "longer than any line": b'{"step": 1, "x": "' + b"y" * (2 * metrics_lines.LONGEST_LINE) + b'"}',
     "carriage returns": b'{"step": 1\r\r',
 }
 
@@ -57,7 +57,7 @@ def test_bad_lines_are_kept_aside_and_good_ones_byte_for_byte(tmp_path, bad, pla
     assert path.read_bytes() == b"".join(good[:3])
     assert said == f"{path}: 1 damaged lines were taken out, into {DAMAGED}"
     aside = (tmp_path / DAMAGED).read_bytes()
-    assert aside == bad + b"\n" or (len(bad) > metrics_file.LONGEST_LINE and bad.endswith(aside[-100:-1]))
+    assert aside == bad + b"\n" or (len(bad) > metrics_lines.LONGEST_LINE and bad.endswith(aside[-100:-1]))
     assert keep_steps(path, 3) is None and sorted(os.listdir(tmp_path)) == [DAMAGED, path.name]
 
 
