@@ -105,7 +105,7 @@ def keep_steps(path: Path, last: int) -> str | None:
             os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
-    return f"{path}: {damaged:,} damaged lines were taken out, into {DAMAGED}" if damaged else None
+    return f"{path}: damaged lines taken out and kept in {DAMAGED}: {damaged:,}" if damaged else None
 
 
 def parse(pieces: Sequence[bytes]) -> Record | None:

@@ -42,7 +42,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
     if not records:
         raise DataError(f"{file}: expected the metrics of a run, got no line of a step with a loss")
     if metrics.damaged:
-        note(f"{file}: {metrics.damaged:,} damaged lines left out")
+        note(f"{file}: damaged lines left out: {metrics.damaged:,}")
     return records
 
 

@@ -50,7 +50,7 @@ def refuse_extending_nothing(config: RunConfig) -> None:
     if extended is not None:
         raise ConfigError(
             f"train.extended_from={extended}: expected the checkpoint of step {extended:,} in "
-            f"{config.run.dir}/checkpoints, got none. Give the run.dir of the finished run, or leave the key out"
+            f"{config.run.dir}/checkpoints, got none. Give the run.dir of the finished run, or train.extended_from=null"
         )
 
 

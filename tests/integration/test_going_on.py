@@ -154,5 +154,5 @@ def test_metrics_that_cannot_be_read_do_not_stop_a_resume(finished):
     good = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join([good[0], b"\xff\xfe\n", b"[" * 100_000 + b"\n", good[1], b"17\n", good[2][:30]]))
     said = run()
-    assert "3 damaged lines were taken out, into metrics.damaged.jsonl" in said
+    assert "damaged lines taken out and kept in metrics.damaged.jsonl: 3" in said
     assert path.read_bytes().startswith(good[0] + good[1]) and run.metrics == finished.metrics

@@ -55,7 +55,7 @@ def test_bad_lines_are_kept_aside_and_good_ones_byte_for_byte(tmp_path, bad, pla
     assert last_step(path) == 4
     said = keep_steps(path, 3)
     assert path.read_bytes() == b"".join(good[:3])
-    assert said == f"{path}: 1 damaged lines were taken out, into {DAMAGED}"
+    assert said == f"{path}: damaged lines taken out and kept in {DAMAGED}: 1"
     aside = (tmp_path / DAMAGED).read_bytes()
     assert aside == bad + b"\n" or (len(bad) > metrics_lines.LONGEST_LINE and bad.endswith(aside[-100:-1]))
     assert keep_steps(path, 3) is None and sorted(os.listdir(tmp_path)) == [DAMAGED, path.name]
@@ -94,7 +94,7 @@ def test_every_reader_takes_the_good_lines(tmp_path, capsys):
     more = [b'{"step": 3, "loss": "much", "tokens": null}\n', b'{"step": 4, "loss": null}\n']
     path.write_bytes(line(1) + b"\xff\n" + line(2) + b"".join(more) + b"[" * 100_000 + b"\n" + line(3)[:20])
     assert main(["plot", str(tmp_path), "--output", str(tmp_path / "loss.png")]) == 0
-    assert "2 damaged lines left out" in capsys.readouterr().err and (tmp_path / "loss.png").stat().st_size > 1000
+    assert "damaged lines left out: 2" in capsys.readouterr().err and (tmp_path / "loss.png").stat().st_size > 1000
     ledger = ledger_of("pretrain", tmp_path, 10.0, 7.0, 1)
     assert (ledger.raw_tokens, ledger.text_tokens, ledger.seconds, ledger.flops) == (200, 180, 1.0, 2000.0)
     assert _last_lines(path) == {"step": 2, "loss": 1.0, "tokens": 200, "text_tokens": 180, "seconds": 0.5}

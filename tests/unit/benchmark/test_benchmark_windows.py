@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from pause_megatron.benchmark.measure import Sizes, _with_steps
 from pause_megatron.benchmark.windows import DOCUMENT_TOKENS, MadeUpIds, MadeUpText, made_up
 from pause_megatron.config.load import load
 from pause_megatron.data.batch import collate
@@ -74,3 +75,10 @@ def _ends_behind(data, numbers: range) -> int:
         bool(plain.train[number]["loss_mask"][-1]) and not bool(data.train[number]["loss_mask"][-1])
         for number in numbers
     )
+
+
+def test_the_configuration_of_an_extended_run_is_measured_from_its_first_step():
+    config = load(overrides=["train.extended_from=100", "train.steps=150"])
+    running = _with_steps(config, Sizes())
+    assert running.train.extended_from is None and running.train.steps == 150
+    assert _with_steps(config, Sizes(steps=500)).train.steps > 500

@@ -95,7 +95,7 @@ def test_a_finetuning_is_told_its_epochs():
 
 def test_a_run_without_a_checkpoint_extends_nothing():
     refuse_extending_nothing(FINISHED)
-    with pytest.raises(ConfigError, match=r"expected the checkpoint of step 100 in my runs/a/checkpoints, got none"):
+    with pytest.raises(ConfigError, match=r"step 100 in my runs/a/checkpoints, got none.*extended_from=null"):
         refuse_extending_nothing(EXTENDED)
 
 
