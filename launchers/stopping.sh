@@ -25,11 +25,12 @@ group_lives() { # whether a process of the group is there that has not ended (a 
 end_group() {
     trap '' TERM HUP INT
     if [ -n "$running_group" ] && group_lives; then
-        echo "stopping: what runs is told to save and end" >&2
+        # The terminal may be gone: what cannot be said must not end this here.
+        echo "stopping: what runs is told to save and end" >&2 || true
         kill -TERM -- "-$running_group" 2>/dev/null || true
         while group_lives; do sleep 0.2; done
     fi
-    echo "stopped; the same command goes on from here" >&2
+    echo "stopped; the same command goes on from here" >&2 || true
     exit "$1"
 }
 

@@ -21,3 +21,15 @@ class CheckpointError(PauseMegatronError):
 
 class TrainingError(PauseMegatronError):
     """A run that cannot go on: a loss that is not finite, a rank that disagrees, a signal that arrived."""
+
+
+class OutputError(PauseMegatronError):
+    """Standard output cannot be written, and what goes there is what was asked for.
+
+    Attributes:
+        reader_gone: whoever read it wants no more, as `head` does when it has its lines
+    """
+
+    def __init__(self, message: str, *, reader_gone: bool) -> None:
+        super().__init__(message)
+        self.reader_gone = reader_gone

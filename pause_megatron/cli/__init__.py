@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
-from pause_megatron.errors import ConfigError, PauseMegatronError
+from pause_megatron.errors import ConfigError, OutputError, PauseMegatronError
+from pause_megatron.output import standard_streams
 
 # The one-line helps stand here as well as in the verbs' modules (a test compares), so that --help imports none of them.
 VERBS = {
@@ -34,6 +35,7 @@ VERBS = {
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
+EXIT_READER_GONE = 141  # as a shell says of a program that a closed pipe has ended
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,14 +45,30 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; default: the process's own.
 
     Returns:
-        the exit code: the verb's own; 2 for input that cannot be run; 130 after Ctrl-C.
+        the exit code: the verb's own; 2 for input that cannot be run, or output that cannot be written; 130 after
+        Ctrl-C; 141 where the reader of the output is gone.
     """
+    with standard_streams() as stdout:
+        try:
+            code = _main(argv)
+            stdout.flush()
+        except OutputError as error:
+            if error.reader_gone:
+                return EXIT_READER_GONE
+            _say(f"error: {error}")
+            return EXIT_ERROR
+        return code
+
+
+def _main(argv: Sequence[str] | None) -> int:
     # For `module:attribute` of a user's own, as under `python -m`; last, so that nothing installed is hidden.
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.append(os.getcwd())
     try:
         arguments = _take_local_rank(list(sys.argv[1:] if argv is None else argv))
         return _dispatch(arguments)
+    except OutputError:
+        raise
     except PauseMegatronError as error:
         _report(error)
         return EXIT_ERROR

@@ -63,14 +63,14 @@ def run(args: argparse.Namespace) -> int:
     from pause_megatron.durable import write_whole
 
     found = run_benchmark(config, Sizes(args.steps, args.warmup, args.top, text_size))
-    if is_first_rank():
-        print(as_table(found), flush=True)
-    if file is not None:
+    if file is not None:  # before the table: whoever reads that may be gone
         try:
             write_whole(file, json.dumps(as_record(found), indent=2).encode())
         except OSError as error:
             raise _unwritable(file, error) from None
         print(f"written to {file}", file=sys.stderr)
+    if is_first_rank():
+        print(as_table(found), flush=True)
     return 0
 
 

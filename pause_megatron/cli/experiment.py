@@ -153,20 +153,21 @@ def _directory(args: argparse.Namespace) -> Path:
 
 
 def _stop_on_signals():
-    """A Stop that SIGINT, SIGTERM and SIGUSR2 ask."""
+    """A Stop that the signals which end a run ask, and Ctrl-C; the second Ctrl-C ends this program at once."""
     from pause_megatron.experiment.execute import Stop
+    from pause_megatron.output import write_from_handler
 
     stop = Stop()
 
     def ask(number: int, frame: object) -> None:
         if stop.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
-        _say("stopping: the running cells save what they have")
+        write_from_handler("stopping: the running cells save what they have")
         stop.ask()
 
-    signal.signal(signal.SIGINT, ask)
-    signal.signal(signal.SIGTERM, ask)
-    signal.signal(signal.SIGUSR2, ask)  # what job scripts send
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, ask)
     return stop
 
 

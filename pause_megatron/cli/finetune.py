@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check everything that can be checked without torch, then train."""
     from pause_megatron.config import load
+    from pause_megatron.output import tolerant_output
     from pause_megatron.train.signals import listening_to_the_end
 
     config = load(args.config, recipe=args.recipe, overrides=args.overrides, say=note)
@@ -36,8 +37,9 @@ def run(args: argparse.Namespace) -> int:
     if only_shown(args, config, partial(_describe, config)):
         return 0
     refuse_dry_run_options(args, "world_size")
-    # From here on SIGTERM and SIGUSR2 make the run save and stop: the imports take long enough to be hit.
-    with listening_to_the_end() as stop:
+    # From here on signals make the run save and stop, and nothing that is printed ends it: the imports take long enough
+    # to be hit, and log.
+    with tolerant_output(), listening_to_the_end() as stop:
         silence_imports()
         from pause_megatron.train.finetune import finetune
 

@@ -52,6 +52,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, recipes: str) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check everything that can be checked without torch, then train."""
     from pause_megatron.config import load
+    from pause_megatron.output import tolerant_output
     from pause_megatron.train.signals import listening_to_the_end
 
     config = load(args.config, recipe=args.recipe, overrides=args.overrides, say=note)
@@ -67,8 +68,9 @@ def run(args: argparse.Namespace) -> int:
         )
     if config.train.steps is None:
         raise ConfigError("train.steps or train.tokens: expected one of them, came neither")
-    # From here on SIGTERM and SIGUSR2 make the run save and stop: the imports take long enough to be hit.
-    with listening_to_the_end() as stop:
+    # From here on signals make the run save and stop, and nothing that is printed ends it: the imports take long enough
+    # to be hit, and log.
+    with tolerant_output(), listening_to_the_end() as stop:
         silence_imports()
         from pause_megatron.train.pretrain import pretrain
 

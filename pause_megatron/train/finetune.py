@@ -10,6 +10,7 @@ from pause_megatron.data.examples import continuations
 from pause_megatron.data.tokenizer import Tokenizer
 from pause_megatron.distributed import initialize
 from pause_megatron.distributed.settings import settings_of
+from pause_megatron.output import tolerant_output
 from pause_megatron.train.inputs import HeldOut, TrainingData
 from pause_megatron.train.run import train
 from pause_megatron.train.signals import StopRequest, listening
@@ -25,12 +26,14 @@ def finetune(config: RunConfig, stop: StopRequest | None = None) -> int:
         stop: one that listens already; default: a new one
 
     Returns:
-        EXIT_FINISHED, or EXIT_STOPPED after SIGTERM, SIGINT, SIGUSR2 or when the job's time is nearly over.
+        EXIT_FINISHED, or EXIT_STOPPED after one of `signals.STOP_SIGNALS`, SIGINT, or when the job's time is
+        nearly over.
 
     Raises:
         PauseMegatronError: as `pretrain`, and a task, record or example that cannot be used.
     """
     with (
+        tolerant_output(),
         listening(stop) as stop,
         settings_of(config),
         initialize(config.parallel, timeout=patience(config), connect_seconds=config.run.connect_seconds) as context,

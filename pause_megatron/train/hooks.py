@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from pause_megatron.errors import TrainingError
+from pause_megatron.output import reason
 from pause_megatron.train.loop import StepResult
 
 
@@ -48,8 +50,76 @@ class Every:
         if close is not None:
             close()
 
+    def lost(self) -> str | None:
+        """As `Unfailing.lost`, of its action."""
+        return self._action.lost() if isinstance(self._action, Unfailing) else None
+
     def _due(self, result: StepResult) -> bool:
         return (self._steps > 0 and result.step % self._steps == 0) or (self._at_end and result.last)
+
+
+class Monitor(Protocol):
+    """What only tells of a run: a log, a tracker, a bar."""
+
+    def open(self) -> None:
+        """Before the first step."""
+
+    def __call__(self, result: StepResult) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Unfailing:
+    """A monitor, or one of its actions, that cannot end a run: what it raises is said once, and counted.
+
+    It is called at later steps all the same: a full disk may be emptied.
+
+    Args:
+        place: the file or folder, for messages
+        unit: what a call writes, in the plural
+        action: called after steps, and opened and closed where it can be
+    """
+
+    def __init__(self, place: object, unit: str, action: Monitor | Callable[[StepResult], Any]) -> None:
+        self._place, self._unit, self._action = place, unit, action
+        self._calls = self._failures = 0
+        self._reason: str | None = None
+        self._try(getattr(action, "open", None))
+
+    def __call__(self, result: StepResult) -> None:
+        self._calls += 1
+        self._failures += not self._try(self._action, result)
+
+    def stop(self, result: StepResult) -> None:
+        pass
+
+    def close(self) -> None:
+        closed = self._try(getattr(self._action, "close", None))
+        if closed and not self._failures:
+            self._reason = None  # what failed at first was made good
+
+    def lost(self) -> str | None:
+        """What could not be written in the run, in a line; None where nothing is missing."""
+        if self._reason is None:
+            return None
+        if not self._failures:
+            return f"{self._place} could not be written ({self._reason})"
+        return (
+            f"{self._place}: {self._failures:,} of {self._calls:,} {self._unit} could not be written ({self._reason})"
+        )
+
+    def _try(self, action: Callable[..., Any] | None, *arguments: StepResult) -> bool:
+        if action is None:
+            return True
+        try:
+            action(*arguments)
+        except Exception as error:
+            if self._reason is None:
+                self._reason = reason(error)
+                again = "training goes on, and each time it is tried again"
+                print(f"{self._place}: cannot be written: {self._reason}; {again}", file=sys.stderr, flush=True)
+            return False
+        return True
 
 
 class SkipLimit:

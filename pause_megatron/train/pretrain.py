@@ -12,6 +12,7 @@ from pause_megatron.data.dataset import PauseTokenizer
 from pause_megatron.data.loader import Samples
 from pause_megatron.distributed import initialize
 from pause_megatron.distributed.settings import settings_of
+from pause_megatron.output import tolerant_output
 from pause_megatron.train.cache_folder import with_cache_folder
 from pause_megatron.train.inputs import HeldOut, TrainingData
 from pause_megatron.train.run import train
@@ -28,13 +29,15 @@ def pretrain(config: RunConfig, stop: StopRequest | None = None) -> int:
         stop: one that listens already; default: a new one
 
     Returns:
-        EXIT_FINISHED, or EXIT_STOPPED after SIGTERM, SIGINT, SIGUSR2 or when the job's time is nearly over.
+        EXIT_FINISHED, or EXIT_STOPPED after one of `signals.STOP_SIGNALS`, SIGINT, or when the job's time is
+        nearly over.
 
     Raises:
         PauseMegatronError: a configuration, corpus or checkpoint that cannot be used, before any training starts;
             a checkpoint that cannot be written; gradients that stay not finite.
     """
     with (
+        tolerant_output(),
         listening(stop) as stop,
         settings_of(config),
         initialize(config.parallel, timeout=patience(config), connect_seconds=config.run.connect_seconds) as context,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from torch import nn
@@ -25,16 +26,19 @@ from pause_megatron.model import (
     parameter_groups,
     train_pause_rows_only,
 )
-from pause_megatron.train.hooks import Every, Hook, SkipLimit
+from pause_megatron.output import lost_output
+from pause_megatron.train.hooks import Every, Hook, SkipLimit, Unfailing
 from pause_megatron.train.inputs import HeldOut, TrainingData
 from pause_megatron.train.loop import Progress, StepResult, training_steps
 from pause_megatron.train.losses import Losses
-from pause_megatron.train.monitoring import MetricsFile, ProgressBar, TensorBoard, Throughput, announce, conclude
+from pause_megatron.train.metrics_file import MetricsFile, Throughput
+from pause_megatron.train.monitoring import ConfigFile, ProgressBar, announce, conclude
 from pause_megatron.train.ownership import own_run
 from pause_megatron.train.resume import progress_record
 from pause_megatron.train.signals import StopRequest, deadline
 from pause_megatron.train.start import find_start
 from pause_megatron.train.streaming import Stream
+from pause_megatron.train.tensorboard import TensorBoard
 from pause_megatron.train.validation import evaluate_loss, validation_losses
 from pause_megatron.train.watch import HangWatch
 
@@ -59,7 +63,8 @@ def train(config: RunConfig, data: TrainingData, context: ParallelContext, stop:
     end = deadline(config.checkpoint.before_end_seconds)
     with ExitStack() as closing:
         closing.enter_context(own_run(folder, context))
-        store = Store(folder / "checkpoints", context.rank, context.world_size)
+        store, saved = Store(folder / "checkpoints", context.rank, context.world_size), []
+        closing.enter_context(_naming_the_newest(store, saved))
         start = find_start(store, config, data, context)
         # Permission to start over is for this start, not for those that read the run's config.yaml.
         config = config.model_copy(update={"run": config.run.model_copy(update={"start_over": False})})
@@ -74,7 +79,8 @@ def train(config: RunConfig, data: TrainingData, context: ParallelContext, stop:
             plan, stage = batch_plan(config, context.world_size), engine.deepspeed.zero_optimization_stage()
             announce(config, plan, model.vocabulary.size, stage, context, data.description)
         stream = closing.enter_context(data.stream(context, start.folder)) if data.stream else None
-        hooks = _hooks(config, engine, data, store, context, progress, stream)
+        hooks = _hooks(config, engine, data, store, context, progress, stream, saved)
+        closing.callback(_say_what_is_lost, hooks)
         for hook in hooks:
             closing.callback(hook.close)
         batches = closing.enter_context(step_loader(config, data, context, progress, stream))
@@ -104,6 +110,24 @@ def train(config: RunConfig, data: TrainingData, context: ParallelContext, stop:
     if context.rank == 0:
         conclude(progress, stopped, stop.reason)
     return EXIT_STOPPED if stopped else EXIT_FINISHED
+
+
+@contextmanager
+def _naming_the_newest(store: Store, saved: Sequence[int]) -> Iterator[None]:
+    """Whatever ends a run, it is said what there is to go on from: the steps that were saved."""
+    try:
+        yield
+    except BaseException:
+        if saved:
+            place = store.path(saved[-1])
+            print(f"step {saved[-1]} was saved to {place}: the same command goes on from there", file=sys.stderr)
+        raise
+
+
+def _say_what_is_lost(hooks: Sequence[Hook]) -> None:
+    lines = [hook.lost() for hook in hooks if isinstance(hook, Unfailing | Every)]
+    for line in [*filter(None, lines), *lost_output()]:
+        print(line, file=sys.stderr, flush=True)
 
 
 def new_model(config: RunConfig, data: TrainingData, *, draw: bool = True) -> PauseGPTModel:
@@ -173,6 +197,7 @@ def _hooks(
     context: ParallelContext,
     progress: Progress,
     stream: Stream | None,
+    saved: list[int],
 ) -> list[Hook]:
     """In this order: a step is validated, then logged, then saved, so that a checkpoint never precedes its log."""
     hooks: list[Hook] = [SkipLimit(SKIPPED_STEPS_IN_A_ROW)]
@@ -180,7 +205,8 @@ def _hooks(
         hooks.append(Every(config.validation.every, _validate(config, engine, data, context)))
     if context.rank == 0:
         hooks += _monitors(config, engine, data, context, progress)
-    hooks.append(Every(config.checkpoint.every, _save(config, engine, data, store, context, stream), on_stop=True))
+    saving = _save(config, engine, data, store, context, stream, saved)
+    hooks.append(Every(config.checkpoint.every, saving, on_stop=True))
     return hooks
 
 
@@ -201,20 +227,23 @@ def _validate(config: RunConfig, engine: Engine, data: TrainingData, context: Pa
 def _monitors(
     config: RunConfig, engine: Engine, data: TrainingData, context: ParallelContext, progress: Progress
 ) -> list[Hook]:
-    folder = Path(config.run.dir)
-    (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
+    """What tells of the run; none of it can end it."""
+    folder, log = Path(config.run.dir), config.log
     throughput = Throughput.of(config, engine.module.vocabulary.size, context)
+    place = folder / "metrics.jsonl"
+    metrics = Unfailing(place, "lines", MetricsFile(place, throughput, progress.step))
     monitors: list[Hook] = [
-        ProgressBar(config.train.steps, progress.step),
-        Every(config.log.every, MetricsFile(folder / "metrics.jsonl", throughput, progress.step)),
+        Unfailing(folder / "config.yaml", "times", ConfigFile(folder / "config.yaml", config)),
+        Unfailing("progress", "steps", ProgressBar(config.train.steps, progress.step)),
+        Every(log.every, metrics),
     ]
-    if config.log.tensorboard:
-        board = TensorBoard(
-            folder / "tensorboard", throughput, resume_after=progress.step, config_yaml=dump(config), show=data.show
-        )
-        monitors.append(Every(config.log.every, board))
-        if config.log.samples_every:
-            monitors.append(Every(config.log.samples_every, board.show_sample, at_end=False))
+    if log.tensorboard:
+        place = folder / "tensorboard"
+        board = TensorBoard(place, throughput, resume_after=progress.step, config_yaml=dump(config), show=data.show)
+        monitors.append(Every(log.every, Unfailing(place, "steps", board)))
+        if log.samples_every:
+            samples = Unfailing(f"{place}: samples of text", "windows", board.show_sample)
+            monitors.append(Every(log.samples_every, samples, at_end=False))
     return monitors
 
 
@@ -225,6 +254,7 @@ def _save(
     store: Store,
     context: ParallelContext,
     stream: Stream | None,
+    saved: list[int],
 ):
     def save_checkpoint(result: StepResult) -> None:
         save(
@@ -239,5 +269,6 @@ def _save(
             keep=config.checkpoint.keep,
             extra=stream.files(result.step) if stream else {},
         )
+        saved.append(result.step)
 
     return save_checkpoint

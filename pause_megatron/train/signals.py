@@ -5,18 +5,23 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 
 from pause_megatron.errors import ConfigError
+from pause_megatron.output import write_from_handler
 
 # Not SIGUSR1: NCCL takes it for itself.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
 
 
 class StopRequest:
-    """Set by SIGTERM or SIGUSR2; while steps are taken also by SIGINT and by a deadline. Use as a context.
+    """Set by STOP_SIGNALS and SIGPIPE; while steps are taken also by SIGINT and by a deadline. Use as a context.
+
+    SIGHUP (a terminal that is closed) is left alone where it is ignored, as under nohup. SIGPIPE asks where somebody
+    sends it; one that comes of writing to a pipe without a reader does not (see `_PipeSignals`).
 
     The step, validation or save under way is finished, then a checkpoint of the last step is saved, unless there is
     one. Further signals change nothing: a save is ended by SIGKILL alone.
@@ -29,15 +34,19 @@ class StopRequest:
         self.reason: str | None = None
         self._deadline: float | None = None
         self._before: dict[signal.Signals, object] = {}
+        self._pipe_signals = _PipeSignals(self._receive)
 
     def __enter__(self) -> StopRequest:
         for number in STOP_SIGNALS:
-            self._before[number] = signal.signal(number, self._receive)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                self._before[number] = signal.signal(number, self._receive)
+        self._pipe_signals.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._pipe_signals.__exit__(*exception)
+        while self._before:
+            signal.signal(*self._before.popitem())
 
     def __bool__(self) -> bool:
         if self.reason is None and self._deadline is not None and time.time() >= self._deadline:
@@ -52,18 +61,57 @@ class StopRequest:
             deadline: seconds since the epoch; the step that is being taken then is the last one; None: no deadline
         """
         self._deadline = deadline
-        before = signal.signal(signal.SIGINT, self._receive)
+        before, entered = signal.signal(signal.SIGINT, self._receive), bool(self._before)
         try:
             yield
         finally:
-            signal.signal(signal.SIGINT, before)
             self._deadline = None
+            if entered:
+                # Until the request is left: a second Ctrl-C must not change the exit code of a run that has saved.
+                self._before.setdefault(signal.SIGINT, before)
+            else:
+                signal.signal(signal.SIGINT, before)
 
-    def _receive(self, number: int, frame: FrameType | None) -> None:
+    def _receive(self, number: int, frame: FrameType | None = None) -> None:
         if self.reason is None:
             self.reason = signal.Signals(number).name
-            # Not print: the signal may have come in the middle of one.
-            os.write(2, f"{self.reason}: finishing the step, then saving\n".encode())
+            write_from_handler(f"{self.reason}: finishing the step, then saving")
+
+
+class _PipeSignals:
+    """Tells a SIGPIPE that somebody sent from those that failed writes raise. Use as a context, in the main thread.
+
+    The signal of a failed write goes to the thread that wrote; one that is sent goes to the process, to whichever
+    thread takes it. So it is blocked in this thread and in those that it starts, where that of a failed write stays
+    without effect (Python ignores it anyway), and a thread waits for those of the process.
+    """
+
+    def __init__(self, receive: Callable[[int], None]) -> None:
+        self._receive = receive
+        self._done = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> None:
+        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPIPE})
+        self._done.clear()
+        self._thread = threading.Thread(target=self._wait, name="SIGPIPE", daemon=True)
+        self._thread.start()
+
+    def __exit__(self, *exception: object) -> None:
+        self._done.set()
+        signal.pthread_kill(self._thread.ident, signal.SIGPIPE)
+        self._thread.join()
+        if signal.SIGPIPE not in self._mask:
+            while signal.sigtimedwait({signal.SIGPIPE}, 0):  # of failed writes of this thread
+                pass
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPIPE})
+
+    def _wait(self) -> None:
+        while True:
+            signal.sigwait({signal.SIGPIPE})
+            if self._done.is_set():
+                return
+            self._receive(signal.SIGPIPE)
 
 
 @contextlib.contextmanager
@@ -73,7 +121,7 @@ def listening_to_the_end() -> Iterator[StopRequest]:
         try:
             yield stop
         finally:
-            for number in STOP_SIGNALS:
+            for number in stop._before:
                 stop._before[number] = signal.SIG_IGN
 
 

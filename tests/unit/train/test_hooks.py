@@ -14,7 +14,9 @@ from pause_megatron.errors import TrainingError
 from pause_megatron.train.hooks import Every, SkipLimit
 from pause_megatron.train.loop import Progress, StepResult
 from pause_megatron.train.losses import Losses, LossLedger
-from pause_megatron.train.monitoring import MetricsFile, ProgressBar, TensorBoard, Throughput, validation_text
+from pause_megatron.train.metrics_file import MetricsFile, Throughput
+from pause_megatron.train.monitoring import ProgressBar, validation_text
+from pause_megatron.train.tensorboard import TensorBoard
 from pause_megatron.train.validation import validation_losses
 
 ALONE = SimpleNamespace(device=torch.device("cpu"), world_size=1, dp_group=None)
