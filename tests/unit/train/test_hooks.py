@@ -11,7 +11,7 @@ import torch
 
 from pause_megatron.config.load import load
 from pause_megatron.errors import TrainingError
-from pause_megatron.train.hooks import Every, SkipLimit
+from pause_megatron.train.hooks import Every, SkipLimit, Unfailing
 from pause_megatron.train.loop import Progress, StepResult
 from pause_megatron.train.losses import Losses, LossLedger
 from pause_megatron.train.metrics_file import MetricsFile, Throughput
@@ -99,6 +99,57 @@ def test_metrics_are_whole_lines_and_a_resumed_run_takes_its_steps_again(tmp_pat
     assert (lines[0]["seconds"], lines[0]["loader_seconds"], lines[0]["hook_seconds"]) == (0.5, 0.1, 0.2)
     assert lines[0]["loss"] == 3.0 and lines[0]["loss_after_pause"] is None
     assert lines[0]["pause_fraction"] == pytest.approx(0.1)
+
+
+class Fickle:
+    """Fails at some of its calls: "open", "close", or a step's number."""
+
+    def __init__(self, *failing: str | int) -> None:
+        self.failing, self.asked = set(failing), []
+
+    def open(self) -> None:
+        self._do("open")
+
+    def __call__(self, now: StepResult) -> None:
+        self._do(now.step)
+
+    def close(self) -> None:
+        self._do("close")
+
+    def _do(self, what: str | int) -> None:
+        self.asked.append(what)
+        if what in self.failing:
+            raise (OSError(28, "No space left on device") if what != 2 else RuntimeError(f"no {what}"))
+
+
+@pytest.mark.parametrize(
+    ("failing", "lost"),
+    [
+        ([], None),
+        (["open"], None),  # made good
+        (["close"], "log could not be written (No space left on device)"),
+        (["open", "close"], "log could not be written (No space left on device)"),
+        ([2, 3], "log: 2 of 4 lines could not be written (RuntimeError: no 2)"),
+        (["open", 1, 2, 3, 4, "close"], "log: 4 of 4 lines could not be written (No space left on device)"),
+    ],
+)
+def test_a_monitor_that_fails_is_told_of_once_asked_again_and_counted(failing, lost, capsys):
+    monitor = Fickle(*failing)
+    hook = Every(1, Unfailing("log", "lines", monitor))
+    for step in range(1, 5):
+        hook(result(step))
+    hook.close()
+    assert monitor.asked == ["open", 1, 2, 3, 4, "close"]
+    assert hook.lost() == lost
+    assert len(capsys.readouterr().err.splitlines()) == bool(failing)
+
+
+def test_what_is_no_monitor_still_ends_the_run():
+    def invalid(now: StepResult) -> None:
+        raise TrainingError("validation failed")
+
+    with pytest.raises(TrainingError):
+        Every(1, invalid)(result(1))
 
 
 def test_losses_are_split_by_what_stands_before_them():

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from pause_megatron.errors import ConfigError
-from pause_megatron.train.signals import StopRequest, deadline
+from pause_megatron.train.signals import STOP_SIGNALS, StopRequest, deadline
+
+ROOT = Path(__file__).resolve().parents[3]
 
 
 def test_signals_ask_and_a_second_one_changes_nothing():
@@ -37,6 +42,72 @@ def test_before_the_steps_an_interrupt_ends_the_program_and_during_them_it_asks(
         with stop.during_steps(None):
             os.kill(os.getpid(), signal.SIGINT)
             assert stop.reason == "SIGINT"
+
+
+@pytest.mark.usefixtures("_interruptible")
+def test_an_interrupt_after_the_steps_changes_nothing_until_the_request_is_left():
+    with StopRequest() as stop:
+        with stop.during_steps(None):
+            pass
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.reason == "SIGINT"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_handlers_are_put_back_and_an_ignored_hangup_stays_ignored():
+    before = {number: signal.getsignal(number) for number in (*STOP_SIGNALS, signal.SIGINT)}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    was = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    try:
+        with StopRequest() as stop, stop.during_steps(None):
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, was)
+    assert {number: signal.getsignal(number) for number in before} == before
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask
+
+
+PROGRAM = """
+import os, signal, subprocess, sys, threading, time
+from pause_megatron.train.signals import StopRequest
+reader, writer = os.pipe()
+os.close(reader)
+os.dup2(writer, 2)  # the handler's own line has no reader either
+def write():
+    try:
+        os.write(writer, b"x")
+    except BrokenPipeError:
+        return
+    sys.exit("a pipe without a reader was written")
+def until_asked(seconds):
+    end = time.monotonic() + seconds
+    while not stop and time.monotonic() < end:
+        time.sleep(0.01)
+    return stop.reason
+if sys.argv[2] == "default":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+with StopRequest() as stop:
+    for _ in range(3):
+        write()
+        thread = threading.Thread(target=write)
+        thread.start()
+        thread.join()
+    assert until_asked(0.3) is None, "a failed write was taken for a request"
+    subprocess.run("yes | head -n 1", shell=True, stdout=subprocess.DEVNULL, timeout=20)
+    os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+    assert until_asked(20) == sys.argv[1], stop.reason
+sys.exit(75)
+"""
+
+
+@pytest.mark.parametrize("sigpipe", ["ignored", "default"])
+@pytest.mark.parametrize("number", [*STOP_SIGNALS, signal.SIGPIPE])
+def test_signals_ask_where_nobody_reads_and_failed_writes_do_not(number, sigpipe):
+    command = [sys.executable, "-c", PROGRAM, signal.Signals(number).name, sigpipe]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60)
+    assert done.returncode == 75
 
 
 def test_the_clock_asks_too():
