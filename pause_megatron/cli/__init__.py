@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
+from pause_megatron import launcher
 from pause_megatron.errors import ConfigError, OutputError, PauseMegatronError
 from pause_megatron.output import standard_streams
 
@@ -65,6 +66,8 @@ def _main(argv: Sequence[str] | None) -> int:
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.append(os.getcwd())
     try:
+        if argv is None:  # not in somebody's program, whose end is not this one's to decide
+            launcher.end_with_launcher()
         arguments = _take_local_rank(list(sys.argv[1:] if argv is None else argv))
         return _dispatch(arguments)
     except OutputError:

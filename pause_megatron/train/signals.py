@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 
+from pause_megatron import launcher
 from pause_megatron.errors import ConfigError
 from pause_megatron.output import write_from_handler
 
@@ -51,6 +52,8 @@ class StopRequest:
     def __bool__(self) -> bool:
         if self.reason is None and self._deadline is not None and time.time() >= self._deadline:
             self.reason = "the job's time is nearly over"
+        if self.reason is None and launcher.gone():
+            self.reason = "its launcher is gone"
         return self.reason is not None
 
     @contextlib.contextmanager
@@ -61,6 +64,7 @@ class StopRequest:
             deadline: seconds since the epoch; the step that is being taken then is the last one; None: no deadline
         """
         self._deadline = deadline
+        launcher.taking_steps()
         before, entered = signal.signal(signal.SIGINT, self._receive), bool(self._before)
         try:
             yield
@@ -75,6 +79,7 @@ class StopRequest:
     def _receive(self, number: int, frame: FrameType | None = None) -> None:
         if self.reason is None:
             self.reason = signal.Signals(number).name
+            launcher.stop_was_asked()
             write_from_handler(f"{self.reason}: finishing the step, then saving")
 
 
