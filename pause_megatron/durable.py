@@ -7,13 +7,14 @@ import errno
 import fcntl
 import os
 import stat
-import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import xxhash
 
 from pause_megatron.errors import DataError
+from pause_megatron.holding import HeldError, Holding
 
 READ_BYTES = 1 << 20
 
@@ -159,35 +160,77 @@ def digest_of(path: Path) -> str:
     return f"xxh3_128:{hasher.hexdigest()}"
 
 
+def own_temporary_folder() -> Path:
+    """A folder of this user alone, for files whose names others can guess, in the one that all users share.
+
+    Raises:
+        OSError: what has its name is somebody else's, or others may write to it.
+    """
+    folder = Path(tempfile.gettempdir()) / f"pause-megatron-{os.getuid()}"
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    there = folder.lstat()
+    if not stat.S_ISDIR(there.st_mode) or there.st_uid != os.getuid() or there.st_mode & 0o077:
+        expected = "expected a folder of this user alone (mode 0700); remove it, or set TMPDIR"
+        raise OSError(errno.EPERM, expected, str(folder))
+    return folder
+
+
+def file_lock(path: Path) -> int | None:
+    """Take an exclusive lock on `path` (created). It goes with the process: a killed one leaves no stale lock behind.
+
+    Returns:
+        The descriptor that holds it; None where the file system has no locks.
+
+    Raises:
+        BlockingIOError: another process holds it.
+    """
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            if isinstance(error, BlockingIOError):
+                raise
+            return None  # file systems say this in many ways: ENOLCK, ENOTSUP, ENOSYS, EINVAL, EACCES, EIO
+        # Between open and flock the former holder may have removed the file: then this lock is on a nameless file.
+        if has_name(descriptor, path):
+            return descriptor
+        os.close(descriptor)
+
+
+def has_name(descriptor: int, path: Path) -> bool:
+    """Whether the file that is open is the one that has this name now."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except OSError:
+        return False
+
+
 @contextlib.contextmanager
 def only_writer(path: Path, what: str) -> Iterator[int]:
-    """Hold an exclusive lock on `path` (created, and removed at the end) while the body runs.
+    """Nobody else who asks for `path` goes on while the body runs: by a lock on it, or by a file where there are none.
 
-    The lock goes with the process, so a killed one leaves no stale lock behind. A child that is given the descriptor
-    which the body receives (`subprocess.Popen(pass_fds=...)`) holds the lock too, should its parent be killed.
+    A child that is given the descriptor which the body receives (`subprocess.Popen(pass_fds=...)`) holds the lock too,
+    should its parent be killed.
 
     Raises:
         DataError: another process holds it.
     """
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    with contextlib.ExitStack() as closing:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            descriptor = file_lock(path)
+            if descriptor is None:
+                holding = Holding(path.with_name(f"{path.name}.holder"))
+                closing.callback(holding.close)
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except (BlockingIOError, HeldError) as error:
+            place = error if isinstance(error, HeldError) else f"it holds {path}"
+            raise DataError(f"another process is working on {what} ({place}); wait for it or stop it") from None
+        try:
+            yield descriptor
+        finally:
+            if has_name(descriptor, path):
+                path.unlink(missing_ok=True)
             os.close(descriptor)
-            raise DataError(f"another process is working on {what} (it holds {path}); wait for it or stop it") from None
-        except OSError as error:
-            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
-                os.close(descriptor)
-                raise
-            print(f"warning: {path.parent} has no file locks; run one prepare at a time there", file=sys.stderr)
-        # Between open and flock the former holder may have removed the file: then this lock is on a nameless file.
-        with contextlib.suppress(FileNotFoundError):
-            if os.fstat(descriptor).st_ino == os.stat(path).st_ino:
-                break
-        os.close(descriptor)
-    try:
-        yield descriptor
-    finally:
-        path.unlink(missing_ok=True)
-        os.close(descriptor)

@@ -196,6 +196,8 @@ class _Watch:
         self._process = None
         self._gone = False
 
+        self.watched = Watched({}, {})
+
     def begin(self) -> None:
         if self._channel is not None or not sys.executable:
             return
@@ -209,7 +211,8 @@ class _Watch:
 
         self._channel, theirs = socket.socketpair()
         self._channel.setblocking(False)
-        arguments = processes.watcher_arguments(Watched(found.processes, found.listeners), theirs.fileno())
+        self.watched = Watched(found.processes, found.listeners)
+        arguments = processes.watcher_arguments(self.watched, theirs.fileno())
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-S", processes.__file__, *arguments],
             # None of the rank's variables, by which it would be taken for a rank.
@@ -261,3 +264,8 @@ def stop_was_asked() -> None:
 def gone() -> bool:
     """Whether the launcher has ended. Does not wait."""
     return _own.gone()
+
+
+def watched() -> Watched:
+    """What must stay for this process to go on; empty for one that no launcher started, or that is not watched."""
+    return _own.watched

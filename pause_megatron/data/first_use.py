@@ -8,11 +8,9 @@ it is read again; what a disk does to a file in silence later is found with `dat
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,14 +21,13 @@ import xxhash
 from pause_megatron.data.corpus import Corpus
 from pause_megatron.data.manifest import path_of
 from pause_megatron.data.verify import Damage, Report, damage_of, described, no_report, refuse
-from pause_megatron.durable import write_whole
+from pause_megatron.durable import own_temporary_folder, write_whole
 from pause_megatron.errors import DataError
 
 # Between two looks of a process that waits. Thousands may wait, on a file system that serves others too.
 _SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.05, 5.0
 _TELL_SECONDS = 1.0
 _NOTE_BYTES = 256
-_NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 # Told when a folder cannot be written.
 Warn = Callable[[str], None]
@@ -171,7 +168,7 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 @contextlib.contextmanager
 def _turn(path: Path, settled: Callable[[], bool], report: Report) -> Iterator[int | None]:
     """Waits until this process may read: gives the lock, which goes with the process; or None once it is settled."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
         pause, mine = _SHORTEST_PAUSE_SECONDS, False
         while not settled():
@@ -183,13 +180,14 @@ def _turn(path: Path, settled: Callable[[], bool], report: Report) -> Iterator[i
                 _pass_on(os.pread(descriptor, _NOTE_BYTES, 0), report)
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
-            except OSError as error:
-                local = Path(tempfile.gettempdir()) / f"{path.stem}.{os.getuid()}.lock"
-                if error.errno not in _NO_LOCKS or path == local:
-                    raise
+            except OSError:
                 # A file system without locks: one process of each machine reads.
+                if path.parent == own_temporary_folder():
+                    raise
+                path = own_temporary_folder() / path.name
+                local = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
                 os.close(descriptor)
-                path, descriptor = local, os.open(local, os.O_RDWR | os.O_CREAT, 0o600)
+                descriptor = local
         yield descriptor if mine else None
     finally:
         os.close(descriptor)

@@ -1,150 +1,172 @@
 """One job at a time in a run folder, and no lock that outlives its job.
 
-Rank 0 holds a file lock, which goes with its process, and keeps a small file fresh that says whose it is. Where the
-lock is seen by one machine only (Lustre with `localflock`, file systems without locks), the file decides: it changes as
-long as its job lives.
+Rank 0 holds a file lock, which goes with its process, and a small file that says whose the folder is (see
+`pause_megatron.holding`). Where the lock is seen by one machine only (Lustre with `localflock`), or not at all, the
+file decides. An owner that was frozen for so long that another job has followed it notices before it writes anything.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
-import socket
 import sys
-import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
+from pause_megatron import launcher
 from pause_megatron.distributed import ParallelContext
 from pause_megatron.distributed.collective import gather_objects
-from pause_megatron.durable import only_writer
-from pause_megatron.errors import ConfigError, DataError
+from pause_megatron.durable import file_lock, has_name
+from pause_megatron.errors import ConfigError
+from pause_megatron.holding import BEAT_SECONDS, HeldError, Holding, is_here, is_orphan, name_of, read, runs
+from pause_megatron.processes import STOPPING_SECONDS
+from pause_megatron.train.hooks import Hook
+from pause_megatron.train.loop import StepResult
+from pause_megatron.train.signals import StopRequest
 
-BEAT_SECONDS = 10.0
-BEATS_UNTIL_GONE = 4
+_ENDED_SECONDS = 2.0  # the lock of a process that has just ended is there for a moment
+_ORPHAN_SECONDS = STOPPING_SECONDS + 5
+
+
+class Ownership:
+    """What a run knows of its folder being its own. Only rank 0 can look.
+
+    Args:
+        folder: of the run
+        holding: rank 0's; None on the others
+    """
+
+    def __init__(self, folder: Path, holding: Holding | None) -> None:
+        self._folder, self._holding = folder, holding
+
+    def require(self) -> None:
+        """Every rank calls this before the run writes what others read.
+
+        Raises:
+            ConfigError: another job has the folder; it is named. Raised on every rank.
+        """
+        if other := gather_objects(self._holding.taken_over() if self._holding else "")[0]:
+            raise ConfigError(self._lost(other))
+
+    def require_on_this_rank(self) -> None:
+        """As `require`, for a rank that can tell the others by itself."""
+        if self._holding and (other := self._holding.taken_over()):
+            raise ConfigError(self._lost(other))
+
+    def lost_while_away(self) -> bool:
+        """Whether another job has the folder since this process was frozen. Cheap enough for every step."""
+        return bool(self._holding and self._holding.taken_over_while_away())
+
+    def _lost(self, other: str) -> str:
+        return (
+            f"run.dir={self._folder}: expected to be the only job there, got another owner, {other}, which took it "
+            "over while this one gave no sign of life; nothing more is written"
+        )
+
+
+class WhileOwner:
+    """A hook that writes, until another job has the folder; then the run is asked to stop instead.
+
+    Args:
+        hook: the hook
+        owner: rank 0's
+        stop: of the run
+    """
+
+    def __init__(self, hook: Hook, owner: Ownership, stop: StopRequest) -> None:
+        self._hook, self._owner, self._stop = hook, owner, stop
+
+    def __call__(self, result: StepResult) -> None:
+        if self._is_owner():
+            self._hook(result)
+
+    def stop(self, result: StepResult) -> None:
+        if self._is_owner():
+            self._hook.stop(result)
+
+    def close(self) -> None:
+        self._hook.close()
+
+    def lost(self) -> str | None:
+        """As the hook's."""
+        return self._hook.lost()
+
+    def _is_owner(self) -> bool:
+        if not self._owner.lost_while_away():
+            return True
+        self._stop.reason = self._stop.reason or "the run folder has another owner"
+        return False
 
 
 @contextlib.contextmanager
-def own_run(folder: Path, context: ParallelContext, beat_seconds: float = BEAT_SECONDS) -> Iterator[None]:
+def own_run(folder: Path, context: ParallelContext, beat_seconds: float = BEAT_SECONDS) -> Iterator[Ownership]:
     """While the body runs, no other job may run in the folder. Every rank calls this.
 
     Args:
         folder: of the run; created
         context: this rank's place
-        beat_seconds: between two signs of life; an owner on another machine is gone after `BEATS_UNTIL_GONE` of them
+        beat_seconds: between two signs of life
 
     Raises:
         ConfigError: another job runs there; it is named. Raised on every rank.
     """
     with contextlib.ExitStack() as closing:
-        refusal = _take(folder, closing, beat_seconds) if context.rank == 0 else None
-        if refusal := gather_objects(refusal)[0]:
+        taken = _take(folder, closing, beat_seconds) if context.rank == 0 else None
+        if refusal := gather_objects(taken if isinstance(taken, str) else None)[0]:
             raise ConfigError(refusal)
-        yield
+        yield Ownership(folder, taken)
 
 
-def _take(folder: Path, closing: contextlib.ExitStack, beat_seconds: float) -> str | None:
-    """Becomes the owner until `closing` is closed, or says who is."""
-    owner = folder / ".owner.json"
+def _take(folder: Path, closing: contextlib.ExitStack, beat_seconds: float) -> Holding | str:
+    """Becomes the owner until `closing` is closed, or says who is. One that is about to end is waited for."""
+    began, said = time.monotonic(), False
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            return _take_now(folder, closing, beat_seconds)
+        except (BlockingIOError, HeldError):
+            record = read(folder / ".owner.json")
+        except OSError as error:
+            return f"run.dir={folder}: expected a folder to write to: {error}"
+        orphan = is_orphan(record)
+        if not (orphan or (is_here(record) and not runs(record) and not said)):
+            return _refusal(folder, name_of(record) if record else "another process")
+        if time.monotonic() > began + (_ORPHAN_SECONDS if orphan else _ENDED_SECONDS):
+            return _refusal(folder, f"{name_of(record)}, whose launcher is gone")
+        if orphan and not said:
+            said = True
+            text = f"run.dir={folder}: held by {name_of(record)}, whose launcher is gone; waiting for its end"
+            with contextlib.suppress(OSError):
+                print(text, file=sys.stderr, flush=True)
+        time.sleep(0.1)
+
+
+def _take_now(folder: Path, closing: contextlib.ExitStack, beat_seconds: float) -> Holding:
+    lock = folder / ".lock"
+    descriptor = file_lock(lock)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        closing.enter_context(only_writer(folder / ".lock", f"the run {folder}"))
-        if _alive_elsewhere(owner, beat_seconds):
-            return _refusal(folder, owner)
-        closing.enter_context(_beating(owner, beat_seconds))
-    except DataError:
-        return _refusal(folder, owner)
-    except OSError as error:
-        return f"run.dir={folder}: expected a folder to write to: {error}"
-    return None
+        holding = Holding(folder / ".owner.json", beat_seconds, {"launcher": asdict(launcher.watched())})
+    except BaseException:
+        if descriptor is not None:
+            os.close(descriptor)
+        raise
+
+    def give_up() -> None:
+        mine = holding.close()
+        # On a machine that does not see this one's lock, the other owner holds a lock on the very same file.
+        if descriptor is not None:
+            if mine and has_name(descriptor, lock):
+                lock.unlink(missing_ok=True)
+            os.close(descriptor)
+
+    closing.callback(give_up)
+    return holding
 
 
-def _alive_elsewhere(owner: Path, beat_seconds: float) -> bool:
-    """Whether a job on another machine goes on writing the file. (On this machine the lock has decided.)"""
-    first = _read(owner)
-    if first is None or first.get("host") == socket.gethostname():
-        return False
-    seconds, silent = BEATS_UNTIL_GONE * beat_seconds, _age(owner)
-    if silent <= seconds:
-        _say(f"{owner}: left by {_name(first)}; waiting {seconds:.0f} s for a sign of life")
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            time.sleep(beat_seconds / 4)
-            if _read(owner) != first:
-                return _read(owner) is not None
-        silent = _age(owner)
-    _say(f"{owner}: {_name(first)} gave no sign of life for {silent:.0f} s: taken over")
-    return False
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _age(path: Path) -> float:
-    """Seconds since a file was written, by the clock of the file system: clocks of machines differ."""
-    probe = path.with_name(f"{path.name}.{os.getpid()}.probe")
-    try:
-        probe.touch()
-        return probe.stat().st_mtime - path.stat().st_mtime
-    except FileNotFoundError:
-        return float("inf")
-    finally:
-        probe.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _beating(owner: Path, beat_seconds: float) -> Iterator[None]:
-    """Keeps the file fresh from a thread; removes it at the end."""
-    record = {
-        "host": socket.gethostname(),
-        "process": os.getpid(),
-        "job": os.environ.get("SLURM_JOB_ID"),
-        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-    }
-    done = threading.Event()
-
-    def beat() -> None:
-        count = 0
-        while not done.wait(beat_seconds):
-            count += 1
-            with contextlib.suppress(OSError):  # a full disk is the next save's to report
-                _write(owner, {**record, "beat": count})
-
-    _write(owner, {**record, "beat": 0})
-    thread = threading.Thread(target=beat, name="owner", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-        owner.unlink(missing_ok=True)
-
-
-def _write(owner: Path, record: dict[str, Any]) -> None:
-    partial = owner.with_name(f"{owner.name}.{os.getpid()}.tmp")
-    partial.write_text(json.dumps(record), encoding="utf-8")
-    os.replace(partial, owner)
-
-
-def _read(owner: Path) -> dict[str, Any] | None:
-    try:
-        record = json.loads(owner.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return record if isinstance(record, dict) else None
-
-
-def _refusal(folder: Path, owner: Path) -> str:
-    record = _read(owner)
-    holder = f"held by {_name(record)}" if record else "held by another process"
-    return f"run.dir={folder}: expected a folder that no other job runs in, {holder}; stop it, or give another run.dir"
-
-
-def _name(record: dict[str, Any]) -> str:
-    job = f", SLURM job {record['job']}" if record.get("job") else ""
-    return f"process {record.get('process')} on {record.get('host')}{job}, since {record.get('since')}"
+def _refusal(folder: Path, holder: str) -> str:
+    return (
+        f"run.dir={folder}: expected a folder that no other job runs in, held by {holder}; stop it, or give another "
+        "run.dir"
+    )

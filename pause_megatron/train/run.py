@@ -33,7 +33,7 @@ from pause_megatron.train.loop import Progress, StepResult, training_steps
 from pause_megatron.train.losses import Losses
 from pause_megatron.train.metrics_file import MetricsFile, Throughput
 from pause_megatron.train.monitoring import ConfigFile, ProgressBar, announce, conclude
-from pause_megatron.train.ownership import own_run
+from pause_megatron.train.ownership import Ownership, WhileOwner, own_run
 from pause_megatron.train.resume import progress_record
 from pause_megatron.train.signals import StopRequest, deadline
 from pause_megatron.train.start import find_start
@@ -62,7 +62,7 @@ def train(config: RunConfig, data: TrainingData, context: ParallelContext, stop:
     folder, result = Path(config.run.dir), None
     end = deadline(config.checkpoint.before_end_seconds)
     with ExitStack() as closing:
-        closing.enter_context(own_run(folder, context))
+        owner = closing.enter_context(own_run(folder, context))
         store, saved = Store(folder / "checkpoints", context.rank, context.world_size), []
         closing.enter_context(_naming_the_newest(store, saved))
         start = find_start(store, config, data, context)
@@ -79,7 +79,7 @@ def train(config: RunConfig, data: TrainingData, context: ParallelContext, stop:
             plan, stage = batch_plan(config, context.world_size), engine.deepspeed.zero_optimization_stage()
             announce(config, plan, model.vocabulary.size, stage, context, data.description)
         stream = closing.enter_context(data.stream(context, start.folder)) if data.stream else None
-        hooks = _hooks(config, engine, data, store, context, progress, stream, saved)
+        hooks = _hooks(config, engine, data, store, context, progress, stream, saved, owner, stop)
         closing.callback(_say_what_is_lost, hooks)
         for hook in hooks:
             closing.callback(hook.close)
@@ -125,7 +125,7 @@ def _naming_the_newest(store: Store, saved: Sequence[int]) -> Iterator[None]:
 
 
 def _say_what_is_lost(hooks: Sequence[Hook]) -> None:
-    lines = [hook.lost() for hook in hooks if isinstance(hook, Unfailing | Every)]
+    lines = [hook.lost() for hook in hooks if isinstance(hook, Unfailing | Every | WhileOwner)]
     for line in [*filter(None, lines), *lost_output()]:
         print(line, file=sys.stderr, flush=True)
 
@@ -198,14 +198,16 @@ def _hooks(
     progress: Progress,
     stream: Stream | None,
     saved: list[int],
+    owner: Ownership,
+    stop: StopRequest,
 ) -> list[Hook]:
     """In this order: a step is validated, then logged, then saved, so that a checkpoint never precedes its log."""
     hooks: list[Hook] = [SkipLimit(SKIPPED_STEPS_IN_A_ROW)]
     if data.valid is not None:
         hooks.append(Every(config.validation.every, _validate(config, engine, data, context)))
     if context.rank == 0:
-        hooks += _monitors(config, engine, data, context, progress)
-    saving = _save(config, engine, data, store, context, stream, saved)
+        hooks += [WhileOwner(each, owner, stop) for each in _monitors(config, engine, data, context, progress)]
+    saving = _save(config, engine, data, store, context, stream, saved, owner)
     hooks.append(Every(config.checkpoint.every, saving, on_stop=True))
     return hooks
 
@@ -255,8 +257,14 @@ def _save(
     context: ParallelContext,
     stream: Stream | None,
     saved: list[int],
+    owner: Ownership,
 ):
+    def save_tokenizer(folder: Path) -> None:
+        data.tokenizer.save(folder)
+        owner.require_on_this_rank()  # late in the save, which may take long: before the checkpoint gets its name
+
     def save_checkpoint(result: StepResult) -> None:
+        owner.require()
         save(
             store,
             engine,
@@ -265,7 +273,7 @@ def _save(
             corpus=data.fingerprint,
             progress=progress_record(result.progress),
             config_yaml=dump(config),
-            save_tokenizer=data.tokenizer.save,
+            save_tokenizer=save_tokenizer,
             keep=config.checkpoint.keep,
             extra=stream.files(result.step) if stream else {},
         )

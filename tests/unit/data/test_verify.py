@@ -355,7 +355,7 @@ def test_a_file_system_without_locks(corpus: Path, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(fcntl, "flock", refused)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert verify_at_use(open_corpus(corpus), "once")
-    assert asked == [corpus.parent / "cache", tmp_path]
+    assert asked == [corpus.parent / "cache", tmp_path / f"pause-megatron-{os.getuid()}"]
     assert not verify_at_use(open_corpus(corpus), "once")
 
 
