@@ -156,9 +156,10 @@ def _take_now(folder: Path, closing: contextlib.ExitStack, beat_seconds: float) 
     def give_up() -> None:
         mine = holding.close()
         # On a machine that does not see this one's lock, the other owner holds a lock on the very same file.
-        if descriptor is not None:
-            if mine and has_name(descriptor, lock):
+        if mine and (descriptor is None or has_name(descriptor, lock)):
+            with contextlib.suppress(OSError):
                 lock.unlink(missing_ok=True)
+        if descriptor is not None:
             os.close(descriptor)
 
     closing.callback(give_up)

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import fcntl
+import functools
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
+from unittest import mock
 
 import pytest
-from forked_ranks import finish, metrics, run_config, start
+from forked_ranks import finish, fork, metrics, rank_main, run_config, start
 from ranks import RankError, run_on_ranks
+
+from pause_megatron import processes
+from pause_megatron.processes import Watched
 
 BEAT = 0.2
 ELSEWHERE = {"host": "another-machine", "process": 7, "job": "42", "since": "2026-01-01 00:00:00"}
@@ -70,7 +81,7 @@ def test_a_job_on_another_machine_is_known_by_its_signs_of_life(tmp_path):
     done = threading.Event()
     living = threading.Thread(target=beat_elsewhere, args=(str(owner), done), daemon=True)
     living.start()
-    with pytest.raises(RankError, match="held by process 7 on another-machine, SLURM job 42, since 2026-01-01"):
+    with pytest.raises(RankError, match="held by process 7 on anotherhine, SLURM job 42, since 2026-01-01"):
         run_on_ranks(1, take, str(tmp_path))
     done.set()
     living.join()
@@ -86,3 +97,85 @@ def test_what_a_dead_job_of_another_machine_left_behind_is_taken_over(tmp_path):
         assert not owner.exists()
     owner.write_text("half a rec")
     run_on_ranks(1, take, str(tmp_path))
+
+
+def rank_with_short_beats(config) -> None:
+    from pause_megatron.train import run
+
+    run.own_run = functools.partial(run.own_run, beat_seconds=BEAT)
+    try:
+        rank_main(config)
+    except Exception as error:  # as the command line does
+        print(f"error: {error}", flush=True)
+        raise SystemExit(2) from None
+
+
+def test_an_owner_that_wakes_up_after_it_was_followed_writes_nothing_and_ends(corpus, tmp_path):
+    output, folder = tmp_path / "log", tmp_path / "run"
+    ranks = fork(rank_with_short_beats, (run_config(corpus, folder, 1),), output)
+    wait_for_steps(folder, output, 3)
+    for rank in ranks:
+        os.kill(rank.pid, signal.SIGSTOP)
+    time.sleep(4 * BEAT)  # that long without a sign of life another machine takes the folder over
+    (folder / ".owner.json").unlink()
+    (folder / ".owner.json").write_text(json.dumps({**ELSEWHERE, "token": "theirs"}))
+    before = files_of(folder)
+    for rank in ranks:
+        os.kill(rank.pid, signal.SIGCONT)
+    finish(ranks, output, code=2)
+    expected = (
+        f"error: run.dir={folder}: expected to be the only job there, got another owner, process 7 on another-mac"
+    )
+    assert output.read_text().count(expected) == 2, output.read_text()
+    assert files_of(folder) == before
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """What others read there, and the lock that is theirs as well."""
+    names = (".owner.json", ".lock", "metrics.jsonl", "checkpoints/step-*/*")
+    return {str(path): path.read_bytes() for name in names for path in folder.glob(name) if path.is_file()}
+
+
+def take_without_locks(folder: str) -> str:
+    with mock.patch.object(fcntl, "flock", side_effect=OSError(errno.ENOTSUP, "no locks")):
+        return take(folder)
+
+
+def test_two_jobs_on_one_host_whose_folder_has_no_locks(tmp_path):
+    living = subprocess.Popen(["sleep", "60"])
+    known = processes.process(living.pid)
+    record = {"host": "h", "process": known.pid, "started": known.started, "machine": processes.machine(), "token": "t"}
+    (tmp_path / ".owner.json").write_text(json.dumps(record))
+    with pytest.raises(RankError, match=f"held by process {living.pid} on h"):
+        run_on_ranks(1, take_without_locks, str(tmp_path))
+    living.kill()
+    living.wait()
+    began = time.monotonic()
+    assert json.loads(run_on_ranks(1, take_without_locks, str(tmp_path))[0])["beat"] >= 1
+    assert time.monotonic() - began < 10 and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("locks", [True, False])
+def test_the_end_of_an_orphan_is_waited_for(tmp_path, locks):
+    """It holds the lock, and its launcher is gone: it is about to end."""
+    launcher = subprocess.Popen(["sleep", "60"])
+    gone = asdict(Watched({"torchrun": processes.process(launcher.pid)}, {}))
+    launcher.kill()
+    launcher.wait()
+    with contextlib.ExitStack() as closing:
+        descriptor = os.open(tmp_path / ".lock", os.O_RDWR | os.O_CREAT)
+        if locks:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        command = [sys.executable, "-I", "-S", "-c", "import time; time.sleep(60)"]
+        orphan = subprocess.Popen(command, pass_fds=(descriptor,))
+        os.close(descriptor)
+        closing.callback(orphan.wait)
+        closing.callback(orphan.kill)
+        known = processes.process(orphan.pid)
+        record = {"host": "h", "process": known.pid, "started": known.started, "machine": processes.machine()}
+        (tmp_path / ".owner.json").write_text(json.dumps({**record, "launcher": gone, "token": "t"}))
+        threading.Timer(1.0, lambda: (orphan.kill(), orphan.wait())).start()
+        began = time.monotonic()
+        run_on_ranks(1, take if locks else take_without_locks, str(tmp_path))
+        assert 0.9 < time.monotonic() - began < 20
+    assert list(tmp_path.iterdir()) == []
