@@ -11,6 +11,10 @@ class ConfigError(PauseMegatronError):
     """A configuration key, value or combination that cannot be run."""
 
 
+class SharedError(ConfigError):
+    """What every rank of a run has been told, in the same words: rank 0 says it for all."""
+
+
 class DataError(PauseMegatronError):
     """A corpus, shard, tokenizer or index that is missing, damaged or does not fit the run."""
 

@@ -21,6 +21,7 @@ from pause_megatron.config.presets import parameters, step_flops
 from pause_megatron.config.schema import RunConfig
 from pause_megatron.distributed import ParallelContext, initialize
 from pause_megatron.distributed.collective import gather_objects
+from pause_megatron.distributed.context import started_ranks
 from pause_megatron.distributed.settings import settings_of
 from pause_megatron.engine import Engine
 from pause_megatron.engine.waits import MICRO_BATCH, STEP, HostWaits
@@ -32,6 +33,7 @@ from pause_megatron.train.inputs import TrainingData
 from pause_megatron.train.loop import Progress, StepResult, training_steps
 from pause_megatron.train.monitoring import ProgressBar
 from pause_megatron.train.run import new_engine, new_model, step_loader
+from pause_megatron.train.same_run import run_record
 from pause_megatron.train.signals import StopRequest
 from pause_megatron.train.watch import HangWatch, patience
 
@@ -77,7 +79,12 @@ def run_benchmark(config: RunConfig, sizes: Sizes) -> Measurement:
     clock = _Clock()
     with (
         settings_of(config),
-        initialize(config.parallel, timeout=patience(config), connect_seconds=config.run.connect_seconds) as context,
+        initialize(
+            config.parallel,
+            timeout=patience(config),
+            connect_seconds=config.run.connect_seconds,
+            same=run_record("benchmark", config, started_ranks()),
+        ) as context,
         ExitStack() as closing,
     ):
         before = _forget_earlier_tensors(context)

@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 from pause_megatron import launcher
-from pause_megatron.errors import ConfigError, OutputError, PauseMegatronError
+from pause_megatron.distributed.ranks import discover
+from pause_megatron.errors import ConfigError, OutputError, PauseMegatronError, SharedError
 from pause_megatron.output import standard_streams
 
 # The one-line helps stand here as well as in the verbs' modules (a test compares), so that --help imports none of them.
@@ -151,7 +152,7 @@ def _take_local_rank(arguments: list[str]) -> list[str]:
             continue
         value = value if equals else next(rest, "")
         if not value.isdecimal():
-            raise ConfigError(f"{name}: expected a number >= 0, came {value!r}")
+            raise ConfigError(f"{name}: expected a number >= 0, got {value!r}")
         os.environ.setdefault("LOCAL_RANK", value)
     return kept
 
@@ -179,27 +180,26 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def is_first_rank() -> bool:
-    """Whether this process is rank 0 by its launcher's word, or alone."""
-    return not _number("RANK", "SLURM_PROCID")
+    """Whether this process is rank 0, or alone.
 
-
-def started_ranks() -> int:
-    """Ranks in all by their launcher's word; 1 for a process that is alone."""
-    return _number("WORLD_SIZE", "SLURM_STEP_NUM_TASKS") or 1
-
-
-def _number(*names: str) -> int:
-    """The first of these environment variables that is a number, else 0."""
-    return next((int(os.environ[name]) for name in names if os.environ.get(name, "").isdecimal()), 0)
+    Raises:
+        ConfigError: as `discover`.
+    """
+    return discover().rank == 0
 
 
 def _report(error: PauseMegatronError) -> None:
     """Say it once: a wrong configuration is the same on every rank; other errors name the rank that met them."""
-    # LOCAL_RANK is 0 on every rank where each sees its own GPU alone.
-    if isinstance(error, ConfigError) and (_number("LOCAL_RANK") or _number("SLURM_LOCALID")):
+    try:
+        ranks = discover()
+    except ConfigError:  # it has no place among others, and must speak for itself
+        _say(f"error: {error}")
         return
-    rank = _number("RANK", "SLURM_PROCID")
-    _say(f"error: {error}" if not rank else f"[rank {rank}] error: {error}")
+    # LOCAL_RANK is 0 on every rank where each sees its own GPU alone.
+    said_by_another = ranks.rank if isinstance(error, SharedError) else ranks.local_rank
+    if isinstance(error, ConfigError) and said_by_another:
+        return
+    _say(f"error: {error}" if not ranks.rank else f"[rank {ranks.rank}] error: {error}")
 
 
 def _say(text: str) -> None:

@@ -7,7 +7,9 @@ import json
 import sys
 from pathlib import Path
 
-from pause_megatron.cli import at_least, is_first_rank, note, started_ranks
+from pause_megatron.cli import at_least, is_first_rank, note
+from pause_megatron.distributed.agreement import failing_together
+from pause_megatron.distributed.ranks import discover
 from pause_megatron.errors import ConfigError
 from pause_megatron.paths import path_option
 
@@ -47,6 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure on all ranks; the first one prints and writes."""
+    with failing_together("benchmark"):
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     from pause_megatron.cli.dry_run import text_vocabulary
     from pause_megatron.cli.pretrain import silence_imports
     from pause_megatron.config import load
@@ -57,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     if file is not None:
         _check_writable(file)
     text_size, _ = text_vocabulary(config, args.vocab_size)
-    Layout.of(config, started_ranks(), text_size)  # raises where ranks, batch and engine contradict each other
+    Layout.of(config, discover().world_size, text_size)  # raises where ranks, batch and engine contradict each other
     silence_imports()
     from pause_megatron.benchmark import Sizes, as_record, as_table, run_benchmark
     from pause_megatron.durable import write_whole

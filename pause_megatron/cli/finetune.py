@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pause_megatron.cli import note
 from pause_megatron.cli.pretrain import add_run_arguments, only_shown, refuse_dry_run_options, silence_imports
+from pause_megatron.distributed.agreement import failing_together
 from pause_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -27,6 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check everything that can be checked without torch, then train."""
+    with failing_together("finetune"):
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     from pause_megatron.config import load
     from pause_megatron.output import tolerant_output
     from pause_megatron.train.signals import listening_to_the_end

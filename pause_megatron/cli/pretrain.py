@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import textwrap
 import warnings
 from collections.abc import Callable
@@ -12,6 +11,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pause_megatron.cli import note
+from pause_megatron.distributed.agreement import failing_together, show_up
+from pause_megatron.distributed.ranks import discover
 from pause_megatron.errors import ConfigError
 from pause_megatron.paths import path_option
 
@@ -51,6 +52,11 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, recipes: str) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check everything that can be checked without torch, then train."""
+    with failing_together("pretrain"):
+        return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
     from pause_megatron.config import load
     from pause_megatron.output import tolerant_output
     from pause_megatron.train.signals import listening_to_the_end
@@ -96,16 +102,18 @@ def only_shown(
     """
     from pause_megatron.config import batch_plan, deepspeed_config, dump
 
-    first = _environment("RANK", "SLURM_PROCID", default=0) == 0
+    ranks = discover()
     if args.print_config:
-        if first:
+        if ranks.rank == 0:
             print(dump(config), end="")
+        show_up("--print-config")
         return True
-    ranks = args.world_size or _environment("WORLD_SIZE", "SLURM_NTASKS", default=1)
-    plan = batch_plan(config, ranks)
+    plan = batch_plan(config, args.world_size or ranks.world_size)
     engine = deepspeed_config(config, data_parallel=plan.data_parallel)
-    if args.dry_run and first:
-        print(describe(plan, engine))
+    if args.dry_run and ranks.rank == 0:
+        print(describe(plan, engine), flush=True)
+    if args.dry_run:
+        show_up("--dry-run")
     return args.dry_run
 
 
@@ -137,31 +145,17 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _environment(*names: str, default: int) -> int:
-    """The first of these variables that a launcher has set.
-
-    Raises:
-        ConfigError: it is not a number.
-    """
-    for name in names:
-        value = os.environ.get(name)
-        if value:
-            if not value.isdecimal():
-                raise ConfigError(f"environment variable {name}: expected a number, came {value!r}")
-            return int(value)
-    return default
-
-
 def _key_table() -> str:
     """Every key with its type, range, default and meaning, in the order of the schema."""
     from pause_megatron.config.keys import keys, sections
 
     lines = ["configuration keys (KEY=VALUE, or in the YAML file as groups):"]
+    lines.append("  The same on every rank; of those marked local, what they lead to is the same.")
     for section, cls in sections().items():
         lines += ["", f"  {section}: {(cls.__doc__ or '').splitlines()[0]}"]
         for key in keys().values():
             if key.path.startswith(f"{section}."):
-                lines.append(f"    {key.path:26} {key.expected}; default {key.default_text}")
+                lines.append(f"    {key.path:26} {key.expected}; default {key.default_text}{'; local' * key.local}")
                 lines += textwrap.wrap(
                     key.description, 112, initial_indent=" " * 31, subsequent_indent=" " * 31, break_on_hyphens=False
                 )

@@ -1,7 +1,8 @@
-"""Which keys decide what a run computes, and which only say where, how fast and how chattily it does so."""
+"""Which keys decide what a run computes, which only say where, how fast and how chattily, which are a rank's own."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from pause_megatron.config.schema import RunConfig
@@ -25,15 +26,26 @@ LENGTH_KEYS = ("train.steps", "train.tokens", "train.extended_from", "finetune.e
 SCHEDULE_KEYS = (
     *("optim.lr", "optim.min_lr_fraction", "optim.warmup_steps", "optim.schedule", "optim.decay_fraction"),
 )
+# What may differ between the ranks of a run: where a host has its copy of something whose content ranks compare.
+LOCAL_KEYS = frozenset({"data.prefix", "data.valid_prefix", "data.tokenizer", "task.path"})
 
 
 def deciding_keys(config: RunConfig) -> dict[str, Any]:
     """The keys that decide the losses, by their dotted path, in the order of the schema."""
-    found = {}
+    return {
+        key: value
+        for key, value in _keys(config)
+        if key.partition(".")[0] not in FREE_SECTIONS and key not in FREE_KEYS
+    }
+
+
+def compared_keys(config: RunConfig) -> dict[str, Any]:
+    """The keys that must be the same on every rank, by their dotted path, in the order of the schema: all but a few."""
+    return {key: value for key, value in _keys(config) if key not in LOCAL_KEYS}
+
+
+def _keys(config: RunConfig) -> Iterator[tuple[str, Any]]:
     for section in type(config).model_fields:
         values = getattr(config, section)
         for name, field in type(values).model_fields.items():
-            key = f"{section}.{field.alias or name}"
-            if section not in FREE_SECTIONS and key not in FREE_KEYS:
-                found[key] = getattr(values, name)
-    return found
+            yield f"{section}.{field.alias or name}", getattr(values, name)

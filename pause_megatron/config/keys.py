@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import annotated_types
 
+from pause_megatron.config.identity import LOCAL_KEYS
 from pause_megatron.config.schema import RunConfig, Section
 
 _NAMES = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
@@ -25,6 +26,7 @@ class Key:
     limits: str  # ">= 1, < 2", or "" where there are none
     default: Any
     description: str
+    local: bool  # may differ between the ranks of a run, which compare the content
 
     @property
     def expected(self) -> str:
@@ -65,7 +67,8 @@ def _key(section: str, name: str, field: Any) -> Key:
         for cls, sign, attribute in signs
         if isinstance(rule, cls)
     ]
-    return Key(f"{section}.{name}", kind, choices, optional, ", ".join(limits), field.default, field.description or "")
+    path, text = f"{section}.{name}", field.description or ""
+    return Key(path, kind, choices, optional, ", ".join(limits), field.default, text, path in LOCAL_KEYS)
 
 
 def sections() -> dict[str, type[Section]]:

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
-from pause_megatron.distributed.context import ParallelContext, initialize
+from typing import TYPE_CHECKING, Any
+
 from pause_megatron.distributed.ranks import Ranks, discover
 
+if TYPE_CHECKING:
+    from pause_megatron.distributed.context import ParallelContext, initialize
+
 __all__ = ["ParallelContext", "Ranks", "discover", "initialize"]
+
+
+def __getattr__(name: str) -> Any:
+    # On demand: whoever only asks for its rank needs no torch.
+    if name not in ("ParallelContext", "initialize"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from pause_megatron.distributed import context
+
+    return getattr(context, name)

@@ -12,10 +12,11 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from pause_megatron.config.schema import ParallelSection
+from pause_megatron.distributed.agreement import same_on_every_rank
 from pause_megatron.distributed.cpu import use_cpu_without_cuda
 from pause_megatron.distributed.devices import take_device
 from pause_megatron.distributed.groups import make_groups
-from pause_megatron.distributed.meeting import meet
+from pause_megatron.distributed.meeting import meet, own_keys
 from pause_megatron.distributed.mpu import MPU
 from pause_megatron.distributed.ranks import Ranks, discover
 from pause_megatron.errors import ConfigError
@@ -83,6 +84,7 @@ def initialize(
     timeout: timedelta = timedelta(minutes=10),
     connect_seconds: float = 600,
     ranks: Ranks | None = None,
+    same: Mapping[str, str] | None = None,
 ) -> ParallelContext:
     """Join the other ranks and split them into tensor- and data-parallel groups.
 
@@ -94,23 +96,28 @@ def initialize(
         timeout: of a collective operation.
         connect_seconds: to wait for the other ranks.
         ranks: default: what `discover()` finds.
+        same: name -> value of what must be the same on every rank, in the order in which a message names it.
 
     Raises:
         ConfigError: parallel.tensor does not divide the number of ranks, the device is not there, two ranks have one
-            GPU, or ranks do not reach each other.
+            GPU, ranks do not reach each other, or are not of one run. On every rank, whichever it is that fails.
     """
     ranks = discover() if ranks is None else ranks
-    kind = _device_kind(device)
     owns_world = not dist.is_initialized()
     world_size = ranks.world_size if owns_world else dist.get_world_size()
-    _check_split(parallel, world_size)
+    kind, failure = _place(parallel, device, world_size)
+    record = {**(same or {}), "device": kind, "launcher": ranks.launcher}
 
     use_cpu_without_cuda()
     environment = {key: os.environ.get(key) for key in ranks.environment()}
     store = None
     if owns_world:
         os.environ.update(ranks.environment())
-        store = _meet(ranks, "nccl" if kind == "cuda" else "gloo", timeout, connect_seconds)
+        store = _meet(ranks, "nccl" if kind == "cuda" else "gloo", timeout, connect_seconds, record, failure)
+    elif failure:
+        raise ConfigError(failure)
+    elif same and world_size > 1:
+        _compare_in_world(record)
     target = torch.device("cpu")
     if kind == "cuda":
         target = take_device(ranks, store if ranks.world_size > 1 else None)
@@ -142,6 +149,11 @@ def initialize(
     )
 
 
+def started_ranks() -> int:
+    """Ranks in all: of the world that there is already, else by the launcher's word."""
+    return dist.get_world_size() if dist.is_initialized() else discover().world_size
+
+
 def _device_kind(device: str | torch.device | None) -> str:
     available = torch.cuda.is_available()
     kind = ("cuda" if available else "cpu") if device is None else torch.device(device).type
@@ -168,10 +180,40 @@ def _check_split(parallel: ParallelSection, world_size: int) -> None:
         raise ConfigError("parallel.sequence: true needs parallel.tensor of 2 or more, got 1")
 
 
-def _meet(ranks: Ranks, backend: str, timeout: timedelta, connect_seconds: float) -> dist.Store:
-    store = dist.HashStore() if ranks.launcher == "alone" else meet(ranks, backend, connect_seconds)
+def _place(parallel: ParallelSection, device: str | torch.device | None, world_size: int) -> tuple[str, str]:
+    """Kind of this rank's device, and why it cannot take part; "": it can."""
+    kind = "unknown"
+    try:
+        kind = _device_kind(device)
+        _check_split(parallel, world_size)
+    except ConfigError as error:
+        return kind, str(error)
+    return kind, ""
+
+
+def _meet(
+    ranks: Ranks,
+    backend: str,
+    timeout: timedelta,
+    connect_seconds: float,
+    record: Mapping[str, str],
+    failure: str,
+) -> dist.Store:
+    if ranks.launcher != "alone":
+        store = meet(ranks, backend, connect_seconds, record, failure)
+    elif failure:
+        raise ConfigError(failure)
+    else:
+        store = dist.HashStore()
     store.set_timeout(timeout)
     return store
+
+
+def _compare_in_world(record: Mapping[str, str]) -> None:
+    """Through the store of a world that somebody else has made."""
+    ranks = Ranks(dist.get_rank(), 0, dist.get_world_size(), "", 0, "environment")
+    store = dist.distributed_c10d._get_default_store()
+    same_on_every_rank(own_keys(dist.PrefixStore("pause_megatron", store), ranks), ranks, record)
 
 
 def _start_world(ranks: Ranks, store: dist.Store, backend: str, timeout: timedelta) -> None:

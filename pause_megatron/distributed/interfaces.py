@@ -79,6 +79,11 @@ def interface_towards(address: str) -> str:
     return ""
 
 
+def listed(found: Mapping[str, str]) -> str:
+    """Interfaces and their addresses, for a message."""
+    return ", ".join(f"{name} {address}" for name, address in found.items())
+
+
 def _of_host_name() -> Endpoint | None:
     """gloo: the first address of the host name that is one of this host's, else loopback."""
     name = socket.gethostname()

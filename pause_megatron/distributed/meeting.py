@@ -11,23 +11,30 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
+from typing import NoReturn
 
 import torch.distributed as dist
 
-from pause_megatron.distributed.interfaces import VARIABLES, interface_towards, interfaces, own_endpoint
+from pause_megatron.distributed import agreement
+from pause_megatron.distributed.interfaces import VARIABLES, interface_towards, interfaces, listed, own_endpoint
 from pause_megatron.distributed.ranks import Ranks
-from pause_megatron.errors import ConfigError
+from pause_megatron.distributed.store import open_store
+from pause_megatron.errors import ConfigError, TrainingError
 
 _KNOCK_SECONDS = 15.0  # for a connection to a rank that is there
 _LEAVE_SECONDS = 5.0
 _SHOWN = 2
 
 
-def meet(ranks: Ranks, backend: str, seconds: float) -> dist.Store:
-    """The store of the run, once all ranks are there and each has reached the next at the address of the backend.
+def meet(
+    ranks: Ranks, backend: str, seconds: float, record: Mapping[str, str] | None = None, failure: str = ""
+) -> dist.Store:
+    """The store of the run, once all ranks are there, are of one run, and each has reached the next.
 
     Which interface NCCL takes is known less surely than which one gloo takes, so for NCCL it is a warning.
 
@@ -35,23 +42,22 @@ def meet(ranks: Ranks, backend: str, seconds: float) -> dist.Store:
         ranks: this rank's place; the environment says the same
         backend: "gloo" or "nccl"
         seconds: to wait for the others
+        record: what must be the same on every rank; see `agreement.same_on_every_rank`
+        failure: why this rank cannot go on; "": it can
 
     Raises:
-        ConfigError: no answer at MASTER_ADDR, a rank that did not come, or one that cannot be reached. On every rank.
+        ConfigError: no answer at MASTER_ADDR, two processes with one rank, a rank that did not come, cannot go on or
+            cannot be reached, or ranks that differ. On every rank.
     """
-    wait = timedelta(seconds=seconds)
+    agreement.has_met()
+    store = open_store(ranks, seconds)
+    store.set_timeout(timedelta(seconds=seconds))
     try:
-        store, _, _ = next(dist.rendezvous("env://", ranks.rank, ranks.world_size, timeout=wait))
-    except dist.DistError as error:
-        raise ConfigError(_nobody(ranks, seconds, error)) from None
-    store.set_timeout(wait)
-    try:
-        failures = _reach_the_next(own_keys(store, ranks), ranks, backend, min(seconds, _KNOCK_SECONDS))
+        keys = take_place(store, ranks)
+        agreement.same_on_every_rank(dist.PrefixStore("same", keys), ranks, record or {}, failure)
+        failures = _reach_the_next(dist.PrefixStore("reach", keys), ranks, backend, min(seconds, _KNOCK_SECONDS))
     except dist.DistError:
-        raise ConfigError(
-            f"rank {ranks.rank} on {socket.gethostname()}: expected {ranks.world_size} ranks to come within "
-            f"{seconds:g} s (run.connect_seconds); some did not, or ended: see what the others say"
-        ) from None
+        raise ConfigError(failure or _absent(store, ranks, seconds)) from None
     if failures and backend == "gloo":
         raise ConfigError(failures)
     if failures and ranks.rank == 0:
@@ -60,9 +66,64 @@ def meet(ranks: Ranks, backend: str, seconds: float) -> dist.Store:
 
 
 def own_keys(store: dist.Store, ranks: Ranks) -> dist.Store:
-    """Keys of this meeting: torchrun's store outlives a restart of the ranks, and a process may meet again."""
-    keys = dist.PrefixStore(f"meeting/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    return dist.PrefixStore(str(keys.add(f"meetings/{ranks.rank}", 1)), keys)
+    """Keys of this meeting: a process may meet again."""
+    return _meeting(store, store.add(f"meetings/{ranks.rank}", 1))
+
+
+def take_place(store: dist.Store, ranks: Ranks) -> dist.Store:
+    """Keys of this meeting, for the one process that has this rank.
+
+    Raises:
+        TrainingError: another process has the same RANK, or another WORLD_SIZE. Those who wait are told, too.
+    """
+    process, token = _process(os.getpid())
+    me = {"rank": ranks.rank, "size": ranks.world_size, "process": process, "token": token}
+    owner, first = (_first_of(store, key, me) for key in (f"place/{ranks.rank}", "world"))
+    if owner["token"] != token:
+        text = (
+            f"RANK={ranks.rank}: expected one process with each rank, got two: {owner['process']}, and {process}. "
+            "Give each process its own RANK; if these are two runs, give each its own MASTER_PORT"
+        )
+        _refuse(store, owner["rank"], text)
+    elif first["size"] != ranks.world_size:
+        said = " and ".join(f"{one['size']} on rank {one['rank']} ({one['process']})" for one in (first, me))
+        _refuse(store, first["rank"], f"WORLD_SIZE: expected the same number on every rank, got {said}")
+    return own_keys(store, ranks)
+
+
+@cache
+def _process(number: int) -> tuple[str, str]:
+    """What a process is called, and a token that no other has: hosts may share names, and so numbers."""
+    return f"process {number} on {socket.gethostname()}", uuid.uuid4().hex
+
+
+def _first_of(store: dist.Store, key: str, me: dict) -> dict:
+    """What the first to come has left there."""
+    return json.loads(store.compare_set(key, "", json.dumps(me)))
+
+
+def _refuse(store: dist.Store, rank: int, text: str) -> NoReturn:
+    """Tell it to the meeting that a rank is in, which will not be complete."""
+    number = store.add(f"meetings/{rank}", 0)
+    agreement.refuse(dist.PrefixStore("same", _meeting(store, max(1, number))), text)
+    raise TrainingError(text)
+
+
+def _meeting(store: dist.Store, number: int) -> dist.Store:
+    return dist.PrefixStore(f"meeting/{number}", store)
+
+
+def _absent(store: dist.Store, ranks: Ranks, seconds: float) -> str:
+    """Which ranks did not come."""
+    try:
+        absent = [rank for rank in range(ranks.world_size) if not store.check([f"place/{rank}"])]
+    except dist.DistError:  # with its keeper, rank 0
+        absent = [0]
+    came = f"{agreement.ranks_of(absent)} did not" if absent else "all did, but some ended"
+    return (
+        f"rank {ranks.rank} on {socket.gethostname()}: expected {ranks.world_size} ranks to come within {seconds:g} s "
+        f"(run.connect_seconds); {came}: see what the others say"
+    )
 
 
 def agree(store: dist.Store, ranks: Ranks, failure: str) -> list[str]:
@@ -101,7 +162,7 @@ def _reach_the_next(store: dist.Store, ranks: Ranks, backend: str, seconds: floa
 @contextmanager
 def _doorkeeper(backend: str, name: str) -> Iterator[dict]:
     """Listens where the backend will, tells whoever comes its name, and yields what the others must know."""
-    card = {"name": name, "error": "", "endpoint": "", "interfaces": _listed(interfaces())}
+    card = {"name": name, "error": "", "endpoint": "", "interfaces": listed(interfaces())}
     listener = None
     try:
         if endpoint := own_endpoint(backend):
@@ -162,22 +223,3 @@ def _verdict(texts: list[str], backend: str) -> str:
         f"{backend}: expected every rank to reach the next; set {VARIABLES[backend]} to the interface that joins the "
         "hosts, or let the host names lead to its address:\n" + "\n".join(texts[:_SHOWN]) + more
     )
-
-
-def _nobody(ranks: Ranks, seconds: float, error: Exception) -> str:
-    address = ranks.master_addr
-    try:
-        address = f"{address} ({socket.gethostbyname(address)})"
-    except OSError:
-        address = f"{address} (a name that leads nowhere here)"
-    what = "to hear from all ranks" if ranks.rank == 0 else "rank 0 to answer"
-    return (
-        f"MASTER_ADDR={address}, port {ranks.master_port}: expected {what} within {seconds:g} s (run.connect_seconds); "
-        f"rank {ranks.rank} on {socket.gethostname()} has {_listed(interfaces())}. Give an address of rank 0's host "
-        "that the others reach: MASTER_ADDR, deepspeed --master_addr, or torchrun --local-addr. "
-        f"({str(error).splitlines()[0]})"
-    )
-
-
-def _listed(found: dict[str, str]) -> str:
-    return ", ".join(f"{name} {address}" for name, address in found.items())

@@ -11,6 +11,14 @@ from pause_megatron.errors import ConfigError
 
 _LAUNCHER_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
+# What starts tasks says to each its number, their count, and its number on its host.
+_TASKS = (
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE", "MV2_COMM_WORLD_LOCAL_RANK"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
+)
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -44,20 +52,22 @@ class Ranks:
 
 
 def discover(environment: Mapping[str, str] | None = None, *, local_rank: int | None = None) -> Ranks:
-    """Find out which launcher started this process, and its place among the others.
+    """Find out which launcher started this process, and its place among the others. The one place that counts ranks.
 
     Order: the variables that torchrun and deepspeed set; a SLURM job step (`srun`, also `deepspeed --launcher slurm`,
     which sets nothing itself); else the process is alone. A batch script that runs the program without `srun` is alone
-    too, although SLURM_PROCID and SLURM_NTASKS are set there: only a job step has SLURM_STEP_NUM_TASKS.
+    too, although SLURM_PROCID and SLURM_NTASKS are set there: only a job step has SLURM_STEP_NUM_TASKS. A variable that
+    is empty is not set.
 
     Args:
         environment: defaults to os.environ.
         local_rank: what `--local_rank=N` said, if the launcher passes it; used where LOCAL_RANK is not set.
 
     Raises:
-        ConfigError: a variable is missing, or is not the number it should be.
+        ConfigError: a variable is missing, is not the number it should be, or is another task's.
     """
-    env = os.environ if environment is None else environment
+    given = os.environ if environment is None else environment
+    env = {key: value for key, value in given.items() if value}
     if "RANK" in env and "WORLD_SIZE" in env:
         return _from_variables(env, local_rank)
     if "SLURM_PROCID" in env and "SLURM_STEP_NUM_TASKS" in env:
@@ -100,16 +110,35 @@ def _from_variables(env: Mapping[str, str], local_rank: int | None) -> Ranks:
             f"environment: WORLD_SIZE={world_size} in a SLURM job step of {tasks} tasks; expected at least as many. "
             "If the shell that submitted the job had RANK and WORLD_SIZE set, unset them there: jobs inherit them"
         )
-    return _checked(
-        Ranks(
-            _number(values, "RANK"),
-            _number(values, "LOCAL_RANK"),
-            world_size,
-            values["MASTER_ADDR"],
-            _number(values, "MASTER_PORT"),
-            launcher,
+    rank, local = _number(values, "RANK"), _number(values, "LOCAL_RANK")
+    if launcher == "environment":
+        _compare_with_task(rank, world_size, local, env)
+    return _checked(Ranks(rank, local, world_size, values["MASTER_ADDR"], _number(values, "MASTER_PORT"), launcher))
+
+
+def _compare_with_task(rank: int, world_size: int, local: int, env: Mapping[str, str]) -> None:
+    """Refuse a rank that is another task's, where each task is a rank.
+
+    `export RANK=$SLURM_PROCID` in a batch script is the script's own number, 0, which every task inherits. Where tasks
+    are not ranks (torchrun, a loop that starts several, mpirun inside of a step), the counts differ, or one of several
+    numbers is the right one.
+    """
+    told = [names for names in _TASKS if all(env.get(name, "").isdecimal() for name in names[:2])]
+    told = [(name, size, on_host) for name, size, on_host in told if int(env[size]) == world_size > 1]
+    if told and all(int(env[name]) != rank for name, _, _ in told):
+        name, size, _ = told[0]
+        raise ConfigError(
+            f"environment: RANK={rank} beside {name}={env[name]} in a step of {env[size]} tasks ({size}); expected the "
+            "same number. RANK was exported before the tasks began, and each inherits it: unset RANK, WORLD_SIZE and "
+            f"LOCAL_RANK there (srun needs none of them), or set them in the task: bash -c 'RANK=${name} ...'"
         )
-    )
+    on_host = [(name, env[name]) for _, _, name in told if env.get(name, "").isdecimal()]
+    if local and on_host and all(int(value) != local for _, value in on_host):  # 0: the task may see its own GPU alone
+        name, value = on_host[0]
+        raise ConfigError(
+            f"environment: LOCAL_RANK={local} beside {name}={value}; expected the same number, or 0 where each task "
+            "sees its own GPU alone. Unset LOCAL_RANK, or set it in the task"
+        )
 
 
 def _from_slurm(env: Mapping[str, str]) -> Ranks:
@@ -137,7 +166,6 @@ def _number(env: Mapping[str, str], key: str, default: int | None = None) -> int
     text = env.get(key)
     if text is None and default is not None:
         return default
-    try:
-        return int(text)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        raise ConfigError(f"environment variable {key}: expected a whole number, got {text!r}") from None
+    if text is None or not (text.isascii() and text.strip().isdecimal()):
+        raise ConfigError(f"environment variable {key}: expected a whole number, got {text!r}")
+    return int(text)

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import sys
 
+import numpy as np
+import xxhash
+
 from pause_megatron.config.schema import RunConfig
 from pause_megatron.data.batch import MicroBatch
 from pause_megatron.data.examples import continuations
 from pause_megatron.data.tokenizer import Tokenizer
 from pause_megatron.distributed import initialize
+from pause_megatron.distributed.agreement import failing_together
+from pause_megatron.distributed.context import started_ranks
 from pause_megatron.distributed.settings import settings_of
 from pause_megatron.output import tolerant_output
 from pause_megatron.train.inputs import HeldOut, TrainingData
 from pause_megatron.train.run import train
+from pause_megatron.train.same_run import run_record
 from pause_megatron.train.signals import StopRequest, listening
 from pause_megatron.train.task_data import TaskData, held_out, open_task
 from pause_megatron.train.watch import patience
@@ -36,12 +42,29 @@ def finetune(config: RunConfig, stop: StopRequest | None = None) -> int:
         tolerant_output(),
         listening(stop) as stop,
         settings_of(config),
-        initialize(config.parallel, timeout=patience(config), connect_seconds=config.run.connect_seconds) as context,
+        failing_together("finetune", config.run.connect_seconds),
     ):
-        data = open_task(config)
-        if context.rank == 0 and (line := shorter_warmup(config, data.config)):
-            print(line, file=sys.stderr, flush=True)
-        return train(data.config, training_data(data), context, stop)
+        # Before ranks meet: one that lacks the records says so there.
+        task = open_task(config)
+        data = training_data(task)
+        same = run_record("finetune", task.config, started_ranks()) | task_record(task, data)
+        seconds = config.run.connect_seconds
+        with initialize(config.parallel, timeout=patience(config), connect_seconds=seconds, same=same) as context:
+            if context.rank == 0 and (line := shorter_warmup(config, task.config)):
+                print(line, file=sys.stderr, flush=True)
+            return train(task.config, data, context, stop)
+
+
+def task_record(task: TaskData, data: TrainingData) -> dict[str, str]:
+    """What is in the examples of a run and in its tokenizer, wherever they lie."""
+    valid = xxhash.xxh3_128()
+    for example in data.valid.windows.examples if data.valid else ():
+        valid.update(np.concatenate([[len(example.prompt)], example.prompt, example.target]).tobytes())
+    return {
+        "content of task.path": task.fingerprint,
+        "content of task.path for validation": valid.hexdigest(),
+        "content of data.tokenizer": task.tokenizer.fingerprint,
+    }
 
 
 def shorter_warmup(asked: RunConfig, config: RunConfig) -> str | None:

@@ -11,11 +11,14 @@ from pause_megatron.data.corpora import Corpora, open_corpora
 from pause_megatron.data.dataset import PauseTokenizer
 from pause_megatron.data.loader import Samples
 from pause_megatron.distributed import initialize
+from pause_megatron.distributed.agreement import failing_together
+from pause_megatron.distributed.context import started_ranks
 from pause_megatron.distributed.settings import settings_of
 from pause_megatron.output import tolerant_output
 from pause_megatron.train.cache_folder import with_cache_folder
 from pause_megatron.train.inputs import HeldOut, TrainingData
 from pause_megatron.train.run import train
+from pause_megatron.train.same_run import corpora_record, run_record
 from pause_megatron.train.signals import StopRequest, listening
 from pause_megatron.train.streaming import Stream
 from pause_megatron.train.watch import patience
@@ -40,14 +43,23 @@ def pretrain(config: RunConfig, stop: StopRequest | None = None) -> int:
         tolerant_output(),
         listening(stop) as stop,
         settings_of(config),
-        initialize(config.parallel, timeout=patience(config), connect_seconds=config.run.connect_seconds) as context,
+        failing_together("pretrain", config.run.connect_seconds),
     ):
-        return train(config, corpus_data(config, context.world_size, context.rank), context, stop)
+        # Before ranks meet: one that lacks a corpus says so there.
+        corpora = open_corpora(config.data, config.pause.embeddings)
+        same = run_record("pretrain", config, started_ranks()) | corpora_record(corpora)
+        seconds = config.run.connect_seconds
+        with initialize(config.parallel, timeout=patience(config), connect_seconds=seconds, same=same) as context:
+            return train(config, corpus_data(config, context.world_size, context.rank, corpora), context, stop)
 
 
-def corpus_data(config: RunConfig, world_size: int, rank: int = 0) -> TrainingData:
-    """The windows of `data.prefix`, or of `data.source`. Every rank calls this: rank 0 builds the index caches."""
-    corpora = open_corpora(config.data, config.pause.embeddings)
+def corpus_data(config: RunConfig, world_size: int, rank: int = 0, corpora: Corpora | None = None) -> TrainingData:
+    """The windows of `data.prefix`, or of `data.source`. Every rank calls this: rank 0 builds the index caches.
+
+    Args:
+        corpora: default: they are opened here
+    """
+    corpora = open_corpora(config.data, config.pause.embeddings) if corpora is None else corpora
     if corpora.corpora or corpora.valid:
         config = with_cache_folder(config, (corpora.corpora or corpora.valid)[0].prefix)
     corpora.verify(config.data, rank)

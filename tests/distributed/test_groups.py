@@ -23,6 +23,8 @@ SLURM = {
     "SLURM_JOB_ID": "123456",
     "SLURM_STEP_ID": "0",
 }
+TASK = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4"}
+MPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
 
 
 def test_launchers_are_told_apart():
@@ -79,11 +81,34 @@ def test_first_host_refuses(nodes):
         ({**TORCHRUN, "RANK": "four"}, "RANK: expected a whole number, got 'four'"),
         ({**TORCHRUN, "RANK": "4"}, "rank < world size"),
         ({**TORCHRUN, "SLURM_STEP_NUM_TASKS": "8"}, r"WORLD_SIZE=4 in a SLURM job step of 8 tasks; .* unset them"),
+        # Exported in a batch script, where SLURM_PROCID is 0.
+        ({**TORCHRUN, **TASK, "RANK": "0"}, r"RANK=0 beside SLURM_PROCID=3 in a step of 4 tasks .* unset RANK"),
+        ({**TORCHRUN, **MPI, "RANK": "0"}, r"RANK=0 beside OMPI_COMM_WORLD_RANK=3 in a step of 4 tasks"),
+        (
+            {**TORCHRUN, **TASK, "LOCAL_RANK": "2"},
+            r"LOCAL_RANK=2 beside SLURM_LOCALID=1; expected the same",
+        ),
     ],
 )
 def test_bad_environments(environment, message):
     with pytest.raises(ConfigError, match=message):
         discover(environment)
+
+
+@pytest.mark.parametrize(
+    ("environment", "rank"),
+    [
+        ({**TORCHRUN, **TASK}, 3),  # set in the task, to its own numbers
+        ({**TORCHRUN, **TASK, "LOCAL_RANK": "0"}, 3),  # the task sees its own GPU alone
+        ({**TORCHRUN, **TASK, "RANK": "1", "SLURM_STEP_NUM_TASKS": "2"}, 1),  # two processes of a task
+        ({**TORCHRUN, **TASK, "RANK": "1", "TORCHELASTIC_RUN_ID": "x"}, 1),  # torchrun in a task of four
+        ({**TORCHRUN, **TASK, "RANK": "1", "CROSS_RANK": "1"}, 1),  # deepspeed likewise
+        ({**TORCHRUN, **TASK, **MPI, "RANK": "3", "SLURM_PROCID": "0"}, 3),  # mpirun, which srun helps to start
+        ({**SLURM, "RANK": "", "WORLD_SIZE": ""}, 5),  # empty is not set
+    ],
+)
+def test_a_rank_beside_a_task_s_number_that_is_right(environment, rank):
+    assert discover(environment).rank == rank
 
 
 def topology(tensor: int) -> tuple:

@@ -17,7 +17,7 @@ from pause_megatron import __version__, cli
 from pause_megatron.cli import main
 from pause_megatron.config.keys import keys
 from pause_megatron.config.load import load, recipe_names
-from pause_megatron.errors import ConfigError, DataError
+from pause_megatron.errors import ConfigError, DataError, SharedError
 from pause_megatron.tasks import load_task, task_names
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -70,7 +70,8 @@ def test_pretrain_help_lists_every_key(capsys):
     assert main(["pretrain", "--help"]) == 0
     out = capsys.readouterr().out
     for key in keys().values():
-        assert f"    {key.path:26} {key.expected}; default {key.default_text}\n" in out
+        local = "; local" if key.local else ""
+        assert f"    {key.path:26} {key.expected}; default {key.default_text}{local}\n" in out
     assert all(name in out for name in recipe_names() if not name.startswith("finetune-"))
     assert max(map(len, out.splitlines())) <= 120
 
@@ -125,6 +126,10 @@ def test_a_run_needs_data_and_a_length(capsys):
     assert "--world-size belongs to --dry-run" in capsys.readouterr().err
 
 
+STARTED = {"WORLD_SIZE": "16", "MASTER_ADDR": "h", "MASTER_PORT": "1"}
+STEP = {"SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7", "SLURM_STEP_NODELIST": "n[1-2]"}
+
+
 def raising(error: BaseException):
     def run(args):
         raise error
@@ -136,10 +141,18 @@ def raising(error: BaseException):
     ("error", "environment", "code", "message"),
     [
         (ConfigError("no"), {}, 2, "pause-megatron: error: no\n"),
-        (ConfigError("no"), {"RANK": "8", "LOCAL_RANK": "0"}, 2, "pause-megatron: [rank 8] error: no\n"),
-        (ConfigError("no"), {"RANK": "1", "LOCAL_RANK": "1"}, 2, ""),
-        (DataError("bad"), {"RANK": "1", "LOCAL_RANK": "1"}, 2, "pause-megatron: [rank 1] error: bad\n"),
-        (DataError("bad"), {"SLURM_PROCID": "4", "SLURM_LOCALID": "0"}, 2, "pause-megatron: [rank 4] error: bad\n"),
+        (ConfigError("no"), {**STARTED, "RANK": "8", "LOCAL_RANK": "0"}, 2, "pause-megatron: [rank 8] error: no\n"),
+        (ConfigError("no"), {**STARTED, "RANK": "1", "LOCAL_RANK": "1"}, 2, ""),
+        (SharedError("no"), {**STARTED, "RANK": "8", "LOCAL_RANK": "0"}, 2, ""),
+        (SharedError("no"), {**STARTED, "RANK": "0", "LOCAL_RANK": "0"}, 2, "pause-megatron: error: no\n"),
+        (DataError("bad"), {**STARTED, "RANK": "1", "LOCAL_RANK": "1"}, 2, "pause-megatron: [rank 1] error: bad\n"),
+        (DataError("bad"), {**STEP, "SLURM_PROCID": "4"}, 2, "pause-megatron: [rank 4] error: bad\n"),
+        (
+            ConfigError("no"),
+            {"RANK": "1", "WORLD_SIZE": "2"},
+            2,
+            "pause-megatron: error: no\n",
+        ),  # nobody knows where
         (KeyboardInterrupt(), {}, 130, "pause-megatron: interrupted\n"),
     ],
 )

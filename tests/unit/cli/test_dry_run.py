@@ -56,13 +56,19 @@ def test_every_pretraining_recipe_plans_on_four_ranks(name, capsys):
     assert ranks in ("4 = 4 data parallel x 1 tensor parallel", "4 = 2 data parallel x 2 tensor parallel")
 
 
-@pytest.mark.parametrize("variable", ["WORLD_SIZE", "SLURM_NTASKS"])
-def test_ranks_come_from_the_launcher(variable, capsys, monkeypatch):
-    monkeypatch.setenv(variable, "4")
-    assert rows(capsys, "parallel.tensor=2")["ranks"] == "4 = 2 data parallel x 2 tensor parallel"
-    monkeypatch.setenv(variable, "four")
+def test_a_process_that_is_alone_in_a_job_counts_one_rank(capsys, monkeypatch):
+    """A shell of salloc or a batch script has SLURM's variables; only the tasks of srun are ranks."""
+    for name, value in {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    assert rows(capsys, "batch.global_size=4", "batch.micro_size=4")["ranks"].startswith("1 = ")
+
+
+def test_a_place_that_is_no_number_is_refused(capsys, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "four")
     assert main(["pretrain", "--dry-run"]) == 2
-    assert f"environment variable {variable}: expected a number, came 'four'" in capsys.readouterr().err
+    assert "environment variable WORLD_SIZE: expected a whole number, got 'four'" in capsys.readouterr().err
 
 
 def test_vocabulary_comes_from_the_manifest_or_the_option(tmp_path, capsys):
@@ -72,13 +78,6 @@ def test_vocabulary_comes_from_the_manifest_or_the_option(tmp_path, capsys):
     assert rows(capsys, prefix, "--vocab-size", "100", "pause.embeddings=4")["vocabulary"].startswith("104 = 100 text")
     (tmp_path / "c.manifest.json").write_text("{}")
     assert rows(capsys, prefix)["vocabulary"].startswith("32,001 = 32,000 text (assumed)")
-
-
-def test_only_the_first_rank_prints(capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert main(["pretrain", "--dry-run"]) == 0
-    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,133 @@
+"""What must be the same on every rank of a run: configuration, DeepSpeed's settings, code, data, and what decides bits.
+
+Ranks compare it before the first step (`distributed.agreement`). Left out is what is a rank's own: the paths of
+`config.identity.LOCAL_KEYS`, whose content is compared, and the number of threads.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+import pause_megatron
+from pause_megatron import launcher
+from pause_megatron.config.deepspeed import deepspeed_config
+from pause_megatron.config.identity import compared_keys
+from pause_megatron.config.initial import checkpoint_config
+from pause_megatron.config.plan import batch_plan
+from pause_megatron.config.schema import RunConfig
+from pause_megatron.data.corpora import Corpora
+from pause_megatron.errors import ConfigError
+
+PACKAGE = Path(pause_megatron.__file__).parent
+_PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy", "triton", "transformer-engine")
+_VARIABLES = (
+    *("CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO", "NCCL_PROTO", "NVIDIA_TF32_OVERRIDE"),
+    "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
+)
+_PREFIXES = ("PAUSE_MEGATRON_", "NVTE_")
+_LOCAL_VARIABLES = (launcher.VARIABLE,)
+
+
+def run_record(verb: str, config: RunConfig, world_size: int) -> dict[str, str]:
+    """Name -> value of all that must be the same but the data.
+
+    Args:
+        verb: that this rank runs.
+        config: resolved.
+        world_size: ranks in all.
+
+    Raises:
+        ConfigError: batches or DeepSpeed settings that contradict each other.
+    """
+    record = {"verb": verb} | {key: _text(value) for key, value in compared_keys(config).items()}
+    # Folders are those that the paths lead to from here.
+    record["run.dir"] = _text(os.path.abspath(config.run.dir))
+    if config.model.from_ is not None:
+        record["model.from"] = _text(os.path.abspath(config.model.from_))
+        record["content of model.from"] = _manifest(config.model.from_)
+    module, colon, _ = config.pause.placement.partition(":")
+    if colon:
+        record[f"source of {config.pause.placement}"] = _source(module)
+    engine = deepspeed_config(config, data_parallel=batch_plan(config, world_size).data_parallel)
+    record |= {f"{key} for DeepSpeed": _text(value) for key, value in _flat(engine)}
+    record["version of pause-megatron"] = f"{pause_megatron.__version__}, sources {code_digest()}"
+    record["version of Python"] = ".".join(platform.python_version_tuple()[:2])
+    record |= {f"version of {name}": _version(name) for name in _PACKAGES}
+    return record | environment_record(os.environ)
+
+
+def corpora_record(corpora: Corpora) -> dict[str, str]:
+    """What is in the corpora of a run, wherever they lie."""
+    valid = [corpus.manifest.fingerprint for corpus in corpora.valid]
+    return {
+        "content of data.prefix": corpora.fingerprint,
+        "content of data.valid_prefix": _text(valid),
+        "content of data.tokenizer": corpora.tokenizer.fingerprint,
+    }
+
+
+def environment_record(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables that decide bits, or how ranks sum."""
+    names = {*_VARIABLES, *(name for name in environment if name.startswith(_PREFIXES))} - {*_LOCAL_VARIABLES}
+    return {f"variable {name}": environment.get(name, "not set") for name in sorted(names)}
+
+
+def code_digest(package: Path = PACKAGE) -> str:
+    """Of the names and bytes of a package's sources."""
+    digest = xxhash.xxh3_128()
+    for path in sorted(package.rglob("*.py")):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(package).as_posix()} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def _text(value: Any) -> str:
+    """A value as a message shows it."""
+    return repr(list(value) if isinstance(value, tuple) else value)
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _manifest(path: str) -> str:
+    """Of a checkpoint: its manifest has the digests of all else. A run that goes on may have lost it."""
+    try:
+        return _digest(checkpoint_config(path).parent / "manifest.json")
+    except ConfigError:
+        return "not there"
+
+
+def _source(module: str) -> str:
+    with suppress(ImportError, ValueError):  # the policy says what is wrong with it
+        found = importlib.util.find_spec(module)
+        if found is not None and found.origin and os.path.isfile(found.origin):
+            return _digest(Path(found.origin))
+    return "not found"
+
+
+def _digest(path: Path) -> str:
+    try:
+        return xxhash.xxh3_128_hexdigest(path.read_bytes())
+    except OSError as error:
+        return f"cannot be read: {error.strerror}"

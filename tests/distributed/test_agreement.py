@@ -1,0 +1,198 @@
+"""All ranks are of one run, or none takes a step: what is compared, what is said, and what one rank's failure does."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from pause_megatron.config.identity import LOCAL_KEYS
+from pause_megatron.config.keys import Key, keys
+from pause_megatron.config.load import load
+from pause_megatron.config.schema import RunConfig
+from pause_megatron.distributed.agreement import difference, ranks_of, same_on_every_rank
+from pause_megatron.distributed.ranks import Ranks
+from pause_megatron.errors import SharedError
+from pause_megatron.train.same_run import PACKAGE, code_digest, environment_record, run_record
+
+
+def told(records: list[dict[str, str]], failures: dict[int, str] | None = None) -> set[str]:
+    """What the ranks with these records are told, each a thread; "": go on."""
+    store, answers = dist.HashStore(), {}
+
+    def compare(rank: int) -> None:
+        ranks = Ranks(rank, rank, len(records), "", 0, "environment")
+        try:
+            same_on_every_rank(store, ranks, records[rank], (failures or {}).get(rank, ""))
+            answers[rank] = ""
+        except SharedError as error:
+            answers[rank] = str(error)
+
+    threads = [threading.Thread(target=compare, args=(rank,), daemon=True) for rank in range(len(records))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(answers) == len(records), "a rank waits for ever"
+    return set(answers.values())
+
+
+CONFIG = load(recipe="tiny-pause", overrides=["data.prefix=a", "train.steps=4"])
+
+
+def another(key: Key, config: RunConfig) -> RunConfig:
+    """The configuration with another value of the key: any of its type that is not the present one."""
+    section, name = key.path.split(".")
+    group = getattr(config, section)
+    field = next(field for field, info in type(group).model_fields.items() if (info.alias or field) == name)
+    value = getattr(group, field)
+    if key.choices:
+        changed = next(choice for choice in key.choices if choice != value)
+    elif key.kind is bool:
+        changed = not value
+    elif key.kind is tuple:
+        changed = (*value, "another")
+    elif key.path == "engine.ds_config":
+        changed = "zero1"
+    elif key.kind is str:
+        changed = f"{value or ''}another" if key.path != "pause.placement" else "isolated"
+    elif key.path == "batch.micro_size":
+        changed = 2 if value == 1 else 1
+    elif key.path in ("batch.global_size", "parallel.tensor"):
+        changed = 2 * value
+    else:
+        changed = (value or 0) + 1 if key.kind is int else (value or 1) / 2
+    return config.model_copy(update={section: group.model_copy(update={field: changed})})
+
+
+@pytest.fixture(scope="module")
+def base() -> dict[str, str]:
+    return run_record("pretrain", CONFIG, 2)
+
+
+@pytest.mark.parametrize("key", keys().values(), ids=lambda key: key.path)
+def test_every_key_that_one_rank_has_otherwise_is_refused_or_documented_as_local(key, base):
+    changed = another(key, CONFIG)
+    assert changed != CONFIG
+    (text,) = told([base, run_record("pretrain", changed, 2), base])
+    if key.local:
+        assert text == "" and key.path in LOCAL_KEYS
+        return
+    line = next(line for line in text.split("\n") if key.path in line)
+    assert text.startswith("expected the same run on every rank:")
+    assert f"{key.path} is {base[key.path]} on ranks 0, 2 and " in line and line.endswith(" on rank 1")
+
+
+def test_the_local_keys_are_few_and_what_they_lead_to_is_compared():
+    assert {key.path for key in keys().values() if key.local} == LOCAL_KEYS
+    assert {"data.prefix", "data.valid_prefix", "data.tokenizer", "task.path"} == LOCAL_KEYS
+
+
+def test_equal_records_go_on():
+    assert told([{"a": "1"}] * 4) == {""} and told([{}]) == {""}
+
+
+def test_a_difference_names_ranks_and_key():
+    one, other = {"optim.lr": "0.001", "a": "x"}, {"optim.lr": "0.01", "a": "x"}
+    text = "expected the same run on every rank: optim.lr is 0.001 on ranks 0, 2-3 and 0.01 on rank 1"
+    assert told([one, other, one, one]) == {text}
+
+
+def test_a_message_about_many_keys_stays_readable():
+    records = [{f"key{number}": f"{rank}" * 500 for number in range(30)} for rank in (1, 2)]
+    lines = difference(records).split("\n")
+    assert len(lines) == 7 and lines[-1] == "  (and 25 more)"
+    assert max(map(len, lines)) < 300
+
+
+def test_a_rank_that_does_something_else_is_named_by_that_alone():
+    assert told([{"verb": "pretrain", "a": "1"}, {"verb": "finetune"}]) == {
+        "expected the same run on every rank: verb is pretrain on rank 0 and finetune on rank 1"
+    }
+
+
+def test_what_fails_on_one_rank_is_told_to_all_with_its_rank_and_on_all_ranks_once():
+    (text,) = told([{"a": "1"}, {"verb": "x"}, {"a": "1"}], {1: "no corpus at c"})
+    assert text.startswith("rank 1 on ") and text.endswith(": no corpus at c")
+    assert told([{}] * 3, dict.fromkeys(range(3), "no corpus at c")) == {"no corpus at c"}
+    (text,) = told([{}] * 4, {0: "a", 1: "b", 2: "b"})
+    assert text.startswith("rank 0 on ") and text.endswith(": a\nranks 1-2: b")
+
+
+@pytest.mark.parametrize(
+    ("numbers", "words"),
+    [([3], "rank 3"), ([0, 2, 3], "ranks 0, 2-3"), ([2, 1, 0], "ranks 0-2"), ([5, 1], "ranks 1, 5")],
+)
+def test_ranks_are_listed_as_ranges(numbers, words):
+    assert ranks_of(numbers) == words
+
+
+def test_another_byte_of_the_sources_is_another_version(tmp_path):
+    copy = tmp_path / "pause_megatron"
+    shutil.copytree(PACKAGE / "config", copy / "config", ignore=shutil.ignore_patterns("__pycache__"))
+    before = code_digest(copy)
+    assert before == code_digest(copy)
+    file = copy / "config" / "plan.py"
+    file.write_bytes(file.read_bytes().replace(b"round(", b"int(", 1))
+    changed = code_digest(copy)
+    file.rename(file.with_name("plans.py"))
+    assert len({before, changed, code_digest(copy)}) == 3
+
+
+def test_the_folder_of_a_run_is_where_a_rank_finds_it(tmp_path, monkeypatch, base):
+    monkeypatch.chdir(tmp_path)
+    (text,) = told([base, run_record("pretrain", CONFIG, 2)])
+    assert "run.dir is" in text and repr(str(tmp_path / "runs/tiny-pause")) in text
+
+
+def test_the_content_of_what_a_path_leads_to_is_compared(tmp_path, monkeypatch, base):
+    """A DeepSpeed file, a policy of the user's, a checkpoint to begin with: the same path, another content."""
+    import sys
+
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "own_policy.py").write_text("def place(): ...\n")
+    engine = tmp_path / "own.json"
+    engine.write_text((PACKAGE.parent / "ds_configs" / "zero1.json").read_text())
+    origin = tmp_path / "origin"
+    origin.mkdir()
+    for name in ("manifest.json", "config.yaml"):
+        (origin / name).write_text("{}")
+    changes = {
+        "pause": CONFIG.pause.model_copy(update={"placement": "own_policy:place"}),
+        "engine": CONFIG.engine.model_copy(update={"ds_config": str(engine)}),
+        "model": CONFIG.model.model_copy(update={"from_": str(origin)}),
+    }
+    config = CONFIG.model_copy(update=changes)
+    before = run_record("pretrain", config, 2)
+    (tmp_path / "own_policy.py").write_text("def place(): return 1\n")
+    engine.write_text(engine.read_text().replace('"stage": 1', '"stage": 1, "reduce_bucket_size": 12345'))
+    (origin / "manifest.json").write_text("[]")
+    (text,) = told([before, run_record("pretrain", config, 2)])
+    assert "source of own_policy:place is" in text and "content of model.from is" in text
+    assert "zero_optimization.reduce_bucket_size for DeepSpeed is" in text and "12345 on rank 1" in text
+    assert "own_policy" not in sys.modules  # nothing of it is executed
+
+
+def test_variables_that_decide_bits_are_compared_and_threads_are_a_rank_s_own():
+    usual = environment_record({"OMP_NUM_THREADS": "1", "HOME": "/a"})
+    assert usual == environment_record({"OMP_NUM_THREADS": "8", "HOME": "/b", "CUDA_VISIBLE_DEVICES": "1"})
+    (text,) = told([usual, environment_record({"NCCL_ALGO": "Ring"})])
+    assert text.endswith("variable NCCL_ALGO is not set on rank 0 and Ring on rank 1")
+    (text,) = told([environment_record({"NVTE_FLASH_ATTN": "0"}), usual])
+    assert text.endswith("variable NVTE_FLASH_ATTN is 0 on rank 0 and not set on rank 1")
+
+
+def test_versions_are_compared(base):
+    names = [name for name in base if name.startswith("version of ")]
+    assert {f"version of {name}" for name in ("pause-megatron", "torch", "deepspeed", "megatron-core", "numpy")} <= set(
+        names
+    )
+    assert all(base[name] != "not installed" for name in names if name.split()[-1] in ("torch", "deepspeed", "numpy"))
+
+
+def test_the_readme_names_the_local_keys():
+    text = (Path(__file__).resolve().parents[2] / "launchers" / "README.md").read_text()
+    assert all(f"`{key}`" in text for key in LOCAL_KEYS)
