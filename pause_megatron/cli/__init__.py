@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 from pause_megatron import launcher
-from pause_megatron.distributed.ranks import discover
+from pause_megatron.distributed.ranks import discover, discover_task
 from pause_megatron.errors import ConfigError, OutputError, PauseMegatronError, SharedError
 from pause_megatron.output import standard_streams
 
@@ -191,7 +191,7 @@ def is_first_rank() -> bool:
 def _report(error: PauseMegatronError) -> None:
     """Say it once: a wrong configuration is the same on every rank; other errors name the rank that met them."""
     try:
-        ranks = discover()
+        ranks = discover_task()
     except ConfigError:  # it has no place among others, and must speak for itself
         _say(f"error: {error}")
         return

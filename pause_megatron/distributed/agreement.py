@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
-from pause_megatron.distributed.ranks import Ranks, discover
+from pause_megatron.distributed.ranks import Ranks, discover, discover_task
 from pause_megatron.errors import ConfigError, PauseMegatronError, SharedError
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ def _leave(keys: dist.Store, ranks: Ranks) -> None:
 def _tell(verb: str, seconds: float, error: Exception) -> None:
     """Raises SharedError once all know of a failure that the user can cause; returns where the error says enough."""
     try:
-        ranks = discover()
+        ranks = discover_task()
     except ConfigError:  # it does not know where the others are
         return
     if ranks.world_size == 1:

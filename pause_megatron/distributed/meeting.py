@@ -122,7 +122,8 @@ def _absent(store: dist.Store, ranks: Ranks, seconds: float) -> str:
     came = f"{agreement.ranks_of(absent)} did not" if absent else "all did, but some ended"
     return (
         f"rank {ranks.rank} on {socket.gethostname()}: expected {ranks.world_size} ranks to come within {seconds:g} s "
-        f"(run.connect_seconds); {came}: see what the others say"
+        f"(run.connect_seconds) to MASTER_ADDR={ranks.master_addr}, port {ranks.master_port}; {came}: see what the "
+        "others say"
     )
 
 

@@ -75,6 +75,23 @@ def discover(environment: Mapping[str, str] | None = None, *, local_rank: int | 
     return Ranks(0, 0 if local_rank is None else local_rank, 1, "127.0.0.1", 0, "alone")
 
 
+def discover_task(environment: Mapping[str, str] | None = None) -> Ranks:
+    """As `discover`; where RANK cannot be right, the number of the task, so that others can be told.
+
+    Raises:
+        ConfigError: as `discover`, where no job step says who this is.
+    """
+    given = os.environ if environment is None else environment
+    try:
+        return discover(given)
+    except ConfigError:
+        told = {key: value for key, value in given.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        ranks = discover(told)
+        if ranks.launcher == "alone":
+            raise
+        return ranks
+
+
 def first_host(node_list: str) -> str:
     """First machine of a SLURM node list: 'gpu[003-007,12],login1' -> 'gpu003'.
 

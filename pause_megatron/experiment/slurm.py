@@ -14,6 +14,7 @@ from pause_megatron.errors import ConfigError
 from pause_megatron.experiment.cell import VERSION, read_json, write_json
 from pause_megatron.experiment.folder import TRAINING, Placed
 from pause_megatron.slurm.commands import installed, output_of, queued_jobs
+from pause_megatron.slurm.quoting import directive, further_line, job_name, printable
 from pause_megatron.slurm.script import (
     CPUS_OF_A_TASK,
     SIGNAL_SECONDS,
@@ -93,26 +94,28 @@ def render(folder: Path, verb: str, ranks: int, options: JobOptions) -> str:
     Raises:
         ConfigError: the ranks do not spread over the nodes.
     """
-    nodes = options.nodes if verb in TRAINING else 1
+    nodes, output = options.nodes if verb in TRAINING else 1, str(folder / "job.txt")
+    if "\\" in output:
+        raise ConfigError(f"DIRECTORY: expected a path without backslashes, which SLURM erases, got {output}")
     if ranks % nodes:
         raise ConfigError(f"--nodes: expected a divisor of --ranks ({ranks}), came {nodes}")
     wanted = {"partition": options.partition, "time": options.time}
     wanted |= {"gpus-per-task": options.gpus, "cpus-per-task": options.cpus}
     directives = [
-        f"--job-name={folder.name}",
-        f"--output={shlex.quote(str(folder / 'job.txt'))}",
+        directive("job-name", job_name(folder.name, "cell")),
+        directive("output", output.replace("%", "%%"), "DIRECTORY"),
         f"--nodes={nodes}",
         f"--ntasks-per-node={ranks // nodes}",
         *common_directives(SIGNAL_SECONDS),
         "--kill-on-invalid-dep=yes",
-        *(f"--{name}={value}" for name, value in wanted.items() if value is not None),
-        *options.lines,
+        *(directive(name, value) for name, value in wanted.items() if value is not None),
+        *map(further_line, options.lines),
     ]
     return fill(
         TEMPLATE,
         ABOUT="One cell of an experiment, as `pause-megatron experiment run --slurm` submits it.",
         DIRECTIVES=directive_lines(directives),
-        SETUP=f"cd {shlex.quote(os.getcwd())}{CPUS_OF_A_TASK}",
+        SETUP=f"cd {shlex.quote(printable(os.getcwd(), 'the folder that this runs in'))}{CPUS_OF_A_TASK}",
         PROGRAM=f"{shlex.quote(sys.executable)} -m pause_megatron experiment cell {shlex.quote(str(folder))}",
         FORWARD="kill -USR2 $program",
     )

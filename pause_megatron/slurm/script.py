@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pause_megatron.errors import ConfigError
+from pause_megatron.slurm.quoting import directive, further_line, job_name, printable
 
 TEMPLATE = Path(__file__).resolve().parent / "job.sbatch"
 SIGNAL_SECONDS = 300
@@ -59,23 +60,24 @@ def render_training(job: TrainingJob, template: Path = TEMPLATE) -> str:
         template: a site's own, with the same marks
 
     Raises:
-        ConfigError: an unknown launcher or container, or a template that lacks a mark.
+        ConfigError: an unknown launcher or container, a template that lacks a mark, or text that cannot be written so
+            that it is read as it is.
     """
     if job.launcher not in LAUNCHERS:
         raise ConfigError(f"--launcher: expected one of {', '.join(LAUNCHERS)}, came {job.launcher!r}")
     directives = [
-        f"--job-name={job.name or job.verb}",
-        *([f"--partition={job.partition}"] if job.partition else []),
+        directive("job-name", job_name(job.name or job.verb)),
+        *([directive("partition", job.partition)] if job.partition else []),
         f"--nodes={job.nodes}",
         f"--ntasks-per-node={job.tasks_per_node}",
         *([f"--gpus-per-node={job.gpus_per_node}"] if job.gpus_per_node else []),
         *([f"--cpus-per-task={job.cpus_per_task}"] if job.cpus_per_task else []),
-        *([f"--mem={job.mem}"] if job.mem else []),
+        *([directive("mem", job.mem)] if job.mem else []),
         *(["--exclusive"] if job.exclusive else []),
-        *([f"--time={job.time}"] if job.time else []),
+        *([directive("time", job.time)] if job.time else []),
         "--output=%x-%j.txt",
         *common_directives(job.signal_seconds),
-        *job.lines,
+        *map(further_line, job.lines),
     ]
     return fill(
         template,
@@ -149,10 +151,14 @@ export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST
 export MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
 # Should SLURM's signal be lost, the run stops in time by itself.
 export SLURM_JOB_END_TIME=$(date --date="$(squeue --noheader --jobs "$SLURM_JOB_ID" --format=%e)" +%s 2>/dev/null)
-logs=logs/$SLURM_JOB_NAME-$SLURM_JOB_ID # a file for each rank
+logs=logs/${SLURM_JOB_NAME//[^A-Za-z0-9._-]/_}-$SLURM_JOB_ID # a file for each rank
 mkdir -p "$logs"
 echo "start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, logs in $PWD/$logs\""""
 )
+
+# Containers take a folder to mount as SOURCE:TARGET, and several with commas between.
+_MOUNTED = """
+case $PWD in *[:,]*) echo "$PWD: a folder with a colon or comma cannot be mounted in a container" >&2; exit 2 ;; esac"""
 
 
 CPUS_OF_A_TASK = """
@@ -163,6 +169,7 @@ CPUS_OF_A_TASK = """
 def _setup(job: TrainingJob) -> str:
     # On CPUs a rank computes with all of its own.
     setup = _SETUP.replace("@THREADS@", "1" if job.gpus_per_node else "${SLURM_CPUS_PER_TASK:-1}")
+    setup += "" if job.container is None else _MOUNTED
     return setup if job.launcher == "torchrun" else setup + CPUS_OF_A_TASK  # torchrun's one task has the whole node
 
 
@@ -175,14 +182,18 @@ def _about(job: TrainingJob) -> str:
 
 
 def _arguments(job: TrainingJob) -> str:
-    return '"$@"' if job.arguments is None else shlex.join(job.arguments)
+    if job.arguments is None:
+        return '"$@"'
+    return shlex.join(printable(word, f"argument {word.partition('=')[0]!r}") for word in job.arguments)
 
 
 def _contained(job: TrainingJob) -> tuple[str, str]:
     """Options of srun, and what stands before the program, for a container."""
     if job.container is None:
         return "", ""
-    kind, _, image = job.container.partition(":")
+    kind, _, image = printable(job.container, "--container").partition(":")
+    if image.startswith("-"):
+        raise ConfigError(f"--container: expected an image, got {image!r}, which reads like an option")
     if kind == "pyxis" and image:
         mounts = '--container-mounts="$PWD" --container-workdir="$PWD"'
         return f" \\\n    --container-image={shlex.quote(image)} {mounts}", ""
@@ -212,7 +223,7 @@ def _torchrun(job: TrainingJob) -> str:
     return (
         "srun --ntasks=$SLURM_JOB_NUM_NODES --ntasks-per-node=1 --kill-on-bad-exit=1 --open-mode=append \\\n"
         f'    --output="$logs/node-%4n.txt"{options} \\\n'
-        f"    bash -c '{inner}' \\\n    torchrun {_arguments(job)}"
+        f"    bash -c {shlex.quote(inner)} \\\n    torchrun {_arguments(job)}"
     )
 
 

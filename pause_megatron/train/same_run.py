@@ -18,7 +18,6 @@ from typing import Any
 import xxhash
 
 import pause_megatron
-from pause_megatron import launcher
 from pause_megatron.config.deepspeed import deepspeed_config
 from pause_megatron.config.identity import compared_keys
 from pause_megatron.config.initial import checkpoint_config
@@ -33,8 +32,7 @@ _VARIABLES = (
     *("CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO", "NCCL_PROTO", "NVIDIA_TF32_OVERRIDE"),
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
 )
-_PREFIXES = ("PAUSE_MEGATRON_", "NVTE_")
-_LOCAL_VARIABLES = (launcher.VARIABLE,)
+_PREFIXES = ("NVTE_",)
 
 
 def run_record(verb: str, config: RunConfig, world_size: int) -> dict[str, str]:
@@ -77,7 +75,7 @@ def corpora_record(corpora: Corpora) -> dict[str, str]:
 
 def environment_record(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables that decide bits, or how ranks sum."""
-    names = {*_VARIABLES, *(name for name in environment if name.startswith(_PREFIXES))} - {*_LOCAL_VARIABLES}
+    names = {*_VARIABLES, *(name for name in environment if name.startswith(_PREFIXES))}
     return {f"variable {name}": environment.get(name, "not set") for name in sorted(names)}
 
 
