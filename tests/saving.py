@@ -21,7 +21,14 @@ KEPT = 3
 
 
 class Saving:
-    """An engine, and how a system saves and restores it."""
+    """An engine, and how a system saves and restores it.
+
+    Args:
+        system: "deepspeed" or "pause-megatron"
+        folder: of the checkpoints
+        context: this rank's place
+        width: of its four layers
+    """
 
     def __init__(self, system: str, folder: Path, context, width: int = WIDTH) -> None:
         import torch
@@ -36,7 +43,11 @@ class Saving:
         self.system, self.folder, self.context = system, folder, context
         self.engine = new_engine(config, model, groups, context)
         self.store = Store(folder, context.rank, context.world_size)
-        self.complaints: list[str] = []
+        self.kept, self.complaints = KEPT, []
+
+    def path(self, step: int) -> Path:
+        """Of a checkpoint."""
+        return self.folder / f"step{step}" if self.system == "deepspeed" else self.store.path(step)
 
     def fill(self, step: int) -> None:
         """A state that says which step it is of."""
@@ -61,12 +72,12 @@ class Saving:
             bool((state.get(address, key) == step).all()) for address in state.owned() for key in ADAM_STATE
         )
 
-    def save(self, step: int, keep: int = KEPT) -> None:
+    def save(self, step: int) -> None:
         """As the system does it."""
         if self.system == "deepspeed":
             self.engine.deepspeed.save_checkpoint(str(self.folder), tag=f"step{step}", client_state={"step": step})
             if self.context.rank == 0:
-                shutil.rmtree(self.folder / f"step{step - keep}", ignore_errors=True)
+                shutil.rmtree(self.folder / f"step{step - self.kept}", ignore_errors=True)
             return
         from pause_megatron.checkpoint import save
 
@@ -79,7 +90,7 @@ class Saving:
             progress={"step": step},
             config_yaml="",
             save_tokenizer=lambda path: path.mkdir(),
-            keep=keep,
+            keep=self.kept,
         )
 
     def restore(self) -> tuple[str, int]:

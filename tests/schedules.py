@@ -123,7 +123,8 @@ class _Schedule(RuleBasedStateMachine):
         self.take_steps(skipped)
         kept_before = self.complete()
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere):
-            self.program.save(self.step, keep=keep)
+            self.program.kept = keep
+            self.program.save(self.step)
         self.digests[self.step] = self.files(self.step)
         self.target = None
         steps = self.complete()
