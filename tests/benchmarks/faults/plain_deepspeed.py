@@ -38,12 +38,15 @@ def train(given: dict[str, Any]) -> None:
     """From the first step, or from the last save, to the last step."""
     import deepspeed
     import torch
+    from deepspeed.ops import __compatible_ops__
     from torch import nn
     from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
     from torch.utils.tensorboard import SummaryWriter
 
     settings = SETTINGS | given
     folder, length = Path(settings["folder"]), settings["sequence_length"]
+    # Ranks of one host would compile a kernel first; killed meanwhile, they leave a lock on which later starts wait.
+    __compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("gloo")
     rank = torch.distributed.get_rank()
     torch.manual_seed(settings["seed"])
