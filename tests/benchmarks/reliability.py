@@ -1,235 +1,117 @@
-"""Kills, delays and damage: what becomes of a run that saves with plain DeepSpeed, and of one that saves with this one.
+"""What becomes of a run under faults with plain DeepSpeed or megatron-core, and of one of this program.
 
-python tests/benchmarks/reliability.py --kills 200 --flips 200 --output reliability.md
+python tests/benchmarks/reliability.py --results FOLDER --output reliability.md
+python tests/benchmarks/reliability.py --results FOLDER --only flips index
 
-R1  kill -9 before a file call of a save that is drawn at random; then the same program starts again
-R2  one rank is held at each of its file calls of a save in turn, and killed with the others once the pointer has
-    moved or nothing more happens; then the same program starts again
-R3  one file of the newest checkpoint is damaged, or two are swapped (one rank)
+kills         R1   kill -9 before a file call of a save that is drawn at random; then the same program starts again
+delays        R2   one rank is held at each of its file calls of a save in turn, and killed with the others
+damage        R3   one file of the newest checkpoint is damaged, or two are swapped
+flips         R14  one bit flipped in any file of the newest checkpoint, metadata included
+prune         R15  newer checkpoints damaged, resume, save, prune, again and again
+orphans       R16  kill -9 of torchrun alone
+pipes         R16  the reader of a pipe, a device, a folder or the terminal is gone
+disagreement  R17  one rank of two was given another configuration
+index         R17  a corpus prepared anew under its name
+
+The counts of a kind and a system are a file in FOLDER as soon as they are known; what is there is not run again.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
 import os
 import platform
-import random
-import shutil
 import sys
-import tempfile
-import threading
-import time
-from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from file_calls import Ambush, Counting, Delay, Pick, writing
-from forked_ranks import RANKS, fork
-from saving import Saving, kill, named_by, outcome_of, start
+from benchmarks.faults.disagreement import DIFFERENCES, disagreement
+from benchmarks.faults.flips import flips
+from benchmarks.faults.orphans import orphans
+from benchmarks.faults.pipes import pipes
+from benchmarks.faults.pruning import prune
+from benchmarks.faults.results import Result, markdown
+from benchmarks.faults.saves import damage, delays, kills
+from benchmarks.faults.stale_index import stale_index
 
-SYSTEMS = ("deepspeed", "pause-megatron")
-CLEAN_SAVES = 6
-SECONDS_HELD = 0.5
-
-
-def calls_of_a_save(system: str, folder: Path) -> list[int]:
-    """File calls of a save by rank, once older checkpoints are there to be deleted; leaves checkpoints behind."""
-    counts: list[float] = [0.0] * RANKS
-    start_over(system, folder)
-    for rank in range(RANKS):
-        for saves, sign in ((1, -1), (1 + CLEAN_SAVES, 1)):
-            counting = Counting(by(rank))
-            for process in start(system, folder, saves=saves, decide=counting):
-                process.join()
-            counts[rank] += sign * counting.count / CLEAN_SAVES
-    return [round(count) for count in counts]
+OURS = "pause-megatron"
+INTRODUCTION = (
+    "CPU and gloo. DeepSpeed: `save_checkpoint` / `load_checkpoint` as documented, no tag given on loading; it deletes "
+    "no checkpoints, so what its users do stands in for that: all but the newest few are removed by name. `refused` "
+    "needs a person: no restart resumes by itself."
+)
 
 
-def by(rank: int) -> Pick:
-    """The calls of one rank that write."""
-    return lambda who, call: who == rank and call.writes
+@dataclass(frozen=True)
+class Kind:
+    """A kind of fault: called with a system and a count; the count by default; what is beside this program."""
+
+    run: Callable[[str, int], Result]
+    count: int
+    other: str = "deepspeed"
 
 
-def start_over(system: str, folder: Path) -> None:
-    """A folder with three complete checkpoints."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    for process in start(system, folder, saves=3):
-        process.join()
+KINDS = {
+    "kills": Kind(kills, 200),
+    "delays": Kind(delays, 10**6),
+    "damage": Kind(damage, 200),
+    "flips": Kind(flips, 2500),
+    "prune": Kind(prune, 100),
+    "orphans": Kind(orphans, 20),
+    "pipes": Kind(pipes, 5),
+    "disagreement": Kind(disagreement, len(DIFFERENCES)),
+    "index": Kind(stale_index, 50, "megatron-core"),
+}
 
 
-def restart(system: str, folder: Path, decide=None) -> tuple[str, list]:
-    """What a start finds, and its processes; a folder that cannot be resumed is begun anew."""
-    begun = any(folder.iterdir())
-    processes = start(system, folder, decide=decide)
-    outcome = outcome_of(folder, processes)
-    if outcome == "fresh" and begun:
-        outcome = "lost: began anew"
-    if outcome != "resumed":
-        kill(processes, [0.0] * RANKS)
-        start_over(system, folder)
-        processes = start(system, folder, decide=decide)
-        outcome_of(folder, processes)
-    return outcome, processes
-
-
-def kills(system: str, count: int, rng: random.Random, seconds: float) -> tuple[Counter, str]:
-    """R1. What a restart finds after each kill; in how much time that could be found out."""
-    found: Counter = Counter()
-    end = time.monotonic() + seconds
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "checkpoints"
-        calls = sum(calls_of_a_save(system, folder))
-        ambush = Ambush(writing, rng.randrange(2 * calls))
-        _, processes = restart(system, folder, ambush)
-        while sum(found.values()) < count and time.monotonic() < end:
-            if not ambush.reached.wait(120):
-                raise RuntimeError(f"{system}: the save did not come in 120 s; see {folder.parent / 'log.txt'}")
-            order = rng.sample(processes, RANKS)
-            # Every third time one rank alone is killed, and the other goes on as far as it can in that time.
-            alone = rng.random() < 1 / 3
-            timer = threading.Timer(0.01, ambush.release)
-            if alone:
-                timer.start()
-            kill(order, [rng.uniform(0.02, 0.3) if alone else 0.0, 0.0])
-            ambush.release()
-            ambush = Ambush(writing, rng.randrange(2 * calls))
-            outcome, processes = restart(system, folder, ambush)
-            found[outcome] += 1
-        kill(processes, [0.0] * RANKS)
-        ambush.release()
-    return found, f"{calls} file calls a save"
-
-
-def delays(system: str) -> tuple[Counter, str]:
-    """R2. What a restart finds when a rank was late, at every call of a save of every rank."""
-    found: Counter = Counter()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name) / "checkpoints"
-        calls = calls_of_a_save(system, folder)
-        late = [(rank, call) for rank in range(RANKS) for call in range(calls[rank])]
-        delay, processes = None, []
-        for rank, call in [*late, (0, 10**6)]:
-            previous, delay = delay, Delay(by(rank), call)
-            outcome, processes = restart(system, folder, delay)
-            if previous is not None:
-                found[outcome] += 1
-            if (rank, call) == (0, 10**6):
-                break
-            if not delay.reached.wait(120):
-                raise RuntimeError(f"{system}: call {call} of rank {rank} did not come in 120 s")
-            before, end = named_by(folder / "latest"), time.monotonic() + SECONDS_HELD
-            while time.monotonic() < end and named_by(folder / "latest") in (before, "", None):
-                time.sleep(0.001)
-            kill(processes, [0.0] * RANKS)
-            delay.release()
-        kill(processes, [0.0] * RANKS)
-    return found, f"{calls[0]} file calls of rank 0 and {calls[1]} of rank 1, each held once"
-
-
-def damage(system: str, flips: int, output: Path) -> None:
-    """R3, on one rank: one file of the newest checkpoint altered, or two swapped; restored; mended."""
-    from pause_megatron.config.schema import ParallelSection
-    from pause_megatron.distributed import initialize
-
-    rng, found = random.Random(1), {kind: Counter() for kind in ("flip", "truncate", "delete", "swap")}
-    with tempfile.TemporaryDirectory() as name, initialize(ParallelSection()) as topology:
-        saving = Saving(system, Path(name), topology)
-        for step in (1, 2, 3):
-            saving.fill(step)
-            saving.save(step)
-        newest, older = (Path(name) / (f"step{n}" if system == "deepspeed" else f"step-{n:08d}") for n in (3, 2))
-        files = sorted(path for path in newest.rglob("*") if path.is_file() and path.stat().st_size)
-        sizes = [path.stat().st_size for path in files]
-        damages = [("flip", [path]) for path in rng.choices(files, sizes, k=flips)]
-        damages += [(kind, [path]) for kind in ("truncate", "delete") for path in files]
-        damages += [("swap", list(pair)) for pair in itertools.combinations(files, 2)]
-        damages += [("swap", [path, older / path.relative_to(newest)]) for path in files]
-        for kind, paths in damages:
-            whole = [path.read_bytes() for path in paths]
-            alter(kind, paths, rng)
-            outcome, step = saving.restore()
-            said = " ".join(saving.complaints)
-            named = any(path.name in said for path in paths)  # the names are each the only ones in their folder
-            if outcome == "resumed":
-                older_taken = "older checkpoint instead, " + ("file named" if named else "another file named")
-                outcome = older_taken if step < 3 else "not seen, no element differs"
-            elif outcome == "wrong":
-                outcome = "not seen, state is wrong"
-            found[kind][outcome] += 1
-            for path, content in zip(paths, whole, strict=True):
-                path.write_bytes(content)
-    output.write_text(json.dumps(found))
-
-
-def alter(kind: str, paths: list[Path], rng: random.Random) -> None:
-    """One bit flipped, the second half cut off, deleted; or two swapped."""
-    whole = [path.read_bytes() for path in paths]
-    content, place = bytearray(whole[0]), rng.randrange(len(whole[0]))
-    if kind == "flip":
-        content[place] ^= 1 << rng.randrange(8)
-        paths[0].write_bytes(content)
-    elif kind == "truncate":
-        paths[0].write_bytes(content[: len(content) // 2])
-    elif kind == "delete":
-        paths[0].unlink()
-    else:
-        paths[0].write_bytes(whole[1])
-        paths[1].write_bytes(whole[0])
-
-
-def table(title: str, results: dict[str, Counter]) -> list[str]:
-    lines = [f"### {title}", "", "| outcome | " + " | ".join(results) + " |", "|---|" + "---:|" * len(results)]
-    outcomes = sorted({outcome for counter in results.values() for outcome in counter})
-    for outcome in outcomes:
-        lines.append(f"| {outcome} | " + " | ".join(str(counter[outcome]) for counter in results.values()) + " |")
-    return [*lines, ""]
-
-
-def with_notes(title: str, results: dict[str, tuple[Counter, str]]) -> list[str]:
-    notes = "; ".join(f"{system}: {note}" for system, (_, note) in results.items())
-    return [*table(title, {system: counter for system, (counter, _) in results.items()}), f"{notes}.", ""]
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=200, help="of each system")
-    parser.add_argument("--seconds", type=float, default=3600.0, help="for the kills of each system, at most")
-    parser.add_argument("--flips", type=int, default=200)
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
+def run(name: str, system: str, count: int, path: Path) -> Result:
+    """The counts of one kind and system: those in the file, or new ones, which are then there."""
+    if path.exists():
+        return Result.read(path)
     import deepspeed
     import torch
 
-    lines = ["# Reliability of saving: plain DeepSpeed and pause-megatron", ""]
-    lines += [
-        f"`python tests/benchmarks/reliability.py --kills {args.kills} --flips {args.flips}`; "
-        f"DeepSpeed {deepspeed.__version__}, torch {torch.__version__}, {platform.machine()}, {os.cpu_count()} cores, "
-        "CPU and gloo, two ranks, ZeRO 1. DeepSpeed: `save_checkpoint` / `load_checkpoint` as documented, no tag given "
-        "on loading. `refused` needs a person: no restart resumes by itself.",
-        "",
-    ]
-    damaged = {}
-    for system in SYSTEMS:
-        with tempfile.TemporaryDirectory() as name:
-            output, log = Path(name, "found.json"), Path(name, "log.txt")
-            for process in fork(damage, (system, args.flips, output), log, ranks=1):
-                process.join()
-            if not output.exists():
-                raise RuntimeError(f"{system}: damaged files were not tried to the end\n{log.read_text()[-4000:]}")
-            damaged[system] = {kind: Counter(counts) for kind, counts in json.loads(output.read_text()).items()}
-    delayed = {system: delays(system) for system in SYSTEMS}
-    killed = {system: kills(system, args.kills, random.Random(0), args.seconds) for system in SYSTEMS}
-    lines += with_notes("R1: kill -9 before a random file call of a save, restart", killed)
-    lines += with_notes("R2: one rank late at each of its file calls of a save, all killed meanwhile, restart", delayed)
-    for kind, what in (
-        *(("flip", "one bit flipped"), ("truncate", "a file cut in half"), ("delete", "a file deleted")),
-        ("swap", "two files swapped: all pairs of a checkpoint, and each with the same file of an older one"),
-    ):
-        lines += table(f"R3: {what}", {system: counters[kind] for system, counters in damaged.items()})
+    print(f"{name}: {system}", file=sys.stderr, flush=True)
+    result = KINDS[name].run(system, count)
+    result.command = (
+        f"`--only {name} --count {count}`; DeepSpeed {deepspeed.__version__}, torch {torch.__version__}, "
+        f"{platform.machine()}, {os.cpu_count()} cores"
+    )
+    result.write(path)
+    return result
+
+
+def main() -> None:
+    """Runs what is not there yet, and writes the tables of everything that is."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS), metavar="KIND", help="default: all")
+    parser.add_argument("--systems", nargs="+", help="default: all")
+    parser.add_argument("--count", type=int, help="of each kind; default: " + ", ".join(
+        f"{kind.count} {name}" for name, kind in KINDS.items() if kind.count < 10**6
+    ))  # fmt: skip
+    parser.add_argument("--results", type=Path, required=True, help="folder of the counts, a file for each kind")
+    parser.add_argument("--before", type=Path, help="such a folder, of an older version of this program: a column more")
+    parser.add_argument("--output", type=Path, help="the tables as Markdown")
+    args = parser.parse_args()
+    args.results.mkdir(parents=True, exist_ok=True)
+    lines = ["# Reliability beside plain DeepSpeed and megatron-core", ""]
+    lines += [f"`python tests/benchmarks/reliability.py`; {INTRODUCTION}", ""]
+    for name, kind in KINDS.items():
+        columns: dict[str, Result] = {}
+        for system in (kind.other, OURS):
+            path = args.results / f"{name}-{system}.json"
+            if name in args.only and (args.systems is None or system in args.systems):
+                columns[system] = run(name, system, args.count or kind.count, path)
+            elif path.exists():
+                columns[system] = Result.read(path)
+            before = args.before and args.before / path.name
+            if system == OURS and before and before.exists():
+                columns[f"{OURS}, before"] = Result.read(before)
+        if columns:
+            lines += [*markdown(columns), "; ".join(dict.fromkeys(each.command for each in columns.values())) + ".", ""]
     text = "\n".join(lines)
     print(text)
     if args.output:

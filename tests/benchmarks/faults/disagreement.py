@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ TITLE = "R17: rank 1 of two was given another value, 17 of them in turn"
 
 def disagreement(system: str, count: int) -> Result:
     """R17, the first `count` differences."""
-    result, said = Result(), []
+    result = Result()
     with tempfile.TemporaryDirectory() as name:
         corpus, other = (_corpus(Path(name, which), size) for which, size in (("one", 300), ("other", 200)))
         for number, (what, (ours, plain)) in enumerate(list(DIFFERENCES.items())[:count]):
@@ -56,8 +55,7 @@ def disagreement(system: str, count: int) -> Result:
             kill(processes, [0.0, 0.0])
             outcome = _outcome(ended, codes, steps_done(folder), log.read_text(errors="replace"))
             result.count(TITLE, outcome)
-            said.append(f"{what}: {outcome}")
-    result.note = ", ".join(said)
+            result.each[what] = outcome
     return result
 
 
@@ -76,7 +74,3 @@ def _outcome(ended: bool, codes: list[int | None], steps: int, log: str) -> str:
     if "Traceback" in log:
         return "a traceback before the first step"
     return "refused in a sentence before the first step" if all(codes) else "one rank ends well, one does not"
-
-
-if __name__ == "__main__":
-    print(json.dumps(disagreement("pause-megatron", len(DIFFERENCES)).tables, indent=1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 
@@ -12,11 +12,13 @@ from pathlib import Path
 class Result:
     """Attributes:
     tables: title -> outcome -> how often
+    each: what was tried -> its outcome, where every one is a line of its own
     note: what belongs below the tables
     command: what was run, with its versions
     """
 
     tables: dict[str, Counter] = field(default_factory=dict)
+    each: dict[str, str] = field(default_factory=dict)
     note: str = ""
     command: str = ""
 
@@ -26,15 +28,14 @@ class Result:
 
     def write(self, path: Path) -> None:
         """As JSON."""
-        path.write_text(
-            json.dumps({"tables": self.tables, "note": self.note, "command": self.command}, indent=1) + "\n"
-        )
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n")
 
     @classmethod
     def read(cls, path: Path) -> Result:
         """What `write` wrote."""
         record = json.loads(path.read_text())
-        return cls({title: Counter(counts) for title, counts in record["tables"].items()}, *list(record.values())[1:])
+        record["tables"] = {title: Counter(counts) for title, counts in record["tables"].items()}
+        return cls(**record)
 
 
 def markdown(columns: dict[str, Result]) -> list[str]:
@@ -49,6 +50,12 @@ def markdown(columns: dict[str, Result]) -> list[str]:
         lines += [f"### {title}", "", f"| outcome | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
         for outcome in sorted({outcome for counter in counts for outcome in counter}):
             lines.append(f"| {outcome} | " + " | ".join(str(counter[outcome]) for counter in counts) + " |")
+        lines.append("")
+    tried = dict.fromkeys(what for result in columns.values() for what in result.each)
+    if tried:
+        lines += [f"| what | {' | '.join(columns)} |", "|---|" + "---|" * len(columns)]
+        for what in tried:
+            lines.append(f"| {what} | " + " | ".join(result.each.get(what, "") for result in columns.values()) + " |")
         lines.append("")
     notes = [f"{heading}: {result.note}" for heading, result in columns.items() if result.note]
     return [*lines, "; ".join(notes) + ".", ""] if notes else lines
