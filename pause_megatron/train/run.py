@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from torch import nn
 
-from pause_megatron.checkpoint import Store, save
+from pause_megatron.checkpoint import Store
 from pause_megatron.config.deepspeed import deepspeed_config
 from pause_megatron.config.load import dump
 from pause_megatron.config.plan import batch_plan
@@ -33,8 +33,8 @@ from pause_megatron.train.loop import Progress, StepResult, training_steps
 from pause_megatron.train.losses import Losses
 from pause_megatron.train.metrics_file import MetricsFile, Throughput
 from pause_megatron.train.monitoring import ConfigFile, ProgressBar, announce, conclude
-from pause_megatron.train.ownership import Ownership, WhileOwner, own_run
-from pause_megatron.train.resume import progress_record
+from pause_megatron.train.ownership import WhileOwner, own_run
+from pause_megatron.train.saving import CheckpointSaver
 from pause_megatron.train.signals import StopRequest, deadline
 from pause_megatron.train.start import find_start
 from pause_megatron.train.streaming import Stream
@@ -63,8 +63,7 @@ def train(config: RunConfig, data: TrainingData, context: ParallelContext, stop:
     end = deadline(config.checkpoint.before_end_seconds)
     with ExitStack() as closing:
         owner = closing.enter_context(own_run(folder, context))
-        store, saved = Store(folder / "checkpoints", context.rank, context.world_size), []
-        closing.enter_context(_naming_the_newest(store, saved))
+        store = Store(folder / "checkpoints", context.rank, context.world_size)
         start = find_start(store, config, data, context)
         # Permission to start over is for this start, not for those that read the run's config.yaml.
         config = config.model_copy(update={"run": config.run.model_copy(update={"start_over": False})})
@@ -79,7 +78,15 @@ def train(config: RunConfig, data: TrainingData, context: ParallelContext, stop:
             plan, stage = batch_plan(config, context.world_size), engine.deepspeed.zero_optimization_stage()
             announce(config, plan, model.vocabulary.size, stage, context, data.description)
         stream = closing.enter_context(data.stream(context, start.folder)) if data.stream else None
-        hooks = _hooks(config, engine, data, store, context, progress, stream, saved, owner, stop)
+        saver = CheckpointSaver(config, engine, data, store, context, stream, owner)
+        closing.enter_context(saver.naming_the_newest())
+        hooks: list[Hook] = [SkipLimit(SKIPPED_STEPS_IN_A_ROW)]
+        # A step is validated, then logged, then saved, so that a checkpoint never precedes its log.
+        if data.valid is not None:
+            hooks.append(Every(config.validation.every, _validate(config, engine, data, context)))
+        if context.rank == 0:
+            hooks += [WhileOwner(each, owner, stop) for each in _monitors(config, engine, data, context, progress)]
+        hooks.append(Every(config.checkpoint.every, saver, on_stop=True))
         closing.callback(_say_what_is_lost, hooks)
         for hook in hooks:
             closing.callback(hook.close)
@@ -110,18 +117,6 @@ def train(config: RunConfig, data: TrainingData, context: ParallelContext, stop:
     if context.rank == 0:
         conclude(progress, stopped, stop.reason)
     return EXIT_STOPPED if stopped else EXIT_FINISHED
-
-
-@contextmanager
-def _naming_the_newest(store: Store, saved: Sequence[int]) -> Iterator[None]:
-    """Whatever ends a run, it is said what there is to go on from: the steps that were saved."""
-    try:
-        yield
-    except BaseException:
-        if saved:
-            place = store.path(saved[-1])
-            print(f"step {saved[-1]} was saved to {place}: the same command goes on from there", file=sys.stderr)
-        raise
 
 
 def _say_what_is_lost(hooks: Sequence[Hook]) -> None:
@@ -189,29 +184,6 @@ def step_loader(
     )
 
 
-def _hooks(
-    config: RunConfig,
-    engine: Engine,
-    data: TrainingData,
-    store: Store,
-    context: ParallelContext,
-    progress: Progress,
-    stream: Stream | None,
-    saved: list[int],
-    owner: Ownership,
-    stop: StopRequest,
-) -> list[Hook]:
-    """In this order: a step is validated, then logged, then saved, so that a checkpoint never precedes its log."""
-    hooks: list[Hook] = [SkipLimit(SKIPPED_STEPS_IN_A_ROW)]
-    if data.valid is not None:
-        hooks.append(Every(config.validation.every, _validate(config, engine, data, context)))
-    if context.rank == 0:
-        hooks += [WhileOwner(each, owner, stop) for each in _monitors(config, engine, data, context, progress)]
-    saving = _save(config, engine, data, store, context, stream, saved, owner)
-    hooks.append(Every(config.checkpoint.every, saving, on_stop=True))
-    return hooks
-
-
 def _validate(config: RunConfig, engine: Engine, data: TrainingData, context: ParallelContext):
     def score(held_out: HeldOut) -> Losses:
         module, micro = engine.deepspeed, config.batch.micro_size
@@ -247,36 +219,3 @@ def _monitors(
             samples = Unfailing(f"{place}: samples of text", "windows", board.show_sample)
             monitors.append(Every(log.samples_every, samples, at_end=False))
     return monitors
-
-
-def _save(
-    config: RunConfig,
-    engine: Engine,
-    data: TrainingData,
-    store: Store,
-    context: ParallelContext,
-    stream: Stream | None,
-    saved: list[int],
-    owner: Ownership,
-):
-    def save_tokenizer(folder: Path) -> None:
-        data.tokenizer.save(folder)
-        owner.require_on_this_rank()  # late in the save, which may take long: before the checkpoint gets its name
-
-    def save_checkpoint(result: StepResult) -> None:
-        owner.require()
-        save(
-            store,
-            engine,
-            context,
-            step=result.step,
-            corpus=data.fingerprint,
-            progress=progress_record(result.progress),
-            config_yaml=dump(config),
-            save_tokenizer=save_tokenizer,
-            keep=config.checkpoint.keep,
-            extra=stream.files(result.step) if stream else {},
-        )
-        saved.append(result.step)
-
-    return save_checkpoint

@@ -130,7 +130,7 @@ def test_an_image_with_blanks_and_quotes_is_one_word(launcher, site):
         (["--sbatch", "qos=high"], "--sbatch: expected an option of sbatch, such as --qos=high, got 'qos=high'"),
         (["--sbatch=--comment='a"], "--sbatch: expected each quote to be closed"),
         (["--sbatch=--comment=hetjob"], "--sbatch: expected no 'hetjob' or 'packjob', which sbatch erases"),
-        (["--container", "pyxis:a\nb"], "--container: expected one line of text"),
+        (["--container", "pyxis:a\nb"], "--container: expected a path"),
         (["--container", "apptainer:--writable"], "--container: expected an image, got '--writable'"),
         (["finetune.filler=a\nb"], "argument 'finetune.filler': expected one line of text without control"),
     ],

@@ -1,0 +1,78 @@
+"""The hook that saves checkpoints of a run, as long as the run folder is its own."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pause_megatron.checkpoint import Store, save
+from pause_megatron.config.load import dump
+from pause_megatron.config.schema import RunConfig
+from pause_megatron.distributed import ParallelContext
+from pause_megatron.engine import Engine
+from pause_megatron.train.inputs import TrainingData
+from pause_megatron.train.loop import StepResult
+from pause_megatron.train.ownership import Ownership
+from pause_megatron.train.resume import progress_record
+from pause_megatron.train.streaming import Stream
+
+
+class CheckpointSaver:
+    """Saves the step that it is called with. Every rank calls it.
+
+    Args:
+        config: of the run
+        engine: whose state is saved
+        data: its fingerprint and tokenizer are saved with it
+        store: where
+        context: this rank's place
+        stream: whose place is saved too, where the run streams its text
+        owner: of the run folder
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        engine: Engine,
+        data: TrainingData,
+        store: Store,
+        context: ParallelContext,
+        stream: Stream | None,
+        owner: Ownership,
+    ) -> None:
+        self._config, self._engine, self._data, self._store = config, engine, data, store
+        self._context, self._stream, self._owner = context, stream, owner
+        self._newest: int | None = None
+
+    def __call__(self, result: StepResult) -> None:
+        self._owner.require()
+        save(
+            self._store,
+            self._engine,
+            self._context,
+            step=result.step,
+            corpus=self._data.fingerprint,
+            progress=progress_record(result.progress),
+            config_yaml=dump(self._config),
+            save_tokenizer=self._save_tokenizer,
+            keep=self._config.checkpoint.keep,
+            extra=self._stream.files(result.step) if self._stream else {},
+        )
+        self._newest = result.step
+
+    @contextmanager
+    def naming_the_newest(self) -> Iterator[None]:
+        """Whatever ends the body, it is said what there is to go on from."""
+        try:
+            yield
+        except BaseException:
+            if self._newest is not None and self._context.rank == 0:
+                place = self._store.path(self._newest)
+                print(f"step {self._newest} was saved to {place}: the same command goes on from there", file=sys.stderr)
+            raise
+
+    def _save_tokenizer(self, folder: Path) -> None:
+        self._data.tokenizer.save(folder)
+        self._owner.require_on_this_rank()  # late in the save, which may take long: before the checkpoint has its name
