@@ -97,7 +97,7 @@ def _ancestors() -> Iterator[int]:
 def _named(env: Mapping[str, str], found: Found) -> None:
     """The process that the variable names, as PID or, where the variable may get to other machines, as PID@HOST."""
     number, _, host = env.get(VARIABLE, "").partition("@")
-    if not number or host not in ("", socket.gethostname()):
+    if not number or host not in ("", socket.gethostname(), processes.machine()):
         return
     if not number.isdecimal():
         raise ConfigError(f"environment variable {VARIABLE}: expected PID or PID@HOST, got {env[VARIABLE]!r}")
@@ -207,23 +207,29 @@ class _Watch:
             os._exit(1)
         if not found.processes and not found.listeners:
             return
+        try:
+            self._start(Watched(found.processes, found.listeners))
+        except OSError as error:
+            print(f"warning: this process is not ended with its launcher: {error}", file=sys.stderr, flush=True)
+
+    def _start(self, watched: Watched) -> None:
         import subprocess
 
-        self._channel, theirs = socket.socketpair()
-        self._channel.setblocking(False)
-        self.watched = Watched(found.processes, found.listeners)
-        arguments = processes.watcher_arguments(self.watched, theirs.fileno())
-        self._process = subprocess.Popen(
-            [sys.executable, "-I", "-S", processes.__file__, *arguments],
-            # None of the rank's variables, by which it would be taken for a rank.
-            env={name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            pass_fds=(theirs.fileno(),),
-            start_new_session=True,
-            cwd="/",
-        )
-        theirs.close()
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        with theirs:
+            arguments = processes.watcher_arguments(watched, theirs.fileno())
+            self._process = subprocess.Popen(
+                [sys.executable, "-I", "-S", processes.__file__, *arguments],
+                # None of the rank's variables, by which it would be taken for a rank.
+                env={name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+                cwd="/",
+            )
+        self._channel, self.watched = ours, watched
 
     def tell(self, what: bytes) -> None:
         if self._channel is not None:
@@ -264,6 +270,11 @@ def stop_was_asked() -> None:
 def gone() -> bool:
     """Whether the launcher has ended. Does not wait."""
     return _own.gone()
+
+
+def own_name() -> str:
+    """The value of PAUSE_MEGATRON_LAUNCHER_PID for processes that shall end with this one."""
+    return f"{os.getpid()}@{processes.machine()}"
 
 
 def watched() -> Watched:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pause_megatron import launcher
 from pause_megatron.durable import only_writer
 from pause_megatron.errors import DataError
 from pause_megatron.experiment.cell import INPUT, OUTPUT, PRODUCT, VERSION, read_json, write_json
@@ -103,8 +104,8 @@ def is_done(folder: Path, fingerprint: str) -> bool:
 def run_cell(folder: Path, launch: Launch, stop: Stop, say: Callable[[str], None] = print) -> Outcome:
     """Run the cell that FOLDER/cell.json describes, unless it is done.
 
-    While the verb runs, it holds the cell's lock as well: should this process be killed and the verb live on, the next
-    attempt waits for it.
+    While the verb runs, it holds the cell's lock as well: should this process be killed, the verb ends soon after it,
+    and the next attempt waits for that.
 
     Args:
         launch: how a program is started on several ranks.
@@ -190,6 +191,8 @@ def _run_verb(folder: Path, cell: dict[str, Any], launch: Launch, stop: Stop, lo
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
+            # Should this process be killed, the verb saves and ends as well.
+            env={**os.environ, launcher.VARIABLE: launcher.own_name()},
             start_new_session=True,  # Ctrl-C goes to this process, which passes it on once
             pass_fds=(lock,),
         )

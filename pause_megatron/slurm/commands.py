@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Sequence
 
+from pause_megatron import launcher
 from pause_megatron.errors import PauseMegatronError
 
 # A job in one of these states will not run any more.
@@ -37,7 +39,9 @@ def output_of(command: Sequence[str], text: str | None = None) -> str:
         PauseMegatronError: it is not there, or it fails; its own words.
     """
     try:
-        done = subprocess.run(command, input=text, capture_output=True, text=True)
+        # A job inherits variables, and is not to end with the process that submits it.
+        environment = {name: value for name, value in os.environ.items() if name != launcher.VARIABLE}
+        done = subprocess.run(command, input=text, capture_output=True, text=True, env=environment)
     except OSError as error:
         absent = shutil.which(command[0]) is None
         reason = "not found on PATH, SLURM is not installed here" if absent else error.strerror

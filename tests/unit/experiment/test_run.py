@@ -90,6 +90,35 @@ def test_a_cell_that_a_process_of_a_killed_run_still_works_on_is_waited_for(tmp_
     assert states(placed) == {"a": "done"}
 
 
+# A runner whose verb takes long, and begins as every verb does.
+RUNS_A_CELL = """
+import sys
+from pathlib import Path
+from pause_megatron.experiment.execute import Stop, run_cell
+verb = "from pause_megatron.launcher import *; end_with_launcher(); print('up', flush=True); import signal; signal.pause()"
+run_cell(Path(sys.argv[1]), lambda program, ranks: [sys.executable, "-c", verb], Stop())
+"""
+
+
+def test_a_verb_ends_with_its_runner(tmp_path):
+    (entry,) = place_cells(tmp_path, [cheap_cell("a")]).values()
+    runner = subprocess.Popen([sys.executable, "-c", RUNS_A_CELL, str(entry.folder)])
+    log = entry.folder / "log.txt"
+    while not (log.exists() and "\nup\n" in log.read_text()):
+        assert runner.poll() is None
+        time.sleep(0.05)
+    assert state_of(entry.folder) == "running"
+    runner.kill()
+    runner.wait()
+    deadline = time.monotonic() + 10
+    while state_of(entry.folder) == "running":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    while "its launcher is gone: PAUSE_MEGATRON_LAUNCHER_PID" not in log.read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def test_asked_to_stop_nothing_starts(tmp_path):
     placed, stop, said = tree(tmp_path), Stop(), []
     stop.ask()
