@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
@@ -13,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,7 +24,7 @@ from pause_megatron.holding import HeldError, Holding, is_orphan, read
 from pause_megatron.processes import Watched
 
 BEAT = 0.1
-_forking = multiprocessing.get_context("fork")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def ended_process() -> processes.Process:
@@ -41,40 +41,59 @@ def record_of(known: processes.Process, **other) -> bytes:
     return json.dumps({**record, "token": "t", "since": "now", **other}).encode()
 
 
-def takes(path: Path, barrier, wins) -> None:
-    barrier.wait()
+# In a process without threads, which may fork: each child takes the place at the same instant and says so.
+RACE = """
+import errno, json, multiprocessing, os, sys, time
+from pathlib import Path
+from pause_megatron.holding import HeldError, Holding
+
+def refuse(*arguments, **options):
+    raise OSError(errno.EPERM, "no links")
+
+def take(path, barrier, wins):
+    barrier.wait(60)
     try:
-        held = Holding(path, BEAT)
+        held = Holding(path, 0.1)
     except HeldError:
         return
     with wins.get_lock():
         wins.value += 1
-    time.sleep(1.0)
-    if held.close() is False:
-        os._exit(1)
+    time.sleep(0.8)
+    assert held.close()
+
+folder, left, links, rounds = Path(sys.argv[1]), sys.argv[2].encode(), sys.argv[3] == "True", int(sys.argv[4])
+if not links:
+    os.link = refuse
+context, answers = multiprocessing.get_context("fork"), []
+for number in range(rounds):
+    path, wins, barrier = folder / str(number), context.Value("i", 0), context.Barrier(6)
+    if left:
+        path.write_bytes(left)
+    processes = [context.Process(target=take, args=(path, barrier, wins)) for _ in range(6)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    answers.append([wins.value, [process.exitcode for process in processes], [str(p) for p in folder.iterdir()]])
+print(json.dumps(answers))
+"""
 
 
 @pytest.mark.parametrize("left", [None, "dead"])
 @pytest.mark.parametrize("links", [True, False])
-def test_of_many_at_the_same_instant_one_has_it(tmp_path, monkeypatch, left, links, full):
+def test_of_many_at_the_same_instant_one_has_it(tmp_path, left, links, full):
     """Also where all of them find what a dead one has left, and where there are no hard links."""
-    if not links:
+    rounds = 20 if full else 1
+    arguments = [str(tmp_path), record_of(ended_process()).decode() if left else "", str(links), str(rounds)]
+    done = python(RACE, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [[1, [0] * 6, []]] * rounds
 
-        def refuse(*arguments, **options) -> None:
-            raise OSError(errno.EPERM, "no links")
 
-        monkeypatch.setattr(os, "link", refuse)
-    for number in range(20 if full else 2):
-        path, wins, barrier = tmp_path / f"{number}", _forking.Value("i", 0), _forking.Barrier(6)
-        if left:
-            path.write_bytes(record_of(ended_process()))
-        ranks = [_forking.Process(target=takes, args=(path, barrier, wins)) for _ in range(6)]
-        for rank in ranks:
-            rank.start()
-        for rank in ranks:
-            rank.join(60)
-        assert wins.value == 1 and [rank.exitcode for rank in ranks] == [0] * 6
-        assert list(tmp_path.glob(f"{number}*")) == []
+def python(code: str, *arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
 
 
 def test_a_living_process_is_named_and_a_number_that_is_used_again_is_not_it(tmp_path):
@@ -153,40 +172,40 @@ def test_what_is_no_file_is_refused(tmp_path, kind):
     assert not (tmp_path / "else").exists()
 
 
-def without_locks(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    def refuse(descriptor: int, operation: int) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
+def no_locks(number: int, descriptor: int, operation: int) -> None:
+    raise OSError(number, os.strerror(number))
 
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EACCES, errno.EINVAL, errno.EIO])
 def test_one_writer_at_a_time_without_file_locks(tmp_path, monkeypatch, number):
-    without_locks(monkeypatch, number)
+    monkeypatch.setattr(fcntl, "flock", partial(no_locks, number))
     lock = tmp_path / "lock"
     with only_writer(lock, "the corpus"):
         expected = f"another process is working on the corpus \\({lock}.holder: held by process {os.getpid()} on"
         with pytest.raises(DataError, match=expected), only_writer(lock, "the corpus"):
             pass
-        taking = _forking.Process(target=take_and_be_killed, args=(lock, 0))
-        taking.start()
-        taking.join(20)
-        assert taking.exitcode == 3
     assert list(tmp_path.iterdir()) == []
-    taking = _forking.Process(target=take_and_be_killed, args=(lock, signal.SIGKILL))
-    taking.start()
-    taking.join(20)
-    with only_writer(lock, "the corpus"):  # at once
+
+
+TAKES = """
+import errno, fcntl, os, signal, sys
+from pathlib import Path
+from unittest import mock
+from pause_megatron.durable import only_writer
+with mock.patch.object(fcntl, "flock", side_effect=OSError(errno.ENOLCK, "")), only_writer(Path(sys.argv[1]), "it"):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_without_file_locks_another_process_is_refused_and_a_killed_one_followed_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(fcntl, "flock", partial(no_locks, errno.ENOLCK))
+    lock = tmp_path / "lock"
+    with only_writer(lock, "it"):
+        assert f"DataError: another process is working on it ({lock}.holder: held by" in python(TAKES, str(lock)).stderr
+    assert python(TAKES, str(lock)).returncode == -signal.SIGKILL and read(tmp_path / "lock.holder")["process"]
+    with only_writer(lock, "it"):  # at once
         pass
-    assert taking.exitcode == -signal.SIGKILL and list(tmp_path.iterdir()) == []
-
-
-def take_and_be_killed(lock: Path, number: int) -> None:
-    try:
-        with only_writer(lock, "the corpus"):
-            os.kill(os.getpid(), number)
-    except DataError:
-        os._exit(3)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_orphan_is_known_by_its_launchers_end(tmp_path):

@@ -95,7 +95,8 @@ RUNS_A_CELL = """
 import sys
 from pathlib import Path
 from pause_megatron.experiment.execute import Stop, run_cell
-verb = "from pause_megatron.launcher import *; end_with_launcher(); print('up', flush=True); import signal; signal.pause()"
+begins = "from pause_megatron.launcher import *; end_with_launcher(); print('up', flush=True)"
+verb = f"{begins}; import time; time.sleep(99)"
 run_cell(Path(sys.argv[1]), lambda program, ranks: [sys.executable, "-c", verb], Stop())
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from pause_megatron import launcher
 from pause_megatron.errors import ConfigError
+from pause_megatron.processes import GONE, STOP_ASKED, TAKING_STEPS
 from pause_megatron.train.signals import STOP_SIGNALS, StopRequest, deadline
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -131,3 +134,18 @@ def test_a_job_too_short_for_a_step_is_refused_and_does_not_come_back_for_ever()
     for left in (-10, 299):
         with pytest.raises(ConfigError, match="before_end_seconds=300: expected less than the job's time, of which "):
             deadline(300, {"SLURM_JOB_END_TIME": str(int(time.time()) + left)})
+
+
+def test_a_launcher_that_is_gone_asks_too_and_the_watcher_hears_of_signals(monkeypatch):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        monkeypatch.setattr(launcher._own, "_channel", ours)
+        monkeypatch.setattr(launcher._own, "_gone", False)
+        with StopRequest() as stop, stop.during_steps(None):
+            assert theirs.recv(16) == TAKING_STEPS and not stop
+            theirs.send(GONE)
+            assert stop and stop.reason == "its launcher is gone"
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert theirs.recv(16) == STOP_ASKED and stop.reason == "SIGTERM"
