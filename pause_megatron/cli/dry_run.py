@@ -40,6 +40,7 @@ def describe(config: RunConfig, plan: BatchPlan, engine: dict[str, Any], *, voca
         ("text tokens in all", _total(plan.steps and plan.steps * plan.text_tokens)),
         ("learning rate", _schedule(config)),
         *_model_rows(config, plan, engine, text_size, origin),
+        *(("not there", f"{prefix} ({key})") for key, prefix in missing_corpora(config)),
     ]
     return _table(rows)
 
@@ -160,3 +161,21 @@ def text_vocabulary(config: RunConfig, given: int | None) -> tuple[int, str]:
             except (OSError, ValueError, KeyError, TypeError):
                 continue  # the run itself says what is wrong with a manifest
     return ASSUMED_VOCABULARY, "assumed"
+
+
+def missing_corpora(config: RunConfig) -> list[tuple[str, str]]:
+    """Key and prefix of every corpus that is not on this machine; the run may be elsewhere, so it is no error yet."""
+    given = (("data.prefix", config.data.prefix), ("data.valid_prefix", config.data.valid_prefix))
+    return [
+        (key, word)
+        for key, words in given
+        for word in words
+        if not _is_weight(word) and not Path(f"{word}.manifest.json").is_file()
+    ]
+
+
+def _is_weight(word: str) -> bool:
+    try:
+        return float(word) > 0
+    except ValueError:
+        return False

@@ -216,6 +216,8 @@ def _check_site(
 
 
 def _warnings(job: TrainingJob, config: RunConfig) -> list[str]:
+    from pause_megatron.cli.dry_run import missing_corpora
+
     tensor, found = config.parallel.tensor, []
     if job.tasks_per_node % tensor:
         found.append(
@@ -224,6 +226,7 @@ def _warnings(job: TrainingJob, config: RunConfig) -> list[str]:
         )
     if not config.checkpoint.every:
         found.append("checkpoint.every=0: a node that fails loses everything since the last stop")
+    found += [f"{key}: no corpus at {prefix} on this machine" for key, prefix in missing_corpora(config)]
     return found
 
 

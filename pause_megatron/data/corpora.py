@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,10 +11,10 @@ import xxhash
 
 from pause_megatron.byte_progress import ByteProgress
 from pause_megatron.config.schema import DataSection
-from pause_megatron.data.build import parse_blend
+from pause_megatron.data.build import is_number, parse_blend
 from pause_megatron.data.corpus import Corpus, open_corpus, require_one_tokenizer
 from pause_megatron.data.first_use import verify_at_use
-from pause_megatron.data.manifest import Manifest
+from pause_megatron.data.manifest import Manifest, path_of
 from pause_megatron.data.tokenizer import Tokenizer, load_tokenizer
 from pause_megatron.data.verify import no_report
 from pause_megatron.errors import DataError
@@ -75,6 +76,8 @@ def open_corpora(data: DataSection, pause_embeddings: int) -> Corpora:
         DataError: a corpus is missing, unfinished, damaged, or prepared with another tokenizer than the others or
             than `data.tokenizer`; a corpus that both trains and validates; a pause id that is not free.
     """
+    _refuse_torn_prefix("data.prefix", data.prefix)
+    _refuse_torn_prefix("data.valid_prefix", data.valid_prefix)
     prefixes, weights = parse_blend(data.prefix) if data.prefix or not data.source else ([], None)
     corpora = tuple(open_corpus(prefix, data.tokenizer) for prefix in prefixes)
     valid_prefixes = parse_blend(data.valid_prefix)[0] if data.valid_prefix else []
@@ -91,6 +94,37 @@ def open_corpora(data: DataSection, pause_embeddings: int) -> Corpora:
     for corpus in corpora + valid:
         _check_free_pause_ids(corpus, pause_embeddings)
     return Corpora(corpora, valid, tokenizer, fingerprint)
+
+
+def _refuse_torn_prefix(key: str, words: Sequence[str]) -> None:
+    """Blanks separate the prefixes of a text: say so where a path that holds one was taken for several."""
+    missing = [word for word in words if not is_number(word) and not _is_there(word)]
+    if len(words) < 2 or not missing:
+        return
+    meant = _mended(words)
+    told = f"{key}: no corpus at {missing[0]}: expected {path_of(missing[0], 'manifest.json')}, which `prepare` writes"
+    if torn := [word for word in meant if " " in word and word not in words]:
+        told += f". There is one at {torn[0]!r}"
+    example = json.dumps(meant if torn else ["PATH WITH BLANKS"], ensure_ascii=False)
+    raise DataError(
+        f"{told}. Blanks separate prefixes; one whose path holds a blank is given in a list: {example} in YAML, and in "
+        f"single quotes on a command line: {key}='{example}'"
+    )
+
+
+def _mended(words: Sequence[str]) -> list[str]:
+    """Words joined where they are the path of a corpus together."""
+    found, start = [], 0
+    while start < len(words):
+        stops = range(len(words), start + 1, -1)
+        stop = next((stop for stop in stops if _is_there(" ".join(words[start:stop]))), start + 1)
+        found.append(" ".join(words[start:stop]))
+        start = stop
+    return found
+
+
+def _is_there(prefix: str) -> bool:
+    return any(path_of(prefix, extension).exists() for extension in ("manifest.json", "bin", "parts"))
 
 
 def _check_free_pause_ids(corpus: Corpus, pause_embeddings: int) -> None:

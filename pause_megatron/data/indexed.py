@@ -115,6 +115,12 @@ def check_entries(path: Path, header: IndexHeader, on_read: Callable[[int], None
 
 
 def _why_no_document(path: Path, document: int, header: IndexHeader) -> str:
+    if header.ends < 2:
+        return (
+            f"{path}: expected where each of its {header.documents:,} sequences ends a document, got no end: who wrote "
+            "it called IndexedDatasetBuilder.add_item without end_document() behind each text. Write it again with it, "
+            "or with add_document"
+        )
     return (
         f"{path}: document {document:,} is not one sequence ({header.documents:,} sequences in {header.ends - 1:,} "
         "documents). That is what preprocess_data.py --split-sentences writes, for BERT and T5; GPT datasets shuffle "

@@ -16,7 +16,7 @@ from pause_megatron.config.schema import RunConfig
 from pause_megatron.data.examples import Arrangement, continuations, encode_examples
 from pause_megatron.data.supervised import SupervisedWindows, summarize
 from pause_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from pause_megatron.errors import ConfigError
+from pause_megatron.errors import ConfigError, DataError
 from pause_megatron.tasks import fingerprint, load_task, read_examples
 
 
@@ -70,9 +70,17 @@ def open_task(config: RunConfig) -> TaskData:
 
 
 def held_out(data: TaskData) -> tuple[SupervisedWindows, SupervisedWindows]:
-    """Windows of the first `validation.samples` evaluation examples: with M_ft pauses, and without."""
+    """Windows of the first `validation.samples` evaluation examples: with M_ft pauses, and without.
+
+    Raises:
+        PauseMegatronError: there are none, or one is not as the task declares it.
+    """
     config, task = data.config, load_task(data.config.task.name)
-    examples = read_examples(task, "eval", config.task.path, config.validation.samples)
+    try:
+        examples = read_examples(task, "eval", config.task.path, config.validation.samples)
+    except (ConfigError, DataError) as error:
+        wanted = f"validation.every={config.validation.every} scores held-out examples; validation.every=0 needs none"
+        raise type(error)(f"{error}. {wanted}") from None
     encoded = encode_examples(examples, data.tokenizer)
     most = data.windows.arrangement.pauses[-1]
     with_pauses, without = (

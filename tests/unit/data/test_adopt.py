@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -442,6 +443,16 @@ def test_empty_corpora(tokenizer: Tokenizer, tmp_path: Path, documents: Sequence
     assert "c.idx: expected documents, got none with a token in it" in refusal(
         write_ids(tmp_path / "c", documents), tokenizer
     )
+
+
+def test_documents_that_nobody_ended(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    builder = IndexedDatasetBuilder(str(tmp_path / "c.bin"), dtype=np.uint16)
+    for _ in range(3):
+        builder.add_item(torch.tensor([5, 6, 2]))
+    builder.finalize(str(tmp_path / "c.idx"))
+    said = refusal(tmp_path / "c", tokenizer)
+    assert "where each of its 3 sequences ends a document, got no end" in said and "end_document()" in said
+    assert "--split-sentences" not in said
 
 
 def test_sentences_images_and_floats(tokenizer: Tokenizer, tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 from small_grid import GRID, write_grid
 
+from pause_megatron.config.load import load
 from pause_megatron.config.presets import fill_sizes
 from pause_megatron.config.schema import ModelSection
 from pause_megatron.errors import ConfigError
@@ -163,6 +165,19 @@ def test_a_fingerprint_depends_on_the_data_and_not_on_where_it_lies(small):
     scored = {name: dataclasses.replace(records, evaluation="other") for name, records in inputs.tasks.items()}
     changed = set(by_name(expand(grid, dataclasses.replace(inputs, tasks=scored))).items()) - set(before.items())
     assert {name.split("-")[0] for name, _ in changed} == {"evaluate"}
+
+
+def test_a_blank_in_the_path_of_the_corpus(small):
+    """A list, as in a run's own configuration; the grid is written and read again, and every cell gets it whole."""
+    for given in (["my data/en"], [3, "my data/en", 0.5, "b"]):
+        grid = load_grid(small, overrides=[f"data.prefix={json.dumps(given)}", "data.tasks=/here"])
+        small.with_name("again.yaml").write_text(dump_grid(grid))
+        assert load_grid(small.with_name("again.yaml")) == grid
+        pretraining = [cell for cell in expand(grid, assume(grid)).cells if cell.verb == "pretrain"]
+        for cell in pretraining:
+            word = next(word for word in cell.arguments if word.startswith("data.prefix="))
+            assert load(overrides=[word]).data.prefix == tuple(map(str, given))
+        assert pretraining
 
 
 def test_budgets_make_models_equally_long(tmp_path):

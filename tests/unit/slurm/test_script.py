@@ -116,8 +116,10 @@ def test_launch_refuses_what_cannot_run_and_warns_of_what_is_slow(tmp_path, caps
     assert main(too_large) == 2
     error = capsys.readouterr().err
     assert "the run does not fit: " in error and "GiB on a100-40. Any of these would:\n  " in error
-    assert main([*base, "parallel.tensor=16"]) == 0
-    assert "warning: parallel.tensor=16 does not divide the 8 ranks of a node" in capsys.readouterr().err
+    assert main([*base, "parallel.tensor=16", "data.prefix=no/where"]) == 0
+    warned = capsys.readouterr().err
+    assert "warning: parallel.tensor=16 does not divide the 8 ranks of a node" in warned
+    assert "warning: data.prefix: no corpus at no/where on this machine\n" in warned
     assert main([*base, "checkpoint.before_end_seconds=900", "--time", "2:00:00"]) == 0
     assert "#SBATCH --signal=B:USR2@900\n" in capsys.readouterr().out
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 from prose import train_model
@@ -9,7 +11,7 @@ from prose import train_model
 from pause_megatron.config.load import dump, load
 from pause_megatron.data.batch import collate
 from pause_megatron.data.tokenizer import load_tokenizer
-from pause_megatron.errors import ConfigError
+from pause_megatron.errors import ConfigError, DataError
 from pause_megatron.train.finetune import shorter_warmup, show_window, training_data
 from pause_megatron.train.task_data import held_out, open_task
 
@@ -67,6 +69,17 @@ def test_the_fingerprint_is_of_the_examples(settings):
     epochs = [*settings, "finetune.epochs=1"]
     one, fewer = (open_task(load(overrides=[*epochs, *more])) for more in ([], ["task.limit=39"]))
     assert one.fingerprint.startswith("xxh3_128:") and one.fingerprint != fewer.fingerprint
+
+
+def test_held_out_examples_that_are_not_there(settings, task_records, tmp_path):
+    """Refused before the first step, with the key that does without them."""
+    for path in (task_records / "commonsense_qa").iterdir():
+        if path.name.startswith("train"):
+            shutil.copy(path, tmp_path / path.name)
+    alone = [*settings, f"task.path={tmp_path}", "finetune.epochs=1"]
+    with pytest.raises(DataError, match=r"no eval split of commonsense_qa.*validation\.every=0 needs none"):
+        training_data(open_task(load(overrides=alone)))
+    assert training_data(open_task(load(overrides=[*alone, "validation.every=0"]))).valid is None
 
 
 def test_a_model_needs_a_tokenizer(settings, tmp_path):
