@@ -18,7 +18,7 @@ from pause_megatron.distributed.interfaces import interfaces, listed
 from pause_megatron.distributed.ranks import Ranks
 from pause_megatron.errors import ConfigError
 
-_ASK_SECONDS = 3.0  # for a program that answers
+_ASK_SECONDS = 1.5  # for a program that answers
 
 
 def open_store(ranks: Ranks, seconds: float) -> dist.Store:

@@ -158,15 +158,3 @@ def test_ranks_that_are_told_wrongly_say_so_at_once(environments, line, words, t
     assert codes == [2, 2], text
     assert re.search(line, text), text
     assert "run.connect_seconds" not in text
-
-
-def test_a_port_that_is_taken_says_which_variable_gives_another(words, tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = {"MASTER_PORT": str(listener.getsockname()[1])}
-        codes, text = ended(tmp_path, [*words, "run.connect_seconds=3"], environments=(port | {"WORLD_SIZE": "1"},))
-    assert codes == [2], text
-    assert re.search(
-        r"MASTER_ADDR=127.0.0.1, port \d+, on \S+: expected a free port for rank 0 to listen on, got one that another "
-        "program listens on. Give this run another one: MASTER_PORT",
-        text,
-    ), text

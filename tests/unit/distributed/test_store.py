@@ -1,0 +1,71 @@
+"""Where rank 0's store listens, and what a port that is taken says."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from pause_megatron.distributed import store
+from pause_megatron.distributed.interfaces import interfaces
+from pause_megatron.distributed.ranks import Ranks
+from pause_megatron.distributed.store import open_store, own_addresses
+from pause_megatron.errors import ConfigError
+
+
+def listening(port: int) -> set[str]:
+    """The addresses that something on this machine listens at, by the kernel's own table."""
+    found = set()
+    for name in ("tcp", "tcp6"):
+        for line in Path("/proc/net", name).read_text().splitlines()[1:]:
+            local, state = line.split()[1], line.split()[3]
+            address, _, number = local.partition(":")
+            if state == "0A" and int(number, 16) == port:
+                size = 4 if name == "tcp" else 16
+                # Words of 32 bits in the machine's own order.
+                raw = b"".join(bytes.fromhex(address[at : at + 8])[::-1] for at in range(0, 2 * size, 8))
+                found.add(socket.inet_ntop(socket.AF_INET if size == 4 else socket.AF_INET6, raw))
+    return found
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def outside() -> str:
+    """An address of this machine that others may reach; loopback where it has no other."""
+    return next((address for address in interfaces().values() if not address.startswith("127.")), "127.0.0.1")
+
+
+@pytest.mark.parametrize("name", ["127.0.0.1", "localhost", "outside"])
+def test_the_store_listens_at_master_addr_s_own_address_alone(name):
+    address, port = outside() if name == "outside" else name, free_port()
+    kept = open_store(Ranks(0, 0, 2, address, port, "environment"), 10)
+    expected = {found for _, found in own_addresses(address)[:1]}
+    assert expected and listening(port) == expected
+    other = open_store(Ranks(1, 1, 2, address, port, "environment"), 10)
+    other.set("a", "b")
+    assert kept.get("a") == b"b"
+
+
+def test_a_name_that_is_not_this_host_s_listens_on_all_interfaces(monkeypatch):
+    """Behind address translation, or where /etc/hosts calls this host 127.0.1.1, nobody else knows its own address."""
+    names = {"translated": "192.0.2.7", "debian": "127.0.1.1"}
+    known = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *rest, **more: known(names.get(host, host), *rest, **more))
+    assert own_addresses("translated") == own_addresses("debian") == []
+    assert [address for _, address in own_addresses("127.0.1.1")] == ["127.0.1.1"]
+    listener = store._listener("debian", port := free_port())
+    assert listening(port) <= {"0.0.0.0", "::"} and listening(port)
+    listener.close()
+
+
+def test_a_port_that_another_program_listens_on_says_which_variable_gives_another():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        said = rf"MASTER_ADDR=127.0.0.1, port {port}, on .* a free port for rank 0 .*: MASTER_PORT, torchrun"
+        with pytest.raises(ConfigError, match=said):
+            open_store(Ranks(0, 0, 2, "127.0.0.1", port, "environment"), 1)
