@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -83,7 +84,7 @@ def _run(args: argparse.Namespace) -> int:
         set_threads(args.jobs, args.ranks)
         code = run_local(placed, jobs=args.jobs, stop=_stop_on_signals(), say=_say)
     if code == 0:
-        _say(f"next: pause-megatron experiment report {directory}")
+        _say(f"next: pause-megatron experiment report {shlex.quote(str(directory))}")
     return code
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -34,7 +35,9 @@ def checkpoint_config(path: str | Path) -> Path:
                 return folder / "config.yaml"
     except OSError:  # a name that no file can have
         pass
-    first = f"; import it first: pause-megatron import-hf {path} CHECKPOINT" if _is_of_transformers(path) else ""
+    first = ""
+    if _is_of_transformers(path):
+        first = f"; import it first: pause-megatron import-hf {shlex.quote(str(path))} CHECKPOINT"
     raise ConfigError(
         "model.from: expected a checkpoint (a folder with manifest.json and config.yaml) or a run folder, came "
         f"{path}{first}"

@@ -75,7 +75,7 @@ def submit(directory: Path, placed: Mapping[str, Placed], options: JobOptions, s
             kept += 1
         jobs[fingerprint] = job
     say(f"{submitted} jobs submitted, {kept} in the queue before, {done} cells done; look with: squeue --me")
-    say(f"or: pause-megatron experiment status {directory}")
+    say(f"or: pause-megatron experiment status {shlex.quote(str(directory))}")
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -90,7 +91,7 @@ def check_folder(folder: Path) -> None:
         if _is_of_a_run(folder):
             raise DataError(
                 f"{folder}: expected a folder that export-hf wrote, got a run or a checkpoint; export it first: "
-                f"pause-megatron export-hf {folder} OUT"
+                f"pause-megatron export-hf {shlex.quote(str(folder))} OUT"
             ) from None
         raise DataError(f"{path}: not there; expected a transformers model folder, as export-hf writes it") from None
     except (OSError, ValueError, RecursionError) as error:
