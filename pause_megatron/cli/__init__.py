@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import os
 import sys
@@ -82,6 +83,11 @@ def _main(argv: Sequence[str] | None) -> int:
         if (line := absent_package(error)) is None:
             raise
         _report(ConfigError(f"{arguments[0]}: {line}"))
+        return EXIT_ERROR
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        _report(ConfigError(f"{error.filename}: {error.strerror}"))  # PREFIX.manifest.json of a PREFIX that just fits
         return EXIT_ERROR
     except KeyboardInterrupt:
         _say("interrupted")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -119,7 +120,7 @@ def _job(args: argparse.Namespace, config: RunConfig, site: dict[str, Partition]
     source = ["--recipe", args.recipe] if args.recipe else ["--config", args.config] if args.config else []
     return TrainingJob(
         verb="pretrain" if config.task.name is None else "finetune",
-        arguments=(*source, *args.overrides),
+        arguments=(*source, *_whole_paths(args.overrides, config)),
         nodes=args.nodes,
         tasks_per_node=tasks,
         gpus_per_node=args.gpus_per_node,
@@ -134,6 +135,19 @@ def _job(args: argparse.Namespace, config: RunConfig, site: dict[str, Partition]
         signal_seconds=config.checkpoint.before_end_seconds or SIGNAL_SECONDS,
         lines=tuple(args.sbatch),
     )
+
+
+def _whole_paths(overrides: Sequence[str], config: RunConfig) -> list[str]:
+    """Overrides with the paths that were meant here: in a container `~` is another folder."""
+    from pause_megatron.experiment.models import as_overrides
+
+    found = []
+    for override in overrides:
+        section, _, name = override.partition("=")[0].strip().partition(".")
+        value = config.model_dump(by_alias=True)[section][name]
+        meant = value is not None and "~" in override and not isinstance(value, (int, float))
+        found += as_overrides({f"{section}.{name}": value}) if meant else [override]
+    return found
 
 
 def _check_time(seconds: int | None, named: str, config: RunConfig) -> None:

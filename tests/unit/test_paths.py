@@ -6,12 +6,13 @@ import argparse
 import os
 import pwd
 import re
+import shlex
 import typing
 from pathlib import Path
 
 import pytest
 
-from pause_megatron.cli import VERBS, parser_of
+from pause_megatron.cli import VERBS, main, parser_of
 from pause_megatron.cli.evaluate import _names
 from pause_megatron.cli.launch import _container
 from pause_megatron.config.keys import keys, sections
@@ -202,6 +203,24 @@ def test_grids_and_the_runs_that_they_make(home):
     assert load(overrides=as_overrides({"data.prefix": grid.data.prefix})).data.prefix == grid.data.prefix
     odd = "[x], 'y' \"z\""
     assert load(overrides=as_overrides({"run.dir": odd})).run.dir == odd
+
+
+def test_a_job_gets_the_paths_that_were_meant_where_it_was_written(home, capsys):
+    """In a container `~` is another folder."""
+    given = ["run.dir=~/r [1]", "data.prefix=0.5 ~/a 0.5 ~/b c~d", "pause.placement=uniform", "optim.lr=1e-3"]
+    options = ["--recipe", "tiny-pause", "--nodes", "1", "--gpus-per-node", "0", "--tasks-per-node", "1"]
+    assert main(["launch", *options, *given]) == 0
+    script = capsys.readouterr().out
+    words = shlex.split(next(line for line in script.splitlines() if "run.dir=" in line))
+    overrides = [word for word in words if word.partition("=")[0] in {text.partition("=")[0] for text in given}]
+    assert load(overrides=overrides).data.prefix == ("0.5", f"{home}/a", "0.5", f"{home}/b", "c~d")
+    assert f"run.dir={home}/r [1]" in words and "optim.lr=1e-3" in words
+
+
+@pytest.mark.parametrize("verb", ["verify", "inspect"])
+def test_a_name_that_only_just_fits_is_no_traceback(home, capsys, verb):
+    assert main([verb, "x" * 250]) == 2
+    assert "x.manifest.json: File name too long" in capsys.readouterr().err
 
 
 def test_containers_and_lists_of_tasks(home):
