@@ -51,14 +51,14 @@ def announce(
         f"parallel{sequence}, ZeRO {zero_stage}, {config.engine.precision}"
     )
     _say(
-        f"{parameters(config.model, vocabulary):,} parameters; {plan.steps:,} steps{_behind(config)} of {data}, "
+        f"{parameters(config.model, vocabulary):,} parameters; {plan.steps:,} steps of {data}{_behind(config)}, "
         f"run folder {config.run.dir}"
     )
 
 
 def _behind(config: RunConfig) -> str:
     extended = config.train.extended_from
-    return "" if extended is None else f" after step {extended:,}, which the run is extended from,"
+    return "" if extended is None else f", behind the {extended:,} of the finished run"
 
 
 def conclude(progress: Progress, stopped: bool, reason: str | None) -> None:

@@ -43,7 +43,7 @@ def _on_rank_zero(config: RunConfig, checkpoints: Path) -> str | None:
         return wrong
     lost = lost_step(folder, config)
     if lost is not None and not (config.run.start_over and config.train.extended_from is None):
-        return _refusal(folder, checkpoints, lost)
+        return _refusal(config, checkpoints, lost)
     if config.train.extended_from is not None:
         return None
     try:
@@ -103,13 +103,16 @@ def _free(path: Path, stamp: str) -> Path:
     return aside
 
 
-def _refusal(folder: Path, checkpoints: Path, lost: int) -> str:
-    metrics = folder / metrics_lines.NAME
+def _refusal(config: RunConfig, checkpoints: Path, lost: int) -> str:
+    metrics = Path(config.run.dir) / metrics_lines.NAME
+    keys = (
+        "run.start_over=true" if config.train.extended_from is None else "run.start_over=true train.extended_from=null"
+    )
     last = metrics_lines.last_step(metrics)
     there = f"{metrics} goes up to step {last:,}" if last is not None else f"{record_of(checkpoints)} says so"
     state = "is not there" if not checkpoints.exists() else "holds no checkpoint"
     return (
         f"{checkpoints}: expected the checkpoint of step {lost:,} or a later one, got none: {there}, but {checkpoints} "
-        f"{state}. Give the checkpoints back (moved? not mounted?), or give run.start_over=true to begin at step 1: "
+        f"{state}. Give the checkpoints back (moved? not mounted?), or give {keys} to begin at step 1: "
         f"the old metrics are then kept as {metrics.stem}.before-DATE-TIME{metrics.suffix}"
     )
