@@ -59,11 +59,18 @@ def read_metrics(path: Path) -> Metrics:
 
 
 def last_step(path: Path) -> int | None:
-    """The largest step of a metrics.jsonl; None where no good line can be read."""
+    """The largest step of a metrics.jsonl; None where no good line can be read, or where it is no file."""
+    largest = None
     try:
-        return max((record["step"] for record in read_metrics(path).records), default=None)
-    except DataError:
-        return None
+        if not path.is_file():  # a pipe would be read for ever
+            return None
+        with open(path, "rb") as file:
+            for pieces in _lines(file):
+                if (record := parse(pieces)) is not None:
+                    largest = max(largest or 0, record["step"])
+    except OSError:
+        pass
+    return largest
 
 
 def keep_steps(path: Path, last: int) -> str | None:
@@ -80,16 +87,14 @@ def keep_steps(path: Path, last: int) -> str | None:
         a line about damage, if there is any.
 
     Raises:
-        OSError: it is there and cannot be read or replaced; nothing of it is lost.
+        OSError: it cannot be read or replaced; nothing of it is lost.
     """
     partial, aside = path.with_name(f".{path.name}.partial"), path.with_name(DAMAGED)
     damaged, changed = 0, False
-    try:
-        source = open(path, "rb")  # noqa: SIM115 (closed by the with below)
-    except FileNotFoundError:
+    if not path.is_file():  # a pipe would be read for ever; whoever appends says what is wrong
         return None
     try:
-        with source, open(partial, "wb") as kept:
+        with open(path, "rb") as source, open(partial, "wb") as kept:
             for pieces in _lines(source):
                 record = parse(pieces)
                 if record is not None and record["step"] <= last:

@@ -80,13 +80,27 @@ def test_a_line_that_a_kill_cut_short_goes_without_a_word_and_a_whole_file_is_le
     assert keep_steps(tmp_path / "none.jsonl", 1) is None and os.listdir(tmp_path) == [path.name]
 
 
-def test_a_folder_in_its_place_is_no_traceback_for_those_who_read(tmp_path):
+def test_a_folder_or_a_pipe_in_its_place_stops_nobody(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
-    assert last_step(tmp_path / "metrics.jsonl") is None
     with pytest.raises(DataError, match="expected the metrics of a run: Is a directory"):
         read_metrics(tmp_path / "metrics.jsonl")
-    with pytest.raises(OSError):
-        keep_steps(tmp_path / "metrics.jsonl", 1)
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("metrics.jsonl", "pipe"):
+        assert last_step(tmp_path / name) is None and keep_steps(tmp_path / name, 1) is None
+    assert len(os.listdir(tmp_path)) == 2
+
+
+def test_a_file_that_cannot_be_replaced_keeps_every_line(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(line(1) + line(2))
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="No space left"):
+        keep_steps(path, 1)
+    assert path.read_bytes() == line(1) + line(2) and os.listdir(tmp_path) == [path.name]
 
 
 def test_every_reader_takes_the_good_lines(tmp_path, capsys):
