@@ -282,6 +282,29 @@ def test_what_the_native_model_cannot_do_is_refused(tokenizers, tmp_path, change
     assert [path.name for path in tmp_path.iterdir()] == ["hf"]
 
 
+@pytest.mark.parametrize(("cls", "tokenizer"), [("Llama", "byte-level"), ("Mistral", "byte-level"), ("Qwen2", "qwen2")])
+def test_with_a_key_left_out_the_logits_are_those_of_transformers_or_it_is_refused(
+    tokenizers, tmp_path, full, cls, tokenizer
+):
+    """An import compares its logits with those that transformers computes from the same folder, 1e-5 in fp32."""
+    changes = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False}
+    source = write_model(tmp_path / "hf", cls, tokenizers[tokenizer], **changes)
+    whole = json.loads((source / "config.json").read_text())
+    needed = {"model_type", "hidden_size", "num_attention_heads", "num_key_value_heads", "intermediate_size"}
+    needed |= {"num_hidden_layers", "vocab_size"}
+    chosen = (
+        whole if full else {"Llama": ["rope_parameters"], "Mistral": ["rms_norm_eps"], "Qwen2": ["layer_types"]}[cls]
+    )
+    for key in chosen:
+        (source / "config.json").write_text(json.dumps({name: whole[name] for name in whole if name != key}))
+        try:
+            done = import_folder(source, tmp_path / f"without {key}", sequence_length=64)
+        except CheckpointError:
+            assert key in needed, key
+            continue
+        assert done.largest_difference <= 1e-5, key
+
+
 def test_a_tokenizer_with_more_ids_than_rows_is_refused(tokenizers, tmp_path):
     source = write_model(tmp_path / "hf", "Llama", tokenizers["sentencepiece"], rows=590)
     with pytest.raises(CheckpointError, match=r"ids up to 599, the embedding only 590 rows"):
