@@ -111,7 +111,9 @@ def _dispatch(arguments: list[str]) -> int:
 
         raise ConfigError(f"unknown verb {verb!r}; expected one of {', '.join(VERBS)}{nearest(verb, VERBS)}")
     # Intermixed: `pretrain --recipe R run.dir=a --dry-run log.every=1` may give overrides anywhere.
-    return _module(verb).run(parser_of(verb).parse_intermixed_args(rest))
+    # That loses a "--", behind which a name may begin with "-".
+    parser = parser_of(verb)
+    return _module(verb).run(parser.parse_args(rest) if "--" in rest else parser.parse_intermixed_args(rest))
 
 
 def parser_of(verb: str) -> argparse.ArgumentParser:

@@ -222,7 +222,7 @@ def _matches(pattern: str) -> list[Path]:
         raise DataError(f"--input {pattern} is a folder: name its shards, for example '{path}/*.json.gz'")
     if path.exists():
         return [path]
-    found = sorted(glob.glob(pattern, recursive=True), key=natural_order)
+    found = sorted(glob.glob(os.path.expanduser(pattern), recursive=True), key=natural_order)
     # A folder or a broken link among the shards is passed over, unless it has the name of a shard: then it is damage.
     files = [Path(name) for name in found if os.path.isfile(name) or (is_shard_name(name) and not _is_special(name))]
     if not files:

@@ -223,6 +223,23 @@ def test_a_name_that_only_just_fits_is_no_traceback(home, capsys, verb):
     assert "x.manifest.json: File name too long" in capsys.readouterr().err
 
 
+def test_a_name_that_begins_with_a_dash(home, monkeypatch, capsys):
+    assert main(["export-hf", "--", "-x", "out"]) == 2
+    assert "error: -x: expected a checkpoint" in capsys.readouterr().err
+    assert main(["plot", "--output=-x.png", "./-run"]) == 2
+    assert "error: -run: expected the metrics of a run" in capsys.readouterr().err
+
+
+def test_a_byte_order_mark_in_a_file_of_keys(home):
+    from pause_megatron.config import deepspeed_config
+
+    (home / "run.yaml").write_bytes(b"\xef\xbb\xbfrun:\n  dir: x\nengine:\n  ds_config: ~/ds.json\n")
+    (home / "ds.json").write_bytes(b'\xef\xbb\xbf{"zero_optimization": {"stage": 2}}')
+    config = load(home / "run.yaml")
+    assert config.run.dir == "x"
+    assert deepspeed_config(config, data_parallel=1)["zero_optimization"]["stage"] == 2
+
+
 def test_containers_and_lists_of_tasks(home):
     assert _container("apptainer:~/a.sif") == f"apptainer:{home}/a.sif"
     assert _container("pyxis:nvcr.io#nvidia/pytorch:25.01") == "pyxis:nvcr.io#nvidia/pytorch:25.01"
