@@ -109,7 +109,7 @@ def test_errors_are_one_clear_message(generate, options, message):
 def test_a_prompts_file_that_is_not_utf8(generate, tmp_path):
     (tmp_path / "prompts.txt").write_bytes(b"good\n\xff\n")
     code, _, err = generate("--prompts-file", str(tmp_path / "prompts.txt"))
-    assert code == 2 and "expected UTF-8, byte 5 is not" in err
+    assert code == 2 and "prompts.txt:2: expected UTF-8, got the byte 0xff at 0 of the line" in err
 
 
 def blocks(language: str) -> list[str]:
