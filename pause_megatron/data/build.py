@@ -20,7 +20,7 @@ from pause_megatron.data.dataset import PauseGPTDataset, PauseGPTDatasetConfig, 
 from pause_megatron.data.extension import TooFewWindows, read_on
 from pause_megatron.data.index_cache import IndexCacheError, cached_indices, unused_files
 from pause_megatron.data.loader import Samples
-from pause_megatron.data.split_text import require_window
+from pause_megatron.data.split_text import require_text
 from pause_megatron.errors import ConfigError, DataError
 
 Blend = tuple[list[str], list[float] | None]
@@ -103,6 +103,13 @@ def build_datasets(
         for name in names:
             if not IndexedDataset.exists(name):
                 raise DataError(f"data.{key}: expected the files {name}.bin and {name}.idx, at least one is missing")
+    require_text(
+        *(blends.get(key, ([], None))[0] for key in ("prefix", "valid_prefix")),
+        split=split,
+        sequence_length=sequence_length,
+        pause=pause,
+        validates=valid_samples > 0,
+    )
     first = next(iter(blends.values()))[0][0]
     cache = cache or os.path.join(os.path.dirname(os.path.abspath(first)), "cache")
     pause_tokenizer = PauseTokenizer(tokenizer, pause.embeddings)
@@ -132,22 +139,17 @@ def build_datasets(
 
     train = valid = plain = None
     train_names = valid_names = ()
-    if prefix:
-        config = config_of(blends["prefix"], split)
-        require_window(config, Split.train)
-    held_out = config_of(blends["valid_prefix"], "0,1,0") if valid_prefix else config
-    without_pauses = dataclasses.replace(held_out, pause_rate=0.0)
-    if valid_samples > 0:
-        require_window(without_pauses, Split.valid, of_its_own=bool(valid_prefix))
     before = cached_indices(Path(cache))
     if prefix:
+        config = config_of(blends["prefix"], split)
         train_names = names_of(config.blend[0])
         train = read_on(_build, config, train_samples, samples_before)
     if valid_samples > 0:
+        held_out = config_of(blends["valid_prefix"], "0,1,0") if valid_prefix else config
         valid = plain = _build(held_out, Split.valid, valid_samples)
         valid_names = names_of(held_out.blend[0])
         if pause.rate > 0:
-            plain = _build(without_pauses, Split.valid, valid_samples)
+            plain = _build(dataclasses.replace(held_out, pause_rate=0.0), Split.valid, valid_samples)
     if _is_first_rank() and cached_indices(Path(cache)) != before:
         _say_what_is_unused(Path(cache), [part for part in (train, valid) if part is not None])
     return Datasets(train, valid, plain, train_names, valid_names, pause_tokenizer)

@@ -10,6 +10,7 @@ from pause_megatron.data.build import Datasets, build_datasets
 from pause_megatron.data.corpora import Corpora, open_corpora
 from pause_megatron.data.dataset import PauseTokenizer
 from pause_megatron.data.loader import Samples
+from pause_megatron.data.split_text import require_text
 from pause_megatron.distributed import initialize
 from pause_megatron.distributed.agreement import failing_together
 from pause_megatron.distributed.context import started_ranks
@@ -61,6 +62,13 @@ def corpus_data(config: RunConfig, world_size: int, rank: int = 0, corpora: Corp
     """
     corpora = open_corpora(config.data, config.pause.embeddings) if corpora is None else corpora
     if corpora.corpora or corpora.valid:
+        require_text(  # before a large corpus is verified
+            *([corpus.prefix for corpus in part] for part in (corpora.corpora, corpora.valid)),
+            split=config.data.split,
+            sequence_length=config.data.sequence_length,
+            pause=config.pause,
+            validates=bool(config.validation.every),
+        )
         config = with_cache_folder(config, (corpora.corpora or corpora.valid)[0].prefix)
     corpora.verify(config.data, rank)
     datasets = _datasets(config, corpora)
