@@ -38,7 +38,7 @@ def command(launcher: str, config: Path, output: Path, port: int) -> list[str]:
         "deepspeed": ["deepspeed", "--num_gpus=2", f"--master_port={port}", "--module", "pause_megatron", *verb],
         # Each into its own file, which the daemons write: what goes through srun is lost with it.
         "srun": [
-            *("srun", "--nodes=2", "--ntasks=2", f"--output={output}-%t"),
+            *("srun", "--job-name=killed", "--nodes=2", "--ntasks=2", f"--output={output}-%t"),
             *("python", "-m", "pause_megatron", *verb),
         ],
     }[launcher]
@@ -72,6 +72,18 @@ def launched(launcher: str, config: Path, output: Path, more: dict[str, str]) ->
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+            if launcher == "srun":  # an allocation that an srun has made for itself stays when that one is killed
+                give_back(environment)
+
+
+def give_back(environment: dict[str, str]) -> None:
+    """End what SLURM keeps of the jobs."""
+    end = time.monotonic() + 60
+    subprocess.run(["scancel", "--name=killed"], env=environment, check=True)
+    left = ["squeue", "--noheader", "--name=killed", "--format=%T"]
+    while subprocess.run(left, env=environment, check=True, capture_output=True).stdout:
+        assert time.monotonic() < end
+        time.sleep(0.1)
 
 
 def ranks_of(config: Path) -> list[int]:
