@@ -22,6 +22,7 @@ from prose import train_model
 from saving import Saving
 
 WIDTH, NEWEST = 32, 3
+OF = ": "  # before the error's name
 BY_BYTES, BY_FILES = "drawn by the bytes of the files", "drawn by files, all alike"
 
 
@@ -96,11 +97,12 @@ def flips(system: str, count: int) -> Result:
                 raise RuntimeError(f"{system}: no flip was tried\n{log.read_text()[-4000:]}")
             # A line is written before a flip is tried, and again when it is known how that ended.
             done = [list(pair) for pair in {number: (draw, end) for number, draw, end in lines}.values()]
-    result = Result()
+    result, errors = Result(), Counter()
     for draw, end in done:
-        result.count(f"R14: one bit of a checkpoint flipped, {draw}", end)
-    seen = Counter(end for _, end in done)
-    result.note = f"{sum(seen.values())} flips in all"
+        outcome, _, error = end.partition(OF)
+        result.count(f"R14: one bit of a checkpoint flipped, {draw}", outcome)
+        errors.update([error] if error else [])
+    result.note = ", ".join([f"{len(done)} flips", *(f"{count} {error}" for error, count in errors.most_common())])
     return result
 
 
@@ -119,7 +121,8 @@ def _flip(system: str, count: int, first: int, journal: Path) -> None:
         files += [folder / "latest"] if (folder / "latest").is_file() and not (folder / "latest").is_symlink() else []
         sizes = [path.stat().st_size for path in files]
         for number in range(first, count):
-            rng, draw = random.Random(number), (BY_BYTES, BY_FILES)[number % 2]
+            rng, draw = random.Random(number), (OF = ": "  # before the error's name
+BY_BYTES, BY_FILES)[number % 2]
             path = rng.choices(files, sizes if draw == BY_BYTES else None)[0]
             whole = path.read_bytes()
             content = bytearray(whole)
@@ -145,11 +148,11 @@ def _end_of(saving: WholeSaving, flipped: Path) -> str:
     except PauseMegatronError:
         return "refused in a sentence, though an older complete one is there"
     except Exception as error:
-        return f"refused with a traceback, though an older complete one is there: {type(error).__name__}"
+        return f"refused with a traceback, though an older complete one is there{OF}{type(error).__name__}"
     if step is None:
-        return "**silent**: the run begins anew"
+        return "**silent**, the run begins anew"
     if step not in range(1, NEWEST + 1) or not saving.is_of(step) or not saving.counters_of(step):
-        return "**silent**: taken, state or counters are wrong"
+        return "**silent**, taken, state or counters are wrong"
     if step == NEWEST:
         return "taken, nothing is wrong"
     named = any(part in said.getvalue() for part in (flipped.name, saving.path(NEWEST).name))

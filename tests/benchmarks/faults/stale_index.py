@@ -11,6 +11,7 @@ import random
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.faults.results import Result
 from benchmarks.faults.runs import arguments
@@ -73,20 +74,24 @@ def _compared(system: str, folder: Path) -> str:
         return f"an error: {type(error).__name__}"
     if windows == right:
         return "read as it is"
-    return "**read through the old index**, in silence"
+    wrong = sum(window not in (None, other) for window, other in zip(windows, right, strict=True))
+    errors = windows.count(None)
+    if not wrong:
+        return "an error at every window that the old index has wrong"
+    return f"**windows are read through the old index**, in silence{', others are errors' if errors else ''}"
 
 
-def _ours(folder: Path, cache: Path) -> list[list[int]]:
+def _ours(folder: Path, cache: Path) -> list[list[int] | None]:
     from pause_megatron.config.load import load
     from pause_megatron.train.pretrain import corpus_data
 
     keys = {"data__cache": cache, "train__steps": WINDOWS // 8, "data__sequence_length": LENGTH, "data__split": "1,0,0"}
     words = arguments(str(folder / "corpus"), folder / "run", **keys)
     data = corpus_data(load(recipe="tiny-pause", overrides=[word for word in words if "=" in word]), 1)
-    return [data.train[number]["tokens"].tolist() for number in range(WINDOWS)]
+    return _windows(data.train)
 
 
-def _stock(folder: Path, cache: Path) -> list[list[int]]:
+def _stock(folder: Path, cache: Path) -> list[list[int] | None]:
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
@@ -106,4 +111,15 @@ def _stock(folder: Path, cache: Path) -> list[list[int]]:
         create_attention_mask=False,
     )
     train, *_ = BlendedMegatronDatasetBuilder(GPTDataset, [WINDOWS, 0, 0], lambda: True, config).build()
-    return [train[number]["tokens"].tolist() for number in range(WINDOWS)]
+    return _windows(train)
+
+
+def _windows(dataset: Any) -> list[list[int] | None]:
+    """The first windows; None: reading it is an error."""
+    found: list[list[int] | None] = []
+    for number in range(WINDOWS):
+        try:
+            found.append(dataset[number]["tokens"].tolist())
+        except (IndexError, ValueError):
+            found.append(None)
+    return found
