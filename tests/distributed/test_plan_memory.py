@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from pause_megatron.plan.memory import rank_memory
 
 TESTS = Path(__file__).resolve().parents[1]
 TEXT_SIZE = 100  # of measured.py
+PROCESSES = 2  # the cases are shared out among them
 SMALL = (
     *("model.preset=null", "model.layers=2", "model.hidden=64", "model.heads=4", "model.tied=false"),
     *("data.sequence_length=128", "batch.global_size=16", "batch.micro_size=2"),
@@ -137,13 +139,21 @@ def ds(tmp_path_factory) -> Path:
 
 def measure(cases: dict, ds: Path, output: Path, timeout: float = 550) -> dict[str, tuple[Layout, dict]]:
     listed = [{"ranks": ranks, "overrides": keys(given, ds)} for ranks, given in cases.values()]
-    command = [sys.executable, str(TESTS / "measured.py"), json.dumps(listed), str(output)]
     # oneDNN's kernels for newer instructions, and more threads, have temporaries: up to 5 % of so small a model.
     environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
+
+    def answers(part: int) -> list[dict]:
+        file = output.with_suffix(f".{part}.json")
+        command = [sys.executable, str(TESTS / "measured.py"), json.dumps(listed[part::PROCESSES]), str(file)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return json.loads(file.read_text())
+
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(answers, range(PROCESSES)))
     layouts = [Layout.of(load(overrides=case["overrides"]), case["ranks"], TEXT_SIZE) for case in listed]
-    return dict(zip(cases, zip(layouts, json.loads(output.read_text()), strict=True), strict=True))
+    ordered = [found[number % PROCESSES][number // PROCESSES] for number in range(len(listed))]
+    return dict(zip(cases, zip(layouts, ordered, strict=True), strict=True))
 
 
 def keys(given: list[str], ds: Path) -> list[str]:

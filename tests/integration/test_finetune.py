@@ -22,15 +22,17 @@ from pause_megatron.hf.export import export
 from pause_megatron.tasks import load_task, read_examples
 
 PAUSES, LIMIT = "0..6", 60
-# ranks, tensor, sequence parallel, ZeRO stage, micro-batch, further keys
+# ranks, tensor, sequence parallel, ZeRO stage, micro-batch, further keys; every stage, and each kind of ranks
 TOPOLOGIES = [
+    (2, 1, False, 3, 1, []),
+    (2, 2, True, 2, 4, []),
+    (4, 2, True, 1, 2, ["parallel.recompute=full"]),
+]
+MORE_TOPOLOGIES = [
     (1, 1, False, 3, 4, ["parallel.recompute=full"]),
     (2, 1, False, 0, 2, []),
     (2, 1, False, 1, 4, []),
-    (2, 1, False, 3, 1, []),
-    (2, 2, True, 2, 4, []),
     (2, 2, False, 3, 2, ["parallel.recompute=full"]),
-    (4, 2, True, 1, 2, ["parallel.recompute=full"]),
 ]
 
 
@@ -117,7 +119,11 @@ def test_the_reference_learns_behind_pauses(reference):
     )
 
 
-@pytest.mark.parametrize("topology", TOPOLOGIES, ids=lambda t: "-".join(map(str, t[:5])))
+@pytest.mark.parametrize(
+    "topology",
+    [*TOPOLOGIES, *(pytest.param(each, marks=pytest.mark.slow) for each in MORE_TOPOLOGIES)],
+    ids=lambda t: "-".join(map(str, t[:5])),
+)
 def test_one_loss_list(base, data, tmp_path, reference, topology):
     ranks, tensor, sequence, zero, micro, extra = topology
     settings = ["log.tensorboard=false", "checkpoint.every=0", *extra]

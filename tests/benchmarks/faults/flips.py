@@ -121,8 +121,7 @@ def _flip(system: str, count: int, first: int, journal: Path) -> None:
         files += [folder / "latest"] if (folder / "latest").is_file() and not (folder / "latest").is_symlink() else []
         sizes = [path.stat().st_size for path in files]
         for number in range(first, count):
-            rng, draw = random.Random(number), (OF = ": "  # before the error's name
-BY_BYTES, BY_FILES)[number % 2]
+            rng, draw = random.Random(number), (BY_BYTES, BY_FILES)[number % 2]
             path = rng.choices(files, sizes if draw == BY_BYTES else None)[0]
             whole = path.read_bytes()
             content = bytearray(whole)
