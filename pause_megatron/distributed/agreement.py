@@ -204,9 +204,14 @@ def _tell(verb: str, seconds: float, error: Exception) -> None:
 
 
 def _meet(ranks: Ranks, seconds: float, record: Mapping[str, str], failure: str = "") -> None:
-    from pause_megatron.distributed.meeting import meet
+    import torch.distributed as dist
 
-    meet(ranks, "gloo", seconds, record, failure)
+    from pause_megatron.distributed.meeting import meet, meet_in_world
+
+    if dist.is_initialized():
+        meet_in_world(record, failure)
+    else:
+        meet(ranks, "gloo", seconds, record, failure)
 
 
 def _say(ranks: Ranks, text: str) -> None:

@@ -12,11 +12,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from pause_megatron.config.schema import ParallelSection
-from pause_megatron.distributed.agreement import same_on_every_rank
 from pause_megatron.distributed.cpu import use_cpu_without_cuda
 from pause_megatron.distributed.devices import take_device
 from pause_megatron.distributed.groups import make_groups
-from pause_megatron.distributed.meeting import meet, own_keys
+from pause_megatron.distributed.meeting import meet, meet_in_world
 from pause_megatron.distributed.mpu import MPU
 from pause_megatron.distributed.ranks import Ranks, discover
 from pause_megatron.errors import ConfigError
@@ -114,10 +113,10 @@ def initialize(
     if owns_world:
         os.environ.update(ranks.environment())
         store = _meet(ranks, "nccl" if kind == "cuda" else "gloo", timeout, connect_seconds, record, failure)
+    elif same and world_size > 1:
+        meet_in_world(record, failure)
     elif failure:
         raise ConfigError(failure)
-    elif same and world_size > 1:
-        _compare_in_world(record)
     target = torch.device("cpu")
     if kind == "cuda":
         target = take_device(ranks, store if ranks.world_size > 1 else None)
@@ -207,13 +206,6 @@ def _meet(
         store = dist.HashStore()
     store.set_timeout(timeout)
     return store
-
-
-def _compare_in_world(record: Mapping[str, str]) -> None:
-    """Through the store of a world that somebody else has made."""
-    ranks = Ranks(dist.get_rank(), 0, dist.get_world_size(), "", 0, "environment")
-    store = dist.distributed_c10d._get_default_store()
-    same_on_every_rank(own_keys(dist.PrefixStore("pause_megatron", store), ranks), ranks, record)
 
 
 def _start_world(ranks: Ranks, store: dist.Store, backend: str, timeout: timedelta) -> None:

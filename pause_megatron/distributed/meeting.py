@@ -65,6 +65,18 @@ def meet(
     return store
 
 
+def meet_in_world(record: Mapping[str, str], failure: str = "") -> None:
+    """Likewise for the ranks of a world that somebody else has made and that stands. Every rank calls this.
+
+    Raises:
+        SharedError: ranks that differ, or one that cannot go on. On every rank.
+    """
+    agreement.has_met()
+    ranks = Ranks(dist.get_rank(), 0, dist.get_world_size(), "", 0, "environment")
+    store = dist.PrefixStore("pause_megatron", dist.distributed_c10d._get_default_store())
+    agreement.same_on_every_rank(own_keys(store, ranks), ranks, record, failure)
+
+
 def own_keys(store: dist.Store, ranks: Ranks) -> dist.Store:
     """Keys of this meeting: a process may meet again."""
     return _meeting(store, store.add(f"meetings/{ranks.rank}", 1))

@@ -113,6 +113,24 @@ def test_other_files_under_the_same_names_are_refused(words, corpus, other_corpu
     assert re.search(r"content of data.prefix is xxh3_128:\S+ on rank 0 and xxh3_128:\S+ on rank 1", text), text
 
 
+def test_other_records_of_a_task_and_a_pretraining_beside_a_finetuning_are_refused(
+    words, shards, corpus, task_records, tmp_path
+):
+    mine, other = task_records / "commonsense_qa", tmp_path / "records"
+    shutil.copytree(mine, other)
+    (file,) = other.glob("train.jsonl*")
+    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[1:]))
+    task = ["task.name=commonsense_qa", "task.limit=8", f"data.tokenizer={shards / 'tokenizer.model'}"]
+    task += ["data.sequence_length=256", "train.steps=2", "finetune.pauses=2", f"run.dir={tmp_path / 'run'}"]
+    finetuning = ["finetune", *task, "run.connect_seconds=50"]
+    codes, text = ended(tmp_path, [*finetuning, f"task.path={mine}"], [*finetuning, f"task.path={other}"])
+    assert codes == [2, 2] and len(messages(text)) == 1, text
+    assert re.search("content of task.path is xxh3_128:.* on rank 0 and xxh3_128:.* on rank 1", text), text
+    codes, text = ended(tmp_path, words, [*finetuning, f"task.path={mine}"])
+    assert codes == [2, 2] and len(messages(text)) == 1, text
+    assert "verb is pretrain on rank 0 and finetune on rank 1" in text
+
+
 def test_a_corpus_that_one_rank_lacks_is_told_to_all(words, tmp_path):
     codes, text = ended(tmp_path, words, [*words, "data.prefix=/nowhere/corpus"])
     assert codes == [2, 2], text
