@@ -309,22 +309,30 @@ def test_indices_that_others_built(tmp_path: Path) -> None:
 
 def test_every_rank_ends_alike(tmp_path: Path) -> None:
     """Where the disk is full, the folder a file, or another one on each host: nobody waits, and all name data.cache."""
-    prefixes = [write_corpus(tmp_path / name, paragraphs(50)) for name in ("one", "two")]
-    blends = {"one": prefixes[:1], "list": prefixes, "blend": ["1", prefixes[0], "2", prefixes[1]]}
-    for name, blend in blends.items():
-        for said in run_on_ranks(2, built_on_full_disk, blend, str(tmp_path / name)):
-            assert re.match(r"data\.cache: .*(No space left|expected the index)", said), said
-        assert os.listdir(tmp_path / name) == []
+    for name in ("one", "two"):
+        write_corpus(tmp_path / name, paragraphs(50))
     (tmp_path / "file").write_text("a file")
-    run = str(tmp_path / "run")
-    for said in run_on_ranks(2, settled, prefixes[0], run, str(tmp_path / "file")):
-        assert said == f"data.cache={tmp_path}/file: expected a folder to write index caches to, got: a file"
-    for said in run_on_ranks(2, settled, prefixes[0], run, str(tmp_path / "host{rank}")):
-        assert re.match(rf"data\.cache={tmp_path}/host0: expected a folder that all hosts see, .* does not see", said)
-    assert run_on_ranks(2, settled, prefixes[0], run, None) == [str(tmp_path / "cache")] * 2
-    (tmp_path / "cache").rmdir()  # with the mark gone
-    (tmp_path / "cache").write_text("a file")
-    assert run_on_ranks(2, settled, prefixes[0], run, None) == [f"{run}/cache"] * 2
+    for full, file, host, beside, spare in run_on_ranks(2, endings, str(tmp_path)):
+        for said in full:
+            assert re.match(r"data\.cache: .*(No space left|expected the index)", said), said
+        assert file == f"data.cache={tmp_path}/file: expected a folder to write index caches to, got: a file"
+        assert re.match(rf"data\.cache={tmp_path}/host0: expected a folder that all hosts see, .* does not see", host)
+        assert (beside, spare) == (str(tmp_path / "cache"), f"{tmp_path}/run/cache")
+    assert not list(tmp_path.glob("full*/*")) and len(list(tmp_path.glob("full*"))) == 3
+
+
+def endings(folder: str) -> list:
+    """What is said on this rank in every case, one after the other."""
+    one, two, run = f"{folder}/one", f"{folder}/two", f"{folder}/run"
+    blends = ([one], [one, two], ["1", one, "2", two])
+    full = [built_on_full_disk(blend, f"{folder}/full{number}") for number, blend in enumerate(blends)]
+    said = [full, *(settled(one, run, cache) for cache in (f"{folder}/file", f"{folder}/host{{rank}}", None))]
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        Path(folder, "cache").rmdir()  # with the mark gone
+        Path(folder, "cache").write_text("a file")
+    torch.distributed.barrier()
+    return [*said, settled(one, run, None)]
 
 
 def built_on_full_disk(prefixes: list[str], cache: str) -> str:
