@@ -89,7 +89,11 @@ class DataSection(Section):
         description="tokenizer to insist on (another one is refused); default: the one kept beside the corpus, or for "
         "a finetuning that of model.from",
     )
-    cache: PathText | None = Field(None, description="folder of index caches; default: 'cache' beside the first prefix")
+    cache: PathText | None = Field(
+        None,
+        description="folder of index caches, which all hosts see; default: 'cache' beside the first prefix, or in the "
+        "run folder where nobody can write there",
+    )
     verify: Literal["once", "always", "never"] = Field(
         "once",
         description="once: read each corpus whole at its first use and compare it with its digests; always: at every "
