@@ -17,7 +17,7 @@ from types import FrameType
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
-from pause_megatron.output import tolerant_output
+from pause_megatron.output import tolerant_output, write_from_handler
 
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 
@@ -44,6 +44,8 @@ def _pass_on(number: int, frame: FrameType | None) -> None:
     if not ranks:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
         os.kill(os.getpid(), number)
+    name = signal.Signals(number).name
+    write_from_handler(f"torchrun: {name} was passed on to {len(ranks)} processes, waiting until they end")
     for rank in ranks:
         with contextlib.suppress(ProcessLookupError):
             os.kill(rank, number)
