@@ -272,6 +272,20 @@ def gone() -> bool:
     return _own.gone()
 
 
+def left(code: int) -> int:
+    """End this process with its exit code if its launcher has ended, when there is nothing more to do; else the code.
+
+    torchrun's store lives in torchrun. What torch has open there is given up when the interpreter ends, and then takes
+    longer than this process may live.
+    """
+    if gone():
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    return code
+
+
 def own_name() -> str:
     """The value of PAUSE_MEGATRON_LAUNCHER_PID for processes that shall end with this one."""
     return f"{os.getpid()}@{processes.machine()}"

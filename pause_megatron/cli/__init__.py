@@ -71,7 +71,7 @@ def _main(argv: Sequence[str] | None) -> int:
         if argv is None:  # not in somebody's program, whose end is not this one's to decide
             launcher.end_with_launcher()
         arguments = _take_local_rank(list(sys.argv[1:] if argv is None else argv))
-        return _dispatch(arguments)
+        return launcher.left(_dispatch(arguments))
     except OutputError:
         raise
     except PauseMegatronError as error:

@@ -184,6 +184,7 @@ def test_no_rank_outlives_its_launcher(corpus, tmp_path, request, launcher, mome
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", "srun"])
 def test_at_twenty_moments(corpus, tmp_path, request, launcher):
     """One run, killed again and again; each start goes on from the newest complete checkpoint."""
@@ -199,7 +200,9 @@ def test_at_twenty_moments(corpus, tmp_path, request, launcher):
             path_of_before.unlink()
         with launched(launcher, path, output, slurm(request, launcher)) as process:
             moments.wait(moment, process, rng.uniform(0, 6.0 if moment == "start" else 0.05))
-            longest = max(longest, kill_the_launcher(process, path))
+            seconds = kill_the_launcher(process, path)
+        print(f"{launcher}, kill {number + 1} ({moment}): the last rank ended after {seconds:.1f} s", flush=True)
+        longest = max(longest, seconds)
         text = said(output)
         assert "held by" not in text and "Traceback" not in text, text[-4000:]
         if newest and moment != "start":
