@@ -14,6 +14,7 @@ import contextlib
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -44,6 +45,7 @@ _WORDS = {
 _RUNNER = ("deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner")
 _REMOTE = ("sshd", "sshd-session")
 _SHELLS = ("sh", "bash", "dash")
+_ENDING_LOOKS = 100
 # They take the children of those that have ended.
 _FOSTER_PARENTS = ("init", "systemd", "tini", "dumb-init", "docker-init", "catatonit")
 
@@ -128,19 +130,27 @@ def _by_mark(name: str, mark: str, ancestors: list[int], found: Found) -> None:
 
 def _runner_of(pid: int, found: Found) -> None:
     """What started DeepSpeed's launcher of this machine: its runner, or a remote shell."""
-    parent = processes.parent(pid)
+    for _ in range(_ENDING_LOOKS):
+        parent = processes.parent(pid)
+        if not parent or processes.words(parent):
+            break
+        time.sleep(0.005)  # it is just ending, and another one follows it; or it may not be looked at
+    running = processes.process(parent)
     if _says(parent, _RUNNER):
         _watch(found, "the deepspeed runner", parent)
         return
+    remote = parent
     if _program(parent) in _SHELLS and "deepspeed.launcher.launch" in " ".join(processes.words(parent)):
-        parent = processes.parent(parent)
-    if _program(parent) in _REMOTE:
-        _watch(found, "the deepspeed runner's connection", parent)
+        remote = processes.parent(parent)
+    if _program(remote) in _REMOTE:
+        _watch(found, "the deepspeed runner's connection", remote)
         return
     fields = processes.stat(pid)
     # A shell or a service makes a process group of what it starts; a runner does not, so this one was orphaned.
     if _fosters(parent, "deepspeed") and fields and int(fields[2]) != pid:
         found.gone.append("the deepspeed runner")
+    elif running is not None and not processes.runs(running):  # it has ended while it was looked at
+        _runner_of(pid, found)
 
 
 def _slurm(env: Mapping[str, str], ancestors: list[int], found: Found) -> None:

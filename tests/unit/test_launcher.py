@@ -97,6 +97,16 @@ def test_deepspeeds_runner_matters_as_well(tmp_path):
     assert (there, gone) == ({"deepspeed": by_hand}, [])
 
 
+def test_a_runner_that_ends_while_it_is_looked_at_is_no_stranger(monkeypatch):
+    """Its command line is empty before its children get another parent."""
+    parents, found = iter([70, 70, 1, 1, 1]), launcher.Found()
+    monkeypatch.setattr(processes, "parent", lambda pid: next(parents))
+    monkeypatch.setattr(processes, "words", lambda pid: ["/sbin/init"] if pid == 1 else [])
+    monkeypatch.setattr(processes, "stat", lambda pid: ["S", "1", "69", *["0"] * 20])
+    launcher._runner_of(71, found)
+    assert found.gone == ["the deepspeed runner"] and found.processes == {}
+
+
 @pytest.mark.parametrize("variables", ["RANK=0 WORLD_SIZE=2 LOCAL_RANK=0", "A=1", "SLURM_PROCID=0 SLURM_NTASKS=4"])
 def test_what_a_shell_or_a_program_starts_by_itself_has_no_launcher(tmp_path, variables):
     assert found_by(tmp_path, ("anything", variables))[:2] == ({}, [])
