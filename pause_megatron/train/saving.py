@@ -30,6 +30,9 @@ class CheckpointSaver:
         context: this rank's place
         stream: whose place is saved too, where the run streams its text
         owner: of the run folder
+
+    Attributes:
+        newest: the step that was saved last; None before the first save
     """
 
     def __init__(
@@ -44,7 +47,7 @@ class CheckpointSaver:
     ) -> None:
         self._config, self._engine, self._data, self._store = config, engine, data, store
         self._context, self._stream, self._owner = context, stream, owner
-        self._newest: int | None = None
+        self.newest: int | None = None
 
     def __call__(self, result: StepResult) -> None:
         self._owner.require()
@@ -60,7 +63,7 @@ class CheckpointSaver:
             keep=self._config.checkpoint.keep,
             extra=self._stream.files(result.step) if self._stream else {},
         )
-        self._newest = result.step
+        self.newest = result.step
 
     @contextmanager
     def naming_the_newest(self) -> Iterator[None]:
@@ -68,9 +71,9 @@ class CheckpointSaver:
         try:
             yield
         except BaseException:
-            if self._newest is not None and self._context.rank == 0:
-                place = self._store.path(self._newest)
-                print(f"step {self._newest} was saved to {place}: the same command goes on from there", file=sys.stderr)
+            if self.newest is not None and self._context.rank == 0:
+                place = self._store.path(self.newest)
+                print(f"step {self.newest} was saved to {place}: the same command goes on from there", file=sys.stderr)
             raise
 
     def _save_tokenizer(self, folder: Path) -> None:

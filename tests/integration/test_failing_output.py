@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from file_calls import Delay, FileCall, available
@@ -20,7 +21,8 @@ from forked_ranks import STEPS, final_state, finish, run_config, start
 
 from pause_megatron.checkpoint import Store
 from pause_megatron.config.load import dump
-from pause_megatron.train.run import EXIT_STOPPED, _naming_the_newest
+from pause_megatron.train.run import EXIT_STOPPED
+from pause_megatron.train.saving import CheckpointSaver
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(not available(), reason="this kernel does not hand over file calls")
@@ -92,8 +94,9 @@ def test_a_run_all_of_whose_output_fails_trains_saves_and_stops_as_any_other(cor
 
 def test_whatever_ends_a_run_after_a_save_does_not_hide_it(tmp_path, capsys):
     store = Store(tmp_path / "checkpoints", 0, 1)
-    for saved in ([], [4, 8]):
-        with pytest.raises(RuntimeError, match="of the loader"), _naming_the_newest(store, saved):
+    saver = CheckpointSaver(None, None, None, store, SimpleNamespace(rank=0), None, None)
+    for saver.newest in (None, 8):
+        with pytest.raises(RuntimeError, match="of the loader"), saver.naming_the_newest():
             raise RuntimeError("of the loader")
     assert capsys.readouterr().err == f"step 8 was saved to {store.path(8)}: the same command goes on from there\n"
 
