@@ -37,6 +37,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from pause_megatron.config.schema import PauseSection
 from pause_megatron.data.build import Datasets, build_datasets
 from pause_megatron.data.indexed import read_header, write_index
+from pause_megatron.data.manifest import Counts, FileRecord, Manifest, TokenizerRecord
 from pause_megatron.durable import DigestFile
 
 C4_DOCUMENTS = 364_868_892
@@ -67,12 +68,32 @@ def generated_lengths(documents: int) -> Iterator[np.ndarray]:
 
 
 def write(folder: Path, documents: int) -> None:
-    """The `.idx`, and a `.bin` of holes."""
+    """The `.idx`, a `.bin` of holes, and the manifest that `prepare` would write; nobody reads the `.bin`'s digest."""
     index = DigestFile(folder / "c4.idx")
     write_index(index, "uint16", documents, lambda: generated_lengths(documents))
     index.publish()
+    size = read_header(folder / "c4.idx").bin_bytes
     with open(folder / "c4.bin", "wb") as file:
-        file.truncate(read_header(folder / "c4.idx").bin_bytes)
+        file.truncate(size)
+    own = SizedTokenizer()
+    tokenizer = TokenizerRecord(
+        kind="benchmark", fingerprint=own.fingerprint, vocab_size=own.vocab_size, eod=own.eod, pause_id=own.vocab_size
+    )
+    Manifest(
+        tokenizer=tokenizer,
+        text_key="text",
+        damaged_shards="error",
+        dtype="uint16",
+        counts=Counts(documents=documents, tokens=size // 2, text_bytes=None, malformed={}),
+        places={},
+        files={
+            "bin": FileRecord(bytes=size, digest="xxh3_128:" + "0" * 32),
+            "idx": FileRecord(bytes=index.bytes, digest=index.digest),
+        },
+        blocks=None,
+        sources=[],
+        adoption=None,
+    ).save(folder / "c4")
 
 
 def start(folder: Path, samples: int) -> Datasets:
