@@ -102,7 +102,10 @@ def _schedule(saving: Pruning, rng: random.Random) -> Iterator[str]:
             del whole[damaged]
         outcome, step = saving.resume()
         if outcome not in ("resumed", "resumed by hand"):
-            yield f"a start: {'**a wrong state is taken**' if outcome == 'wrong' else '**nothing is found**'}"
+            wrong = (
+                "**a wrong state is taken**" if outcome == "wrong" else "**refused, though a complete one is there**"
+            )
+            yield f"a start: {wrong}"
             return
         yield f"a start: {outcome} from {'the newest complete one' if step == max(whole) else 'an older one'}"
         for _ in range(SAVES_A_ROUND):
