@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -58,7 +59,9 @@ def __getattr__(name: str) -> object:
     if place is not None:
         value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{place}"), name)
         return value
-    if name.startswith("__"):  # asked for by importlib, copy and inspect, of every module
+    # Asked for by importlib, copy and inspect, of every module; and by `from pause_megatron import MODULE`, which
+    # imports the module next: nothing else may be imported before it.
+    if name.startswith("__") or importlib.util.find_spec(f"{__name__}.{name}") is not None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from pause_megatron.config.spelling import nearest
 
