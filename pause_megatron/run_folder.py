@@ -3,12 +3,13 @@
     RUN/.checkpoints.json              the step that `latest` was last pointed to by a save
     RUN/checkpoints/latest             a symbolic link to a checkpoint; where there are none, a file with its name
     RUN/checkpoints/step-00000200/
-    RUN/checkpoints/set-aside/         what a roll-back or damage left behind: moved here, never deleted
+    RUN/checkpoints/set-aside-step-00000200/   what a roll-back or damage left behind: renamed, never deleted
 
 One rule for everybody (resume, export-hf, generate, evaluate, model.from): **the newest complete checkpoint, unless
 `latest` was moved back by hand; then the one that it names**, or the newest complete one before it. A save moves
 `latest` only once its target is complete, so a `latest` that is older than the newest checkpoint is either a save that
-was killed in between, or a roll-back: the record of the step that it was last pointed to tells them apart.
+was killed in between, or a roll-back. The record of the step that it was last pointed to tells them apart; where that
+is missing (a copy without hidden files), the time at which `latest` was made does.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pause_megatron.durable import write_whole
+from pause_megatron.durable import read_regular, write_whole
 
-CHECKPOINTS, LATEST, MANIFEST, SET_ASIDE = "checkpoints", "latest", "manifest.json", "set-aside"
+CHECKPOINTS, LATEST, MANIFEST, SET_ASIDE = "checkpoints", "latest", "manifest.json", "set-aside-"
 _STEP = re.compile(r"step-(\d{8,})")
 _LONGEST_NAME = 4096
+_LARGEST_MANIFEST = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def steps_in(checkpoints: Path) -> list[int]:
 def choose(path: str | Path) -> Choice:
     """The checkpoints that a path means: one itself, `.../latest`, `RUN/checkpoints` or `RUN`. None: no folders."""
     path = Path(path)
-    if path.name == LATEST and (steps_in(path.parent) or not (path / MANIFEST).is_file()):
+    if path.name == LATEST and not (is_copy(path) and _copied_step(path.parent) is None):
         return choose_in(path.parent)
     if (path / MANIFEST).is_file():
         return Choice((path.resolve(),))
@@ -98,6 +99,11 @@ def pointed_to(checkpoints: Path) -> str:
         return ""
 
 
+def is_copy(latest: Path) -> bool:
+    """Whether a folder stands in the place of `latest`, as a copy that follows links leaves it."""
+    return latest.is_dir() and not latest.is_symlink()
+
+
 def record_of(checkpoints: Path) -> Path:
     """Where that record is."""
     return checkpoints.with_name(f".{checkpoints.name}.json")
@@ -105,21 +111,42 @@ def record_of(checkpoints: Path) -> Path:
 
 def choose_in(checkpoints: Path) -> Choice:
     """Those of `RUN/checkpoints`."""
-    steps = steps_in(checkpoints)
-    if not steps:
-        copied = checkpoints / LATEST
-        return Choice((copied.resolve(),) if (copied / MANIFEST).is_file() else ())
-    pointed, published = pointed_to(checkpoints), last_published(checkpoints)
-    target, note = step_of(pointed), ""
-    if pointed and target not in steps:
+    found = {step: [checkpoints / step_name(step)] for step in steps_in(checkpoints)}
+    if (copied := _copied_step(checkpoints)) is not None:
+        found.setdefault(copied, []).append(checkpoints / LATEST)
+    steps = sorted(found, reverse=True)
+    pointed, note = pointed_to(checkpoints), ""
+    target = step_of(pointed)
+    if pointed and target not in found:
         note = f"{checkpoints / LATEST} names {pointed}, which is not there"
-    elif target is not None and published is not None and target < published:
-        newer = [step_name(step) for step in steps if step > target]
-        steps = [step for step in steps if step <= target]
-        note = f"{checkpoints / LATEST} was moved back to {pointed}"
-        note += f", before {', '.join(newer)}" if newer else ""
-    return Choice(tuple(_folders(checkpoints, reversed(steps))), note)
+    elif target is not None and target < steps[0]:
+        newer = ", ".join(step_name(step) for step in reversed(steps) if step > target)
+        if _moved_back(checkpoints, target, steps[0]):
+            note = f"{checkpoints / LATEST} was moved back to {pointed}, before {newer}"
+            steps = [step for step in steps if step <= target]
+        else:
+            note = f"{checkpoints / LATEST} still names {pointed}: a save ended before it moved to {newer}"
+    return Choice(tuple(folder.resolve() for step in steps for folder in found[step]), note)
 
 
-def _folders(checkpoints: Path, steps: Iterable[int]) -> Iterable[Path]:
-    return ((checkpoints / step_name(step)).resolve() for step in steps)
+def _moved_back(checkpoints: Path, target: int, newest: int) -> bool:
+    """Whether somebody has pointed `latest` at an older checkpoint, not a save that ended before it moved it."""
+    if (published := last_published(checkpoints)) is not None:
+        return target < published
+    try:
+        made = (checkpoints / step_name(newest) / MANIFEST).stat().st_mtime_ns
+        return (checkpoints / LATEST).lstat().st_mtime_ns > made
+    except OSError:
+        return False
+
+
+def _copied_step(checkpoints: Path) -> int | None:
+    """The step of a checkpoint that stands in the place of `latest`."""
+    latest = checkpoints / LATEST
+    if not is_copy(latest):
+        return None
+    try:
+        step = json.loads(read_regular(latest / MANIFEST, _LARGEST_MANIFEST))["step"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return step if type(step) is int and step >= 0 else None

@@ -201,7 +201,7 @@ class _Schedule(RuleBasedStateMachine):
     def none_is_lost(self) -> None:
         now = self.complete()
         for step in self.before - now:
-            aside = (self.folder / "set-aside").glob(f"step-{step:08d}*") if self.folder.is_dir() else ()
+            aside = self.folder.glob(f"set-aside-step-{step:08d}*") if self.folder.is_dir() else ()
             assert any(newer > step for newer in now) or any(aside), f"{step} is gone, complete are {sorted(now)}"
         self.before = now
 

@@ -17,8 +17,10 @@ from pause_megatron.run_folder import (
     LATEST,
     MANIFEST,
     SET_ASIDE,
+    Choice,
     choose,
     choose_in,
+    is_copy,
     last_published,
     record_published,
     step_name,
@@ -43,7 +45,7 @@ class Store:
         self._rank, self._world_size = rank, world_size
         # Of this process: what it resumed from; and what the files of checkpoints were like when they were found
         # complete (with so many optimizer steps) or damaged, so that they are not read again while nobody writes them.
-        self._resumed: int | None = None
+        self._resumed: tuple[int, Path] | None = None
         self._verdicts: dict[int, tuple[_Stamp, int | None]] = {}
 
     def steps(self) -> list[int]:
@@ -72,7 +74,7 @@ class Store:
         What was passed over when the run resumed (rolled back, or damaged) is set aside first, and nothing is deleted.
         """
         if self._resumed is not None:
-            self._leave_behind(self._resumed)
+            self._leave_behind(*self._resumed)
         final = self.path(step)
         if final.exists():
             self._set_aside(final)
@@ -89,10 +91,11 @@ class Store:
         """
         sync_folder(self.folder)
         latest = self.folder / LATEST
-        if latest.is_dir() and not latest.is_symlink():  # a copy that followed the link
-            self._adopt(latest)
+        if is_copy(latest):
+            self._set_aside(latest)
         point(latest, step_name(step))
-        record_published(self.folder, step)
+        # Not below one that could not be set aside: `latest` stays moved back before it.
+        record_published(self.folder, self.steps()[-1])
 
     def prune(self, keep: int) -> None:
         """Deletes all but the newest `keep` complete checkpoints. Every rank calls this.
@@ -119,7 +122,7 @@ class Store:
         """The checkpoint to go on from, by the rule of `run_folder`. Every rank calls this; all return the same.
 
         Returns:
-            (folder, manifest, complaints about others that were passed over), or None when there is no checkpoint.
+            (folder, manifest, lines about others that were passed over), or None when there is no checkpoint.
 
         Raises:
             NewerFormatError: it was written by a newer release.
@@ -129,11 +132,10 @@ class Store:
         if not choice.folders:
             return None
         found = first_complete(choice.folders, rank=self._rank, world_size=self._world_size, report=report)
-        self._resumed = found.manifest.step
-        if self._rank == 0:
+        self._resumed = found.manifest.step, found.folder
+        if self._rank == 0 and found.folder.name == step_name(found.manifest.step):
             self._judge(found.manifest.step, complete=True)
-        notes = (choice.note,) if choice.note else ()
-        return found.folder, found.manifest, notes + found.complaints
+        return found.folder, found.manifest, _said(choice, found)
 
     def verify(self, folder: Path) -> list[str]:
         """What is wrong with a checkpoint, one line a file; empty when nothing is. Every rank calls this."""
@@ -173,36 +175,32 @@ class Store:
             stamps.append((str(error), 0, 0, 0))
         return tuple(stamps)
 
-    def _leave_behind(self, resumed: int) -> None:
-        """Sets aside the checkpoints that are newer than the one that the run went on from."""
-        newer = [step for step in self.steps() if step > resumed]
-        for step in newer:
-            self._set_aside(self.path(step))
-        published = last_published(self.folder)
-        if newer and published is not None and published > resumed:
-            record_published(self.folder, resumed)  # the roll-back is done: from here on the newest is meant again
+    def _leave_behind(self, resumed: int, folder: Path) -> None:
+        """Sets aside the checkpoints that are newer than the one that the run went on from, and gives that its name.
+
+        One that cannot be moved (another user's) stays, and is said: the rule finds the others all the same.
+        """
+        try:
+            for step in self.steps():
+                if step > resumed:
+                    self._set_aside(self.path(step))
+            if is_copy(self.folder / LATEST) and folder == (self.folder / LATEST).resolve():
+                if self.path(resumed).exists():
+                    self._set_aside(self.path(resumed))
+                os.rename(self.folder / LATEST, self.path(resumed))
+            published = last_published(self.folder)
+            if published is not None and published > resumed:
+                record_published(self.folder, resumed)  # the roll-back is done: from here on the newest is meant again
+        except OSError as error:
+            print(f"warning: a checkpoint that was passed over stays where it is: {error}", file=sys.stderr, flush=True)
 
     def _set_aside(self, folder: Path) -> None:
-        aside = self.folder / SET_ASIDE
-        aside.mkdir(exist_ok=True)
-        target = aside / folder.name
-        number = 1
+        number, target = 1, self.folder / f"{SET_ASIDE}{folder.name}"
         while target.exists():
             number += 1
-            target = aside / f"{folder.name}.{number}"
+            target = self.folder / f"{SET_ASIDE}{folder.name}.{number}"
         os.rename(folder, target)
-        print(f"{folder} was passed over: moved to {target}", file=sys.stderr, flush=True)
-
-    def _adopt(self, latest: Path) -> None:
-        """Takes a folder out of the place of `latest`: as the checkpoint that it is, unless that is there already."""
-        try:
-            named = self.path(Manifest.load(latest).step)
-        except CheckpointError:
-            named = latest
-        if named.exists():
-            self._set_aside(latest)
-        else:
-            os.rename(latest, named)
+        print(f"{folder} was passed over: it is {target} now", file=sys.stderr, flush=True)
 
     def _delete(self, folder: Path) -> None:
         if folder.is_symlink():
@@ -227,6 +225,11 @@ def open_newest(path: str | Path, *, rank: int = 0, world_size: int = 1, report:
         )
     found = first_complete(choice.folders, rank=rank, world_size=world_size, report=report)
     if rank == 0:
-        for line in ((choice.note,) if choice.note else ()) + found.complaints:
-            print(f"warning: passed over: {line}", file=sys.stderr, flush=True)
+        for line in _said(choice, found):
+            print(f"warning: {line}", file=sys.stderr, flush=True)
     return found
+
+
+def _said(choice: Choice, found: Complete) -> tuple[str, ...]:
+    notes = (choice.note,) if choice.note else ()
+    return (*notes, *(f"passed over: {complaint}" for complaint in found.complaints))

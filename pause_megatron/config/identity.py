@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pause_megatron.config.schema import RunConfig
@@ -37,6 +38,11 @@ def deciding_keys(config: RunConfig) -> dict[str, Any]:
         for key, value in _keys(config)
         if key.partition(".")[0] not in FREE_SECTIONS and key not in FREE_KEYS
     }
+
+
+def corpus_names(words: Iterable[str]) -> tuple[str, ...]:
+    """The names of corpora (and weights) without their folders: with the seed they decide where pauses are."""
+    return tuple(os.path.basename(word) for word in words)
 
 
 def compared_keys(config: RunConfig) -> dict[str, Any]:

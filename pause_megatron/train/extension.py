@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 
-from pause_megatron.config.identity import LENGTH_KEYS, SCHEDULE_KEYS, deciding_keys
+from pause_megatron.config.identity import LENGTH_KEYS, SCHEDULE_KEYS, corpus_names, deciding_keys
 from pause_megatron.config.schema import RunConfig
 from pause_megatron.errors import CheckpointError, ConfigError
 
@@ -67,11 +67,18 @@ def _refuse_another_end(before: RunConfig, now: RunConfig, step: int) -> None:
 
 def _lines(before: RunConfig, now: RunConfig, free: frozenset[str] | set[str]) -> list[str]:
     old, new = deciding_keys(before), deciding_keys(now)
-    return [
+    lines = [
         f"{key}: {old[key]!r} in the checkpoint, {new[key]!r} in this run"
         for key in new
         if old[key] != new[key] and key not in free
     ]
+    names = [corpus_names(config.data.prefix) for config in (before, now)]
+    if now.pause.rate and names[0] != names[1]:
+        lines.append(
+            f"data.prefix: corpora named {' '.join(names[0])} in the checkpoint, {' '.join(names[1])} in this run: the "
+            "name, with pause.seed, decides where the pauses are. Rename the files; their folder does not matter"
+        )
+    return lines
 
 
 def _finish(before: RunConfig) -> str:

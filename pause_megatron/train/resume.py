@@ -75,7 +75,7 @@ def find_resume(store: Store, config: RunConfig, corpus: str, context: ParallelC
         found = store.newest_complete(progress.report if context.rank == 0 else no_report)
     if found is None:
         return None
-    folder, manifest, complaints = found
+    folder, manifest, said = found
     differences = config_differences(load(folder / "config.yaml"), config, manifest.step)
     if manifest.corpus != corpus:
         differences.append(f"corpus: {manifest.corpus} in the checkpoint, {corpus} in this run")
@@ -86,8 +86,8 @@ def find_resume(store: Store, config: RunConfig, corpus: str, context: ParallelC
             + how_to_extend(load(folder / "config.yaml"), config, manifest.step)
         )
     if context.rank == 0:
-        for complaint in complaints:
-            print(f"passed over: {complaint}", file=sys.stderr)
+        for line in said:
+            print(line, file=sys.stderr)
         print(f"resuming after step {manifest.step} from {folder}", file=sys.stderr)
         if change := world_change(manifest, config, context):
             print(change, file=sys.stderr, flush=True)

@@ -19,7 +19,7 @@ import xxhash
 
 import pause_megatron
 from pause_megatron.config.deepspeed import deepspeed_config
-from pause_megatron.config.identity import compared_keys
+from pause_megatron.config.identity import compared_keys, corpus_names
 from pause_megatron.config.initial import checkpoint_config
 from pause_megatron.config.plan import batch_plan
 from pause_megatron.config.schema import RunConfig
@@ -68,7 +68,9 @@ def corpora_record(corpora: Corpora) -> dict[str, str]:
     valid = [corpus.manifest.fingerprint for corpus in corpora.valid]
     return {
         "content of data.prefix": corpora.fingerprint,
+        "names in data.prefix": _text(corpus_names(str(corpus.prefix) for corpus in corpora.corpora)),
         "content of data.valid_prefix": _text(valid),
+        "names in data.valid_prefix": _text(corpus_names(str(corpus.prefix) for corpus in corpora.valid)),
         "content of data.tokenizer": corpora.tokenizer.fingerprint,
     }
 

@@ -119,7 +119,25 @@ def killed_before_the_pointer_moved(run: Path) -> None:
     (run / ".checkpoints.json").write_text('{"published": 20}')
 
 
+def without_a_record(run: Path, minutes: int) -> None:
+    """`latest` names an older one, made so long after the newest was: a roll-back, or before: a save was killed."""
+    point_by_hand(run, "step-00000020")
+    (run / ".checkpoints.json").unlink()
+    made = (run / "checkpoints" / "step-00000030" / "manifest.json").stat().st_mtime + 60 * minutes
+    os.utime(run / "checkpoints" / "latest", (made, made), follow_symlinks=False)
+
+
+def only_the_copy_is_whole(run: Path) -> None:
+    """`cp -rL` writes `latest` first, and was cut."""
+    resolved_link(run)
+    (run / "checkpoints" / "step-00000030" / "manifest.json").unlink()
+    shutil.rmtree(run / "checkpoints" / "step-00000020")
+
+
 CHANGES = {
+    "moved back, no record": (lambda run: without_a_record(run, 1), 20),
+    "killed before the pointer moved, no record": (lambda run: without_a_record(run, -1), 30),
+    "only the copy in its place is whole": (only_the_copy_is_whole, 30),
     "nothing": (lambda run: None, 30),
     "no latest": (lambda run: (run / "checkpoints" / "latest").unlink(), 30),
     "moved back": (lambda run: point_by_hand(run, "step-00000020"), 20),
@@ -173,8 +191,33 @@ def test_a_folder_in_place_of_latest_is_replaced_and_nothing_of_it_is_lost(run):
     resolved_link(run)
     run_on_ranks(1, save_one, str(run / "checkpoints"), 40)
     assert os.readlink(run / "checkpoints" / "latest") == "step-00000040"
-    assert Manifest.load(run / "checkpoints" / "set-aside" / "latest").step == 30
+    assert Manifest.load(run / "checkpoints" / "set-aside-latest").step == 30
     assert taken(run) == 40
+
+
+def test_a_copy_that_a_run_went_on_from_is_kept_as_the_checkpoint_that_it_is(run):
+    only_the_copy_is_whole(run)
+    run_on_ranks(1, save_one, str(run / "checkpoints"), 40)
+    assert Store(run / "checkpoints").steps() == [10, 30, 40]
+    assert not problems_of(run / "checkpoints" / "step-00000030")
+
+
+def test_what_cannot_be_set_aside_stays_and_no_save_fails(run):
+    """Another user's folder, say; the roll-back holds all the same."""
+    point_by_hand(run, "step-00000010")
+    run_on_ranks(1, save_beside_another_users, str(run / "checkpoints"))
+    assert Store(run / "checkpoints").steps() == [10, 15, 20, 30] and taken(run) == 15
+
+
+def save_beside_another_users(folder: str) -> None:
+    def act(save, store, engine) -> None:
+        def refuse(_: Path) -> None:
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+
+        store._set_aside = refuse
+        save(15, keep=9)
+
+    one_rank(folder, act)
 
 
 def save_without_links(folder: str) -> None:
@@ -201,9 +244,9 @@ def test_a_roll_back_goes_on_from_there_and_sets_the_newer_ones_aside(run):
     run_on_ranks(1, save_one, str(run / "checkpoints"), 15)
     checkpoints = run / "checkpoints"
     assert Store(checkpoints).steps() == [10, 15] and taken(run) == 15
-    aside = sorted(path.name for path in (checkpoints / "set-aside").iterdir())
-    assert aside == ["step-00000020", "step-00000030"]
-    assert all(not problems_of(path) for path in (checkpoints / "set-aside").iterdir())
+    aside = sorted(checkpoints.glob("set-aside-*"))
+    assert [path.name for path in aside] == ["set-aside-step-00000020", "set-aside-step-00000030"]
+    assert all(not problems_of(path) for path in aside)
 
 
 def interrupted_save(folder: str, call: str) -> None:
