@@ -122,7 +122,7 @@ def choose_in(checkpoints: Path) -> Choice:
     elif target is not None and target < steps[0]:
         newer = ", ".join(step_name(step) for step in reversed(steps) if step > target)
         if _moved_back(checkpoints, target, steps[0]):
-            note = f"{checkpoints / LATEST} was moved back to {pointed}, before {newer}"
+            note = f"passed over: {newer}; {checkpoints / LATEST} was moved back to {pointed}"
             steps = [step for step in steps if step <= target]
         else:
             note = f"{checkpoints / LATEST} still names {pointed}: a save ended before it moved to {newer}"
