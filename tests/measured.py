@@ -276,7 +276,7 @@ def _on_fake_ranks(cases: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     results = []
     for case in cases:
         ranks = case["ranks"]
-        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE=str(ranks), MASTER_ADDR="127.0.0.1", MASTER_PORT="1")
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
         overrides = case["overrides"]
         results.append(engine_bytes(overrides) if case.get("bytes") else asdict(measure(overrides)))

@@ -185,7 +185,7 @@ def _serve(rank: int, world_size: int, folder: str, port: int, pipe: Connection)
     stacks = open(Path(folder) / f"stacks-{rank}", "w")  # noqa: SIM115 (open as long as the process lives)
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT="0"
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT="1"
     )
     sys.path.insert(0, str(TESTS))
     try:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pause_megatron.errors import ConfigError
 
 _LAUNCHER_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_LAST_PORT = 65535
 
 # What starts tasks says to each its number, their count, and its number on its host.
 _TASKS = (
@@ -175,6 +176,11 @@ def _checked(ranks: Ranks) -> Ranks:
         raise ConfigError(
             f"{ranks.launcher}: expected 0 <= rank < world size and local rank >= 0, got rank {ranks.rank}, "
             f"world size {ranks.world_size}, local rank {ranks.local_rank}"
+        )
+    # Alone, rank 0 may listen on any port that is free.
+    if not (ranks.world_size == 1 and ranks.master_port == 0) and not 1 <= ranks.master_port <= _LAST_PORT:
+        raise ConfigError(
+            f"environment variable MASTER_PORT: expected a port, 1 to {_LAST_PORT}, got {ranks.master_port}"
         )
     return ranks
 

@@ -80,6 +80,9 @@ def test_first_host_refuses(nodes):
         ({"RANK": "0", "WORLD_SIZE": "2"}, "LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
         ({**TORCHRUN, "RANK": "four"}, "RANK: expected a whole number, got 'four'"),
         ({**TORCHRUN, "RANK": "4"}, "rank < world size"),
+        ({**TORCHRUN, "MASTER_PORT": "70000"}, "MASTER_PORT: expected a port, 1 to 65535, got 70000"),
+        ({**TORCHRUN, "MASTER_PORT": "0"}, "MASTER_PORT: expected a port, 1 to 65535, got 0"),
+        ({**SLURM, "MASTER_PORT": "65536"}, "MASTER_PORT: expected a port, 1 to 65535, got 65536"),
         ({**TORCHRUN, "SLURM_STEP_NUM_TASKS": "8"}, r"WORLD_SIZE=4 in a SLURM job step of 8 tasks; .* unset them"),
         # Exported in a batch script, where SLURM_PROCID is 0.
         ({**TORCHRUN, **TASK, "RANK": "0"}, r"RANK=0 beside SLURM_PROCID=3 in a step of 4 tasks .* unset RANK"),
