@@ -13,8 +13,10 @@ from collections.abc import Iterator
 
 import pause_megatron
 from pause_megatron.cli.finding import Finding, Probe
-from pause_megatron.cli.packages import EXTRAS
+from pause_megatron.cli.packages import EXTRAS, absent_package
 from pause_megatron.versions import PYTHON, TRIED, Package, release
+
+_TRITON_KERNELS = "pause_megatron.model.kernels.triton_kernels"
 
 
 def python() -> Iterator[Finding]:
@@ -115,20 +117,35 @@ def own_modules() -> Iterator[Finding]:
         for _, name, _ in pkgutil.walk_packages(pause_megatron.__path__, "pause_megatron.")
         if name.rpartition(".")[2] != "__main__"
     ]
-    extras = set()
+    but = set()
     for name in names:
         try:
             importlib.import_module(name)
         except Exception as error:
-            package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+            absent = error if isinstance(error, ModuleNotFoundError) else None
+            package = (absent.name or "").partition(".")[0] if absent else ""
             if package in EXTRAS:  # nobody needs it for training
-                extras.add(EXTRAS[package])
+                but.add(f"what pause-megatron[{EXTRAS[package]}] brings")
                 continue
-            advice = "install the versions of launchers/constraints.txt"
+            if package == "triton" and name == _TRITON_KERNELS:
+                but.add("the Triton kernels")
+                continue
+            advice = (absent and absent_package(absent)) or "install the versions of launchers/constraints.txt"
             yield Finding("own modules", "missing", f"{name} cannot be imported: {_reason(error)}", advice)
             return
-    but = f", but for what pause-megatron[{','.join(sorted(extras))}] brings" if extras else ""
-    yield Finding("own modules", "ok", f"all {len(names)} can be imported{but}")
+    text = f", but for {' and '.join(sorted(but))}" if but else ""
+    yield Finding("own modules", "ok", f"all {len(names)} can be imported{text}")
+
+
+def triton() -> Iterator[Finding]:
+    """Say which triton is here. Training does without its kernels; a megatron-core that does not has said so above."""
+    try:
+        module = importlib.import_module("triton")
+    except Exception as error:
+        text = f"cannot be imported: {_reason(error)}; engine.kernels=triton is not available, auto means plain"
+        yield Finding("triton", "note", text, "fine on a CPU; on a GPU plain is slower, and compiled is there as well")
+        return
+    yield Finding("triton", "ok", _version(Package("triton", "0", "0"), module))
 
 
 def torch_backends() -> Iterator[Finding]:

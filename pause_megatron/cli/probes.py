@@ -178,6 +178,7 @@ PROBES: tuple[tuple[str, Probe], ...] = (
     *(installed.needed(package) for package in PACKAGES),
     ("versions", installed.tried_together),
     ("own modules", installed.own_modules),
+    ("triton", installed.triton),
     ("torch backends", installed.torch_backends),
     ("accelerator", installed.accelerator),
     ("GPU", _gpu),

@@ -123,28 +123,42 @@ def test_this_machine_can_train():
     assert all(version in findings["versions here"]["text"] for version in here)
 
 
-def test_what_breaks_although_it_imports_fails(tmp_path):
-    """megatron-core from 0.18 on imports triton at once; DeepSpeed 0.19.7 imports, and only its version tells."""
-    (tmp_path / "triton.py").write_text("raise ModuleNotFoundError(\"No module named 'triton'\", name='triton')\n")
+# Run at the start of the process: as where nobody installed triton.
+WITHOUT_TRITON = """
+from importlib.machinery import PathFinder
+
+find = PathFinder.find_spec
+PathFinder.find_spec = staticmethod(lambda name, *rest: None if name.split(".")[0] == "triton" else find(name, *rest))
+"""
+
+
+def test_what_breaks_although_it_imports_fails_and_absent_kernels_do_not(tmp_path):
+    """DeepSpeed 0.19.7 imports, and only its version tells. A CPU build of torch brings no triton, which megatron-core
+    imports from 0.18 on; before, only engine.kernels=triton needs it."""
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT_TRITON)
     distribution(tmp_path, "deepspeed", "0.19.7")
     code, findings = doctor(path=tmp_path)
-    assert (code, findings["deepspeed"]["status"]) == (1, "missing")
-    assert findings["deepspeed"]["advice"] == "pip install 'deepspeed>=0.19.8,<0.20'"
+    missing = [name for name, finding in findings.items() if finding["status"] == "missing"]
+    assert (code, findings["deepspeed"]["advice"]) == (1, "pip install 'deepspeed>=0.19.8,<0.20'")
+    assert findings["triton"]["status"] == "note" and "engine.kernels=triton is not" in findings["triton"]["text"]
     if TABLE["megatron-core"]._replace(lowest="0.18.0").admits(metadata.version("megatron-core")):
+        assert missing == ["deepspeed", "megatron-core", "own modules"]
         assert "No module named 'triton'" in findings["megatron-core"]["text"]
         assert findings["megatron-core"]["advice"].startswith("pip install triton ")
+        assert findings["own modules"]["advice"].endswith("not installed: pip install 'triton'")
     else:
-        assert findings["megatron-core"]["status"] == "ok"
+        assert missing == ["deepspeed"]
+        assert findings["own modules"]["text"].endswith("the Triton kernels")
 
 
 def test_what_an_extra_brings_is_not_missed_for_training(monkeypatch):
     """The environment of the quickstart has no lm-eval."""
     real = importlib.import_module
 
-    def without_lm_eval(name: str, *rest: str):
+    def without_lm_eval(name: str, *rest: str, **named: str):
         if name == "pause_megatron.evaluate.lm_eval_model":
             raise ModuleNotFoundError("No module named 'lm_eval'", name="lm_eval")
-        return real(name, *rest)
+        return real(name, *rest, **named)
 
     monkeypatch.setattr(installed.importlib, "import_module", without_lm_eval)
     (finding,) = installed.own_modules()
