@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from importlib import metadata
@@ -48,9 +49,9 @@ def run_record(verb: str, config: RunConfig, world_size: int) -> dict[str, str]:
     """
     record = {"verb": verb} | {key: _text(value) for key, value in compared_keys(config).items()}
     # Folders are those that the paths lead to from here.
-    record["run.dir"] = _text(os.path.abspath(config.run.dir))
+    record["run.dir"] = _text(os.path.realpath(config.run.dir))
     if config.model.from_ is not None:
-        record["model.from"] = _text(os.path.abspath(config.model.from_))
+        record["model.from"] = _text(os.path.realpath(config.model.from_))
         record["content of model.from"] = _manifest(config.model.from_)
     module, colon, _ = config.pause.placement.partition(":")
     if colon:
@@ -84,10 +85,27 @@ def environment_record(environment: Mapping[str, str]) -> dict[str, str]:
 def code_digest(package: Path = PACKAGE) -> str:
     """Of the names and bytes of a package's sources."""
     digest = xxhash.xxh3_128()
-    for path in sorted(package.rglob("*.py")):
-        content = path.read_bytes()
-        digest.update(f"{path.relative_to(package).as_posix()} {len(content)}\n".encode() + content)
+    for path in _sources(package):
+        try:
+            # One that is neither a file nor a folder may give nothing, or never end.
+            content = path.read_bytes() if stat.S_ISREG(path.stat().st_mode) else b"no file"
+        except OSError as error:
+            content = f"cannot be read: {error.strerror}".encode()
+        digest.update(os.fsencode(path.relative_to(package)) + f" {len(content)}\n".encode() + content)
     return digest.hexdigest()
+
+
+def _sources(package: Path) -> list[Path]:
+    """What is called *.py, and folders that cannot be looked into; without what is hidden, such as editors' locks."""
+    found: list[Path] = []
+
+    def unseen(error: OSError) -> None:
+        found.append(Path(error.filename))
+
+    for folder, folders, files in os.walk(package, onerror=unseen):
+        folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
+        found.extend(Path(folder, name) for name in files if name.endswith(".py") and not name.startswith("."))
+    return sorted(found)
 
 
 def _text(value: Any) -> str:

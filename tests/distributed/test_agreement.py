@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 from pathlib import Path
@@ -142,10 +143,47 @@ def test_another_byte_of_the_sources_is_another_version(tmp_path):
     assert len({before, changed, code_digest(copy)}) == 3
 
 
+def test_sources_that_cannot_be_read_are_told_by_name_and_what_is_hidden_is_no_source(tmp_path):
+    """Locks and copies of editors, links that lead nowhere, folders and pipes with the name of a file."""
+    (tmp_path / "plain.py").write_text("1\n")
+    before = code_digest(tmp_path)
+    (tmp_path / ".#plain.py").symlink_to("somebody@host.123:456")
+    (tmp_path / ".plain.py").write_text("2\n")
+    (tmp_path / "plain.py~").write_text("3\n")
+    for name in (".ipynb_checkpoints", "__pycache__", "folder.py"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "__pycache__" / "plain.py").write_text("4\n")
+    (tmp_path / "__pycache__").chmod(0)
+    assert code_digest(tmp_path) == before
+    (tmp_path / "__pycache__").chmod(0o700)
+    digests = [before]
+    for make in (lambda path: path.symlink_to("nowhere"), os.mkfifo, lambda path: path.symlink_to(path.name)):
+        make(tmp_path / "odd.py")
+        digests.append(code_digest(tmp_path))
+        assert digests[-1] == code_digest(tmp_path)
+        (tmp_path / "odd.py").unlink()
+    (tmp_path / os.fsdecode(b"\xff.py")).write_text("5\n")
+    digests.append(code_digest(tmp_path))
+    assert len({*digests}) == 5
+
+
 def test_the_folder_of_a_run_is_where_a_rank_finds_it(tmp_path, monkeypatch, base):
     monkeypatch.chdir(tmp_path)
     (text,) = told([base, run_record("pretrain", CONFIG, 2)])
     assert "run.dir is" in text and repr(str(tmp_path / "runs/tiny-pause")) in text
+
+
+def test_one_folder_by_two_spellings_is_one(tmp_path):
+    origin = tmp_path / "there" / "origin"
+    origin.mkdir(parents=True)
+    (tmp_path / "link").symlink_to("there")
+
+    def record(folder: Path) -> dict[str, str]:
+        run = CONFIG.run.model_copy(update={"dir": str(folder / "run")})
+        model = CONFIG.model.model_copy(update={"from_": str(folder / "origin")})
+        return run_record("pretrain", CONFIG.model_copy(update={"run": run, "model": model}), 2)
+
+    assert told([record(tmp_path / "there"), record(tmp_path / "link")]) == {""}
 
 
 def test_the_content_of_what_a_path_leads_to_is_compared(tmp_path, monkeypatch, base):
