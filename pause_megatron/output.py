@@ -7,6 +7,7 @@ The rule of the program:
   verb: without a word and with exit code 141 where the reader is gone (`| head`), with one line and exit code 2 where
   it is anything else (a full device).
 * While a run trains, its results are files, and standard output is talk too: see `tolerant_output`.
+* Talk does not wait for long for a reader that stands still.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ import atexit
 import contextlib
 import errno
 import os
+import select
 import sys
 from collections.abc import Iterator
 from typing import Any, TextIO
 
 from pause_megatron.errors import OutputError
 
+_PIECE = 1024  # characters, at most 4096 bytes: what a pipe that has room at all takes without waiting
+_PATIENCE_SECONDS = 5.0  # for a reader that stands still (a stopped pager, Ctrl-S)
 _NAMES = {"stdout": "standard output", "stderr": "standard error"}
 
 
@@ -45,6 +49,7 @@ class StandardStream:
         self.required = required
         self.failed, self.reason = 0, ""
         self._lost: OutputError | None = None
+        self._patience = _PATIENCE_SECONDS
 
     def __getattr__(self, attribute: str) -> Any:
         return getattr(self._stream, attribute)
@@ -54,13 +59,28 @@ class StandardStream:
         try:
             if self._missing:
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-            self._stream.write(text)
+            for start in range(0, len(text), _PIECE):
+                self._require_room()
+                self._stream.write(text[start : start + _PIECE])
         except UnicodeEncodeError:
             encoding = self._stream.encoding or "ascii"
             return self.write(text.encode(encoding, "backslashreplace").decode(encoding)) and len(text)
         except (OSError, ValueError) as error:  # ValueError: the stream is closed
             self._fail(error)
         return len(text)
+
+    def _require_room(self) -> None:
+        """Raise TimeoutError where a write would wait for a reader that stands still, and nobody needs the text."""
+        if self.required:
+            return
+        try:
+            descriptor = self._stream.fileno()
+        except (OSError, ValueError):  # none, or a stream that is closed: writing will tell
+            return
+        if not has_room(descriptor, self._patience):
+            self._patience = 0.0
+            raise TimeoutError(errno.ETIMEDOUT, "its reader stands still")
+        self._patience = _PATIENCE_SECONDS
 
     def writelines(self, lines: Any) -> None:
         """Write each of them."""
@@ -136,9 +156,20 @@ def lost_output() -> list[str]:
 
 
 def write_from_handler(text: str) -> None:
-    """Write a line to standard error in a handler of signals: one that came in the middle of a print may not print."""
-    with contextlib.suppress(OSError):
-        os.write(2, f"{text}\n".encode(errors="backslashreplace"))
+    """Write a line to standard error in a handler of signals: one that came in the middle of a print may not print.
+
+    Not where that would wait for a reader that stands still: the request to stop is what matters.
+    """
+    with contextlib.suppress(OSError, ValueError):
+        if has_room(2, 0):
+            os.write(2, f"{text}\n".encode(errors="backslashreplace"))
+
+
+def has_room(descriptor: int, seconds: float) -> bool:
+    """Whether a write of at most 4096 bytes would not wait; looks for so long. True for files."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
+    return bool(poll.poll(1000 * seconds))
 
 
 def reason(error: BaseException) -> str:

@@ -36,7 +36,7 @@ def how_to_extend(before: RunConfig, now: RunConfig, step: int) -> str:
         return ""
     if _lines(before, now, {*LENGTH_KEYS, *SCHEDULE_KEYS}):
         return ""
-    first = "" if step >= steps else f" finish it first ({_finish(before)}), then"
+    first = "" if step >= steps else f" finish it first ({_finish(before, now)}), then"
     return f"\nTo extend this run:{first} {_command(now, f'train.extended_from={steps}', _length(now))}"
 
 
@@ -59,7 +59,7 @@ def _refuse_another_end(before: RunConfig, now: RunConfig, step: int) -> None:
     place = f"train.extended_from={extended}: expected the step at which the finished run ended"
     if step < steps:
         raise CheckpointError(
-            f"{place}, got a run that stands at step {step:,} of {steps:,}. Finish it first: {_finish(before)}"
+            f"{place}, got a run that stands at step {step:,} of {steps:,}. Finish it first: {_finish(before, now)}"
         )
     if extended != steps:
         raise CheckpointError(f"{place}, {steps:,}. Give train.extended_from={steps}, and a train.steps above it")
@@ -81,10 +81,10 @@ def _lines(before: RunConfig, now: RunConfig, free: frozenset[str] | set[str]) -
     return lines
 
 
-def _finish(before: RunConfig) -> str:
-    """The command that takes a run to the end that its checkpoint names."""
+def _finish(before: RunConfig, now: RunConfig) -> str:
+    """The command that takes a run to the end that its checkpoint names, where its folder is now."""
     extended = before.train.extended_from
-    return _command(before, f"train.extended_from={'null' if extended is None else extended}", _length(before))
+    return _command(now, f"train.extended_from={'null' if extended is None else extended}", _length(before))
 
 
 def _length(config: RunConfig) -> str:

@@ -145,3 +145,16 @@ def test_a_result_nobody_reads_ends_quietly_and_one_that_finds_no_room_is_an_err
         said = [line for line in said if "note" not in line and "data.prefix is not given" not in line]
         expected = "pause-megatron: error: standard output: expected a place to write to: No space left on device"
         assert said == ([expected] if make is full_device else [])
+
+
+def test_talk_does_not_wait_for_a_reader_that_stands_still(monkeypatch):
+    monkeypatch.setattr("pause_megatron.output._PATIENCE_SECONDS", 0.05)
+    reader, writer = os.pipe()
+    stream = StandardStream(os.fdopen(writer, "w", buffering=1), "standard error", required=False)
+    for _ in range(100):
+        stream.write("x" * 1023 + "\n")
+    assert "its reader stands still" in stream.describe()
+    fitted = os.read(reader, 1 << 20)
+    assert len(fitted) >= 1 << 15 and len(fitted) % 1024 == 0  # whole lines
+    stream.write("again\n")
+    assert os.read(reader, 100) == b"again\n"
