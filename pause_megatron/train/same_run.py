@@ -6,16 +6,17 @@ Ranks compare it before the first step (`distributed.agreement`). Left out is wh
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import stat
+import sys
+import sysconfig
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xxhash
 
 import pause_megatron
@@ -25,6 +26,7 @@ from pause_megatron.config.initial import checkpoint_config
 from pause_megatron.config.plan import batch_plan
 from pause_megatron.config.schema import RunConfig
 from pause_megatron.data.corpora import Corpora
+from pause_megatron.data.pause import PauseInjector, PausePlan
 from pause_megatron.errors import ConfigError
 
 PACKAGE = Path(pause_megatron.__file__).parent
@@ -34,6 +36,9 @@ _VARIABLES = (
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
 )
 _PREFIXES = ("NVTE_",)
+_STDLIB = sysconfig.get_path("stdlib")
+_INSTALLED = frozenset(("site-packages", "dist-packages"))
+_WINDOWS, _TOKENS = 4, 100  # made-up windows, and how many tokens are in them
 
 
 def run_record(verb: str, config: RunConfig, world_size: int) -> dict[str, str]:
@@ -53,9 +58,8 @@ def run_record(verb: str, config: RunConfig, world_size: int) -> dict[str, str]:
     if config.model.from_ is not None:
         record["model.from"] = _text(os.path.realpath(config.model.from_))
         record["content of model.from"] = _manifest(config.model.from_)
-    module, colon, _ = config.pause.placement.partition(":")
-    if colon:
-        record[f"source of {config.pause.placement}"] = _source(module)
+    if ":" in config.pause.placement:
+        record |= _policy(config)
     engine = deepspeed_config(config, data_parallel=batch_plan(config, world_size).data_parallel)
     record |= {f"{key} for DeepSpeed": _text(value) for key, value in _flat(engine)}
     record["version of pause-megatron"] = f"{pause_megatron.__version__}, sources {code_digest()}"
@@ -136,12 +140,49 @@ def _manifest(path: str) -> str:
         return "not there"
 
 
-def _source(module: str) -> str:
-    with suppress(ImportError, ValueError):  # the policy says what is wrong with it
-        found = importlib.util.find_spec(module)
-        if found is not None and found.origin and os.path.isfile(found.origin):
-            return _digest(Path(found.origin))
-    return "not found"
+def _policy(config: RunConfig) -> dict[str, str]:
+    """Of a placement policy of the user's own: its sources, and what it does, which data files decide as well."""
+    name, before = config.pause.placement, set(sys.modules)
+    places = _places(config)  # first, since a policy may import what it needs when it is called
+    return {f"source of {name}": _loaded(name.partition(":")[0], before), f"pauses by {name}": places}
+
+
+def _places(config: RunConfig) -> str:
+    """Of the gaps in some made-up windows."""
+    pause, digest = config.pause, xxhash.xxh3_128()
+    try:
+        plan = PausePlan(config.data.sequence_length, pause.rate, pause.window, pause.placement, pause.seed)
+        injector = PauseInjector(plan, range(1), "", "")
+        text = np.arange(plan.text_length, dtype=np.int64) % _TOKENS
+        for sample in range(_WINDOWS):
+            gaps = injector.gaps(text, sample)
+            digest.update(f"{gaps.size} ".encode() + gaps.tobytes())
+    except Exception as error:  # what is wrong with it is said where the windows of the run are made
+        return f"no places, but {type(error).__name__}"
+    return digest.hexdigest()
+
+
+def _loaded(module: str, before: set[str]) -> str:
+    """Of the files of a module, of its package, and of what it has imported that nobody has installed."""
+    top = sys.modules.get(module.partition(".")[0])
+    if module not in sys.modules or top is None:
+        return "not found"
+    at = [*getattr(top, "__path__", ()), getattr(top, "__file__", None)][0]
+    folder, digest = Path(at or ".").parent, xxhash.xxh3_128()
+    for name, file in sorted(_files()):
+        of_it = name == module or f"{name}.".startswith(f"{top.__name__}.")
+        installed = file.is_relative_to(_STDLIB) or not _INSTALLED.isdisjoint(file.parts)
+        if of_it or (not installed and (name not in before or file.is_relative_to(folder))):
+            digest.update(f"{name} {_digest(file)}\n".encode())
+    return digest.hexdigest()
+
+
+def _files() -> Iterator[tuple[str, Path]]:
+    """Name and file of each module that is loaded and not of this package."""
+    for name, module in list(sys.modules.items()):
+        file = getattr(module, "__file__", None)
+        if isinstance(file, str) and not Path(file).is_relative_to(PACKAGE):
+            yield name, Path(file)
 
 
 def _digest(path: Path) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
+import sys
 import threading
 from pathlib import Path
 
@@ -188,9 +190,8 @@ def test_one_folder_by_two_spellings_is_one(tmp_path):
 
 def test_the_content_of_what_a_path_leads_to_is_compared(tmp_path, monkeypatch, base):
     """A DeepSpeed file, a policy of the user's, a checkpoint to begin with: the same path, another content."""
-    import sys
-
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "own_policy", raising=False)
     (tmp_path / "own_policy.py").write_text("def place(): ...\n")
     engine = tmp_path / "own.json"
     engine.write_text((PACKAGE.parent / "ds_configs" / "zero1.json").read_text())
@@ -211,7 +212,56 @@ def test_the_content_of_what_a_path_leads_to_is_compared(tmp_path, monkeypatch, 
     (text,) = told([before, run_record("pretrain", config, 2)])
     assert "source of own_policy:place is" in text and "content of model.from is" in text
     assert "zero_optimization.reduce_bucket_size for DeepSpeed is" in text and "12345 on rank 1" in text
-    assert "own_policy" not in sys.modules  # nothing of it is executed
+
+
+@pytest.mark.parametrize(
+    ("placement", "changed"),
+    [
+        ("own:place", "own.py"),
+        ("own:place", "beside.py"),  # a helper in the same folder
+        ("own:place", "later.py"),  # imported when it is called
+        ("own:place", "elsewhere/far.py"),  # a helper in another one
+        ("package:place", "package/inside.py"),
+        ("package.inside:place", "package/__init__.py"),
+        ("space.inside:place", "space/inside.py"),  # without an __init__.py
+        ("own:place", "gap.txt"),  # a file of data
+    ],
+)
+def test_a_policy_that_is_another_one_is_refused_wherever_its_code_and_data_lie(
+    placement, changed, tmp_path, monkeypatch
+):
+    bodies = {
+        "own.py": "import beside, far\n"
+        "def place(text, count, rate, rng):\n"
+        "    import later\n"
+        "    return beside.np.full(count, int(open(later.FILE).read()))\n",
+        "beside.py": "import numpy as np\n",
+        "later.py": f"FILE = {str(tmp_path / 'gap.txt')!r}\n",
+        "elsewhere/far.py": "A = 1\n",
+        "package/__init__.py": "from .inside import place\n",
+        "package/inside.py": "from own import place\n",
+        "space/inside.py": "from own import place\n",
+        "gap.txt": "3",
+    }
+    for name, body in bodies.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(body)
+    monkeypatch.syspath_prepend(str(tmp_path / "elsewhere"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = CONFIG.model_copy(update={"pause": CONFIG.pause.model_copy(update={"placement": placement})})
+
+    def record() -> dict[str, str]:
+        """As a process of its own has it."""
+        for name in ("own", "beside", "later", "far", "package", "package.inside", "space", "space.inside"):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        importlib.invalidate_caches()
+        return run_record("pretrain", config, 2)
+
+    before = record()
+    assert told([before, record()]) == {""}
+    (tmp_path / changed).write_text("4" if changed == "gap.txt" else f"{bodies[changed]}B = 2\n")
+    (text,) = told([before, record()])
+    assert (f"pauses by {placement} is " if changed == "gap.txt" else f"source of {placement} is ") in text
 
 
 def test_variables_that_decide_bits_are_compared_and_threads_are_a_rank_s_own():
