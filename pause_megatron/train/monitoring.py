@@ -47,7 +47,8 @@ def announce(
     """Says on stderr what is about to run; `data` says what a step reads."""
     sequence = " with sequence parallelism" if config.parallel.sequence else ""
     _say(
-        f"{plan.world_size} ranks on {context.device.type}: {plan.data_parallel} data parallel x {plan.tensor} tensor "
+        f"{plan.world_size} {'rank' if plan.world_size == 1 else 'ranks'} on {context.device.type}: "
+        f"{plan.data_parallel} data parallel x {plan.tensor} tensor "
         f"parallel{sequence}, ZeRO {zero_stage}, {config.engine.precision}"
     )
     _say(
@@ -61,17 +62,20 @@ def _behind(config: RunConfig) -> str:
     return "" if extended is None else f", behind the {extended:,} of the finished run"
 
 
-def conclude(progress: Progress, stopped: bool, reason: str | None) -> None:
-    """Says on stderr what the run has seen, the realised pause rate above all.
+def conclude(progress: Progress, stopped: bool, reason: str | None, checkpoint: Path | None) -> None:
+    """Says on stderr what the run has seen, the realised pause rate above all, and where it is saved.
 
     Args:
         stopped: before its end. reason: why, if this rank knows.
+        checkpoint: of the last step; None: none was made, as no step was taken.
     """
     why = f" ({reason})" if stopped and reason else ""
     rate = 1 - progress.text_tokens / progress.tokens if progress.tokens else 0.0
+    saved = "; no step was taken, none is saved" if checkpoint is None else f"; saved in {checkpoint}"
+    again = ": the same command goes on" if stopped else ""
     _say(
         f"{'stopped' if stopped else 'complete'} after step {progress.step:,}{why}: {progress.tokens:,} raw tokens, "
-        f"{progress.text_tokens:,} of text, realised pause rate {rate:.2%}"
+        f"{progress.text_tokens:,} of text, realised pause rate {rate:.2%}{saved}{again}"
     )
 
 

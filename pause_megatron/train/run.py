@@ -115,7 +115,7 @@ def train(config: RunConfig, data: TrainingData, context: ParallelContext, stop:
             for hook in hooks:
                 hook.stop(result)
     if context.rank == 0:
-        conclude(progress, stopped, stop.reason)
+        conclude(progress, stopped, stop.reason, start.folder if saver.newest is None else store.path(saver.newest))
     return EXIT_STOPPED if stopped else EXIT_FINISHED
 
 

@@ -45,7 +45,8 @@ def test_a_signal_to_one_rank_stops_all_and_loses_no_step(corpus, straight, tmp_
     done = metrics(tmp_path)[-1]["step"]
     assert 3 <= done < STEPS
     assert Store(tmp_path / "checkpoints").steps()[-1] == done
-    assert f"stopped after step {done}" in output.read_text()
+    (end,) = [line for line in output.read_text().splitlines() if line.startswith(f"stopped after step {done}")]
+    assert end.endswith(f"; saved in {Store(tmp_path / 'checkpoints').path(done)}: the same command goes on")
 
     finish(start(run_config(corpus, tmp_path, 1), output), output)
     assert f"resuming after step {done}" in output.read_text()
@@ -55,4 +56,5 @@ def test_a_signal_to_one_rank_stops_all_and_loses_no_step(corpus, straight, tmp_
 def test_a_complete_run_says_so(corpus, straight):
     output = straight / "log"
     finish(start(run_config(corpus, straight, 1), output), output)
-    assert f"complete after step {STEPS}" in output.read_text().splitlines()[-1]
+    end = output.read_text().splitlines()[-1]
+    assert end.startswith(f"complete after step {STEPS}") and end.endswith(f"/checkpoints/step-{STEPS:08d}")
