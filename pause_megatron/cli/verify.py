@@ -10,7 +10,7 @@ from pause_megatron.errors import DataError
 from pause_megatron.paths import path_option, prefix_option
 
 HELP = "read a corpus whole and compare it with the digests of its manifest"
-EXIT_DAMAGED = 1
+EXIT_DAMAGED, EXIT_UNKNOWN = 1, 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,14 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: 'cache' beside the corpus)",
     )
     parser.epilog = (
-        "exit code: 0 when all are as they were when their manifests were written, 1 when one is damaged, incomplete, "
-        "without a manifest or missing"
+        "exit code: 0 when all are as they were when their manifests were written, 1 when one is damaged; else 2: one "
+        "is not there, unfinished or without a manifest"
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Verify each corpus; go on after a damaged one."""
-    return max([_verify(prefix, args.cache) for prefix in args.prefixes])
+    codes = [_verify(prefix, args.cache) for prefix in args.prefixes]
+    return EXIT_DAMAGED if EXIT_DAMAGED in codes else max(codes)
 
 
 def _verify(prefix: str, cache: str | None) -> int:
@@ -54,9 +55,9 @@ def _verify(prefix: str, cache: str | None) -> int:
         with ByteProgress(sys.stderr) as progress:
             damage = check_and_record(corpus, cache, report=progress.report, warn=warn)
     except DataError as error:
-        verdict = "DAMAGED" if path_of(prefix, "manifest.json").exists() else "UNKNOWN"
-        print(f"{verdict}  {prefix}\n  {error}", flush=True)
-        return EXIT_DAMAGED
+        known = path_of(prefix, "manifest.json").exists()
+        print(f"{'DAMAGED' if known else 'UNKNOWN'}  {prefix}\n  {error}", flush=True)
+        return EXIT_DAMAGED if known else EXIT_UNKNOWN
     if damage:
         print(f"DAMAGED  {prefix}", *damage, sep="\n  ", flush=True)
         return EXIT_DAMAGED

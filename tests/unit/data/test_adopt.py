@@ -157,7 +157,7 @@ def test_prepare_and_adopt_leave_each_others_corpora_alone(theirs: Path, folder:
 
 
 def test_who_has_no_manifest_is_told_the_command(theirs: Path, capsys) -> None:
-    assert main(["verify", str(theirs)]) == 1
+    assert main(["verify", str(theirs)]) == 2
     said = capsys.readouterr().out
     assert said.startswith(f"UNKNOWN  {theirs}\n") and f"`pause-megatron adopt {theirs} --tokenizer T`" in said
     assert main(["inspect", str(theirs)]) == 2

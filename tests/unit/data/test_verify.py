@@ -259,6 +259,7 @@ def test_the_verb_goes_on_after_a_damaged_corpus(corpus: Path, original: Path, c
     assert third.startswith(f"whole    {original}/b/c: 60 documents, ")
     assert fourth == f"UNKNOWN  {corpus}x" and "no corpus at" in fifth
     assert main(["verify", f"{original}/b/c"]) == 0
+    assert main(["verify", f"{corpus}x", f"{original}/b/c"]) == 2
 
 
 # At first use ---------------------------------------------------------------------------------------------------------
