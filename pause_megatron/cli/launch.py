@@ -102,7 +102,8 @@ def run(args: argparse.Namespace) -> int:
         print(script, end="")
         return 0
     number = commands.submit_script(script)
-    _say(f"job {number}: {plan.world_size} ranks on {job.nodes} nodes, run folder {config.run.dir}")
+    ranks, nodes = ("rank" if plan.world_size == 1 else "ranks"), ("node" if job.nodes == 1 else "nodes")
+    _say(f"job {number}: {plan.world_size} {ranks} on {job.nodes} {nodes}, run folder {config.run.dir}")
     return 0
 
 
@@ -193,7 +194,7 @@ def _site(args: argparse.Namespace) -> dict[str, Partition] | None:
         return partitions()
     except PauseMegatronError as error:
         if args.submit:
-            raise
+            raise PauseMegatronError(f"--submit: SLURM does not answer, nothing was submitted. {error}") from None
         first = str(error).splitlines()[0]
         _say(f"the site is not checked (partition, its GPUs, CPUs, memory, nodes and time limit): {first}")
         return None

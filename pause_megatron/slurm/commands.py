@@ -47,7 +47,8 @@ def output_of(command: Sequence[str], text: str | None = None) -> str:
         reason = "not found on PATH, SLURM is not installed here" if absent else error.strerror
         raise PauseMegatronError(f"{command[0]}: {reason}") from None
     if done.returncode:
-        raise PauseMegatronError(f"{command[0]}: {done.stderr.strip() or f'exit code {done.returncode}'}")
+        words = done.stderr.strip().removeprefix(f"{command[0]}: ") or f"exit code {done.returncode}"
+        raise PauseMegatronError(f"{command[0]}: {words}")
     return done.stdout
 
 

@@ -170,6 +170,11 @@ def test_without_slurm_nothing_is_submitted(tmp_path, capsys, monkeypatch):
     sbatch = tmp_path / "sbatch"
     sbatch.write_text("#!/bin/sh\necho submitted >&2; exit 9\n")
     sbatch.chmod(0o755)
+    said = "pause-megatron: error: --submit: SLURM does not answer, nothing was submitted. sinfo: "
     assert main(command) == 2  # a part of SLURM is not enough to check the site
-    out, err = capsys.readouterr()
-    assert out == "" and err == "pause-megatron: error: sinfo: not found on PATH, SLURM is not installed here\n"
+    assert capsys.readouterr() == ("", f"{said}not found on PATH, SLURM is not installed here\n")
+    sinfo = tmp_path / "sinfo"
+    sinfo.write_text("#!/bin/sh\necho 'sinfo: fatal: Could not establish a configuration source' >&2; exit 1\n")
+    sinfo.chmod(0o755)
+    assert main(command) == 2
+    assert capsys.readouterr() == ("", f"{said}fatal: Could not establish a configuration source\n")
