@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     print(
         f"tokenizer {args.output}: {trained.tokenizer.vocab_size:,} pieces, BPE with byte fallback, trained on "
         f"{trained.documents:,} documents ({trained.text_bytes / 1e6:,.2f} MB) in {seconds:,.1f} s; "
-        f"{trained.bytes_per_token:.2f} bytes per token"
+        f"{trained.bytes_per_token:.2f} bytes per token in the first of them"
     )
     if trained.malformed.total:
         print(f"malformed lines passed over: {trained.malformed.total:,}\n{trained.malformed.describe()}")

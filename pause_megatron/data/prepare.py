@@ -275,7 +275,7 @@ def summary(prepared: Prepared, output: str | Path) -> str:
     lines = [
         f"corpus {output}: {counts.documents:,} documents, {counts.tokens:,} tokens ({manifest.dtype}, EOD "
         f"{record.eod} after each document), {counts.text_bytes / 1e6:,.2f} MB of text, "
-        f"{counts.text_bytes / counts.tokens:.2f} bytes per token",
+        f"{counts.text_bytes / counts.tokens:.2f} bytes per token, EOD among them",
         f"tokenizer: {record.kind}, {record.vocab_size:,} ids, <pause> reserved as {record.pause_id}",
     ]
     if prepared.already_done:
