@@ -80,7 +80,10 @@ def conclude(progress: Progress, stopped: bool, reason: str | None, checkpoint: 
 
 
 class ProgressBar:
-    """One line on stderr that moves; where stderr is not a terminal, a line every half minute."""
+    """One line on stderr that moves; where stderr is not a terminal, a line every half minute.
+
+    Its tokens/s are those of the steps since the line before: single steps differ widely on a machine that is shared.
+    """
 
     _SECONDS_BETWEEN_LINES = 30.0
 
@@ -90,16 +93,21 @@ class ProgressBar:
         sink = sys.stderr if self._terminal else io.StringIO()
         self._bar = tqdm(total=total_steps, initial=done, unit="step", dynamic_ncols=True, file=sink)
         self._last_line = 0.0
+        self._tokens, self._seconds = 0, 0.0
 
     def __call__(self, result: StepResult) -> None:
-        rate = result.tokens / result.seconds
+        self._tokens += result.tokens
+        self._seconds += result.seconds
+        rate = self._tokens / self._seconds
         summary = (
             f"loss {result.losses.mean:.4f} nats, grad norm {result.grad_norm:.3f}, lr {result.lr:.2e}, "
             f"{rate / 1000:.1f}k tokens/s"
         )
         self._bar.set_postfix_str(summary, refresh=False)
         self._bar.update()
-        if not self._terminal:
+        if self._terminal:
+            self._tokens, self._seconds = 0, 0.0
+        else:
             self._line(result, summary)
         if result.validation:
             self._say(f"step {result.step}: {validation_text(result.validation)}")
@@ -114,6 +122,7 @@ class ProgressBar:
         now = time.monotonic()
         if result.last or now - self._last_line >= self._SECONDS_BETWEEN_LINES:
             self._last_line = now
+            self._tokens, self._seconds = 0, 0.0
             progress = self._bar.format_dict
             done, elapsed = progress["n"] - progress["initial"], progress["elapsed"]
             left = tqdm.format_interval(elapsed / done * (progress["total"] - progress["n"]))

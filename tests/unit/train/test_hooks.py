@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -199,6 +200,16 @@ def test_a_run_without_pauses_says_nothing_of_the_loss_after_them(tmp_path, caps
     assert drawn["time/step_seconds"] == [0.5, 0.5] and drawn["time/hook_seconds"] == pytest.approx([0.2, 0.2])
     assert "loss/valid_after_pause" not in drawn and drawn["loss/valid"] == [3.0]
     assert all(math.isfinite(value) for values in drawn.values() for value in values)
+
+
+def test_tokens_a_second_are_those_since_the_line_before(capsys):
+    bar = ProgressBar(4, 0)
+    for step, seconds in enumerate((0.1, 0.1, 3.7, 0.2), 1):
+        bar(replace(result(step, last=step == 4), seconds=seconds))
+    bar.close()
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("step 1/4: ") and " 1.0k tokens/s, " in first
+    assert last.startswith("step 4/4: ") and " 0.1k tokens/s, " in last  # 300 tokens in 4.0 s
 
 
 def test_the_parts_of_a_validation_that_exist_and_differ_are_said():
