@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Protocol
 
@@ -68,6 +69,9 @@ def find_start(store: Store, config: RunConfig, data: TrainingData, context: Par
     """
     resumed = find_resume(store, config, data.fingerprint, context)
     if resumed is not None:
+        if config.run.start_over and context.rank == 0:
+            note = "run.start_over=true has no effect beside a complete checkpoint. To begin anew name another run.dir"
+            print(f"{note}, or move {store.folder} away", file=sys.stderr, flush=True)
         return resumed
     before_the_first_step(config, store.folder, context)
     return InitialWeights(config, data.tokenizer, context) if config.model.from_ else FromScratch()

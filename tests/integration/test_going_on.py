@@ -143,7 +143,8 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_over_by_itself(finished
     assert not load(run.folder / "config.yaml").run.start_over
     # A job that is requeued with the same command goes on: a complete checkpoint is never thrown away.
     run.back_to(2)
-    assert "resuming after step 2" in run("run.start_over=true")
+    said = run("run.start_over=true")
+    assert "resuming after step 2" in said and "run.start_over=true has no effect beside a complete checkpoint" in said
     assert len(list(run.folder.glob("metrics.before-*.jsonl"))) == 1 and run.metrics == finished.metrics
 
 
