@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         f"{args.checkpoint}: {done.family}, {done.rows:,} vocabulary rows in the source, pause id {ids} ({done.how}), "
         f"tensor parallel {args.tensor_parallel}, {time.perf_counter() - begun:.1f} s\n"
         f"logits: largest difference from transformers {done.largest_difference:.2g}\n"
-        f"next: pause-megatron prepare --tokenizer {shlex.quote(args.checkpoint)}/tokenizer ..., then "
+        f"next: pause-megatron prepare --tokenizer {shlex.quote(os.path.join(args.checkpoint, 'tokenizer'))} ..., then "
         f"pause-megatron pretrain {shlex.quote(f'model.from={args.checkpoint}')} ..."
     )
     return 0
