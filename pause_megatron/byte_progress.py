@@ -1,10 +1,33 @@
-"""A progress bar over bytes, one for each stage, for verbs that read and write large files."""
+"""Progress bars: what they are drawn on, and one over bytes for verbs that read and write large files."""
 
 from __future__ import annotations
 
-from typing import TextIO
+from typing import Any, TextIO
 
 from tqdm import tqdm
+
+
+def bar_file(stream: TextIO) -> Any:
+    """What tqdm shall draw a bar on: a terminal itself; else a file that makes a line of each state of the bar."""
+    return stream if stream.isatty() else _Lines(stream)
+
+
+class _Lines:
+    """A bar is drawn again and again behind carriage returns, which would be one endless line of a log."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self._last = stream, ""
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(self._stream, attribute)
+
+    def write(self, text: str) -> int:
+        """Write what is drawn, unless it was drawn before; the length of the text."""
+        line = text.strip()
+        if line and line != self._last:
+            self._last = line
+            self._stream.write(f"{line}\n")
+        return len(text)
 
 
 class ByteProgress:
@@ -29,7 +52,7 @@ class ByteProgress:
                 total=total,
                 unit="B",
                 unit_scale=True,
-                file=self._stream,
+                file=bar_file(self._stream),
                 delay=2.0,
                 mininterval=0.3 if self._stream.isatty() else 10.0,
             )

@@ -197,13 +197,15 @@ class _RecordProgress:
         if self._bar is None:
             from tqdm import tqdm
 
+            from pause_megatron.byte_progress import bar_file
+
             self.total, self.found = total, found
             self._bar = tqdm(
                 desc=self._name,
                 total=total,
                 initial=done,
                 unit=" records",
-                file=sys.stderr,
+                file=bar_file(sys.stderr),
                 delay=2.0,
                 mininterval=0.3 if sys.stderr.isatty() else 10.0,
                 leave=False,

@@ -7,6 +7,7 @@ from typing import TextIO
 
 from tqdm import tqdm
 
+from pause_megatron.byte_progress import bar_file
 from pause_megatron.data.prepare_pool import Progress
 
 _FORMAT = "{desc} {percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}{postfix}"
@@ -59,7 +60,7 @@ class ProgressBar:
             desc={"read": "prepare", "join": "join shards"}[progress.phase],
             total=progress.total_bytes,
             initial=progress.done_bytes if progress.total_bytes is not None else progress.documents,
-            file=self._stream,
+            file=bar_file(self._stream),
             mininterval=self._interval,
             miniters=0,
             bar_format=_FORMAT if progress.total_bytes is not None else _FORMAT_OPEN,

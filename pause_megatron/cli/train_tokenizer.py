@@ -72,8 +72,10 @@ class _Clock:
     def __init__(self) -> None:
         from tqdm import tqdm
 
+        from pause_megatron.byte_progress import bar_file
+
         self._seconds = 0.5 if sys.stderr.isatty() else 10.0
-        self._bar = tqdm(desc="train-tokenizer", bar_format="{desc} {elapsed}{postfix}", file=sys.stderr)
+        self._bar = tqdm(desc="train-tokenizer", bar_format="{desc} {elapsed}{postfix}", file=bar_file(sys.stderr))
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._tick, daemon=True)
 
