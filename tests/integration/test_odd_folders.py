@@ -18,6 +18,7 @@ from pause_megatron.config import load
 SMALL = [
     *("model.preset=null", "model.layers=1", "model.hidden=32", "model.heads=2", "data.sequence_length=64"),
     *("train.steps=2", "batch.global_size=2", "batch.micro_size=2", "engine.precision=fp32", "validation.samples=2"),
+    "data.split=80,20,0",
     *("validation.every=2", "model.vocab_multiple=32", "log.samples_every=1"),
 ]
 
