@@ -36,6 +36,9 @@ VERBS = {
     "doctor": "say what this machine has, what works, and what is missing",
 }
 
+# Those that train, and those that take GPUs for as long.
+_END_WITH_LAUNCHER = ("pretrain", "finetune", "benchmark", "evaluate", "experiment")
+
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
 EXIT_READER_GONE = 141  # as a shell says of a program that a closed pipe has ended
@@ -68,9 +71,15 @@ def _main(argv: Sequence[str] | None) -> int:
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.append(os.getcwd())
     try:
-        if argv is None:  # not in somebody's program, whose end is not this one's to decide
-            launcher.end_with_launcher()
         arguments = _take_local_rank(list(sys.argv[1:] if argv is None else argv))
+        # Not in somebody's program, whose end is not this one's to decide.
+        if (
+            argv is None
+            and arguments[:1]
+            and arguments[0] in _END_WITH_LAUNCHER
+            and not {"-h", "--help"} & {*arguments}
+        ):
+            launcher.end_with_launcher()
         return launcher.left(_dispatch(arguments))
     except OutputError:
         raise

@@ -16,14 +16,14 @@ from pathlib import Path
 
 import pytest
 
-from pause_megatron import launcher, processes
+from pause_megatron import launcher_search, processes
 from pause_megatron.errors import ConfigError
 from pause_megatron.processes import GONE, STOP_ASKED, TAKING_STEPS, Process, Watched, Watcher
 
 ROOT = Path(__file__).resolve().parents[2]
 FINDS = """
 import json, os, sys, time
-from pause_megatron.launcher import find
+from pause_megatron.launcher_search import find
 while os.environ.get("ORPHANED") and os.getppid() == int(os.environ["ORPHANED"]):
     time.sleep(0.01)
 found = find()
@@ -36,9 +36,34 @@ STARTS = """
 import os, subprocess, sys
 variables = dict(word.split("=", 1) for word in sys.argv[1].split())
 orphans = {"ORPHANED": str(os.getpid())} if "ORPHANED" in variables else {}
-child = subprocess.Popen(sys.argv[2:], env={**os.environ, **variables, **orphans})
+if "GROUP" in variables:
+    os.setpgid(0, 0)
+new_session = variables.get("START") == "new_session"
+child = subprocess.Popen(sys.argv[2:], env={**os.environ, **variables, **orphans}, start_new_session=new_session)
 if not orphans:
     child.wait()
+"""
+# Starts a program, and takes the children of those that have ended.
+BECOMES_INIT = """
+import ctypes, os, subprocess, sys
+ctypes.CDLL(None).prctl(36, 1)
+subprocess.Popen(sys.argv[1:])
+os.execvp("sleep", ["tini", "60"])
+"""
+HIDDEN = """
+import ctypes, os, socket
+from pause_megatron import launcher_search, processes
+parent, machine = os.getppid(), processes.machine()
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+ctypes.CDLL(None).prctl(4, 1)
+assert machine and processes.stat(os.getpid()) and not processes.stat(parent)
+assert launcher_search.find() == launcher_search.Found()
+os.environ[launcher_search.VARIABLE] = f"{parent}@{socket.gethostname()}"
+assert launcher_search.find() == launcher_search.Found()
+assert processes.Watched({"it": processes.Process(parent, 1)}, {}).gone() == ""
+assert processes.Watched({"it": processes.Process(2**22, 1)}, {}).gone()
 """
 
 
@@ -99,11 +124,13 @@ def test_deepspeeds_runner_matters_as_well(tmp_path):
 
 def test_a_runner_that_ends_while_it_is_looked_at_is_no_stranger(monkeypatch):
     """Its command line is empty before its children get another parent."""
-    parents, found = iter([70, 70, 1, 1, 1]), launcher.Found()
+    parents, found = iter([70, 70, 1, 1, 1]), launcher_search.Found()
     monkeypatch.setattr(processes, "parent", lambda pid: next(parents))
     monkeypatch.setattr(processes, "words", lambda pid: ["/sbin/init"] if pid == 1 else [])
-    monkeypatch.setattr(processes, "stat", lambda pid: ["S", "1", "69", *["0"] * 20])
-    launcher._runner_of(71, found)
+    monkeypatch.setattr(
+        processes, "stat", lambda pid: ["S", "1", *(["1", "1"] if pid == 1 else ["69"] * 2), *["0"] * 20]
+    )
+    launcher_search._runner_of(71, found)
     assert found.gone == ["the deepspeed runner"] and found.processes == {}
 
 
@@ -112,10 +139,71 @@ def test_what_a_shell_or_a_program_starts_by_itself_has_no_launcher(tmp_path, va
     assert found_by(tmp_path, ("anything", variables))[:2] == ({}, [])
 
 
-@pytest.mark.parametrize("mark", ["TORCHELASTIC_RUN_ID", "CROSS_RANK", "PMI_RANK"])
-def test_a_rank_that_begins_as_an_orphan_knows_it(tmp_path, mark):
+@pytest.mark.parametrize(
+    ("mark", "said"), [("TORCHELASTIC_RUN_ID", ["torchrun"]), ("CROSS_RANK", ["deepspeed"]), ("PMI_RANK", [])]
+)
+def test_a_rank_that_begins_as_an_orphan_knows_it_where_that_is_sure(tmp_path, mark, said):
     there, gone, _ = found_by(tmp_path, ("anything", f"{mark}=0 ORPHANED=1"))
-    assert there == {} and len(gone) == 1
+    assert (there, gone) == ({}, said)
+
+
+@pytest.mark.parametrize(
+    ("variables", "of_init", "said"),
+    [
+        ("TORCHELASTIC_RUN_ID=0 START=new_session", "", ["torchrun"]),
+        ("TORCHELASTIC_RUN_ID=0 START=new_session", "TORCHELASTIC_RUN_ID=0", []),  # that of a container: it is outside
+        ("TORCHELASTIC_RUN_ID=0", "", []),
+        ("CROSS_RANK=0", "", []),
+        ("CROSS_RANK=0 GROUP=1", "", ["deepspeed"]),  # that of the one which has ended
+    ],
+)
+def test_an_init_may_have_started_what_it_is_the_parent_of(tmp_path, variables, of_init, said):
+    """It is in the session of the init, as in a container."""
+    answer = tmp_path / "answer"
+    (tmp_path / "starts").write_text(STARTS)
+    started = [sys.executable, str(tmp_path / "starts"), f"{variables} ORPHANED=1", sys.executable, "-c", FINDS, answer]
+    given = dict(word.split("=") for word in of_init.split())
+    init = subprocess.Popen(
+        [sys.executable, "-c", BECOMES_INIT, *started],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **given},
+        start_new_session=True,
+    )
+    try:
+        wait_for(answer.exists)
+    finally:
+        init.kill()
+        init.wait()
+    assert json.loads(answer.read_text())[1] == said
+
+
+def namespace(script: str, folder: Path, environment: dict[str, str]) -> None:
+    """Run it by a shell that is the first process of a container, as far as process numbers go."""
+    command = ["unshare", "--mount", "--pid", "--fork", *([] if os.getuid() == 0 else ["--map-root-user"]), "bash"]
+    if subprocess.run([*command, "-c", "mount -t proc proc /proc"], stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("needs root, or namespaces for users")
+    (folder / "finds.py").write_text(FINDS)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHON": sys.executable, **environment}
+    subprocess.run([*command, "-c", script], cwd=folder, env=environment, check=True, timeout=60)
+
+
+def test_a_launcher_outside_of_the_container_is_not_gone(tmp_path):
+    """Its ranks are children of the first process, which knows the launcher's variables or does not, or are that."""
+    marks = {"TORCHELASTIC_RUN_ID": "x", "CROSS_RANK": "0", "OMPI_COMM_WORLD_RANK": "0", "PMIX_RANK": "0"}
+    finds = "mount -t proc proc /proc; $PYTHON finds.py 1; setsid -w $PYTHON finds.py 2; :"
+    namespace(f"{finds}; exec $PYTHON finds.py 3", tmp_path, marks)
+    namespace(f"exec -a dumb-init bash -c '{finds.replace('finds.py ', 'finds.py 1')}'", tmp_path, marks)
+    exports = "export " + " ".join(f"{name}={value}" for name, value in marks.items())
+    namespace(f"{exports}; {finds.replace('finds.py ', 'finds.py 2')}", tmp_path, {})
+    for name in ("1", "2", "3", "11", "12", "21", "22"):
+        assert json.loads((tmp_path / name).read_text()) == [{}, []]
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root, to be two users")
+def test_a_process_that_may_not_be_looked_at_is_not_gone(tmp_path):
+    """As on nodes where /proc shows a user's own processes alone, and a daemon of root's has started the rank."""
+    (tmp_path / "hidden.py").write_text(HIDDEN)
+    script = "mount -t proc -o hidepid=2 proc /proc; bash -c '$PYTHON hidden.py; exit $?'"
+    namespace(script, tmp_path, {"TORCHELASTIC_RUN_ID": "x", "CROSS_RANK": "0", "PMI_RANK": "0"})
 
 
 def test_variables_of_another_step_are_no_launcher(monkeypatch):
@@ -125,29 +213,32 @@ def test_variables_of_another_step_are_no_launcher(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         monkeypatch.setenv("SLURM_STEP_LAUNCHER_PORT", str(port))
-        assert list(launcher.find().listeners) == ["srun"]
-        assert Watched({}, launcher.find().listeners).gone() == ""
-        watched = Watched({}, launcher.find().listeners)
+        assert list(launcher_search.find().listeners) == ["srun"]
+        assert Watched({}, launcher_search.find().listeners).gone() == ""
+        watched = Watched({}, launcher_search.find().listeners)
         monkeypatch.setenv("SLURM_LAUNCH_NODE_IPADDR", "192.0.2.1")  # on another machine
-        assert launcher.find() == launcher.Found()
+        assert launcher_search.find() == launcher_search.Found()
         monkeypatch.setenv("SLURM_LAUNCH_NODE_IPADDR", "127.0.0.1")
     assert watched.gone() == "srun"
-    assert launcher.find() == launcher.Found()
+    assert launcher_search.find() == launcher_search.Found()
 
 
 def test_a_launcher_of_ones_own_is_named_by_a_variable(monkeypatch):
     host, own = socket.gethostname(), processes.process(os.getpid())
     for value, expected in ((f"{os.getpid()}@{host}", own), (str(os.getpid()), own), ("1@elsewhere", None)):
-        monkeypatch.setenv(launcher.VARIABLE, value)
-        assert launcher.find().processes.get(launcher.VARIABLE) == expected and launcher.find().gone == []
-    monkeypatch.setenv(launcher.VARIABLE, f"{2**22}@{host}")
-    assert launcher.find().gone == [launcher.VARIABLE]
-    monkeypatch.setenv(launcher.VARIABLE, "me")
+        monkeypatch.setenv(launcher_search.VARIABLE, value)
+        assert (
+            launcher_search.find().processes.get(launcher_search.VARIABLE) == expected
+            and launcher_search.find().gone == []
+        )
+    monkeypatch.setenv(launcher_search.VARIABLE, f"{2**22}@{host}")
+    assert launcher_search.find().gone == [launcher_search.VARIABLE]
+    monkeypatch.setenv(launcher_search.VARIABLE, "me")
     with pytest.raises(ConfigError, match="PAUSE_MEGATRON_LAUNCHER_PID: expected PID or PID@HOST, got 'me'"):
-        launcher.find()
+        launcher_search.find()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    monkeypatch.setenv(launcher.VARIABLE, "0")
-    assert launcher.find() == launcher.Found()
+    monkeypatch.setenv(launcher_search.VARIABLE, "0")
+    assert launcher_search.find() == launcher_search.Found()
 
 
 def test_a_number_that_is_used_again_is_another_process():

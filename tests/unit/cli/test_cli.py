@@ -93,6 +93,26 @@ def test_python_dash_m_runs_the_program():
 
 
 @pytest.mark.parametrize(
+    ("words", "ends"),
+    [
+        (["pretrain"], True),
+        (["--local_rank=0", "finetune", "--recipe", "r"], True),
+        (["experiment", "run"], True),
+        (["pretrain", "--help"], False),
+        *((words, False) for words in ([], ["--help"], ["--version"], ["plan"], ["prepare"], ["doctor"], ["none"])),
+    ],
+)
+def test_what_runs_for_hours_ends_with_its_launcher_from_before_its_imports_on(words, ends, monkeypatch):
+    called = []
+    monkeypatch.setattr(sys, "argv", ["pause-megatron", *words])
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(cli.launcher, "end_with_launcher", lambda: called.append("watch"))
+    monkeypatch.setattr(cli, "_dispatch", lambda arguments: called.append(arguments) or 0)
+    assert main() == 0
+    assert called[:-1] == ["watch"] * ends and [*called[-1]] == [word for word in words if "local_rank" not in word]
+
+
+@pytest.mark.parametrize(
     "option", [["--local_rank=3"], ["--local-rank", "3"], ["--local-rank=3"], ["--local_rank", "3"]]
 )
 @pytest.mark.parametrize("before", [True, False])
