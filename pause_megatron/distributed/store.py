@@ -10,6 +10,7 @@ import errno
 import os
 import socket
 import threading
+import time
 from datetime import timedelta
 
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from pause_megatron.distributed.ranks import Ranks
 from pause_megatron.errors import ConfigError
 
 _ASK_SECONDS = 1.5  # for a program that answers
+_KNOCK_SECONDS = 10.0  # for one of a name's addresses to accept a connection
 
 
 def open_store(ranks: Ranks, seconds: float) -> dist.Store:
@@ -43,15 +45,7 @@ def open_store(ranks: Ranks, seconds: float) -> dist.Store:
         if error.errno == errno.EADDRINUSE and (other := _other_store(ranks)) is not None:
             return other
         raise ConfigError(_cannot_listen(ranks, error)) from None
-    return dist.TCPStore(
-        ranks.master_addr,
-        listener.getsockname()[1],
-        ranks.world_size,
-        is_master=True,
-        timeout=wait,
-        wait_for_workers=False,
-        master_listen_fd=listener.detach(),
-    )
+    return _connected(ranks, wait, listener)  # to its own, too: torch has it go by MASTER_ADDR
 
 
 def own_addresses(name: str) -> list[tuple[int, str]]:
@@ -62,7 +56,7 @@ def own_addresses(name: str) -> list[tuple[int, str]]:
     """
     try:
         found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-    except OSError:
+    except (OSError, UnicodeError):  # of a name that no host can have
         return []
     loopback = name == "localhost" or name.startswith("127.") or name == "::1"
     own = []
@@ -87,14 +81,27 @@ def _listener(name: str, port: int) -> socket.socket:
     return socket.create_server(("", port), backlog=4096)
 
 
-def _connected(ranks: Ranks, wait: timedelta) -> dist.Store:
-    """In a thread, since torch waits without an end for a program that listens and says nothing."""
+def _connected(ranks: Ranks, wait: timedelta, listener: socket.socket | None = None) -> dist.Store:
+    """Connect, once somebody listens there; keep the store on the listener, if one is given.
+
+    In a thread, since torch waits without an end for a program that listens and says nothing. Not for one that does
+    not listen: a thread that is trying when the interpreter ends would abort the process.
+
+    Raises:
+        ConfigError: nobody answers, or no store.
+    """
     found: list[dist.Store | Exception] = []
+    port = ranks.master_port if listener is None else listener.getsockname()[1]
+    if (unheard := _unheard(ranks.master_addr, port, wait.total_seconds())) is not None:
+        if listener is not None:
+            listener.close()
+        raise ConfigError(_nobody(ranks, wait.total_seconds(), unheard))
 
     def connect() -> None:
-        address = (ranks.master_addr, ranks.master_port, ranks.world_size)
+        kept = {} if listener is None else {"master_listen_fd": listener.detach()}
+        address = (ranks.master_addr, port, ranks.world_size)
         try:
-            found.append(dist.TCPStore(*address, is_master=False, timeout=wait, wait_for_workers=False))
+            found.append(dist.TCPStore(*address, is_master=bool(kept), timeout=wait, wait_for_workers=False, **kept))
         except dist.DistError as error:
             found.append(error)
 
@@ -105,6 +112,21 @@ def _connected(ranks: Ranks, wait: timedelta) -> dist.Store:
         return found[0]
     error = found[0] if found else "it accepts connections, and is no store of torch's"
     raise ConfigError(_nobody(ranks, wait.total_seconds(), error))
+
+
+def _unheard(name: str, port: int, seconds: float) -> Exception | None:
+    """Why nobody accepts a connection there for so long; None: somebody does."""
+    end, pause = time.monotonic() + seconds, 0.02
+    while True:
+        left = end - time.monotonic()
+        try:
+            with socket.create_connection((name, port), timeout=min(max(left, 0.1), _KNOCK_SECONDS)):
+                return None
+        except (OSError, UnicodeError) as error:
+            if left < pause:
+                return error
+        time.sleep(pause)
+        pause = min(2 * pause, 1.0)
 
 
 def _other_store(ranks: Ranks) -> dist.Store | None:
@@ -131,8 +153,8 @@ def _cannot_listen(ranks: Ranks, error: OSError) -> str:
 def _nobody(ranks: Ranks, seconds: float, error: object) -> str:
     address = ranks.master_addr
     try:
-        address = f"{address} ({socket.gethostbyname(address)})"
-    except OSError:
+        address = f"{address} ({socket.getaddrinfo(address, None)[0][4][0]})"
+    except (OSError, UnicodeError):
         address = f"{address} (a name that leads nowhere here)"
     return (
         f"MASTER_ADDR={address}, port {ranks.master_port}: expected rank 0 to answer within {seconds:g} s "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 from pathlib import Path
 
 import pytest
@@ -69,3 +70,16 @@ def test_a_port_that_another_program_listens_on_says_which_variable_gives_anothe
         said = rf"MASTER_ADDR=127.0.0.1, port {port}, on .* a free port for rank 0 .*: MASTER_PORT, torchrun"
         with pytest.raises(ConfigError, match=said):
             open_store(Ranks(0, 0, 2, "127.0.0.1", port, "environment"), 1)
+
+
+@pytest.mark.parametrize(
+    ("address", "rank"),
+    [*((name, rank) for name in ("nosuchhost.invalid", "192.0.2.1", "no..host") for rank in (0, 1)), ("127.0.0.1", 1)],
+)
+def test_an_address_at_which_nobody_answers_is_one_message_and_leaves_no_thread(address, rank):
+    """A thread that is in torch when the interpreter ends aborts the process, with a code that stands for a signal."""
+    port = free_port()
+    said = rf"MASTER_ADDR={address} \(.*\), port {port}: expected rank 0 to answer within 0.3 s \(run.connect_seconds\)"
+    with pytest.raises(ConfigError, match=said):
+        open_store(Ranks(rank, rank, 2, address, port, "environment"), 0.3)
+    assert "connect" not in {thread.name for thread in threading.enumerate()} and not listening(port)
