@@ -10,11 +10,11 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pause_megatron import processes
+from pause_megatron import job_step, processes
 from pause_megatron.errors import ConfigError
 from pause_megatron.processes import Process
 
@@ -74,7 +74,7 @@ def find(environment: Mapping[str, str] | None = None) -> Found:
     if not processes.machine() or env.get(VARIABLE) == "0":
         return found
     _named(env, found)
-    ancestors = list(_ancestors())
+    ancestors = list(processes.ancestors())
     for name, marks in _MARKS.items():
         for mark in marks:
             if mark in env:
@@ -82,14 +82,6 @@ def find(environment: Mapping[str, str] | None = None) -> Found:
                 break
     _slurm(env, ancestors, found)
     return found
-
-
-def _ancestors() -> Iterator[int]:
-    """Numbers of the parent, of its parent and so on."""
-    pid = os.getppid()
-    while pid:
-        yield pid
-        pid = processes.parent(pid)
 
 
 def _named(env: Mapping[str, str], found: Found) -> None:
@@ -180,6 +172,8 @@ def _slurm(env: Mapping[str, str], ancestors: list[int], found: Found) -> None:
     port, host = env.get("SLURM_STEP_LAUNCHER_PORT", ""), env.get("SLURM_LAUNCH_NODE_IPADDR", "")
     if "SLURM_STEP_NUM_TASKS" not in env or not port.isdecimal() or not _is_here(host):
         return
+    if job_step.is_inherited(env):
+        return
     try:
         inode = processes.listening().get(int(port))
     except OSError:
@@ -187,7 +181,7 @@ def _slurm(env: Mapping[str, str], ancestors: list[int], found: Found) -> None:
     if inode:
         found.listeners["srun"] = inode
         return
-    # These variables are inherited by jobs that are submitted from a step: the daemon says whether it is this step.
+    # Where the step is not seen, the variables may be inherited.
     step = f"[{env.get('SLURM_JOB_ID')}.{env.get('SLURM_STEP_ID')}]"
     if any(processes.words(pid)[:1] and f"slurmstepd: {step}" in processes.words(pid)[0] for pid in ancestors):
         found.gone.append("srun")

@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 
@@ -100,6 +101,14 @@ def parent(pid: int) -> int:
     """Number of the process that a process is a child of; 0: none that is seen here."""
     fields = stat(pid)
     return int(fields[1]) if fields else 0
+
+
+def ancestors() -> Iterator[int]:
+    """Numbers of the parent, of its parent and so on, as far as they are seen here."""
+    pid = os.getppid()
+    while pid:
+        yield pid
+        pid = parent(pid)
 
 
 def words(pid: int) -> list[str]:

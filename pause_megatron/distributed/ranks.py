@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pause_megatron.errors import ConfigError
+from pause_megatron.job_step import own_variables
 
 _LAUNCHER_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _LAST_PORT = 65535
@@ -61,13 +61,13 @@ def discover(environment: Mapping[str, str] | None = None, *, local_rank: int | 
     is empty is not set.
 
     Args:
-        environment: defaults to os.environ.
+        environment: defaults to os.environ, without what a job has inherited from a step that submitted it.
         local_rank: what `--local_rank=N` said, if the launcher passes it; used where LOCAL_RANK is not set.
 
     Raises:
         ConfigError: a variable is missing, is not the number it should be, or is another task's.
     """
-    given = os.environ if environment is None else environment
+    given = own_variables() if environment is None else environment
     env = {key: value for key, value in given.items() if value}
     if "RANK" in env and "WORLD_SIZE" in env:
         return _from_variables(env, local_rank)
@@ -82,7 +82,7 @@ def discover_task(environment: Mapping[str, str] | None = None) -> Ranks:
     Raises:
         ConfigError: as `discover`, where no job step says who this is.
     """
-    given = os.environ if environment is None else environment
+    given = own_variables() if environment is None else environment
     try:
         return discover(given)
     except ConfigError:

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -234,3 +235,19 @@ def test_every_rank_gets_its_cpus(launcher, cluster, corpus, tmp_path):
     # By which srun binds a task, on clusters that bind (this one has no cgroups to do it with).
     bound = None if launcher == "torchrun" else "2"
     assert {share["SRUN_CPUS_PER_TASK"] for share in shares} == {bound}
+
+
+def test_what_is_submitted_from_a_step_is_one_rank(cluster, tmp_path):
+    """A batch script, and a shell of `salloc`: both inherit the variables of the step, which has two."""
+    (tmp_path / "says.py").write_text(
+        "import sys\nfrom pause_megatron.distributed.ranks import discover\n"
+        "print(discover().world_size, file=open(sys.argv[1], 'w'))\n"
+    )
+    for name in ("batch", "salloc", "step"):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{sys.executable} says.py {name}.txt; exit $?\n")
+        (tmp_path / name).chmod(0o755)
+    submits = "case $SLURM_PROCID in 0) ./step; sbatch --wait --output=log ./batch; salloc --ntasks=1 ./salloc;; esac"
+    given = ["env", f"PYTHONPATH={ROOT}", "MASTER_ADDR=127.0.0.1"]
+    cluster.run("srun", "--ntasks=2", "--nodes=2", f"--chdir={tmp_path}", *given, "sh", "-c", submits)
+    said = {path.stem: path.read_text().strip() for path in tmp_path.glob("*.txt")}
+    assert said == {"step": "2", "batch": "1", "salloc": "1"}

@@ -16,7 +16,15 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 # Lower layers know nothing of higher ones; layers of equal rank know nothing of each other, except what is listed.
 RANKS = {
     **{"errors": 0, "config": 0, "durable": 0, "byte_progress": 0, "versions": 0},
-    **{"processes": 0, "launcher": 0, "launcher_search": 0, "holding": 0, "output": 0, "metrics_lines": 0},
+    **{
+        "processes": 0,
+        "launcher": 0,
+        "launcher_search": 0,
+        "job_step": 0,
+        "holding": 0,
+        "output": 0,
+        "metrics_lines": 0,
+    },
     **{"lines": 0, "paths": 0, "run_folder": 0},
     **{"slurm": 1, "data": 1, "tasks": 1, "distributed": 1, "model": 1, "engine": 1},
     **{"checkpoint": 2, "train": 3, "hf": 4, "inference": 5, "evaluate": 6, "plan": 6, "experiment": 7, "benchmark": 7},
@@ -26,12 +34,13 @@ NEIGHBOURS = {
     *{("config", "errors"), ("config", "paths"), ("config", "run_folder"), ("durable", "errors")},
     *{("durable", "holding"), ("durable", "processes"), ("engine", "distributed"), ("holding", "errors")},
     *{("holding", "processes"), ("launcher", "launcher_search"), ("launcher", "processes")},
-    *{("launcher_search", "errors"), ("launcher_search", "processes"), ("lines", "errors")},
+    *{("launcher_search", "errors"), ("launcher_search", "job_step"), ("launcher_search", "processes")},
+    *{("job_step", "processes"), ("lines", "errors")},
     *{("metrics_lines", "errors"), ("model", "distributed"), ("output", "errors"), ("run_folder", "durable")},
     ("tasks", "data"),  # one reader of JSON lines
 }
 NO_TORCH = {
-    *("config", "durable", "errors", "holding", "launcher", "launcher_search", "lines"),
+    *("config", "durable", "errors", "holding", "job_step", "launcher", "launcher_search", "lines"),
     *("metrics_lines", "output", "paths", "processes", "run_folder", "slurm"),
     *("tasks", "versions"),
 }
