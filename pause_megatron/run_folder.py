@@ -115,24 +115,43 @@ def choose_in(checkpoints: Path) -> Choice:
     if (copied := _copied_step(checkpoints)) is not None:
         found.setdefault(copied, []).append(checkpoints / LATEST)
     steps = sorted(found, reverse=True)
-    pointed, note = pointed_to(checkpoints), ""
-    target = step_of(pointed)
+    if not steps:
+        return Choice(())
+    pointed, notes = pointed_to(checkpoints), _lead_nowhere(checkpoints)
+    target = step_of(pointed) if pointed else copied
     if pointed and target not in found:
-        note = f"{checkpoints / LATEST} names {pointed}, which is not there"
+        notes.append(f"{checkpoints / LATEST} names {pointed}, which is not there")
     elif target is not None and target < steps[0]:
         newer = ", ".join(step_name(step) for step in reversed(steps) if step > target)
         if _moved_back(checkpoints, target, steps[0]):
-            note = f"passed over: {newer}; {checkpoints / LATEST} was moved back to {pointed}"
+            notes.append(f"passed over: {newer}; {checkpoints / LATEST} was moved back to {step_name(target)}")
             steps = [step for step in steps if step <= target]
+        elif last_published(checkpoints) is None:
+            notes.append(
+                f"{checkpoints / LATEST} is {step_name(target)}, older than {newer}, and {record_of(checkpoints)}, which "
+                "tells whether it was moved back, is not there: taking the newest; to roll back, point it there again"
+            )
         else:
-            note = f"{checkpoints / LATEST} still names {pointed}: a save ended before it moved to {newer}"
-    return Choice(tuple(folder.resolve() for step in steps for folder in found[step]), note)
+            notes.append(f"{checkpoints / LATEST} is still {step_name(target)}: a save ended before it was {newer}")
+    return Choice(tuple(folder.resolve() for step in steps for folder in found[step]), "; ".join(notes))
+
+
+def _lead_nowhere(checkpoints: Path) -> list[str]:
+    """A line for each link with the name of a checkpoint whose folder is not there (an archive, not mounted)."""
+    links = sorted(path for path in checkpoints.glob("step-*") if step_of(path.name) is not None)
+    return [f"passed over: {path} leads to {os.readlink(path)}, which is not there" for path in links if _dangles(path)]
+
+
+def _dangles(path: Path) -> bool:
+    return path.is_symlink() and not path.exists()
 
 
 def _moved_back(checkpoints: Path, target: int, newest: int) -> bool:
     """Whether somebody has pointed `latest` at an older checkpoint, not a save that ended before it moved it."""
     if (published := last_published(checkpoints)) is not None:
         return target < published
+    if is_copy(checkpoints / LATEST):
+        return False
     try:
         made = (checkpoints / step_name(newest) / MANIFEST).stat().st_mtime_ns
         return (checkpoints / LATEST).lstat().st_mtime_ns > made

@@ -76,7 +76,7 @@ class Store:
         if self._resumed is not None:
             self._leave_behind(*self._resumed)
         final = self.path(step)
-        if final.exists():
+        if os.path.lexists(final):
             self._set_aside(final)
         os.rename(hidden, final)
         self._resumed = None
@@ -185,7 +185,7 @@ class Store:
                 if step > resumed:
                     self._set_aside(self.path(step))
             if is_copy(self.folder / LATEST) and folder == (self.folder / LATEST).resolve():
-                if self.path(resumed).exists():
+                if os.path.lexists(self.path(resumed)):
                     self._set_aside(self.path(resumed))
                 os.rename(self.folder / LATEST, self.path(resumed))
             published = last_published(self.folder)
@@ -196,7 +196,7 @@ class Store:
 
     def _set_aside(self, folder: Path) -> None:
         number, target = 1, self.folder / f"{SET_ASIDE}{folder.name}"
-        while target.exists():
+        while os.path.lexists(target):
             number += 1
             target = self.folder / f"{SET_ASIDE}{folder.name}.{number}"
         os.rename(folder, target)

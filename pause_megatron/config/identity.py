@@ -41,8 +41,16 @@ def deciding_keys(config: RunConfig) -> dict[str, Any]:
 
 
 def corpus_names(words: Iterable[str]) -> tuple[str, ...]:
-    """The names of corpora (and weights) without their folders: with the seed they decide where pauses are."""
-    return tuple(os.path.basename(word) for word in words)
+    """The names of corpora without their folders: with the seed they decide where pauses are. Weights are left out."""
+    return tuple(os.path.basename(word) for word in words if not _is_number(word))
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def compared_keys(config: RunConfig) -> dict[str, Any]:

@@ -134,7 +134,13 @@ def only_the_copy_is_whole(run: Path) -> None:
     shutil.rmtree(run / "checkpoints" / "step-00000020")
 
 
+def copied_after_a_roll_back(run: Path) -> None:
+    point_by_hand(run, "step-00000010")
+    resolved_link(run)
+
+
 CHANGES = {
+    "a copy of a roll-back that followed the link": (copied_after_a_roll_back, 10),
     "moved back, no record": (lambda run: without_a_record(run, 1), 20),
     "killed before the pointer moved, no record": (lambda run: without_a_record(run, -1), 30),
     "only the copy in its place is whole": (only_the_copy_is_whole, 30),
@@ -200,6 +206,14 @@ def test_a_copy_that_a_run_went_on_from_is_kept_as_the_checkpoint_that_it_is(run
     run_on_ranks(1, save_one, str(run / "checkpoints"), 40)
     assert Store(run / "checkpoints").steps() == [10, 30, 40]
     assert not problems_of(run / "checkpoints" / "step-00000030")
+
+
+def test_a_link_that_leads_nowhere_is_named_and_in_nobodys_way(run):
+    shutil.rmtree(run / "checkpoints" / "step-00000030")
+    (run / "checkpoints" / "step-00000030").symlink_to("/not mounted/step-00000030")
+    assert "step-00000030 leads to /not mounted/step-00000030, which is not there" in choose(run).note
+    run_on_ranks(1, save_one, str(run / "checkpoints"), 30)
+    assert taken(run) == 30 and (run / "checkpoints" / "set-aside-step-00000030").is_symlink()
 
 
 def test_what_cannot_be_set_aside_stays_and_no_save_fails(run):

@@ -42,11 +42,11 @@ def test_nothing_else_may(change):
 
 
 def test_the_name_of_a_corpus_decides_its_pauses_and_its_folder_does_not():
-    before, moved = config("data.prefix=[2, a/en, 1, a/de]"), config("data.prefix=[2, b/en, 1, c/d/de]")
+    before, moved = config("data.prefix=[2, a/en, 1, a/de]"), config("data.prefix=[2.0, b/en, 1, c/d/de]")
     renamed = config("data.prefix=[2, a/english, 1, a/de]")
     assert config_differences(before, moved, 40) == []
     (line,) = config_differences(before, renamed, 40)
-    assert line.startswith("data.prefix: corpora named 2 en 1 de in the checkpoint, 2 english 1 de in this run")
+    assert line.startswith("data.prefix: corpora named en de in the checkpoint, english de in this run")
     assert (
         config_differences(config("pause.rate=0", "data.prefix=a/en"), config("pause.rate=0", "data.prefix=b"), 4) == []
     )
