@@ -17,23 +17,28 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=false DS_ACC
 # A port of its own: another run may be going on.
 free_port() { python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'; }
 say() { printf '\n== %s\n' "$*"; }
+# A folder may have any name: in a glob, in a list of YAML (a bare prefix ends at a blank), in commands to copy.
+shards="${folder//\[/[[]}/shards/c4-train.*.json.gz"
+quote="'"
+prefix="['${folder//$quote/$quote$quote}/english']"
+shown=$(printf %q "$folder")
 
 say "English text in C4's own layout"
 run python launchers/english_shards.py --output "$folder/shards" --shards 4
 
 say "tokenizer: SentencePiece BPE, 4096 pieces"
 [ -e "$folder/tokenizer.model" ] ||
-    run pause-megatron train-tokenizer --input "$folder/shards/c4-train.*.json.gz" --vocab-size 4096 \
+    run pause-megatron train-tokenizer --input "$shards" --vocab-size 4096 \
         --output "$folder/tokenizer.model"
 
 say "corpus: .bin, .idx and manifest, <pause> reserved"
-run pause-megatron prepare --input "$folder/shards/c4-train.*.json.gz" --tokenizer "$folder/tokenizer.model" \
+run pause-megatron prepare --input "$shards" --tokenizer "$folder/tokenizer.model" \
     --output "$folder/english"
 
 for variant in std pause; do
     say "pretraining: $variant, $ranks ranks"
     run deepspeed --quiet --num_gpus "$ranks" --master_port "$(free_port)" --module pause_megatron pretrain \
-        --recipe "tiny-$variant" "data.prefix=$folder/english" "run.dir=$folder/$variant" "$@"
+        --recipe "tiny-$variant" "data.prefix=$prefix" "run.dir=$folder/$variant" "$@"
 done
 
 say "export: the pause model as a Hugging Face folder, compared with the native one"
@@ -58,8 +63,8 @@ Goyal et al. (ICLR 2024) saw gains with 130 M and 1 G parameters, 200 G tokens, 
 
   $folder/curves.png                    the two runs side by side
   $folder/model/                        the pause model: transformers and vLLM load it
-  pause-megatron generate --model $folder/model --pauses 10 --prompt "..."
-  tensorboard --logdir $folder          losses, rates, windows with their pauses
+  pause-megatron generate --model $shown/model --pauses 10 --prompt "..."
+  tensorboard --logdir $shown          losses, rates, windows with their pauses
   $folder/pause/metrics.jsonl           one line a step
   $folder/pause/checkpoints/latest/     the newest checkpoint: fp32 state as safetensors, with digests
 EOF

@@ -44,8 +44,8 @@ KEYS = "train.steps=4 checkpoint.every=2 validation.every=2 validation.samples=8
 @pytest.fixture(scope="module")
 def quickstart(tmp_path_factory) -> tuple[Path, str]:
     """`bash launchers/quickstart.sh` over four steps instead of 250."""
-    folder = tmp_path_factory.mktemp("quickstart")
-    return folder, run(f"bash launchers/quickstart.sh {folder} {KEYS}", ROOT)
+    folder = tmp_path_factory.mktemp("quickstart") / "it's [a] folder"
+    return folder, run(f"bash launchers/quickstart.sh {shlex.quote(str(folder))} {KEYS}", ROOT)
 
 
 def test_the_quickstart_leaves_what_it_says(quickstart):
@@ -80,7 +80,7 @@ def test_the_quickstart_says_nothing_that_is_not_its_users_business(quickstart):
 def test_the_quickstart_goes_on_and_finds_nothing_left_to_do(quickstart):
     folder, _ = quickstart
     exported = (folder / "model" / "config.json").stat().st_mtime_ns
-    output = run(f"bash launchers/quickstart.sh {folder} {KEYS}", ROOT)
+    output = run(f"bash launchers/quickstart.sh {shlex.quote(str(folder))} {KEYS}", ROOT)
     assert output.count("resuming after step 4") == 2
     assert output.count("complete after step 4") == 2
     assert (folder / "model" / "config.json").stat().st_mtime_ns == exported
@@ -159,7 +159,8 @@ def test_tensorboard_shows_losses_rates_configuration_and_pauses(quickstart):
 
 def test_torchrun_starts_a_run_too(quickstart, tmp_path):
     folder, _ = quickstart
-    keys = f"data.prefix={folder}/english run.dir={tmp_path} {KEYS}"
+    prefix = shlex.quote(f"data.prefix={json.dumps([f'{folder}/english'])}")
+    keys = f"{prefix} run.dir={tmp_path} {KEYS}"
     run(f"torchrun --nproc_per_node 2 -m pause_megatron pretrain --recipe tiny-pause {keys}", ROOT)
     losses = [
         [json.loads(line)["loss"] for line in (path / "metrics.jsonl").open()] for path in (folder / "pause", tmp_path)
