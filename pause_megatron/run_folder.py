@@ -128,8 +128,8 @@ def choose_in(checkpoints: Path) -> Choice:
             steps = [step for step in steps if step <= target]
         elif last_published(checkpoints) is None:
             notes.append(
-                f"{checkpoints / LATEST} is {step_name(target)}, older than {newer}, and {record_of(checkpoints)}, which "
-                "tells whether it was moved back, is not there: taking the newest; to roll back, point it there again"
+                f"{checkpoints / LATEST} is {step_name(target)}, older than {newer}; whether it was moved back says "
+                f"{record_of(checkpoints)}, which is not there: taking the newest; to roll back, point it there again"
             )
         else:
             notes.append(f"{checkpoints / LATEST} is still {step_name(target)}: a save ended before it was {newer}")
