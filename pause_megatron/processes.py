@@ -208,7 +208,8 @@ class Watcher:
                     return self._end(f"its launcher is gone: {gone}")
                 with contextlib.suppress(OSError):
                     self._channel.send(GONE)
-                self._say(f"its launcher is gone: {gone}; finishing the step, then saving, if that is quick")
+                if not self._stops:  # else that was said, and the save has its time
+                    self._say(f"its launcher is gone: {gone}; finishing the step, then saving, if that is quick")
             elif gone and time.monotonic() - since > (STOPPING_SECONDS if self._stops else SAVE_SECONDS):
                 return self._end(f"not ended {time.monotonic() - since:.0f} s after its launcher")
 

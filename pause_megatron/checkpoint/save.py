@@ -136,7 +136,7 @@ def _tidy(store: Store, step: int, keep: int, rank: int) -> None:
         except OSError as error:
             _warn(step, f"{store.folder / LATEST} could not be pointed at it: {error}")
     try:
-        store.prune(keep)
+        store.prune(step, keep)
     except (OSError, CheckpointError) as error:
         _warn(step, f"older ones could not be deleted: {error}")
 

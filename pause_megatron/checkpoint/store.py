@@ -46,6 +46,7 @@ class Store:
         # Of this process: what it resumed from; and what the files of checkpoints were like when they were found
         # complete (with so many optimizer steps) or damaged, so that they are not read again while nobody writes them.
         self._resumed: tuple[int, Path] | None = None
+        self._left: set[int] = set()  # steps that should have been set aside and could not
         self._verdicts: dict[int, tuple[_Stamp, int | None]] = {}
 
     def steps(self) -> list[int]:
@@ -97,8 +98,8 @@ class Store:
         # Not below one that could not be set aside: `latest` stays moved back before it.
         record_published(self.folder, self.steps()[-1])
 
-    def prune(self, keep: int) -> None:
-        """Deletes all but the newest `keep` complete checkpoints. Every rank calls this.
+    def prune(self, newest: int, keep: int) -> None:
+        """Deletes all but the newest `keep` complete checkpoints, beginning with step `newest`. Every rank calls this.
 
         The newest and the complete one before it always stay. One without an applied step more than the one before
         it has the same weights, and does not count: steps that were all skipped push out nothing. Damaged ones do not
@@ -107,7 +108,9 @@ class Store:
         """
         kept: list[int] = []  # optimizer steps
         gone: list[int] = []
-        for step in reversed(broadcast_object(self.steps() if self._rank == 0 else [])):
+        # Newer ones could not be set aside.
+        mine = [step for step in self.steps() if step <= newest and step not in self._left] if self._rank == 0 else []
+        for step in reversed(broadcast_object(mine)):
             enough = len(kept) >= _LEAST_KEPT and len(set(kept)) >= keep
             applied = None if enough else self._applied_in(step)
             if enough or (applied in kept and len(kept) >= _LEAST_KEPT):
@@ -180,19 +183,26 @@ class Store:
 
         One that cannot be moved (another user's) stays, and is said: the rule finds the others all the same.
         """
-        try:
-            for step in self.steps():
-                if step > resumed:
+        for step in self.steps():
+            if step > resumed:
+                try:
                     self._set_aside(self.path(step))
+                except OSError as error:
+                    self._left.add(step)
+                    self._say_left(error)
+        try:
             if is_copy(self.folder / LATEST) and folder == (self.folder / LATEST).resolve():
                 if os.path.lexists(self.path(resumed)):
                     self._set_aside(self.path(resumed))
                 os.rename(self.folder / LATEST, self.path(resumed))
             published = last_published(self.folder)
-            if published is not None and published > resumed:
+            if published is not None and published > resumed and not self._left:
                 record_published(self.folder, resumed)  # the roll-back is done: from here on the newest is meant again
         except OSError as error:
-            print(f"warning: a checkpoint that was passed over stays where it is: {error}", file=sys.stderr, flush=True)
+            self._say_left(error)
+
+    def _say_left(self, error: OSError) -> None:
+        print(f"warning: a checkpoint that was passed over stays where it is: {error}", file=sys.stderr, flush=True)
 
     def _set_aside(self, folder: Path) -> None:
         number, target = 1, self.folder / f"{SET_ASIDE}{folder.name}"

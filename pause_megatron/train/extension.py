@@ -83,8 +83,10 @@ def _lines(before: RunConfig, now: RunConfig, free: frozenset[str] | set[str]) -
 
 def _finish(before: RunConfig, now: RunConfig) -> str:
     """The command that takes a run to the end that its checkpoint names, where its folder is now."""
-    extended = before.train.extended_from
-    return _command(now, f"train.extended_from={'null' if extended is None else extended}", _length(before))
+    extended, old, new = before.train.extended_from, deciding_keys(before), deciding_keys(now)
+    schedule = [f"{key}={old[key]}" for key in SCHEDULE_KEYS if old[key] != new[key]]
+    extension = f"train.extended_from={'null' if extended is None else extended}"
+    return _command(now, extension, _length(before), *schedule)
 
 
 def _length(config: RunConfig) -> str:
