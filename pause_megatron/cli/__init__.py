@@ -59,11 +59,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = _main(argv)
             stdout.flush()
         except OutputError as error:
-            if error.reader_gone:
-                return EXIT_READER_GONE
-            _say(f"error: {error}")
-            return EXIT_ERROR
-        return code
+            code = EXIT_READER_GONE if error.reader_gone else EXIT_ERROR
+            if not error.reader_gone:
+                _say(f"error: {error}")
+    store = sys.modules.get("pause_megatron.distributed.store")
+    if argv is None and store is not None and store.is_connecting():
+        os._exit(code)  # all is said
+    return code
 
 
 def _main(argv: Sequence[str] | None) -> int:

@@ -19,6 +19,7 @@ from pause_megatron.distributed.interfaces import interfaces, listed
 from pause_megatron.distributed.ranks import Ranks
 from pause_megatron.errors import ConfigError
 
+_THREAD = "connect to MASTER_ADDR"
 _ASK_SECONDS = 1.5  # for a program that answers
 _KNOCK_SECONDS = 10.0  # for one of a name's addresses to accept a connection
 
@@ -46,6 +47,11 @@ def open_store(ranks: Ranks, seconds: float) -> dist.Store:
             return other
         raise ConfigError(_cannot_listen(ranks, error)) from None
     return _connected(ranks, wait, listener)  # to its own, too: torch has it go by MASTER_ADDR
+
+
+def is_connecting() -> bool:
+    """Whether a thread is still in torch, which may abort the process, with a code of its own, while it ends."""
+    return any(thread.name == _THREAD for thread in threading.enumerate())
 
 
 def own_addresses(name: str) -> list[tuple[int, str]]:
@@ -84,8 +90,8 @@ def _listener(name: str, port: int) -> socket.socket:
 def _connected(ranks: Ranks, wait: timedelta, listener: socket.socket | None = None) -> dist.Store:
     """Connect, once somebody listens there; keep the store on the listener, if one is given.
 
-    In a thread, since torch waits without an end for a program that listens and says nothing. Not for one that does
-    not listen: a thread that is trying when the interpreter ends would abort the process.
+    In a thread, since torch waits without an end for a program that listens and says nothing. Not before somebody
+    listens: until then there is nothing that torch does better, and its threads are hard to leave (`is_connecting`).
 
     Raises:
         ConfigError: nobody answers, or no store.
@@ -105,7 +111,7 @@ def _connected(ranks: Ranks, wait: timedelta, listener: socket.socket | None = N
         except dist.DistError as error:
             found.append(error)
 
-    thread = threading.Thread(target=connect, name="connect", daemon=True)
+    thread = threading.Thread(target=connect, name=_THREAD, daemon=True)
     thread.start()
     thread.join(wait.total_seconds() + _ASK_SECONDS)
     if found and isinstance(found[0], dist.Store):

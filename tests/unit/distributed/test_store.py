@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -77,9 +80,47 @@ def test_a_port_that_another_program_listens_on_says_which_variable_gives_anothe
     [*((name, rank) for name in ("nosuchhost.invalid", "192.0.2.1", "no..host") for rank in (0, 1)), ("127.0.0.1", 1)],
 )
 def test_an_address_at_which_nobody_answers_is_one_message_and_leaves_no_thread(address, rank):
-    """A thread that is in torch when the interpreter ends aborts the process, with a code that stands for a signal."""
     port = free_port()
     said = rf"MASTER_ADDR={address} \(.*\), port {port}: expected rank 0 to answer within 0.3 s \(run.connect_seconds\)"
     with pytest.raises(ConfigError, match=said):
         open_store(Ranks(rank, rank, 2, address, port, "environment"), 0.3)
-    assert "connect" not in {thread.name for thread in threading.enumerate()} and not listening(port)
+    assert not store.is_connecting() and not listening(port)
+
+
+PROGRAM = """
+import sys
+from pause_megatron import cli
+from pause_megatron.distributed.ranks import Ranks
+from pause_megatron.distributed.store import is_connecting, open_store
+
+def run(arguments):
+    try:
+        open_store(Ranks(1, 1, 2, "127.0.0.1", int(arguments[0]), "environment"), 0.2)
+    finally:
+        print("connecting" if is_connecting() else "", flush=True)
+
+cli._dispatch = run
+sys.exit(cli.main())
+"""
+
+
+def test_a_program_that_is_no_store_is_one_message_with_its_code():
+    """A thread is in torch, and would abort the process if it came back while the interpreter ends."""
+    accepted: list[socket.socket] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def keep() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    accepted.append(listener.accept()[0])
+
+        threading.Thread(target=keep, daemon=True).start()
+        command = [sys.executable, "-c", PROGRAM, str(listener.getsockname()[1])]
+        done = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        said = done.stdout.readline()
+        listener.shutdown(socket.SHUT_RDWR)
+        for connection in accepted:
+            connection.close()
+        text = done.communicate(timeout=60)[1]
+    assert (done.returncode, said) == (2, "connecting\n"), text
+    assert "run.connect_seconds" in text and "terminate called" not in text
