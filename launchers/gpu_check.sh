@@ -8,5 +8,5 @@
 #   PYTHON   interpreter that has torch (default: python3); nothing is installed into it
 #   WHEELS   folder of wheels that it lacks; the check says which, and the command that fetches them
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 exec "${PYTHON:-python3}" tests/gpu/check.py "$@"

@@ -5,7 +5,7 @@
 #
 #   bash launchers/quickstart.sh [FOLDER] [KEY=VALUE ...]     default folder: runs/quickstart
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 case "${1:-}" in
     *=* | "") folder=runs/quickstart ;;
     *) folder=$1; shift ;;

@@ -8,10 +8,10 @@
 #   EXTRAS   extras to install (default: quickstart)
 #   NO_SETUP set to anything: use the Python environment on PATH as it is (modules, containers)
 set -euo pipefail
-source "$(dirname "${BASH_SOURCE[0]}")/stopping.sh"
+source "$(dirname -- "${BASH_SOURCE[0]}")/stopping.sh"
 [ -z "${NO_SETUP:-}" ] || return 0
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)  # with CDPATH cd may go elsewhere, and prints
 venv=${VENV:-$root/.venv}
 python=${PYTHON:-python3}
 constraints=$root/launchers/constraints.txt

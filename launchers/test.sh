@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Sets up a fresh machine and passes the tests. Arguments go to pytest: `bash launchers/test.sh tests/unit -k pause`.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 EXTRAS=test source launchers/setup.sh
 
 # One thread a rank: the tests start up to four ranks, and results are compared bit for bit.
