@@ -161,7 +161,7 @@ def runs(record: Record) -> bool:
     """Whether the process of a record that `is_here` has not ended."""
     try:
         return processes.runs(Process(int(record["process"]), int(record["started"])))
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, OverflowError, TypeError, ValueError):  # 1e999 is a number of JSON's, and no integer
         return False
 
 
@@ -171,7 +171,7 @@ def is_orphan(record: Record) -> bool:
         given = record["launcher"]
         watched = Watched({name: Process(**each) for name, each in given["processes"].items()}, given["listeners"])
         return is_here(record) and runs(record) and bool(watched.gone())
-    except (AttributeError, KeyError, TypeError):
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
         return False
 
 

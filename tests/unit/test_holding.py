@@ -242,3 +242,21 @@ def test_what_others_planted_in_the_shared_temporary_folder_is_not_used(
     with pytest.raises(OSError, match="expected a folder of this user alone"):
         own_temporary_folder()
     assert list(victim.iterdir()) == []
+
+
+ODD = ["1e999", "-1e999", "NaN", "-1", "0", '"1"', '"\\u0000"', "[]", "{}", "null", "9" * 400]
+
+
+def test_a_record_with_odd_values_is_of_nobody_who_runs(tmp_path):
+    here = json.loads(record_of(processes.process(os.getpid())))
+    ended = json.loads(record_of(ended_process()))
+    for odd in map(json.loads, ODD):
+        for name in ("process", "started", "launcher"):
+            assert not holding.runs({**ended, name: odd}) and not is_orphan({**ended, name: odd})
+        for given in (odd, {"processes": odd, "listeners": {}}, {"processes": {}, "listeners": odd}):
+            assert not is_orphan({**here, "launcher": given})
+        for key in ("pid", "started"):  # some are of a launcher that is not there
+            launcher = {"processes": {"it": {"pid": 1, "started": 1, key: odd}}, "listeners": {}}
+            assert is_orphan({**here, "launcher": launcher}) in (True, False)
+    (tmp_path / ".owner.json").write_text(json.dumps({**here, "process": float("inf")}))
+    assert Holding(tmp_path / ".owner.json", BEAT).close()
