@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pause_megatron.errors import ConfigError
 
 _BLANKED = re.compile("packjob|hetjob", re.IGNORECASE)  # sbatch overwrites them in every line, quoted or not
+_LONGEST_NAME = 200  # bytes; file names have 255, and get a job's number and endings
 _PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./^\[\]{}~!?*$&;()<>|`-]*")
 
 
@@ -55,11 +56,16 @@ def job_name(text: str, option: str = "--name") -> str:
     """The name of a job, which becomes part of file names.
 
     Raises:
-        ConfigError: a character that means something in a path or in SLURM's patterns of file names.
+        ConfigError: a character that means something in a path or in SLURM's patterns of file names, or too many.
     """
     if found := sorted(set(printable(text, option)) & set("/\\%")):
         raise ConfigError(
             f"{option}: expected a name without {' '.join(found)}, as files are named by it, got {text!r}"
+        )
+    if (size := len(text.encode(errors="surrogatepass"))) > _LONGEST_NAME:
+        raise ConfigError(
+            f"{option}: expected a name of at most {_LONGEST_NAME} bytes, as files are named by it, got {size}: "
+            f"{text[:20]}..."
         )
     return text
 
@@ -74,7 +80,9 @@ def further_line(text: str, option: str = "--sbatch") -> str:
     if not text.startswith("-"):
         raise ConfigError(f"{option}: expected an option of sbatch, such as --qos=high, got {text!r}")
     _refuse_blanked(text, option)
-    list(words_of_line(text, option))
+    for word in words_of_line(text, option):
+        if word.startswith("--job-name="):
+            job_name(word.partition("=")[2], option)
     return text
 
 

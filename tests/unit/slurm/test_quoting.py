@@ -82,6 +82,16 @@ def test_a_directive_comes_back_as_it_was_or_is_refused(text):
         assert "\n" not in line and list(words_of_line(line, "x")) == [f"--{name}={text}"]
 
 
+def test_a_name_that_is_too_long_for_a_file_is_refused():
+    """SLURM ends the job then, and leaves no log: its name has the job's number, too."""
+    assert job_name("a" * 200) == "a" * 200
+    for name in ("a" * 201, "\u00e9" * 101):
+        with pytest.raises(ConfigError, match=r"--name: expected a name of at most 200 bytes, .*, got 20[12]: "):
+            job_name(name)
+        with pytest.raises(ConfigError, match="--sbatch: expected a name of at most 200 bytes"):
+            further_line(f"--job-name={name}")
+
+
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 @given(name=EVIL, partition=EVIL, image=EVIL, argument=EVIL, line=EVIL)
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
