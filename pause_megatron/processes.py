@@ -15,14 +15,13 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 
 LOOK_SECONDS = 0.25
 SAVE_SECONDS = 8.0
+SILENT_SECONDS = 0.75  # Ctrl-C ends launcher and rank alike: the rank's own handler is waited for, which says so
 STOPPING_SECONDS = 60.0
-_FIRST_NAMESPACE = 0xEFFFFFFC  # the kernel's own number for it
 TAKING_STEPS, STOP_ASKED, GONE = b"s", b"a", b"g"
 
 
@@ -56,10 +55,10 @@ class Watched:
         for name, process in self.processes.items():
             if not runs(process):
                 return f"{name} (process {process.pid})"
-        with contextlib.suppress(OSError):  # what cannot be seen is not known to be gone
+        if self.listeners:
+            there = set(listening().values())
             for name, inode in self.listeners.items():
-                # The kernel gives its table in pieces, and one that closes meanwhile may hide another: look again.
-                if inode not in listening().values() and inode not in listening().values():
+                if inode not in there:
                     return name
         return ""
 
@@ -71,21 +70,8 @@ def process(pid: int) -> Process | None:
 
 
 def runs(known: Process) -> bool:
-    """Whether it has not ended. One that is stopped, that is traced, or that may not be looked at, has not."""
-    return process(known.pid) == known or is_hidden(known.pid)
-
-
-def is_hidden(pid: int) -> bool:
-    """Whether there is a process that may not be looked at: /proc may show a user's own alone (`hidepid`)."""
-    if pid < 1 or stat(pid):
-        return False
-    try:
-        os.kill(pid, 0)
-    except PermissionError:
-        return True
-    except (OSError, OverflowError):
-        return False
-    return True
+    """Whether it has not ended. One that is stopped, or that is traced, has not."""
+    return process(known.pid) == known
 
 
 def stat(pid: int) -> list[str]:
@@ -101,14 +87,6 @@ def parent(pid: int) -> int:
     """Number of the process that a process is a child of; 0: none that is seen here."""
     fields = stat(pid)
     return int(fields[1]) if fields else 0
-
-
-def ancestors() -> Iterator[int]:
-    """Numbers of the parent, of its parent and so on, as far as they are seen here."""
-    pid = os.getppid()
-    while pid:
-        yield pid
-        pid = parent(pid)
 
 
 def words(pid: int) -> list[str]:
@@ -129,13 +107,6 @@ def _strings(pid: int, name: str) -> list[str]:
         return []
 
 
-def is_first_namespace() -> bool:
-    """Whether processes are numbered here as the kernel does: the machine itself, or a container that shares it."""
-    with contextlib.suppress(OSError):
-        return os.readlink("/proc/self/ns/pid") == f"pid:[{_FIRST_NAMESPACE}]"
-    return False
-
-
 @cache
 def machine() -> str:
     """Where a process number means something: this host, since its last start, in this container. "": not known."""
@@ -147,14 +118,10 @@ def machine() -> str:
 
 
 def listening() -> dict[int, int]:
-    """Inode of the socket that listens on each TCP port of this machine (of this network namespace).
-
-    Raises:
-        OSError: they cannot be looked at.
-    """
+    """Inode of the socket that listens on each TCP port of this machine (of this network namespace)."""
     found = {}
     for name in ("tcp", "tcp6"):
-        with contextlib.suppress(FileNotFoundError), open(f"/proc/net/{name}", encoding="ascii") as file:
+        with contextlib.suppress(OSError), open(f"/proc/net/{name}", encoding="ascii") as file:
             for line in file.readlines()[1:]:
                 fields = line.split()
                 if fields[3] == "0A":
@@ -199,7 +166,7 @@ class Watcher:
 
     def run(self) -> None:
         """Until the process has ended, by itself or not."""
-        gone, since = "", 0.0
+        gone, since, said = "", 0.0, False
         while runs(self._own):
             self._look()
             if not gone and (gone := self._watched.gone()):
@@ -208,10 +175,12 @@ class Watcher:
                     return self._end(f"its launcher is gone: {gone}")
                 with contextlib.suppress(OSError):
                     self._channel.send(GONE)
-                if not self._stops:  # else that was said, and the save has its time
-                    self._say(f"its launcher is gone: {gone}; finishing the step, then saving, if that is quick")
-            elif gone and time.monotonic() - since > (STOPPING_SECONDS if self._stops else SAVE_SECONDS):
-                return self._end(f"not ended {time.monotonic() - since:.0f} s after its launcher")
+            seconds = time.monotonic() - since
+            if gone and not said and not self._stops and seconds > SILENT_SECONDS:
+                said = True
+                self._say(f"its launcher is gone: {gone}; finishing the step, then saving, if that is quick")
+            if gone and seconds > (STOPPING_SECONDS if self._stops else SAVE_SECONDS):
+                return self._end(f"not ended {seconds:.0f} s after its launcher")
 
     def _look(self) -> None:
         for descriptor, _ in self._looking.poll(1000 * LOOK_SECONDS):

@@ -301,13 +301,16 @@ def test_while_steps_are_taken_it_is_told_and_has_a_moment(rank, monkeypatch, ca
     assert "[rank 3] not ended 1 s after its launcher; ended" in error
 
 
-def test_a_save_that_a_signal_asked_for_has_more_time(rank, monkeypatch):
-    monkeypatch.setattr(processes, "SAVE_SECONDS", 0.2)
+def test_a_save_that_a_signal_asked_for_has_more_time(rank, monkeypatch, capfd):
     monkeypatch.setattr(processes, "STOPPING_SECONDS", 1.5)
-    rank.channel.send(TAKING_STEPS + STOP_ASKED)
+    monkeypatch.setattr(processes, "SAVE_SECONDS", 1.2)
+    rank.channel.send(TAKING_STEPS)
     time.sleep(2 * processes.LOOK_SECONDS)
     rank.launcher.kill()
-    assert 1.2 < rank.seconds_until_it_ends() < 4
+    assert rank.channel.recv(1) == GONE
+    rank.channel.send(STOP_ASKED)  # Ctrl-C: the launcher may be the first to end
+    assert 1.3 < rank.seconds_until_it_ends() < 4
+    assert "its launcher is gone" not in capfd.readouterr().err  # who stopped it knows
 
 
 def test_a_frozen_rank_ends_too_and_the_watcher_ends_with_any(rank):
