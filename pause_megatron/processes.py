@@ -15,6 +15,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cache
 
@@ -22,6 +23,7 @@ LOOK_SECONDS = 0.25
 SAVE_SECONDS = 8.0
 SILENT_SECONDS = 0.75  # Ctrl-C ends launcher and rank alike: the rank's own handler is waited for, which says so
 STOPPING_SECONDS = 60.0
+_FIRST_NAMESPACE = 0xEFFFFFFC  # the kernel's own number for it
 TAKING_STEPS, STOP_ASKED, GONE = b"s", b"a", b"g"
 
 
@@ -55,10 +57,10 @@ class Watched:
         for name, process in self.processes.items():
             if not runs(process):
                 return f"{name} (process {process.pid})"
-        if self.listeners:
-            there = set(listening().values())
+        with contextlib.suppress(OSError):  # what cannot be seen is not known to be gone
             for name, inode in self.listeners.items():
-                if inode not in there:
+                # The kernel gives its table in pieces, and one that closes meanwhile may hide another: look again.
+                if inode not in listening().values() and inode not in listening().values():
                     return name
         return ""
 
@@ -70,8 +72,21 @@ def process(pid: int) -> Process | None:
 
 
 def runs(known: Process) -> bool:
-    """Whether it has not ended. One that is stopped, or that is traced, has not."""
-    return process(known.pid) == known
+    """Whether it has not ended. One that is stopped, that is traced, or that may not be looked at, has not."""
+    return process(known.pid) == known or is_hidden(known.pid)
+
+
+def is_hidden(pid: int) -> bool:
+    """Whether there is a process that may not be looked at: /proc may show a user's own alone (`hidepid`)."""
+    if pid < 1 or stat(pid):
+        return False
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return True
 
 
 def stat(pid: int) -> list[str]:
@@ -87,6 +102,14 @@ def parent(pid: int) -> int:
     """Number of the process that a process is a child of; 0: none that is seen here."""
     fields = stat(pid)
     return int(fields[1]) if fields else 0
+
+
+def ancestors() -> Iterator[int]:
+    """Numbers of the parent, of its parent and so on, as far as they are seen here."""
+    pid = os.getppid()
+    while pid:
+        yield pid
+        pid = parent(pid)
 
 
 def words(pid: int) -> list[str]:
@@ -107,6 +130,13 @@ def _strings(pid: int, name: str) -> list[str]:
         return []
 
 
+def is_first_namespace() -> bool:
+    """Whether processes are numbered here as the kernel does: the machine itself, or a container that shares it."""
+    with contextlib.suppress(OSError):
+        return os.readlink("/proc/self/ns/pid") == f"pid:[{_FIRST_NAMESPACE}]"
+    return False
+
+
 @cache
 def machine() -> str:
     """Where a process number means something: this host, since its last start, in this container. "": not known."""
@@ -118,10 +148,14 @@ def machine() -> str:
 
 
 def listening() -> dict[int, int]:
-    """Inode of the socket that listens on each TCP port of this machine (of this network namespace)."""
+    """Inode of the socket that listens on each TCP port of this machine (of this network namespace).
+
+    Raises:
+        OSError: they cannot be looked at.
+    """
     found = {}
     for name in ("tcp", "tcp6"):
-        with contextlib.suppress(OSError), open(f"/proc/net/{name}", encoding="ascii") as file:
+        with contextlib.suppress(FileNotFoundError), open(f"/proc/net/{name}", encoding="ascii") as file:
             for line in file.readlines()[1:]:
                 fields = line.split()
                 if fields[3] == "0A":

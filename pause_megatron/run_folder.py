@@ -115,8 +115,9 @@ def choose_in(checkpoints: Path) -> Choice:
     if (copied := _copied_step(checkpoints)) is not None:
         found.setdefault(copied, []).append(checkpoints / LATEST)
     steps = sorted(found, reverse=True)
-    if not steps:
-        return Choice(())
+    if not steps:  # a copy of latest alone, though it may be damaged
+        copy = checkpoints / LATEST
+        return Choice((copy.resolve(),) if is_copy(copy) and (copy / MANIFEST).is_file() else ())
     pointed, notes = pointed_to(checkpoints), _lead_nowhere(checkpoints)
     target = step_of(pointed) if pointed else copied
     if pointed and target not in found:

@@ -81,7 +81,7 @@ def test_a_job_on_another_machine_is_known_by_its_signs_of_life(tmp_path):
     done = threading.Event()
     living = threading.Thread(target=beat_elsewhere, args=(str(owner), done), daemon=True)
     living.start()
-    with pytest.raises(RankError, match="held by process 7 on anotherhine, SLURM job 42, since 2026-01-01"):
+    with pytest.raises(RankError, match="held by process 7 on another-machine, SLURM job 42, since 2026-01-01"):
         run_on_ranks(1, take, str(tmp_path))
     done.set()
     living.join()

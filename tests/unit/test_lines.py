@@ -17,8 +17,8 @@ PACKAGE = Path(__file__).resolve().parents[2] / "pause_megatron"
 # Text of the program's own making, or shown on a terminal, where every kind of line may end.
 SHOWN = {
     *("cli/inspect_report.py", "cli/pretrain.py", "cli/launch.py", "cli/probes.py", "cli/installed.py"),
-    *("config/deepspeed.py", "distributed/meeting.py", "data/hub.py", "data/train_tokenizer.py"),
-    *("evaluate/lm_eval_tasks.py", "tasks/record_files.py", "inference/loading.py", "train/monitoring.py"),
+    *("config/deepspeed.py", "distributed/store.py", "data/hub.py", "data/train_tokenizer.py"),
+    *("evaluate/lm_eval_tasks.py", "tasks/record_files.py", "inference/loading.py", "train/tensorboard.py"),
     *("experiment/execute.py", "slurm/site.py", "slurm/commands.py"),  # what sinfo and squeue print
 }
 
