@@ -93,7 +93,7 @@ def kills(system: str, count: int) -> Result:
         kill(processes, [0.0] * RANKS)
         ambush.release()
     title = "R1: kill -9 before a random file call of a save, restart"
-    return Result({title: found}, f"{calls} file calls a save")
+    return Result({title: found}, note=f"{calls} file calls a save")
 
 
 def delays(system: str, count: int) -> Result:
@@ -120,7 +120,7 @@ def delays(system: str, count: int) -> Result:
             delay.release()
         kill(processes, [0.0] * RANKS)
     title = "R2: one rank late at each of its file calls of a save, all killed meanwhile, restart"
-    return Result({title: found}, f"{calls[0]} file calls of rank 0 and {calls[1]} of rank 1, each held once")
+    return Result({title: found}, note=f"{calls[0]} file calls of rank 0 and {calls[1]} of rank 1, each held once")
 
 
 def damage(system: str, count: int) -> Result:
