@@ -32,8 +32,9 @@ say "tokenizer: SentencePiece BPE, 4096 pieces"
         --output "$folder/tokenizer.model"
 
 say "corpus: .bin, .idx and manifest, <pause> reserved"
-run pause-megatron prepare --input "$shards" --tokenizer "$folder/tokenizer.model" \
-    --output "$folder/english"
+# The corpus of a folder that was moved is of shards at other paths: it is taken as it is.
+[ -e "$folder/english.manifest.json" ] ||
+    run pause-megatron prepare --input "$shards" --tokenizer "$folder/tokenizer.model" --output "$folder/english"
 
 for variant in std pause; do
     say "pretraining: $variant, $ranks ranks"

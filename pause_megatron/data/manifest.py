@@ -282,4 +282,5 @@ def _why_no_manifest(prefix: str | Path) -> str:
 
 
 def _shown(identity: dict) -> str:
-    return ", ".join(str(value) for value in identity.values() if value)
+    words = [f"{value:,} bytes" if key == "bytes" else str(value) for key, value in identity.items() if value]
+    return f"({', '.join(words)})"

@@ -212,8 +212,8 @@ class _Workplace:
     def _refuse_differences(self, found: Plan, what: str) -> None:
         if differences := found.differences(self.plan):
             raise DataError(
-                f"{what}, of another plan; name another --output, or replace it with --overwrite. What differs:\n  "
-                + "\n  ".join(differences)
+                f"{what}, of other sources or options; name another --output, or replace it with --overwrite. What "
+                "differs:\n  " + "\n  ".join(differences)
             )
 
 

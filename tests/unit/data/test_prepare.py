@@ -227,6 +227,9 @@ def test_again_does_nothing_and_another_plan_is_refused(
         prepare([shards], tokenizer, tmp_path / "c", options=ReadOptions(text_key="url"))
     with pytest.raises(DataError, match="sources: 6 there, 1 now"):
         prepare([shards.replace("*", "00000*")], tokenizer, tmp_path / "c")
+    copied = shutil.copytree(Path(shards).parent, tmp_path / "copied")
+    with pytest.raises(DataError, match=r"of other sources(?s:.)*1: \(/.*, [\d,]+ bytes\) there, \(/.*\) now"):
+        prepare([f"{copied}/*"], tokenizer, tmp_path / "c")
     assert _files(tmp_path / "c") == {**reference, ".manifest.json": _files(tmp_path / "c")[".manifest.json"]}
     prepare([shards], other, tmp_path / "c", workers=1, overwrite=True)
     assert open_corpus(tmp_path / "c").tokenizer.fingerprint == other.fingerprint
