@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from pause_megatron.config.schema import RunConfig
+from pause_megatron.config.schema import RunConfig, is_number
 
 # What may change between the parts of a run, because the losses do not depend on it.
 FREE_SECTIONS = frozenset({"parallel", "checkpoint", "validation", "log"})
@@ -42,15 +42,7 @@ def deciding_keys(config: RunConfig) -> dict[str, Any]:
 
 def corpus_names(words: Iterable[str]) -> tuple[str, ...]:
     """The names of corpora without their folders: with the seed they decide where pauses are. Weights are left out."""
-    return tuple(os.path.basename(word) for word in words if not _is_number(word))
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
+    return tuple(os.path.basename(word) for word in words if not is_number(word))
 
 
 def compared_keys(config: RunConfig) -> dict[str, Any]:

@@ -28,6 +28,15 @@ def split_words(value: object) -> object:
     return value
 
 
+def is_number(word: str) -> bool:
+    """Whether a word of a blend is a weight."""
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
 class Section(BaseModel):
     """A frozen group of keys. Unknown keys and values of another type are refused ("4" is not 4, true is not 1)."""
 

@@ -194,11 +194,6 @@ def _number(word: str) -> float | None:
         return None
 
 
-def is_number(word: str) -> bool:
-    """Whether a word of a blend can be a weight."""
-    return _number(word) is not None
-
-
 def _check_split(split: str) -> None:
     shares = [_number(word) for word in split.split(",")]
     if len(shares) > len(Split) or any(share is None or not 0 <= share < float("inf") for share in shares):

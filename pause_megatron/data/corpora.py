@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import xxhash
 
 from pause_megatron.byte_progress import ByteProgress
-from pause_megatron.config.schema import DataSection
-from pause_megatron.data.build import is_number, parse_blend
+from pause_megatron.config.schema import DataSection, is_number
+from pause_megatron.data.build import parse_blend
 from pause_megatron.data.corpus import Corpus, open_corpus, require_one_tokenizer
 from pause_megatron.data.first_use import verify_at_use
 from pause_megatron.data.manifest import Manifest, path_of

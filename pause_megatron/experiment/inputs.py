@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from pause_megatron.config.schema import is_number
 from pause_megatron.data.manifest import Manifest
 from pause_megatron.errors import ConfigError
 from pause_megatron.experiment.schema import Grid
@@ -62,7 +63,7 @@ def gather(grid: Grid) -> Inputs:
             "data.prefix: expected the prefix of a prepared corpus (see pause-megatron prepare), came none"
         )
     words = grid.data.prefix
-    manifests = {word: Manifest.load(word) for word in words if not _is_number(word)}
+    manifests = {word: Manifest.load(word) for word in words if not is_number(word)}
     corpus = " ".join(manifests[word].fingerprint if word in manifests else word for word in words)
     vocabulary = next(iter(manifests.values())).tokenizer.vocab_size
     return Inputs(corpus, vocabulary, {name: _records(grid, name) for name in grid.tasks})
@@ -76,11 +77,3 @@ def _records(grid: Grid, name: str) -> Records:
     train = read_examples(task, "train", path=folder, limit=limit)
     scored = read_examples(task, "eval", path=folder, limit=section.limit or grid.evaluate.limit)
     return Records(folder, fingerprint(train), fingerprint(scored), len(scored))
-
-
-def _is_number(word: str) -> bool:
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
