@@ -88,8 +88,7 @@ def find_resume(store: Store, config: RunConfig, corpus: str, context: ParallelC
     if context.rank == 0:
         for line in said:
             print(line, file=sys.stderr)
-        why = ", although run.start_over=true: that is for a run without checkpoints" if config.run.start_over else ""
-        print(f"resuming after step {manifest.step} from {folder}{why}", file=sys.stderr)
+        print(f"resuming after step {manifest.step} from {folder}", file=sys.stderr)
         if change := world_change(manifest, config, context):
             print(change, file=sys.stderr, flush=True)
     return Resumed(folder, manifest, context)
