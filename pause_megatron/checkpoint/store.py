@@ -6,7 +6,9 @@ import contextlib
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from pause_megatron.checkpoint.manifest import Manifest
 from pause_megatron.checkpoint.verify import Complete, Report, first_complete, no_report, problems_of
@@ -27,6 +29,8 @@ from pause_megatron.run_folder import (
     steps_in,
 )
 
+T = TypeVar("T")
+
 _HIDDEN = ".incoming-"
 _LEAST_KEPT = 2
 _Stamp = tuple[tuple[str, int, int, int], ...]
@@ -46,7 +50,7 @@ class Store:
         # Of this process: what it resumed from; and what the files of checkpoints were like when they were found
         # complete (with so many optimizer steps) or damaged, so that they are not read again while nobody writes them.
         self._resumed: tuple[int, Path] | None = None
-        self._left: set[int] = set()  # steps that should have been set aside and could not
+        self._left: set[int] = set()  # on rank 0: steps that should have been set aside and could not
         self._verdicts: dict[int, tuple[_Stamp, int | None]] = {}
 
     def steps(self) -> list[int]:
@@ -108,9 +112,11 @@ class Store:
         """
         kept: list[int] = []  # optimizer steps
         gone: list[int] = []
-        # Newer ones could not be set aside.
-        mine = [step for step in self.steps() if step <= newest and step not in self._left] if self._rank == 0 else []
-        for step in reversed(broadcast_object(mine)):
+        # Newer ones, and those that were left, could not be set aside.
+        steps = _from_rank_zero(
+            self._rank, lambda: [step for step in self.steps() if step <= newest and step not in self._left]
+        )
+        for step in reversed(steps):
             enough = len(kept) >= _LEAST_KEPT and len(set(kept)) >= keep
             applied = None if enough else self._applied_in(step)
             if enough or (applied in kept and len(kept) >= _LEAST_KEPT):
@@ -131,7 +137,7 @@ class Store:
             NewerFormatError: it was written by a newer release.
             CheckpointError: there are checkpoints, and none of them is complete.
         """
-        choice = broadcast_object(choose_in(self.folder) if self._rank == 0 else None)
+        choice = _from_rank_zero(self._rank, lambda: choose_in(self.folder))
         if not choice.folders:
             return None
         found = first_complete(choice.folders, rank=self._rank, world_size=self._world_size, report=report)
@@ -228,7 +234,7 @@ def open_newest(path: str | Path, *, rank: int = 0, world_size: int = 1, report:
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    choice = broadcast_object(choose(path) if rank == 0 else None)
+    choice = _from_rank_zero(rank, lambda: choose(path))
     if not choice.folders:
         raise CheckpointError(
             f"{path}: expected a checkpoint (a folder with {MANIFEST}) or a run folder, found neither"
@@ -238,6 +244,20 @@ def open_newest(path: str | Path, *, rank: int = 0, world_size: int = 1, report:
         for line in _said(choice, found):
             print(f"warning: {line}", file=sys.stderr, flush=True)
     return found
+
+
+def _from_rank_zero(rank: int, look: Callable[[], T]) -> T:
+    """What rank 0 sees in a folder, on every rank, or why it cannot: others may see an older state of it."""
+    seen, failure = None, ""
+    if rank == 0:
+        try:
+            seen = look()
+        except OSError as error:
+            failure = f"{error.filename}: {error.strerror}"
+    seen, failure = broadcast_object((seen, failure))
+    if failure:
+        raise CheckpointError(failure)
+    return seen
 
 
 def _said(choice: Choice, found: Complete) -> tuple[str, ...]:

@@ -571,3 +571,27 @@ def test_choose_says_what_is_unusual(run):
     assert choose(run).note == (
         f"passed over: step-00000020, step-00000030; {run / 'checkpoints' / 'latest'} was moved back to step-00000010"
     )
+
+
+def resume_what_may_not_be_listed(folder: str) -> str:
+    import pause_megatron.checkpoint.store as module
+    from pause_megatron.config.schema import ParallelSection
+    from pause_megatron.distributed import initialize
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with initialize(ParallelSection()) as context:
+        before, module.choose_in = module.choose_in, refuse
+        try:
+            Store(folder, context.rank, context.world_size).newest_complete()
+        except CheckpointError as error:
+            return str(error)
+        finally:
+            module.choose_in = before
+    return ""
+
+
+def test_a_folder_that_rank_0_may_not_list_is_an_error_on_every_rank(tmp_path):
+    said = run_on_ranks(2, resume_what_may_not_be_listed, str(tmp_path), timeout=60)
+    assert said == [f"{tmp_path}: Permission denied"] * 2
