@@ -15,6 +15,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
+import io
 import os
 import select
 import sys
@@ -24,6 +25,7 @@ from typing import Any, TextIO
 from pause_megatron.errors import OutputError
 
 _PIECE = 1024  # characters, at most 4096 bytes: what a pipe that has room at all takes without waiting
+_GROUP_BYTES = 4096
 _PATIENCE_SECONDS = 5.0  # for a reader that stands still (a stopped pager, Ctrl-S)
 _NAMES = {"stdout": "standard output", "stderr": "standard error"}
 
@@ -163,6 +165,21 @@ def write_from_handler(text: str) -> None:
     with contextlib.suppress(OSError, ValueError):
         if has_room(2, 0):
             os.write(2, f"{text}\n".encode(errors="backslashreplace"))
+
+
+def write_lines(text: str) -> None:
+    """Write lines to standard error so that those of other processes come between whole ones, if at all.
+
+    Groups of at most 4096 bytes, which are written in one piece. Does not wait for long for a reader that stands still.
+    """
+    group = b""
+    for line in [*io.BytesIO(text.encode(errors="backslashreplace")), b""]:
+        if group and (not line or len(group) + len(line) > _GROUP_BYTES):
+            with contextlib.suppress(OSError, ValueError):
+                if has_room(2, _PATIENCE_SECONDS):
+                    os.write(2, group)
+            group = b""
+        group += line[:_GROUP_BYTES]
 
 
 def has_room(descriptor: int, seconds: float) -> bool:

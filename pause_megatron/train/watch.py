@@ -19,6 +19,7 @@ import torch.distributed as dist
 from pause_megatron.config.schema import RunConfig
 from pause_megatron.distributed import ParallelContext
 from pause_megatron.distributed.collective import barrier
+from pause_megatron.output import write_lines
 
 EXIT_HUNG = 76
 _MOST_SECONDS_BETWEEN_LOOKS = 5.0
@@ -73,14 +74,12 @@ class HangWatch:
                 self._end()
 
     def _end(self) -> None:
-        rank = self._context.rank
-        print(
-            f"[rank {rank} on {socket.gethostname()}] nothing for {self._seconds:g} s (run.hang_seconds), last: "
-            f"{self._what}. The stacks of its threads, then exit code {EXIT_HUNG}:",
-            file=sys.__stderr__,
-            flush=True,
+        # Ranks that share a standard error come here at the same moment.
+        rank, host = self._context.rank, socket.gethostname()
+        write_lines(
+            f"[rank {rank} on {host}] nothing for {self._seconds:g} s (run.hang_seconds), last: {self._what}. The stacks "
+            f"of its threads, then exit code {EXIT_HUNG}:\n{_stacks()}"
         )
-        faulthandler.dump_traceback(file=sys.__stderr__, all_threads=True)
         time.sleep(2 * self._between)  # an end breaks connections: the others print theirs first
         asking = threading.Thread(target=self._name_the_silent, daemon=True)  # the store may be what hangs
         asking.start()
@@ -105,6 +104,14 @@ class HangWatch:
                     silent.append(f"{rank} (on {host}, last seen {age:.0f} s ago)")
         if silent:
             print(f"ranks that do not answer at all: {', '.join(silent)}", file=sys.__stderr__, flush=True)
+
+
+def _stacks() -> str:
+    """What all threads are at."""
+    with os.fdopen(os.memfd_create("stacks"), "w+b") as file:
+        faulthandler.dump_traceback(file=file, all_threads=True)
+        file.seek(0)
+        return file.read().decode(errors="replace")
 
 
 def patience(config: RunConfig) -> timedelta:
