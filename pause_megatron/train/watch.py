@@ -77,8 +77,8 @@ class HangWatch:
         # Ranks that share a standard error come here at the same moment.
         rank, host = self._context.rank, socket.gethostname()
         write_lines(
-            f"[rank {rank} on {host}] nothing for {self._seconds:g} s (run.hang_seconds), last: {self._what}. The stacks "
-            f"of its threads, then exit code {EXIT_HUNG}:\n{_stacks()}"
+            f"[rank {rank} on {host}] nothing for {self._seconds:g} s (run.hang_seconds), last: {self._what}. The "
+            f"stacks of its threads, then exit code {EXIT_HUNG}:\n{_stacks()}"
         )
         time.sleep(2 * self._between)  # an end breaks connections: the others print theirs first
         asking = threading.Thread(target=self._name_the_silent, daemon=True)  # the store may be what hangs
