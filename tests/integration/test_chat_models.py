@@ -91,7 +91,11 @@ def generation_of(folder: Path) -> dict:
 
 @pytest.mark.parametrize(
     ("cls", "tokenizer_cls"),
-    [("Llama", "PreTrainedTokenizerFast"), ("Qwen2", "Qwen2Tokenizer"), ("Mistral", "PreTrainedTokenizerFast")],
+    [
+        ("Llama", "PreTrainedTokenizerFast"),
+        ("Qwen2", "Qwen2Tokenizer"),
+        pytest.param("Mistral", "PreTrainedTokenizerFast", marks=pytest.mark.slow),
+    ],
 )
 def test_a_chat_model_comes_back_equal_but_for_the_pause(tmp_path, cls, tokenizer_cls):
     source = chat_model(tmp_path / "hf", cls, tokenizer_cls)

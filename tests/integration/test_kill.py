@@ -12,7 +12,7 @@ import pytest
 from file_calls import Ambush, Counting, FileCall, available
 from forked_ranks import STEPS, assert_same, finish, metrics, run_config, start
 
-KILLS, FULL_KILLS = 12, 200
+KILLS, FULL_KILLS = 8, 200
 
 
 def kill(processes: list, ambush: Ambush, rng: random.Random) -> None:

@@ -168,7 +168,10 @@ def test_another_verb_and_a_dry_run_on_one_rank_are_refused(words, tmp_path):
             r"RANK=0: expected one process with each rank, got two: process \d+ on \S+, and process \d+",
         ),
         (({}, {"WORLD_SIZE": "3"}), r"WORLD_SIZE: expected the same number on every rank, got .*2 on rank 0 \(process"),
-        (({}, {"NVTE_FUSED_ATTN": "0"}), "variable NVTE_FUSED_ATTN is not set on rank 0 and 0 on rank 1"),
+        (
+            ({"NVTE_FUSED_ATTN": "1"}, {"NVTE_FUSED_ATTN": "0"}),
+            "variable NVTE_FUSED_ATTN is 1 on rank 0 and 0 on rank 1",
+        ),
     ],
 )
 def test_ranks_that_are_told_wrongly_say_so_at_once(environments, line, words, tmp_path):
