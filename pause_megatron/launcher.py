@@ -27,7 +27,6 @@ class _Watch:
         self._channel: socket.socket | None = None
         self._process = None
         self._gone = False
-
         self.watched = Watched({}, {})
 
     def begin(self) -> None:

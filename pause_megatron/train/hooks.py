@@ -21,6 +21,9 @@ class Hook(Protocol):
 
     def close(self) -> None: ...
 
+    def lost(self) -> str | None:
+        """What it could not write in the run, in a line; None where nothing is missing."""
+
 
 class Every:
     """Calls an action every so many steps, and after the last one.
@@ -140,4 +143,7 @@ class SkipLimit:
         pass
 
     def close(self) -> None:
+        pass
+
+    def lost(self) -> None:
         pass

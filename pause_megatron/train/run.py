@@ -120,8 +120,7 @@ def train(config: RunConfig, data: TrainingData, context: ParallelContext, stop:
 
 
 def _say_what_is_lost(hooks: Sequence[Hook]) -> None:
-    lines = [hook.lost() for hook in hooks if isinstance(hook, Unfailing | Every | WhileOwner)]
-    for line in [*filter(None, lines), *lost_output()]:
+    for line in [*filter(None, (hook.lost() for hook in hooks)), *lost_output()]:
         print(line, file=sys.stderr, flush=True)
 
 

@@ -23,11 +23,12 @@ from pause_megatron.errors import CheckpointError
 HALF = STEPS // 2
 
 
-def save_toy(engine, context, folder: str, step: int, keep: int = 3) -> None:
+def save_toy(engine, context, folder: str | Store, step: int, keep: int = 3) -> None:
+    """Saves into the store, or into the folder with a new one, as a process that has just started."""
     from pause_megatron.checkpoint import save
 
     save(
-        Store(folder, context.rank, context.world_size),
+        folder if isinstance(folder, Store) else Store(folder, context.rank, context.world_size),
         engine,
         context,
         step=step,

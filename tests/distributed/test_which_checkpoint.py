@@ -15,6 +15,7 @@ import pytest
 import torch
 from ranks import run_on_ranks
 from safetensors.torch import load_file, save_file
+from test_checkpoint import save_toy
 from test_engine import config, make_engine
 
 from pause_megatron.checkpoint import Manifest, Store
@@ -30,7 +31,6 @@ FLIPS, FULL_FLIPS = 300, 2500
 
 def one_rank(folder: str, call) -> None:
     """Calls `call(save)` on a rank that is alone; `save(step, keep=3)` saves its engine into a store of one process."""
-    from pause_megatron.checkpoint import save
     from pause_megatron.config.schema import ParallelSection
     from pause_megatron.distributed import initialize
 
@@ -40,17 +40,7 @@ def one_rank(folder: str, call) -> None:
 
         def save_step(step: int, *, keep: int = 3, applied: int | None = None) -> None:
             engine.state.step = step if applied is None else applied
-            save(
-                store,
-                engine,
-                context,
-                step=step,
-                corpus="corpus",
-                progress={"step": step, "tokens": 16 * step, "text_tokens": 15 * step},
-                config_yaml="run: {}\n",
-                save_tokenizer=lambda path: (path.mkdir(), (path / "tokenizer.json").write_text("{}")),
-                keep=keep,
-            )
+            save_toy(engine, context, store, step, keep)
 
         call(save_step, store, engine)
 
