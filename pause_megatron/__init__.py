@@ -6,10 +6,12 @@ import importlib
 import importlib.util
 from typing import TYPE_CHECKING
 
+from pause_megatron import moved
+
 if TYPE_CHECKING:
-    from pause_megatron.data.dataset import PauseGPTDataset, PauseGPTDatasetConfig
-    from pause_megatron.data.pause import PauseInjector, PausePlan, add_pauses, inject
-    from pause_megatron.data.pause_tokenizer import PauseTokenizer
+    from pause_megatron.data.tokenizer.pause_tokenizer import PauseTokenizer
+    from pause_megatron.data.windows.dataset import PauseGPTDataset, PauseGPTDatasetConfig
+    from pause_megatron.data.windows.pause import PauseInjector, PausePlan, add_pauses, inject
     from pause_megatron.errors import PauseMegatronError
     from pause_megatron.hf.examples import PauseExamples
     from pause_megatron.hf.loss import PauseLoss
@@ -40,9 +42,9 @@ __all__ = [
 
 # Imported when they are asked for: the command line says --help at once, and `inject` needs numpy alone.
 _PLACES = {
-    **dict.fromkeys(("PauseGPTDataset", "PauseGPTDatasetConfig"), "data.dataset"),
-    "PauseTokenizer": "data.pause_tokenizer",
-    **dict.fromkeys(("PauseInjector", "PausePlan", "add_pauses", "inject"), "data.pause"),
+    **dict.fromkeys(("PauseGPTDataset", "PauseGPTDatasetConfig"), "data.windows.dataset"),
+    "PauseTokenizer": "data.tokenizer.pause_tokenizer",
+    **dict.fromkeys(("PauseInjector", "PausePlan", "add_pauses", "inject"), "data.windows.pause"),
     "PauseMegatronError": "errors",
     "PauseExamples": "hf.examples",
     "PauseLoss": "hf.loss",
@@ -51,6 +53,8 @@ _PLACES = {
     "pause_windows": "hf.windows",
     "PauseGPTModel": "model.gpt",
 }
+
+moved.install()
 
 
 def __getattr__(name: str) -> object:

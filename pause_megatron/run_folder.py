@@ -21,7 +21,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from pause_megatron.durable import read_regular, write_whole
+from pause_megatron.files.durable import read_regular, write_whole
 
 CHECKPOINTS, LATEST, MANIFEST, SET_ASIDE = "checkpoints", "latest", "manifest.json", "set-aside-"
 _STEP = re.compile(r"step-(\d{8,})")

@@ -13,8 +13,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from hidden_gpu import asks_for_gpu
-from records import FOLDERS, MADE
+from support.hidden_gpu import asks_for_gpu
+from support.records import FOLDERS, MADE
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,7 +36,7 @@ def pytest_report_header() -> str:
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    from compatibility import is_part
+    from support.compatibility import is_part
 
     for item in items:
         if is_part(item.nodeid):
@@ -69,7 +69,7 @@ def record_folder(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _rank_pools() -> Iterator[None]:
-    from ranks import close_pools
+    from support.ranks import close_pools
 
     yield
     close_pools()

@@ -15,8 +15,8 @@ from pause_megatron.benchmark.machine import Machine
 from pause_megatron.benchmark.record import Measurement, Memory, StartUp, Waits
 from pause_megatron.benchmark.tensors import held_bytes
 from pause_megatron.benchmark.windows import windows_of
+from pause_megatron.config.batching import batch_plan
 from pause_megatron.config.gpus import device_peak_flops
-from pause_megatron.config.plan import batch_plan
 from pause_megatron.config.presets import parameters, step_flops
 from pause_megatron.config.schema import RunConfig
 from pause_megatron.distributed import ParallelContext, initialize
@@ -29,13 +29,13 @@ from pause_megatron.model import PauseGPTModel, parameter_groups
 from pause_megatron.model.kernels import resolve
 from pause_megatron.plan.layout import Layout
 from pause_megatron.plan.memory import rank_memory
-from pause_megatron.train.inputs import TrainingData
+from pause_megatron.train.guards.same_run import run_record
+from pause_megatron.train.guards.signals import StopRequest
+from pause_megatron.train.guards.watch import HangWatch, patience
+from pause_megatron.train.inputs.inputs import TrainingData
+from pause_megatron.train.logs.monitoring import ProgressBar
 from pause_megatron.train.loop import Progress, StepResult, training_steps
-from pause_megatron.train.monitoring import ProgressBar
 from pause_megatron.train.run import new_engine, new_model, step_loader
-from pause_megatron.train.same_run import run_record
-from pause_megatron.train.signals import StopRequest
-from pause_megatron.train.watch import HangWatch, patience
 
 EXTRA_STEPS = 2  # behind the timed ones: one is profiled, in one waits are counted
 

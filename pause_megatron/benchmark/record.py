@@ -8,7 +8,7 @@ from typing import Any
 
 from pause_megatron.benchmark.kernels import Kernel
 from pause_megatron.benchmark.machine import Machine
-from pause_megatron.config.plan import BatchPlan
+from pause_megatron.config.batching import BatchPlan
 from pause_megatron.config.schema import RunConfig
 
 FORMAT = "pause-megatron benchmark"

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from pause_megatron.config.schema import RunConfig
-from pause_megatron.data.dataset import PauseTokenizer
-from pause_megatron.data.pause import PauseInjector, PausePlan
-from pause_megatron.data.stream import StreamDataset
+from pause_megatron.data.stream.windows import StreamDataset
+from pause_megatron.data.windows.dataset import PauseTokenizer
+from pause_megatron.data.windows.pause import PauseInjector, PausePlan
 from pause_megatron.train.finetune import training_data
-from pause_megatron.train.inputs import TrainingData
+from pause_megatron.train.inputs.inputs import TrainingData
+from pause_megatron.train.inputs.task_data import open_task
 from pause_megatron.train.pretrain import corpus_data
-from pause_megatron.train.task_data import open_task
 
 DOCUMENT_TOKENS = 427
 """Mean length of a made-up document, that of C4's English part: 156 G tokens (Dodge et al. 2021) in 365 M documents."""

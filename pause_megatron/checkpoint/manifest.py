@@ -11,8 +11,8 @@ from typing import Annotated, Literal
 import xxhash
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from pause_megatron.durable import read_regular
 from pause_megatron.errors import CheckpointError
+from pause_megatron.files.durable import read_regular
 from pause_megatron.run_folder import MANIFEST, step_of
 
 FORMAT = "pause-megatron-checkpoint"

@@ -18,9 +18,9 @@ from pause_megatron.checkpoint.reader import state_fault
 from pause_megatron.checkpoint.store import Store
 from pause_megatron.distributed.collective import barrier, gather_objects
 from pause_megatron.distributed.context import ParallelContext
-from pause_megatron.durable import digest_of, sync_file, write_whole
 from pause_megatron.engine import ADAM_STATE, Engine
 from pause_megatron.errors import CheckpointError
+from pause_megatron.files.durable import digest_of, sync_file, write_whole
 from pause_megatron.run_folder import LATEST, MANIFEST
 
 

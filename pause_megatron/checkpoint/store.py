@@ -13,8 +13,8 @@ from typing import TypeVar
 from pause_megatron.checkpoint.manifest import Manifest
 from pause_megatron.checkpoint.verify import Complete, Report, first_complete, no_report, problems_of
 from pause_megatron.distributed.collective import broadcast_object
-from pause_megatron.durable import point, sync_folder
 from pause_megatron.errors import CheckpointError
+from pause_megatron.files.durable import point, sync_folder
 from pause_megatron.run_folder import (
     LATEST,
     MANIFEST,

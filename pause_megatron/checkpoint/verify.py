@@ -10,8 +10,8 @@ from pathlib import Path
 from pause_megatron.checkpoint.manifest import FileEntry, Manifest, NewerFormatError
 from pause_megatron.checkpoint.reader import CheckpointReader, not_finite
 from pause_megatron.distributed.collective import gather_objects
-from pause_megatron.durable import digest_of
 from pause_megatron.errors import CheckpointError
+from pause_megatron.files.durable import digest_of
 
 Report = Callable[[str, int, int], None]
 """Called with (what is being done, bytes done, bytes in all)."""

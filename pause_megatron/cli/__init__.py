@@ -10,10 +10,10 @@ import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
-from pause_megatron import launcher
 from pause_megatron.distributed.ranks import discover, discover_task
 from pause_megatron.errors import ConfigError, OutputError, PauseMegatronError, SharedError
-from pause_megatron.output import standard_streams
+from pause_megatron.host import launcher
+from pause_megatron.terminal.output import standard_streams
 
 # The one-line helps stand here as well as in the verbs' modules (a test compares), so that --help imports none of them.
 VERBS = {
@@ -89,7 +89,7 @@ def _main(argv: Sequence[str] | None) -> int:
         _report(error)
         return EXIT_ERROR
     except ModuleNotFoundError as error:
-        from pause_megatron.cli.packages import absent_package
+        from pause_megatron.cli.support.packages import absent_package
 
         if (line := absent_package(error)) is None:
             raise

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from pause_megatron.cli import warn
-from pause_megatron.paths import path_option, prefix_option
+from pause_megatron.files.paths import path_option, prefix_option
 
 HELP = "check a corpus that Megatron-LM's preprocess_data.py made, and write its manifest"
 
@@ -64,11 +64,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Adopt the corpus."""
-    from pause_megatron.byte_progress import ByteProgress
-    from pause_megatron.data.adopt import adopt
-    from pause_megatron.data.corpus import open_corpus
-    from pause_megatron.data.first_use import record_as_read
-    from pause_megatron.data.tokenizer import load_tokenizer
+    from pause_megatron.data.adopt.adopt import adopt
+    from pause_megatron.data.corpus.corpus import open_corpus
+    from pause_megatron.data.corpus.first_use import record_as_read
+    from pause_megatron.data.tokenizer.tokenizer import load_tokenizer
+    from pause_megatron.terminal.progress import ByteProgress
 
     tokenizer = load_tokenizer(args.tokenizer, eod_token=args.eod_token, pause_id=args.pause_id)
     with ByteProgress(sys.stderr) as progress:

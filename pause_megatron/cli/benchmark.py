@@ -11,7 +11,7 @@ from pause_megatron.cli import at_least, is_first_rank, note
 from pause_megatron.distributed.agreement import failing_together
 from pause_megatron.distributed.ranks import discover
 from pause_megatron.errors import ConfigError
-from pause_megatron.paths import path_option
+from pause_megatron.files.paths import path_option
 
 HELP = "take real steps of a configuration on this machine: tokens/s, MFU, memory, kernels, waits"
 
@@ -54,8 +54,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from pause_megatron.cli.dry_run import text_vocabulary
     from pause_megatron.cli.pretrain import silence_imports
+    from pause_megatron.cli.support.dry_run import text_vocabulary
     from pause_megatron.config import load
     from pause_megatron.plan.layout import Layout
 
@@ -67,7 +67,7 @@ def _run(args: argparse.Namespace) -> int:
     Layout.of(config, discover().world_size, text_size)  # raises where ranks, batch and engine contradict each other
     silence_imports()
     from pause_megatron.benchmark import Sizes, as_record, as_table, run_benchmark
-    from pause_megatron.durable import write_whole
+    from pause_megatron.files.durable import write_whole
 
     found = run_benchmark(config, Sizes(args.steps, args.warmup, args.top, text_size))
     if file is not None:  # before the table: whoever reads that may be gone
@@ -82,7 +82,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _check_writable(file: Path) -> None:
-    from pause_megatron.durable import DigestFile
+    from pause_megatron.files.durable import DigestFile
 
     if file.is_dir():
         raise ConfigError(f"--json: expected a file, got the folder {file}")

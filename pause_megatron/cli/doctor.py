@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print every finding. Returns 0 if training can run here, else 1."""
-    from pause_megatron.cli.probes import examine
+    from pause_megatron.cli.support.probes import examine
 
     marks = {"ok": "ok  ", "missing": "FAIL", "optional": "-   ", "note": "note"}
     findings = []

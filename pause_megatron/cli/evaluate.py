@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pause_megatron.cli.exported_model import (
+from pause_megatron.cli.support.exported_model import (
     add_machine_arguments,
     add_model_argument,
     add_pause_arguments,
@@ -16,7 +16,7 @@ from pause_megatron.cli.exported_model import (
     load_model,
 )
 from pause_megatron.errors import ConfigError, DataError
-from pause_megatron.paths import path_option
+from pause_megatron.files.paths import path_option
 
 if TYPE_CHECKING:
     from pause_megatron.evaluate import ResultsFolder, Settings
@@ -84,9 +84,9 @@ def run(args: argparse.Namespace) -> int:
     of_lm_eval = [name.removeprefix(_LM_EVAL) for name in names if name.startswith(_LM_EVAL)]
     harness = _harness(of_lm_eval, args)
 
-    from pause_megatron.byte_progress import ByteProgress
     from pause_megatron.evaluate import ResultsFolder, model_fingerprint, opened
     from pause_megatron.inference.loading import check_folder
+    from pause_megatron.terminal.progress import ByteProgress
 
     model = Path(args.model)
     check_folder(model)
@@ -197,7 +197,7 @@ class _RecordProgress:
         if self._bar is None:
             from tqdm import tqdm
 
-            from pause_megatron.byte_progress import bar_file
+            from pause_megatron.terminal.progress import bar_file
 
             self.total, self.found = total, found
             self._bar = tqdm(

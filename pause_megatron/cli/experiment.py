@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pause_megatron.errors import ConfigError
-from pause_megatron.paths import expanded, path_option
+from pause_megatron.files.paths import expanded, path_option
 
 if TYPE_CHECKING:
     from pause_megatron.experiment.grid import Plan
@@ -63,10 +63,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from pause_megatron.durable import only_writer
     from pause_megatron.experiment.estimate import describe
     from pause_megatron.experiment.folder import place, write_plan
     from pause_megatron.experiment.run_local import run_local, set_threads
+    from pause_megatron.files.durable import only_writer
 
     grid, plan = _planned(args)
     directory = Path(args.output or f"runs/experiments/{grid.name}").resolve()
@@ -156,7 +156,7 @@ def _directory(args: argparse.Namespace) -> Path:
 def _stop_on_signals():
     """A Stop that the signals which end a run ask, and Ctrl-C; the second Ctrl-C ends this program at once."""
     from pause_megatron.experiment.execute import Stop
-    from pause_megatron.output import write_from_handler
+    from pause_megatron.terminal.output import write_from_handler
 
     stop = Stop()
 

@@ -8,7 +8,7 @@ import re
 import sys
 import time
 
-from pause_megatron.paths import path_option
+from pause_megatron.files.paths import path_option
 
 HELP = "turn a checkpoint into a Hugging Face folder that transformers and vLLM load"
 
@@ -36,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Export and say what was found."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # one process on the CPU; set before torch is imported
-    from pause_megatron.byte_progress import ByteProgress
     from pause_megatron.cli.pretrain import silence_imports
+    from pause_megatron.terminal.progress import ByteProgress
 
     silence_imports()
     from pause_megatron.hf.export import export

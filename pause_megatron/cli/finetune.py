@@ -12,7 +12,7 @@ from pause_megatron.distributed.agreement import failing_together
 from pause_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pause_megatron.config.plan import BatchPlan
+    from pause_megatron.config.batching import BatchPlan
     from pause_megatron.config.schema import RunConfig
 
 HELP = "finetune a model on a task with pauses behind the prompts"
@@ -34,8 +34,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from pause_megatron.config import load
-    from pause_megatron.output import tolerant_output
-    from pause_megatron.train.signals import listening_to_the_end
+    from pause_megatron.terminal.output import tolerant_output
+    from pause_megatron.train.guards.signals import listening_to_the_end
 
     config = load(args.config, recipe=args.recipe, overrides=args.overrides, say=note)
     if config.task.name is None:
@@ -53,7 +53,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _describe(config: RunConfig, plan: BatchPlan, engine: dict[str, Any]) -> str:
-    from pause_megatron.cli.dry_run import describe_task
-    from pause_megatron.train.task_data import open_task
+    from pause_megatron.cli.support.dry_run import describe_task
+    from pause_megatron.train.inputs.task_data import open_task
 
     return describe_task(open_task(config), plan, engine)

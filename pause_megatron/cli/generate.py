@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pause_megatron.cli.exported_model import (
+from pause_megatron.cli.support.exported_model import (
     add_machine_arguments,
     add_model_argument,
     add_pause_arguments,
@@ -17,8 +17,8 @@ from pause_megatron.cli.exported_model import (
     load_model,
 )
 from pause_megatron.errors import ConfigError, DataError
-from pause_megatron.lines import lines_of
-from pause_megatron.paths import path_option
+from pause_megatron.files.lines import lines_of
+from pause_megatron.files.paths import path_option
 
 if TYPE_CHECKING:
     from pause_megatron.inference import Generation, PauseGenerator, SettledPauses

@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 
-from pause_megatron.paths import path_option
+from pause_megatron.files.paths import path_option
 
 HELP = "turn a Hugging Face folder of the Llama family into a checkpoint with pauses"
 
@@ -37,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Import and say what was found and how to go on."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # one process on the CPU; set before torch is imported
-    from pause_megatron.byte_progress import ByteProgress
     from pause_megatron.cli.pretrain import silence_imports
+    from pause_megatron.terminal.progress import ByteProgress
 
     silence_imports()
     from pause_megatron.hf.importing import import_folder

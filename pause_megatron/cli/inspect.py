@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from pause_megatron.paths import path_option, prefix_option
+from pause_megatron.files.paths import path_option, prefix_option
 
 HELP = "show what a corpus holds, and its windows with their pauses"
 
@@ -43,14 +43,14 @@ def run(args: argparse.Namespace) -> int:
     """Look, and say what was found."""
     from pause_megatron.cli.pretrain import silence_imports
     from pause_megatron.config.load import load
-    from pause_megatron.data.corpus import open_corpus
+    from pause_megatron.data.corpus.corpus import open_corpus
 
     given = {key: getattr(args, key) for key in KEYS if getattr(args, key) is not None}
     config = load(overrides=[f"{key}={value}" for key, value in given.items()])
     corpus = open_corpus(args.prefix)
     silence_imports()
-    from pause_megatron.cli.inspect_report import as_json, as_text
-    from pause_megatron.data.inspection import Windows, document_lengths, fertility
+    from pause_megatron.cli.support.inspect_report import as_json, as_text
+    from pause_megatron.data.windows.inspection import Windows, document_lengths, fertility
 
     corpus.tokenizer.check_pause_ids(config.pause.embeddings)
     windows = Windows(
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     }
     print(as_json(**found) if args.json else as_text(**found, colour=sys.stdout.isatty()))
     if args.png:
-        from pause_megatron.cli.inspect_figure import draw
+        from pause_megatron.cli.support.inspect_figure import draw
 
         draw(Path(args.prefix).name, found["lengths"], found["policies"], Path(args.png))
         print(f"wrote {args.png}", file=sys.stderr)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from pause_megatron.cli import note
 from pause_megatron.errors import ConfigError, PauseMegatronError
-from pause_megatron.paths import path_option
+from pause_megatron.files.paths import path_option
 
 if TYPE_CHECKING:
     from pause_megatron.config.schema import RunConfig
@@ -167,7 +167,7 @@ def _check_time(seconds: int | None, named: str, config: RunConfig) -> None:
 
 def _check_plan(gpu: str, job: TrainingJob, config: RunConfig) -> None:
     """By the arithmetic of `pause-megatron plan`: memory of a GPU, and time for the last step and its save."""
-    from pause_megatron.cli.dry_run import text_vocabulary
+    from pause_megatron.cli.support.dry_run import text_vocabulary
     from pause_megatron.plan import Cluster, gpu_named, make_plan
     from pause_megatron.plan.report import needed, remedy_lines
 
@@ -231,7 +231,7 @@ def _check_site(
 
 
 def _warnings(job: TrainingJob, config: RunConfig) -> list[str]:
-    from pause_megatron.cli.dry_run import missing_corpora
+    from pause_megatron.cli.support.dry_run import missing_corpora
 
     tensor, found = config.parallel.tensor, []
     if job.tasks_per_node % tensor:

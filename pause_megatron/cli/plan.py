@@ -8,7 +8,7 @@ import sys
 
 from pause_megatron.cli import at_least, note
 from pause_megatron.errors import ConfigError
-from pause_megatron.paths import path_option
+from pause_megatron.files.paths import path_option
 
 HELP = "say what a run needs and takes on a cluster: memory, communication, days, GPU-hours"
 
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Plan for each kind of GPU, print, and say by the exit code whether all of them hold the run."""
-    from pause_megatron.cli.dry_run import text_vocabulary
+    from pause_megatron.cli.support.dry_run import text_vocabulary
     from pause_megatron.config import load
     from pause_megatron.plan import Assumptions, Cluster, as_json, as_table, gpu_named, make_plan, measured_values
 

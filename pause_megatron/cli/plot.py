@@ -9,8 +9,8 @@ from typing import Any
 
 from pause_megatron.cli import note
 from pause_megatron.errors import DataError
-from pause_megatron.metrics_lines import NAME, is_number, read_metrics
-from pause_megatron.paths import path_option
+from pause_megatron.files.metrics_lines import NAME, is_number, read_metrics
+from pause_megatron.files.paths import path_option
 
 HELP = "draw the loss curves of runs as a PNG"
 SMOOTHING_STEPS = 20

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from pause_megatron.paths import path_option, pattern_option, prefix_option
+from pause_megatron.files.paths import path_option, pattern_option, prefix_option
 
 ENCODERS = ("auto", "library", "gigatoken")  # those of data.encoders, which is too heavy to import for --help
 HELP = "turn shards of text into a tokenized corpus (.bin, .idx, manifest)"
@@ -99,7 +99,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
 
 def hub_options(args: argparse.Namespace):
     """The `HubOptions` that the input options ask for."""
-    from pause_megatron.data.sources import HubOptions
+    from pause_megatron.data.text.sources import HubOptions
 
     return HubOptions(
         config=args.hf_config, split=args.hf_split, revision=args.hf_revision, data_files=tuple(args.hf_data_files)
@@ -108,13 +108,13 @@ def hub_options(args: argparse.Namespace):
 
 def run(args: argparse.Namespace) -> int:
     """Prepare the corpus."""
-    from pause_megatron.cli.prepare_progress import ProgressBar
-    from pause_megatron.data.corpus import open_corpus
-    from pause_megatron.data.first_use import check_and_record
-    from pause_megatron.data.prepare import prepare, summary
-    from pause_megatron.data.sources import ReadOptions
-    from pause_megatron.data.tokenizer import load_tokenizer
-    from pause_megatron.data.verify import refuse
+    from pause_megatron.cli.support.prepare_progress import ProgressBar
+    from pause_megatron.data.corpus.corpus import open_corpus
+    from pause_megatron.data.corpus.first_use import check_and_record
+    from pause_megatron.data.corpus.verify import refuse
+    from pause_megatron.data.prepare.prepare import prepare, summary
+    from pause_megatron.data.text.sources import ReadOptions
+    from pause_megatron.data.tokenizer.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(args.tokenizer, eod_token=args.eod_token, pause_id=args.pause_id)
     with ProgressBar(sys.stderr) as bar:

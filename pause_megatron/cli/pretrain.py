@@ -14,10 +14,10 @@ from pause_megatron.cli import note
 from pause_megatron.distributed.agreement import failing_together, show_up
 from pause_megatron.distributed.ranks import discover
 from pause_megatron.errors import ConfigError
-from pause_megatron.paths import path_option
+from pause_megatron.files.paths import path_option
 
 if TYPE_CHECKING:
-    from pause_megatron.config.plan import BatchPlan
+    from pause_megatron.config.batching import BatchPlan
     from pause_megatron.config.schema import RunConfig
 
 HELP = "pretrain a model on windows with pauses"
@@ -58,8 +58,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace) -> int:
     from pause_megatron.config import load
-    from pause_megatron.output import tolerant_output
-    from pause_megatron.train.signals import listening_to_the_end
+    from pause_megatron.terminal.output import tolerant_output
+    from pause_megatron.train.guards.signals import listening_to_the_end
 
     config = load(args.config, recipe=args.recipe, overrides=args.overrides, say=note)
     if config.task.name is not None:
@@ -84,7 +84,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _describe(config: RunConfig, vocab_size: int | None, plan: BatchPlan, engine: dict[str, Any]) -> str:
-    from pause_megatron.cli.dry_run import describe
+    from pause_megatron.cli.support.dry_run import describe
 
     return describe(config, plan, engine, vocab_size=vocab_size)
 

@@ -8,7 +8,7 @@ import threading
 import time
 
 from pause_megatron.cli.prepare import add_input_arguments, hub_options
-from pause_megatron.paths import path_option
+from pause_megatron.files.paths import path_option
 
 HELP = "train a SentencePiece BPE tokenizer on shards of text"
 
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train the tokenizer."""
-    from pause_megatron.data.train_tokenizer import train_tokenizer
+    from pause_megatron.data.tokenizer.train import train_tokenizer
 
     begun = time.perf_counter()
     with _Clock() as clock:
@@ -72,7 +72,7 @@ class _Clock:
     def __init__(self) -> None:
         from tqdm import tqdm
 
-        from pause_megatron.byte_progress import bar_file
+        from pause_megatron.terminal.progress import bar_file
 
         self._seconds = 0.5 if sys.stderr.isatty() else 10.0
         self._bar = tqdm(desc="train-tokenizer", bar_format="{desc} {elapsed}{postfix}", file=bar_file(sys.stderr))

@@ -7,7 +7,7 @@ import sys
 
 from pause_megatron.cli import warn
 from pause_megatron.errors import DataError
-from pause_megatron.paths import path_option, prefix_option
+from pause_megatron.files.paths import path_option, prefix_option
 
 HELP = "read a corpus whole and compare it with the digests of its manifest"
 EXIT_DAMAGED, EXIT_UNKNOWN = 1, 2
@@ -44,10 +44,10 @@ def run(args: argparse.Namespace) -> int:
 def _verify(prefix: str, cache: str | None) -> int:
     import time
 
-    from pause_megatron.byte_progress import ByteProgress
-    from pause_megatron.data.corpus import open_corpus
-    from pause_megatron.data.first_use import check_and_record
-    from pause_megatron.data.manifest import path_of
+    from pause_megatron.data.corpus.corpus import open_corpus
+    from pause_megatron.data.corpus.first_use import check_and_record
+    from pause_megatron.data.corpus.manifest import path_of
+    from pause_megatron.terminal.progress import ByteProgress
 
     begun = time.perf_counter()
     try:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pause_megatron.config.plan import batch_plan
+from pause_megatron.config.batching import batch_plan
 from pause_megatron.config.schema import EngineSection, RunConfig
 from pause_megatron.config.spelling import nearest
 from pause_megatron.errors import ConfigError

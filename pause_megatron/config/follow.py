@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from pause_megatron.config.plan import added_steps
+from pause_megatron.config.batching import added_steps
 from pause_megatron.config.rules import micro_divides_global, sequence_needs_tensor, warmup_ends
 from pause_megatron.config.schema import RunConfig
 

@@ -6,7 +6,8 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from pause_megatron.config.schema import RunConfig, is_number
+from pause_megatron.config.blend import is_number
+from pause_megatron.config.schema import RunConfig
 
 # What may change between the parts of a run, because the losses do not depend on it.
 FREE_SECTIONS = frozenset({"parallel", "checkpoint", "validation", "log"})

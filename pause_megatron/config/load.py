@@ -9,8 +9,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from pause_megatron.config.follow import Sources, follow_epochs, follow_values
-from pause_megatron.config.initial import SHAPE, with_initial_sizes
 from pause_megatron.config.keys import Key, keys, sections
+from pause_megatron.config.model_from import SHAPE, with_initial_sizes
 from pause_megatron.config.presets import fill_sizes
 from pause_megatron.config.rules import check
 from pause_megatron.config.schema import RunConfig, TrainSection

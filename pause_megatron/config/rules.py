@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-from pause_megatron.config.plan import added_steps, pause_range, pauses_per_window
+from pause_megatron.config.batching import added_steps, pause_range, pauses_per_window
 from pause_megatron.config.schema import DataSection, ModelSection, ParallelSection, RunConfig
 from pause_megatron.config.spelling import nearest
 from pause_megatron.errors import ConfigError

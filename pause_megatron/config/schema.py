@@ -10,31 +10,14 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
-from pause_megatron.paths import expanded, expanded_pattern
+from pause_megatron.config.blend import split_words
+from pause_megatron.files.paths import expanded, expanded_pattern
 
 PathText = Annotated[str, AfterValidator(expanded)]
 """The type of every key that takes a path, or a name in a path's place."""
 
 PatternText = Annotated[str, AfterValidator(expanded_pattern)]
 """The type of keys that take paths or globs."""
-
-
-def split_words(value: object) -> object:
-    """Prefixes and their weights as a tuple of texts: a text is split at blanks, a list stays as it is."""
-    if isinstance(value, str):
-        return tuple(value.split())
-    if isinstance(value, (list, tuple)):  # the weights of a blend may be written as numbers
-        return tuple(str(item) if type(item) in (int, float) else item for item in value)
-    return value
-
-
-def is_number(word: str) -> bool:
-    """Whether a word of a blend is a weight."""
-    try:
-        float(word)
-    except ValueError:
-        return False
-    return True
 
 
 class Section(BaseModel):

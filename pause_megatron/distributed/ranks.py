@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pause_megatron.errors import ConfigError
-from pause_megatron.job_step import own_variables
+from pause_megatron.host.job_step import own_variables
 
 _LAUNCHER_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _LAST_PORT = 65535

@@ -17,7 +17,7 @@ from types import FrameType
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
 
-from pause_megatron.output import tolerant_output, write_from_handler
+from pause_megatron.terminal.output import tolerant_output, write_from_handler
 
 _PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 

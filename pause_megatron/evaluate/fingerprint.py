@@ -8,8 +8,8 @@ from pathlib import Path
 
 import xxhash
 
-from pause_megatron.durable import READ_BYTES, write_whole
 from pause_megatron.errors import DataError
+from pause_megatron.files.durable import READ_BYTES, write_whole
 
 VERSION = 1
 

@@ -15,8 +15,8 @@ from typing import Any
 
 import xxhash
 
-from pause_megatron.durable import sync_folder, write_whole
 from pause_megatron.errors import DataError
+from pause_megatron.files.durable import sync_folder, write_whole
 
 Record = dict[str, Any]
 

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from pause_megatron.config.spelling import nearest
-from pause_megatron.durable import write_whole
 from pause_megatron.errors import ConfigError, DataError
 from pause_megatron.evaluate.journal import Record, digest
 from pause_megatron.evaluate.results import Identity, ResultsFolder, Settings
+from pause_megatron.files.durable import write_whole
 from pause_megatron.inference import PauseGenerator
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from pause_megatron.durable import only_writer, write_whole
 from pause_megatron.errors import DataError
 from pause_megatron.evaluate.journal import Journal, Record, read_object, refuse_others
 from pause_megatron.evaluate.statistics import mean
+from pause_megatron.files.durable import only_writer, write_whole
 
 VERSION = 1
 HARNESS = "pause-megatron"

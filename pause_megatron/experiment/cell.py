@@ -12,8 +12,8 @@ from typing import Any, Literal
 import xxhash
 
 from pause_megatron import __version__
-from pause_megatron.durable import write_whole
 from pause_megatron.errors import DataError
+from pause_megatron.files.durable import write_whole
 
 VERSION = 1
 Verb = Literal["pretrain", "finetune", "export-hf", "evaluate"]

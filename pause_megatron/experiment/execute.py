@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pause_megatron import launcher
-from pause_megatron.durable import only_writer
 from pause_megatron.errors import DataError
 from pause_megatron.experiment.cell import INPUT, OUTPUT, PRODUCT, VERSION, read_json, write_json
 from pause_megatron.experiment.ledger import ledger_of
+from pause_megatron.files.durable import only_writer
+from pause_megatron.host import launcher
 
 EXIT_DONE = 0
 EXIT_FAILED = 1

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pause_megatron.durable import only_writer, write_whole
 from pause_megatron.errors import DataError
 from pause_megatron.experiment.cell import VERSION, Cell, describe, find_folder, read_json, write_json
 from pause_megatron.experiment.execute import is_done
 from pause_megatron.experiment.grid import Plan
 from pause_megatron.experiment.load import dump_grid
 from pause_megatron.experiment.schema import Grid
+from pause_megatron.files.durable import only_writer, write_whole
 
 State = Literal["done", "running", "queued", "failed", "waiting"]
 # Ranks of the verbs that may have several.

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pause_megatron.config.identity import deciding_keys
-from pause_megatron.config.initial import OF_A_TASK, PAUSES, SHAPE
 from pause_megatron.config.load import load, recipe_names, recipe_path
+from pause_megatron.config.model_from import OF_A_TASK, PAUSES, SHAPE
 from pause_megatron.config.presets import flops_per_token
 from pause_megatron.config.schema import RunConfig
 from pause_megatron.config.text import read_entries

@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pause_megatron.config.schema import is_number
-from pause_megatron.data.manifest import Manifest
+from pause_megatron.config.blend import is_number
+from pause_megatron.data.corpus.manifest import Manifest
 from pause_megatron.errors import ConfigError
 from pause_megatron.experiment.schema import Grid
 from pause_megatron.tasks import fingerprint, load_task, read_examples

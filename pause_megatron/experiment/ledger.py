@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pause_megatron.errors import DataError
-from pause_megatron.metrics_lines import NAME, read_metrics
+from pause_megatron.files.metrics_lines import NAME, read_metrics
 
 
 @dataclass(frozen=True)

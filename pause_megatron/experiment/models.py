@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
+from pause_megatron.config.batching import batch_plan
 from pause_megatron.config.load import load
-from pause_megatron.config.plan import batch_plan
 from pause_megatron.config.presets import flops_per_token, parameters
 from pause_megatron.config.schema import ModelSection, RunConfig
 from pause_megatron.errors import ConfigError

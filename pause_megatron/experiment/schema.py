@@ -10,7 +10,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
-from pause_megatron.config.schema import PathText, split_words
+from pause_megatron.config.blend import split_words
+from pause_megatron.config.schema import PathText
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_]*$")]
 # M_ft: a number, or a range such as "0..50" that is drawn from for each example (pause dropout).

@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pause_megatron.durable import write_whole
 from pause_megatron.errors import ConfigError
 from pause_megatron.experiment.cell import VERSION, read_json, write_json
 from pause_megatron.experiment.folder import TRAINING, Placed
+from pause_megatron.files.durable import write_whole
 from pause_megatron.slurm.commands import installed, output_of, queued_jobs
 from pause_megatron.slurm.quoting import directive, further_line, job_name, printable
 from pause_megatron.slurm.script import (

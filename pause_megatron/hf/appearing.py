@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pause_megatron.durable import sync_folder
 from pause_megatron.errors import CheckpointError
+from pause_megatron.files.durable import sync_folder
 
 
 def new_folder(path: str | Path) -> Path:

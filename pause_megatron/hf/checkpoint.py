@@ -8,10 +8,10 @@ from pathlib import Path
 from pause_megatron.checkpoint.merge import MergedReader
 from pause_megatron.checkpoint.store import open_newest
 from pause_megatron.checkpoint.verify import Report
-from pause_megatron.config.initial import read_config_text
 from pause_megatron.config.load import load
+from pause_megatron.config.model_from import read_config_text
 from pause_megatron.config.schema import RunConfig
-from pause_megatron.data.tokenizer import Tokenizer, load_tokenizer
+from pause_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from pause_megatron.errors import CheckpointError, ConfigError, DataError
 from pause_megatron.hf.weights import native_shapes
 from pause_megatron.model import Vocabulary

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pause_megatron.config.plan import pause_range
-from pause_megatron.data.examples import Arrangement, continuations, encode_examples
-from pause_megatron.data.pause import LOCATIONS
-from pause_megatron.data.supervised import SupervisedWindows
-from pause_megatron.data.tokenizer import Tokenizer
-from pause_megatron.data.tokenizer_backends import backend_of
+from pause_megatron.config.batching import pause_range
+from pause_megatron.data.supervised.examples import Arrangement, continuations, encode_examples
+from pause_megatron.data.supervised.windows import SupervisedWindows
+from pause_megatron.data.tokenizer.backends import backend_of
+from pause_megatron.data.tokenizer.tokenizer import Tokenizer
+from pause_megatron.data.windows.pause import LOCATIONS
 from pause_megatron.errors import ConfigError
 from pause_megatron.hf.loss import IGNORED
 

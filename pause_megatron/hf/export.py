@@ -12,9 +12,9 @@ import torch
 
 from pause_megatron.checkpoint.merge import MergedReader
 from pause_megatron.checkpoint.verify import Report
-from pause_megatron.config.plan import pause_range
-from pause_megatron.durable import sync_file, sync_folder
+from pause_megatron.config.batching import pause_range
 from pause_megatron.errors import CheckpointError
+from pause_megatron.files.durable import sync_file, sync_folder
 from pause_megatron.hf.appearing import appearing, new_folder
 from pause_megatron.hf.architecture import config_json
 from pause_megatron.hf.checkpoint import NativeCheckpoint, open_checkpoint

@@ -18,11 +18,11 @@ from pause_megatron.config.schema import (
     PauseSection,
     RunConfig,
 )
-from pause_megatron.data.tokenizer import PAUSE_TOKEN, Tokenizer, load_tokenizer
-from pause_megatron.data.tokenizer_backends import HuggingFaceBackend, open_backend
-from pause_megatron.data.tokenizer_companions import CONFIG, GENERATION, TEMPLATE, TEMPLATES, companions_of
-from pause_megatron.durable import sync_folder, write_whole
+from pause_megatron.data.tokenizer.backends import HuggingFaceBackend, open_backend
+from pause_megatron.data.tokenizer.companions import CONFIG, GENERATION, TEMPLATE, TEMPLATES, companions_of
+from pause_megatron.data.tokenizer.tokenizer import PAUSE_TOKEN, Tokenizer, load_tokenizer
 from pause_megatron.errors import CheckpointError, DataError
+from pause_megatron.files.durable import sync_folder, write_whole
 from pause_megatron.hf.appearing import appearing, new_folder
 from pause_megatron.hf.architecture import Architecture, read_architecture
 from pause_megatron.hf.checkpoint import open_checkpoint

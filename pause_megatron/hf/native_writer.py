@@ -13,8 +13,8 @@ from pause_megatron.checkpoint.layout import VOCABULARY, partition_dim, row_span
 from pause_megatron.checkpoint.manifest import FileEntry, Manifest, ParameterEntry, state_file
 from pause_megatron.checkpoint.verify import Report
 from pause_megatron.config.schema import RunConfig
-from pause_megatron.durable import digest_of, sync_file, write_whole
 from pause_megatron.engine.state import ADAM_STATE, MASTER
+from pause_megatron.files.durable import digest_of, sync_file, write_whole
 from pause_megatron.hf.folder import SourceWeights
 from pause_megatron.hf.safetensors_file import Entry, SafetensorsWriter
 from pause_megatron.hf.weights import HFRows, HFTensor, native_rows, native_shapes

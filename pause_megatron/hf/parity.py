@@ -14,10 +14,10 @@ from torch import Tensor
 
 from pause_megatron.checkpoint.merge import load_weights
 from pause_megatron.config.schema import ParallelSection
-from pause_megatron.data.corpora import open_corpora
-from pause_megatron.data.manifest import path_of
-from pause_megatron.data.pause import PauseInjector, PausePlan
-from pause_megatron.data.tokenizer import ids_before
+from pause_megatron.data.corpus.corpora import open_corpora
+from pause_megatron.data.corpus.manifest import path_of
+from pause_megatron.data.tokenizer.tokenizer import ids_before
+from pause_megatron.data.windows.pause import PauseInjector, PausePlan
 from pause_megatron.distributed import initialize
 from pause_megatron.distributed.ranks import Ranks
 from pause_megatron.errors import CheckpointError, PauseMegatronError

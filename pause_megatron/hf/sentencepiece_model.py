@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pause_megatron.data.sentencepiece_proto import (
+from pause_megatron.data.tokenizer.fast.sentencepiece_proto import (
     BPE,
     CONTROL,
     MODEL_TYPES,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pause_megatron.data.tokenizer import DESCRIPTION_NAME, PAUSE_TOKEN, Tokenizer
+from pause_megatron.data.tokenizer.tokenizer import DESCRIPTION_NAME, PAUSE_TOKEN, Tokenizer
 from pause_megatron.errors import CheckpointError
 from pause_megatron.hf.sentencepiece_model import convert_bpe
 

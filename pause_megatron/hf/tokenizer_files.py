@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pause_megatron.data.tokenizer_companions import CONFIG, GENERATION, SPECIAL, place_of
+from pause_megatron.data.tokenizer.companions import CONFIG, GENERATION, SPECIAL, place_of
 from pause_megatron.errors import CheckpointError
 from pause_megatron.hf.tokenizer import HFTokenizer
 
@@ -25,7 +25,7 @@ def write_tokenizer(
     Args:
         folder: the export
         tokenizer: with its pauses
-        companions: the source's own files, see `data/tokenizer_companions.py`; may be none
+        companions: the source's own files, see `data/tokenizer/companions.py`; may be none
         sequence_length: model_max_length where the source says none
         plain: let transformers read tokenizer.json as it stands, whatever class the source names
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from pause_megatron.config.plan import pauses_per_window
-from pause_megatron.data.pause import PauseInjector, PausePlan
+from pause_megatron.config.batching import pauses_per_window
+from pause_megatron.data.windows.pause import PauseInjector, PausePlan
 from pause_megatron.errors import ConfigError, DataError
 from pause_megatron.hf.loss import IGNORED
 
@@ -32,7 +32,7 @@ class PauseTransform:
         rate: Pauses inserted, as a fraction of the block with its pauses; 0 <= rate < 1.
         window: "exact": the block grows by its pauses and loses nothing (cut text into blocks of `text_length`);
             "trim": it keeps its length, what does not fit is cut off (the paper's).
-        placement: A name in `pause_megatron.data.pause.POLICIES`, or 'module:attribute'.
+        placement: A name in `pause_megatron.data.windows.pause.POLICIES`, or 'module:attribute'.
         seed: Seed of the places.
         dataset, split: Names of what the blocks are of; others draw other places.
 

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from pause_megatron.config.schema import DataSection, PauseSection
-from pause_megatron.data.build import build_datasets
-from pause_megatron.data.corpora import open_corpora
-from pause_megatron.data.loader import Samples
-from pause_megatron.data.pause import PausePlan
+from pause_megatron.data.batches.loader import Samples
+from pause_megatron.data.corpus.corpora import open_corpora
+from pause_megatron.data.windows.build import build_datasets
+from pause_megatron.data.windows.pause import PausePlan
 from pause_megatron.errors import ConfigError
 from pause_megatron.hf.loss import IGNORED
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pause_megatron.data.tokenizer import PAUSE_TOKEN
+from pause_megatron.data.tokenizer.tokenizer import PAUSE_TOKEN
 from pause_megatron.errors import ConfigError, DataError
 
 FILE_NAME = "chat_template.jinja"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pause_megatron.data.pause import LOCATIONS
+from pause_megatron.data.windows.pause import LOCATIONS
 from pause_megatron.errors import ConfigError
 from pause_megatron.inference.adaptive import FixedPauses, PausePolicy
 from pause_megatron.inference.answer import Answer

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from pause_megatron.config.initial import checkpoint_config
+from pause_megatron.config.model_from import checkpoint_config
 from pause_megatron.errors import ConfigError, DataError
 from pause_megatron.inference import custom_generate
 from pause_megatron.inference.generate import PauseGenerator

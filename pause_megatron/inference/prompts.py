@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from pause_megatron.data.continuation import Continuations
-from pause_megatron.data.pause import LOCATIONS, add_pauses
-from pause_megatron.data.tokenizer import PAUSE_TOKEN, ids_before
+from pause_megatron.data.tokenizer.continuation import Continuations
+from pause_megatron.data.tokenizer.tokenizer import PAUSE_TOKEN, ids_before
+from pause_megatron.data.windows.pause import LOCATIONS, add_pauses
 from pause_megatron.errors import DataError
 
 PREFIX_ATTENTIONS = ("causal", "bidirectional")

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from pause_megatron.config.batching import BatchPlan, batch_plan
 from pause_megatron.config.deepspeed import deepspeed_config
-from pause_megatron.config.plan import BatchPlan, batch_plan
 from pause_megatron.config.schema import ModelSection, RunConfig
 from pause_megatron.plan.shapes import Parameter, padded_vocabulary, rank_parameters
 

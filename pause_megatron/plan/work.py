@@ -1,7 +1,7 @@
 """What a GPU does in a step: FLOPs of products and of attention, bytes of everything else, kernels. No torch.
 
 Matrix products and attention are bound by computing; all other kernels by memory: they read each input once and write
-each output once. The numbers are those of the real model on fake CUDA tensors (`tests/counting.py`), which a test
+each output once. The numbers are those of the real model on fake CUDA tensors (`tests/support/counting.py`); a test
 compares with these formulas; the bytes of accumulation and optimizer are those of DeepSpeed's operators.
 """
 

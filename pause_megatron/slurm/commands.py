@@ -7,8 +7,8 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 
-from pause_megatron import launcher
 from pause_megatron.errors import PauseMegatronError
+from pause_megatron.host import launcher
 
 # A job in one of these states will not run any more.
 ENDED = {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pause_megatron.config.spelling import nearest
 from pause_megatron.errors import ConfigError
-from pause_megatron.lines import lines_of
+from pause_megatron.files.lines import lines_of
 from pause_megatron.slurm.commands import output_of
 
 _GPUS_OF_A_NODE = 8

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pause_megatron.tasks.declared import DeclaredTask
+from pause_megatron.tasks.examples import fingerprint, read_examples
 from pause_megatron.tasks.load import load_task, task_names
-from pause_megatron.tasks.metrics import METRICS, Metric, answer_in
-from pause_megatron.tasks.read import fingerprint, read_examples
+from pause_megatron.tasks.metrics.registry import METRICS, Metric, answer_in
 from pause_megatron.tasks.task import Decoding, Example, FinetuneDefaults, Task
+from pause_megatron.tasks.yaml_task import DeclaredTask
 
 __all__ = [
     "METRICS",

@@ -11,9 +11,9 @@ from pydantic import ValidationError
 from pause_megatron.config.spelling import nearest
 from pause_megatron.config.text import Entry, read_entries
 from pause_megatron.errors import ConfigError
-from pause_megatron.tasks.declared import DeclaredTask
-from pause_megatron.tasks.metrics import METRICS
+from pause_megatron.tasks.metrics.registry import METRICS
 from pause_megatron.tasks.task import Task
+from pause_megatron.tasks.yaml_task import DeclaredTask
 
 FOLDER = Path(__file__).resolve().parent
 

@@ -8,20 +8,20 @@ import numpy as np
 import xxhash
 
 from pause_megatron.config.schema import RunConfig
-from pause_megatron.data.batch import MicroBatch
-from pause_megatron.data.examples import continuations
-from pause_megatron.data.tokenizer import Tokenizer
+from pause_megatron.data.batches.batch import MicroBatch
+from pause_megatron.data.supervised.examples import continuations
+from pause_megatron.data.tokenizer.tokenizer import Tokenizer
 from pause_megatron.distributed import initialize
 from pause_megatron.distributed.agreement import failing_together
 from pause_megatron.distributed.context import started_ranks
 from pause_megatron.distributed.settings import settings_of
-from pause_megatron.output import tolerant_output
-from pause_megatron.train.inputs import HeldOut, TrainingData
+from pause_megatron.terminal.output import tolerant_output
+from pause_megatron.train.guards.same_run import run_record
+from pause_megatron.train.guards.signals import StopRequest, listening
+from pause_megatron.train.guards.watch import patience
+from pause_megatron.train.inputs.inputs import HeldOut, TrainingData
+from pause_megatron.train.inputs.task_data import TaskData, held_out, open_task
 from pause_megatron.train.run import train
-from pause_megatron.train.same_run import run_record
-from pause_megatron.train.signals import StopRequest, listening
-from pause_megatron.train.task_data import TaskData, held_out, open_task
-from pause_megatron.train.watch import patience
 
 
 def finetune(config: RunConfig, stop: StopRequest | None = None) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from pause_megatron.errors import TrainingError
-from pause_megatron.output import reason
+from pause_megatron.terminal.output import reason
 from pause_megatron.train.loop import StepResult
 
 

@@ -11,13 +11,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pause_megatron.config.schema import OptimSection
-from pause_megatron.data.batch import MicroBatch
+from pause_megatron.data.batches.batch import MicroBatch
 from pause_megatron.distributed import ParallelContext
 from pause_megatron.distributed.collective import sum_over_ranks
 from pause_megatron.engine import Engine, learning_rate
 from pause_megatron.engine.waits import upload
+from pause_megatron.train.guards.signals import StopRequest
 from pause_megatron.train.losses import Losses, LossLedger
-from pause_megatron.train.signals import StopRequest
 
 
 @dataclass(frozen=True)

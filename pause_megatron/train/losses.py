@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pause_megatron.data.batch import MicroBatch
+from pause_megatron.data.batches.batch import MicroBatch
 from pause_megatron.distributed import ParallelContext
 from pause_megatron.model.spans import TextSpans
 

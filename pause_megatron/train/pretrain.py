@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from functools import partial
 
-from pause_megatron.config.plan import batch_plan
+from pause_megatron.config.batching import batch_plan
 from pause_megatron.config.schema import RunConfig
-from pause_megatron.data.build import Datasets, build_datasets
-from pause_megatron.data.corpora import Corpora, open_corpora
-from pause_megatron.data.dataset import PauseTokenizer
-from pause_megatron.data.loader import Samples
-from pause_megatron.data.split_text import require_text
+from pause_megatron.data.batches.loader import Samples
+from pause_megatron.data.corpus.corpora import Corpora, open_corpora
+from pause_megatron.data.windows.build import Datasets, build_datasets
+from pause_megatron.data.windows.dataset import PauseTokenizer
+from pause_megatron.data.windows.split_text import require_text
 from pause_megatron.distributed import initialize
 from pause_megatron.distributed.agreement import failing_together
 from pause_megatron.distributed.context import started_ranks
 from pause_megatron.distributed.settings import settings_of
-from pause_megatron.output import tolerant_output
-from pause_megatron.train.cache_folder import with_cache_folder
-from pause_megatron.train.inputs import HeldOut, TrainingData
+from pause_megatron.terminal.output import tolerant_output
+from pause_megatron.train.guards.same_run import corpora_record, run_record
+from pause_megatron.train.guards.signals import StopRequest, listening
+from pause_megatron.train.guards.watch import patience
+from pause_megatron.train.inputs.cache_folder import with_cache_folder
+from pause_megatron.train.inputs.inputs import HeldOut, TrainingData
+from pause_megatron.train.inputs.streaming import Stream
 from pause_megatron.train.run import train
-from pause_megatron.train.same_run import corpora_record, run_record
-from pause_megatron.train.signals import StopRequest, listening
-from pause_megatron.train.streaming import Stream
-from pause_megatron.train.watch import patience
 
 
 def pretrain(config: RunConfig, stop: StopRequest | None = None) -> int:

@@ -10,12 +10,12 @@ from pathlib import Path
 from torch import nn
 
 from pause_megatron.checkpoint import Store
+from pause_megatron.config.batching import batch_plan
 from pause_megatron.config.deepspeed import deepspeed_config
 from pause_megatron.config.load import dump
-from pause_megatron.config.plan import batch_plan
 from pause_megatron.config.schema import RunConfig
-from pause_megatron.data.loader import StepLoader
-from pause_megatron.data.sampler import StepSampler
+from pause_megatron.data.batches.loader import StepLoader
+from pause_megatron.data.batches.sampler import StepSampler
 from pause_megatron.distributed import ParallelContext
 from pause_megatron.distributed.settings import threads_for_optimizer
 from pause_megatron.engine import Engine
@@ -26,21 +26,21 @@ from pause_megatron.model import (
     parameter_groups,
     train_pause_rows_only,
 )
-from pause_megatron.output import lost_output
+from pause_megatron.terminal.output import lost_output
+from pause_megatron.train.guards.ownership import WhileOwner, own_run
+from pause_megatron.train.guards.signals import StopRequest, deadline
+from pause_megatron.train.guards.watch import HangWatch
 from pause_megatron.train.hooks import Every, Hook, SkipLimit, Unfailing
-from pause_megatron.train.inputs import HeldOut, TrainingData
+from pause_megatron.train.inputs.inputs import HeldOut, TrainingData
+from pause_megatron.train.inputs.streaming import Stream
+from pause_megatron.train.logs.metrics_file import MetricsFile, Throughput
+from pause_megatron.train.logs.monitoring import ConfigFile, ProgressBar, announce, conclude
+from pause_megatron.train.logs.tensorboard import TensorBoard
 from pause_megatron.train.loop import Progress, StepResult, training_steps
 from pause_megatron.train.losses import Losses
-from pause_megatron.train.metrics_file import MetricsFile, Throughput
-from pause_megatron.train.monitoring import ConfigFile, ProgressBar, announce, conclude
-from pause_megatron.train.ownership import WhileOwner, own_run
 from pause_megatron.train.saving import CheckpointSaver
-from pause_megatron.train.signals import StopRequest, deadline
-from pause_megatron.train.start import find_start
-from pause_megatron.train.streaming import Stream
-from pause_megatron.train.tensorboard import TensorBoard
+from pause_megatron.train.start.start import find_start
 from pause_megatron.train.validation import evaluate_loss, validation_losses
-from pause_megatron.train.watch import HangWatch
 
 EXIT_FINISHED = 0
 EXIT_STOPPED = 75  # EX_TEMPFAIL: asked to stop, checkpoint saved, the same command goes on

@@ -12,11 +12,11 @@ from pause_megatron.config.load import dump
 from pause_megatron.config.schema import RunConfig
 from pause_megatron.distributed import ParallelContext
 from pause_megatron.engine import Engine
-from pause_megatron.train.inputs import TrainingData
+from pause_megatron.train.guards.ownership import Ownership
+from pause_megatron.train.inputs.inputs import TrainingData
+from pause_megatron.train.inputs.streaming import Stream
 from pause_megatron.train.loop import StepResult
-from pause_megatron.train.ownership import Ownership
-from pause_megatron.train.resume import progress_record
-from pause_megatron.train.streaming import Stream
+from pause_megatron.train.start.resume import progress_record
 
 
 class CheckpointSaver:

@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from pause_megatron.data.batch import MicroBatch, collate
-from pause_megatron.data.loader import Samples
+from pause_megatron.data.batches.batch import MicroBatch, collate
+from pause_megatron.data.batches.loader import Samples
 from pause_megatron.distributed import ParallelContext
 from pause_megatron.train.losses import Losses, LossLedger, lm_loss
 

@@ -35,10 +35,10 @@ from megatron.core.datasets import gpt_dataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from pause_megatron.config.schema import PauseSection
-from pause_megatron.data.build import Datasets, build_datasets
-from pause_megatron.data.indexed import read_header, write_index
-from pause_megatron.data.manifest import Counts, FileRecord, Manifest, TokenizerRecord
-from pause_megatron.durable import DigestFile
+from pause_megatron.data.corpus.index_file import read_header, write_index
+from pause_megatron.data.corpus.manifest import Counts, FileRecord, Manifest, TokenizerRecord
+from pause_megatron.data.windows.build import Datasets, build_datasets
+from pause_megatron.files.durable import DigestFile
 
 C4_DOCUMENTS = 364_868_892
 MEAN_TOKENS = 493.3

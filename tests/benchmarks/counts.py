@@ -2,7 +2,7 @@
 
 python -m tests.benchmarks.counts
 
-Counted on fake CUDA tensors (`tests/fake_cuda.py`), on a CPU; nothing here was measured on a GPU. A layer is the
+Counted on fake CUDA tensors (`support/fake_cuda.py`), on a CPU; nothing here was measured on a GPU. A layer is the
 difference of two layers and one; a micro-batch is the rest of one layer, and all layers. The fused kernels want triton.
 """
 
@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from counting import Counts
-from fake_cuda import TEXT_SIZE, Case, count
+from support.counting import Counts
+from support.fake_cuda import TEXT_SIZE, Case, count
 
 from pause_megatron.config.load import load
 from pause_megatron.plan import GPUS, Cluster, Plan, make_plan

@@ -16,7 +16,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.timing import compare, environment
-from corpora import make_config, make_dataset, paragraphs, write_corpus
+from support.corpora import make_config, make_dataset, paragraphs, write_corpus
 
 TARGET = 1.5
 

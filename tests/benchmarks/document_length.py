@@ -19,11 +19,11 @@ import sentencepiece
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.timing import compare, environment
-from prose import documents, write_shards
+from support.prose import documents, write_shards
 
-from pause_megatron.data.encoders import GigatokenEncoder
-from pause_megatron.data.tokenizer import Tokenizer, load_tokenizer
-from pause_megatron.data.train_tokenizer import train_tokenizer
+from pause_megatron.data.tokenizer.fast.encoders import GigatokenEncoder
+from pause_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from pause_megatron.data.tokenizer.train import train_tokenizer
 
 LENGTHS = (250, 1000, 4000, 16_000, 64_000, 250_000, 1_000_000, 4_000_000)
 CHARACTERS = 1_000_000  # encoded in a call at least

@@ -49,7 +49,7 @@ def write_checkpoint(folder: Path, sizes: dict) -> None:
 
     from pause_megatron.config.load import dump, resolve
     from pause_megatron.config.schema import DataSection, ModelSection, ParallelSection, RunConfig
-    from pause_megatron.data.tokenizer import load_tokenizer
+    from pause_megatron.data.tokenizer.tokenizer import load_tokenizer
     from pause_megatron.hf.native_writer import PauseRows, write_native
     from pause_megatron.hf.weights import hf_tensors
     from pause_megatron.model import Vocabulary
@@ -82,7 +82,7 @@ def write_checkpoint(folder: Path, sizes: dict) -> None:
 
 def raw_write(folder: Path, size: int) -> None:
     """`size` bytes out of one buffer of 16 MB, synced."""
-    from pause_megatron.durable import sync_file
+    from pause_megatron.files.durable import sync_file
 
     buffer = memoryview(bytearray(torch.randint(0, 256, (16 << 20,), dtype=torch.uint8).numpy().tobytes()))
     with open(folder / "raw", "wb", buffering=0) as file:
@@ -106,7 +106,7 @@ def forget_peak() -> int:
 
 def measure(name: str, folder: Path, rounds: int, shard_size: int, answer) -> None:
     """One model size, in a process of its own."""
-    from pause_megatron.durable import sync_file
+    from pause_megatron.files.durable import sync_file
     from pause_megatron.hf.checkpoint import open_checkpoint
     from pause_megatron.hf.export import export, write_weights
 

@@ -32,10 +32,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.timing import Timing, compare, environment
-from prose import documents
-from tiny_llama import sentencepiece_tokenizer
+from support.prose import documents
+from support.tiny_llama import sentencepiece_tokenizer
 
-from pause_megatron.data.pause import PauseInjector, PausePlan
+from pause_megatron.data.windows.pause import PauseInjector, PausePlan
 from pause_megatron.inference import PauseGenerator, PausePolicy, SettledPauses, load
 from pause_megatron.inference.custom_generate import CACHE
 

@@ -21,12 +21,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.timing import compare, environment
-from corpora import ByteTokenizer, paragraphs, write_corpus
+from support.corpora import ByteTokenizer, paragraphs, write_corpus
 
 from pause_megatron.config.load import load
-from pause_megatron.data.build import build_datasets
-from pause_megatron.data.loader import Step, StepLoader
-from pause_megatron.data.sampler import StepSampler
+from pause_megatron.data.batches.loader import Step, StepLoader
+from pause_megatron.data.batches.sampler import StepSampler
+from pause_megatron.data.windows.build import build_datasets
 from pause_megatron.distributed import ParallelContext, initialize
 from pause_megatron.model import Vocabulary, build_model, parameter_groups
 from pause_megatron.train.losses import LossLedger

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pause_megatron.data.tokenizer import DESCRIPTION_NAME, load_tokenizer
+from pause_megatron.data.tokenizer.tokenizer import DESCRIPTION_NAME, load_tokenizer
 
 _state: dict[str, object] = {}
 

@@ -28,7 +28,7 @@ LAYOUTS = [(1, False), (2, False), (2, True)]
 
 def measure() -> dict[str, dict[str, list[float]]]:
     """Losses and gradient norms of every layout and ZeRO stage, by name."""
-    from ranks import close_pools, run_on_ranks
+    from support.ranks import close_pools, run_on_ranks
 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "integration"))
     from test_one_loss_list import metrics, train

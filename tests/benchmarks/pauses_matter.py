@@ -31,12 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.timing import environment
 
 from pause_megatron.tasks import load_task
-from pause_megatron.tasks.made import write_tokenizer
+from pause_megatron.tasks.synthetic.base import write_tokenizer
 
 TASKS = {
-    "code": "pause_megatron.tasks.codewords:CODE_OF_16",
-    "count-16": "pause_megatron.tasks.counting:MOD4_OF_16",
-    "count-24": "pause_megatron.tasks.counting:MOD4_OF_24",
+    "code": "pause_megatron.tasks.synthetic.codewords:CODE_OF_16",
+    "count-16": "pause_megatron.tasks.synthetic.counting:MOD4_OF_16",
+    "count-24": "pause_megatron.tasks.synthetic.counting:MOD4_OF_24",
 }
 BITS = {"code": 16, "count-16": 16, "count-24": 24}
 TITLES = {

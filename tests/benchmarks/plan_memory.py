@@ -10,6 +10,7 @@ splits are others.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,7 @@ from pause_megatron.plan.layout import Layout
 from pause_megatron.plan.memory import rank_memory
 from tests.benchmarks.timing import environment
 
-MEASURED = Path(__file__).resolve().parents[1] / "measured.py"
+TESTS = Path(__file__).resolve().parents[1]
 TEXT_SIZE = 100  # of measured.py
 MIB = 2**20
 
@@ -144,7 +145,9 @@ def measured(cases: list[Case]) -> list[dict]:
     listed = json.dumps([{"ranks": case.ranks, "overrides": case.keys} for case in cases])
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder, "answers.json")
-        subprocess.run([sys.executable, MEASURED, listed, output], check=True, stdout=subprocess.DEVNULL)
+        command = [sys.executable, "-m", "support.measured", listed, str(output)]
+        paths = {"PYTHONPATH": os.pathsep.join([str(TESTS), str(TESTS.parent), os.environ.get("PYTHONPATH", "")])}
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=os.environ | paths)
         return json.loads(output.read_text())
 
 

@@ -13,13 +13,13 @@ from pathlib import Path
 
 from benchmarks.megatron_loop import OPENERS, megatron_loop, write_hugging_face
 from benchmarks.timing import Timing, compare, environment
-from prose import documents, json_lines, write_shards
+from support.prose import documents, json_lines, write_shards
 
-from pause_megatron.data.encoders import GigatokenEncoder
-from pause_megatron.data.manifest import Counts
-from pause_megatron.data.prepare import prepare
-from pause_megatron.data.tokenizer import load_tokenizer
-from pause_megatron.data.train_tokenizer import train_tokenizer
+from pause_megatron.data.corpus.manifest import Counts
+from pause_megatron.data.prepare.prepare import prepare
+from pause_megatron.data.tokenizer.fast.encoders import GigatokenEncoder
+from pause_megatron.data.tokenizer.tokenizer import load_tokenizer
+from pause_megatron.data.tokenizer.train import train_tokenizer
 from pause_megatron.hf.sentencepiece_model import convert_bpe
 
 BATCH = 512

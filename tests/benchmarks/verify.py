@@ -16,14 +16,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 from benchmarks.timing import compare, environment
-from prose import documents, small_tokenizer, write_shards
+from support.prose import documents, small_tokenizer, write_shards
 
-from pause_megatron.data.corpus import open_corpus
-from pause_megatron.data.indexed import write_index
-from pause_megatron.data.manifest import BLOCK_BYTES, BlockRecord, FileRecord, Manifest
-from pause_megatron.data.prepare import prepare
-from pause_megatron.data.verify import damage_of
-from pause_megatron.durable import BlockDigests, DigestFile
+from pause_megatron.data.corpus.corpus import open_corpus
+from pause_megatron.data.corpus.index_file import write_index
+from pause_megatron.data.corpus.manifest import BLOCK_BYTES, BlockRecord, FileRecord, Manifest
+from pause_megatron.data.corpus.verify import damage_of
+from pause_megatron.data.prepare.prepare import prepare
+from pause_megatron.files.durable import BlockDigests, DigestFile
 
 DOCUMENT_TOKENS = 500
 OPENINGS = 20

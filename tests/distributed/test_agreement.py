@@ -19,7 +19,7 @@ from pause_megatron.config.schema import RunConfig
 from pause_megatron.distributed.agreement import difference, ranks_of, same_on_every_rank
 from pause_megatron.distributed.ranks import Ranks
 from pause_megatron.errors import SharedError
-from pause_megatron.train.same_run import PACKAGE, code_digest, environment_record, run_record
+from pause_megatron.train.guards.same_run import PACKAGE, code_digest, environment_record, run_record
 
 
 def told(records: list[dict[str, str]], failures: dict[int, str] | None = None) -> set[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_on_ranks
+from support.ranks import run_on_ranks
 from test_engine import STEPS, Toy, config, make_engine, masters, take_step
 
 from pause_megatron.checkpoint import CheckpointReader, Manifest, Store

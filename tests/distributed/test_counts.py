@@ -16,15 +16,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from counting import CUDA, META, Counting, Counts
-from fake_cuda import TEXT_SIZE, Case
+from support.counting import CUDA, META, Counting, Counts
+from support.fake_cuda import TEXT_SIZE, Case
+from support.ranks import with_tests_path
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pause_megatron.config.load import load
 from pause_megatron.plan.layout import Layout
 from pause_megatron.plan.work import Work, step_work
 
-TESTS = Path(__file__).resolve().parents[1]
 LARGE = ("model.preset=1b", "batch.micro_size=4", "batch.global_size=4")
 SMALL = ("model.preset=130m", "batch.micro_size=16", "batch.global_size=16")
 BOTH = ["plain"] + ["triton"] * bool(find_spec("triton"))
@@ -70,9 +70,9 @@ ENGINES = {
 
 
 def run(script: str, cases: list[dict], output: Path) -> list:
-    """What a script of tests/ answers to cases, in a process of its own."""
-    command = [sys.executable, str(TESTS / script), json.dumps(cases), str(output)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    """What a program of tests/support answers to cases, in a process of its own."""
+    command = [sys.executable, "-m", f"support.{script}", json.dumps(cases), str(output)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | with_tests_path()
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(output.read_text())
@@ -81,7 +81,7 @@ def run(script: str, cases: list[dict], output: Path) -> list:
 @pytest.fixture(scope="module")
 def engine_bytes(tmp_path_factory) -> dict[str, int]:
     cases = [{"ranks": ranks, "overrides": [*ENGINE, *given], "bytes": True} for ranks, given in ENGINES.values()]
-    return dict(zip(ENGINES, run("measured.py", cases, tmp_path_factory.mktemp("engine") / "bytes.json"), strict=True))
+    return dict(zip(ENGINES, run("measured", cases, tmp_path_factory.mktemp("engine") / "bytes.json"), strict=True))
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -102,7 +102,7 @@ def counts(tmp_path_factory) -> dict[tuple[str, str, int], Counts]:
         for layers in (1, 2)
     }
     wanted[FP32, "plain", 1] = Case((*keys("1b", 1), "engine.precision=fp32"))
-    answers = run("fake_cuda.py", [asdict(c) for c in wanted.values()], tmp_path_factory.mktemp("counts") / "c.json")
+    answers = run("fake_cuda", [asdict(c) for c in wanted.values()], tmp_path_factory.mktemp("counts") / "c.json")
     return dict(zip(wanted, (Counts(**c) for c in answers), strict=True))
 
 

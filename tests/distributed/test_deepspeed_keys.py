@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from host_waits import asynchronous_accelerator
-from measured import new_engine_of, random_batches
-from ranks import run_on_ranks
+from support.host_waits import asynchronous_accelerator
+from support.measured import new_engine_of, random_batches
+from support.ranks import run_on_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 SMALL = [

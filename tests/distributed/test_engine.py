@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from ranks import run_on_ranks
+from support.ranks import run_on_ranks
 from torch import nn
 
 from pause_megatron.config.load import load
@@ -57,7 +57,7 @@ def make_engine(run: RunConfig, context, prepare=lambda model: None):
 
 
 def take_step(engine, run: RunConfig, context, step: int, poison: bool = False):
-    from pause_megatron.data.sampler import StepSampler
+    from pause_megatron.data.batches.sampler import StepSampler
 
     sampler = StepSampler(WINDOWS, run.batch.micro_size, context.dp_rank, context.dp_size)
     batches = [torch.cat([window(step, n % WINDOWS) for n in numbers]) for numbers in sampler.indices(step)]

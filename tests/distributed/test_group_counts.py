@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from ranks import run_on_ranks
+from support.ranks import run_on_ranks
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 

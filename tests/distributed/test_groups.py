@@ -6,7 +6,7 @@ import os
 import time
 
 import pytest
-from ranks import RankError, run_on_ranks
+from support.ranks import RankError, run_on_ranks
 
 from pause_megatron.config.schema import ParallelSection
 from pause_megatron.distributed import discover, initialize

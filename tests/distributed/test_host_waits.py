@@ -5,8 +5,8 @@ from __future__ import annotations
 from unittest import mock
 
 import pytest
-from host_waits import waits_of_steps
-from ranks import run_on_ranks
+from support.host_waits import waits_of_steps
+from support.ranks import run_on_ranks
 
 SMALL = [
     *("model.preset=null", "model.layers=2", "model.hidden=64", "model.heads=4", "model.tied=false"),

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from ranks import run_on_ranks
-from tiny_model import batch, loss_of, tiny
+from support.ranks import run_on_ranks
+from support.tiny_model import batch, loss_of, tiny
 
 from pause_megatron.config.schema import ParallelSection
 

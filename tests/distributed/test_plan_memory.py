@@ -15,13 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from support.ranks import with_tests_path
 
 from pause_megatron.config.load import load
 from pause_megatron.plan.communication import step_traffic
 from pause_megatron.plan.layout import Layout
 from pause_megatron.plan.memory import rank_memory
 
-TESTS = Path(__file__).resolve().parents[1]
 TEXT_SIZE = 100  # of measured.py
 PROCESSES = 2  # the cases are shared out among them
 SMALL = (
@@ -140,11 +140,11 @@ def ds(tmp_path_factory) -> Path:
 def measure(cases: dict, ds: Path, output: Path, timeout: float = 550) -> dict[str, tuple[Layout, dict]]:
     listed = [{"ranks": ranks, "overrides": keys(given, ds)} for ranks, given in cases.values()]
     # oneDNN's kernels for newer instructions, and more threads, have temporaries: up to 5 % of so small a model.
-    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"} | with_tests_path()
 
     def answers(part: int) -> list[dict]:
         file = output.with_suffix(f".{part}.json")
-        command = [sys.executable, str(TESTS / "measured.py"), json.dumps(listed[part::PROCESSES]), str(file)]
+        command = [sys.executable, "-m", "support.measured", json.dumps(listed[part::PROCESSES]), str(file)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment)
         assert done.returncode == 0, done.stderr[-4000:]
         return json.loads(file.read_text())

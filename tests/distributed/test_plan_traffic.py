@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from ranks import run_on_ranks
+from support.ranks import run_on_ranks
 
 from pause_megatron.config.load import load
 from pause_megatron.plan.communication import step_traffic
@@ -43,4 +43,4 @@ def test_traffic_is_exact_on_real_ranks(name):
     expected: Counter[str] = Counter()
     for sent in step_traffic(Layout.of(load(overrides=overrides), ranks, text_size=100)):
         expected[f"{sent.operation} {sent.ranks}"] += sent.bytes
-    assert run_on_ranks(ranks, "measured:traffic", overrides) == [dict(expected)] * ranks
+    assert run_on_ranks(ranks, "support.measured:traffic", overrides) == [dict(expected)] * ranks

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from file_calls import FileCall, available
-from forked_ranks import RANKS, finish, fork
-from saving import Saving, start
+from support.file_calls import FileCall, available
+from support.forked_ranks import RANKS, finish, fork
+from support.saving import Saving, start
 
 from pause_megatron.checkpoint import Manifest, Store
 from pause_megatron.checkpoint.verify import file_problem

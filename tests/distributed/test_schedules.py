@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ranks import run_on_ranks
-from schedules import run_schedules
+from support.ranks import run_on_ranks
+from support.schedules import run_schedules
 
 SCHEDULES, FULL_SCHEDULES = 15, 100
 

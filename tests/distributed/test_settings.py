@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from ranks import run_on_ranks
+from support.ranks import run_on_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pause_megatron.config.load import load
@@ -158,7 +158,7 @@ class Operators(TorchDispatchMode):
 
 def deterministic_steps(overrides: list[str]) -> tuple[set[str], int]:
     """Two optimizer steps under the switch, on real ranks."""
-    from measured import traffic
+    from support.measured import traffic
 
     with settings_of(load(overrides=overrides)), Operators() as operators:
         assert torch.are_deterministic_algorithms_enabled()

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_on_ranks
 from safetensors.torch import load_file, save_file
+from support.ranks import run_on_ranks
 from test_checkpoint import save_toy
 from test_engine import config, make_engine
 
@@ -22,8 +22,8 @@ from pause_megatron.checkpoint import Manifest, Store
 from pause_megatron.checkpoint.manifest import VERSION, FileEntry, NewerFormatError
 from pause_megatron.checkpoint.store import open_newest
 from pause_megatron.checkpoint.verify import problems_of
-from pause_megatron.durable import digest_of
 from pause_megatron.errors import CheckpointError
+from pause_megatron.files.durable import digest_of
 from pause_megatron.run_folder import choose, last_published
 
 FLIPS, FULL_FLIPS = 300, 2500

@@ -96,7 +96,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _asked(config: pytest.Config) -> bool:
-    from hidden_gpu import asks_for_gpu
+    from support.hidden_gpu import asks_for_gpu
 
     return asks_for_gpu(config.option.markexpr, config.args, config.rootpath)
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from clock import seconds_of
 from small_runs import DEVICE
-from tiny_model import SEQ, batch, distance, take_gradients, tiny
+from support.tiny_model import SEQ, batch, distance, take_gradients, tiny
 from torch import Tensor
 
 from pause_megatron.config.gpus import gpu_of_cuda

@@ -6,14 +6,14 @@ import os
 from pathlib import Path
 
 import pytest
-from forked_ranks import metrics
 from small_runs import DEVICE, furthest, keys
+from support.forked_ranks import metrics
 
 from pause_megatron.checkpoint import Store
 from pause_megatron.config.load import load
+from pause_megatron.train.guards.signals import StopRequest
 from pause_megatron.train.pretrain import pretrain
 from pause_megatron.train.run import EXIT_STOPPED
-from pause_megatron.train.signals import StopRequest
 
 # cuBLAS reads it once a process, and this process trains in both ways.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

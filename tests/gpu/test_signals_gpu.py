@@ -84,7 +84,7 @@ def test_a_hang_is_ended_and_shows_where(corpus, tmp_path, figures, where, reque
 def hang(where: str, arguments: list[str]) -> int:
     """A run that takes a few steps and then hangs."""
     from pause_megatron.cli import main
-    from pause_megatron.data.dataset import PauseGPTDataset
+    from pause_megatron.data.windows.dataset import PauseGPTDataset
     from pause_megatron.engine import Engine
 
     seen = [0]

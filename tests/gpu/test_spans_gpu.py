@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from span_cases import PREFIX, SEGMENTS, attended, furthest
+from support.span_cases import PREFIX, SEGMENTS, attended, furthest
 
 from pause_megatron.model.attention import segment_mask
 from pause_megatron.model.spans import TextSpans, has_variable_length_kernel, takes_call

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from forked_ranks import metrics
 from small_runs import DEVICE, environment, furthest, keys
+from support.forked_ranks import metrics
 
 LAYOUTS = {
     "data parallel 2": ["engine.zero_stage=1"],

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked_ranks import metrics
 from small_runs import DEVICE, furthest, keys
+from support.forked_ranks import metrics
 from wheels import ROOT
 
 from pause_megatron.config.load import load

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from slurm_cluster import Cluster, slurm_cluster
+from support.slurm_cluster import Cluster, slurm_cluster
 
 from pause_megatron.cli import main
 

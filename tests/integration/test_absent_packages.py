@@ -146,7 +146,7 @@ def test_the_english_text_names_its_package(without, tmp_path):
 
 def test_every_extra_that_a_message_names_installs_the_package():
     from pause_megatron import versions
-    from pause_megatron.cli.packages import EXTRAS
+    from pause_megatron.cli.support.packages import EXTRAS
 
     for module, extra in EXTRAS.items():
         assert module.replace("_", "-") in {package.name for package in versions.EXTRAS[extra]}

@@ -7,9 +7,9 @@ import json
 from pathlib import Path
 
 import pytest
-from megatron_corpora import megatron_tokenizer, preprocess
-from prose import train_hugging_face
-from ranks import run_on_ranks
+from support.megatron_corpora import megatron_tokenizer, preprocess
+from support.prose import train_hugging_face
+from support.ranks import run_on_ranks
 
 from pause_megatron.cli import main
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from prose import documents, train_model
+from support.prose import documents, train_model
 
 from pause_megatron.cli import main
-from pause_megatron.data.tokenizer import load_tokenizer
+from pause_megatron.data.tokenizer.tokenizer import load_tokenizer
 from pause_megatron.errors import CheckpointError, PauseMegatronError
 from pause_megatron.hf.export import export
 from pause_megatron.hf.importing import import_folder

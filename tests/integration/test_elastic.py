@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_on_ranks
+from support.ranks import run_on_ranks
 
 from pause_megatron.checkpoint import MergedReader, Store
 from pause_megatron.checkpoint.layout import VOCABULARY
 from pause_megatron.config.load import load
 from pause_megatron.config.schema import RunConfig
 from pause_megatron.engine import ADAM_STATE
-from pause_megatron.train.signals import StopRequest
+from pause_megatron.train.guards.signals import StopRequest
 
 EACH = 2
 # ranks, tensor parallel, ZeRO stage of each part of the run
@@ -91,7 +91,7 @@ def load_and_save(corpus: str, folder: str, precision: str, tensor: int, zero: i
     from pause_megatron.model import parameter_groups
     from pause_megatron.train import run
     from pause_megatron.train.pretrain import corpus_data
-    from pause_megatron.train.start import find_start
+    from pause_megatron.train.start.start import find_start
 
     config = run_config(corpus, folder, precision, tensor, zero)
     with initialize(config.parallel) as context, redirect_stderr(StringIO()) as said:

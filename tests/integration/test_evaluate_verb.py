@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from ranks import run_on_ranks
-from tiny_llama import write_folder
+from support.ranks import run_on_ranks
+from support.tiny_llama import write_folder
 
 from pause_megatron.cli import main
 from pause_megatron.cli.evaluate import add_arguments

@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
-from slurm_cluster import installed
-from slurm_job import Job
-from small_grid import GRID, write_grid, write_records
+from support.slurm_cluster import installed
+from support.slurm_job import Job
+from support.small_grid import GRID, write_grid, write_records
 
 from pause_megatron.cli import main
 from pause_megatron.config.identity import deciding_keys

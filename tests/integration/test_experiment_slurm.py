@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 import pytest
-from slurm_cluster import Cluster, installed
-from small_grid import cheap_cell, give_product, place_cells
+from support.slurm_cluster import Cluster, installed
+from support.small_grid import cheap_cell, give_product, place_cells
 
 from pause_megatron.experiment.cell import read_json
 from pause_megatron.experiment.folder import Placed

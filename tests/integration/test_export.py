@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import run_on_ranks
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.ranks import run_on_ranks
 
 from pause_megatron.checkpoint import Manifest
 from pause_megatron.cli import main
@@ -281,7 +281,7 @@ def test_without_its_corpus_a_checkpoint_is_compared_on_other_text(run, tmp_path
 def rewrite_manifest(folder: Path, manifest: Manifest) -> None:
     """Sizes and digests of the files as they are now: what somebody who forges a checkpoint would do."""
     from pause_megatron.checkpoint.manifest import FileEntry
-    from pause_megatron.durable import digest_of
+    from pause_megatron.files.durable import digest_of
 
     files = {name: FileEntry((folder / name).stat().st_size, digest_of(folder / name)) for name in manifest.files}
     (folder / "manifest.json").write_text(replace(manifest, files=files).dumps())

@@ -16,8 +16,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from file_calls import Delay, FileCall, available
-from forked_ranks import STEPS, final_state, finish, run_config, start
+from support.file_calls import Delay, FileCall, available
+from support.forked_ranks import STEPS, final_state, finish, run_config, start
 
 from pause_megatron.checkpoint import Store
 from pause_megatron.config.load import dump

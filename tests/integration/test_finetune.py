@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked_ranks import TIMING
-from ranks import run_on_ranks
+from support.forked_ranks import TIMING
+from support.ranks import run_on_ranks
 
 from pause_megatron.checkpoint import Store
 from pause_megatron.checkpoint.store import open_newest
@@ -161,8 +161,8 @@ def native_scores(folder: str, base: str, data: str, counts: tuple[int, ...]) ->
     from pause_megatron.distributed import initialize
     from pause_megatron.model.attention import segment_mask
     from pause_megatron.train.finetune import training_data
+    from pause_megatron.train.inputs.task_data import open_task
     from pause_megatron.train.run import new_model
-    from pause_megatron.train.task_data import open_task
 
     task = open_task(run_config(base, data, folder, ["validation.every=0", "batch.micro_size=1"]))
     found = []

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny_llama import write_folder
+from support.tiny_llama import write_folder
 
 from pause_megatron.cli import main
 

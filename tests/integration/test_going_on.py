@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from forked_ranks import TIMING, fork, rank_main, run_config
+from support.forked_ranks import TIMING, fork, rank_main, run_config
 
 from pause_megatron.checkpoint import Store
 from pause_megatron.config.load import dump, load

@@ -8,10 +8,10 @@ import signal
 import time
 from pathlib import Path
 
-from forked_ranks import fork, metrics, rank_main, run_config, start
+from support.forked_ranks import fork, metrics, rank_main, run_config, start
 
 from pause_megatron.config.schema import RunConfig
-from pause_megatron.train.watch import EXIT_HUNG
+from pause_megatron.train.guards.watch import EXIT_HUNG
 
 SECONDS = 6
 
@@ -43,7 +43,7 @@ def test_a_stopped_rank_is_named_and_the_others_end(corpus, tmp_path):
 def stuck_rank(config: RunConfig) -> None:
     """On rank 1 data never come, from the third window of the run on."""
     if os.environ["RANK"] == "1":
-        from pause_megatron.data.dataset import PauseGPTDataset
+        from pause_megatron.data.windows.dataset import PauseGPTDataset
 
         class Stuck:
             seen = 0

@@ -12,12 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from forked_ranks import _context, run_config, start
-from namespaces import Host, NoNamespaces, mount_over, two_hosts
+from support.forked_ranks import _context, run_config, start
+from support.namespaces import Host, NoNamespaces, mount_over, two_hosts
 
 from pause_megatron.config.load import dump
 from pause_megatron.config.schema import RunConfig
-from pause_megatron.train.watch import EXIT_HUNG
+from pause_megatron.train.guards.watch import EXIT_HUNG
 
 STEPS, COMPARED = 3000, 20
 BEAT = 0.3
@@ -205,7 +205,7 @@ def hold(host: Host, folder: Path, output: Path, lock: Path | None) -> None:
     from pause_megatron.config.schema import ParallelSection
     from pause_megatron.distributed import initialize
     from pause_megatron.errors import ConfigError
-    from pause_megatron.train.ownership import own_run
+    from pause_megatron.train.guards.ownership import own_run
 
     with output.open("a") as file:
         os.dup2(file.fileno(), 2)

@@ -11,16 +11,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from prose import documents, write_shards
-from ranks import run_on_ranks
-from tiny_llama import llama, sentencepiece_tokenizer
+from support.prose import documents, write_shards
+from support.ranks import run_on_ranks
+from support.tiny_llama import llama, sentencepiece_tokenizer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
 from pause_megatron import PauseExamples, PauseLoss, PauseTransform, add_pause_token, pad_batch, pause_windows
-from pause_megatron.data.prepare import prepare
-from pause_megatron.data.tokenizer import load_tokenizer
+from pause_megatron.data.prepare.prepare import prepare
+from pause_megatron.data.tokenizer.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 SECTIONS = [

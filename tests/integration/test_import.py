@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from prose import documents, train_hugging_face, train_model
-from ranks import run_on_ranks
 from safetensors.torch import load_file, save_file
+from support.prose import documents, train_hugging_face, train_model
+from support.ranks import run_on_ranks
 
 from pause_megatron.checkpoint import CheckpointReader, Manifest
 from pause_megatron.checkpoint.layout import VOCABULARY
 from pause_megatron.cli import main
 from pause_megatron.config.load import load
-from pause_megatron.data.tokenizer import load_tokenizer
+from pause_megatron.data.tokenizer.tokenizer import load_tokenizer
 from pause_megatron.engine import Address
 from pause_megatron.errors import CheckpointError, ConfigError, PauseMegatronError
 from pause_megatron.hf.export import export
@@ -164,9 +164,9 @@ def test_the_native_tokenizer_reserves_exactly_that_id(tokenizers, tmp_path):
 def begin(corpus: str, checkpoint: str, folder: str, tensor: int, zero: int) -> dict[str, torch.Tensor]:
     """Starts a run from a checkpoint at another topology; the weights before its first step, as this rank has them."""
     from pause_megatron.distributed import initialize
-    from pause_megatron.train.initial import InitialWeights
     from pause_megatron.train.pretrain import corpus_data, pretrain
     from pause_megatron.train.run import new_model
+    from pause_megatron.train.start.initial_weights import InitialWeights
 
     config = load(
         overrides=[

@@ -9,8 +9,8 @@ import time
 from pathlib import Path
 
 import pytest
-from file_calls import Ambush, Counting, FileCall, available
-from forked_ranks import STEPS, assert_same, finish, metrics, run_config, start
+from support.file_calls import Ambush, Counting, FileCall, available
+from support.forked_ranks import STEPS, assert_same, finish, metrics, run_config, start
 
 KILLS, FULL_KILLS = 8, 200
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import slurm_cluster
+from support import slurm_cluster
 
 from pause_megatron.slurm.script import TrainingJob, render_training
 

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from forked_ranks import STEPS, finish, metrics, run_config, start
-from slurm_cluster import installed
+from support.forked_ranks import STEPS, finish, metrics, run_config, start
+from support.slurm_cluster import installed
 
 from pause_megatron.checkpoint import Store
 from pause_megatron.config.load import dump

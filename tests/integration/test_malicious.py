@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from prose import train_model
 from safetensors.torch import load_file, save_file
+from support.prose import train_model
 
 from pause_megatron.checkpoint import Manifest
 from pause_megatron.checkpoint.layout import VOCABULARY
 from pause_megatron.checkpoint.manifest import FileEntry, ParameterEntry
-from pause_megatron.data.tokenizer import load_tokenizer
-from pause_megatron.durable import digest_of
+from pause_megatron.data.tokenizer.tokenizer import load_tokenizer
 from pause_megatron.errors import DataError, PauseMegatronError
+from pause_megatron.files.durable import digest_of
 from pause_megatron.hf.export import export
 from pause_megatron.hf.importing import import_folder
 

@@ -19,10 +19,10 @@ from typing import Any
 import megatron.core
 import numpy as np
 import pytest
-from corpora import ByteTokenizer, make_config, make_dataset, paragraphs, write_corpus
-from megatron_scripts import GENERATIONS, write_scripts
-from megatron_tokenizers import build_tokenizer, exported_folder, tokenizer_arguments
-from prose import documents, train_model
+from support.corpora import ByteTokenizer, make_config, make_dataset, paragraphs, write_corpus
+from support.megatron_scripts import GENERATIONS, write_scripts
+from support.megatron_tokenizers import build_tokenizer, exported_folder, tokenizer_arguments
+from support.prose import documents, train_model
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "pause_megatron" / "data" / "README.md"
@@ -125,7 +125,7 @@ def _run(folder: Path) -> list[dict[str, Any]]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     ranks = [
         subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "megatron_surroundings.py"), str(folder), str(rank)],
+            [sys.executable, str(ROOT / "tests" / "support" / "megatron_surroundings.py"), str(folder), str(rank)],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

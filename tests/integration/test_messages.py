@@ -10,7 +10,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from ranks import run_on_ranks
+from support.ranks import run_on_ranks
 
 from pause_megatron.cli import main
 

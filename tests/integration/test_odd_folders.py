@@ -9,8 +9,8 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from prose import documents
-from ranks import run_on_ranks
+from support.prose import documents
+from support.ranks import run_on_ranks
 
 from pause_megatron.cli import main
 from pause_megatron.config import load

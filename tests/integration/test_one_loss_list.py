@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from compiler import needs_compiler
-from ranks import run_on_ranks
+from support.compiler import needs_compiler
+from support.ranks import run_on_ranks
 
 STEPS = 20
 # Each step's gradient is the same to 1e-6, but sums are rounded in another order, and Adam divides small moments by

@@ -18,11 +18,11 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from forked_ranks import finish, fork, metrics, rank_main, run_config, start
-from ranks import RankError, run_on_ranks
+from support.forked_ranks import finish, fork, metrics, rank_main, run_config, start
+from support.ranks import RankError, run_on_ranks
 
-from pause_megatron import processes
-from pause_megatron.processes import Watched
+from pause_megatron.host import processes
+from pause_megatron.host.processes import Watched
 
 BEAT = 0.2
 ELSEWHERE = {"host": "another-machine", "process": 7, "job": "42", "since": "2026-01-01 00:00:00"}
@@ -56,7 +56,7 @@ def test_a_second_job_is_refused_and_named_and_a_killed_one_is_followed_at_once(
 def take(folder: str) -> str:
     from pause_megatron.config.schema import ParallelSection
     from pause_megatron.distributed import initialize
-    from pause_megatron.train.ownership import own_run
+    from pause_megatron.train.guards.ownership import own_run
 
     with initialize(ParallelSection()) as context, own_run(Path(folder), context, BEAT):
         time.sleep(2 * BEAT)

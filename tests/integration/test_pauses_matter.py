@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from benchmarks.pauses_matter import SETTINGS, report, run_config, train_and_score
 
-from pause_megatron.tasks.made import write_tokenizer
-from pause_megatron.train.task_data import open_task
+from pause_megatron.tasks.synthetic.base import write_tokenizer
+from pause_megatron.train.inputs.task_data import open_task
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ranks import run_on_ranks
+from support.ranks import run_on_ranks
 
 from pause_megatron.checkpoint import MergedReader
 from pause_megatron.checkpoint.layout import VOCABULARY

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from forked_ranks import fork, run_config
+from support.forked_ranks import fork, run_config
 
 import pause_megatron
 from pause_megatron.cli import main
@@ -22,7 +22,7 @@ def program(
     arguments: list[list[str]], environments: list[dict[str, str]], folders: list[str], sources: str | None
 ) -> None:
     """A rank: the command line with its own words; `sources`: that rank 1 has in place of the package's."""
-    from pause_megatron.train import same_run
+    from pause_megatron.train.guards import same_run
 
     rank = int(os.environ["RANK"])
     os.environ.update(environments[rank])

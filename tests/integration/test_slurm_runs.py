@@ -12,10 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from forked_ranks import TIMING
-from slurm_cluster import Cluster, installed
-from slurm_job import EndedTooSoonError, Job
-from small_grid import write_records
+from support.forked_ranks import TIMING
+from support.slurm_cluster import Cluster, installed
+from support.slurm_job import EndedTooSoonError, Job
+from support.small_grid import write_records
 
 from pause_megatron.cli import main
 

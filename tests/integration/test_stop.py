@@ -8,8 +8,8 @@ import signal
 from pathlib import Path
 
 import pytest
-from file_calls import Delay, FileCall, available
-from forked_ranks import STEPS, assert_same, finish, metrics, run_config, start
+from support.file_calls import Delay, FileCall, available
+from support.forked_ranks import STEPS, assert_same, finish, metrics, run_config, start
 
 from pause_megatron.checkpoint import Store
 from pause_megatron.train.run import EXIT_STOPPED

@@ -8,12 +8,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from namespaces import own_host_name
-from prose import documents, small_tokenizer, write_shards
-from ranks import run_on_ranks
+from support.namespaces import own_host_name
+from support.prose import documents, small_tokenizer, write_shards
+from support.ranks import run_on_ranks
 
 from pause_megatron.cli import main
-from pause_megatron.data.prepare import prepare
+from pause_megatron.data.prepare.prepare import prepare
 
 
 def pretrain(overrides: list[str]) -> int:

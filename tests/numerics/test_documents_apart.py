@@ -9,12 +9,12 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from corpora import ByteTokenizer, write_corpus
-from ranks import run_on_ranks
-from tiny_model import SEQ, TEXT_SIZE, tiny
+from support.corpora import ByteTokenizer, write_corpus
+from support.ranks import run_on_ranks
+from support.tiny_model import SEQ, TEXT_SIZE, tiny
 
 from pause_megatron.config.schema import ParallelSection, PauseSection
-from pause_megatron.data.batch import collate
+from pause_megatron.data.batches.batch import collate
 
 EOD = TEXT_SIZE - 1
 WINDOWS = 8
@@ -45,7 +45,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def windows(corpus: str, pause: PauseSection, documents: str, eod_mask_loss: bool = False) -> list[dict]:
     """The first windows of a run."""
-    from pause_megatron.data.build import build_datasets
+    from pause_megatron.data.windows.build import build_datasets
 
     dataset = build_datasets(
         [corpus],

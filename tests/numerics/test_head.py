@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 import torch
-from ranks import run_on_ranks
-from tiny_model import SEQ, TEXT_SIZE, batch, distance, loss_of, section, take_gradients, tiny, whole
+from support.ranks import run_on_ranks
+from support.tiny_model import SEQ, TEXT_SIZE, batch, distance, loss_of, section, take_gradients, tiny, whole
 from torch import Tensor, nn
 
 from pause_megatron.config.schema import ParallelSection

@@ -14,9 +14,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from compiler import needs_compiler
-from ranks import run_on_ranks
-from tiny_model import BATCH, SEQ, batch, distance, take_gradients, tiny
+from support.compiler import needs_compiler
+from support.ranks import run_on_ranks
+from support.tiny_model import BATCH, SEQ, batch, distance, take_gradients, tiny
 
 from pause_megatron.config.schema import ParallelSection
 from pause_megatron.errors import ConfigError

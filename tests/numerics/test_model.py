@@ -7,8 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from ranks import run_on_ranks
-from tiny_model import SEQ, TEXT_SIZE, batch, distance, loss_of, section, take_gradients, tiny
+from support.ranks import run_on_ranks
+from support.tiny_model import SEQ, TEXT_SIZE, batch, distance, loss_of, section, take_gradients, tiny
 
 from pause_megatron.config.presets import parameters
 from pause_megatron.config.rules import check_shape

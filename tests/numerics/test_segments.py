@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ranks import run_on_ranks
-from tiny_model import SEQ, TEXT_SIZE, distance, take_gradients, tiny, whole
+from support.ranks import run_on_ranks
+from support.tiny_model import SEQ, TEXT_SIZE, distance, take_gradients, tiny, whole
 
 from pause_megatron.config.schema import ParallelSection
-from pause_megatron.data.batch import MicroBatch, collate
+from pause_megatron.data.batches.batch import MicroBatch, collate
 from pause_megatron.model.attention import SDPACoreAttention, segment_mask
 
 PAUSE = TEXT_SIZE

@@ -6,7 +6,7 @@ import inspect
 
 import pytest
 import torch
-from span_cases import PREFIX, SEGMENTS, attended, furthest, qkv
+from support.span_cases import PREFIX, SEGMENTS, attended, furthest, qkv
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
 

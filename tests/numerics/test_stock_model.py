@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from ranks import run_on_ranks
-from tiny_model import SEQ, TEXT_SIZE, batch, section, tiny
+from support.ranks import run_on_ranks
+from support.tiny_model import SEQ, TEXT_SIZE, batch, section, tiny
 
 from pause_megatron.config.schema import ParallelSection
 from pause_megatron.errors import ConfigError

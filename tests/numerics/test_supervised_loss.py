@@ -7,15 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from prose import train_model
-from ranks import run_on_ranks
-from tiny_model import distance, section, take_gradients
+from support.prose import train_model
+from support.ranks import run_on_ranks
+from support.tiny_model import distance, section, take_gradients
 
 from pause_megatron.config.schema import ParallelSection
-from pause_megatron.data.batch import MicroBatch, collate
-from pause_megatron.data.examples import Arrangement, encode_examples
-from pause_megatron.data.supervised import SupervisedWindows
-from pause_megatron.data.tokenizer import load_tokenizer
+from pause_megatron.data.batches.batch import MicroBatch, collate
+from pause_megatron.data.supervised.examples import Arrangement, encode_examples
+from pause_megatron.data.supervised.windows import SupervisedWindows
+from pause_megatron.data.tokenizer.tokenizer import load_tokenizer
 from pause_megatron.tasks import load_task, read_examples
 
 LENGTH = 320

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hidden_gpu import asks_for_gpu
+from support.hidden_gpu import asks_for_gpu
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -15,34 +15,22 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # Lower layers know nothing of higher ones; layers of equal rank know nothing of each other, except what is listed.
 RANKS = {
-    **{"errors": 0, "config": 0, "durable": 0, "byte_progress": 0, "versions": 0},
-    **{
-        "processes": 0,
-        "launcher": 0,
-        "launcher_search": 0,
-        "job_step": 0,
-        "holding": 0,
-        "output": 0,
-        "metrics_lines": 0,
-    },
-    **{"lines": 0, "paths": 0, "run_folder": 0},
+    **{"errors": 0, "moved": 0, "versions": 0, "host": 0, "files": 0, "terminal": 0, "run_folder": 0, "config": 0},
     **{"slurm": 1, "data": 1, "tasks": 1, "distributed": 1, "model": 1, "engine": 1},
     **{"checkpoint": 2, "train": 3, "hf": 4, "inference": 5, "evaluate": 6, "plan": 6, "experiment": 7, "benchmark": 7},
     **{"cli": 8, "__main__": 9},
 }
 NEIGHBOURS = {
-    *{("config", "errors"), ("config", "paths"), ("config", "run_folder"), ("durable", "errors")},
-    *{("durable", "holding"), ("durable", "processes"), ("engine", "distributed"), ("holding", "errors")},
-    *{("holding", "processes"), ("launcher", "launcher_search"), ("launcher", "processes")},
-    *{("launcher_search", "errors"), ("launcher_search", "job_step"), ("launcher_search", "processes")},
-    *{("job_step", "processes"), ("lines", "errors")},
-    *{("metrics_lines", "errors"), ("model", "distributed"), ("output", "errors"), ("run_folder", "durable")},
+    *{("host", "errors"), ("files", "errors"), ("files", "host"), ("terminal", "errors"), ("run_folder", "files")},
+    *{("config", "errors"), ("config", "files"), ("config", "run_folder")},
+    *{("model", "distributed"), ("engine", "distributed")},
     ("tasks", "data"),  # one reader of JSON lines
 }
+# The steps of the data's way, in their order: a folder of data/ imports those before it.
+DATA = ("text", "tokenizer", "corpus", "prepare", "adopt", "batches", "windows", "stream", "supervised")
 NO_TORCH = {
-    *("config", "durable", "errors", "holding", "job_step", "launcher", "launcher_search", "lines"),
-    *("metrics_lines", "output", "paths", "processes", "run_folder", "slurm"),
-    *("tasks", "versions"),
+    *("config", "errors", "experiment", "files", "host", "moved", "plan", "run_folder", "slurm", "tasks", "terminal"),
+    "versions",
 }
 FORBIDDEN = ("allow_pickle=True", "weights_only=False", "trust_remote_code=True", "shell=True", "yaml.load(")
 
@@ -79,6 +67,18 @@ def test_imports_follow_the_table(path):
         if own == "__init__" or other == own or other not in RANKS:
             continue
         assert RANKS[other] < RANKS[own] or (own, other) in NEIGHBOURS, f"{own} may not import {name}"
+
+
+@pytest.mark.parametrize(
+    "path", sorted((PACKAGE / "data").rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE))
+)
+def test_data_is_imported_along_its_way(path):
+    own = path.relative_to(PACKAGE).parts[1]
+    assert own in DATA or own == "__init__.py"
+    for name in imports(path):
+        parts = name.split(".")
+        if parts[:2] == [PACKAGE.name, "data"] and own in DATA:
+            assert parts[2] in DATA[: DATA.index(own) + 1], f"data/{own} may not import {name}"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -10,9 +10,9 @@ import sys
 from pathlib import Path
 
 import pytest
-from compatibility import PARTS, is_part
 from packaging.requirements import Requirement
 from packaging.version import Version
+from support.compatibility import PARTS, is_part
 
 from pause_megatron.versions import EXTRAS, PACKAGES, PYTHON, TRIED, TRITON, Package, Tried, release
 

@@ -12,7 +12,7 @@ from pause_megatron.experiment.estimate import si
 from pause_megatron.experiment.ledger import Ledger, total
 from pause_megatron.experiment.report.collect import Collected
 from pause_megatron.experiment.report.tables import table
-from pause_megatron.metrics_lines import NAME, read_metrics
+from pause_megatron.files.metrics_lines import NAME, read_metrics
 
 TOTAL = "all cells, each once"
 

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pause_megatron.durable import write_whole
 from pause_megatron.errors import DataError
 from pause_megatron.experiment.cell import VERSION, write_json
 from pause_megatron.experiment.report import costs, curve_plots, curves, plots, tables
@@ -15,6 +14,7 @@ from pause_megatron.experiment.report.collect import Collected, collect
 from pause_megatron.experiment.report.compare import Comparison, Key, Summary, compare, main_summaries, summarise
 from pause_megatron.experiment.report.page import Part, bullets, paragraph, picture, render
 from pause_megatron.experiment.report.published import Published, published
+from pause_megatron.files.durable import write_whole
 
 
 @dataclass(frozen=True)

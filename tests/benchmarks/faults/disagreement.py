@@ -8,8 +8,8 @@ from typing import Any
 
 from benchmarks.faults.results import Result
 from benchmarks.faults.runs import arguments, prepared, run_ours, run_plain, steps_done, wait_for_end
-from forked_ranks import fork
-from saving import kill
+from support.forked_ranks import fork
+from support.saving import kill
 
 SECONDS = 20.0
 # What differs -> (key and value of this program on rank 1, setting and value of the plain script on rank 1).

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.faults.results import Result
-from forked_ranks import fork
-from prose import train_model
-from saving import Saving
+from support.forked_ranks import fork
+from support.prose import train_model
+from support.saving import Saving
 
 WIDTH, NEWEST = 32, 3
 OF = ": "  # before the error's name
@@ -32,7 +32,7 @@ class WholeSaving(Saving):
     def __init__(self, system: str, folder: Path, context: Any) -> None:
         super().__init__(system, folder, context, WIDTH)
         from pause_megatron.config.load import dump, load
-        from pause_megatron.data.tokenizer import load_tokenizer
+        from pause_megatron.data.tokenizer.tokenizer import load_tokenizer
 
         self.tokenizer = load_tokenizer(train_model(folder.parent / "tokenizer.model"))
         self.config = load(overrides=["train.steps=9", "batch.global_size=2", "batch.micro_size=1"])
@@ -69,7 +69,7 @@ class WholeSaving(Saving):
             self.progress = {key: client.get(key) for key in ("step", "tokens", "text_tokens")}
             self.progress["steps of the engine"] = self.engine.deepspeed.global_steps
             return client["step"]
-        from pause_megatron.train.resume import find_resume, progress_record
+        from pause_megatron.train.start.resume import find_resume, progress_record
 
         resumed = find_resume(self.store, self.config, "corpus", self.context)
         if resumed is None:

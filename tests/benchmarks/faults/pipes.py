@@ -17,8 +17,8 @@ from pathlib import Path
 
 from benchmarks.faults.results import Result
 from benchmarks.faults.runs import arguments, prepared, run_ours, run_plain, saved_step, steps_done, wait_for_end
-from file_calls import Decide, FileCall
-from forked_ranks import fork
+from support.file_calls import Decide, FileCall
+from support.forked_ranks import fork
 
 STEPS, SAVE_EVERY, SECONDS = 60, 50, 120.0
 NO_ROOM = {"no room for metrics.jsonl": "metrics.jsonl", "no room for TensorBoard's files": "tensorboard"}

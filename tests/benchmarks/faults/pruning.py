@@ -12,8 +12,8 @@ from pathlib import Path
 
 from benchmarks.faults.results import Result
 from benchmarks.faults.saves import alter
-from forked_ranks import fork
-from saving import KEPT, Saving
+from support.forked_ranks import fork
+from support.saving import KEPT, Saving
 
 WIDTH = 32
 KEPT_BEFORE, ROUNDS, SAVES_A_ROUND = 6, 3, 3

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.faults.plain_deepspeed import SETTINGS, train
-from prose import documents, json_lines, train_model
+from support.prose import documents, json_lines, train_model
 
 PLAIN_SCRIPT = Path(__file__).with_name("plain_deepspeed.py")
 QUIET = ("log.samples_every=0", "validation.every=0")

@@ -13,9 +13,9 @@ from collections import Counter
 from pathlib import Path
 
 from benchmarks.faults.results import Result
-from file_calls import Ambush, Counting, Delay, Pick, writing
-from forked_ranks import RANKS, fork
-from saving import Saving, kill, named_by, outcome_of, start
+from support.file_calls import Ambush, Counting, Delay, Pick, writing
+from support.forked_ranks import RANKS, fork
+from support.saving import Saving, kill, named_by, outcome_of, start
 
 CLEAN_SAVES = 6
 SECONDS_HELD = 0.5

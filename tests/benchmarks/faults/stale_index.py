@@ -15,8 +15,8 @@ from typing import Any
 
 from benchmarks.faults.results import Result
 from benchmarks.faults.runs import arguments
-from forked_ranks import fork
-from prose import documents, json_lines, train_model
+from support.forked_ranks import fork
+from support.prose import documents, json_lines, train_model
 
 KINDS = ("as many documents", "fewer documents", "more documents")
 LENGTH, WINDOWS = 64, 64
@@ -95,8 +95,8 @@ def _stock(folder: Path, cache: Path) -> list[list[int] | None]:
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
-    from pause_megatron.data.corpus import open_corpus
-    from pause_megatron.data.dataset import PauseTokenizer
+    from pause_megatron.data.corpus.corpus import open_corpus
+    from pause_megatron.data.windows.dataset import PauseTokenizer
 
     config = GPTDatasetConfig(
         random_seed=1234,

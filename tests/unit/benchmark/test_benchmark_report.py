@@ -10,8 +10,8 @@ from pause_megatron.benchmark import Measurement, as_record, as_table
 from pause_megatron.benchmark.kernels import Kernel
 from pause_megatron.benchmark.machine import Machine
 from pause_megatron.benchmark.record import Memory, StartUp, Waits
+from pause_megatron.config.batching import batch_plan
 from pause_megatron.config.load import load
-from pause_megatron.config.plan import batch_plan
 
 LONG = "void at::native::vectorized_elementwise_kernel<4, at::native::FillFunctor<float>, std::array<char*, 1ul>>" * 3
 

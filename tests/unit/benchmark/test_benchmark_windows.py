@@ -9,7 +9,7 @@ import torch
 from pause_megatron.benchmark.measure import Sizes, _with_steps
 from pause_megatron.benchmark.windows import DOCUMENT_TOKENS, MadeUpIds, MadeUpText, made_up
 from pause_megatron.config.load import load
-from pause_megatron.data.batch import collate
+from pause_megatron.data.batches.batch import collate
 
 TEXT_SIZE = 300
 

@@ -11,9 +11,9 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-from pause_megatron.cli import installed
-from pause_megatron.cli.finding import Finding
-from pause_megatron.cli.probes import examine
+from pause_megatron.cli.support import installed
+from pause_megatron.cli.support.finding import Finding
+from pause_megatron.cli.support.probes import examine
 from pause_megatron.versions import PACKAGES, TRIED, Package
 
 TABLE = {package.name: package for package in PACKAGES}

@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from prose import documents, small_tokenizer, write_shards
+from support.prose import documents, small_tokenizer, write_shards
 
 from pause_megatron.cli import main
 from pause_megatron.config.schema import PauseSection
-from pause_megatron.data.build import build_datasets
-from pause_megatron.data.corpus import open_corpus
-from pause_megatron.data.pause import POLICIES
-from pause_megatron.data.prepare import prepare
+from pause_megatron.data.corpus.corpus import open_corpus
+from pause_megatron.data.prepare.prepare import prepare
+from pause_megatron.data.windows.build import build_datasets
+from pause_megatron.data.windows.pause import POLICIES
 
 TEXTS = documents(120)
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from pause_megatron.config.batching import batch_plan
 from pause_megatron.config.load import dump, load, recipe_names
-from pause_megatron.config.plan import batch_plan
 from pause_megatron.errors import ConfigError
 
 PRETRAINING = [name for name in recipe_names() if not name.startswith("finetune-")]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from pause_megatron.config.batching import batch_plan, expected_pause_fraction, pauses_per_window
 from pause_megatron.config.load import load
-from pause_megatron.config.plan import batch_plan, expected_pause_fraction, pauses_per_window
 from pause_megatron.config.presets import PRESETS, flops_per_token, parameters
 from pause_megatron.errors import ConfigError
 

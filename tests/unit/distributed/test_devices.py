@@ -6,7 +6,7 @@ import os
 import socket
 
 import pytest
-from ranks import run_on_ranks
+from support.ranks import run_on_ranks
 
 from pause_megatron.distributed.devices import device_index
 from pause_megatron.distributed.ranks import Ranks, discover

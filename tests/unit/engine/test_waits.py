@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from host_waits import waits_of
+from support.host_waits import waits_of
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pause_megatron.engine.waits import MICRO_BATCH, STEP, HostWaits, _copy_waits, in_micro_batch, upload

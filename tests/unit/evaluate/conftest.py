@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import pytest
-from prose import documents
-from tiny_llama import byte_level_tokenizer, llama, sentencepiece_tokenizer
+from support.prose import documents
+from support.tiny_llama import byte_level_tokenizer, llama, sentencepiece_tokenizer
 
 from pause_megatron.inference import PauseGenerator
 from pause_megatron.tasks import Decoding, Example, FinetuneDefaults

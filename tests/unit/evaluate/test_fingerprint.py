@@ -6,9 +6,9 @@ import json
 
 import pytest
 
-from pause_megatron.durable import digest_of
 from pause_megatron.errors import DataError
 from pause_megatron.evaluate import model_fingerprint
+from pause_megatron.files.durable import digest_of
 
 
 def test_the_fingerprint_is_the_contents_not_the_place(tmp_path):

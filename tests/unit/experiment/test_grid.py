@@ -6,7 +6,7 @@ import dataclasses
 import json
 
 import pytest
-from small_grid import GRID, write_grid
+from support.small_grid import GRID, write_grid
 
 from pause_megatron.config.load import load
 from pause_megatron.config.presets import fill_sizes

@@ -9,16 +9,16 @@ import threading
 import time
 from pathlib import Path
 
-from small_grid import cheap_cell, give_product, place_cells
+from support.small_grid import cheap_cell, give_product, place_cells
 
 from pause_megatron.cli import main
-from pause_megatron.durable import only_writer
 from pause_megatron.experiment.cell import find_folder, read_json, write_json
 from pause_megatron.experiment.devices import share_of, visible_gpus
 from pause_megatron.experiment.execute import Stop, alone_or_deepspeed, arguments_of, under_srun
 from pause_megatron.experiment.folder import Placed, state_of
 from pause_megatron.experiment.ledger import Ledger, ledger_of, total
 from pause_megatron.experiment.run_local import run_local
+from pause_megatron.files.durable import only_writer
 
 
 def tree(directory: Path) -> dict[str, Placed]:
@@ -95,7 +95,7 @@ RUNS_A_CELL = """
 import sys
 from pathlib import Path
 from pause_megatron.experiment.execute import Stop, run_cell
-begins = "from pause_megatron.launcher import *; end_with_launcher(); print('up', flush=True)"
+begins = "from pause_megatron.host.launcher import *; end_with_launcher(); print('up', flush=True)"
 verb = f"{begins}; import time; time.sleep(99)"
 run_cell(Path(sys.argv[1]), lambda program, ranks: [sys.executable, "-c", verb], Stop())
 """

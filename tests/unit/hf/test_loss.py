@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny_llama import llama
+from support.tiny_llama import llama
 
 from pause_megatron.errors import ConfigError
 from pause_megatron.hf.loss import PauseLoss

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from tiny_llama import llama, sentencepiece_tokenizer
+from support.tiny_llama import llama, sentencepiece_tokenizer
 from transformers import ByT5Tokenizer
 
 from pause_megatron.errors import ConfigError, DataError

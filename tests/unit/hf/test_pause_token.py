@@ -5,7 +5,7 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
-from tiny_llama import byte_level_tokenizer, llama, sentencepiece_tokenizer
+from support.tiny_llama import byte_level_tokenizer, llama, sentencepiece_tokenizer
 from transformers import AddedToken, AutoModelForCausalLM, AutoTokenizer
 
 from pause_megatron.checkpoint.layout import VOCABULARY

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from prose import documents, train_hugging_face, train_model
-from records import c4_texts
+from support.prose import documents, train_hugging_face, train_model
+from support.records import c4_texts
 
-from pause_megatron.data.tokenizer import load_tokenizer
+from pause_megatron.data.tokenizer.tokenizer import load_tokenizer
 from pause_megatron.errors import CheckpointError
 from pause_megatron.hf.tokenizer import convert_tokenizer
 from pause_megatron.hf.tokenizer_files import write_tokenizer

@@ -6,9 +6,9 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from corpora import paragraphs
 from datasets.fingerprint import Hasher
-from tiny_llama import llama
+from support.corpora import paragraphs
+from support.tiny_llama import llama
 
 from pause_megatron.errors import ConfigError, DataError
 from pause_megatron.hf.transform import PauseTransform, pad_batch

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from prose import documents, small_tokenizer, write_shards
-from tiny_llama import llama
+from support.prose import documents, small_tokenizer, write_shards
+from support.tiny_llama import llama
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from pause_megatron.data.prepare import prepare
+from pause_megatron.data.prepare.prepare import prepare
 from pause_megatron.errors import ConfigError, DataError
 from pause_megatron.hf.windows import LabelledWindows, pause_windows
 

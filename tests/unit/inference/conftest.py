@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tiny_llama import byte_level_tokenizer, llama, sentencepiece_tokenizer
+from support.tiny_llama import byte_level_tokenizer, llama, sentencepiece_tokenizer
 
 from pause_megatron.inference import PauseGenerator
 

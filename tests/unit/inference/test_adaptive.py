@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from tiny_llama import llama
+from support.tiny_llama import llama
 
 from pause_megatron.errors import ConfigError
 from pause_megatron.inference import FixedPauses, PauseGenerator, PausePolicy, SettledPauses

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from prose import documents
+from support.prose import documents
 
 from pause_megatron.inference.answer import Answer
 from pause_megatron.inference.prompts import PauseInfo, PromptEncoder

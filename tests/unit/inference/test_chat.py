@@ -6,7 +6,7 @@ import copy
 
 import jinja2
 import pytest
-from tiny_llama import sentencepiece_tokenizer, write_folder
+from support.tiny_llama import sentencepiece_tokenizer, write_folder
 
 from pause_megatron.errors import ConfigError, DataError
 from pause_megatron.inference import pause_chat_template, write_chat_template

@@ -7,7 +7,7 @@ import importlib.util
 
 import pytest
 import torch
-from tiny_llama import llama, write_folder
+from support.tiny_llama import llama, write_folder
 
 from pause_megatron.inference import PauseGenerator, custom_generate, load, pause_generate, write_custom_generate
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_llama import llama, sentencepiece_tokenizer
+from support.tiny_llama import llama, sentencepiece_tokenizer
 
 from pause_megatron.errors import ConfigError, DataError
 from pause_megatron.inference import FixedPauses, PauseGenerator, PauseInfo

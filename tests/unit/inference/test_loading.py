@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from tiny_llama import write_folder
+from support.tiny_llama import write_folder
 
 from pause_megatron.cli import main
 from pause_megatron.errors import DataError

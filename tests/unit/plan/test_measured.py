@@ -11,8 +11,8 @@ from pause_megatron.benchmark import Measurement, as_record
 from pause_megatron.benchmark.machine import Machine
 from pause_megatron.benchmark.record import Memory, StartUp, Waits
 from pause_megatron.cli import main
+from pause_megatron.config.batching import batch_plan
 from pause_megatron.config.load import load
-from pause_megatron.config.plan import batch_plan
 
 RUN = ("plan", "--recipe", "c4-1b-pause", "--gpus-per-node", "8")
 

@@ -6,14 +6,14 @@ from math import comb
 
 import pytest
 
-from pause_megatron.data.examples import encode_examples
-from pause_megatron.data.tokenizer import load_tokenizer
+from pause_megatron.data.supervised.examples import encode_examples
+from pause_megatron.data.tokenizer.tokenizer import load_tokenizer
 from pause_megatron.errors import ConfigError
 from pause_megatron.tasks import fingerprint, load_task, read_examples
-from pause_megatron.tasks.codewords import Decode
-from pause_megatron.tasks.made import write_tokenizer
+from pause_megatron.tasks.synthetic.base import write_tokenizer
+from pause_megatron.tasks.synthetic.codewords import Decode
 
-NAME = "pause_megatron.tasks.codewords:CODE_OF_16"
+NAME = "pause_megatron.tasks.synthetic.codewords:CODE_OF_16"
 
 
 @pytest.mark.parametrize(("bits", "words", "flips"), [(16, 8, 3), (10, 4, 1), (24, 10, 2)])

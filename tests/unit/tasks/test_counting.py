@@ -6,14 +6,14 @@ from collections import Counter
 
 import pytest
 
-from pause_megatron.data.examples import encode_examples
-from pause_megatron.data.tokenizer import load_tokenizer
+from pause_megatron.data.supervised.examples import encode_examples
+from pause_megatron.data.tokenizer.tokenizer import load_tokenizer
 from pause_megatron.errors import ConfigError
 from pause_megatron.tasks import fingerprint, load_task, read_examples
-from pause_megatron.tasks.counting import SIZES, CountOnes
-from pause_megatron.tasks.made import write_tokenizer
+from pause_megatron.tasks.synthetic.base import write_tokenizer
+from pause_megatron.tasks.synthetic.counting import SIZES, CountOnes
 
-NAME = "pause_megatron.tasks.counting:MOD4_OF_16"
+NAME = "pause_megatron.tasks.synthetic.counting:MOD4_OF_16"
 
 
 @pytest.mark.parametrize(("bits", "modulus"), [(16, 4), (9, 3), (16, 2), (24, 10)])

@@ -25,7 +25,7 @@ from lm_eval.filters.extraction import RegexFilter
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.tasks.hellaswag.utils import preprocess
 
-from pause_megatron.data.shard_file import ShardFile
+from pause_megatron.data.text.shard_file import ShardFile
 from pause_megatron.tasks import METRICS, load_task, read_examples
 from pause_megatron.tasks.transforms import without_markers
 

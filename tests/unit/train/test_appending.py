@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from pause_megatron.train.appending import AppendedFile
+from pause_megatron.train.logs.appending import AppendedFile
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import pytest
 from pause_megatron.config.load import load
 from pause_megatron.config.schema import RunConfig
 from pause_megatron.errors import CheckpointError, ConfigError
-from pause_megatron.train.extension import config_differences, how_to_extend, refuse_extending_nothing
+from pause_megatron.train.start.extension import config_differences, how_to_extend, refuse_extending_nothing
 
 
 def config(*overrides: str) -> RunConfig:

@@ -13,11 +13,11 @@ import torch
 from pause_megatron.config.load import load
 from pause_megatron.errors import TrainingError
 from pause_megatron.train.hooks import Every, SkipLimit, Unfailing
+from pause_megatron.train.logs.metrics_file import MetricsFile, Throughput
+from pause_megatron.train.logs.monitoring import ProgressBar, validation_text
+from pause_megatron.train.logs.tensorboard import TensorBoard
 from pause_megatron.train.loop import Progress, StepResult
 from pause_megatron.train.losses import Losses, LossLedger
-from pause_megatron.train.metrics_file import MetricsFile, Throughput
-from pause_megatron.train.monitoring import ProgressBar, validation_text
-from pause_megatron.train.tensorboard import TensorBoard
 from pause_megatron.train.validation import validation_losses
 
 ALONE = SimpleNamespace(device=torch.device("cpu"), world_size=1, dp_group=None)

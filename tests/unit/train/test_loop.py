@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pause_megatron.config.load import load
-from pause_megatron.data.batch import MicroBatch
+from pause_megatron.data.batches.batch import MicroBatch
 from pause_megatron.engine import StepOutcome
 from pause_megatron.train.loop import Progress, StepResult, training_steps
 

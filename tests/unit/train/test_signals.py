@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from pause_megatron import launcher
 from pause_megatron.errors import ConfigError
-from pause_megatron.processes import GONE, STOP_ASKED, TAKING_STEPS
-from pause_megatron.train.signals import STOP_SIGNALS, StopRequest, deadline
+from pause_megatron.host import launcher
+from pause_megatron.host.processes import GONE, STOP_ASKED, TAKING_STEPS
+from pause_megatron.train.guards.signals import STOP_SIGNALS, StopRequest, deadline
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -74,7 +74,7 @@ def test_handlers_are_put_back_and_an_ignored_hangup_stays_ignored():
 
 PROGRAM = """
 import os, signal, subprocess, sys, threading, time
-from pause_megatron.train.signals import StopRequest
+from pause_megatron.train.guards.signals import StopRequest
 reader, writer = os.pipe()
 os.close(reader)
 os.dup2(writer, 2)  # the handler's own line has no reader either

@@ -11,7 +11,7 @@ import pytest
 from pause_megatron.config.load import dump, load
 from pause_megatron.errors import CheckpointError, ConfigError
 from pause_megatron.run_folder import last_published, record_published
-from pause_megatron.train.start_over import before_the_first_step
+from pause_megatron.train.start.start_over import before_the_first_step
 
 RANK_ZERO = SimpleNamespace(rank=0)
 

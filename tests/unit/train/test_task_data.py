@@ -6,14 +6,14 @@ import shutil
 
 import pytest
 import torch
-from prose import train_model
+from support.prose import train_model
 
 from pause_megatron.config.load import dump, load
-from pause_megatron.data.batch import collate
-from pause_megatron.data.tokenizer import load_tokenizer
+from pause_megatron.data.batches.batch import collate
+from pause_megatron.data.tokenizer.tokenizer import load_tokenizer
 from pause_megatron.errors import ConfigError, DataError
 from pause_megatron.train.finetune import shorter_warmup, show_window, training_data
-from pause_megatron.train.task_data import held_out, open_task
+from pause_megatron.train.inputs.task_data import held_out, open_task
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,181 @@
+"""The arithmetic of a run as text: batch, tokens, pauses, parameters, FLOPs. No torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pause_megatron.config.batching import BatchPlan, added_steps
+from pause_megatron.config.presets import parameters, step_flops
+from pause_megatron.config.quantities import scaled
+from pause_megatron.config.schema import RunConfig
+
+if TYPE_CHECKING:
+    from pause_megatron.train.inputs.task_data import TaskData
+
+ASSUMED_VOCABULARY = 32_000
+
+
+def describe(config: RunConfig, plan: BatchPlan, engine: dict[str, Any], *, vocab_size: int | None = None) -> str:
+    """Lay out the arithmetic of a run.
+
+    Args:
+        config: resolved. plan: its batches. engine: its DeepSpeed dictionary.
+        vocab_size: text tokens; default: the manifest's of the first corpus, else 32000.
+
+    Returns:
+        lines of "name value unit", aligned.
+    """
+    text_size, origin = text_vocabulary(config, vocab_size)
+    rows = [
+        *_batch_rows(plan),
+        ("window", f"{plan.sequence_length:,} tokens, {plan.pauses:,} pauses inserted ({_window(config)})"),
+        ("pause fraction", f"{plan.pause_fraction:.2%} of the input tokens (expected)"),
+        ("raw tokens a step", f"{plan.raw_tokens:,}"),
+        ("text tokens a step", f"{plan.text_tokens:,.0f} (expected)"),
+        ("steps", _steps(config, plan)),
+        ("raw tokens in all", _total(plan.total_tokens)),
+        ("text tokens in all", _total(plan.steps and plan.steps * plan.text_tokens)),
+        ("learning rate", _schedule(config)),
+        *_model_rows(config, plan, engine, text_size, origin),
+        *(("not there", f"{prefix} ({key})") for key, prefix in missing_corpora(config)),
+    ]
+    return _table(rows)
+
+
+def describe_task(data: TaskData, plan: BatchPlan, engine: dict[str, Any]) -> str:
+    """Lay out the arithmetic of a finetuning.
+
+    Args:
+        data: its examples. plan: its batches. engine: its DeepSpeed dictionary.
+
+    Returns:
+        as `describe`.
+    """
+    from pause_megatron.data.supervised.windows import summarize
+
+    config, facts, arrangement = data.config, summarize(data.windows), data.windows.arrangement
+    plan = replace(plan, steps=added_steps(config))
+    places, length = plan.steps * plan.global_size, arrangement.sequence_length
+    epochs = places / facts.windows
+    finetune = config.finetune
+    pauses = "pauses" if finetune.filler is None else f"fillers {finetune.filler!r}"
+    rows = [
+        *_batch_rows(plan),
+        ("task", f"{config.task.name}: {facts.examples:,} examples, {facts.truncated:,} prompts cut on the left"),
+        (
+            "window",
+            f"{length:,} tokens, {config.finetune.batching}: {facts.examples / facts.windows:.2f} examples each",
+        ),
+        ("windows an epoch", f"{facts.windows:,}, {facts.padding:.2%} padding"),
+        (
+            "pauses",
+            f"{config.finetune.pauses} {pauses} an example, {config.finetune.location}; {facts.pauses:,} an epoch",
+        ),
+        ("prefix attention", config.finetune.prefix_attention),
+        (
+            "tokens an epoch",
+            f"{facts.tokens:,} read ({facts.pauses / facts.tokens:.2%} pauses), {facts.targets:,} targets",
+        ),
+        ("steps", f"{plan.steps:,}, about {epochs:.2f} epochs (by the first one's windows)"),
+        ("learning rate", _schedule(config)),
+        *_model_rows(config, plan, engine, data.tokenizer.vocab_size, "the tokenizer's"),
+    ]
+    return _table(rows)
+
+
+def _batch_rows(plan: BatchPlan) -> list[tuple[str, str]]:
+    return [
+        ("ranks", f"{plan.world_size} = {plan.data_parallel} data parallel x {plan.tensor} tensor parallel"),
+        (
+            "global batch",
+            f"{plan.global_size} windows = {plan.micro_size} micro x {plan.accumulation} accumulation "
+            f"x {plan.data_parallel} data parallel",
+        ),
+    ]
+
+
+def _model_rows(
+    config: RunConfig, plan: BatchPlan, engine: dict[str, Any], text_size: int, origin: str
+) -> list[tuple[str, str]]:
+    """FLOPs are those of full windows, padding included, of the rows that are computed."""
+    size, model = text_size + config.pause.embeddings, config.model
+    flops = step_flops(model, size, plan.sequence_length, tokens=plan.raw_tokens, targets=plan.targets)
+    return [
+        ("vocabulary", f"{size:,} = {text_size:,} text ({origin}) + {config.pause.embeddings} pause"),
+        (
+            "model",
+            f"{model.layers} layers x {model.hidden} hidden, {model.heads} heads, {model.kv_heads} key/value heads, "
+            f"{model.ffn} ffn, {'tied' if model.tied else 'untied'}",
+        ),
+        ("parameters", f"{parameters(model, size):,}"),
+        ("FLOPs a step", f"{scaled(flops)}FLOP ({scaled(flops / plan.world_size)}FLOP a rank)"),
+        ("FLOPs in all", "unknown" if plan.steps is None else f"{scaled(flops * plan.steps)}FLOP"),
+        ("engine", f"ZeRO stage {engine['zero_optimization']['stage']}, {config.engine.precision}"),
+    ]
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
+
+
+def _window(config: RunConfig) -> str:
+    pause = config.pause
+    if not pause.rate:
+        return "standard training"
+    return f"rate {pause.rate:g}, {pause.placement}, {'then cut' if pause.window == 'trim' else 'no text lost'}"
+
+
+def _steps(config: RunConfig, plan: BatchPlan) -> str:
+    if plan.steps is None:
+        return "unknown: give train.steps or train.tokens"
+    if (extended := config.train.extended_from) is not None:
+        return f"{plan.steps:,} behind the {extended:,} of the finished run, to step {config.train.steps:,}"
+    return f"{plan.steps:,} for a budget of {config.train.tokens:,} raw tokens"
+
+
+def _schedule(config: RunConfig) -> str:
+    optim = config.optim
+    after = "constant" if optim.schedule == "constant" else f"{optim.schedule} to {optim.min_lr_fraction:.0%}"
+    if config.train.extended_from is not None and optim.schedule == "constant":
+        return f"{optim.lr:g}, constant"
+    return f"{optim.lr:g} after {optim.warmup_steps:,} steps of warm-up, then {after}"
+
+
+def _total(tokens: float | None) -> str:
+    return "unknown" if tokens is None else f"{tokens:,.0f} ({scaled(tokens)}tokens)"
+
+
+def text_vocabulary(config: RunConfig, given: int | None) -> tuple[int, str]:
+    """Ids of the text, and where the number comes from: given, the manifest of the first corpus, or assumed."""
+    if given is not None:
+        return given, "--vocab-size"
+    for prefix in config.data.prefix:  # in a blend, weights stand between the prefixes
+        manifest = Path(f"{prefix}.manifest.json")
+        if manifest.is_file():
+            try:
+                return int(json.loads(manifest.read_text(encoding="utf-8"))["tokenizer"]["vocab_size"]), str(manifest)
+            except (OSError, ValueError, KeyError, TypeError):
+                continue  # the run itself says what is wrong with a manifest
+    return ASSUMED_VOCABULARY, "assumed"
+
+
+def missing_corpora(config: RunConfig) -> list[tuple[str, str]]:
+    """Key and prefix of every corpus that is not on this machine; the run may be elsewhere, so it is no error yet."""
+    given = (("data.prefix", config.data.prefix), ("data.valid_prefix", config.data.valid_prefix))
+    return [
+        (key, word)
+        for key, words in given
+        for word in words
+        if not _is_weight(word) and not Path(f"{word}.manifest.json").is_file()
+    ]
+
+
+def _is_weight(word: str) -> bool:
+    try:
+        return float(word) > 0
+    except ValueError:
+        return False

@@ -1,0 +1,155 @@
+"""What `inspect` found, as text for a terminal or as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import textwrap
+from collections.abc import Sequence
+
+from pause_megatron.config.batching import pauses_per_window
+from pause_megatron.config.schema import RunConfig
+from pause_megatron.data.corpus.corpus import Corpus
+from pause_megatron.data.tokenizer.tokenizer import PAUSE_TOKEN
+from pause_megatron.data.windows.inspection import RUN_LENGTHS, Fertility, Lengths, PolicyStatistics, WindowView
+
+BAR = 40
+WIDTH = 110
+
+
+def as_json(
+    corpus: Corpus,
+    lengths: Lengths,
+    fertility: Fertility,
+    config: RunConfig,
+    policies: Sequence[PolicyStatistics],
+    windows: Sequence[WindowView],
+) -> str:
+    """One JSON object; floats are not rounded."""
+    manifest = corpus.manifest
+    content = {
+        "prefix": corpus.prefix,
+        "counts": manifest.counts.model_dump(),
+        "bytes": {name: record.bytes for name, record in manifest.files.items()},
+        "dtype": manifest.dtype,
+        "tokenizer": manifest.tokenizer.model_dump(),
+        "sources": len(manifest.sources) if manifest.adoption is None else None,
+        "adoption": manifest.adoption and manifest.adoption.model_dump(),
+        "fingerprint": manifest.fingerprint,
+        "lengths": dataclasses.asdict(lengths),
+        "fertility": dataclasses.asdict(fertility),
+        "sequence_length": config.data.sequence_length,
+        "pause": config.pause.model_dump(),
+        "policies": [dataclasses.asdict(policy) for policy in policies],
+        "windows": [dataclasses.asdict(window) for window in windows],
+    }
+    return json.dumps(content, indent=1)
+
+
+def as_text(
+    corpus: Corpus,
+    lengths: Lengths,
+    fertility: Fertility,
+    config: RunConfig,
+    policies: Sequence[PolicyStatistics],
+    windows: Sequence[WindowView],
+    colour: bool,
+) -> str:
+    """Paragraphs for a terminal; `colour` marks pauses by reverse video too."""
+    parts = [_counts(corpus, fertility), _histogram(lengths), _policies(config, policies)]
+    parts += [_window(window, colour) for window in windows]
+    return "\n\n".join(parts)
+
+
+def _counts(corpus: Corpus, fertility: Fertility) -> str:
+    manifest, counts = corpus.manifest, corpus.manifest.counts
+    sampled = "all" if counts.text_bytes is None else "the last two"
+    rows = [
+        *_origin(corpus),
+        ("tokens", f"{counts.tokens:,}, of which {manifest.eod_count:,} EOD"),
+        ("text", "not known" if counts.text_bytes is None else f"{counts.text_bytes:,} bytes of UTF-8"),
+        ("on disk", f"{sum(record.bytes for record in manifest.files.values()):,} bytes ({manifest.dtype} ids)"),
+        (
+            "tokenizer",
+            f"{manifest.tokenizer.kind}, {manifest.tokenizer.vocab_size:,} ids, EOD {manifest.tokenizer.eod}, "
+            f"<pause> {manifest.tokenizer.pause_id}",
+        ),
+        (
+            "fertility",
+            f"{fertility.per_byte:.3f} tokens/byte, {fertility.per_character:.3f} tokens/character, "
+            f"{fertility.per_word:.3f} tokens/word ({sampled} over {fertility.documents:,} documents)",
+        ),
+    ]
+    return f"corpus {corpus.prefix}\n" + "\n".join(f"  {name:16} {value}" for name, value in rows)
+
+
+def _origin(corpus: Corpus) -> list[tuple[str, str]]:
+    manifest, counts = corpus.manifest, corpus.manifest.counts
+    if manifest.adoption is None:
+        malformed = f"{counts.malformed_total:,} left out{_kinds(counts.malformed)}"
+        return [
+            ("documents", f"{counts.documents:,} from {len(manifest.sources):,} sources"),
+            ("malformed lines", malformed),
+        ]
+    without = manifest.adoption.without_eod
+    return [
+        (
+            "documents",
+            f"{counts.documents:,}, adopted: made by others, from sources that are not known"
+            + (f"; {without:,} do not end with EOD" if without else ""),
+        )
+    ]
+
+
+def _kinds(malformed: dict[str, int]) -> str:
+    return f" ({', '.join(f'{kind} {count:,}' for kind, count in malformed.items())})" if malformed else ""
+
+
+def _histogram(lengths: Lengths) -> str:
+    quantiles = ", ".join(f"{percent} %: {value:,}" for percent, value in lengths.quantiles.items())
+    lines = [
+        "tokens of a document",
+        f"  shortest {lengths.shortest:,}, mean {lengths.mean:,.1f}, longest {lengths.longest:,}; {quantiles}",
+    ]
+    most, total = max(lengths.counts), sum(lengths.counts)
+    for low, high, count in zip(lengths.edges, lengths.edges[1:], lengths.counts, strict=False):
+        bar = "#" * (-(-count * BAR // most))
+        lines.append(f"  {f'{low:,} to {high - 1:,}':>22}  {bar:{BAR}} {count:>13,} {count / total:7.2%}")
+    return "\n".join(lines)
+
+
+def _policies(config: RunConfig, policies: Sequence[PolicyStatistics]) -> str:
+    pause, length = config.pause, config.data.sequence_length
+    inserted = pauses_per_window(pause.rate, length)
+    sizes = [str(size) for size in range(1, RUN_LENGTHS)] + [f"{RUN_LENGTHS}+"]
+    lines = [
+        f"pauses in windows of {length:,} tokens: pause.rate={pause.rate:g} inserts {inserted:,}; "
+        "shares are of runs of so many pauses (* = as configured)",
+        f"  {'pause.placement':22} {'window':7} {'rate':>7} {'pauses':>13}"
+        + "".join(f"{'run of ' + size:>10}" for size in sizes)
+        + f"{'longest':>9}",
+    ]
+    for policy in policies:
+        mark = "*" if (policy.placement, policy.window) == (pause.placement, pause.window) else " "
+        pauses = f"{policy.fewest:,}" if policy.fewest == policy.most else f"{policy.fewest:,}..{policy.most:,}"
+        lines.append(
+            f"{mark} {policy.placement:22} {policy.window:7} {policy.rate:>7.2%} {pauses:>13}"
+            + "".join(f"{share:>10.2%}" for share in policy.runs)
+            + f"{policy.longest_run:>9,}"
+        )
+    return "\n".join(lines)
+
+
+def _window(window: WindowView, colour: bool) -> str:
+    head = (
+        f"window {window.sample:,}: {window.tokens:,} tokens, {window.pauses:,} of them pauses "
+        f"({window.pauses / window.tokens:.2%}); {window.targets:,} targets, {window.targets_after_pause:,} of them "
+        "predicted from a pause"
+    )
+    lines = [
+        line
+        for paragraph in window.text.splitlines()
+        for line in textwrap.wrap(paragraph, WIDTH, break_on_hyphens=False) or [""]
+    ]
+    text = "\n".join(f"  {line}" for line in lines)
+    return f"{head}\n" + (text.replace(PAUSE_TOKEN, f"\033[7m{PAUSE_TOKEN}\033[0m") if colour else text)

@@ -1,0 +1,68 @@
+"""The progress bar of `prepare`: documents/s, MB/s of text, tokens/s and time left, on stderr."""
+
+from __future__ import annotations
+
+import time
+from typing import TextIO
+
+from tqdm import tqdm
+
+from pause_megatron.data.prepare.pool import Progress
+from pause_megatron.terminal.progress import bar_file
+
+_FORMAT = "{desc} {percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}{postfix}"
+_FORMAT_OPEN = "{desc} {elapsed}{postfix}"
+
+
+class ProgressBar:
+    """Shows `Progress` reports. Rates are of this run: what an earlier run had finished does not count."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        # A log file gets a line now and then, a terminal a lively bar.
+        self._interval = 0.3 if stream.isatty() else 10.0
+        self._bar: tqdm | None = None
+        self._first: Progress | None = None
+        self._begun = time.perf_counter()
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def update(self, progress: Progress) -> None:
+        """Show a report."""
+        if self._first is None or progress.phase != self._first.phase:
+            self._open(progress)
+        seconds = max(time.perf_counter() - self._begun, 1e-9)
+        postfix = f"shard {progress.shards_done:,} of {progress.shards:,}"
+        if progress.phase == "read":
+            documents = (progress.documents - self._first.documents) / seconds
+            text = (progress.text_bytes - self._first.text_bytes) / seconds / 1e6
+            tokens = (progress.tokens - self._first.tokens) / seconds
+            postfix = f"{documents:,.0f} documents/s, {text:,.2f} MB/s, {tokens:,.0f} tokens/s, {postfix}"
+        if progress.malformed:
+            postfix += f", {progress.malformed:,} malformed"
+        self._bar.set_postfix_str(postfix, refresh=False)
+        if progress.total_bytes is not None:
+            self._bar.update(progress.done_bytes - self._bar.n)
+        else:
+            self._bar.update(0 if self._bar.n == progress.documents else progress.documents - self._bar.n)
+
+    def _open(self, progress: Progress) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._first = progress
+        self._begun = time.perf_counter()
+        self._bar = tqdm(
+            desc={"read": "prepare", "join": "join shards"}[progress.phase],
+            total=progress.total_bytes,
+            initial=progress.done_bytes if progress.total_bytes is not None else progress.documents,
+            file=bar_file(self._stream),
+            mininterval=self._interval,
+            miniters=0,
+            bar_format=_FORMAT if progress.total_bytes is not None else _FORMAT_OPEN,
+            dynamic_ncols=True,
+        )

@@ -1,0 +1,222 @@
+"""One pass over the ids of a `.bin` that others wrote: digests, and the ids that a corpus of ours must not hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from pause_megatron.data.corpus.index_file import IndexHeader, read_lengths
+from pause_megatron.data.corpus.manifest import BLOCK_BYTES, BlockRecord, FileRecord, path_of
+from pause_megatron.data.corpus.verify import Report
+from pause_megatron.data.tokenizer.tokenizer import Tokenizer
+from pause_megatron.errors import DataError
+from pause_megatron.files.durable import BlockDigests
+
+SHOWN = 5
+"""Places of a kind that are named."""
+
+_READ_BYTES = 4 << 20
+
+
+@dataclass
+class Sightings:
+    """Where something stands that should not.
+
+    Attributes:
+        count: of it.
+        ids: smallest and largest of those that stand there; None where nothing was seen.
+        places: the first few: document, and offset in it in tokens, both from 0.
+    """
+
+    count: int = 0
+    ids: tuple[int, int] | None = None
+    places: list[tuple[int, int]] = field(default_factory=list)
+
+    def add(self, ids: np.ndarray, documents: np.ndarray, offsets: np.ndarray) -> None:
+        """Count what was seen: ids, documents and offsets int64 [n]."""
+        if not ids.size:
+            return
+        low, high = self.ids or (int(ids[0]), int(ids[0]))
+        self.ids = min(low, int(ids.min())), max(high, int(ids.max()))
+        self.count += ids.size
+        wanted = SHOWN - len(self.places)
+        self.places += zip(documents[:wanted].tolist(), offsets[:wanted].tolist(), strict=True)
+
+    def __str__(self) -> str:
+        shown = "; ".join(f"document {document:,}, token {offset:,}" for document, offset in self.places)
+        return f"{shown}{'; ...' if self.count > len(self.places) else ''}"
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What a `.bin` holds.
+
+    Attributes:
+        file, blocks: digests, as a manifest has them.
+        tokens, eod: ids, and EODs among them.
+        pauses: the pause id.
+        outside: ids that the tokenizer does not have.
+        without_eod: last tokens of documents that are not EOD; a document without tokens counts, at token 0.
+        free_pause_ids: how many ids from the pause id on stand nowhere; None: all of them.
+        special: how often each special token stands there that is neither EOD nor pause, by its id.
+    """
+
+    file: FileRecord
+    blocks: BlockRecord
+    tokens: int
+    eod: int
+    pauses: Sightings
+    outside: Sightings
+    without_eod: Sightings
+    free_pause_ids: int | None
+    special: dict[int, int]
+
+
+def scan(prefix: str | Path, header: IndexHeader, tokenizer: Tokenizer, report: Report) -> Scan:
+    """Read a `.bin` whole, in constant memory.
+
+    Args:
+        prefix: of the corpus; `header` of its index, whose entries were checked.
+        tokenizer: with its EOD and pause ids.
+        report: called after every 4 MiB.
+
+    Raises:
+        DataError: the file has become shorter or longer meanwhile.
+    """
+    path = path_of(prefix, "bin")
+    whole, blocks = xxhash.xxh3_128(), BlockDigests(BLOCK_BYTES)
+    documents = _Documents(read_lengths(path_of(prefix, "idx"), header.documents))
+    watch = _Watch(tokenizer)
+    done, itemsize = 0, np.dtype(header.dtype).itemsize
+    for data in _pieces(path):
+        if len(data) % itemsize:
+            break
+        whole.update(data)
+        blocks.update(data)
+        ids = np.frombuffer(data, dtype=header.dtype)
+        documents.go_to(done // itemsize + ids.size)
+        watch.look(ids, done // itemsize, documents)
+        done += len(data)
+        report(f"scan {Path(prefix).name}", done, header.bin_bytes)
+    if done != header.bin_bytes:
+        raise DataError(f"{path} was written to while it was read: expected {header.bin_bytes:,} bytes, got {done:,}")
+    return Scan(
+        file=FileRecord(bytes=done, digest=f"xxh3_128:{whole.hexdigest()}"),
+        blocks=BlockRecord(bytes=BLOCK_BYTES, digests=blocks.digests),
+        tokens=done // itemsize,
+        eod=watch.eod_count,
+        pauses=watch.pauses,
+        outside=watch.outside,
+        without_eod=watch.without_eod,
+        free_pause_ids=watch.first_used - tokenizer.pause_id if watch.first_used is not None else None,
+        special={token: int(watch.special_counts[token]) for token in np.flatnonzero(watch.special_counts).tolist()},
+    )
+
+
+def digested(path: Path, stage: str, report: Report) -> FileRecord:
+    """Size and digest of a file, its reading reported as `stage`."""
+    size, done, digest = path.stat().st_size, 0, xxhash.xxh3_128()
+    for data in _pieces(path):
+        digest.update(data)
+        done += len(data)
+        report(stage, done, size)
+    return FileRecord(bytes=done, digest=f"xxh3_128:{digest.hexdigest()}")
+
+
+def pause_slots(tokenizer: Tokenizer) -> range:
+    """Ids of the vocabulary, from the pause id on, that a run with pause.embeddings=K could use as pauses."""
+    stop = tokenizer.pause_id
+    while stop < tokenizer.vocab_size:
+        try:
+            tokenizer.check_pause_ids(stop + 1 - tokenizer.pause_id)
+        except DataError:
+            break
+        stop += 1
+    return range(tokenizer.pause_id, stop)
+
+
+class _Watch:
+    """Looks at ids piece by piece and remembers those that should not be there."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._eod, self._pause_id, self._size = tokenizer.eod, tokenizer.pause_id, tokenizer.vocab_size
+        self._slots = pause_slots(tokenizer)
+        self._special = np.array([not tokenizer.reachable(token) for token in range(self._size)])
+        for token in (self._eod, self._pause_id):
+            self._special[token : token + 1] = False
+        self.special_counts = np.zeros(self._size, dtype=np.int64)
+        self.eod_count = 0
+        self.first_used: int | None = None
+        self.pauses, self.outside, self.without_eod = Sightings(), Sightings(), Sightings()
+
+    def look(self, ids: np.ndarray, start: int, documents: _Documents) -> None:
+        """Look at the ids [n] of a piece that begins at token `start`; `documents` has come to its end."""
+        self.eod_count += int(np.count_nonzero(ids == self._eod))
+        inside = ids
+        if ids.min() < 0 or ids.max() >= self._size:
+            outside = (ids < 0) | (ids >= self._size)
+            self._see(self.outside, ids, outside, start, documents)
+            inside = ids[~outside]
+        self.special_counts += np.bincount(inside[self._special[inside]], minlength=self._size)
+        if self._slots:
+            self._see(self.pauses, ids, ids == self._pause_id, start, documents)
+            used = ids[(ids > self._pause_id) & (ids < self._slots.stop)]
+            if used.size:
+                self.first_used = min(int(used.min()), self.first_used or self._size)
+        self._look_at_ends(ids, start, documents)
+
+    def _look_at_ends(self, ids: np.ndarray, start: int, documents: _Documents) -> None:
+        lengths = np.diff(documents.bounds)
+        last = np.maximum(documents.bounds[1:] - 1 - start, 0)  # that of an empty document is not looked at
+        missing = np.flatnonzero((lengths == 0) | (ids[last] != self._eod))
+        self.without_eod.add(
+            ids[last[missing]].astype(np.int64), documents.first + missing, np.maximum(lengths[missing] - 1, 0)
+        )
+
+    @staticmethod
+    def _see(sightings: Sightings, ids: np.ndarray, mask: np.ndarray, start: int, documents: _Documents) -> None:
+        found = np.flatnonzero(mask)
+        if found.size:
+            sightings.add(ids[found].astype(np.int64), *documents.locate(start + found))
+
+
+class _Documents:
+    """Which document a token is in, going through the lengths once.
+
+    Attributes:
+        first: number of the first document that ends in the piece.
+        bounds: int64 [n + 1], where that document begins, and where the n documents that end in the piece end.
+    """
+
+    def __init__(self, lengths: Iterable[np.ndarray]) -> None:
+        self._lengths = iter(lengths)
+        self._ahead = np.zeros(0, dtype=np.int64)  # ends that are read and not passed
+        self._read_to = 0
+        self.first = 0
+        self.bounds = np.zeros(1, dtype=np.int64)
+
+    def go_to(self, token: int) -> None:
+        """Take the documents that end at `token` or before it, and were not taken yet."""
+        while self._read_to <= token and (chunk := next(self._lengths, None)) is not None:
+            stops = self._read_to + np.cumsum(chunk, dtype=np.int64)
+            self._ahead = np.concatenate([self._ahead, stops])
+            self._read_to = int(stops[-1])
+        passed = int(self._ahead.searchsorted(token, side="right"))
+        self.first += self.bounds.size - 1
+        self.bounds = np.concatenate([self.bounds[-1:], self._ahead[:passed]])
+        self._ahead = self._ahead[passed:]
+
+    def locate(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Documents int64 [n], and offsets in them, of tokens of the piece."""
+        number = self.bounds[1:].searchsorted(tokens, side="right")
+        return self.first + number, tokens - self.bounds[number]
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        while data := file.read(_READ_BYTES):
+            yield data

@@ -1,0 +1,7 @@
+"""Documents to a corpus, in parallel and resumable."""
+
+from __future__ import annotations
+
+from pause_megatron.moved import forward
+
+__getattr__ = forward(__name__)

@@ -1,0 +1,170 @@
+"""A task that a YAML file declares: its keys, and how records become examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pause_megatron.config.schema import Section
+from pause_megatron.config.spelling import nearest
+from pause_megatron.errors import ConfigError
+from pause_megatron.tasks.metrics.registry import METRICS
+from pause_megatron.tasks.record_files import Dataset, file_records, find_file, hub_records
+from pause_megatron.tasks.records import Record
+from pause_megatron.tasks.task import Decoding, Example, FinetuneDefaults, Split
+from pause_megatron.tasks.template import ANSWER, names_in, render
+from pause_megatron.tasks.transforms import TRANSFORMS
+
+
+class Splits(Section):
+    """What the data set calls the two splits that are used."""
+
+    train: str | None = Field(None, description="split for finetuning; null: there is none")
+    eval: str = Field(description="split for evaluation")
+
+
+class DeclaredTask(Section):
+    """A task that a YAML file declares. The file's name is the task's; nothing in it is executed.
+
+    A record becomes `transform`'s records (none: itself), and each of these an Example: names in braces in `prompt` and
+    `target` stand for its text fields, `{answer}` in `target` for an accepted answer. Paths (`answers.text`) lead to a
+    text or a list of texts.
+    """
+
+    name: str = Field(min_length=1, description="the file's name without .yaml")
+    kind: Literal["generate", "choice"] = Field(description="generate: decode the answer; choice: score the options")
+    dataset: Dataset
+    folder: str = Field(min_length=1, description="the task's folder under a folder of all tasks; default: the name")
+    splits: Splits
+    transform: str | None = Field(None, description="named function of tasks/transforms.py that prepares a record")
+    prompt: str = Field(min_length=1, description="template of what the model reads")
+    target: str = Field(" {answer}", description="template of what it learns to write, and of each choice")
+    references: str | None = Field(None, description="path of the accepted answers; default: the right choice")
+    choices: tuple[str, ...] = Field((), description="path of a list of options, or several paths of one each")
+    gold: str | None = Field(None, description="path of the right option's index, from 0")
+    metrics: tuple[str, ...] = Field(min_length=1, description="names in METRICS")
+    primary: str = Field(description="the metric that stands in tables")
+    decoding: Decoding
+    finetune: FinetuneDefaults = FinetuneDefaults()
+
+    @field_validator("choices", "metrics", mode="before")
+    @classmethod
+    def _one_is_a_list_of_one(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("transform")
+    @classmethod
+    def _known_transform(cls, name: str | None) -> str | None:
+        if name is not None and name not in TRANSFORMS:
+            raise ValueError(f"expected one of {', '.join(TRANSFORMS)}; came {name!r}{nearest(name, TRANSFORMS)}")
+        return name
+
+    @field_validator("metrics")
+    @classmethod
+    def _known_metrics(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in METRICS:
+                raise ValueError(f"expected names of {', '.join(METRICS)}; came {name!r}{nearest(name, METRICS)}")
+        return names
+
+    @field_validator("prompt")
+    @classmethod
+    def _prompt_hides_the_answer(cls, template: str) -> str:
+        if ANSWER in names_in(template):
+            raise ValueError(f"expected no {{{ANSWER}}} in the prompt: it would give the answer away; it is for target")
+        return template
+
+    @field_validator("target")
+    @classmethod
+    def _target_has_the_answer(cls, template: str) -> str:
+        if ANSWER not in names_in(template):
+            raise ValueError(f"expected {{{ANSWER}}} in the target; came {template!r}")
+        return template
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> DeclaredTask:
+        if bool(self.choices) != (self.gold is not None):
+            raise ValueError("choices and gold: expected both or neither")
+        if not self.choices and self.references is None:
+            raise ValueError("references: expected the path of the accepted answers, or choices and gold")
+        if self.kind == "choice" and not self.choices:
+            raise ValueError("kind choice: expected choices and gold")
+        if self.primary not in self.metrics:
+            raise ValueError(f"primary: expected one of metrics ({', '.join(self.metrics)}); came {self.primary!r}")
+        for name in self.metrics:
+            if METRICS[name].reads == "choices" and not self.choices:
+                raise ValueError(f"metrics: {name} compares choices; expected choices and gold")
+        if METRICS[self.primary].reads != ("choices" if self.kind == "choice" else "text"):
+            raise ValueError(f"primary: {self.primary} does not judge what kind {self.kind} gives")
+        return self
+
+    def examples(self, split: Split, path: str | None = None, limit: int | None = None) -> list[Example]:
+        """See `Task.examples`. `path`: folder of JSON lines; None: the Hugging Face hub."""
+        return list(islice(self._examples(self._records(split, path)), limit))
+
+    def _records(self, split: Split, path: str | None) -> Iterator[Record]:
+        name = self.splits.train if split == "train" else self.splits.eval
+        if name is None:
+            raise ConfigError(f"task {self.name}: its data set {self.dataset.path} has no split to finetune on")
+        if path is None:
+            hint = (
+                f"Without network, give a folder with its records as JSON lines ({name}.jsonl or {name}.jsonl.gz): "
+                f"task.path=DIR, or --task-path ROOT with ROOT/{self.folder}/"
+            )
+            return hub_records(self.dataset, name, hint)
+        names = (name, "train") if split == "train" else (name,)
+        return file_records(find_file(self.name, split, names, Path(path)))
+
+    def _examples(self, records: Iterable[Record]) -> Iterator[Example]:
+        transform = TRANSFORMS[self.transform] if self.transform else lambda record: [record]
+        for number, record in enumerate(records, start=1):
+            for part in transform(record):
+                yield self._example(part, str(number) if part.part is None else f"{number}.{part.part}")
+
+    def _example(self, record: Record, name: str) -> Example:
+        choices, gold = self._choices(record)
+        references = record.texts(self.references) if self.references else (choices[gold],)
+        fields = _Fields(record, prepared=self.transform is not None)
+
+        def written(answer: str) -> str:
+            return render(self.target, _Fields(record, fields.prepared, answer))
+
+        return Example(
+            id=name,
+            prompt=render(self.prompt, fields).rstrip(),
+            target=written(references[0] if gold is None else choices[gold]),
+            references=references,
+            choices=tuple(map(written, choices)),
+            gold=gold,
+        )
+
+    def _choices(self, record: Record) -> tuple[tuple[str, ...], int | None]:
+        if not self.choices:
+            return (), None
+        one = len(self.choices) == 1
+        choices = record.texts(self.choices[0]) if one else tuple(map(record.text, self.choices))
+        return choices, record.index(self.gold, len(choices))
+
+
+@dataclass(frozen=True)
+class _Fields:
+    """The fields of a record as templates see them, and the answer."""
+
+    record: Record
+    prepared: bool
+    answer: str | None = None
+
+    def __getitem__(self, name: str) -> str:
+        """A field: an integer's digits; a text that is not blank, without white space around it."""
+        if name == ANSWER and self.answer is not None:
+            return self.answer
+        value = self.record.get(name)
+        if type(value) is int:
+            return str(value)
+        # What a transform made stands as it is, and may be empty (a conversation before its first turn).
+        return self.record.any_text(name) if self.prepared else self.record.text(name)

@@ -1,0 +1,151 @@
+"""A task's records as windows, and how many steps they are. Needs no engine, so that --dry-run is quick."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import xxhash
+
+from pause_megatron.config.batching import pause_range
+from pause_megatron.config.follow import fitting_warmup
+from pause_megatron.config.load import resolve
+from pause_megatron.config.model_from import checkpoint_config
+from pause_megatron.config.rules import check, warmup_ends
+from pause_megatron.config.schema import RunConfig
+from pause_megatron.data.supervised.examples import Arrangement, continuations, encode_examples
+from pause_megatron.data.supervised.windows import SupervisedWindows, summarize
+from pause_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from pause_megatron.errors import ConfigError, DataError
+from pause_megatron.tasks import fingerprint, load_task, read_examples
+
+
+@dataclass(frozen=True)
+class TaskData:
+    """Attributes:
+    config: the run's, its number of steps known
+    windows: to train on
+    tokenizer: that encoded them
+    pause_ids: the K pause ids
+    fingerprint: of the examples and of the tokenizer
+    """
+
+    config: RunConfig
+    windows: SupervisedWindows
+    tokenizer: Tokenizer
+    pause_ids: range
+    fingerprint: str
+
+    @property
+    def description(self) -> str:
+        """The first epoch in a few words."""
+        facts, finetune = summarize(self.windows), self.config.finetune
+        what = "pauses" if finetune.filler is None else f"fillers {finetune.filler!r}"
+        cut = f", {facts.truncated:,} prompts cut on the left" if facts.truncated else ""
+        return (
+            f"{self.config.batch.global_size:,} windows; {self.config.task.name}: {facts.examples:,} examples in "
+            f"{facts.windows:,} {finetune.batching} windows, {facts.padding:.1%} padding, {finetune.pauses} {what} "
+            f"each ({finetune.location}, prefix {finetune.prefix_attention}){cut}"
+        )
+
+
+def open_task(config: RunConfig) -> TaskData:
+    """Reads and encodes the training examples of `task.*`, and settles the number of steps.
+
+    Raises:
+        ConfigError: no such task, no tokenizer, a filler of several tokens, or steps that contradict each other.
+        DataError: a bad record, or an example that does not fit into a window; it is named.
+    """
+    task = load_task(config.task.name)
+    tokenizer = _tokenizer(config)
+    tokenizer.check_pause_ids(config.pause.embeddings)
+    pause_ids = range(tokenizer.pause_id, tokenizer.pause_id + config.pause.embeddings)
+    examples = read_examples(task, "train", config.task.path, config.task.limit)
+    arrangement = _arrangement(config, tokenizer, pause_ids)
+    encoded = encode_examples(examples, tokenizer)
+    windows = SupervisedWindows(encoded, arrangement, seed=config.run.seed, task=task.name)
+    content = (fingerprint(examples), tokenizer.fingerprint, tokenizer.eod, tokenizer.pause_id)
+    digest = f"xxh3_128:{xxhash.xxh3_128_hexdigest(repr(content).encode())}"
+    return TaskData(with_steps(config, windows), windows, tokenizer, pause_ids, digest)
+
+
+def held_out(data: TaskData) -> tuple[SupervisedWindows, SupervisedWindows]:
+    """Windows of the first `validation.samples` evaluation examples: with M_ft pauses, and without.
+
+    Raises:
+        PauseMegatronError: there are none, or one is not as the task declares it.
+    """
+    config, task = data.config, load_task(data.config.task.name)
+    try:
+        examples = read_examples(task, "eval", config.task.path, config.validation.samples)
+    except (ConfigError, DataError) as error:
+        wanted = f"validation.every={config.validation.every} scores held-out examples; validation.every=0 needs none"
+        raise type(error)(f"{error}. {wanted}") from None
+    encoded = encode_examples(examples, data.tokenizer)
+    most = data.windows.arrangement.pauses[-1]
+    with_pauses, without = (
+        SupervisedWindows(encoded, replace(data.windows.arrangement, pauses=range(m, m + 1)), seed=0, task=task.name)
+        for m in (most, 0)
+    )
+    return with_pauses, without if most else with_pauses
+
+
+def with_steps(config: RunConfig, windows: SupervisedWindows) -> RunConfig:
+    """The configuration with train.steps filled in from finetune.epochs; the last step goes on into the next epoch.
+
+    A warm-up that does not fit becomes a tenth of the run: nobody knows the steps before the examples are read.
+
+    Raises:
+        ConfigError: neither is given, they contradict each other, or a rule about steps is broken.
+    """
+    epochs, given = config.finetune.epochs, config.train.steps
+    if epochs is None:
+        if given is None:
+            raise ConfigError("finetune.epochs, train.steps or train.tokens: expected one of them, came none")
+        return config
+    count = windows.windows_in_epochs(epochs)
+    steps = -(-count // config.batch.global_size)
+    if given is not None and given != steps:
+        raise ConfigError(
+            f"expected only one of finetune.epochs and train.steps: {epochs:g} epochs are {count:,} windows, {steps:,} "
+            f"steps of batch.global_size={config.batch.global_size}; came train.steps={given}"
+        )
+    train = config.train.model_copy(update={"steps": steps, "tokens": None})
+    config = resolve(config.model_copy(update={"train": train}))
+    if warmup_ends(config) is not None:
+        optim = config.optim.model_copy(update={"warmup_steps": fitting_warmup(config)})
+        config = config.model_copy(update={"optim": optim})
+    check(config)
+    return config
+
+
+def _tokenizer(config: RunConfig) -> Tokenizer:
+    """`data.tokenizer`; else that of `model.from`, or of the run's own checkpoints if the former is gone."""
+    if config.data.tokenizer is not None:
+        return load_tokenizer(config.data.tokenizer)
+    for place in (config.model.from_, config.run.dir):
+        try:
+            folder = Path(checkpoint_config(place).parent) if place else None
+        except ConfigError:
+            continue
+        if folder is not None:
+            return load_tokenizer(folder / "tokenizer")
+    raise ConfigError(
+        "data.tokenizer: expected the tokenizer to train with, came none; or give model.from, to finetune a checkpoint"
+    )
+
+
+def _arrangement(config: RunConfig, tokenizer: Tokenizer, pause_ids: range) -> Arrangement:
+    finetune = config.finetune
+    if finetune.filler is not None:
+        filler = continuations(tokenizer).filler_id(finetune.filler)
+        pause_ids = range(filler, filler + 1)
+    return Arrangement(
+        sequence_length=config.data.sequence_length,
+        pauses=pause_range(finetune.pauses),
+        pause_ids=pause_ids,
+        location=finetune.location,
+        prefix_attention=finetune.prefix_attention,
+        batching=finetune.batching,
+        leading=len(tokenizer.leading),
+    )

@@ -1,0 +1,161 @@
+"""What a run says while it goes on: its beginning, a progress bar, its end. And its configuration, as a file."""
+
+from __future__ import annotations
+
+import io
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from pause_megatron.config.batching import BatchPlan
+from pause_megatron.config.load import dump
+from pause_megatron.config.presets import parameters
+from pause_megatron.config.schema import RunConfig
+from pause_megatron.distributed import ParallelContext
+from pause_megatron.files.durable import write_whole
+from pause_megatron.train.loop import Progress, StepResult
+
+
+class ConfigFile:
+    """`RUN/config.yaml`, written at the start; at the end of the run, should it not be there then."""
+
+    def __init__(self, path: Path, config: RunConfig) -> None:
+        self._path, self._text = path, dump(config)
+        self._written = False
+
+    def open(self) -> None:
+        """Write it, in place of that of an earlier start."""
+        write_whole(self._path, self._text.encode())
+        self._written = True
+
+    def __call__(self, result: StepResult) -> None:
+        """Nothing to do."""
+
+    def close(self) -> None:
+        if not self._written or not self._path.exists():
+            self.open()
+
+
+def announce(
+    config: RunConfig, plan: BatchPlan, vocabulary: int, zero_stage: int, context: ParallelContext, data: str
+) -> None:
+    """Says on stderr what is about to run; `data` says what a step reads."""
+    sequence = " with sequence parallelism" if config.parallel.sequence else ""
+    _say(
+        f"{plan.world_size} {'rank' if plan.world_size == 1 else 'ranks'} on {context.device.type}: "
+        f"{plan.data_parallel} data parallel x {plan.tensor} tensor "
+        f"parallel{sequence}, ZeRO {zero_stage}, {config.engine.precision}"
+    )
+    _say(
+        f"{parameters(config.model, vocabulary):,} parameters; {plan.steps:,} steps of {data}{_behind(config)}, "
+        f"run folder {config.run.dir}"
+    )
+
+
+def _behind(config: RunConfig) -> str:
+    extended = config.train.extended_from
+    return "" if extended is None else f", behind the {extended:,} of the finished run"
+
+
+def conclude(progress: Progress, stopped: bool, reason: str | None, checkpoint: Path | None) -> None:
+    """Says on stderr what the run has seen, the realised pause rate above all, and where it is saved.
+
+    Args:
+        stopped: before its end. reason: why, if this rank knows.
+        checkpoint: of the last step; None: none was made, as no step was taken.
+    """
+    why = f" ({reason})" if stopped and reason else ""
+    rate = 1 - progress.text_tokens / progress.tokens if progress.tokens else 0.0
+    saved = "; no step was taken, none is saved" if checkpoint is None else f"; saved in {checkpoint}"
+    again = ": the same command goes on" if stopped else ""
+    _say(
+        f"{'stopped' if stopped else 'complete'} after step {progress.step:,}{why}: {progress.tokens:,} raw tokens, "
+        f"{progress.text_tokens:,} of text, realised pause rate {rate:.2%}{saved}{again}"
+    )
+
+
+class ProgressBar:
+    """One line on stderr that moves; where stderr is not a terminal, a line every half minute.
+
+    Its tokens/s are those of the steps since the line before: single steps differ widely on a machine that is shared.
+    """
+
+    _SECONDS_BETWEEN_LINES = 30.0
+
+    def __init__(self, total_steps: int, done: int) -> None:
+        self._terminal = sys.stderr.isatty()
+        # Off a terminal tqdm only keeps the time: it would draw one endless line.
+        sink = sys.stderr if self._terminal else io.StringIO()
+        self._bar = tqdm(total=total_steps, initial=done, unit="step", dynamic_ncols=True, file=sink)
+        self._last_line = 0.0
+        self._tokens, self._seconds = 0, 0.0
+
+    def __call__(self, result: StepResult) -> None:
+        self._tokens += result.tokens
+        self._seconds += result.seconds
+        rate = self._tokens / self._seconds
+        summary = (
+            f"loss {result.losses.mean:.4f} nats, grad norm {result.grad_norm:.3f}, lr {result.lr:.2e}, "
+            f"{rate / 1000:.1f}k tokens/s"
+        )
+        self._bar.set_postfix_str(summary, refresh=False)
+        self._bar.update()
+        if self._terminal:
+            self._tokens, self._seconds = 0, 0.0
+        else:
+            self._line(result, summary)
+        if result.validation:
+            self._say(f"step {result.step}: {validation_text(result.validation)}")
+
+    def stop(self, result: StepResult) -> None:
+        pass
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def _line(self, result: StepResult, summary: str) -> None:
+        now = time.monotonic()
+        if result.last or now - self._last_line >= self._SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            self._tokens, self._seconds = 0, 0.0
+            progress = self._bar.format_dict
+            done, elapsed = progress["n"] - progress["initial"], progress["elapsed"]
+            left = tqdm.format_interval(elapsed / done * (progress["total"] - progress["n"]))
+            self._say(f"step {result.step}/{progress['total']}: {summary}, {left} left")
+
+    def _say(self, text: str) -> None:
+        if self._terminal:
+            self._bar.write(text, file=sys.stderr)
+        else:
+            _say(text)
+
+
+def validation_text(losses: Mapping[str, float | None]) -> str:
+    """Held-out losses in a line: the mean, then its parts where they exist and say something else.
+
+    Args:
+        losses: as `validation_losses` names them
+    """
+    mean = losses["valid_loss"]
+    parts = [
+        f"{name.removeprefix('valid_loss')[1:]} {value:.4f}"
+        for name, value in losses.items()
+        if value is not None and value != mean and name != "valid_loss"
+    ]
+    return f"valid_loss {mean:.4f} nats" + (f" ({', '.join(parts)})" if parts else "")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def peak_memory_bytes() -> int:
+    """Most memory this rank has held: of the GPU where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,123 @@
+"""`RUN/tensorboard/`: scalars, the configuration as text, and windows with their pauses shown.
+
+Records are made by torch and framed by TensorBoard's own code. They are appended here, in the step that they are of:
+torch's `SummaryWriter` leaves that to a thread, which ends with a traceback at the first write that fails.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import socket
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pause_megatron.data.batches.batch import MicroBatch
+from pause_megatron.train.logs.appending import AppendedFile
+from pause_megatron.train.logs.metrics_file import Throughput, metrics_record
+from pause_megatron.train.logs.monitoring import peak_memory_bytes
+from pause_megatron.train.loop import StepResult
+
+TAGS = {
+    "loss": "loss/train",
+    "loss_after_pause": "loss/train_after_pause",
+    "loss_elsewhere": "loss/train_elsewhere",
+    "valid_loss": "loss/valid",
+    "valid_loss_after_pause": "loss/valid_after_pause",
+    "valid_loss_elsewhere": "loss/valid_elsewhere",
+    "valid_loss_without_pauses": "loss/valid_without_pauses",
+    "grad_norm": "optimizer/grad_norm",
+    "lr": "optimizer/learning_rate",
+    "pause_fraction": "data/pause_fraction",
+    "tokens": "data/raw_tokens",
+    "text_tokens": "data/text_tokens",
+    "tokens_per_second": "throughput/raw_tokens_per_second",
+    "text_tokens_per_second": "throughput/text_tokens_per_second",
+    "mfu": "throughput/mfu",
+    "seconds": "time/step_seconds",
+    "loader_seconds": "time/loader_seconds",
+    "hook_seconds": "time/hook_seconds",
+}
+
+
+class TensorBoard:
+    """An event file of this run.
+
+    Args:
+        folder: of the event files
+        throughput: rates of a step
+        resume_after: the last step that was taken before; points of later ones in older files are hidden
+        config_yaml: shown as text
+        show: a micro-batch's first window as text
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        throughput: Throughput,
+        *,
+        resume_after: int,
+        config_yaml: str,
+        show: Callable[[MicroBatch], str],
+    ) -> None:
+        from tensorboard.compat.proto import event_pb2
+        from torch.utils.tensorboard import summary
+
+        self._summary, self._event = summary, event_pb2.Event
+        self._throughput, self._show = throughput, show
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        head = [
+            self._event(wall_time=time.time(), file_version="brain.Event:2"),
+            self._event(wall_time=time.time(), step=resume_after + 1, session_log=start),
+            self._text("configuration", config_yaml, resume_after),
+        ]
+        name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
+        self._file = AppendedFile(folder / name, _records(head))
+
+    def open(self) -> None:
+        """Make the folder and the file."""
+        self._file.open()
+
+    def __call__(self, result: StepResult) -> None:
+        record = metrics_record(result, self._throughput)
+        values = {tag: record[key] for key, tag in TAGS.items() if record.get(key) is not None}
+        for key, value in record.items():  # of the corpora of a blend
+            for prefix, tag in (("loss/", "loss_by_corpus/train_"), ("valid_loss/", "loss_by_corpus/valid_")):
+                if key.startswith(prefix) and value is not None:
+                    values[tag + key.removeprefix(prefix)] = value
+        for key, tag in (("loss", "perplexity/train"), ("valid_loss", "perplexity/valid")):
+            if (loss := record.get(key)) is not None:
+                values[tag] = math.exp(min(loss, 700.0))
+        values["memory/peak_gib"] = peak_memory_bytes() / 2**30
+        now = self._event(wall_time=time.time(), step=result.step)
+        for tag, value in values.items():
+            now.summary.MergeFrom(self._summary.scalar(tag, value))
+        self._file.append(_records([now]))
+
+    def show_sample(self, result: StepResult) -> None:
+        """The first window of the step as text."""
+        lines = self._show(result.sample).splitlines()
+        text = "\n".join(textwrap.fill(line, 120) for line in lines)
+        self._file.append(_records([self._text("sample", text, result.step)]))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _text(self, tag: str, text: str, step: int) -> Any:
+        """An event that TensorBoard shows as it stands: Markdown takes indented lines so."""
+        indented = "\n".join("    " + line for line in text.splitlines())
+        return self._event(wall_time=time.time(), step=step, summary=self._summary.text(tag, indented))
+
+
+def _records(events: list[Any]) -> bytes:
+    """Events as an event file holds them."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    framed = io.BytesIO()
+    for event in events:
+        RecordWriter(framed).write(event.SerializeToString())
+    return framed.getvalue()
