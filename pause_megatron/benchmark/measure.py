@@ -18,7 +18,7 @@ from pause_megatron.benchmark.windows import windows_of
 from pause_megatron.config.batching import batch_plan
 from pause_megatron.config.gpus import device_peak_flops
 from pause_megatron.config.presets import parameters, step_flops
-from pause_megatron.config.schema import RunConfig
+from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.distributed import ParallelContext, initialize
 from pause_megatron.distributed.collective import gather_objects
 from pause_megatron.distributed.context import started_ranks
@@ -66,7 +66,7 @@ class _Steps:
     waits: Waits
 
 
-def run_benchmark(config: RunConfig, sizes: Sizes) -> Measurement:
+def run_benchmark(config: ResolvedConfig, sizes: Sizes) -> Measurement:
     """Train for a few steps and measure them. Every rank calls this; rank 0's is what counts.
 
     Args:
@@ -107,7 +107,7 @@ def run_benchmark(config: RunConfig, sizes: Sizes) -> Measurement:
         return _measurement(config, data, model, engine, context, sizes, start_up, taken, memory)
 
 
-def _with_steps(config: RunConfig, sizes: Sizes) -> RunConfig:
+def _with_steps(config: ResolvedConfig, sizes: Sizes) -> ResolvedConfig:
     """With enough steps from the first one on, and without validation, which is no part of a step."""
     lengths = {"extended_from": None}
     if config.finetune.epochs is None:
@@ -117,7 +117,7 @@ def _with_steps(config: RunConfig, sizes: Sizes) -> RunConfig:
 
 
 def _take(
-    config: RunConfig,
+    config: ResolvedConfig,
     data: TrainingData,
     engine: Engine,
     context: ParallelContext,
@@ -173,7 +173,7 @@ def _take(
 
 
 def _measurement(
-    config: RunConfig,
+    config: ResolvedConfig,
     data: TrainingData,
     model: PauseGPTModel,
     engine: Engine,
@@ -229,7 +229,7 @@ def _memory_of_cuda(context: ParallelContext) -> tuple[int | None, int | None]:
 
 
 def _largest(
-    config: RunConfig, model: PauseGPTModel, context: ParallelContext, peak: int | None, reserved: int | None
+    config: ResolvedConfig, model: PauseGPTModel, context: ParallelContext, peak: int | None, reserved: int | None
 ) -> Memory:
     """Over the ranks that know their own. Every rank calls this."""
     layout = Layout.of(config, context.world_size, model.vocabulary.size - config.pause.embeddings)
@@ -241,7 +241,7 @@ def _largest(
     )
 
 
-def _described(config: RunConfig, data: TrainingData) -> str:
+def _described(config: ResolvedConfig, data: TrainingData) -> str:
     if config.task.name is not None:
         return f"task {config.task.name}"
     return " ".join(config.data.prefix or config.data.source) or data.description

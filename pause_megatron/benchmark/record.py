@@ -9,7 +9,7 @@ from typing import Any
 from pause_megatron.benchmark.kernels import Kernel
 from pause_megatron.benchmark.machine import Machine
 from pause_megatron.config.batching import BatchPlan
-from pause_megatron.config.schema import RunConfig
+from pause_megatron.config.schema import ResolvedConfig
 
 FORMAT = "pause-megatron benchmark"
 VERSION = 1
@@ -77,7 +77,7 @@ class Measurement:
         start_up: of rank 0
     """
 
-    config: RunConfig
+    config: ResolvedConfig
     batch: BatchPlan
     stage: int
     parameters: int

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pause_megatron.config.schema import RunConfig
+from pause_megatron.config.load import scheduled
+from pause_megatron.config.schema import ResolvedConfig, ScheduledConfig
 from pause_megatron.data.stream.windows import StreamDataset
 from pause_megatron.data.windows.dataset import PauseTokenizer
 from pause_megatron.data.windows.pause import PauseInjector, PausePlan
@@ -52,7 +53,7 @@ class MadeUpText:
         return text
 
 
-def made_up(config: RunConfig, text_size: int) -> TrainingData:
+def made_up(config: ScheduledConfig, text_size: int) -> TrainingData:
     """Windows of made-up text for a pretraining; `text_size` ids, the pauses behind them."""
     ids = MadeUpIds(text_size)
     pause = config.pause
@@ -78,11 +79,13 @@ def made_up(config: RunConfig, text_size: int) -> TrainingData:
     )
 
 
-def windows_of(config: RunConfig, text_size: int, *, ranks: int, rank: int) -> tuple[RunConfig, TrainingData]:
+def windows_of(
+    config: ResolvedConfig, text_size: int, *, ranks: int, rank: int
+) -> tuple[ScheduledConfig, TrainingData]:
     """What the steps read, and the configuration with what follows from it. Every rank calls this.
 
     Args:
-        config: resolved, its number of steps known.
+        config: resolved, its length known from train.steps, train.tokens or finetune.epochs.
         text_size: ids of made-up text.
         ranks, rank: in all, and which.
 
@@ -92,6 +95,7 @@ def windows_of(config: RunConfig, text_size: int, *, ranks: int, rank: int) -> t
     if config.task.name is not None:
         task = open_task(config)
         return task.config, training_data(task)
+    run = scheduled(config)
     if config.data.prefix or config.data.source:
-        return config, corpus_data(config, ranks, rank)
-    return config, made_up(config, text_size)
+        return run, corpus_data(run, ranks, rank)
+    return run, made_up(run, text_size)

@@ -13,7 +13,7 @@ from pause_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
     from pause_megatron.config.batching import BatchPlan
-    from pause_megatron.config.schema import RunConfig
+    from pause_megatron.config.schema import ResolvedConfig
 
 HELP = "finetune a model on a task with pauses behind the prompts"
 
@@ -52,7 +52,7 @@ def _run(args: argparse.Namespace) -> int:
         return finetune(config, stop)
 
 
-def _describe(config: RunConfig, plan: BatchPlan, engine: dict[str, Any]) -> str:
+def _describe(config: ResolvedConfig, plan: BatchPlan, engine: dict[str, Any]) -> str:
     from pause_megatron.cli.support.dry_run import describe_task
     from pause_megatron.train.inputs.task_data import open_task
 

@@ -13,7 +13,7 @@ from pause_megatron.errors import ConfigError, PauseMegatronError
 from pause_megatron.files.paths import path_option
 
 if TYPE_CHECKING:
-    from pause_megatron.config.schema import RunConfig
+    from pause_megatron.config.schema import ResolvedConfig
     from pause_megatron.slurm.script import TrainingJob
     from pause_megatron.slurm.site import Partition
 
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _job(args: argparse.Namespace, config: RunConfig, site: dict[str, Partition] | None) -> TrainingJob:
+def _job(args: argparse.Namespace, config: ResolvedConfig, site: dict[str, Partition] | None) -> TrainingJob:
     from pause_megatron.slurm.script import SIGNAL_SECONDS, TrainingJob
     from pause_megatron.slurm.site import find_partition, share_of_node
 
@@ -138,7 +138,7 @@ def _job(args: argparse.Namespace, config: RunConfig, site: dict[str, Partition]
     )
 
 
-def _whole_paths(overrides: Sequence[str], config: RunConfig) -> list[str]:
+def _whole_paths(overrides: Sequence[str], config: ResolvedConfig) -> list[str]:
     """Overrides with the paths that were meant here: in a container `~` is another folder."""
     from pause_megatron.experiment.models import as_overrides
 
@@ -151,7 +151,7 @@ def _whole_paths(overrides: Sequence[str], config: RunConfig) -> list[str]:
     return found
 
 
-def _check_time(seconds: int | None, named: str, config: RunConfig) -> None:
+def _check_time(seconds: int | None, named: str, config: ResolvedConfig) -> None:
     """A job must have time for its start, a step, and the save before its end.
 
     Args:
@@ -165,7 +165,7 @@ def _check_time(seconds: int | None, named: str, config: RunConfig) -> None:
         )
 
 
-def _check_plan(gpu: str, job: TrainingJob, config: RunConfig) -> None:
+def _check_plan(gpu: str, job: TrainingJob, config: ResolvedConfig) -> None:
     """By the arithmetic of `pause-megatron plan`: memory of a GPU, and time for the last step and its save."""
     from pause_megatron.cli.support.dry_run import text_vocabulary
     from pause_megatron.plan import Cluster, gpu_named, make_plan
@@ -201,7 +201,7 @@ def _site(args: argparse.Namespace) -> dict[str, Partition] | None:
 
 
 def _check_site(
-    args: argparse.Namespace, job: TrainingJob, config: RunConfig, site: dict[str, Partition] | None
+    args: argparse.Namespace, job: TrainingJob, config: ResolvedConfig, site: dict[str, Partition] | None
 ) -> None:
     """The time limit and the hostfile; and, where this is a cluster, all that sinfo knows."""
     from pause_megatron.slurm.site import check_hostfile, check_partition, find_partition, megabytes_of, seconds_of
@@ -230,7 +230,7 @@ def _check_site(
         _check_time(partition.default_seconds, named, config)
 
 
-def _warnings(job: TrainingJob, config: RunConfig) -> list[str]:
+def _warnings(job: TrainingJob, config: ResolvedConfig) -> list[str]:
     from pause_megatron.cli.support.dry_run import missing_corpora
 
     tensor, found = config.parallel.tensor, []

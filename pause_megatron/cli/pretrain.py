@@ -18,7 +18,7 @@ from pause_megatron.files.paths import path_option
 
 if TYPE_CHECKING:
     from pause_megatron.config.batching import BatchPlan
-    from pause_megatron.config.schema import RunConfig
+    from pause_megatron.config.schema import ResolvedConfig
 
 HELP = "pretrain a model on windows with pauses"
 
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from pause_megatron.config import load
+    from pause_megatron.config import load, scheduled
     from pause_megatron.terminal.output import tolerant_output
     from pause_megatron.train.guards.signals import listening_to_the_end
 
@@ -72,8 +72,7 @@ def _run(args: argparse.Namespace) -> int:
             "data.prefix: expected the prefix of a prepared corpus (see pause-megatron prepare), came none; or text to "
             "stream in data.source"
         )
-    if config.train.steps is None:
-        raise ConfigError("train.steps or train.tokens: expected one of them, came neither")
+    scheduled(config)
     # From here on signals make the run save and stop, and nothing that is printed ends it: the imports take long enough
     # to be hit, and log.
     with tolerant_output(), listening_to_the_end() as stop:
@@ -83,14 +82,14 @@ def _run(args: argparse.Namespace) -> int:
         return pretrain(config, stop)
 
 
-def _describe(config: RunConfig, vocab_size: int | None, plan: BatchPlan, engine: dict[str, Any]) -> str:
+def _describe(config: ResolvedConfig, vocab_size: int | None, plan: BatchPlan, engine: dict[str, Any]) -> str:
     from pause_megatron.cli.support.dry_run import describe
 
     return describe(config, plan, engine, vocab_size=vocab_size)
 
 
 def only_shown(
-    args: argparse.Namespace, config: RunConfig, describe: Callable[[BatchPlan, dict[str, Any]], str]
+    args: argparse.Namespace, config: ResolvedConfig, describe: Callable[[BatchPlan, dict[str, Any]], str]
 ) -> bool:
     """Print what --print-config or --dry-run ask for, on the first rank; whether one of them was given.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pause_megatron.config.schema import RunConfig
+from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.errors import ConfigError
 
 
@@ -69,7 +69,7 @@ class BatchPlan:
         return None if self.steps is None else self.steps * self.raw_tokens
 
 
-def data_parallel_size(config: RunConfig, world_size: int) -> int:
+def data_parallel_size(config: ResolvedConfig, world_size: int) -> int:
     """Ranks that see different data.
 
     Raises:
@@ -84,7 +84,7 @@ def data_parallel_size(config: RunConfig, world_size: int) -> int:
     return world_size // tensor
 
 
-def batch_plan(config: RunConfig, world_size: int) -> BatchPlan:
+def batch_plan(config: ResolvedConfig, world_size: int) -> BatchPlan:
     """Split the global batch over the ranks.
 
     Args:
@@ -121,7 +121,7 @@ def batch_plan(config: RunConfig, world_size: int) -> BatchPlan:
     )
 
 
-def added_steps(config: RunConfig) -> int | None:
+def added_steps(config: ResolvedConfig) -> int | None:
     """Steps that a run takes after the one that it extends, all of them where it extends none; None: not known yet."""
     steps = config.train.steps
     return None if steps is None else steps - (config.train.extended_from or 0)

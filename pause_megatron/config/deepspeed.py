@@ -1,4 +1,4 @@
-"""RunConfig x ds_configs/*.json -> the DeepSpeed dictionary: fills "auto", refuses contradictions and unknown keys.
+"""ResolvedConfig x ds_configs/*.json -> the DeepSpeed dictionary: fills "auto", refuses contradictions and unknown keys.
 
 Every number has one owner. The JSON holds how states are split, offloaded and communicated; batch sizes, clipping and
 precision belong to the run. DeepSpeed itself ignores keys that it does not know, so they are refused here.
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pause_megatron.config.batching import batch_plan
-from pause_megatron.config.schema import EngineSection, RunConfig
+from pause_megatron.config.schema import EngineSection, ResolvedConfig
 from pause_megatron.config.spelling import nearest
 from pause_megatron.errors import ConfigError
 
@@ -117,7 +117,7 @@ def ds_config_path(engine: EngineSection) -> Path:
     return Path(name)
 
 
-def zero_stage(config: RunConfig) -> int:
+def zero_stage(config: ResolvedConfig) -> int:
     """The ZeRO stage of a run: the file's; where that says "auto" or nothing, engine.zero_stage; else 1.
 
     Raises:
@@ -126,7 +126,7 @@ def zero_stage(config: RunConfig) -> int:
     return _stage(_read(ds_config_path(config.engine)), config.engine)
 
 
-def deepspeed_config(config: RunConfig, *, data_parallel: int) -> dict[str, Any]:
+def deepspeed_config(config: ResolvedConfig, *, data_parallel: int) -> dict[str, Any]:
     """The complete dictionary for `deepspeed.initialize(config=...)`.
 
     Args:
@@ -160,7 +160,7 @@ def deepspeed_config(config: RunConfig, *, data_parallel: int) -> dict[str, Any]
     return result
 
 
-def _fallbacks(config: RunConfig, stage: int) -> dict[str, Any]:
+def _fallbacks(config: ResolvedConfig, stage: int) -> dict[str, Any]:
     """Engine settings for "auto" or absent; an explicit value in the file wins. The README in ds_configs/ says why."""
     bf16 = config.engine.precision == "bf16"
     hidden = config.model.hidden

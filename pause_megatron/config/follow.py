@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from pause_megatron.config.batching import added_steps
 from pause_megatron.config.rules import micro_divides_global, sequence_needs_tensor, warmup_ends
-from pause_megatron.config.schema import RunConfig
+from pause_megatron.config.schema import ResolvedConfig, RunConfig
+
+AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
 
 _OF_A_STEP = ("batch.global_size", "data.sequence_length")
 _OF_A_SCHEDULE = ("optim.schedule", "optim.decay_fraction")
@@ -66,7 +69,7 @@ def follow_epochs(config: RunConfig, sources: Sources) -> RunConfig:
     return config
 
 
-def follow_values(config: RunConfig, sources: Sources) -> RunConfig:
+def follow_values(config: ResolvedConfig, sources: Sources) -> ResolvedConfig:
     """After that: warm-up, micro-batch and sequence parallelism that no longer fit."""
     changes = (
         ("optim.warmup_steps", warmup_ends, fitting_warmup, _OF_A_WARMUP),
@@ -83,7 +86,7 @@ def follow_values(config: RunConfig, sources: Sources) -> RunConfig:
     return config
 
 
-def fitting_warmup(config: RunConfig) -> int:
+def fitting_warmup(config: ResolvedConfig) -> int:
     """Warm-up for a run (or an extension) that is too short for its own: a tenth, at least a step where there are two.
 
     Args:
@@ -96,13 +99,13 @@ def fitting_warmup(config: RunConfig) -> int:
     return min(max(1, steps // _SHARE), room)
 
 
-def _fitting_micro_size(config: RunConfig) -> int:
+def _fitting_micro_size(config: ResolvedConfig) -> int:
     """The largest micro-batch, not above the given one, that divides the global batch."""
     whole = config.batch.global_size
     return max(size for size in range(1, config.batch.micro_size + 1) if whole % size == 0)
 
 
-def _with(config: RunConfig, section: str, **values: object) -> RunConfig:
+def _with(config: AnyConfig, section: str, **values: object) -> AnyConfig:
     return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
 
 

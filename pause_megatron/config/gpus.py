@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from pause_megatron.config.schema import RunConfig
+from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.config.spelling import nearest
 from pause_megatron.errors import ConfigError
 
@@ -72,7 +72,7 @@ def gpu_named(name: str) -> Gpu:
     return GPUS[name]
 
 
-def device_peak_flops(config: RunConfig, cuda_name: str | None) -> float | None:
+def device_peak_flops(config: ResolvedConfig, cuda_name: str | None) -> float | None:
     """Return the peak of one device for MFU, FLOP/s: `log.peak_tflops`, else the GPU's in dense bf16.
 
     Args:

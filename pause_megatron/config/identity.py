@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pause_megatron.config.blend import is_number
-from pause_megatron.config.schema import RunConfig
+from pause_megatron.config.schema import ResolvedConfig
 
 # What may change between the parts of a run, because the losses do not depend on it.
 FREE_SECTIONS = frozenset({"parallel", "checkpoint", "validation", "log"})
@@ -32,7 +32,7 @@ SCHEDULE_KEYS = (
 LOCAL_KEYS = frozenset({"data.prefix", "data.valid_prefix", "data.tokenizer", "task.path"})
 
 
-def deciding_keys(config: RunConfig) -> dict[str, Any]:
+def deciding_keys(config: ResolvedConfig) -> dict[str, Any]:
     """The keys that decide the losses, by their dotted path, in the order of the schema."""
     return {
         key: value
@@ -46,12 +46,12 @@ def corpus_names(words: Iterable[str]) -> tuple[str, ...]:
     return tuple(os.path.basename(word) for word in words if not is_number(word))
 
 
-def compared_keys(config: RunConfig) -> dict[str, Any]:
+def compared_keys(config: ResolvedConfig) -> dict[str, Any]:
     """The keys that must be the same on every rank, by their dotted path, in the order of the schema: all but a few."""
     return {key: value for key, value in _keys(config) if key not in LOCAL_KEYS}
 
 
-def _keys(config: RunConfig) -> Iterator[tuple[str, Any]]:
+def _keys(config: ResolvedConfig) -> Iterator[tuple[str, Any]]:
     for section in type(config).model_fields:
         values = getattr(config, section)
         for name, field in type(values).model_fields.items():

@@ -13,7 +13,14 @@ from pause_megatron.config.keys import Key, keys, sections
 from pause_megatron.config.model_from import SHAPE, with_initial_sizes
 from pause_megatron.config.presets import fill_sizes
 from pause_megatron.config.rules import check
-from pause_megatron.config.schema import RunConfig, TrainSection
+from pause_megatron.config.schema import (
+    ResolvedConfig,
+    ResolvedData,
+    RunConfig,
+    ScheduledConfig,
+    ScheduledTrain,
+    TrainSection,
+)
 from pause_megatron.config.spelling import nearest
 from pause_megatron.config.text import Entry, read_entries, read_override, write_yaml
 from pause_megatron.errors import ConfigError
@@ -37,7 +44,7 @@ def load(
     recipe: str | None = None,
     overrides: Iterable[str] = (),
     say: Callable[[str], object] | None = None,
-) -> RunConfig:
+) -> ResolvedConfig:
     """Make a configuration: a file or a recipe, then overrides, then what follows from them.
 
     Args:
@@ -47,7 +54,8 @@ def load(
             changed (see `follow`): train.steps=10 alone shortens a recipe's warm-up.
 
     Returns:
-        the resolved configuration: sizes of the preset filled in, train.steps and train.tokens both known.
+        The resolved configuration: sizes of the preset and shares of the splits filled in; train.steps and train.tokens
+            both known where one of them was given.
 
     Raises:
         ConfigError: a key that does not exist, a value of the wrong type or range, or keys that contradict each other;
@@ -68,8 +76,8 @@ def load(
     return config
 
 
-def dump(config: RunConfig) -> str:
-    """The configuration as YAML; `load` of it gives the same configuration."""
+def dump(config: ResolvedConfig) -> str:
+    """Return the configuration as YAML; `load` of it gives the same configuration."""
     return write_yaml(config.model_dump(mode="json"))
 
 
@@ -90,21 +98,44 @@ def recipe_path(name: str) -> Path:
     return RECIPES / f"{name}.yaml"
 
 
-def resolve(config: RunConfig) -> RunConfig:
-    """Fill in what follows from other keys: the model's sizes; steps from tokens (upwards) or tokens from steps; shares
-    of the splits."""
+def resolve(config: RunConfig) -> ResolvedConfig:
+    """Fill in what follows from other keys: the model's sizes; steps from tokens (upwards) or tokens from steps; splits.
+
+    Raises:
+        ConfigError: a size of the model is missing.
+    """
     per_step = config.batch.global_size * config.data.sequence_length
     steps, tokens = config.train.steps, config.train.tokens
     if steps is None and tokens is not None:
         steps = -(-tokens // per_step)
     elif steps is not None and tokens is None:
         tokens = steps * per_step
-    train = TrainSection(**{**config.train.model_dump(), "steps": steps, "tokens": tokens})
-    data = config.data
-    if data.split is None:
-        data = data.model_copy(update={"split": "1,0,0" if data.valid_prefix else "99,1,0"})
-    changes = {"model": fill_sizes(config.model), "train": train, "data": data}
-    return config.model_copy(update=changes)
+    split = config.data.split
+    if split is None:
+        split = "1,0,0" if config.data.valid_prefix else "99,1,0"
+    return ResolvedConfig(
+        **_sections(config)
+        | {
+            "data": ResolvedData(**{**config.data.model_dump(), "split": split}),
+            "model": fill_sizes(config.model),
+            "train": TrainSection(**{**config.train.model_dump(), "steps": steps, "tokens": tokens}),
+        }
+    )
+
+
+def scheduled(config: ResolvedConfig) -> ScheduledConfig:
+    """Make sure that the number of steps is known.
+
+    Raises:
+        ConfigError: nobody gave it.
+    """
+    if config.train.steps is None:
+        raise ConfigError("train.steps or train.tokens: expected one of them, got neither")
+    return ScheduledConfig(**_sections(config) | {"train": ScheduledTrain(**config.train.model_dump())})
+
+
+def _sections(config: RunConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in type(config).model_fields}
 
 
 def _read_file(path: Path) -> list[Entry]:

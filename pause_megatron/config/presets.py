@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pause_megatron.config.schema import ModelSection
+from pause_megatron.config.schema import ModelSection, ResolvedModel
 from pause_megatron.errors import ConfigError
 
 # Parameters are for the vocabulary in brackets, one <pause> included.
@@ -21,7 +21,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def fill_sizes(model: ModelSection) -> ModelSection:
+def fill_sizes(model: ModelSection) -> ResolvedModel:
     """Fill in the sizes that were left out: from the preset; else kv_heads = heads, ffn = 8/3 hidden (upwards to 64s).
 
     8/3 makes a SwiGLU layer (three matrices) as large as a classic one of width 4 hidden (two matrices): Shazeer 2020.
@@ -30,7 +30,7 @@ def fill_sizes(model: ModelSection) -> ModelSection:
         ConfigError: no preset, and a size is missing.
     """
     preset = PRESETS[model.preset] if model.preset else {"tied": False}
-    sizes = {name: getattr(model, name) for name in ("layers", "hidden", "heads", "tied")}
+    sizes: dict[str, Any] = {name: getattr(model, name) for name in ("layers", "hidden", "heads", "tied")}
     sizes = {name: preset.get(name) if value is None else value for name, value in sizes.items()}
     missing = [f"model.{name}" for name, value in sizes.items() if value is None]
     if missing:
@@ -39,10 +39,10 @@ def fill_sizes(model: ModelSection) -> ModelSection:
     if sizes["hidden"] == preset.get("hidden"):
         sizes["ffn"] = model.ffn or preset.get("ffn")
     sizes["ffn"] = sizes.get("ffn") or model.ffn or -(-8 * sizes["hidden"] // (3 * 64)) * 64
-    return ModelSection(**{**model.model_dump(), **sizes})
+    return ResolvedModel(**{**model.model_dump(), **sizes})
 
 
-def layer_parameters(model: ModelSection) -> int:
+def layer_parameters(model: ResolvedModel) -> int:
     """Parameters of one resolved transformer layer: q, k, v, o; gate, up, down; two norms; biases of q, k, v if any."""
     kv_width = model.hidden // model.heads * model.kv_heads
     attention = 2 * model.hidden * model.hidden + 2 * model.hidden * kv_width
@@ -51,17 +51,18 @@ def layer_parameters(model: ModelSection) -> int:
     return attention + 3 * model.hidden * model.ffn + 2 * model.hidden
 
 
-def parameters(model: ModelSection, vocabulary: int) -> int:
+def parameters(model: ResolvedModel, vocabulary: int) -> int:
     """All parameters of a resolved model.
 
     Args:
-        model: with all sizes filled in. vocabulary: live rows (text tokens and pauses); padding rows do not count.
+        model: resolved sizes.
+        vocabulary: live rows (text tokens and pauses); padding rows do not count.
     """
     tables = 1 if model.tied else 2
     return tables * vocabulary * model.hidden + model.layers * layer_parameters(model) + model.hidden
 
 
-def flops_per_token(model: ModelSection, vocabulary: int, sequence_length: int) -> int:
+def flops_per_token(model: ResolvedModel, vocabulary: int, sequence_length: int) -> int:
     """FLOPs of forward and backward pass for one raw token: 6 N + 12 L d T (PaLM, appendix B).
 
     N is every parameter that multiplies: layers, norms and the output layer, not the input embedding (a look-up).
@@ -70,14 +71,14 @@ def flops_per_token(model: ModelSection, vocabulary: int, sequence_length: int) 
     return step_flops(model, vocabulary, sequence_length, tokens=1, targets=1)
 
 
-def step_flops(model: ModelSection, vocabulary: int, sequence_length: int, *, tokens: int, targets: int) -> int:
+def step_flops(model: ResolvedModel, vocabulary: int, sequence_length: int, *, tokens: int, targets: int) -> int:
     """FLOPs of forward and backward pass of the rows that are really computed.
 
     As `flops_per_token`, but the output layer counts for the rows that have a target only: those before a pause never
     reach it. MFU is this over the time and the peak.
 
     Args:
-        model: with all sizes filled in.
+        model: resolved sizes.
         vocabulary: live rows.
         sequence_length: tokens of a window.
         tokens: raw input tokens, pauses included.

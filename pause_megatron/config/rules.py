@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 
 from pause_megatron.config.batching import added_steps, pause_range, pauses_per_window
-from pause_megatron.config.schema import DataSection, ModelSection, ParallelSection, RunConfig
+from pause_megatron.config.schema import ModelSection, ParallelSection, ResolvedConfig, ResolvedData, ResolvedModel
 from pause_megatron.config.spelling import nearest
 from pause_megatron.errors import ConfigError
 
 # A broken rule names the keys it is about and what was expected of them; None: the rule holds.
 Broken = tuple[tuple[str, ...], str] | None
-Rule = Callable[[RunConfig], Broken]
+Rule = Callable[[ResolvedConfig], Broken]
 
 PLACEMENTS = ("uniform", "isolated", "with_replacement", "bernoulli", "interval")
 _RULES: list[Rule] = []
@@ -22,7 +22,7 @@ def _rule(function: Rule) -> Rule:
     return function
 
 
-def check(config: RunConfig, origin: Mapping[str, str] | None = None) -> None:
+def check(config: ResolvedConfig, origin: Mapping[str, str] | None = None) -> None:
     """Check every rule.
 
     Args:
@@ -34,8 +34,11 @@ def check(config: RunConfig, origin: Mapping[str, str] | None = None) -> None:
     _refuse_broken(config, _RULES, origin or {})
 
 
-def check_shape(model: ModelSection, parallel: ParallelSection, sequence_length: int) -> None:
-    """The rules about sizes alone, for a model that is built without a whole configuration.
+def check_shape(model: ModelSection, parallel: ParallelSection, sequence_length: int) -> ResolvedModel:
+    """Check the rules about sizes alone, for a model that is built without a whole configuration.
+
+    Returns:
+        the sizes, all of them known.
 
     Raises:
         ConfigError: a size is missing, or one line per broken rule.
@@ -46,17 +49,19 @@ def check_shape(model: ModelSection, parallel: ParallelSection, sequence_length:
     if missing:
         keys = ", ".join(f"model.{name}" for name in missing)
         raise ConfigError(f"{keys}: expected a value, came null; give it, or a model.preset")
-    config = RunConfig(model=model, parallel=parallel, data=DataSection(sequence_length=sequence_length))
-    _refuse_broken(config, _SHAPE_RULES, None)
+    resolved = ResolvedModel(**model.model_dump())
+    data = ResolvedData(sequence_length=sequence_length, split="1,0,0")
+    _refuse_broken(ResolvedConfig(model=resolved, parallel=parallel, data=data), _SHAPE_RULES, None)
+    return resolved
 
 
-def _refuse_broken(config: RunConfig, rules: Iterable[Rule], origin: Mapping[str, str] | None) -> None:
+def _refuse_broken(config: ResolvedConfig, rules: Iterable[Rule], origin: Mapping[str, str] | None) -> None:
     broken = [found for rule in rules if (found := rule(config)) is not None]
     if broken:
         raise ConfigError("\n".join(_message(config, keys, expected, origin) for keys, expected in broken))
 
 
-def _message(config: RunConfig, keys: tuple[str, ...], expected: str, origin: Mapping[str, str] | None) -> str:
+def _message(config: ResolvedConfig, keys: tuple[str, ...], expected: str, origin: Mapping[str, str] | None) -> str:
     came = []
     for key in keys:
         section, name = key.split(".")
@@ -66,7 +71,7 @@ def _message(config: RunConfig, keys: tuple[str, ...], expected: str, origin: Ma
 
 
 @_rule
-def heads_divide_hidden(config: RunConfig) -> Broken:
+def heads_divide_hidden(config: ResolvedConfig) -> Broken:
     model = config.model
     if model.hidden % model.heads:
         return ("model.hidden", "model.heads"), "model.hidden to be a multiple of model.heads"
@@ -77,14 +82,14 @@ def heads_divide_hidden(config: RunConfig) -> Broken:
 
 
 @_rule
-def kv_heads_divide_heads(config: RunConfig) -> Broken:
+def kv_heads_divide_heads(config: ResolvedConfig) -> Broken:
     if config.model.heads % config.model.kv_heads:
         return ("model.heads", "model.kv_heads"), "model.heads to be a multiple of model.kv_heads"
     return None
 
 
 @_rule
-def tensor_divides_the_model(config: RunConfig) -> Broken:
+def tensor_divides_the_model(config: ResolvedConfig) -> Broken:
     for name in ("heads", "kv_heads", "ffn"):
         if getattr(config.model, name) % config.parallel.tensor:
             return (f"model.{name}", "parallel.tensor"), f"model.{name} to be a multiple of parallel.tensor"
@@ -92,7 +97,7 @@ def tensor_divides_the_model(config: RunConfig) -> Broken:
 
 
 @_rule
-def sequence_needs_tensor(config: RunConfig) -> Broken:
+def sequence_needs_tensor(config: ResolvedConfig) -> Broken:
     if config.parallel.sequence and config.parallel.tensor == 1:
         keys = ("parallel.sequence", "parallel.tensor")
         return keys, "parallel.tensor > 1 with parallel.sequence (the tensor-parallel ranks share the sequence)"
@@ -100,7 +105,7 @@ def sequence_needs_tensor(config: RunConfig) -> Broken:
 
 
 @_rule
-def tensor_divides_the_sequence(config: RunConfig) -> Broken:
+def tensor_divides_the_sequence(config: ResolvedConfig) -> Broken:
     if config.parallel.sequence and config.data.sequence_length % config.parallel.tensor:
         keys = ("data.sequence_length", "parallel.tensor")
         return keys, "data.sequence_length to be a multiple of parallel.tensor with parallel.sequence"
@@ -114,14 +119,14 @@ _SHAPE_RULES = (
 
 
 @_rule
-def micro_divides_global(config: RunConfig) -> Broken:
+def micro_divides_global(config: ResolvedConfig) -> Broken:
     if config.batch.global_size % config.batch.micro_size:
         return ("batch.global_size", "batch.micro_size"), "batch.global_size to be a multiple of batch.micro_size"
     return None
 
 
 @_rule
-def steps_and_tokens_agree(config: RunConfig) -> Broken:
+def steps_and_tokens_agree(config: ResolvedConfig) -> Broken:
     steps, tokens = config.train.steps, config.train.tokens
     per_step = config.batch.global_size * config.data.sequence_length
     if steps is not None and tokens is not None and steps != -(-tokens // per_step):
@@ -132,7 +137,7 @@ def steps_and_tokens_agree(config: RunConfig) -> Broken:
 
 
 @_rule
-def an_extension_adds_steps(config: RunConfig) -> Broken:
+def an_extension_adds_steps(config: ResolvedConfig) -> Broken:
     added = added_steps(config)
     if config.train.extended_from is not None and added is not None and added < 1:
         keys = ("train.steps", "train.extended_from")
@@ -141,7 +146,7 @@ def an_extension_adds_steps(config: RunConfig) -> Broken:
 
 
 @_rule
-def warmup_ends(config: RunConfig) -> Broken:
+def warmup_ends(config: ResolvedConfig) -> Broken:
     steps, optim, extended = added_steps(config), config.optim, config.train.extended_from is not None
     if steps is None or steps < 1 or (extended and optim.schedule == "constant"):  # which has no second warm-up
         return None
@@ -157,7 +162,7 @@ def warmup_ends(config: RunConfig) -> Broken:
 
 
 @_rule
-def placement_is_known(config: RunConfig) -> Broken:
+def placement_is_known(config: ResolvedConfig) -> Broken:
     name = config.pause.placement
     if name not in PLACEMENTS and ":" not in name:
         return ("pause.placement",), f"{', '.join(PLACEMENTS)} or 'module:attribute'{nearest(name, PLACEMENTS)}"
@@ -165,7 +170,7 @@ def placement_is_known(config: RunConfig) -> Broken:
 
 
 @_rule
-def bernoulli_varies(config: RunConfig) -> Broken:
+def bernoulli_varies(config: ResolvedConfig) -> Broken:
     if config.pause.placement == "bernoulli" and config.pause.window == "exact" and config.pause.rate > 0:
         keys = ("pause.placement", "pause.window")
         return keys, "pause.window=trim with bernoulli: an exact window needs the same number of pauses every time"
@@ -173,7 +178,7 @@ def bernoulli_varies(config: RunConfig) -> Broken:
 
 
 @_rule
-def text_is_left(config: RunConfig) -> Broken:
+def text_is_left(config: ResolvedConfig) -> Broken:
     length, pause = config.data.sequence_length, config.pause
     pauses = pauses_per_window(pause.rate, length)
     if pause.window == "exact" and length + 1 - pauses < 2:
@@ -183,7 +188,7 @@ def text_is_left(config: RunConfig) -> Broken:
 
 
 @_rule
-def isolated_pauses_fit(config: RunConfig) -> Broken:
+def isolated_pauses_fit(config: ResolvedConfig) -> Broken:
     length, pause = config.data.sequence_length, config.pause
     pauses = pauses_per_window(pause.rate, length)
     if pause.placement == "isolated" and pause.window == "exact" and pauses > length + 1 - pauses:
@@ -201,7 +206,7 @@ def _shares(split: str) -> list[float]:
 
 
 @_rule
-def finetune_pauses_can_be_counted(config: RunConfig) -> Broken:
+def finetune_pauses_can_be_counted(config: ResolvedConfig) -> Broken:
     try:
         pause_range(config.finetune.pauses)
     except ConfigError:
@@ -210,14 +215,14 @@ def finetune_pauses_can_be_counted(config: RunConfig) -> Broken:
 
 
 @_rule
-def epochs_are_of_a_task(config: RunConfig) -> Broken:
+def epochs_are_of_a_task(config: ResolvedConfig) -> Broken:
     if config.finetune.epochs is not None and config.task.name is None:
         return ("finetune.epochs", "task.name"), "task.name with finetune.epochs; pretraining counts train.steps"
     return None
 
 
 @_rule
-def masks_need_torch_attention(config: RunConfig) -> Broken:
+def masks_need_torch_attention(config: ResolvedConfig) -> Broken:
     finetune = config.finetune
     masked = finetune.batching == "packed" or finetune.prefix_attention == "bidirectional"
     if config.task.name is not None and config.model.attention == "te" and masked:
@@ -227,14 +232,14 @@ def masks_need_torch_attention(config: RunConfig) -> Broken:
 
 
 @_rule
-def documents_apart_need_torch_attention(config: RunConfig) -> Broken:
+def documents_apart_need_torch_attention(config: ResolvedConfig) -> Broken:
     if config.task.name is None and config.model.attention == "te" and config.data.documents == "apart":
         return ("model.attention", "data.documents"), "model.attention=sdpa with data.documents=apart"
     return None
 
 
 @_rule
-def split_has_shares(config: RunConfig) -> Broken:
+def split_has_shares(config: ResolvedConfig) -> Broken:
     shares = _shares(config.data.split)
     if len(shares) != 3 or not all(0 <= share < float("inf") for share in shares) or shares[0] == 0:
         return ("data.split",), "three shares 'TRAIN,VALID,TEST', none negative, TRAIN > 0 (for example 99,1,0)"
@@ -247,7 +252,7 @@ def split_has_shares(config: RunConfig) -> Broken:
 
 
 @_rule
-def all_of_the_corpus_trains(config: RunConfig) -> Broken:
+def all_of_the_corpus_trains(config: ResolvedConfig) -> Broken:
     if config.data.valid_prefix and any(_shares(config.data.split)[1:]):
         keys = ("data.split", "data.valid_prefix")
         return keys, "data.split=1,0,0 (or none) with data.valid_prefix: the whole of data.prefix trains"
@@ -255,21 +260,21 @@ def all_of_the_corpus_trains(config: RunConfig) -> Broken:
 
 
 @_rule
-def text_has_one_source(config: RunConfig) -> Broken:
+def text_has_one_source(config: ResolvedConfig) -> Broken:
     if config.data.prefix and config.data.source:
         return ("data.prefix", "data.source"), "data.prefix (a prepared corpus) or data.source (a stream), not both"
     return None
 
 
 @_rule
-def a_stream_needs_a_tokenizer(config: RunConfig) -> Broken:
+def a_stream_needs_a_tokenizer(config: ResolvedConfig) -> Broken:
     if config.data.source and config.data.tokenizer is None:
         return ("data.tokenizer", "data.source"), "the path of a tokenizer in data.tokenizer with data.source"
     return None
 
 
 @_rule
-def a_stream_holds_nothing_out(config: RunConfig) -> Broken:
+def a_stream_holds_nothing_out(config: ResolvedConfig) -> Broken:
     if config.data.source and config.validation.every and not config.data.valid_prefix:
         keys = ("data.valid_prefix", "validation.every")
         return keys, "a prepared corpus in data.valid_prefix, or validation.every=0, with data.source"
@@ -277,5 +282,5 @@ def a_stream_holds_nothing_out(config: RunConfig) -> Broken:
 
 
 @_rule
-def run_dir_is_named(config: RunConfig) -> Broken:
+def run_dir_is_named(config: ResolvedConfig) -> Broken:
     return None if config.run.dir.strip() else (("run.dir",), "the name of a folder")

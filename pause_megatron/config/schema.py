@@ -303,7 +303,10 @@ class LogSection(Section):
 
 
 class RunConfig(Section):
-    """Everything that determines a run. `pause_megatron.config.load` makes it; `dump` writes it; both are inverse."""
+    """The keys of a run as they were written; what was left out and follows from others is None.
+
+    `pause_megatron.config.load` makes a `ResolvedConfig` of it, which everything else takes.
+    """
 
     run: RunSection = RunSection()
     data: DataSection = DataSection()
@@ -319,3 +322,44 @@ class RunConfig(Section):
     checkpoint: CheckpointSection = CheckpointSection()
     validation: ValidationSection = ValidationSection()
     log: LogSection = LogSection()
+
+
+class ResolvedData(DataSection):
+    """The data section with its splits known."""
+
+    split: str
+
+
+class ResolvedModel(ModelSection):
+    """The model section with all sizes known."""
+
+    layers: int = Field(ge=1)
+    hidden: int = Field(ge=8)
+    heads: int = Field(ge=1)
+    kv_heads: int = Field(ge=1)
+    ffn: int = Field(ge=8)
+    tied: bool
+
+
+class ResolvedConfig(RunConfig):
+    """Everything that determines a run, as `load` returns it; `dump` writes it, and both are inverse.
+
+    `train.steps` and `train.tokens` are still None where nobody gave them, and in a finetuning whose `finetune.epochs`
+    become steps once its examples are counted: see `ScheduledConfig`.
+    """
+
+    data: ResolvedData
+    model: ResolvedModel
+
+
+class ScheduledTrain(TrainSection):
+    """The train section with the length of the run known."""
+
+    steps: int = Field(ge=1)
+    tokens: int = Field(ge=1)
+
+
+class ScheduledConfig(ResolvedConfig):
+    """A resolved configuration whose number of steps is known: one that can be trained."""
+
+    train: ScheduledTrain

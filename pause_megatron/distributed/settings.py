@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from pause_megatron.config.deepspeed import zero_stage
-from pause_megatron.config.schema import RunConfig
+from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.distributed.collective import gather_objects
 from pause_megatron.distributed.context import ParallelContext
 
@@ -26,7 +26,7 @@ _DETERMINISTIC_VARIABLES = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "NCCL_ALGO": "
 
 
 @contextmanager
-def settings_of(config: RunConfig) -> Iterator[None]:
+def settings_of(config: ResolvedConfig) -> Iterator[None]:
     """Environment variables and torch's switches of a run, while it lasts. Enter it before anything uses CUDA.
 
     A variable that the user has set keeps the user's value.

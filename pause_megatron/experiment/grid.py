@@ -10,7 +10,7 @@ from pause_megatron.config.identity import deciding_keys
 from pause_megatron.config.load import load, recipe_names, recipe_path
 from pause_megatron.config.model_from import OF_A_TASK, PAUSES, SHAPE
 from pause_megatron.config.presets import flops_per_token
-from pause_megatron.config.schema import RunConfig
+from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.config.text import read_entries
 from pause_megatron.errors import ConfigError
 from pause_megatron.experiment.cell import INPUT, OUTPUT, Cell, Estimate
@@ -137,7 +137,9 @@ def _finetune(
     )
 
 
-def _finetuning_config(task: str, recipe: str | None, overrides: tuple[str, ...], model: RunConfig) -> RunConfig:
+def _finetuning_config(
+    task: str, recipe: str | None, overrides: tuple[str, ...], model: ResolvedConfig
+) -> ResolvedConfig:
     """What a finetuning run will resolve to once its checkpoint is there: what is not given is the pretraining's."""
     given = {override.partition("=")[0] for override in overrides}
     if recipe is not None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pause_megatron.config.batching import batch_plan
 from pause_megatron.config.load import load
 from pause_megatron.config.presets import flops_per_token, parameters
-from pause_megatron.config.schema import ModelSection, RunConfig
+from pause_megatron.config.schema import ResolvedConfig, ResolvedModel
 from pause_megatron.errors import ConfigError
 from pause_megatron.experiment.schema import Budget, ExtraLayers, Grid, Keys
 
@@ -27,7 +27,7 @@ class Pretraining:
 
     source: tuple[str, str]
     overrides: tuple[str, ...]
-    config: RunConfig
+    config: ResolvedConfig
     flops_per_token: float
     parameters: int
 
@@ -97,7 +97,7 @@ def resolve_models(grid: Grid, vocabulary: int) -> dict[str, Pretraining]:
     return {name: resolve(name, ()) for name in grid.models}
 
 
-def count_extra_layers(model: ModelSection, wanted: ExtraLayers, vocabulary: int) -> int:
+def count_extra_layers(model: ResolvedModel, wanted: ExtraLayers, vocabulary: int) -> int:
     """Layers on top that cost, on a prefix without pauses, what the pauses cost the model behind that prefix.
 
     The number (1 or more) whose forward FLOPs come nearest. Goyal et al. make this comparison: 10 pauses behind 100

@@ -10,7 +10,7 @@ from pause_megatron.checkpoint.store import open_newest
 from pause_megatron.checkpoint.verify import Report
 from pause_megatron.config.load import load
 from pause_megatron.config.model_from import read_config_text
-from pause_megatron.config.schema import RunConfig
+from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from pause_megatron.errors import CheckpointError, ConfigError, DataError
 from pause_megatron.hf.weights import native_shapes
@@ -30,7 +30,7 @@ class NativeCheckpoint:
     """
 
     folder: Path
-    config: RunConfig
+    config: ResolvedConfig
     tokenizer: Tokenizer
     vocabulary: Vocabulary
     reader: MergedReader
@@ -70,7 +70,7 @@ def open_checkpoint(path: str | Path, report: Report) -> NativeCheckpoint:
     return NativeCheckpoint(folder, config, tokenizer, vocabulary, reader)
 
 
-def _check_parameters(config: RunConfig, vocabulary: Vocabulary, reader: MergedReader) -> None:
+def _check_parameters(config: ResolvedConfig, vocabulary: Vocabulary, reader: MergedReader) -> None:
     """The manifest's parameters are those of the configuration's model, before anything of their size is allocated."""
     found = reader.manifest.parameters
     if config.model.layers > len(found):

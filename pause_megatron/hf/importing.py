@@ -16,7 +16,7 @@ from pause_megatron.config.schema import (
     EngineSection,
     ParallelSection,
     PauseSection,
-    RunConfig,
+    ResolvedConfig,
 )
 from pause_megatron.data.tokenizer.backends import HuggingFaceBackend, open_backend
 from pause_megatron.data.tokenizer.companions import CONFIG, GENERATION, TEMPLATE, TEMPLATES, companions_of
@@ -120,10 +120,10 @@ def import_folder(
     return Imported(output, architecture.family, architecture.rows, pause_ids, how, difference)
 
 
-def _config(architecture: Architecture, embeddings: int, tensor_parallel: int) -> RunConfig:
+def _config(architecture: Architecture, embeddings: int, tensor_parallel: int) -> ResolvedConfig:
     precision = "fp32" if architecture.dtype == "fp32" else "bf16"
     config = resolve(
-        RunConfig(
+        ResolvedConfig(
             data=DataSection(sequence_length=architecture.sequence_length),
             model=architecture.model,
             pause=PauseSection(rate=0.0, embeddings=embeddings),

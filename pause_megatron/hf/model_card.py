@@ -6,14 +6,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from pause_megatron.config.presets import parameters
-from pause_megatron.config.schema import RunConfig
+from pause_megatron.config.schema import ResolvedConfig
 
 DEFAULT_PAUSES = 10
 """Pauses that the card's example appends where no M_ft is known: the paper's better choice on most tasks."""
 
 
 def model_card(
-    config: RunConfig, *, progress: Mapping[str, int], pause: Mapping[str, Any], step: int, live_rows: int, dtype: str
+    config: ResolvedConfig,
+    *,
+    progress: Mapping[str, int],
+    pause: Mapping[str, Any],
+    step: int,
+    live_rows: int,
+    dtype: str,
 ) -> str:
     """The card's text.
 
@@ -69,7 +75,7 @@ predicts before the last pause is ignored. The model must not emit pauses: `gene
 """
 
 
-def _title(config: RunConfig, pause: Mapping[str, Any]) -> str:
+def _title(config: ResolvedConfig, pause: Mapping[str, Any]) -> str:
     pretrained = f"pretrained {'with' if pause['rate'] else 'without'} pauses"
     if config.task.name is None:
         return f"A model {pretrained}"
@@ -78,7 +84,7 @@ def _title(config: RunConfig, pause: Mapping[str, Any]) -> str:
 
 
 def _recipe(
-    config: RunConfig, progress: Mapping[str, int], pause: Mapping[str, Any], step: int, live_rows: int, dtype: str
+    config: ResolvedConfig, progress: Mapping[str, int], pause: Mapping[str, Any], step: int, live_rows: int, dtype: str
 ) -> list[tuple[str, str]]:
     model, realised = config.model, pause["realised_rate"]
     rows = [
@@ -117,7 +123,7 @@ def _table(rows: list[tuple[str, str]]) -> str:
     )
 
 
-def _notes(config: RunConfig, pause: Mapping[str, Any]) -> str:
+def _notes(config: ResolvedConfig, pause: Mapping[str, Any]) -> str:
     notes = []
     if pause["m_ft"] is None:
         notes.append(

@@ -12,7 +12,7 @@ from torch import Tensor
 from pause_megatron.checkpoint.layout import VOCABULARY, partition_dim, row_spans, shard_shape
 from pause_megatron.checkpoint.manifest import FileEntry, Manifest, ParameterEntry, state_file
 from pause_megatron.checkpoint.verify import Report
-from pause_megatron.config.schema import RunConfig
+from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.engine.state import ADAM_STATE, MASTER
 from pause_megatron.files.durable import digest_of, sync_file, write_whole
 from pause_megatron.hf.folder import SourceWeights
@@ -42,7 +42,7 @@ class PauseRows:
 
 def write_native(
     folder: Path,
-    config: RunConfig,
+    config: ResolvedConfig,
     tensors: Sequence[HFTensor],
     weights: SourceWeights,
     *,
@@ -147,7 +147,7 @@ class _Source:
         }
 
 
-def _write_manifest(folder: Path, config: RunConfig, shapes: dict[str, tuple[int, ...]], corpus: str) -> None:
+def _write_manifest(folder: Path, config: ResolvedConfig, shapes: dict[str, tuple[int, ...]], corpus: str) -> None:
     ranks = config.parallel.tensor
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):

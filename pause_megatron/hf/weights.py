@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
-from pause_megatron.config.schema import ModelSection
+from pause_megatron.config.schema import ResolvedModel
 
 EMBEDDING = "embedding.word_embeddings.weight"
 HEAD = "output_layer.weight"
@@ -50,7 +50,7 @@ class HFRows:
     native: int
 
 
-def hf_tensors(model: ModelSection, live_rows: int, family: str = "llama") -> list[HFTensor]:
+def hf_tensors(model: ResolvedModel, live_rows: int, family: str = "llama") -> list[HFTensor]:
     """Every tensor of the Hugging Face model, in the order of its layers.
 
     Args:
@@ -81,7 +81,7 @@ def native_rows(tensors: list[HFTensor]) -> dict[str, list[HFRows]]:
     return {name: sorted(pieces, key=lambda piece: piece.native) for name, pieces in found.items()}
 
 
-def native_shapes(model: ModelSection, padded_rows: int) -> dict[str, tuple[int, ...]]:
+def native_shapes(model: ResolvedModel, padded_rows: int) -> dict[str, tuple[int, ...]]:
     """Merged shape of every native parameter, by name, with a vocabulary of `padded_rows`."""
     shapes = {}
     for tensor in hf_tensors(model, padded_rows):
@@ -95,7 +95,7 @@ def _whole(name: str, native: str, shape: tuple[int, ...]) -> HFTensor:
     return HFTensor(name, shape, (Rows(native, 0, shape[0]),))
 
 
-def _layer(model: ModelSection, theirs: str, ours: str) -> list[HFTensor]:
+def _layer(model: ResolvedModel, theirs: str, ours: str) -> list[HFTensor]:
     hidden, ffn = model.hidden, model.ffn
     fc1 = f"{ours}mlp.linear_fc1.weight"
     tensors = [_whole(f"{theirs}input_layernorm.weight", f"{ours}input_layernorm.weight", (hidden,))]
@@ -116,7 +116,7 @@ def _layer(model: ModelSection, theirs: str, ours: str) -> list[HFTensor]:
     ]
 
 
-def _attention_rows(model: ModelSection, part: str) -> list[tuple[int, int]]:
+def _attention_rows(model: ResolvedModel, part: str) -> list[tuple[int, int]]:
     """(first row, rows) of the queries, keys or values of each query group in linear_qkv."""
     channels = model.hidden // model.heads
     queries = model.heads // model.kv_heads * channels

@@ -9,7 +9,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from pause_megatron.config.rules import check_shape
-from pause_megatron.config.schema import ModelSection, ParallelSection
+from pause_megatron.config.schema import ModelSection, ParallelSection, ResolvedModel
 from pause_megatron.model.gpt import PauseGPTModel
 from pause_megatron.model.init import initialize_weights
 from pause_megatron.model.kernels import kernels as kernels_named
@@ -49,7 +49,7 @@ def build_model(
     Raises:
         ConfigError: a size is missing or not divisible by the tensor-parallel size.
     """
-    check_shape(model, parallel, sequence_length)
+    model = check_shape(model, parallel, sequence_length)
     group = parallel_state.get_tensor_model_parallel_group()
     chosen = kernels_named(kernels, torch.cuda.current_device())
     gpt = PauseGPTModel(
@@ -82,7 +82,7 @@ def build_model(
 
 
 def transformer_config(
-    model: ModelSection, parallel: ParallelSection, precision: str, *, fused: bool = False
+    model: ResolvedModel, parallel: ParallelSection, precision: str, *, fused: bool = False
 ) -> TransformerConfig:
     """megatron-core's configuration of the model; fusions that need CUDA extensions are off.
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pause_megatron.config.deepspeed import ds_config_names
 from pause_megatron.config.gpus import GIB
 from pause_megatron.config.rules import check
-from pause_megatron.config.schema import RunConfig
+from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.errors import ConfigError
 from pause_megatron.plan.layout import Layout
 from pause_megatron.plan.machine import Assumptions, Cluster
@@ -63,7 +63,9 @@ def footprint(memory: RankMemory, cluster: Cluster, assumptions: Assumptions) ->
     )
 
 
-def largest_micro_size(config: RunConfig, text_size: int, cluster: Cluster, assumptions: Assumptions) -> int | None:
+def largest_micro_size(
+    config: ResolvedConfig, text_size: int, cluster: Cluster, assumptions: Assumptions
+) -> int | None:
     """Largest batch.micro_size that divides this rank's share of the global batch and fits; None: not even 1."""
     share = config.batch.global_size * config.parallel.tensor // cluster.ranks
     for micro in (size for size in range(share, 0, -1) if share % size == 0):
@@ -89,7 +91,7 @@ def memory_micro_size(layout: Layout, cluster: Cluster, assumptions: Assumptions
     return low
 
 
-def remedies(config: RunConfig, text_size: int, cluster: Cluster, assumptions: Assumptions) -> list[Remedy]:
+def remedies(config: ResolvedConfig, text_size: int, cluster: Cluster, assumptions: Assumptions) -> list[Remedy]:
     """Changes that make a run fit, one key at first, then with a micro-batch of 1 on top; cheapest for speed first."""
     found: list[Remedy] = []
     micro = largest_micro_size(config, text_size, cluster, assumptions)
@@ -105,7 +107,7 @@ def remedies(config: RunConfig, text_size: int, cluster: Cluster, assumptions: A
     return sorted(found, key=lambda remedy: len(remedy.overrides))
 
 
-def _alternatives(config: RunConfig, cluster: Cluster) -> Iterator[dict[str, object]]:
+def _alternatives(config: ResolvedConfig, cluster: Cluster) -> Iterator[dict[str, object]]:
     if config.parallel.recompute == "none":
         yield {"parallel.recompute": "full"}
     for name in ("zero1", "zero2", "zero3"):
@@ -116,7 +118,7 @@ def _alternatives(config: RunConfig, cluster: Cluster) -> Iterator[dict[str, obj
     yield from _with_file(config, "zero3-offload")
 
 
-def _with_file(config: RunConfig, name: str) -> Iterator[dict[str, object]]:
+def _with_file(config: ResolvedConfig, name: str) -> Iterator[dict[str, object]]:
     """Another shipped DeepSpeed file, in place of a shipped one only; its stage too, where the run names one."""
     engine = config.engine
     if not engine.ds_config or engine.ds_config in ds_config_names():
@@ -125,7 +127,7 @@ def _with_file(config: RunConfig, name: str) -> Iterator[dict[str, object]]:
 
 
 def _try(
-    config: RunConfig,
+    config: ResolvedConfig,
     changes: dict[str, object],
     text_size: int,
     cluster: Cluster,
@@ -144,7 +146,7 @@ def _try(
         found.append(Remedy(keys, size))
 
 
-def _changed(config: RunConfig, changes: dict[str, dict[str, object]]) -> RunConfig:
+def _changed(config: ResolvedConfig, changes: dict[str, dict[str, object]]) -> ResolvedConfig:
     sections = {
         section: type(old)(**{**old.model_dump(), **values})
         for section, values in changes.items()
@@ -153,7 +155,7 @@ def _changed(config: RunConfig, changes: dict[str, dict[str, object]]) -> RunCon
     return config.model_copy(update=sections)
 
 
-def _fits(config: RunConfig, text_size: int, cluster: Cluster, assumptions: Assumptions) -> float:
+def _fits(config: ResolvedConfig, text_size: int, cluster: Cluster, assumptions: Assumptions) -> float:
     """Bytes in all where the run can be laid out and fits, else 0."""
     try:
         check(config)

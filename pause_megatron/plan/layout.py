@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pause_megatron.config.batching import BatchPlan, batch_plan
 from pause_megatron.config.deepspeed import deepspeed_config
-from pause_megatron.config.schema import ModelSection, RunConfig
+from pause_megatron.config.schema import ResolvedConfig, ResolvedModel
 from pause_megatron.plan.shapes import Parameter, padded_vocabulary, rank_parameters
 
 FALLBACK_BUCKET = 500_000_000  # elements that DeepSpeed sums at a time where no reduce_bucket_size applies
@@ -27,13 +27,13 @@ class Layout:
         vocabulary: live rows, text and pauses
     """
 
-    config: RunConfig
+    config: ResolvedConfig
     batch: BatchPlan
     engine: dict[str, Any]
     vocabulary: int
 
     @classmethod
-    def of(cls, config: RunConfig, world_size: int, text_size: int) -> Layout:
+    def of(cls, config: ResolvedConfig, world_size: int, text_size: int) -> Layout:
         """Lays a run out.
 
         Raises:
@@ -44,7 +44,7 @@ class Layout:
         return cls(config, batch, engine, text_size + config.pause.embeddings)
 
     @property
-    def model(self) -> ModelSection:
+    def model(self) -> ResolvedModel:
         return self.config.model
 
     @property

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pause_megatron.config.schema import RunConfig
+from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.errors import ConfigError
 from pause_megatron.plan.machine import OPTIONAL, Assumptions, Cluster
 
@@ -24,7 +24,7 @@ SHAPE = (
 
 
 def measured_values(
-    path: str, config: RunConfig, cluster: Cluster, assumptions: Assumptions, *, text_size: int
+    path: str, config: ResolvedConfig, cluster: Cluster, assumptions: Assumptions, *, text_size: int
 ) -> Assumptions:
     """Return assumptions with a benchmark's MFU and its memory against what was planned.
 
@@ -92,7 +92,7 @@ def _number(record: dict[str, Any], name: str, path: str, *, none: bool = False)
 
 
 def _differences(
-    record: dict[str, Any], path: str, config: RunConfig, cluster: Cluster, vocabulary: int
+    record: dict[str, Any], path: str, config: ResolvedConfig, cluster: Cluster, vocabulary: int
 ) -> Iterator[str]:
     """What was measured and what is planned, where they are not the same."""
     gpu = record["machine"].get("gpu")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pause_megatron.config.schema import RunConfig
+from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.plan.communication import step_traffic
 from pause_megatron.plan.fit import Footprint, Remedy, footprint, largest_micro_size, memory_micro_size, remedies
 from pause_megatron.plan.layout import Layout
@@ -68,7 +68,9 @@ class Plan:
         return None if steps is None else steps * self.time.seconds / max(1 - self.saving.lost, 0.01)
 
 
-def make_plan(config: RunConfig, cluster: Cluster, *, text_size: int, assumptions: Assumptions | None = None) -> Plan:
+def make_plan(
+    config: ResolvedConfig, cluster: Cluster, *, text_size: int, assumptions: Assumptions | None = None
+) -> Plan:
     """Plans a run.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pause_megatron.config.schema import ModelSection
+from pause_megatron.config.schema import ResolvedModel
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class Parameter:
         return math.prod(self.shape)
 
 
-def padded_vocabulary(model: ModelSection, vocabulary: int, tensor: int) -> int:
+def padded_vocabulary(model: ResolvedModel, vocabulary: int, tensor: int) -> int:
     """Rows of the vocabulary matrices over all ranks: upwards to a multiple of model.vocab_multiple x tensor."""
     step = model.vocab_multiple * tensor
     return -(-vocabulary // step) * step
 
 
-def rank_parameters(model: ModelSection, vocabulary: int, tensor: int) -> tuple[Parameter, ...]:
+def rank_parameters(model: ResolvedModel, vocabulary: int, tensor: int) -> tuple[Parameter, ...]:
     """This rank's parameters in the order of `PauseGPTModel.named_parameters()`; the same on every rank.
 
     Args:
@@ -55,7 +55,7 @@ def rank_parameters(model: ModelSection, vocabulary: int, tensor: int) -> tuple[
     return tuple(found)
 
 
-def _layer(model: ModelSection, tensor: int, prefix: str) -> list[Parameter]:
+def _layer(model: ResolvedModel, tensor: int, prefix: str) -> list[Parameter]:
     hidden, width = model.hidden, qkv_width(model, tensor)
     names = [
         Parameter("input_layernorm.weight", (hidden,), decays=False, replicated=True),
@@ -72,6 +72,6 @@ def _layer(model: ModelSection, tensor: int, prefix: str) -> list[Parameter]:
     return [Parameter(prefix + p.name, p.shape, p.decays, p.replicated) for p in names]
 
 
-def qkv_width(model: ModelSection, tensor: int) -> int:
+def qkv_width(model: ResolvedModel, tensor: int) -> int:
     """Channels of queries, keys and values on one rank."""
     return (model.hidden + 2 * model.kv_heads * (model.hidden // model.heads)) // tensor

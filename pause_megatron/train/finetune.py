@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import xxhash
 
-from pause_megatron.config.schema import RunConfig
+from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.data.batches.batch import MicroBatch
 from pause_megatron.data.supervised.examples import continuations
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer
@@ -24,7 +24,7 @@ from pause_megatron.train.inputs.task_data import TaskData, held_out, open_task
 from pause_megatron.train.run import train
 
 
-def finetune(config: RunConfig, stop: StopRequest | None = None) -> int:
+def finetune(config: ResolvedConfig, stop: StopRequest | None = None) -> int:
     """Trains on the examples of `task.name`; otherwise as `pretrain`: the same loop, checkpoints, resume and hooks.
 
     Args:
@@ -67,7 +67,7 @@ def task_record(task: TaskData, data: TrainingData) -> dict[str, str]:
     }
 
 
-def shorter_warmup(asked: RunConfig, config: RunConfig) -> str | None:
+def shorter_warmup(asked: ResolvedConfig, config: ResolvedConfig) -> str | None:
     """A line about a warm-up that the epochs leave no room for; None where they do."""
     before, now = asked.optim.warmup_steps, config.optim.warmup_steps
     if before == now:

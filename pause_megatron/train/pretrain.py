@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import partial
 
 from pause_megatron.config.batching import batch_plan
-from pause_megatron.config.schema import RunConfig
+from pause_megatron.config.load import scheduled
+from pause_megatron.config.schema import ResolvedConfig, ScheduledConfig
 from pause_megatron.data.batches.loader import Samples
 from pause_megatron.data.corpus.corpora import Corpora, open_corpora
 from pause_megatron.data.windows.build import Datasets, build_datasets
@@ -25,7 +26,7 @@ from pause_megatron.train.inputs.streaming import Stream
 from pause_megatron.train.run import train
 
 
-def pretrain(config: RunConfig, stop: StopRequest | None = None) -> int:
+def pretrain(config: ResolvedConfig, stop: StopRequest | None = None) -> int:
     """Trains until `train.steps` or a stop signal, going on from the newest complete checkpoint of `run.dir`.
 
     Args:
@@ -40,6 +41,7 @@ def pretrain(config: RunConfig, stop: StopRequest | None = None) -> int:
         PauseMegatronError: a configuration, corpus or checkpoint that cannot be used, before any training starts;
             a checkpoint that cannot be written; gradients that stay not finite.
     """
+    run = scheduled(config)
     with (
         tolerant_output(),
         listening(stop) as stop,
@@ -51,10 +53,12 @@ def pretrain(config: RunConfig, stop: StopRequest | None = None) -> int:
         same = run_record("pretrain", config, started_ranks()) | corpora_record(corpora)
         seconds = config.run.connect_seconds
         with initialize(config.parallel, timeout=patience(config), connect_seconds=seconds, same=same) as context:
-            return train(config, corpus_data(config, context.world_size, context.rank, corpora), context, stop)
+            return train(run, corpus_data(run, context.world_size, context.rank, corpora), context, stop)
 
 
-def corpus_data(config: RunConfig, world_size: int, rank: int = 0, corpora: Corpora | None = None) -> TrainingData:
+def corpus_data(
+    config: ScheduledConfig, world_size: int, rank: int = 0, corpora: Corpora | None = None
+) -> TrainingData:
     """The windows of `data.prefix`, or of `data.source`. Every rank calls this: rank 0 builds the index caches.
 
     Args:
@@ -92,7 +96,7 @@ def corpus_data(config: RunConfig, world_size: int, rank: int = 0, corpora: Corp
     )
 
 
-def _datasets(config: RunConfig, corpora: Corpora) -> Datasets:
+def _datasets(config: ScheduledConfig, corpora: Corpora) -> Datasets:
     if config.data.source and not config.data.valid_prefix:
         return Datasets(None, None, None, (), (), PauseTokenizer(corpora.tokenizer, config.pause.embeddings))
     return build_datasets(

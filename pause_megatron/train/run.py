@@ -13,7 +13,7 @@ from pause_megatron.checkpoint import Store
 from pause_megatron.config.batching import batch_plan
 from pause_megatron.config.deepspeed import deepspeed_config
 from pause_megatron.config.load import dump
-from pause_megatron.config.schema import RunConfig
+from pause_megatron.config.schema import ResolvedConfig, ScheduledConfig
 from pause_megatron.data.batches.loader import StepLoader
 from pause_megatron.data.batches.sampler import StepSampler
 from pause_megatron.distributed import ParallelContext
@@ -47,7 +47,7 @@ EXIT_STOPPED = 75  # EX_TEMPFAIL: asked to stop, checkpoint saved, the same comm
 SKIPPED_STEPS_IN_A_ROW = 10
 
 
-def train(config: RunConfig, data: TrainingData, context: ParallelContext, stop: StopRequest) -> int:
+def train(config: ScheduledConfig, data: TrainingData, context: ParallelContext, stop: StopRequest) -> int:
     """Trains on `data` until `train.steps` or a request to stop. Every rank calls this.
 
     Args:
@@ -124,7 +124,7 @@ def _say_what_is_lost(hooks: Sequence[Hook]) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def new_model(config: RunConfig, data: TrainingData, *, draw: bool = True) -> PauseGPTModel:
+def new_model(config: ResolvedConfig, data: TrainingData, *, draw: bool = True) -> PauseGPTModel:
     """This rank's shard, with its initial weights; `draw=False`: with none yet, because they are about to be loaded."""
     model = build_model(
         config.model,
@@ -142,7 +142,7 @@ def new_model(config: RunConfig, data: TrainingData, *, draw: bool = True) -> Pa
     return model
 
 
-def new_engine(config: RunConfig, model: nn.Module, groups: Sequence[dict], context: ParallelContext) -> Engine:
+def new_engine(config: ResolvedConfig, model: nn.Module, groups: Sequence[dict], context: ParallelContext) -> Engine:
     """A DeepSpeed engine for a model, as a configuration wants it.
 
     Args:
@@ -162,7 +162,7 @@ def new_engine(config: RunConfig, model: nn.Module, groups: Sequence[dict], cont
 
 
 def step_loader(
-    config: RunConfig,
+    config: ScheduledConfig,
     data: TrainingData,
     context: ParallelContext,
     progress: Progress,
@@ -183,7 +183,7 @@ def step_loader(
     )
 
 
-def _validate(config: RunConfig, engine: Engine, data: TrainingData, context: ParallelContext):
+def _validate(config: ScheduledConfig, engine: Engine, data: TrainingData, context: ParallelContext):
     def score(held_out: HeldOut) -> Losses:
         module, micro = engine.deepspeed, config.batch.micro_size
         return evaluate_loss(module, held_out.windows, held_out.count, micro, data.pause_ids, context, held_out.names)
@@ -198,7 +198,7 @@ def _validate(config: RunConfig, engine: Engine, data: TrainingData, context: Pa
 
 
 def _monitors(
-    config: RunConfig, engine: Engine, data: TrainingData, context: ParallelContext, progress: Progress
+    config: ScheduledConfig, engine: Engine, data: TrainingData, context: ParallelContext, progress: Progress
 ) -> list[Hook]:
     """What tells of the run; none of it can end it."""
     folder, log = Path(config.run.dir), config.log

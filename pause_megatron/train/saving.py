@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pause_megatron.checkpoint import Store, save
 from pause_megatron.config.load import dump
-from pause_megatron.config.schema import RunConfig
+from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.distributed import ParallelContext
 from pause_megatron.engine import Engine
 from pause_megatron.train.guards.ownership import Ownership
@@ -37,7 +37,7 @@ class CheckpointSaver:
 
     def __init__(
         self,
-        config: RunConfig,
+        config: ResolvedConfig,
         engine: Engine,
         data: TrainingData,
         store: Store,

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from support.counting import CUDA, Counting, Counts, total_size
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from support.counting import CUDA, Counting, Counts, total_size
 
 TEXT_SIZE = 32_000
 aten = torch.ops.aten

@@ -13,11 +13,10 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from support.file_calls import Decide, hand_over, watch
-
 from pause_megatron.checkpoint import Store
 from pause_megatron.config.load import load
 from pause_megatron.config.schema import RunConfig
+from support.file_calls import Decide, hand_over, watch
 
 STEPS, RANKS = 24, 2
 TIMING = {"seconds", "loader_seconds", "hook_seconds", "tokens_per_second", "text_tokens_per_second", "mfu"}

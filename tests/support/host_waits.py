@@ -81,12 +81,11 @@ def waits_of_steps(overrides: Sequence[str], steps: int = 2) -> dict[str, Any]:
         "micro_batch": waits within a micro-batch; "step": within a step, besides those (both averages over the counted
         steps); "table": which; "losses": of all steps.
     """
-    from support.measured import new_engine_of, random_batches
-
     from pause_megatron.config.load import load
     from pause_megatron.distributed import initialize
     from pause_megatron.train.guards.signals import StopRequest
     from pause_megatron.train.loop import Progress, training_steps
+    from support.measured import new_engine_of, random_batches
 
     config = load(overrides=[*overrides, f"train.steps={steps}"])
     with asynchronous_accelerator(), initialize(config.parallel, device="cpu") as context:

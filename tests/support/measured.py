@@ -102,10 +102,9 @@ def traffic(overrides: Sequence[str]) -> dict[str, int]:
 
 def engine_bytes(overrides: Sequence[str]) -> int:
     """Bytes that operators of a step move on top of the model's own forward and backward passes, on real tensors."""
-    from support.counting import Counting
-
     from pause_megatron.config.load import load
     from pause_megatron.distributed import initialize
+    from support.counting import Counting
 
     config = load(overrides=list(overrides))
     with initialize(config.parallel, device="cpu") as context:

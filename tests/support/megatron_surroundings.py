@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer.transformer_config import TransformerConfig
+
 from support.megatron_tokenizers import build_tokenizer, tokenizer_arguments
 
 TENSOR_PARALLEL = 2

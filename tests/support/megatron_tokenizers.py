@@ -7,11 +7,10 @@ import json
 from argparse import Namespace
 from pathlib import Path
 
-from support.prose import train_model
-
 from pause_megatron.data.tokenizer.tokenizer import load_tokenizer
 from pause_megatron.hf.tokenizer import convert_tokenizer
 from pause_megatron.hf.tokenizer_files import write_tokenizer
+from support.prose import train_model
 
 try:
     from megatron.core.tokenizers.utils.build_tokenizer import build_tokenizer

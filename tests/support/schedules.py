@@ -18,11 +18,11 @@ from pathlib import Path
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
-from support.saving import Saving
 
 from pause_megatron.checkpoint import Store
 from pause_megatron.files.durable import digest_of
 from pause_megatron.run_folder import step_of
+from support.saving import Saving
 
 RULES_A_SCHEDULE = 14
 

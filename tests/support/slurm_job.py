@@ -9,9 +9,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from support.slurm_cluster import ENDED, Cluster
-
 from pause_megatron.checkpoint import Store
+from support.slurm_cluster import ENDED, Cluster
 
 SECONDS_BETWEEN_LOOKS = 0.2
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+
 from support.prose import train_hugging_face, train_model
 
 PAUSE = "<pause>"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pause_megatron.config.batching import BatchPlan, added_steps
 from pause_megatron.config.presets import parameters, step_flops
 from pause_megatron.config.quantities import scaled
-from pause_megatron.config.schema import RunConfig
+from pause_megatron.config.schema import ResolvedConfig
 
 if TYPE_CHECKING:
     from pause_megatron.train.inputs.task_data import TaskData
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 ASSUMED_VOCABULARY = 32_000
 
 
-def describe(config: RunConfig, plan: BatchPlan, engine: dict[str, Any], *, vocab_size: int | None = None) -> str:
+def describe(config: ResolvedConfig, plan: BatchPlan, engine: dict[str, Any], *, vocab_size: int | None = None) -> str:
     """Lay out the arithmetic of a run.
 
     Args:
@@ -98,7 +98,7 @@ def _batch_rows(plan: BatchPlan) -> list[tuple[str, str]]:
 
 
 def _model_rows(
-    config: RunConfig, plan: BatchPlan, engine: dict[str, Any], text_size: int, origin: str
+    config: ResolvedConfig, plan: BatchPlan, engine: dict[str, Any], text_size: int, origin: str
 ) -> list[tuple[str, str]]:
     """FLOPs are those of full windows, padding included, of the rows that are computed."""
     size, model = text_size + config.pause.embeddings, config.model
@@ -122,14 +122,14 @@ def _table(rows: list[tuple[str, str]]) -> str:
     return "\n".join(f"{name:{width}}  {value}" for name, value in rows)
 
 
-def _window(config: RunConfig) -> str:
+def _window(config: ResolvedConfig) -> str:
     pause = config.pause
     if not pause.rate:
         return "standard training"
     return f"rate {pause.rate:g}, {pause.placement}, {'then cut' if pause.window == 'trim' else 'no text lost'}"
 
 
-def _steps(config: RunConfig, plan: BatchPlan) -> str:
+def _steps(config: ResolvedConfig, plan: BatchPlan) -> str:
     if plan.steps is None:
         return "unknown: give train.steps or train.tokens"
     if (extended := config.train.extended_from) is not None:
@@ -137,7 +137,7 @@ def _steps(config: RunConfig, plan: BatchPlan) -> str:
     return f"{plan.steps:,} for a budget of {config.train.tokens:,} raw tokens"
 
 
-def _schedule(config: RunConfig) -> str:
+def _schedule(config: ResolvedConfig) -> str:
     optim = config.optim
     after = "constant" if optim.schedule == "constant" else f"{optim.schedule} to {optim.min_lr_fraction:.0%}"
     if config.train.extended_from is not None and optim.schedule == "constant":
@@ -149,7 +149,7 @@ def _total(tokens: float | None) -> str:
     return "unknown" if tokens is None else f"{tokens:,.0f} ({scaled(tokens)}tokens)"
 
 
-def text_vocabulary(config: RunConfig, given: int | None) -> tuple[int, str]:
+def text_vocabulary(config: ResolvedConfig, given: int | None) -> tuple[int, str]:
     """Ids of the text, and where the number comes from: given, the manifest of the first corpus, or assumed."""
     if given is not None:
         return given, "--vocab-size"
@@ -163,7 +163,7 @@ def text_vocabulary(config: RunConfig, given: int | None) -> tuple[int, str]:
     return ASSUMED_VOCABULARY, "assumed"
 
 
-def missing_corpora(config: RunConfig) -> list[tuple[str, str]]:
+def missing_corpora(config: ResolvedConfig) -> list[tuple[str, str]]:
     """Key and prefix of every corpus that is not on this machine; the run may be elsewhere, so it is no error yet."""
     given = (("data.prefix", config.data.prefix), ("data.valid_prefix", config.data.valid_prefix))
     return [

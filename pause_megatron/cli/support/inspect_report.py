@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Sequence
 
 from pause_megatron.config.batching import pauses_per_window
-from pause_megatron.config.schema import RunConfig
+from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.data.corpus.corpus import Corpus
 from pause_megatron.data.tokenizer.tokenizer import PAUSE_TOKEN
 from pause_megatron.data.windows.inspection import RUN_LENGTHS, Fertility, Lengths, PolicyStatistics, WindowView
@@ -21,7 +21,7 @@ def as_json(
     corpus: Corpus,
     lengths: Lengths,
     fertility: Fertility,
-    config: RunConfig,
+    config: ResolvedConfig,
     policies: Sequence[PolicyStatistics],
     windows: Sequence[WindowView],
 ) -> str:
@@ -50,7 +50,7 @@ def as_text(
     corpus: Corpus,
     lengths: Lengths,
     fertility: Fertility,
-    config: RunConfig,
+    config: ResolvedConfig,
     policies: Sequence[PolicyStatistics],
     windows: Sequence[WindowView],
     colour: bool,
@@ -118,7 +118,7 @@ def _histogram(lengths: Lengths) -> str:
     return "\n".join(lines)
 
 
-def _policies(config: RunConfig, policies: Sequence[PolicyStatistics]) -> str:
+def _policies(config: ResolvedConfig, policies: Sequence[PolicyStatistics]) -> str:
     pause, length = config.pause, config.data.sequence_length
     inserted = pauses_per_window(pause.rate, length)
     sizes = [str(size) for size in range(1, RUN_LENGTHS)] + [f"{RUN_LENGTHS}+"]

@@ -24,7 +24,7 @@ from pause_megatron.config.batching import batch_plan
 from pause_megatron.config.deepspeed import deepspeed_config
 from pause_megatron.config.identity import compared_keys, corpus_names
 from pause_megatron.config.model_from import checkpoint_config
-from pause_megatron.config.schema import RunConfig
+from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.data.corpus.corpora import Corpora
 from pause_megatron.data.windows.pause import PauseInjector, PausePlan
 from pause_megatron.errors import ConfigError
@@ -41,7 +41,7 @@ _INSTALLED = frozenset(("site-packages", "dist-packages"))
 _WINDOWS, _TOKENS = 4, 100  # made-up windows, and how many tokens are in them
 
 
-def run_record(verb: str, config: RunConfig, world_size: int) -> dict[str, str]:
+def run_record(verb: str, config: ResolvedConfig, world_size: int) -> dict[str, str]:
     """Name -> value of all that must be the same but the data.
 
     Args:
@@ -140,14 +140,14 @@ def _manifest(path: str) -> str:
         return "not there"
 
 
-def _policy(config: RunConfig) -> dict[str, str]:
+def _policy(config: ResolvedConfig) -> dict[str, str]:
     """Of a placement policy of the user's own: its sources, and what it does, which data files decide as well."""
     name, before = config.pause.placement, set(sys.modules)
     places = _places(config)  # first, since a policy may import what it needs when it is called
     return {f"source of {name}": _loaded(name.partition(":")[0], before), f"pauses by {name}": places}
 
 
-def _places(config: RunConfig) -> str:
+def _places(config: ResolvedConfig) -> str:
     """Of the gaps in some made-up windows."""
     pause, digest = config.pause, xxhash.xxh3_128()
     try:

@@ -16,7 +16,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from pause_megatron.config.schema import RunConfig
+from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.distributed import ParallelContext
 from pause_megatron.distributed.collective import barrier
 from pause_megatron.terminal.output import write_lines
@@ -114,7 +114,7 @@ def _stacks() -> str:
         return file.read().decode(errors="replace")
 
 
-def patience(config: RunConfig) -> timedelta:
+def patience(config: ResolvedConfig) -> timedelta:
     """How long a collective operation may take: longer than the watch waits, which says more than a time-out does."""
     return timedelta(seconds=max(600, 2 * config.run.hang_seconds))
 

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from pause_megatron.config.schema import RunConfig
+from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.data.windows.index_cache import cached_indices, choose_folder
 from pause_megatron.distributed.collective import broadcast_object, gather_objects
 from pause_megatron.errors import ConfigError
 
 
-def with_cache_folder(config: RunConfig, first_prefix: str) -> RunConfig:
+def with_cache_folder(config: ResolvedConfig, first_prefix: str) -> ResolvedConfig:
     """Settle data.cache. Every rank calls this.
 
     Args:

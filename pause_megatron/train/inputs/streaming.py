@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from pause_megatron.config.schema import RunConfig
+from pause_megatron.config.schema import ScheduledConfig
 from pause_megatron.data.stream.documents import open_documents
 from pause_megatron.data.stream.server import WindowClient, WindowServer
 from pause_megatron.data.stream.windows import Place, StreamDataset, TextWindows
@@ -44,7 +44,7 @@ class Stream:
     """
 
     def __init__(
-        self, config: RunConfig, tokenizer: Tokenizer, context: ParallelContext, checkpoint: Path | None
+        self, config: ScheduledConfig, tokenizer: Tokenizer, context: ParallelContext, checkpoint: Path | None
     ) -> None:
         pause, size = config.pause, config.batch.global_size
         plan = PausePlan(config.data.sequence_length, pause.rate, pause.window, pause.placement, pause.seed)

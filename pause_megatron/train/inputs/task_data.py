@@ -9,10 +9,10 @@ import xxhash
 
 from pause_megatron.config.batching import pause_range
 from pause_megatron.config.follow import fitting_warmup
-from pause_megatron.config.load import resolve
+from pause_megatron.config.load import resolve, scheduled
 from pause_megatron.config.model_from import checkpoint_config
 from pause_megatron.config.rules import check, warmup_ends
-from pause_megatron.config.schema import RunConfig
+from pause_megatron.config.schema import ResolvedConfig, ScheduledConfig
 from pause_megatron.data.supervised.examples import Arrangement, continuations, encode_examples
 from pause_megatron.data.supervised.windows import SupervisedWindows, summarize
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -30,7 +30,7 @@ class TaskData:
     fingerprint: of the examples and of the tokenizer
     """
 
-    config: RunConfig
+    config: ScheduledConfig
     windows: SupervisedWindows
     tokenizer: Tokenizer
     pause_ids: range
@@ -49,7 +49,7 @@ class TaskData:
         )
 
 
-def open_task(config: RunConfig) -> TaskData:
+def open_task(config: ResolvedConfig) -> TaskData:
     """Reads and encodes the training examples of `task.*`, and settles the number of steps.
 
     Raises:
@@ -90,7 +90,7 @@ def held_out(data: TaskData) -> tuple[SupervisedWindows, SupervisedWindows]:
     return with_pauses, without if most else with_pauses
 
 
-def with_steps(config: RunConfig, windows: SupervisedWindows) -> RunConfig:
+def with_steps(config: ResolvedConfig, windows: SupervisedWindows) -> ScheduledConfig:
     """The configuration with train.steps filled in from finetune.epochs; the last step goes on into the next epoch.
 
     A warm-up that does not fit becomes a tenth of the run: nobody knows the steps before the examples are read.
@@ -101,8 +101,8 @@ def with_steps(config: RunConfig, windows: SupervisedWindows) -> RunConfig:
     epochs, given = config.finetune.epochs, config.train.steps
     if epochs is None:
         if given is None:
-            raise ConfigError("finetune.epochs, train.steps or train.tokens: expected one of them, came none")
-        return config
+            raise ConfigError("finetune.epochs, train.steps or train.tokens: expected one of them, got none")
+        return scheduled(config)
     count = windows.windows_in_epochs(epochs)
     steps = -(-count // config.batch.global_size)
     if given is not None and given != steps:
@@ -116,10 +116,10 @@ def with_steps(config: RunConfig, windows: SupervisedWindows) -> RunConfig:
         optim = config.optim.model_copy(update={"warmup_steps": fitting_warmup(config)})
         config = config.model_copy(update={"optim": optim})
     check(config)
-    return config
+    return scheduled(config)
 
 
-def _tokenizer(config: RunConfig) -> Tokenizer:
+def _tokenizer(config: ResolvedConfig) -> Tokenizer:
     """`data.tokenizer`; else that of `model.from`, or of the run's own checkpoints if the former is gone."""
     if config.data.tokenizer is not None:
         return load_tokenizer(config.data.tokenizer)
@@ -135,7 +135,7 @@ def _tokenizer(config: RunConfig) -> Tokenizer:
     )
 
 
-def _arrangement(config: RunConfig, tokenizer: Tokenizer, pause_ids: range) -> Arrangement:
+def _arrangement(config: ResolvedConfig, tokenizer: Tokenizer, pause_ids: range) -> Arrangement:
     finetune = config.finetune
     if finetune.filler is not None:
         filler = continuations(tokenizer).filler_id(finetune.filler)

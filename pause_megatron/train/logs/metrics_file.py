@@ -13,7 +13,7 @@ import torch
 
 from pause_megatron.config.gpus import device_peak_flops
 from pause_megatron.config.presets import step_flops
-from pause_megatron.config.schema import RunConfig
+from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.distributed import ParallelContext
 from pause_megatron.files.metrics_lines import keep_steps
 from pause_megatron.train.logs.appending import AppendedFile
@@ -41,7 +41,7 @@ class Throughput:
         self._flops, self._peak_flops = flops, peak_flops
 
     @classmethod
-    def of(cls, config: RunConfig, vocabulary: int, context: ParallelContext) -> Throughput:
+    def of(cls, config: ResolvedConfig, vocabulary: int, context: ParallelContext) -> Throughput:
         """For a run: `log.peak_tflops`, else the GPU's known peak in bf16, else no MFU."""
         cuda_name = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else None
         peak = device_peak_flops(config, cuda_name)

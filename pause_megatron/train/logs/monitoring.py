@@ -15,7 +15,7 @@ from tqdm import tqdm
 from pause_megatron.config.batching import BatchPlan
 from pause_megatron.config.load import dump
 from pause_megatron.config.presets import parameters
-from pause_megatron.config.schema import RunConfig
+from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.distributed import ParallelContext
 from pause_megatron.files.durable import write_whole
 from pause_megatron.train.loop import Progress, StepResult
@@ -24,7 +24,7 @@ from pause_megatron.train.loop import Progress, StepResult
 class ConfigFile:
     """`RUN/config.yaml`, written at the start; at the end of the run, should it not be there then."""
 
-    def __init__(self, path: Path, config: RunConfig) -> None:
+    def __init__(self, path: Path, config: ResolvedConfig) -> None:
         self._path, self._text = path, dump(config)
         self._written = False
 
@@ -42,7 +42,7 @@ class ConfigFile:
 
 
 def announce(
-    config: RunConfig, plan: BatchPlan, vocabulary: int, zero_stage: int, context: ParallelContext, data: str
+    config: ResolvedConfig, plan: BatchPlan, vocabulary: int, zero_stage: int, context: ParallelContext, data: str
 ) -> None:
     """Says on stderr what is about to run; `data` says what a step reads."""
     sequence = " with sequence parallelism" if config.parallel.sequence else ""
@@ -57,7 +57,7 @@ def announce(
     )
 
 
-def _behind(config: RunConfig) -> str:
+def _behind(config: ResolvedConfig) -> str:
     extended = config.train.extended_from
     return "" if extended is None else f", behind the {extended:,} of the finished run"
 

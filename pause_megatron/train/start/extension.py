@@ -5,11 +5,11 @@ from __future__ import annotations
 import shlex
 
 from pause_megatron.config.identity import LENGTH_KEYS, SCHEDULE_KEYS, corpus_names, deciding_keys
-from pause_megatron.config.schema import RunConfig
+from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.errors import CheckpointError, ConfigError
 
 
-def config_differences(before: RunConfig, now: RunConfig, step: int) -> list[str]:
+def config_differences(before: ResolvedConfig, now: ResolvedConfig, step: int) -> list[str]:
     """The keys that decide the losses, differ, and may not: one line each.
 
     At the step where a finished run is extended its length and its schedule may change; inside the extension, as inside
@@ -29,7 +29,7 @@ def config_differences(before: RunConfig, now: RunConfig, step: int) -> list[str
     return _lines(before, now, free)
 
 
-def how_to_extend(before: RunConfig, now: RunConfig, step: int) -> str:
+def how_to_extend(before: ResolvedConfig, now: ResolvedConfig, step: int) -> str:
     """A last line for a refusal where more steps were asked for without train.extended_from, else nothing."""
     steps, asked = before.train.steps, now.train.steps
     if asked <= steps:
@@ -40,7 +40,7 @@ def how_to_extend(before: RunConfig, now: RunConfig, step: int) -> str:
     return f"\nTo extend this run:{first} {_command(now, f'train.extended_from={steps}', _length(now))}"
 
 
-def refuse_extending_nothing(config: RunConfig) -> None:
+def refuse_extending_nothing(config: ResolvedConfig) -> None:
     """For a run that found no checkpoint.
 
     Raises:
@@ -54,7 +54,7 @@ def refuse_extending_nothing(config: RunConfig) -> None:
         )
 
 
-def _refuse_another_end(before: RunConfig, now: RunConfig, step: int) -> None:
+def _refuse_another_end(before: ResolvedConfig, now: ResolvedConfig, step: int) -> None:
     extended, steps = now.train.extended_from, before.train.steps
     place = f"train.extended_from={extended}: expected the step at which the finished run ended"
     if step < steps:
@@ -65,7 +65,7 @@ def _refuse_another_end(before: RunConfig, now: RunConfig, step: int) -> None:
         raise CheckpointError(f"{place}, {steps:,}. Give train.extended_from={steps}, and a train.steps above it")
 
 
-def _lines(before: RunConfig, now: RunConfig, free: frozenset[str] | set[str]) -> list[str]:
+def _lines(before: ResolvedConfig, now: ResolvedConfig, free: frozenset[str] | set[str]) -> list[str]:
     old, new = deciding_keys(before), deciding_keys(now)
     lines = [
         f"{key}: {old[key]!r} in the checkpoint, {new[key]!r} in this run"
@@ -81,7 +81,7 @@ def _lines(before: RunConfig, now: RunConfig, free: frozenset[str] | set[str]) -
     return lines
 
 
-def _finish(before: RunConfig, now: RunConfig) -> str:
+def _finish(before: ResolvedConfig, now: ResolvedConfig) -> str:
     """The command that takes a run to the end that its checkpoint names, where its folder is now."""
     extended, old, new = before.train.extended_from, deciding_keys(before), deciding_keys(now)
     schedule = [f"{key}={old[key]}" for key in SCHEDULE_KEYS if old[key] != new[key]]
@@ -89,12 +89,12 @@ def _finish(before: RunConfig, now: RunConfig) -> str:
     return _command(now, extension, _length(before), *schedule)
 
 
-def _length(config: RunConfig) -> str:
+def _length(config: ResolvedConfig) -> str:
     epochs = config.finetune.epochs
     return f"train.steps={config.train.steps}" if epochs is None else f"finetune.epochs={epochs!r}"
 
 
-def _command(config: RunConfig, *overrides: str) -> str:
+def _command(config: ResolvedConfig, *overrides: str) -> str:
     verb = "pretrain" if config.task.name is None else "finetune"
     place = shlex.quote(f"{config.run.dir.rstrip('/')}/config.yaml")
     return f"pause-megatron {verb} --config {place} {' '.join(overrides)}"

@@ -9,7 +9,7 @@ from pause_megatron.checkpoint.merge import MergedReader, load_weights, restore_
 from pause_megatron.checkpoint.store import open_newest
 from pause_megatron.config.load import load
 from pause_megatron.config.model_from import SHAPE
-from pause_megatron.config.schema import RunConfig
+from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from pause_megatron.distributed import ParallelContext
 from pause_megatron.engine import Engine
@@ -35,7 +35,7 @@ class InitialWeights:
     progress = Progress()
     draws = False
 
-    def __init__(self, config: RunConfig, tokenizer: Tokenizer, context: ParallelContext) -> None:
+    def __init__(self, config: ResolvedConfig, tokenizer: Tokenizer, context: ParallelContext) -> None:
         self._context = context
         try:
             found = open_newest(config.model.from_, rank=context.rank, world_size=context.world_size)
@@ -62,7 +62,7 @@ class InitialWeights:
         restore_masters(engine, self._shards)
 
 
-def _differences(folder: Path, config: RunConfig, tokenizer: Tokenizer) -> list[str]:
+def _differences(folder: Path, config: ResolvedConfig, tokenizer: Tokenizer) -> list[str]:
     before = load(folder / "config.yaml")
     differences = [
         f"model.{key}: {getattr(before.model, key)} in the checkpoint, {getattr(config.model, key)} in this run"

@@ -19,7 +19,7 @@ from pause_megatron.checkpoint import (
 from pause_megatron.checkpoint.verify import no_report
 from pause_megatron.config.deepspeed import deepspeed_config
 from pause_megatron.config.load import load
-from pause_megatron.config.schema import RunConfig
+from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.distributed import ParallelContext
 from pause_megatron.engine import Engine
 from pause_megatron.errors import CheckpointError
@@ -65,7 +65,7 @@ class Resumed:
         restore_engine(engine, self._reader)
 
 
-def find_resume(store: Store, config: RunConfig, corpus: str, context: ParallelContext) -> Resumed | None:
+def find_resume(store: Store, config: ResolvedConfig, corpus: str, context: ParallelContext) -> Resumed | None:
     """The newest complete checkpoint of this run, or None for a run that begins. Every rank calls this.
 
     Raises:
@@ -94,7 +94,7 @@ def find_resume(store: Store, config: RunConfig, corpus: str, context: ParallelC
     return Resumed(folder, manifest, context)
 
 
-def world_change(manifest: Manifest, config: RunConfig, context: ParallelContext) -> str | None:
+def world_change(manifest: Manifest, config: ResolvedConfig, context: ParallelContext) -> str | None:
     """What is new in this run's world, in one line; None when it is the one that wrote the checkpoint."""
     stage = deepspeed_config(config, data_parallel=context.dp_size)["zero_optimization"]["stage"]
     sizes = {

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Protocol
 
 from pause_megatron.checkpoint import Store
-from pause_megatron.config.schema import RunConfig
+from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.distributed import ParallelContext
 from pause_megatron.engine import Engine
 from pause_megatron.model import PauseGPTModel
@@ -59,7 +59,7 @@ class FromScratch:
         """Nothing to do."""
 
 
-def find_start(store: Store, config: RunConfig, data: TrainingData, context: ParallelContext) -> Start:
+def find_start(store: Store, config: ResolvedConfig, data: TrainingData, context: ParallelContext) -> Start:
     """The newest complete checkpoint of the run; else `model.from`; else from scratch. Every rank calls this.
 
     Raises:

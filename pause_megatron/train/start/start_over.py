@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pause_megatron.config.load import load
-from pause_megatron.config.schema import RunConfig
+from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.distributed import ParallelContext
 from pause_megatron.distributed.collective import broadcast_object
 from pause_megatron.errors import CheckpointError, PauseMegatronError
@@ -23,7 +23,7 @@ from pause_megatron.run_folder import last_published, record_of, record_publishe
 from pause_megatron.train.start.extension import refuse_extending_nothing
 
 
-def before_the_first_step(config: RunConfig, checkpoints: Path, context: ParallelContext) -> None:
+def before_the_first_step(config: ResolvedConfig, checkpoints: Path, context: ParallelContext) -> None:
     """Looks at the folder of a run that found no checkpoint, and puts aside what an earlier attempt left there where
     run.start_over asks for it. Every rank calls this; rank 0 looks.
 
@@ -37,7 +37,7 @@ def before_the_first_step(config: RunConfig, checkpoints: Path, context: Paralle
     refuse_extending_nothing(config)
 
 
-def _on_rank_zero(config: RunConfig, checkpoints: Path) -> str | None:
+def _on_rank_zero(config: ResolvedConfig, checkpoints: Path) -> str | None:
     folder = Path(config.run.dir)
     if wrong := not_a_folder(checkpoints):
         return wrong
@@ -65,7 +65,7 @@ def not_a_folder(checkpoints: Path) -> str | None:
     return f"{checkpoints}: expected a folder, got {found}. Give the folder back (not mounted?), or remove that"
 
 
-def lost_step(folder: Path, config: RunConfig) -> int | None:
+def lost_step(folder: Path, config: ResolvedConfig) -> int | None:
     """The last step that a run without checkpoints is known to have saved; None: it may have saved none."""
     published = last_published(folder / "checkpoints")
     if published is not None:
@@ -103,7 +103,7 @@ def _free(path: Path, stamp: str) -> Path:
     return aside
 
 
-def _refusal(config: RunConfig, checkpoints: Path, lost: int) -> str:
+def _refusal(config: ResolvedConfig, checkpoints: Path, lost: int) -> str:
     metrics = Path(config.run.dir) / metrics_lines.NAME
     keys = (
         "run.start_over=true" if config.train.extended_from is None else "run.start_over=true train.extended_from=null"
