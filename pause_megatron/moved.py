@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -155,8 +156,8 @@ def forward(package: str) -> Callable[[str], object]:
 
     def __getattr__(name: str) -> object:
         new = _renamed(package)
-        # Asked for by importlib and inspect, of every module; and by `from PACKAGE import MODULE`.
-        if name.startswith("__") or new is None or f"{package}.{name}" == new:
+        # Asked for by importlib and inspect, of every module; and by `from PACKAGE import MODULE`, which imports it next.
+        if name.startswith("__") or new is None or importlib.util.find_spec(f"{package}.{name}") is not None:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         try:
             value = getattr(importlib.import_module(new), name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    logging.getLogger("pause_megatron").setLevel(logging.INFO)  # for caplog
     if not asks_for_gpu(config.option.markexpr, config.args, config.rootpath):
         # Before anything imports torch, and for every child process: a machine with CUDA is then one without.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
@@ -36,6 +36,8 @@ from pause_megatron.train.inputs.inputs import TrainingData
 from pause_megatron.train.logs.monitoring import ProgressBar
 from pause_megatron.train.loop import Progress, StepResult, training_steps
 from pause_megatron.train.run import new_engine, new_model, step_loader
+
+log = logging.getLogger(__name__)
 
 EXTRA_STEPS = 2  # behind the timed ones: one is profiled, in one waits are counted
 
@@ -93,7 +95,7 @@ def run_benchmark(config: ResolvedConfig, sizes: Sizes) -> Measurement:
             _with_steps(config, sizes), sizes.text_size, ranks=context.world_size, rank=context.rank
         )
         windows = clock.lap()
-        _say(context, "building the model")
+        log.info("building the model")
         model = new_model(running, data)
         built = clock.lap()
         weight_decay = 0.0 if running.train.only else running.optim.weight_decay
@@ -261,8 +263,3 @@ class _Clock:
 def _synchronize(context: ParallelContext) -> None:
     if context.device.type == "cuda":
         torch.cuda.synchronize(context.device)
-
-
-def _say(context: ParallelContext, text: str) -> None:
-    if context.rank == 0:
-        print(text, file=sys.stderr, flush=True)

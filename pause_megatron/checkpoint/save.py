@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import stat
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -22,6 +22,9 @@ from pause_megatron.engine import ADAM_STATE, Engine
 from pause_megatron.errors import CheckpointError
 from pause_megatron.files.durable import digest_of, sync_file, write_whole
 from pause_megatron.run_folder import LATEST, MANIFEST
+from pause_megatron.terminal.log import EVERY_RANK
+
+log = logging.getLogger(__name__)
 
 
 def save(
@@ -142,7 +145,7 @@ def _tidy(store: Store, step: int, keep: int, rank: int) -> None:
 
 
 def _warn(step: int, what: str) -> None:
-    print(f"warning: the checkpoint of step {step} is complete, but {what}", file=sys.stderr, flush=True)
+    log.warning(f"the checkpoint of step {step} is complete, but {what}", extra=EVERY_RANK)
 
 
 def _parameters(engine: Engine) -> dict[str, ParameterEntry]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -28,6 +28,8 @@ from pause_megatron.run_folder import (
     step_name,
     steps_in,
 )
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -162,7 +164,7 @@ class Store:
         if self._rank != 0:
             return broadcast_object(None)
         for problem in problems:
-            print(f"damaged, does not count towards checkpoint.keep: {problem}", file=sys.stderr, flush=True)
+            log.warning(f"damaged, does not count towards checkpoint.keep: {problem}")
         return broadcast_object(self._judge(step, complete=not problems))
 
     def _judge(self, step: int, *, complete: bool) -> int | None:
@@ -208,7 +210,7 @@ class Store:
             self._say_left(error)
 
     def _say_left(self, error: OSError) -> None:
-        print(f"warning: a checkpoint that was passed over stays where it is: {error}", file=sys.stderr, flush=True)
+        log.warning(f"a checkpoint that was passed over stays where it is: {error}")
 
     def _set_aside(self, folder: Path) -> None:
         number, target = 1, self.folder / f"{SET_ASIDE}{folder.name}"
@@ -216,7 +218,7 @@ class Store:
             number += 1
             target = self.folder / f"{SET_ASIDE}{folder.name}.{number}"
         os.rename(folder, target)
-        print(f"{folder} was passed over: it is {target} now", file=sys.stderr, flush=True)
+        log.info(f"{folder} was passed over: it is {target} now")
 
     def _delete(self, folder: Path) -> None:
         if folder.is_symlink():
@@ -242,7 +244,7 @@ def open_newest(path: str | Path, *, rank: int = 0, world_size: int = 1, report:
     found = first_complete(choice.folders, rank=rank, world_size=world_size, report=report)
     if rank == 0:
         for line in _said(choice, found):
-            print(f"warning: {line}", file=sys.stderr, flush=True)
+            log.warning(line)
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -13,7 +14,10 @@ from types import ModuleType
 from pause_megatron.distributed.ranks import discover, discover_task
 from pause_megatron.errors import ConfigError, OutputError, PauseMegatronError, SharedError
 from pause_megatron.host import launcher
+from pause_megatron.terminal.log import EVERY_RANK, log_to_stderr, set_rank
 from pause_megatron.terminal.output import standard_streams
+
+log = logging.getLogger(__name__)
 
 # The one-line helps stand here as well as in the verbs' modules (a test compares), so that --help imports none of them.
 VERBS = {
@@ -54,14 +58,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         the exit code: the verb's own; 2 for input that cannot be run, or output that cannot be written; 130 after
         Ctrl-C; 141 where the reader of the output is gone.
     """
-    with standard_streams() as stdout:
+    with standard_streams() as stdout, log_to_stderr(timestamps=False):
         try:
             code = _main(argv)
             stdout.flush()
         except OutputError as error:
             code = EXIT_READER_GONE if error.reader_gone else EXIT_ERROR
             if not error.reader_gone:
-                _say(f"error: {error}")
+                log.error(error)
     store = sys.modules.get("pause_megatron.distributed.store")
     if argv is None and store is not None and store.is_connecting():
         os._exit(code)  # all is said
@@ -74,6 +78,7 @@ def _main(argv: Sequence[str] | None) -> int:
         sys.path.append(os.getcwd())
     try:
         arguments = _take_local_rank(list(sys.argv[1:] if argv is None else argv))
+        set_rank(_rank_or_zero())
         # Not in somebody's program, whose end is not this one's to decide.
         if (
             argv is None
@@ -101,7 +106,7 @@ def _main(argv: Sequence[str] | None) -> int:
         _report(ConfigError(f"{error.filename}: {error.strerror}"))  # PREFIX.manifest.json of a PREFIX that just fits
         return EXIT_ERROR
     except KeyboardInterrupt:
-        _say("interrupted")
+        log.info("interrupted", extra=EVERY_RANK)
         return EXIT_INTERRUPTED
     except SystemExit as error:  # argparse: --help and wrong options
         return error.code if isinstance(error.code, int) else EXIT_ERROR
@@ -176,15 +181,9 @@ def _take_local_rank(arguments: list[str]) -> list[str]:
     return kept
 
 
-def warn(text: str) -> None:
-    """Say what a verb does not stop for."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
-
-
 def note(text: str) -> None:
-    """Say something about a run before it starts, on its first rank only."""
-    if is_first_rank():
-        _say(f"note: {text}")
+    """Log something about a run before it starts."""
+    log.info(f"note: {text}")
 
 
 def at_least(least: int) -> Callable[[str], int]:
@@ -207,19 +206,21 @@ def is_first_rank() -> bool:
     return discover().rank == 0
 
 
+def _rank_or_zero() -> int:
+    try:
+        return discover_task().rank
+    except ConfigError:  # the verb reports it, if it needs its rank
+        return 0
+
+
 def _report(error: PauseMegatronError) -> None:
-    """Say it once: a wrong configuration is the same on every rank; other errors name the rank that met them."""
+    """Log an error once: a wrong configuration is the same on every rank; other errors name the rank that met them."""
     try:
         ranks = discover_task()
-    except ConfigError:  # it has no place among others, and must speak for itself
-        _say(f"error: {error}")
+    except ConfigError:  # without a place among others, it is not known who else reports it
+        log.error(error)
         return
     # LOCAL_RANK is 0 on every rank where each sees its own GPU alone.
-    said_by_another = ranks.rank if isinstance(error, SharedError) else ranks.local_rank
-    if isinstance(error, ConfigError) and said_by_another:
-        return
-    _say(f"error: {error}" if not ranks.rank else f"[rank {ranks.rank}] error: {error}")
-
-
-def _say(text: str) -> None:
-    print(f"pause-megatron: {text}", file=sys.stderr, flush=True)
+    reported_by_another = ranks.rank if isinstance(error, SharedError) else ranks.local_rank
+    if not (isinstance(error, ConfigError) and reported_by_another):
+        log.error(error)

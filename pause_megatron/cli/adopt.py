@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 
-from pause_megatron.cli import warn
 from pause_megatron.files.paths import path_option, prefix_option
+
+log = logging.getLogger(__name__)
 
 HELP = "check a corpus that Megatron-LM's preprocess_data.py made, and write its manifest"
 
@@ -68,10 +70,10 @@ def run(args: argparse.Namespace) -> int:
     from pause_megatron.data.corpus.corpus import open_corpus
     from pause_megatron.data.corpus.first_use import record_as_read
     from pause_megatron.data.tokenizer.tokenizer import load_tokenizer
-    from pause_megatron.terminal.progress import ByteProgress
+    from pause_megatron.terminal.progress import StageProgress
 
     tokenizer = load_tokenizer(args.tokenizer, eod_token=args.eod_token, pause_id=args.pause_id)
-    with ByteProgress(sys.stderr) as progress:
+    with StageProgress(sys.stderr) as progress:
         adopted = adopt(
             args.prefix,
             tokenizer,
@@ -83,10 +85,10 @@ def run(args: argparse.Namespace) -> int:
     if adopted.agreement is None:
         print(f"corpus {args.prefix} was adopted already: nothing to do")
         return 0
-    record_as_read(open_corpus(args.prefix), args.cache, warn=warn)
+    record_as_read(open_corpus(args.prefix), args.cache, warn=log.warning)
     print(_summary(args.prefix, adopted))
     if not adopted.agreement.tells:
-        warn(
+        log.warning(
             "this kind of tokenizer gives almost any ids back, so another one's would not have been noticed: see above "
             "whether the text reads well"
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+import logging
 from pathlib import Path
 
 from pause_megatron.cli import at_least, is_first_rank, note
@@ -12,6 +12,8 @@ from pause_megatron.distributed.agreement import failing_together
 from pause_megatron.distributed.ranks import discover
 from pause_megatron.errors import ConfigError
 from pause_megatron.files.paths import path_option
+
+log = logging.getLogger(__name__)
 
 HELP = "take real steps of a configuration on this machine: tokens/s, MFU, memory, kernels, waits"
 
@@ -75,7 +77,7 @@ def _run(args: argparse.Namespace) -> int:
             write_whole(file, json.dumps(as_record(found), indent=2).encode())
         except OSError as error:
             raise _unwritable(file, error) from None
-        print(f"written to {file}", file=sys.stderr)
+        log.info(f"written to {file}")
     if is_first_rank():
         print(as_table(found), flush=True)
     return 0

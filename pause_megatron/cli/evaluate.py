@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from pause_megatron.cli.support.exported_model import (
 )
 from pause_megatron.errors import ConfigError, DataError
 from pause_megatron.files.paths import path_option
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from pause_megatron.evaluate import ResultsFolder, Settings
@@ -86,12 +89,12 @@ def run(args: argparse.Namespace) -> int:
 
     from pause_megatron.evaluate import ResultsFolder, model_fingerprint, opened
     from pause_megatron.inference.loading import check_folder
-    from pause_megatron.terminal.progress import ByteProgress
+    from pause_megatron.terminal.progress import StageProgress
 
     model = Path(args.model)
     check_folder(model)
     with opened(Path(args.output)) as output:
-        with ByteProgress(sys.stderr) as progress:
+        with StageProgress(sys.stderr) as progress:
             fingerprint = model_fingerprint(model, output / "model.json", progress.report)
         folder = ResultsFolder(output, fingerprint, str(args.model))
         generator = load_model(args)
@@ -161,7 +164,7 @@ def _own(
     batch_size: int,
 ) -> list[dict[str, Any]]:
     """Our own tasks, all numbers of pauses of one after the other."""
-    from pause_megatron.evaluate import evaluate, identify
+    from pause_megatron.evaluate import identify
 
     for task, examples in asked:
         for each in settings:
@@ -169,48 +172,33 @@ def _own(
     entries = []
     for task, examples in asked:
         for each in settings:
-            with _RecordProgress(f"{task.name} M={each.pauses}") as progress:
-                entries += evaluate(
-                    generator, task, examples, each, folder, batch_size=batch_size, report=progress.report
-                )
-            _say(f"{task.name} M={each.pauses}: {progress.total} records, {progress.found} of them from an earlier run")
+            entries += _score(generator, task, examples, each, folder, batch_size)
     return entries
 
 
-class _RecordProgress:
-    """A bar over records, once a task has taken two seconds: lively on a terminal, a line now and then in a log."""
+def _score(
+    generator: PauseGenerator,
+    task: Task,
+    examples: list[Example],
+    settings: Settings,
+    folder: ResultsFolder,
+    batch_size: int,
+) -> list[dict[str, Any]]:
+    """Score one task with one number of pauses, and show how far it is."""
+    from pause_megatron.evaluate import evaluate
+    from pause_megatron.terminal.progress import StageProgress
 
-    def __init__(self, name: str) -> None:
-        self.total = self.found = 0
-        self._name = name
-        self._bar: Any = None
+    name, counts = f"{task.name} M={settings.pauses}", (0, 0)
+    with StageProgress(sys.stderr, " records") as progress:
 
-    def __enter__(self) -> _RecordProgress:
-        return self
+        def report(done: int, total: int, earlier: int) -> None:
+            nonlocal counts
+            counts = total, earlier
+            progress.report(name, done, total)
 
-    def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            self._bar.close()
-
-    def report(self, done: int, total: int, found: int) -> None:
-        """Takes a report: records done, records in all, records of an earlier run."""
-        if self._bar is None:
-            from tqdm import tqdm
-
-            from pause_megatron.terminal.progress import bar_file
-
-            self.total, self.found = total, found
-            self._bar = tqdm(
-                desc=self._name,
-                total=total,
-                initial=done,
-                unit=" records",
-                file=bar_file(sys.stderr),
-                delay=2.0,
-                mininterval=0.3 if sys.stderr.isatty() else 10.0,
-                leave=False,
-            )
-        self._bar.update(done - self._bar.n)
+        entries = evaluate(generator, task, examples, settings, folder, batch_size=batch_size, report=report)
+    log.info(f"{name}: {counts[0]} records, {counts[1]} of them from an earlier run")
+    return entries
 
 
 def _table(entries: Sequence[dict[str, Any]]) -> str:
@@ -248,7 +236,3 @@ def _number(option: str, text: str, *, least: int) -> int:
     if not text.isdecimal() or int(text) < least:
         raise ConfigError(f"{option}: expected a number, {least} or more, came {text!r}")
     return int(text)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import shlex
 import signal
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pause_megatron.cli import at_least
 from pause_megatron.errors import ConfigError
 from pause_megatron.files.paths import expanded, path_option
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from pause_megatron.experiment.grid import Plan
@@ -42,15 +45,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     grid.add_argument("--dry-run", action="store_true", help="list cells, steps, FLOPs and order, and stop")
     local = parser.add_argument_group("run: here")
-    local.add_argument("--jobs", type=_count, default=1, metavar="N", help="cells at a time (default: 1)")
-    local.add_argument("--ranks", type=_count, default=1, metavar="R", help="ranks of a training cell (default: 1)")
+    local.add_argument("--jobs", type=at_least(1), default=1, metavar="N", help="cells at a time (default: 1)")
+    local.add_argument(
+        "--ranks", type=at_least(1), default=1, metavar="R", help="ranks of a training cell (default: 1)"
+    )
     slurm = parser.add_argument_group("run: as SLURM jobs")
     slurm.add_argument("--slurm", action="store_true", help="submit a job per cell, with dependencies, and return")
     slurm.add_argument("--partition", metavar="P", help="partition")
     slurm.add_argument("--time", metavar="T", help="time limit of a job, for example 4:00:00")
-    slurm.add_argument("--nodes", type=_count, default=1, metavar="N", help="nodes of a training cell (default: 1)")
-    slurm.add_argument("--gpus", type=_count, metavar="N", help="GPUs of each task of a job")
-    slurm.add_argument("--cpus", type=_count, metavar="N", help="CPUs of each task; default: the site's")
+    slurm.add_argument(
+        "--nodes", type=at_least(1), default=1, metavar="N", help="nodes of a training cell (default: 1)"
+    )
+    slurm.add_argument("--gpus", type=at_least(1), metavar="N", help="GPUs of each task of a job")
+    slurm.add_argument("--cpus", type=at_least(1), metavar="N", help="CPUs of each task; default: the site's")
     slurm.add_argument(
         "--sbatch", action="append", default=[], metavar="LINE", help="a further #SBATCH line; repeatable"
     )
@@ -80,11 +87,11 @@ def _run(args: argparse.Namespace) -> int:
             from pause_megatron.experiment.slurm import JobOptions, submit
 
             options = JobOptions(args.partition, args.time, args.nodes, args.gpus, args.cpus, tuple(args.sbatch))
-            return submit(directory, placed, options, say=_say)
+            return submit(directory, placed, options, say=log.info)
         set_threads(args.jobs, args.ranks)
-        code = run_local(placed, jobs=args.jobs, stop=_stop_on_signals(), say=_say)
+        code = run_local(placed, jobs=args.jobs, stop=_stop_on_signals(), say=log.info)
     if code == 0:
-        _say(f"next: pause-megatron experiment report {shlex.quote(str(directory))}")
+        log.info(f"next: pause-megatron experiment report {shlex.quote(str(directory))}")
     return code
 
 
@@ -101,7 +108,7 @@ def _planned(args: argparse.Namespace) -> tuple[Grid, Plan]:
     grid = load_grid(args.config, recipe=args.recipe, overrides=overrides)
     without_data = args.dry_run and not grid.data.prefix
     if without_data:
-        _say("data.prefix is not given: what is done already is not known, and the vocabulary is assumed")
+        log.info("data.prefix is not given: what is done already is not known, and the vocabulary is assumed")
     return grid, expand(grid, assume(grid) if without_data else gather(grid))
 
 
@@ -138,8 +145,8 @@ def _cell(args: argparse.Namespace) -> int:
     from pause_megatron.experiment.execute import run_cell, under_srun
 
     folder = _directory(args)
-    outcome = run_cell(folder, under_srun, _stop_on_signals(), _say)
-    _say(f"{folder.name}: {'done before' if outcome.already else f'exit code {outcome.code}'}")
+    outcome = run_cell(folder, under_srun, _stop_on_signals(), log.info)
+    log.info(f"{folder.name}: {'done before' if outcome.already else f'exit code {outcome.code}'}")
     return outcome.code
 
 
@@ -170,13 +177,3 @@ def _stop_on_signals():
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
             signal.signal(number, ask)
     return stop
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer >= 1, came {text!r}")
-    return int(text)

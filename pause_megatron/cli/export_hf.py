@@ -8,6 +8,7 @@ import re
 import sys
 import time
 
+from pause_megatron.cli import at_least
 from pause_megatron.files.paths import path_option
 
 HELP = "turn a checkpoint into a Hugging Face folder that transformers and vLLM load"
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--finetuned-pauses",
-        type=_count,
+        type=at_least(1),
         metavar="M",
         help="M_ft to write into config.json (default: the finetuning's own)",
     )
@@ -37,13 +38,13 @@ def run(args: argparse.Namespace) -> int:
     """Export and say what was found."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # one process on the CPU; set before torch is imported
     from pause_megatron.cli.pretrain import silence_imports
-    from pause_megatron.terminal.progress import ByteProgress
+    from pause_megatron.terminal.progress import StageProgress
 
     silence_imports()
     from pause_megatron.hf.export import export
 
     begun = time.perf_counter()
-    with ByteProgress(sys.stderr) as progress:
+    with StageProgress(sys.stderr) as progress:
         done = export(
             args.checkpoint,
             args.output,
@@ -73,9 +74,3 @@ def size_in_bytes(text: str) -> int:
     if not match or not factor or float(match.group(1)) * factor < 1:
         raise argparse.ArgumentTypeError(f"expected a size such as 5GB or 200MB, came {text!r}")
     return int(float(match.group(1)) * factor)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a number >= 0, came {text!r}")
-    return int(text)

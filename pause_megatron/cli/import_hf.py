@@ -38,13 +38,13 @@ def run(args: argparse.Namespace) -> int:
     """Import and say what was found and how to go on."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # one process on the CPU; set before torch is imported
     from pause_megatron.cli.pretrain import silence_imports
-    from pause_megatron.terminal.progress import ByteProgress
+    from pause_megatron.terminal.progress import StageProgress
 
     silence_imports()
     from pause_megatron.hf.importing import import_folder
 
     begun = time.perf_counter()
-    with ByteProgress(sys.stderr) as progress:
+    with StageProgress(sys.stderr) as progress:
         done = import_folder(
             args.folder,
             args.checkpoint,

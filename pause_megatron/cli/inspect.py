@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
+from pause_megatron.cli import at_least
 from pause_megatron.files.paths import path_option, prefix_option
+
+log = logging.getLogger(__name__)
 
 HELP = "show what a corpus holds, and its windows with their pauses"
 
@@ -26,10 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "prefix", type=prefix_option, metavar="PREFIX", help="prefix of a corpus that `prepare` or `adopt` made"
     )
     parser.add_argument(
-        "--sample", type=_number, action="append", default=[], metavar="N", help="show window N; may be repeated"
+        "--sample", type=at_least(0), action="append", default=[], metavar="N", help="show window N; may be repeated"
     )
     parser.add_argument(
-        "--windows", type=_number, default=200, metavar="N", help="windows that the pause statistics are of (200)"
+        "--windows", type=at_least(0), default=200, metavar="N", help="windows that the pause statistics are of (200)"
     )
     parser.add_argument("--png", type=path_option, metavar="FILE", help="draw the histograms")
     parser.add_argument("--json", action="store_true", help="print everything as one JSON object instead")
@@ -73,11 +77,5 @@ def run(args: argparse.Namespace) -> int:
         from pause_megatron.cli.support.inspect_figure import draw
 
         draw(Path(args.prefix).name, found["lengths"], found["policies"], Path(args.png))
-        print(f"wrote {args.png}", file=sys.stderr)
+        log.info(f"wrote {args.png}")
     return 0
-
-
-def _number(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected a number >= 0, came {text!r}")
-    return int(text)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pause_megatron.cli import note
+from pause_megatron.cli import at_least, note
 from pause_megatron.errors import ConfigError, PauseMegatronError
 from pause_megatron.files.paths import path_option
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from pause_megatron.config.schema import ResolvedConfig
@@ -37,12 +39,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys on top, for example optim.lr=3e-4")
     job = parser.add_argument_group("the job")
-    job.add_argument("--nodes", type=_count, default=1, metavar="N", help="machines (default: 1)")
-    job.add_argument("--gpus-per-node", type=_count_or_none, default=8, metavar="N", help="default: 8; 0: on CPUs")
-    job.add_argument("--tasks-per-node", type=_count, metavar="N", help="ranks of a node; default: one for each GPU")
+    job.add_argument("--nodes", type=at_least(1), default=1, metavar="N", help="machines (default: 1)")
+    job.add_argument("--gpus-per-node", type=at_least(0), default=8, metavar="N", help="default: 8; 0: on CPUs")
+    job.add_argument(
+        "--tasks-per-node", type=at_least(1), metavar="N", help="ranks of a node; default: one for each GPU"
+    )
     job.add_argument(
         "--cpus-per-task",
-        type=_count,
+        type=at_least(1),
         metavar="N",
         help="CPUs of a rank; default: all of a node where the job takes all its GPUs, else what belongs to its GPUs",
     )
@@ -96,14 +100,14 @@ def run(args: argparse.Namespace) -> int:
     if job.gpus_per_node:
         _check_plan(args.gpu, job, config)
     for warning in _warnings(job, config):
-        _say(f"warning: {warning}")
+        log.warning(warning)
     script = render_training(job, Path(args.template) if args.template else TEMPLATE)
     if not args.submit:
         print(script, end="")
         return 0
     number = commands.submit_script(script)
     ranks, nodes = ("rank" if plan.world_size == 1 else "ranks"), ("node" if job.nodes == 1 else "nodes")
-    _say(f"job {number}: {plan.world_size} {ranks} on {job.nodes} {nodes}, run folder {config.run.dir}")
+    log.info(f"job {number}: {plan.world_size} {ranks} on {job.nodes} {nodes}, run folder {config.run.dir}")
     return 0
 
 
@@ -183,7 +187,7 @@ def _check_plan(gpu: str, job: TrainingJob, config: ResolvedConfig) -> None:
             f"checkpoint.before_end_seconds={config.checkpoint.before_end_seconds}: expected at least {seconds:.0f}, "
             f"for a step of {plan.time.seconds:.0f} s and a save of {plan.saving.seconds:.0f} s (pause-megatron plan)"
         )
-    _say(f"fits: {size} (pause-megatron plan says more)")
+    log.info(f"fits: {size} (pause-megatron plan says more)")
 
 
 def _site(args: argparse.Namespace) -> dict[str, Partition] | None:
@@ -196,7 +200,7 @@ def _site(args: argparse.Namespace) -> dict[str, Partition] | None:
         if args.submit:
             raise PauseMegatronError(f"--submit: SLURM does not answer, nothing was submitted. {error}") from None
         first = str(error).splitlines()[0]
-        _say(f"the site is not checked (partition, its GPUs, CPUs, memory, nodes and time limit): {first}")
+        log.info(f"the site is not checked (partition, its GPUs, CPUs, memory, nodes and time limit): {first}")
         return None
 
 
@@ -245,22 +249,6 @@ def _warnings(job: TrainingJob, config: ResolvedConfig) -> list[str]:
     return found
 
 
-def _say(text: str) -> None:
-    print(f"pause-megatron launch: {text}", file=sys.stderr, flush=True)
-
-
 def _container(text: str) -> str:
     kind, colon, image = text.partition(":")
     return kind + colon + path_option(image) if image.startswith("~") else path_option(text)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer >= 1, came {text!r}")
-    return int(text)
-
-
-def _count_or_none(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected an integer >= 0, came {text!r}")
-    return int(text)

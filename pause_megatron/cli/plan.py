@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
+import logging
 
 from pause_megatron.cli import at_least, note
 from pause_megatron.errors import ConfigError
 from pause_megatron.files.paths import path_option
+
+log = logging.getLogger(__name__)
 
 HELP = "say what a run needs and takes on a cluster: memory, communication, days, GPU-hours"
 
@@ -69,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     if all(plan.fits for plan in plans):
         return EXIT_FITS
     names = ", ".join(plan.cluster.gpu.name for plan in plans if not plan.fits)
-    print(f"pause-megatron: does not fit on {names}", file=sys.stderr)
+    log.info(f"does not fit on {names}")
     return EXIT_DOES_NOT_FIT
 
 

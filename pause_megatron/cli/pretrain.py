@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from pause_megatron.cli import note
+from pause_megatron.cli import at_least, note
 from pause_megatron.distributed.agreement import failing_together, show_up
 from pause_megatron.distributed.ranks import discover
 from pause_megatron.errors import ConfigError
@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = [name for name in recipe_names() if not name.startswith("finetune-")]
     add_run_arguments(parser, recipes=f"one of {', '.join(names)}")
     parser.add_argument(
-        "--vocab-size", type=_count, metavar="N", help="text tokens for --dry-run; default: the corpus's, or 32000"
+        "--vocab-size", type=at_least(1), metavar="N", help="text tokens for --dry-run; default: the corpus's, or 32000"
     )
 
 
@@ -45,7 +45,7 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, recipes: str) -> None:
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("--dry-run", action="store_true", help="print the arithmetic of the run and stop; needs no GPU")
     parser.add_argument(
-        "--world-size", type=_count, metavar="N", help="ranks for --dry-run; default: the launcher's, or 1"
+        "--world-size", type=at_least(1), metavar="N", help="ranks for --dry-run; default: the launcher's, or 1"
     )
     parser.epilog = _key_table()
 
@@ -136,12 +136,6 @@ def silence_imports() -> None:
         warnings.filterwarnings("ignore", message=message)
     # A CUDA toolkit without a GPU.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer >= 1, came {text!r}")
-    return int(text)
 
 
 def _key_table() -> str:

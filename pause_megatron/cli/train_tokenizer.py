@@ -70,12 +70,10 @@ class _Clock:
     """A line on stderr with what was read and the time that has passed; SentencePiece itself reports no progress."""
 
     def __init__(self) -> None:
-        from tqdm import tqdm
-
-        from pause_megatron.terminal.progress import bar_file
+        from pause_megatron.terminal.progress import open_bar
 
         self._seconds = 0.5 if sys.stderr.isatty() else 10.0
-        self._bar = tqdm(desc="train-tokenizer", bar_format="{desc} {elapsed}{postfix}", file=bar_file(sys.stderr))
+        self._bar = open_bar(sys.stderr, "train-tokenizer", bar_format="{desc} {elapsed}{postfix}")
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._tick, daemon=True)
 

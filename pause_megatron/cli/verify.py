@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 
-from pause_megatron.cli import warn
 from pause_megatron.errors import DataError
 from pause_megatron.files.paths import path_option, prefix_option
+
+log = logging.getLogger(__name__)
 
 HELP = "read a corpus whole and compare it with the digests of its manifest"
 EXIT_DAMAGED, EXIT_UNKNOWN = 1, 2
@@ -47,13 +49,13 @@ def _verify(prefix: str, cache: str | None) -> int:
     from pause_megatron.data.corpus.corpus import open_corpus
     from pause_megatron.data.corpus.first_use import check_and_record
     from pause_megatron.data.corpus.manifest import path_of
-    from pause_megatron.terminal.progress import ByteProgress
+    from pause_megatron.terminal.progress import StageProgress
 
     begun = time.perf_counter()
     try:
         corpus = open_corpus(prefix)
-        with ByteProgress(sys.stderr) as progress:
-            damage = check_and_record(corpus, cache, report=progress.report, warn=warn)
+        with StageProgress(sys.stderr) as progress:
+            damage = check_and_record(corpus, cache, report=progress.report, warn=log.warning)
     except DataError as error:
         known = path_of(prefix, "manifest.json").exists()
         print(f"{'DAMAGED' if known else 'UNKNOWN'}  {prefix}\n  {error}", flush=True)

@@ -1,4 +1,4 @@
-"""ResolvedConfig x ds_configs/*.json -> the DeepSpeed dictionary: fills "auto", refuses contradictions and unknown keys.
+"""A configuration and ds_configs/*.json -> the DeepSpeed dictionary: fills "auto", refuses contradictions.
 
 Every number has one owner. The JSON holds how states are split, offloaded and communicated; batch sizes, clipping and
 precision belong to the run. DeepSpeed itself ignores keys that it does not know, so they are refused here.

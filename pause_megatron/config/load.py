@@ -99,7 +99,7 @@ def recipe_path(name: str) -> Path:
 
 
 def resolve(config: RunConfig) -> ResolvedConfig:
-    """Fill in what follows from other keys: the model's sizes; steps from tokens (upwards) or tokens from steps; splits.
+    """Fill in what follows from other keys: sizes of the model, steps or tokens, shares of the splits.
 
     Raises:
         ConfigError: a size of the model is missing.

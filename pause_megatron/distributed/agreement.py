@@ -8,8 +8,8 @@ MASTER_ADDR. Only where digests differ, or a rank has failed, are the records re
 from __future__ import annotations
 
 import json
+import logging
 import socket
-import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +20,9 @@ import xxhash
 
 from pause_megatron.distributed.ranks import Ranks, discover, discover_task
 from pause_megatron.errors import ConfigError, PauseMegatronError, SharedError
+from pause_megatron.terminal.log import EVERY_RANK
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -189,7 +192,9 @@ def _tell(verb: str, seconds: float, error: Exception) -> None:
         return
     mine = isinstance(error, PauseMegatronError)
     text = str(error) if mine else f"{type(error).__name__}: {error}"
-    said = threading.Timer(_QUIET_SECONDS, _say, (ranks, text))
+    said = threading.Timer(
+        _QUIET_SECONDS, log.warning, (f"waiting to tell the other ranks: {text}",), {"extra": EVERY_RANK}
+    )
     said.daemon = True
     said.start()
     try:
@@ -212,7 +217,3 @@ def _meet(ranks: Ranks, seconds: float, record: Mapping[str, str], failure: str 
         meet_in_world(record, failure)
     else:
         meet(ranks, "gloo", seconds, record, failure)
-
-
-def _say(ranks: Ranks, text: str) -> None:
-    print(f"[rank {ranks.rank}] waiting to tell the other ranks: {text}", file=sys.stderr, flush=True)

@@ -7,9 +7,9 @@ operation. Here it is an error that names the address, the interface, and the va
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
-import sys
 import threading
 import uuid
 from collections.abc import Iterator, Mapping
@@ -25,6 +25,8 @@ from pause_megatron.distributed.interfaces import VARIABLES, interface_towards, 
 from pause_megatron.distributed.ranks import Ranks
 from pause_megatron.distributed.store import open_store
 from pause_megatron.errors import ConfigError, TrainingError
+
+log = logging.getLogger(__name__)
 
 _KNOCK_SECONDS = 15.0  # for a connection to a rank that is there
 _LEAVE_SECONDS = 5.0
@@ -61,7 +63,7 @@ def meet(
     if failures and backend == "gloo":
         raise ConfigError(failures)
     if failures and ranks.rank == 0:
-        print(f"warning: {failures}", file=sys.stderr, flush=True)
+        log.warning(failures)
     return store
 
 

@@ -20,6 +20,7 @@ from pause_megatron.errors import DataError
 from pause_megatron.experiment.cell import INPUT, OUTPUT, PRODUCT, VERSION, read_json, write_json
 from pause_megatron.experiment.ledger import ledger_of
 from pause_megatron.files.durable import only_writer
+from pause_megatron.files.locks import Backoff
 from pause_megatron.host import launcher
 
 EXIT_DONE = 0
@@ -166,7 +167,7 @@ def last_lines(folder: Path, count: int = 15) -> str:
 
 def _wait_for_lock(folder: Path, closing: contextlib.ExitStack, stop: Stop, say: Callable[[str], None]) -> int | None:
     """Take the cell's lock, or None when asked to stop while another process holds it."""
-    said = False
+    said, backoff = False, Backoff(0.5, 0.5)
     while not stop.asked:
         try:
             return closing.enter_context(only_writer(folder / ".lock", f"the cell {folder.name}"))
@@ -174,7 +175,7 @@ def _wait_for_lock(folder: Path, closing: contextlib.ExitStack, stop: Stop, say:
             if not said:
                 say(f"{folder.name}: a process of an earlier run still works on it; waiting")
             said = True
-            time.sleep(0.5)
+            backoff.wait()
     return None
 
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
 import secrets
 import socket
 import stat
-import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -26,6 +26,9 @@ from typing import Any
 from pause_megatron.errors import DataError
 from pause_megatron.host import processes
 from pause_megatron.host.processes import Process, Watched
+from pause_megatron.terminal.log import EVERY_RANK
+
+log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 10.0
 BEATS_UNTIL_GONE = 4
@@ -138,6 +141,23 @@ class Holding:
                 self.taken_over()
 
 
+class Backoff:
+    """Waits between attempts to take a lock; each wait is twice the one before, up to the longest.
+
+    Args:
+        shortest_seconds: The first wait.
+        longest_seconds: The longest wait.
+    """
+
+    def __init__(self, shortest_seconds: float, longest_seconds: float) -> None:
+        self._seconds, self._longest = shortest_seconds, longest_seconds
+
+    def wait(self) -> None:
+        """Sleep until the next attempt."""
+        time.sleep(self._seconds)
+        self._seconds = min(2 * self._seconds, self._longest)
+
+
 def read(path: Path) -> Record:
     """What the file says; {} where there is none, or nothing that can be read."""
     found = _look(path)
@@ -234,7 +254,7 @@ def _wait_for_its_end(path: Path, last: tuple, beat_seconds: float) -> None:
         return
     seconds, silent = BEATS_UNTIL_GONE * beat_seconds, _age(path)
     if silent <= seconds:
-        _say(f"{path}: left by {name_of(record)}; waiting {seconds:.0f} s for a sign of life")
+        log.info(f"{path}: left by {name_of(record)}; waiting {seconds:.0f} s for a sign of life", extra=EVERY_RANK)
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             time.sleep(beat_seconds / 4)
@@ -243,12 +263,7 @@ def _wait_for_its_end(path: Path, last: tuple, beat_seconds: float) -> None:
                     return
                 raise HeldError(f"{path}: held by {name_of(_unpacked(now[1]))}", _unpacked(now[1]))
         silent = max(silent, seconds)
-    _say(f"{path}: {name_of(record)} gave no sign of life for {silent:.0f} s: taken over")
-
-
-def _say(text: str) -> None:
-    with contextlib.suppress(OSError):
-        print(text, file=sys.stderr, flush=True)
+    log.info(f"{path}: {name_of(record)} gave no sign of life for {silent:.0f} s: taken over", extra=EVERY_RANK)
 
 
 def _age(path: Path) -> float:

@@ -11,6 +11,7 @@ on when the shell ends.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import socket
 import sys
@@ -18,6 +19,9 @@ import sys
 from pause_megatron.host import processes
 from pause_megatron.host.launcher_search import VARIABLE, find
 from pause_megatron.host.processes import GONE, STOP_ASKED, TAKING_STEPS, Watched
+from pause_megatron.terminal.log import EVERY_RANK
+
+log = logging.getLogger(__name__)
 
 
 class _Watch:
@@ -35,14 +39,14 @@ class _Watch:
         found = find()
         if found.gone:
             text = f"its launcher is gone: {', '.join(found.gone)}; ended ({VARIABLE}=0 lets it go on without)"
-            print(f"pause-megatron: {text}", file=sys.stderr, flush=True)
+            log.error(text)
             os._exit(1)
         if not found.processes and not found.listeners:
             return
         try:
             self._start(Watched(found.processes, found.listeners))
         except OSError as error:
-            print(f"warning: this process is not ended with its launcher: {error}", file=sys.stderr, flush=True)
+            log.warning(f"this process is not ended with its launcher: {error}", extra=EVERY_RANK)
 
     def _start(self, watched: Watched) -> None:
         import subprocess

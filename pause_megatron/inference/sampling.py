@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pause_megatron.errors import ConfigError
+from pause_megatron.seeds import torch_seed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,5 +72,4 @@ class Sampling:
 
 def _generator(seed: int, row: int, position: int) -> torch.Generator:
     """On the host, whatever the device: a draw is the same on a CPU and on a GPU."""
-    digest = hashlib.blake2b(f"{seed}\0{row}\0{position}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
+    return torch.Generator().manual_seed(torch_seed(seed, row, position))

@@ -6,7 +6,6 @@ CUDA device draw different numbers of the same seed.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from functools import partial
 
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pause_megatron.model.vocabulary import Vocabulary
+from pause_megatron.seeds import torch_seed
 
 
 def initialize_weights(
@@ -88,6 +88,5 @@ def pause_row(seed: int, name: str, index: int, mean: Tensor, spread: Tensor) ->
 
 
 def _normal(seed: int, name: str, shape: tuple[int, ...], std: float, device: torch.device) -> Tensor:
-    digest = hashlib.blake2b(f"{seed}\0{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator(device).manual_seed(int.from_bytes(digest, "little", signed=True))
+    generator = torch.Generator(device).manual_seed(torch_seed(seed, name))
     return torch.empty(shape, device=device).normal_(0.0, std, generator=generator)

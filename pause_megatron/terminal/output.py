@@ -23,6 +23,7 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 from pause_megatron.errors import OutputError
+from pause_megatron.terminal.log import log_run_to_stderr
 
 _PIECE = 1024  # characters, at most 4096 bytes: what a pipe that has room at all takes without waiting
 _GROUP_BYTES = 4096
@@ -146,7 +147,7 @@ def standard_streams() -> Iterator[StandardStream]:
 @contextlib.contextmanager
 def tolerant_output() -> Iterator[None]:
     """While the body runs and afterwards, nothing that fails on standard output or standard error ends the program."""
-    with standard_streams() as stdout:
+    with standard_streams() as stdout, log_run_to_stderr():
         # Not put back: what is left in its buffer would fail again at the end, and change the exit code.
         stdout.required = sys.__stdout__.required = False
         yield

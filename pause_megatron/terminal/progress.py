@@ -1,4 +1,4 @@
-"""Progress bars: what they are drawn on, and one over bytes for verbs that read and write large files."""
+"""Progress bars on standard error: drawn on a terminal, a line now and then in a log."""
 
 from __future__ import annotations
 
@@ -6,9 +6,23 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+_TERMINAL_SECONDS, _LOG_SECONDS = 0.3, 10.0
 
-def bar_file(stream: TextIO) -> Any:
-    """What tqdm shall draw a bar on: a terminal itself; else a file that makes a line of each state of the bar."""
+
+def open_bar(stream: TextIO, description: str, **options: Any) -> tqdm:
+    """Open a tqdm bar on a stream.
+
+    Args:
+        stream: Where it is drawn. On a terminal it moves; elsewhere each state is a line, at most every 10 s.
+        description: What is being done.
+        options: Further arguments of tqdm, such as total, initial, unit and bar_format.
+    """
+    seconds = _TERMINAL_SECONDS if stream.isatty() else _LOG_SECONDS
+    return tqdm(desc=description, file=_bar_file(stream), **{"mininterval": seconds, **options})
+
+
+def _bar_file(stream: TextIO) -> Any:
+    """Return the terminal itself, or a file that makes a line of each state of a bar."""
     return stream if stream.isatty() else _Lines(stream)
 
 
@@ -30,31 +44,38 @@ class _Lines:
         return len(text)
 
 
-class ByteProgress:
-    """Shows how far a stage is, once it has taken two seconds."""
+class StageProgress:
+    """A bar for a task of several stages. A stage is shown once it has taken two seconds.
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    Args:
+        stream: See `open_bar`.
+        unit: What is counted: "B" for bytes, which get SI prefixes, or words such as " records".
+    """
+
+    def __init__(self, stream: TextIO, unit: str = "B") -> None:
+        self._stream, self._unit = stream, unit
         self._bar: tqdm | None = None
+        self._stage = ""
 
-    def __enter__(self) -> ByteProgress:
+    def __enter__(self) -> StageProgress:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._close()
 
     def report(self, stage: str, done: int, total: int) -> None:
-        """Takes a report: what is being done, bytes done, bytes in all."""
-        if self._bar is None or self._bar.desc != f"{stage}: ":
+        """Show how far a stage is.
+
+        Args:
+            stage: What is being done.
+            done: Units done.
+            total: Units in all.
+        """
+        if self._bar is None or self._stage != stage:
             self._close()
-            self._bar = tqdm(
-                desc=stage,
-                total=total,
-                unit="B",
-                unit_scale=True,
-                file=bar_file(self._stream),
-                delay=2.0,
-                mininterval=0.3 if self._stream.isatty() else 10.0,
+            self._stage = stage
+            self._bar = open_bar(
+                self._stream, stage, total=total, unit=self._unit, unit_scale=self._unit == "B", delay=2.0
             )
         self._bar.update(done - self._bar.n)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 
 import numpy as np
 import xxhash
@@ -22,6 +22,8 @@ from pause_megatron.train.guards.watch import patience
 from pause_megatron.train.inputs.inputs import HeldOut, TrainingData
 from pause_megatron.train.inputs.task_data import TaskData, held_out, open_task
 from pause_megatron.train.run import train
+
+log = logging.getLogger(__name__)
 
 
 def finetune(config: ResolvedConfig, stop: StopRequest | None = None) -> int:
@@ -51,7 +53,7 @@ def finetune(config: ResolvedConfig, stop: StopRequest | None = None) -> int:
         seconds = config.run.connect_seconds
         with initialize(config.parallel, timeout=patience(config), connect_seconds=seconds, same=same) as context:
             if context.rank == 0 and (line := shorter_warmup(config, task.config)):
-                print(line, file=sys.stderr, flush=True)
+                log.info(line)
             return train(task.config, data, context, stop)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Callable
 from typing import Any, Protocol
 
 from pause_megatron.errors import TrainingError
+from pause_megatron.terminal.log import EVERY_RANK
 from pause_megatron.terminal.output import reason
 from pause_megatron.train.loop import StepResult
+
+log = logging.getLogger(__name__)
 
 
 class Hook(Protocol):
@@ -120,7 +123,7 @@ class Unfailing:
             if self._reason is None:
                 self._reason = reason(error)
                 again = "training goes on, and each time it is tried again"
-                print(f"{self._place}: cannot be written: {self._reason}; {again}", file=sys.stderr, flush=True)
+                log.warning(f"{self._place}: cannot be written: {self._reason}; {again}", extra=EVERY_RANK)
             return False
         return True
 

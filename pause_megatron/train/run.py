@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -41,6 +41,8 @@ from pause_megatron.train.losses import Losses
 from pause_megatron.train.saving import CheckpointSaver
 from pause_megatron.train.start.start import find_start
 from pause_megatron.train.validation import evaluate_loss, validation_losses
+
+log = logging.getLogger(__name__)
 
 EXIT_FINISHED = 0
 EXIT_STOPPED = 75  # EX_TEMPFAIL: asked to stop, checkpoint saved, the same command goes on
@@ -121,7 +123,7 @@ def train(config: ScheduledConfig, data: TrainingData, context: ParallelContext,
 
 def _say_what_is_lost(hooks: Sequence[Hook]) -> None:
     for line in [*filter(None, (hook.lost() for hook in hooks)), *lost_output()]:
-        print(line, file=sys.stderr, flush=True)
+        log.warning(line)
 
 
 def new_model(config: ResolvedConfig, data: TrainingData, *, draw: bool = True) -> PauseGPTModel:

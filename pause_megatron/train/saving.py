@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +17,8 @@ from pause_megatron.train.inputs.inputs import TrainingData
 from pause_megatron.train.inputs.streaming import Stream
 from pause_megatron.train.loop import StepResult
 from pause_megatron.train.start.resume import progress_record
+
+log = logging.getLogger(__name__)
 
 
 class CheckpointSaver:
@@ -73,7 +75,7 @@ class CheckpointSaver:
         except BaseException:
             if self.newest is not None and self._context.rank == 0:
                 place = self._store.path(self.newest)
-                print(f"step {self.newest} was saved to {place}: the same command goes on from there", file=sys.stderr)
+                log.info(f"step {self.newest} was saved to {place}: the same command resumes from there")
             raise
 
     def _save_tokenizer(self, folder: Path) -> None:

@@ -15,13 +15,31 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 # Lower layers know nothing of higher ones; layers of equal rank know nothing of each other, except what is listed.
 RANKS = {
-    **{"errors": 0, "moved": 0, "versions": 0, "host": 0, "files": 0, "terminal": 0, "run_folder": 0, "config": 0},
+    **{
+        "errors": 0,
+        "moved": 0,
+        "seeds": 0,
+        "versions": 0,
+        "host": 0,
+        "files": 0,
+        "terminal": 0,
+        "run_folder": 0,
+        "config": 0,
+    },
     **{"slurm": 1, "data": 1, "tasks": 1, "distributed": 1, "model": 1, "engine": 1},
     **{"checkpoint": 2, "train": 3, "hf": 4, "inference": 5, "evaluate": 6, "plan": 6, "experiment": 7, "benchmark": 7},
     **{"cli": 8, "__main__": 9},
 }
 NEIGHBOURS = {
-    *{("host", "errors"), ("files", "errors"), ("files", "host"), ("terminal", "errors"), ("run_folder", "files")},
+    *{
+        ("host", "errors"),
+        ("host", "terminal"),
+        ("files", "errors"),
+        ("files", "host"),
+        ("files", "terminal"),
+        ("terminal", "errors"),
+        ("run_folder", "files"),
+    },
     *{("config", "errors"), ("config", "files"), ("config", "run_folder")},
     *{("model", "distributed"), ("engine", "distributed")},
     ("tasks", "data"),  # one reader of JSON lines
@@ -29,8 +47,8 @@ NEIGHBOURS = {
 # The steps of the data's way, in their order: a folder of data/ imports those before it.
 DATA = ("text", "tokenizer", "corpus", "prepare", "adopt", "batches", "windows", "stream", "supervised")
 NO_TORCH = {
-    *("config", "errors", "experiment", "files", "host", "moved", "plan", "run_folder", "slurm", "tasks", "terminal"),
-    "versions",
+    *("config", "errors", "experiment", "files", "host", "moved", "plan", "run_folder", "seeds", "slurm", "tasks"),
+    *("terminal", "versions"),
 }
 FORBIDDEN = ("allow_pickle=True", "weights_only=False", "trust_remote_code=True", "shell=True", "yaml.load(")
 

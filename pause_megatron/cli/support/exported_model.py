@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import logging
 from typing import TYPE_CHECKING, Any
 
 from pause_megatron.files.paths import path_option
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from pause_megatron.inference import PauseGenerator
@@ -62,5 +64,5 @@ def default_pauses(generator: PauseGenerator) -> int:
     count = generator.default_pauses
     known = generator.pause.m_ft is not None
     why = "the model was finetuned with them" if known else "its config.json names no m_ft; give --pauses N"
-    print(f"pauses: {count} ({why})", file=sys.stderr, flush=True)
+    log.info(f"pauses: {count} ({why})")
     return count

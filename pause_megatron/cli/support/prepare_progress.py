@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import time
-from typing import TextIO
-
-from tqdm import tqdm
+from typing import Any, TextIO
 
 from pause_megatron.data.prepare.pool import Progress
-from pause_megatron.terminal.progress import bar_file
+from pause_megatron.terminal.progress import open_bar
 
 _FORMAT = "{desc} {percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}{postfix}"
 _FORMAT_OPEN = "{desc} {elapsed}{postfix}"
@@ -19,9 +17,7 @@ class ProgressBar:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        # A log file gets a line now and then, a terminal a lively bar.
-        self._interval = 0.3 if stream.isatty() else 10.0
-        self._bar: tqdm | None = None
+        self._bar: Any = None
         self._first: Progress | None = None
         self._begun = time.perf_counter()
 
@@ -56,12 +52,11 @@ class ProgressBar:
             self._bar.close()
         self._first = progress
         self._begun = time.perf_counter()
-        self._bar = tqdm(
-            desc={"read": "prepare", "join": "join shards"}[progress.phase],
+        self._bar = open_bar(
+            self._stream,
+            {"read": "prepare", "join": "join shards"}[progress.phase],
             total=progress.total_bytes,
             initial=progress.done_bytes if progress.total_bytes is not None else progress.documents,
-            file=bar_file(self._stream),
-            mininterval=self._interval,
             miniters=0,
             bar_format=_FORMAT if progress.total_bytes is not None else _FORMAT_OPEN,
             dynamic_ncols=True,

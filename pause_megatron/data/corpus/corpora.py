@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,10 @@ from pause_megatron.data.corpus.manifest import Manifest, path_of
 from pause_megatron.data.corpus.verify import no_report
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from pause_megatron.errors import DataError
-from pause_megatron.terminal.progress import ByteProgress
+from pause_megatron.terminal.log import EVERY_RANK
+from pause_megatron.terminal.progress import StageProgress
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,7 @@ class Corpora:
         Raises:
             DataError: a byte is not what `prepare` wrote; on every rank.
         """
-        with ByteProgress(sys.stderr) as progress:
+        with StageProgress(sys.stderr) as progress:
             report = progress.report if rank == 0 else no_report
             for corpus in self.corpora + self.valid:
                 verify_at_use(corpus, data.verify, data.cache, report=report, warn=_warn)
@@ -149,4 +153,4 @@ def _refuse_overlap(corpora: Sequence[Corpus], valid: Sequence[Corpus]) -> None:
 
 
 def _warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    log.warning(message, extra=EVERY_RANK)

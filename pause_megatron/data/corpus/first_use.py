@@ -23,6 +23,7 @@ from pause_megatron.data.corpus.manifest import path_of
 from pause_megatron.data.corpus.verify import Damage, Report, damage_of, described, no_report, refuse
 from pause_megatron.errors import DataError
 from pause_megatron.files.durable import own_temporary_folder, write_whole
+from pause_megatron.files.locks import Backoff
 
 # Between two looks of a process that waits. Thousands may wait, on a file system that serves others too.
 _SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.05, 5.0
@@ -170,7 +171,7 @@ def _turn(path: Path, settled: Callable[[], bool], report: Report) -> Iterator[i
     """Waits until this process may read: gives the lock, which goes with the process; or None once it is settled."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
-        pause, mine = _SHORTEST_PAUSE_SECONDS, False
+        backoff, mine = Backoff(_SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS), False
         while not settled():
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -178,8 +179,7 @@ def _turn(path: Path, settled: Callable[[], bool], report: Report) -> Iterator[i
                 break
             except BlockingIOError:
                 _pass_on(os.pread(descriptor, _NOTE_BYTES, 0), report)
-                time.sleep(pause)
-                pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+                backoff.wait()
             except OSError:
                 # A file system without locks: one process of each machine reads.
                 if path.parent == own_temporary_folder():

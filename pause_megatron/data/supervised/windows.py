@@ -7,7 +7,6 @@ Randomness is addressed: the order of an epoch is a function of (seed, task, epo
 from __future__ import annotations
 
 import bisect
-import hashlib
 import math
 import sys
 from collections.abc import Sequence
@@ -19,6 +18,7 @@ import torch
 
 from pause_megatron.data.supervised.examples import Arrangement, EncodedExample
 from pause_megatron.data.supervised.packing import pack
+from pause_megatron.seeds import philox_key
 
 
 class Epoch(NamedTuple):
@@ -106,9 +106,8 @@ class SupervisedWindows:
         return Epoch([[int(order[item]) for item in items] for items in packed], counts)
 
     def _generator(self, purpose: str, epoch: int) -> np.random.Generator:
-        address = "\0".join((*map(str, self._address), purpose, str(epoch))).encode()
-        key = np.frombuffer(hashlib.blake2b(address, digest_size=16).digest(), dtype="<u8")
-        return np.random.Generator(np.random.Philox(key=key))
+        key = philox_key(*self._address, purpose, epoch)
+        return np.random.Generator(np.random.Philox(key=np.array(key, dtype=np.uint64)))
 
     def _window(self, items: Sequence[int], counts: np.ndarray) -> dict[str, torch.Tensor]:
         size = self.arrangement.sequence_length

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +23,8 @@ from pause_megatron.data.windows.extension import TooFewWindows, read_on
 from pause_megatron.data.windows.index_cache import IndexCacheError, cached_indices, unused_files
 from pause_megatron.data.windows.split_text import require_text
 from pause_megatron.errors import ConfigError, DataError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -214,4 +216,4 @@ def _is_first_rank() -> bool:
 def _say_what_is_unused(cache: Path, built: Sequence[PauseGPTDataset | BlendedDataset]) -> None:
     parts = [part for dataset in built for part in getattr(dataset, "datasets", [dataset])]
     if unused := unused_files(cache, {part.dataset_path: part.config.corpus_content for part in parts}):
-        print(unused, file=sys.stderr, flush=True)
+        log.info(unused)

@@ -15,7 +15,6 @@ Both are functions of the configuration alone, so that an extended run resumes l
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable
 
 import torch
@@ -25,6 +24,7 @@ from megatron.core.datasets.utils import Split
 from pause_megatron.data.batches.loader import Samples
 from pause_megatron.data.windows.dataset import PauseGPTDataset, PauseGPTDatasetConfig
 from pause_megatron.errors import ConfigError
+from pause_megatron.seeds import positive_seed
 
 Build = Callable[[PauseGPTDatasetConfig, Split, int | None], PauseGPTDataset | BlendedDataset]
 
@@ -97,5 +97,4 @@ def _is_one_reading(corpus: PauseGPTDataset) -> bool:
 
 def _seed(seed: int, before: int) -> int:
     """Another seed, below 2**31."""
-    digest = hashlib.blake2b(f"{seed}\0{before}".encode(), digest_size=4).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return positive_seed(seed, before)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -24,6 +24,9 @@ import xxhash
 from pause_megatron.data.corpus.manifest import Manifest, path_of
 from pause_megatron.errors import ConfigError, DataError
 from pause_megatron.files.durable import digest_of, write_whole
+from pause_megatron.terminal.log import EVERY_RANK
+
+log = logging.getLogger(__name__)
 
 Content = dict[str, str | None]
 """What a corpus holds: the digests of its documents' lengths and, from its manifest, of its files and tokenizer."""
@@ -96,7 +99,7 @@ class IndexCache:
             except OSError:
                 fits = False
             if not fits:
-                print(f"{path}: not the index that was written there; it is built again", file=sys.stderr, flush=True)
+                log.warning(f"{path}: not the index that was written there; it is built again", extra=EVERY_RANK)
                 return False
         if any(_stamp(self.folder / name) != file["stamp"] for name, file in files.items()):
             with contextlib.suppress(OSError):  # read again at the next start where nothing may be written

@@ -16,7 +16,6 @@ number) alone, so ranks, workers, micro-batches and the point of a resume do not
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import threading
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ import numpy as np
 
 from pause_megatron.config.batching import pauses_per_window
 from pause_megatron.errors import ConfigError
+from pause_megatron.seeds import philox_key
 
 
 @runtime_checkable
@@ -267,9 +267,7 @@ class PauseInjector:
         self.dataset = dataset
         self.split = split
         self._policy = resolve_policy(plan.placement)
-        address = "\0".join((str(plan.seed), dataset, split)).encode()
-        digest = hashlib.blake2b(address, digest_size=16).digest()
-        self._key = tuple(np.frombuffer(digest, dtype="<u8").tolist())
+        self._key = philox_key(plan.seed, dataset, split)
 
     def generator(self, sample: int) -> np.random.Generator:
         """The sample's generator: Philox, keyed by (seed, dataset, split), with its counter at the sample number.

@@ -8,8 +8,8 @@ file decides. An owner that was frozen for so long that another job has followed
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -19,12 +19,25 @@ from pause_megatron.distributed import ParallelContext
 from pause_megatron.distributed.collective import gather_objects
 from pause_megatron.errors import ConfigError
 from pause_megatron.files.durable import file_lock, has_name
-from pause_megatron.files.locks import BEAT_SECONDS, HeldError, Holding, is_here, is_orphan, name_of, read, runs
+from pause_megatron.files.locks import (
+    BEAT_SECONDS,
+    Backoff,
+    HeldError,
+    Holding,
+    is_here,
+    is_orphan,
+    name_of,
+    read,
+    runs,
+)
 from pause_megatron.host import launcher
 from pause_megatron.host.processes import STOPPING_SECONDS
+from pause_megatron.terminal.log import EVERY_RANK
 from pause_megatron.train.guards.signals import StopRequest
 from pause_megatron.train.hooks import Hook
 from pause_megatron.train.loop import StepResult
+
+log = logging.getLogger(__name__)
 
 _ENDED_SECONDS = 2.0  # the lock of a process that has just ended is there for a moment
 _ORPHAN_SECONDS = STOPPING_SECONDS + 5
@@ -121,7 +134,7 @@ def own_run(folder: Path, context: ParallelContext, beat_seconds: float = BEAT_S
 
 def _take(folder: Path, closing: contextlib.ExitStack, beat_seconds: float) -> Holding | str:
     """Becomes the owner until `closing` is closed, or says who is. One that is about to end is waited for."""
-    began, said = time.monotonic(), False
+    began, said, backoff = time.monotonic(), False, Backoff(0.1, 0.1)
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -138,9 +151,8 @@ def _take(folder: Path, closing: contextlib.ExitStack, beat_seconds: float) -> H
         if orphan and not said:
             said = True
             text = f"run.dir={folder}: held by {name_of(record)}, whose launcher is gone; waiting for its end"
-            with contextlib.suppress(OSError):
-                print(text, file=sys.stderr, flush=True)
-        time.sleep(0.1)
+            log.info(text, extra=EVERY_RANK)
+        backoff.wait()
 
 
 def _take_now(folder: Path, closing: contextlib.ExitStack, beat_seconds: float) -> Holding:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import socket
-import sys
 import tempfile
 from pathlib import Path
 
@@ -14,6 +14,8 @@ from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.data.windows.index_cache import cached_indices, choose_folder
 from pause_megatron.distributed.collective import broadcast_object, gather_objects
 from pause_megatron.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 def with_cache_folder(config: ResolvedConfig, first_prefix: str) -> ResolvedConfig:
@@ -52,5 +54,5 @@ def with_cache_folder(config: ResolvedConfig, first_prefix: str) -> ResolvedConf
             f"all; {', '.join(sorted(set(blind)))} does not see what rank 0 wrote there"
         )
     if note is not None and (not dist.is_initialized() or dist.get_rank() == 0):
-        print(note, file=sys.stderr, flush=True)
+        log.info(note)
     return config.model_copy(update={"data": config.data.model_copy(update={"cache": folder})})

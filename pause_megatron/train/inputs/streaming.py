@@ -7,8 +7,8 @@ number of ranks and machines.
 from __future__ import annotations
 
 import json
+import logging
 import socket
-import sys
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,8 @@ from pause_megatron.data.windows.pause import PauseInjector, PausePlan
 from pause_megatron.distributed import ParallelContext
 from pause_megatron.distributed.collective import gather_objects
 from pause_megatron.errors import CheckpointError, DataError, PauseMegatronError
+
+log = logging.getLogger(__name__)
 
 FILE = "stream.json"
 _NAME = "stream"
@@ -92,7 +94,7 @@ class Stream:
         if self._server is not None:
             self._server.close()
             if self._rank == 0 and (left_out := self._server.malformed).total:
-                print(f"data.source: {left_out.total:,} lines left out:\n{left_out.describe()}", file=sys.stderr)
+                log.warning(f"data.source: {left_out.total:,} lines left out:\n{left_out.describe()}")
         elif hasattr(self, "_windows"):
             self._windows.close()
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,8 @@ from pause_megatron.distributed import ParallelContext
 from pause_megatron.files.metrics_lines import keep_steps
 from pause_megatron.train.logs.appending import AppendedFile
 from pause_megatron.train.loop import StepResult
+
+log = logging.getLogger(__name__)
 
 
 class Throughput:
@@ -113,7 +115,7 @@ class MetricsFile:
             # Not of a pipe or a device, which would be read for ever.
             damage = keep_steps(self._file.path, self._resume_after) if self._file.path.is_file() else None
             if damage:
-                print(damage, file=sys.stderr, flush=True)
+                log.warning(damage)
         self._file.open()
 
     def __call__(self, result: StepResult) -> None:

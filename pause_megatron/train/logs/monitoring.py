@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import io
+import logging
 import resource
 import sys
 import time
@@ -18,7 +18,10 @@ from pause_megatron.config.presets import parameters
 from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.distributed import ParallelContext
 from pause_megatron.files.durable import write_whole
+from pause_megatron.terminal.progress import open_bar
 from pause_megatron.train.loop import Progress, StepResult
+
+log = logging.getLogger(__name__)
 
 
 class ConfigFile:
@@ -46,12 +49,12 @@ def announce(
 ) -> None:
     """Says on stderr what is about to run; `data` says what a step reads."""
     sequence = " with sequence parallelism" if config.parallel.sequence else ""
-    _say(
+    log.info(
         f"{plan.world_size} {'rank' if plan.world_size == 1 else 'ranks'} on {context.device.type}: "
         f"{plan.data_parallel} data parallel x {plan.tensor} tensor "
         f"parallel{sequence}, ZeRO {zero_stage}, {config.engine.precision}"
     )
-    _say(
+    log.info(
         f"{parameters(config.model, vocabulary):,} parameters; {plan.steps:,} steps of {data}{_behind(config)}, "
         f"run folder {config.run.dir}"
     )
@@ -73,7 +76,7 @@ def conclude(progress: Progress, stopped: bool, reason: str | None, checkpoint: 
     rate = 1 - progress.text_tokens / progress.tokens if progress.tokens else 0.0
     saved = "; no step was taken, none is saved" if checkpoint is None else f"; saved in {checkpoint}"
     again = ": the same command goes on" if stopped else ""
-    _say(
+    log.info(
         f"{'stopped' if stopped else 'complete'} after step {progress.step:,}{why}: {progress.tokens:,} raw tokens, "
         f"{progress.text_tokens:,} of text, realised pause rate {rate:.2%}{saved}{again}"
     )
@@ -88,10 +91,10 @@ class ProgressBar:
     _SECONDS_BETWEEN_LINES = 30.0
 
     def __init__(self, total_steps: int, done: int) -> None:
-        self._terminal = sys.stderr.isatty()
-        # Off a terminal tqdm only keeps the time: it would draw one endless line.
-        sink = sys.stderr if self._terminal else io.StringIO()
-        self._bar = tqdm(total=total_steps, initial=done, unit="step", dynamic_ncols=True, file=sink)
+        self._total, self._before, self._begun = total_steps, done, time.monotonic()
+        self._bar = None
+        if sys.stderr.isatty():
+            self._bar = open_bar(sys.stderr, "", total=total_steps, initial=done, unit="step", dynamic_ncols=True)
         self._last_line = 0.0
         self._tokens, self._seconds = 0, 0.0
 
@@ -103,36 +106,30 @@ class ProgressBar:
             f"loss {result.losses.mean:.4f} nats, grad norm {result.grad_norm:.3f}, lr {result.lr:.2e}, "
             f"{rate / 1000:.1f}k tokens/s"
         )
-        self._bar.set_postfix_str(summary, refresh=False)
-        self._bar.update()
-        if self._terminal:
+        if self._bar is not None:
+            self._bar.set_postfix_str(summary, refresh=False)
+            self._bar.update()
             self._tokens, self._seconds = 0, 0.0
         else:
             self._line(result, summary)
         if result.validation:
-            self._say(f"step {result.step}: {validation_text(result.validation)}")
+            log.info(f"step {result.step}: {validation_text(result.validation)}")
 
     def stop(self, result: StepResult) -> None:
         pass
 
     def close(self) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def _line(self, result: StepResult, summary: str) -> None:
         now = time.monotonic()
         if result.last or now - self._last_line >= self._SECONDS_BETWEEN_LINES:
             self._last_line = now
             self._tokens, self._seconds = 0, 0.0
-            progress = self._bar.format_dict
-            done, elapsed = progress["n"] - progress["initial"], progress["elapsed"]
-            left = tqdm.format_interval(elapsed / done * (progress["total"] - progress["n"]))
-            self._say(f"step {result.step}/{progress['total']}: {summary}, {left} left")
-
-    def _say(self, text: str) -> None:
-        if self._terminal:
-            self._bar.write(text, file=sys.stderr)
-        else:
-            _say(text)
+            done = result.step - self._before
+            left = tqdm.format_interval((now - self._begun) / done * (self._total - result.step))
+            log.info(f"step {result.step}/{self._total}: {summary}, {left} left")
 
 
 def validation_text(losses: Mapping[str, float | None]) -> str:
@@ -148,10 +145,6 @@ def validation_text(losses: Mapping[str, float | None]) -> str:
         if value is not None and value != mean and name != "valid_loss"
     ]
     return f"valid_loss {mean:.4f} nats" + (f" ({', '.join(parts)})" if parts else "")
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 def peak_memory_bytes() -> int:

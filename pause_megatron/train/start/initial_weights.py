@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from pathlib import Path
 
 from pause_megatron.checkpoint.merge import MergedReader, load_weights, restore_masters
@@ -16,6 +16,8 @@ from pause_megatron.engine import Engine
 from pause_megatron.errors import CheckpointError
 from pause_megatron.model import PauseGPTModel
 from pause_megatron.train.loop import Progress
+
+log = logging.getLogger(__name__)
 
 
 class InitialWeights:
@@ -52,7 +54,7 @@ class InitialWeights:
     def weights_into(self, model: PauseGPTModel) -> None:
         """Copies the weights into a fresh model, before DeepSpeed sees it."""
         if self._context.rank == 0:
-            print(f"initial weights from {self._folder}", file=sys.stderr)
+            log.info(f"initial weights from {self._folder}")
         rank, ranks = self._context.tp_rank, self._context.tp_size
         reader = MergedReader(self._folder)
         self._shards = load_weights(model, reader, live_rows=model.vocabulary.size, rank=rank, ranks=ranks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -24,9 +25,11 @@ from pause_megatron.distributed import ParallelContext
 from pause_megatron.engine import Engine
 from pause_megatron.errors import CheckpointError
 from pause_megatron.model import PauseGPTModel
-from pause_megatron.terminal.progress import ByteProgress
+from pause_megatron.terminal.progress import StageProgress
 from pause_megatron.train.loop import Progress
 from pause_megatron.train.start.extension import config_differences, how_to_extend
+
+log = logging.getLogger(__name__)
 
 
 class Resumed:
@@ -71,7 +74,7 @@ def find_resume(store: Store, config: ResolvedConfig, corpus: str, context: Para
     Raises:
         CheckpointError: every checkpoint is damaged, or it is of another configuration or corpus.
     """
-    with ByteProgress(sys.stderr) as progress:
+    with StageProgress(sys.stderr) as progress:
         found = store.newest_complete(progress.report if context.rank == 0 else no_report)
     if found is None:
         return None
@@ -87,10 +90,10 @@ def find_resume(store: Store, config: ResolvedConfig, corpus: str, context: Para
         )
     if context.rank == 0:
         for line in said:
-            print(line, file=sys.stderr)
-        print(f"resuming after step {manifest.step} from {folder}", file=sys.stderr)
+            log.warning(line)
+        log.info(f"resuming after step {manifest.step} from {folder}")
         if change := world_change(manifest, config, context):
-            print(change, file=sys.stderr, flush=True)
+            log.info(change)
     return Resumed(folder, manifest, context)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import logging
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +16,8 @@ from pause_megatron.train.loop import Progress
 from pause_megatron.train.start.initial_weights import InitialWeights
 from pause_megatron.train.start.resume import find_resume
 from pause_megatron.train.start.start_over import before_the_first_step
+
+log = logging.getLogger(__name__)
 
 
 class Start(Protocol):
@@ -71,7 +73,7 @@ def find_start(store: Store, config: ResolvedConfig, data: TrainingData, context
     if resumed is not None:
         if config.run.start_over and context.rank == 0:
             note = "run.start_over=true has no effect beside a complete checkpoint. To begin anew name another run.dir"
-            print(f"{note}, or move {store.folder} away", file=sys.stderr, flush=True)
+            log.warning(f"{note}, or move {store.folder} away")
         return resumed
     before_the_first_step(config, store.folder, context)
     return InitialWeights(config, data.tokenizer, context) if config.model.from_ else FromScratch()

@@ -8,7 +8,7 @@ first save.
 
 from __future__ import annotations
 
-import sys
+import logging
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +21,8 @@ from pause_megatron.errors import CheckpointError, PauseMegatronError
 from pause_megatron.files import metrics_lines
 from pause_megatron.run_folder import last_published, record_of, record_published
 from pause_megatron.train.start.extension import refuse_extending_nothing
+
+log = logging.getLogger(__name__)
 
 
 def before_the_first_step(config: ResolvedConfig, checkpoints: Path, context: ParallelContext) -> None:
@@ -91,7 +93,7 @@ def put_aside(folder: Path) -> None:
             continue
         aside = _free(path, stamp)
         path.rename(aside)
-        print(f"run.start_over=true: {path} is kept as {aside.name}", file=sys.stderr, flush=True)
+        log.info(f"run.start_over=true: {path} is kept as {aside.name}")
 
 
 def _free(path: Path, stamp: str) -> Path:

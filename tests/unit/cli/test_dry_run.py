@@ -85,7 +85,7 @@ def test_vocabulary_comes_from_the_manifest_or_the_option(tmp_path, capsys):
     [
         (["--world-size", "3", "parallel.tensor=2"], "parallel.tensor: expected a divisor of the number of ranks (3)"),
         (["--world-size", "3"], "batch.global_size: expected a multiple of batch.micro_size (4)"),
-        (["--world-size", "0"], "expected an integer >= 1, came '0'"),
+        (["--world-size", "0"], "expected an integer >= 1, got '0'"),
         (["engine.ds_config=zero7"], "engine.ds_config: expected a DeepSpeed JSON file or one of"),
     ],
 )

@@ -134,7 +134,7 @@ class Fickle:
         (["open", 1, 2, 3, 4, "close"], "log: 4 of 4 lines could not be written (No space left on device)"),
     ],
 )
-def test_a_monitor_that_fails_is_told_of_once_asked_again_and_counted(failing, lost, capsys):
+def test_a_monitor_that_fails_is_told_of_once_asked_again_and_counted(failing, lost, caplog):
     monitor = Fickle(*failing)
     hook = Every(1, Unfailing("log", "lines", monitor))
     for step in range(1, 5):
@@ -142,7 +142,7 @@ def test_a_monitor_that_fails_is_told_of_once_asked_again_and_counted(failing, l
     hook.close()
     assert monitor.asked == ["open", 1, 2, 3, 4, "close"]
     assert hook.lost() == lost
-    assert len(capsys.readouterr().err.splitlines()) == bool(failing)
+    assert len(caplog.messages) == bool(failing)
 
 
 def test_what_is_no_monitor_still_ends_the_run():
@@ -172,7 +172,7 @@ def test_losses_of_the_corpora_of_a_blend():
     assert LossLedger(torch.device("cpu")).totals(ALONE).by_corpus == {}
 
 
-def test_a_run_without_pauses_says_nothing_of_the_loss_after_them(tmp_path, capsys):
+def test_a_run_without_pauses_says_nothing_of_the_loss_after_them(tmp_path, caplog):
     """On the terminal, in metrics.jsonl and in TensorBoard; a loss that is not finite is said, and drawn nowhere."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -188,7 +188,7 @@ def test_a_run_without_pauses_says_nothing_of_the_loss_after_them(tmp_path, caps
             hook(now)
     for hook in (file, board, bar):
         hook.close()
-    said = capsys.readouterr().err.splitlines()
+    said = caplog.messages
     assert said[1] == "step 1: valid_loss 3.0000 nats" and said[3].startswith("step 2: valid_loss nan nats")
     first, second = (
         json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
@@ -202,12 +202,12 @@ def test_a_run_without_pauses_says_nothing_of_the_loss_after_them(tmp_path, caps
     assert all(math.isfinite(value) for values in drawn.values() for value in values)
 
 
-def test_tokens_a_second_are_those_since_the_line_before(capsys):
+def test_tokens_a_second_are_those_since_the_line_before(caplog):
     bar = ProgressBar(4, 0)
     for step, seconds in enumerate((0.1, 0.1, 3.7, 0.2), 1):
         bar(replace(result(step, last=step == 4), seconds=seconds))
     bar.close()
-    first, last = capsys.readouterr().err.splitlines()
+    first, last = caplog.messages
     assert first.startswith("step 1/4: ") and " 1.0k tokens/s, " in first
     assert last.startswith("step 4/4: ") and " 0.1k tokens/s, " in last  # 300 tokens in 4.0 s
 

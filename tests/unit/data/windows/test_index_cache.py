@@ -157,7 +157,7 @@ class _Earlier(GPTDataset):
 _Earlier.__name__ = "PauseGPTDataset"
 
 
-def test_unused_index_files_are_named_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unused_index_files_are_named_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     prefix, cache = str(tmp_path / "corpus"), tmp_path / "cache"
     write_corpus(Path(prefix), paragraphs(50))
     config = make_config(prefix, 64, path_to_cache=str(cache))
@@ -168,7 +168,8 @@ def test_unused_index_files_are_named_once(tmp_path: Path, capsys: pytest.Captur
     (cache / "x-PauseGPTDataset-train-description.txt").write_text("[1, 2")
 
     def said() -> list[str]:
-        text = capsys.readouterr().err
+        text = caplog.text
+        caplog.clear()
         assert foreign not in text
         return re.findall(r"not used any more and may be deleted \([\d,]+ bytes\): (.*)\n", text)
 
@@ -192,7 +193,7 @@ def json_of(path: Path) -> dict:
 
 
 def test_damage_anywhere_in_a_cache_is_built_again(
-    tmp_path: Path, full: bool, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, full: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Flipped, cut, swapped, emptied, gone or replaced: the windows are the right ones, and what was found is told."""
     prefix, cache = write_corpus(tmp_path / "corpus", paragraphs(50)), tmp_path / "cache"
@@ -220,7 +221,8 @@ def test_damage_anywhere_in_a_cache_is_built_again(
         harm(path)
         altered = path.suffix == ".npy" and path.read_bytes() != whole[path] if path.exists() else False
         assert _windows(_build([prefix], cache)) == right
-        said = capsys.readouterr().err
+        said = caplog.text
+        caplog.clear()
         assert f"{path}: not the index that was written there; it is built again" in said or not altered
         assert all(path.read_bytes() == whole[path] for path in files if path.suffix != ".json")
 
