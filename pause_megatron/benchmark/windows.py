@@ -64,7 +64,7 @@ def made_up(config: ScheduledConfig, text_size: int) -> TrainingData:
         PauseInjector(plan, pause_ids, "made-up", "train"),
         config.train.steps * config.batch.global_size,
         eod=ids.eod,
-        documents=config.data.documents,
+        intra_document_masking=config.data.intra_document_masking,
         eod_mask_loss=config.data.eod_mask_loss,
     )
     return TrainingData(

@@ -12,6 +12,7 @@ from pause_megatron.config.follow import Sources, follow_epochs, follow_values
 from pause_megatron.config.keys import Key, keys, sections
 from pause_megatron.config.model_from import SHAPE, with_initial_sizes
 from pause_megatron.config.presets import fill_sizes
+from pause_megatron.config.renamed import with_new_names
 from pause_megatron.config.rules import check
 from pause_megatron.config.schema import (
     ResolvedConfig,
@@ -51,7 +52,8 @@ def load(
         path: a YAML file. recipe: a name in pause_megatron/recipes (see `recipe_names`). Give one of them or neither.
         overrides: `section.name=value`, each value a YAML scalar or list; later ones win.
         say: called with a line for each value of the file or recipe that does not fit beside an override and was
-            changed (see `follow`): train.steps=10 alone shortens a recipe's warm-up.
+            changed (see `follow`): train.steps=10 alone shortens a recipe's warm-up; and for each key that was given
+            under a name of an earlier version (see `renamed`).
 
     Returns:
         The resolved configuration: sizes of the preset and shares of the splits filled in; train.steps and train.tokens
@@ -64,14 +66,17 @@ def load(
     if path is not None and recipe is not None:
         raise ConfigError(f"expected a file or a recipe, came both: {path} and {recipe}")
     source = recipe_path(recipe) if recipe is not None else path
-    layers = [] if source is None else [_read_file(Path(source))]
-    layers.append([read_override(override) for override in overrides])
+    layers, deprecated = [], []
+    for written in ([] if source is None else _read_file(Path(source)), map(read_override, overrides)):
+        layer, warnings = with_new_names(written)
+        layers.append(layer)
+        deprecated += warnings
     entries = with_initial_sizes(_merge(layers))
     given = {entry.path: entry.where for entry in entries.values() if entry.value is not None}
     sources = Sources(frozenset(entry.path for entry in layers[-1] if entry.path in given), given)
     config = follow_values(resolve(follow_epochs(_parse(entries), sources)), sources)
     check(config, dict.fromkeys(_REPLACES["model.preset"], f"preset {config.model.preset}") | given)
-    for line in sources.said if say is not None else ():
+    for line in (*deprecated, *sources.said) if say is not None else ():
         say(line)
     return config
 

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
+from pause_megatron.config.renamed import with_new_names
 from pause_megatron.config.schema import DataSection
 from pause_megatron.config.text import Entry, read_entries
 from pause_megatron.errors import ConfigError
@@ -84,7 +85,8 @@ def with_initial_sizes(entries: Mapping[str, Entry]) -> dict[str, Entry]:
     if origin is None or origin.value is None or not missing:
         return dict(entries)
     path = checkpoint_config(str(origin.value))
-    found = {entry.path: entry for entry in read_entries(read_config_text(path), str(path))}
+    entries_there, _ = with_new_names(read_entries(read_config_text(path), str(path)))
+    found = {entry.path: entry for entry in entries_there}
     taken = {name: found[name] for name in ("model.preset", *missing) if name in found and name not in entries}
     if _is_longer_than_default(taken.get("data.sequence_length")):
         del taken["data.sequence_length"]

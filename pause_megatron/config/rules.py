@@ -232,9 +232,10 @@ def masks_need_torch_attention(config: ResolvedConfig) -> Broken:
 
 
 @_rule
-def documents_apart_need_torch_attention(config: ResolvedConfig) -> Broken:
-    if config.task.name is None and config.model.attention == "te" and config.data.documents == "apart":
-        return ("model.attention", "data.documents"), "model.attention=sdpa with data.documents=apart"
+def intra_document_masking_needs_torch_attention(config: ResolvedConfig) -> Broken:
+    if config.task.name is None and config.model.attention == "te" and config.data.intra_document_masking:
+        keys = ("model.attention", "data.intra_document_masking")
+        return keys, "model.attention=sdpa with data.intra_document_masking=true"
     return None
 
 

@@ -91,10 +91,10 @@ class DataSection(Section):
         description="once: read each corpus whole at its first use and compare it with its digests; always: at every "
         "start; never: check sizes and headers only",
     )
-    documents: Literal["joined", "apart"] = Field(
-        "joined",
-        description="documents of a window: joined: a token sees all before it; apart: only those of its own document, "
-        "whose positions start at 0",
+    intra_document_masking: bool = Field(
+        False,
+        description="attention of a token to its own document only, whose positions start at 0, as Megatron-LM's "
+        "--reset-attention-mask and --reset-position-ids; false: to all tokens of the window before it",
     )
     eod_mask_loss: bool = Field(
         False, description="no loss on the first token of a document, which is predicted from the end of another one"

@@ -10,6 +10,7 @@ from pause_megatron.config.identity import deciding_keys
 from pause_megatron.config.load import load, recipe_names, recipe_path
 from pause_megatron.config.model_from import OF_A_TASK, PAUSES, SHAPE
 from pause_megatron.config.presets import flops_per_token
+from pause_megatron.config.renamed import with_old_names
 from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.config.text import read_entries
 from pause_megatron.errors import ConfigError
@@ -95,7 +96,7 @@ def _pretrain(name: str, model: Pretraining, grid: Grid, inputs: Inputs) -> Cell
         f"pretrain-{name}",
         "pretrain",
         (*model.source, *model.overrides, *as_overrides({"data.prefix": grid.data.prefix}), f"run.dir={OUTPUT}"),
-        {"config": _plain(deciding_keys(model.config)), "corpus": inputs.corpus},
+        {"config": _plain(with_old_names(deciding_keys(model.config))), "corpus": inputs.corpus},
         estimate=Estimate(train.steps, train.tokens, model.flops_per_token, model.parameters),
     )
 
@@ -127,7 +128,7 @@ def _finetune(
             *folder,
             f"run.dir={OUTPUT}",
         ),
-        {"config": _plain(deciding_keys(config)), "records": records.train},
+        {"config": _plain(with_old_names(deciding_keys(config))), "records": records.train},
         begun,
         Estimate(
             config.train.steps,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -94,9 +95,10 @@ def pause_windows(
     placement: str = "uniform",
     pause_seed: int = 1234,
     seed: int = 1234,
-    documents: str = "joined",
+    intra_document_masking: bool = False,
     eod_mask_loss: bool = False,
     cache: str | None = None,
+    documents: str | None = None,
 ) -> PauseWindows:
     """Open prepared corpora as datasets for Trainer, accelerate or a plain loop.
 
@@ -114,9 +116,10 @@ def pause_windows(
         split: Shares of the documents for train, validation, test; default as for data.split.
         rate, window, placement, pause_seed: As pause.rate, pause.window, pause.placement, pause.seed.
         seed: Of the order of the windows.
-        documents: "joined", or "apart": positions start again with each document (see LabelledWindows).
+        intra_document_masking: Start positions again with each document (see LabelledWindows).
         eod_mask_loss: No target behind an end of document.
         cache: Folder of the index caches; default: 'cache' beside the first prefix.
+        documents: Deprecated: "apart" is intra_document_masking=True, "joined" is False.
 
     Raises:
         ConfigError: options that do not fit, pause ids that are not the corpus's, a blend with weights but without
@@ -124,8 +127,15 @@ def pause_windows(
         DataError: a corpus that is missing, unfinished, or prepared with another tokenizer than the others.
     """
     _check_connected()
-    if documents not in ("joined", "apart"):
-        raise ConfigError(f"documents: expected 'joined' or 'apart', got {documents!r}")
+    if documents is not None:
+        if documents not in ("joined", "apart"):
+            raise ConfigError(f"documents: expected 'joined' or 'apart', got {documents!r}")
+        intra_document_masking = documents == "apart"
+        warnings.warn(
+            f"documents={documents!r} is deprecated; write intra_document_masking={intra_document_masking}",
+            DeprecationWarning,
+            stacklevel=2,
+        )
     PausePlan(length - 1, rate, window, placement, pause_seed)  # refuses what does not fit
     data = DataSection(prefix=_words(prefix), valid_prefix=_words(valid_prefix))
     pause = PauseSection(rate=rate, window=window, placement=placement, seed=pause_seed, embeddings=len(pause_ids) or 1)
@@ -147,11 +157,11 @@ def pause_windows(
         train_samples=samples,
         valid_samples=valid_samples,
         cache=cache,
-        documents=documents,
+        intra_document_masking=intra_document_masking,
         eod_mask_loss=eod_mask_loss,
     )
     train, valid, plain = (
-        None if part is None else LabelledWindows(part, pause_ids, positions=documents == "apart", samples=number)
+        None if part is None else LabelledWindows(part, pause_ids, positions=intra_document_masking, samples=number)
         for part, number in (
             (built.train, samples),
             (built.valid, valid_samples),

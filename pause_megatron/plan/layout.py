@@ -123,7 +123,7 @@ class Layout:
         """Whether attention goes by spans: windows of texts that do not see each other, or a prefix-LM."""
         finetune = self.config.finetune
         if self.config.task.name is None:
-            return self.config.data.documents == "apart"
+            return self.config.data.intra_document_masking
         return finetune.batching == "packed" or finetune.prefix_attention == "bidirectional"
 
     @property

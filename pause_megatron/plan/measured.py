@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pause_megatron.config.renamed import stored_value
 from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.errors import ConfigError
 from pause_megatron.plan.machine import OPTIONAL, Assumptions, Cluster
@@ -16,7 +17,7 @@ FORMAT, VERSION = "pause-megatron benchmark", 1
 # Where one of these differs, a step does other work: its MFU says nothing.
 SHAPE = (
     *(f"model.{name}" for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "tied", "qkv_bias", "attention")),
-    *("data.sequence_length", "data.documents", "batch.micro_size", "engine.precision"),
+    *("data.sequence_length", "data.intra_document_masking", "batch.micro_size", "engine.precision"),
     *("parallel.tensor", "parallel.sequence", "parallel.recompute"),
     *("model.head_chunk", "model.vocab_multiple", "pause.rate", "pause.window", "pause.softmax", "pause.embeddings"),
     *("engine.deterministic", "train.only"),
@@ -103,7 +104,8 @@ def _differences(
     measured, planned = _part(record, "config", path), config.model_dump(mode="json")
     for key in SHAPE:
         section, name = key.split(".")
-        then, now = _part(measured, section, path).get(name), planned[section][name]
+        _part(measured, section, path)
+        then, now = stored_value(measured, key), planned[section][name]
         if then != now:
             yield f"{key}={then}, planned {now}"
     fused = planned["engine"]["kernels"] != "plain"

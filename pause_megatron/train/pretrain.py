@@ -110,7 +110,7 @@ def _datasets(config: ScheduledConfig, corpora: Corpora) -> Datasets:
         train_samples=config.train.steps * config.batch.global_size,
         valid_samples=config.validation.samples if config.validation.every else 0,
         cache=config.data.cache,
-        documents=config.data.documents,
+        intra_document_masking=config.data.intra_document_masking,
         eod_mask_loss=config.data.eod_mask_loss,
         read_cache=config.data.verify == "always",
         samples_before=(config.train.extended_from or 0) * config.batch.global_size,

@@ -94,13 +94,13 @@ CASES = {
     ),
     "stage 2, bf16, documents apart, recomputed": Case.of(
         4,
-        "data.documents=apart model.layers=5 model.hidden=320 model.heads=5 engine.ds_config=zero2 "
+        "data.intra_document_masking=true model.layers=5 model.hidden=320 model.heads=5 engine.ds_config=zero2 "
         "engine.precision=bf16 parallel.recompute=full data.sequence_length=768 batch.micro_size=2 "
         "batch.global_size=16",
     ),
     "stage 1, bf16, documents apart, long windows": Case.of(
         16,
-        "data.documents=apart model.layers=3 model.hidden=192 model.heads=3 engine.zero_stage=1 engine.precision=bf16 "
+        "data.intra_document_masking=true model.layers=3 model.hidden=192 model.heads=3 engine.zero_stage=1 engine.precision=bf16 "
         "data.sequence_length=1024 batch.micro_size=1 batch.global_size=16",
     ),
     "stage 3, bf16, logits in 3 chunks are the peak": Case.of(

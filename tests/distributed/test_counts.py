@@ -35,9 +35,9 @@ CASES = {
     "tensor parallel": ((*LARGE, "parallel.tensor=2"), 2, 0),
     "sequence parallel": ((*LARGE, "parallel.tensor=2", "parallel.sequence=true"), 2, 0),
     "recomputed": ((*LARGE, "parallel.recompute=full"), 1, 0),
-    "documents apart": ((*LARGE, "data.documents=apart"), 1, 2),
+    "documents apart": ((*LARGE, "data.intra_document_masking=true"), 1, 2),
     "documents apart, one window": (
-        (*LARGE, "data.documents=apart", "batch.micro_size=1", "batch.global_size=1"),
+        (*LARGE, "data.intra_document_masking=true", "batch.micro_size=1", "batch.global_size=1"),
         1,
         4,
     ),

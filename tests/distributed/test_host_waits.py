@@ -42,7 +42,9 @@ def test_waits_with_tensor_and_sequence_parallelism():
 
 
 def test_waits_with_documents_apart():
-    for counted in run_on_ranks(1, waits_of_steps, [*SMALL, *keys("zero1", "bf16"), "data.documents=apart"]):
+    for counted in run_on_ranks(
+        1, waits_of_steps, [*SMALL, *keys("zero1", "bf16"), "data.intra_document_masking=true"]
+    ):
         assert (counted["micro_batch"], counted["step"]) == (0, 1), counted["table"]
 
 

@@ -53,7 +53,13 @@ MEMORY = {
     ),
     "stage 1, tensor parallel, grouped queries, documents apart": (
         8,
-        ["engine.zero_stage=1", "parallel.tensor=2", "model.kv_heads=2", "model.layers=4", "data.documents=apart"],
+        [
+            "engine.zero_stage=1",
+            "parallel.tensor=2",
+            "model.kv_heads=2",
+            "model.layers=4",
+            "data.intra_document_masking=true",
+        ],
     ),
     "stage 1, tensor parallel, recomputed, tied": (
         4,

@@ -169,7 +169,7 @@ def deterministic_steps(overrides: list[str]) -> tuple[set[str], int]:
 @pytest.mark.parametrize(
     ("ranks", "extra"),
     [
-        (1, ["engine.precision=bf16", "data.documents=apart"]),
+        (1, ["engine.precision=bf16", "data.intra_document_masking=true"]),
         (1, ["model.tied=true", "pause.softmax=exclude"]),
         (2, ["parallel.tensor=2", "parallel.sequence=true", "engine.precision=bf16"]),
         (2, ["engine.zero_stage=3", "parallel.recompute=full"]),

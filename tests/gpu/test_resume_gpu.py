@@ -41,11 +41,11 @@ def final_state(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    ("precision", "deterministic", "documents"),
-    [("bf16", False, "joined"), ("bf16", True, "joined"), ("bf16", True, "apart"), ("fp32", True, "joined")],
+    ("precision", "deterministic", "masking"),
+    [("bf16", False, "false"), ("bf16", True, "false"), ("bf16", True, "true"), ("fp32", True, "false")],
 )
-def test_a_run_goes_on_as_if_it_had_not_stopped(corpus, tmp_path, figures, precision, deterministic, documents):
-    more = [f"engine.precision={precision}", f"data.documents={documents}"]
+def test_a_run_goes_on_as_if_it_had_not_stopped(corpus, tmp_path, figures, precision, deterministic, masking):
+    more = [f"engine.precision={precision}", f"data.intra_document_masking={masking}"]
     more.append(f"engine.deterministic={str(deterministic).lower()}")
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     assert pretrain(load(recipe="tiny-pause", overrides=keys(corpus, straight, *more))) == 0
@@ -62,7 +62,9 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(corpus, tmp_path, figures, preci
     same = found == expected and final_state(stopped) == final_state(straight)
     figures(gap=gap, same_bits=same)
     how = "deterministic" if deterministic else "by default"
-    figures.line(f"resume: {precision}, documents {documents}, {how}: losses {gap:.1e} apart, same bits: {same}")
+    figures.line(
+        f"resume: {precision}, intra-document masking {masking}, {how}: losses {gap:.1e} apart, same bits: {same}"
+    )
     assert gap < 1e-3
     if deterministic or DEVICE == "cpu":
         assert same

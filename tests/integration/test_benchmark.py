@@ -22,7 +22,7 @@ SIZES = ["--steps", "3", "--warmup", "1", "--top", "5", "--vocab-size", "500"]
 # ranks, further keys
 LAYOUTS = [
     (1, ["log.peak_tflops=0.5"]),
-    (2, ["parallel.tensor=2", "parallel.sequence=true", "engine.precision=bf16", "data.documents=apart"]),
+    (2, ["parallel.tensor=2", "parallel.sequence=true", "engine.precision=bf16", "data.intra_document_masking=true"]),
     (2, ["engine.zero_stage=3", "pause.window=trim", "pause.placement=bernoulli", "log.peak_tflops=0.25"]),
 ]
 

@@ -33,8 +33,8 @@ def _losses(folder: Path) -> list[tuple]:
     return [(line["step"], line["loss"], line["grad_norm"], line["text_tokens"]) for line in lines]
 
 
-@pytest.mark.parametrize(("source", "window"), [("shards", "joined"), ("datasets", "apart")])
-def test_a_stream_goes_on_from_a_checkpoint(tmp_path: Path, source: str, window: str) -> None:
+@pytest.mark.parametrize(("source", "masking"), [("shards", "false"), ("datasets", "true")])
+def test_a_stream_goes_on_from_a_checkpoint(tmp_path: Path, source: str, masking: str) -> None:
     tokenizer = small_tokenizer(tmp_path)
     shards = write_shards(tmp_path / "s", documents(60), 3)
     prepare([write_shards(tmp_path / "v", documents(80)[60:], 1)], tokenizer, tmp_path / "valid", workers=1)
@@ -45,7 +45,7 @@ def test_a_stream_goes_on_from_a_checkpoint(tmp_path: Path, source: str, window:
         *("model.preset=null", "model.layers=1", "model.hidden=32", "model.heads=2", "data.sequence_length=128"),
         *("batch.global_size=8", "batch.micro_size=2", "validation.every=6", "validation.samples=4"),
         *("engine.precision=fp32", "model.vocab_multiple=32", "checkpoint.every=3", "log.tensorboard=false"),
-        f"data.documents={window}",
+        f"data.intra_document_masking={masking}",
     ]
     assert run_on_ranks(2, pretrain, [*overrides, f"run.dir={tmp_path}/whole"]) == [0, 0]
     whole = _losses(tmp_path / "whole")

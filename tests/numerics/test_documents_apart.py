@@ -1,4 +1,4 @@
-"""data.documents=apart: every document of a window computes what it computes alone, its pauses included."""
+"""data.intra_document_masking=true: every document of a window computes what it computes alone, its pauses included."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_corpus(tmp_path_factory.mktemp("short") / "short", documents)
 
 
-def windows(corpus: str, pause: PauseSection, documents: str, eod_mask_loss: bool = False) -> list[dict]:
+def windows(corpus: str, pause: PauseSection, masking: bool, eod_mask_loss: bool = False) -> list[dict]:
     """The first windows of a run."""
     from pause_megatron.data.windows.build import build_datasets
 
@@ -56,7 +56,7 @@ def windows(corpus: str, pause: PauseSection, documents: str, eod_mask_loss: boo
         seed=3,
         train_samples=WINDOWS,
         valid_samples=0,
-        documents=documents,
+        intra_document_masking=masking,
         eod_mask_loss=eod_mask_loss,
     ).train
     return [dataset[number] for number in range(WINDOWS)]
@@ -91,7 +91,7 @@ def together_and_alone(corpus: str, name: str, tensor: int) -> dict[str, float]:
     pause, parallel = PAUSES[name], ParallelSection(tensor=tensor)
     with initialize(parallel, device="cpu"):
         model = tiny(parallel=parallel, pauses=pause.embeddings)
-        samples = windows(corpus, pause, "apart")
+        samples = windows(corpus, pause, True)
         found = losses(model, samples, pause.embeddings)
         expected = torch.full_like(found, float("nan"))
         seen = dict.fromkeys(("documents", "before_eod", "behind_eod", "targets"), 0)
@@ -123,14 +123,14 @@ def test_a_document_computes_what_it_computes_alone(corpus: str, name: str, tens
             assert min(seen["before_eod"], seen["behind_eod"]) > 2
 
 
-def change_one(corpus: str, documents: str) -> list[tuple[bool, bool]]:
+def change_one(corpus: str, masking: bool) -> list[tuple[bool, bool]]:
     """For each document of each window: whether the losses before it and behind it keep every bit if it is changed."""
     from pause_megatron.distributed import initialize
 
     pause, outcomes = PAUSES["exact"], []
     with initialize(ParallelSection(), device="cpu"):
         model = tiny(parallel=ParallelSection())
-        samples = windows(corpus, pause, documents, eod_mask_loss=True)
+        samples = windows(corpus, pause, masking, eod_mask_loss=True)
         for sample in samples:
             before = losses(model, [sample], 1)[0]
             for places in documents_of(sample["tokens"].tolist())[1:]:
@@ -149,9 +149,9 @@ def change_one(corpus: str, documents: str) -> list[tuple[bool, bool]]:
 
 def test_nothing_leaks_into_another_document(corpus: str) -> None:
     """With eod_mask_loss: else a document's first token is a target at the end of the document before it."""
-    outcomes = run_on_ranks(1, change_one, corpus, "apart")[0]
+    outcomes = run_on_ranks(1, change_one, corpus, True)[0]
     assert len(outcomes) >= WINDOWS // 2
     assert all(before and behind for before, behind in outcomes)
-    joined = run_on_ranks(1, change_one, corpus, "joined")[0]
+    joined = run_on_ranks(1, change_one, corpus, False)[0]
     assert all(before for before, _ in joined)
     assert not any(behind for _, behind in joined)

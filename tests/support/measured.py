@@ -197,7 +197,7 @@ def random_batches(config: Any, context: Any) -> list[Any]:
 def _segments(config: Any, micro: int, length: int) -> Tensor | None:
     """int32 [micro, length], two texts to a window, where texts of a window do not see each other; else None."""
     packed = config.task.name is not None and config.finetune.batching == "packed"
-    if not packed and config.data.documents != "apart":
+    if not packed and not config.data.intra_document_masking:
         return None
     return (torch.arange(length, dtype=torch.int32) * 2 // length).expand(micro, length).contiguous()
 

@@ -123,7 +123,7 @@ class StreamDataset:
         injector: pauses by sample number.
         samples: windows that the run needs.
         eod: the id that ends a document.
-        documents, eod_mask_loss: as in build_datasets.
+        intra_document_masking, eod_mask_loss: as in build_datasets.
     """
 
     def __init__(
@@ -133,11 +133,11 @@ class StreamDataset:
         samples: int,
         *,
         eod: int,
-        documents: str = "joined",
+        intra_document_masking: bool = False,
         eod_mask_loss: bool = False,
     ) -> None:
         self._windows, self._injector, self._samples = windows, injector, samples
-        self._eod, self._apart, self._eod_mask_loss = eod, documents == "apart", eod_mask_loss
+        self._eod, self._apart, self._eod_mask_loss = eod, intra_document_masking, eod_mask_loss
         self._position_ids = torch.arange(injector.plan.sequence_length)
 
     def __len__(self) -> int:

@@ -61,7 +61,7 @@ def build_datasets(
     train_samples: int | None,
     valid_samples: int,
     cache: str | None = None,
-    documents: str = "joined",
+    intra_document_masking: bool = False,
     eod_mask_loss: bool = False,
     read_cache: bool = False,
     samples_before: int = 0,
@@ -85,7 +85,7 @@ def build_datasets(
         train_samples: Windows that the whole run trains on; None: those of one pass over the corpora.
         valid_samples: Windows that one validation scores; 0 builds none.
         cache: Folder of the index caches; default: 'cache' beside the first prefix.
-        documents: "joined", or "apart": positions that start again with each document, and `segments` for attention.
+        intra_document_masking: Start positions again with each document, and give `segments` for attention.
         eod_mask_loss: No target behind an EOD, as in Megatron-LM.
         read_cache: Compare index caches with their digests byte by byte, not only those changed since.
         samples_before: Windows of these that a finished run was given, which is now extended: `data.extension` says
@@ -126,11 +126,11 @@ def build_datasets(
             window_cache_path=cache,
             read_index_cache=read_cache,
             tokenizer=pause_tokenizer,
-            reset_position_ids=documents == "apart",
-            reset_attention_mask=documents == "apart",
+            reset_position_ids=intra_document_masking,
+            reset_attention_mask=intra_document_masking,
             eod_mask_loss=eod_mask_loss,
             create_attention_mask=False,  # the model needs the segments only
-            document_segments=documents == "apart",
+            document_segments=intra_document_masking,
             pause_rate=pause.rate,
             pause_window=pause.window,
             pause_placement=pause.placement,

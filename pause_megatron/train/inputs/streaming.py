@@ -79,7 +79,7 @@ class Stream:
             injector,
             config.train.steps * size,
             eod=tokenizer.eod,
-            documents=config.data.documents,
+            intra_document_masking=config.data.intra_document_masking,
             eod_mask_loss=config.data.eod_mask_loss,
         )
 

@@ -59,7 +59,7 @@ def test_documents_are_about_as_long_as_they_say():
 
 
 def test_documents_apart_have_segments():
-    data = windows("data.sequence_length=2048", "data.documents=apart", "data.eod_mask_loss=true")
+    data = windows("data.sequence_length=2048", "data.intra_document_masking=true", "data.eod_mask_loss=true")
     batch = micro_batch(data, range(4))
     documents = [int(row.max()) + 1 for row in batch.segments]
     assert max(documents) > 1
@@ -70,7 +70,7 @@ def test_documents_apart_have_segments():
 
 def _ends_behind(data, numbers: range) -> int:
     """Windows whose last target, which is no input, begins a document."""
-    plain = windows("data.sequence_length=2048", "data.documents=apart")
+    plain = windows("data.sequence_length=2048", "data.intra_document_masking=true")
     return sum(
         bool(plain.train[number]["loss_mask"][-1]) and not bool(data.train[number]["loss_mask"][-1])
         for number in numbers

@@ -60,9 +60,9 @@ BROKEN = {
         ["task.name=gsm8k", "model.attention=te"],
         "model.attention=sdpa with packed examples or a bidirectional prefix",
     ),
-    "documents_apart_need_torch_attention": (
-        ["data.documents=apart", "model.attention=te"],
-        "model.attention=sdpa with data.documents=apart",
+    "intra_document_masking_needs_torch_attention": (
+        ["data.intra_document_masking=true", "model.attention=te"],
+        "model.attention=sdpa with data.intra_document_masking=true",
     ),
     "an_extension_adds_steps": (
         ["train.steps=100", "train.extended_from=100"],

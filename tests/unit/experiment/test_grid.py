@@ -139,6 +139,15 @@ def test_a_fingerprint_does_not_depend_on_hardware_speed_or_words(small, overrid
     assert by_name(plan_of(small, override)) == by_name(plan_of(small))
 
 
+def test_an_identity_spells_renamed_keys_as_0_1_did(small):
+    """A cell that 0.1 computed has the same fingerprint now."""
+    cells = plan_of(small, "models.StdPT.set.data.intra_document_masking=true").cells
+    configs = [cell.identity["config"] for cell in cells if "config" in cell.identity]
+    assert {config["data.documents"] for config in configs} == {"joined", "apart"}
+    assert not any("data.intra_document_masking" in config for config in configs)
+    assert by_name(plan_of(small, "models.StdPT.set.data.documents=joined")) == by_name(plan_of(small))
+
+
 @pytest.mark.parametrize(
     ("override", "changed"),
     [

@@ -21,7 +21,7 @@ KINDS = [
     {},
     {"window": "trim", "placement": "with_replacement", "rate": 0.5},
     {"rate": 0.0},
-    {"documents": "apart", "eod_mask_loss": True},
+    {"intra_document_masking": True, "eod_mask_loss": True},
 ]
 
 
@@ -59,7 +59,7 @@ def test_the_models_own_loss_is_that_of_the_windows_mask(folder, model, settings
         text = ids[(ids < 600)].tolist()
         dataset = train.windows
         assert text == dataset.window_text(number)[: len(text)].tolist()
-        if settings.get("documents") != "apart":
+        if not settings.get("intra_document_masking"):
             total, count = _definition(model, native)
             torch.testing.assert_close(model(input_ids=ids[None], labels=labels[None]).loss, total / count)
             assert count == (len(text) - 1 if ids[-1] < 600 or settings else count)
@@ -80,7 +80,7 @@ def test_the_last_pause_has_the_id_that_is_its_turn(folder):
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_documents_apart_do_not_see_each_other_in_transformers(folder, attention):
     model = llama(601, attn_implementation=attention)
-    train = pause_windows(folder / "a", 512, pause_ids=PAUSES, samples=12, documents="apart").train
+    train = pause_windows(folder / "a", 512, pause_ids=PAUSES, samples=12, intra_document_masking=True).train
     several = 0
     for number in range(12):
         sample = train[number]

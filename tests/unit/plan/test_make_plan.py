@@ -134,7 +134,7 @@ def test_texts_apart_take_no_mask(windows):
     differences = []
     for length in (1024, 2048):
         keys = (f"batch.micro_size={windows}", f"data.sequence_length={length}", "parallel.tensor=1")
-        apart, joined = (plan(f"data.documents={how}", *keys) for how in ("apart", "joined"))
+        apart, joined = (plan(f"data.intra_document_masking={how}", *keys) for how in ("true", "false"))
         model = joined.layout.model
         rotations = 4 * (windows - 1) * length * (model.hidden // model.heads)
         spared = (windows > 1) * windows * length * model.hidden * model.kv_heads // model.heads

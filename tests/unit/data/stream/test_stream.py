@@ -115,9 +115,9 @@ _DTYPES = {
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.2])
-@pytest.mark.parametrize(("documents", "eod_mask_loss"), [("joined", False), ("apart", False), ("apart", True)])
+@pytest.mark.parametrize(("masking", "eod_mask_loss"), [(False, False), (True, False), (True, True)])
 def test_samples_are_those_of_the_dataset_with_the_same_windows(
-    tokenizer: Tokenizer, folder: Path, tmp_path: Path, rate: float, documents: str, eod_mask_loss: bool
+    tokenizer: Tokenizer, folder: Path, tmp_path: Path, rate: float, masking: bool, eod_mask_loss: bool
 ) -> None:
     from pause_megatron.config.schema import PauseSection
     from pause_megatron.data.windows.build import build_datasets
@@ -133,16 +133,16 @@ def test_samples_are_those_of_the_dataset_with_the_same_windows(
         seed=1,
         train_samples=20,
         valid_samples=0,
-        documents=documents,
+        intra_document_masking=masking,
         eod_mask_loss=eod_mask_loss,
     ).train
-    ends = {"eod": tokenizer.eod, "documents": documents, "eod_mask_loss": eod_mask_loss}
+    ends = {"eod": tokenizer.eod, "intra_document_masking": masking, "eod_mask_loss": eod_mask_loss}
     streamed = StreamDataset(_Texts(train), train.injector, 20, **ends)
     for sample in range(20):
         assert streamed[sample].keys() == train[sample].keys()
         assert all(torch.equal(streamed[sample][name], value) for name, value in train[sample].items())
-    assert ("segments" in train[0]) == (documents == "apart")
-    if documents == "apart":
+    assert ("segments" in train[0]) == masking
+    if masking:
         assert max(int(train[sample]["segments"].max()) for sample in range(20)) > 0
 
 

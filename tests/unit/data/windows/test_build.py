@@ -146,7 +146,7 @@ def test_documents_apart_in_every_dataset_of_a_run(
     blend, pause = ["3", corpora[0], "1", corpora[1]], PauseSection(rate=rate)
     joined = build(blend, pause=pause)
     cached = sorted(os.listdir(tmp_path / "cache"))
-    apart = build(blend, pause=pause, documents="apart")
+    apart = build(blend, pause=pause, intra_document_masking=True)
     assert sorted(os.listdir(tmp_path / "cache")) == cached
     for name in ("train", "valid", "valid_without_pauses"):
         for number in range(5):
