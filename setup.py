@@ -23,7 +23,7 @@ setup(
     # The DeepSpeed files live at the top of the repository, where users look for them, and install with the package.
     package_dir={"pause_megatron.ds_configs": "ds_configs"},
     package_data={
-        "pause_megatron": ["recipes/*.yaml", "recipes/experiments/*.yaml", "tasks/*.yaml"],
+        "pause_megatron": ["py.typed", "recipes/*.yaml", "recipes/experiments/*.yaml", "tasks/*.yaml"],
         "pause_megatron.experiment": ["*.yaml", "report/*.css"],
         "pause_megatron.slurm": ["*.sbatch"],
         "pause_megatron.ds_configs": ["*.json"],

@@ -23,7 +23,7 @@ GB = 1e9
 # Unpacked size over that of the wheels, measured on torch 2.13.0 and what it needs: 5.3 of 2.7 GB, 0.8 of 0.2 GB.
 UNPACKED_CUDA, UNPACKED_CPU = 2.0, 4.0
 # What else is installed (DeepSpeed, datasets, transformers, ...), measured: extra -> GB to download, GB on disk.
-OTHERS = {"quickstart": (0.2, 0.9), "test": (0.3, 1.4)}
+OTHERS = {"quickstart": (0.2, 0.9), "test": (0.3, 1.4), "dev": (0.4, 1.5)}
 # Where sizes cannot be had: of torch and what it needs.
 TYPICAL_CUDA, TYPICAL_CPU = 2.7 * GB, 0.2 * GB
 

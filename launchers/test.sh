@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Sets up a fresh machine and passes the tests. Arguments go to pytest: `bash launchers/test.sh tests/unit -k pause`.
+# Sets up a fresh machine and runs the tests. Arguments go to pytest: `bash launchers/test.sh tests/unit -k pause`.
 set -euo pipefail
 CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
-EXTRAS=test source launchers/setup.sh
+EXTRAS=${EXTRAS:-test} source launchers/setup.sh
 
 # One thread a rank: the tests start up to four ranks, and results are compared bit for bit.
 export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false

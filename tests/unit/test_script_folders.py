@@ -29,6 +29,21 @@ def test_a_script_is_run_in_its_own_checkout(script, called, tmp_path):
     assert (tmp_path / "folder").read_text() == f"{ROOT}\n"
 
 
+def test_lint_runs_every_check_and_fails_if_one_fails(tmp_path):
+    python = tmp_path / "bin" / "python"
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\npwd -P >> {tmp_path}/folders\n[ "$2" != ruff ]\n')
+    python.chmod(0o755)
+    environment = {**os.environ, "NO_SETUP": "1", "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}"}
+    words = ["bash", "lint.sh"]
+    done = subprocess.run(words, cwd=ROOT / "launchers", env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    ran = [line for line in done.stderr.splitlines() if line.startswith("lint: ")]
+    assert ran[:3] == ["lint: ruff check .", "lint: ruff format --check .", "lint: mypy"]
+    assert ran[3:] == ["lint: failed: ruff check .", "lint: failed: ruff format --check ."]
+    assert (tmp_path / "folders").read_text() == f"{ROOT}\n" * 3
+
+
 def test_setup_finds_its_checkout_although_cd_prints(tmp_path):
     python = tmp_path / "python"
     python.write_text("#!/bin/sh\nexit 1\n")

@@ -10,7 +10,7 @@ EXTRAS = {
     package.name.replace("-", "_"): extra
     for extra, packages in reversed(versions.EXTRAS.items())  # of several extras, the first
     for package in packages
-    if extra != "test"
+    if extra not in ("test", "docs", "dev")
 }
 """The extra that brings a package, by the name that it is imported under."""
 
