@@ -132,7 +132,7 @@ def _harness(names: Sequence[str], args: argparse.Namespace) -> Harness | None:
         return None
     if args.prefix_attention == "bidirectional":
         raise ConfigError(
-            "lm_eval tasks: expected --prefix-attention causal, came bidirectional: lm-eval knows no other"
+            "lm_eval tasks: expected --prefix-attention causal, got bidirectional: lm-eval knows no other"
         )
     from pause_megatron.evaluate.lm_eval_tasks import Harness
 
@@ -228,11 +228,11 @@ def _table(entries: Sequence[dict[str, Any]]) -> str:
 def _numbers(option: str, text: str) -> list[int]:
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() for part in parts):
-        raise ConfigError(f"{option}: expected numbers, 0 or more, with commas between them, came {text!r}")
+        raise ConfigError(f"{option}: expected numbers, 0 or more, with commas between them, got {text!r}")
     return list(dict.fromkeys(map(int, parts)))
 
 
 def _number(option: str, text: str, *, least: int) -> int:
     if not text.isdecimal() or int(text) < least:
-        raise ConfigError(f"{option}: expected a number, {least} or more, came {text!r}")
+        raise ConfigError(f"{option}: expected a number, {least} or more, got {text!r}")
     return int(text)

@@ -153,7 +153,7 @@ def _cell(args: argparse.Namespace) -> int:
 def _directory(args: argparse.Namespace) -> Path:
     """The one folder that status, report and cell are about."""
     if len(args.words) != 1:
-        raise ConfigError(f"experiment {args.action}: expected one folder, came {len(args.words)}")
+        raise ConfigError(f"experiment {args.action}: expected one folder, got {len(args.words)}")
     try:
         return Path(expanded(args.words[0])).resolve()
     except ValueError as error:

@@ -58,7 +58,7 @@ def evaluate(
         DataError: no examples, an example that cannot be asked, or results of something else in the folder.
     """
     if not examples:
-        raise DataError(f"{task.name}: expected at least one record, came none")
+        raise DataError(f"{task.name}: expected at least one record, got none")
     scorer = Scorer(generator, task, settings, batch_size)
     identity = identify(task, examples, settings, folder)
     prepared = scorer.prepare(examples)

@@ -90,12 +90,12 @@ class Journal:
         where = f"{self.path}: line {index + 1}"
         record = parse_object(line, where)
         if record.get("of") != self._of:
-            raise DataError(f"{where}: of: expected {self._of} (see {self.path.stem}.json), came {record.get('of')!r}")
+            raise DataError(f"{where}: of: expected {self._of} (see {self.path.stem}.json), got {record.get('of')!r}")
         expected = self.order[index] if index < len(self.order) else "no further record"
         if record.get("id") != expected:
-            raise DataError(f"{where}: id: expected {expected!r}, came {record.get('id')!r}")
+            raise DataError(f"{where}: id: expected {expected!r}, got {record.get('id')!r}")
         if not isinstance(record.get("scores"), dict):
-            raise DataError(f"{where}: scores: expected an object, came {record.get('scores')!r}")
+            raise DataError(f"{where}: scores: expected an object, got {record.get('scores')!r}")
         return record
 
 
@@ -116,7 +116,7 @@ def refuse_others(path: Path, expected: Mapping[str, Any], came: Mapping[str, An
             refuse_others(path, one, other, f"{at}{name}.")
         elif one != other:
             raise DataError(
-                f"{path}: {at}{name}: expected {one!r} (this run), came {other!r}: results of another model, other "
+                f"{path}: {at}{name}: expected {one!r} (this run), got {other!r}: results of another model, other "
                 f"data or other settings; give another --output, or remove them"
             )
 
@@ -142,9 +142,9 @@ def parse_object(content: bytes, where: str) -> Record:
     try:
         found = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: damaged: expected a JSON object, came {content[:60]!r} ({error})") from None
+        raise DataError(f"{where}: damaged: expected a JSON object, got {content[:60]!r} ({error})") from None
     if not isinstance(found, dict):
-        raise DataError(f"{where}: damaged: expected a JSON object, came {content[:60]!r}")
+        raise DataError(f"{where}: damaged: expected a JSON object, got {content[:60]!r}")
     return found
 
 

@@ -94,7 +94,7 @@ class PauseLM(HFLM):
             mine = f"{self._count} x {self._location} {self._text[:80]!r}"
             found = cache_hook.dbdict.get("pauses", mine if not len(cache_hook.dbdict) else "no pauses")
             if found != mine:
-                raise DataError(f"use_cache: expected answers with {mine}, came a store of answers with {found}")
+                raise DataError(f"use_cache: expected answers with {mine}, got a store of answers with {found}")
             cache_hook.dbdict["pauses"] = mine
         super().set_cache_hook(_OriginalKeys(cache_hook, self._without_pauses))
 

@@ -140,7 +140,7 @@ class Harness:
         from pause_megatron.evaluate.lm_eval_model import PauseLM
 
         if settings.prefix_attention != "causal":
-            raise ConfigError(f"lm_eval/{name}: expected prefix_attention causal, came {settings.prefix_attention}")
+            raise ConfigError(f"lm_eval/{name}: expected prefix_attention causal, got {settings.prefix_attention}")
         model = PauseLM(
             generator,
             pauses=settings.pauses,

@@ -98,7 +98,7 @@ class ResultsFolder:
         for entry in self.entries:
             if entry["model"] != model:
                 raise DataError(
-                    f"{path / 'results.json'}: model: expected {model} ({model_path}), came {entry['model']} "
+                    f"{path / 'results.json'}: model: expected {model} ({model_path}), got {entry['model']} "
                     f"({entry.get('model_path')}): results of another model; give another --output"
                 )
 
@@ -203,7 +203,7 @@ def read_results(folder: str | Path) -> list[Record]:
     path = Path(folder) / "results.json"
     document = read_object(path)
     if document.get("version") != VERSION:
-        raise DataError(f"{path}: version: expected {VERSION}, came {document.get('version')!r}")
+        raise DataError(f"{path}: version: expected {VERSION}, got {document.get('version')!r}")
     entries = document.get("results")
     required = {"task", "metric", "value", "n", "model", "data", *Settings.__dataclass_fields__}
     for index, entry in enumerate(entries if isinstance(entries, list) else [None]):

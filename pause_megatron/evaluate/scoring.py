@@ -84,7 +84,7 @@ class Scorer:
         seen: dict[str, int] = {}
         for index, example in enumerate(examples):
             if seen.setdefault(example.id, index) != index:
-                raise DataError(f"{self.task.name}: id {example.id!r}: expected once, came twice")
+                raise DataError(f"{self.task.name}: id {example.id!r}: expected once, got twice")
         return sorted((self._fit(example) for example in examples), key=lambda item: -len(item.prompt))
 
     def batches(self, prepared: Sequence[Prepared]) -> Iterator[Sequence[Prepared]]:
@@ -107,7 +107,7 @@ class Scorer:
         encoder = self._generator.encoder
         where = f"{self.task.name}: record {example.id!r}"
         if self._chooses and not all(example.choices):
-            raise DataError(f"{where}: choices: expected texts, none of them empty, came {example.choices!r}")
+            raise DataError(f"{where}: choices: expected texts, none of them empty, got {example.choices!r}")
         try:
             prompt = encoder.encode(example.prompt)
             choices = [encoder.encode_continuation(text) for text in example.choices] if self._chooses else []
@@ -148,7 +148,7 @@ class Scorer:
         for item, values in zip(batch, likelihoods, strict=True):
             if not all(map(math.isfinite, values)):
                 raise DataError(
-                    f"{self.task.name}: record {item.example.id!r}: expected finite log-likelihoods, came {values} "
+                    f"{self.task.name}: record {item.example.id!r}: expected finite log-likelihoods, got {values} "
                     f"(where the model runs in fp16, try --dtype bf16 or fp32)"
                 )
         return likelihoods

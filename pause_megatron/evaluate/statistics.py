@@ -62,7 +62,7 @@ def mean(scores: Sequence[float]) -> Mean:
         DataError: no scores.
     """
     if not len(scores):
-        raise DataError("mean: expected at least one score, came none")
+        raise DataError("mean: expected at least one score, got none")
     values = np.asarray(scores, dtype=np.float64)
     error = float(values.std(ddof=1) / math.sqrt(values.size)) if values.size > 1 else None
     return Mean(float(values.mean()), error, values.size)
@@ -93,7 +93,7 @@ def paired_bootstrap(
     """
     if resamples < 1 or not 0 < confidence < 1:
         raise DataError(
-            f"paired bootstrap: expected 1 resample or more and 0 < confidence < 1, came {resamples} and {confidence}"
+            f"paired bootstrap: expected 1 resample or more and 0 < confidence < 1, got {resamples} and {confidence}"
         )
     if a.keys() != b.keys():
         only = [sorted(set(one) - set(other)) for one, other in ((a, b), (b, a))]
@@ -102,7 +102,7 @@ def paired_bootstrap(
             f"(such as {only[0][:2]}), {len(only[1])} only on the right (such as {only[1][:2]})"
         )
     if not a:
-        raise DataError("paired bootstrap: expected at least one record, came none")
+        raise DataError("paired bootstrap: expected at least one record, got none")
     ids = sorted(a)  # the interval does not depend on the order in which records come
     differences = np.array([a[record] - b[record] for record in ids], dtype=np.float64)
     means = _resampled_means(differences, np.random.default_rng(seed), resamples)

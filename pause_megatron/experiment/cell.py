@@ -138,5 +138,5 @@ def read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: cannot be read: {error}; remove it, and the cell is computed again") from None
     if not isinstance(content, dict) or content.get("version") != VERSION:
-        raise DataError(f"{path}: expected a JSON object with version {VERSION}, came {str(content)[:60]}")
+        raise DataError(f"{path}: expected a JSON object with version {VERSION}, got {str(content)[:60]}")
     return content

@@ -60,7 +60,7 @@ def gather(grid: Grid) -> Inputs:
     """
     if not grid.data.prefix:
         raise ConfigError(
-            "data.prefix: expected the prefix of a prepared corpus (see pause-megatron prepare), came none"
+            "data.prefix: expected the prefix of a prepared corpus (see pause-megatron prepare), got none"
         )
     words = grid.data.prefix
     manifests = {word: Manifest.load(word) for word in words if not is_number(word)}

@@ -44,7 +44,7 @@ def load_grid(path: str | Path | None = None, *, recipe: str | None = None, over
         raise ConfigError(f"--config: {file} cannot be read: {error}") from None
     tree, places = read_tree(text, str(file))
     if not isinstance(tree, dict):
-        raise ConfigError(f"{file}:1: expected groups of keys ('models:', 'variants:'), came {tree!r}")
+        raise ConfigError(f"{file}:1: expected groups of keys ('models:', 'variants:'), got {tree!r}")
     for override in overrides:
         _put(tree, places, override)
     try:
@@ -63,7 +63,7 @@ def dump_grid(grid: Grid) -> str:
 def _recipe_path(name: str) -> Path:
     names = recipe_names()
     if name not in names:
-        raise ConfigError(f"--recipe: expected one of {', '.join(names)}; came {name!r}{nearest(name, names)}")
+        raise ConfigError(f"--recipe: expected one of {', '.join(names)}, got {name!r}{nearest(name, names)}")
     return RECIPES / f"{name}.yaml"
 
 
@@ -82,7 +82,7 @@ def _put(tree: dict[str, Any], places: Places, override: str) -> None:
 
 
 def _message(problem: Any, places: Places) -> str:
-    """One error as FILE:LINE: path: what is wrong; came what."""
+    """One error as FILE:LINE: path: what is wrong, got what."""
     path = tuple(str(part) for part in problem["loc"])
     while path not in places and len(path) > 1:  # a missing key, or the branch of a union that pydantic names
         path = path[:-1]
@@ -92,8 +92,8 @@ def _message(problem: Any, places: Places) -> str:
         known = _keys_of(path[:-1])
         return f"{where}: unknown key {shown!r}{nearest(path[-1], known) or '. Keys here: ' + ', '.join(known)}"
     if problem["type"] == "missing":
-        return f"{where}: {'.'.join(map(str, problem['loc']))}: expected a value, came none"
-    return f"{where}: {shown}: {_plain(problem['msg'])}; came {problem['input']!r}"
+        return f"{where}: {'.'.join(map(str, problem['loc']))}: expected a value, got none"
+    return f"{where}: {shown}: {_plain(problem['msg'])}, got {problem['input']!r}"
 
 
 def _at(places: Places, *path: str) -> str:
@@ -148,7 +148,7 @@ def _check_names(grid: Grid, places: Places) -> None:
         if variant.finetune == "standard" and variant.pauses:
             raise ConfigError(
                 f"{_at(places, 'variants', name)}: variants.{name}.pauses: expected none with finetune: standard "
-                f"(for pauses at inference only: inference.pauses); came {variant.pauses}"
+                f"(for pauses at inference only: inference.pauses), got {variant.pauses}"
             )
     for index, curve in enumerate(grid.curves):
         used += [(("curves", str(index), "variants"), variant, grid.variants) for variant in curve.variants]
@@ -156,6 +156,6 @@ def _check_names(grid: Grid, places: Places) -> None:
     for path, name, known in used:
         if name not in known:
             raise ConfigError(
-                f"{_at(places, *path)}: {'.'.join(path)}: expected one of {', '.join(known)}; came {name!r}"
+                f"{_at(places, *path)}: {'.'.join(path)}: expected one of {', '.join(known)}, got {name!r}"
                 f"{nearest(name, known)}"
             )

@@ -73,7 +73,7 @@ def resolve_models(grid: Grid, vocabulary: int) -> dict[str, Pretraining]:
     def resolve(name: str, waiting: tuple[str, ...]) -> Pretraining:
         if name in waiting:
             circle = " -> ".join([*waiting, name])
-            raise ConfigError(f"models: expected budgets that begin with a model of its own length; came {circle}")
+            raise ConfigError(f"models: expected budgets that begin with a model of its own length, got {circle}")
         if name not in done:
             section = grid.models[name]
             source = ("--recipe", section.recipe) if section.recipe else ("--config", str(section.config))
@@ -90,7 +90,7 @@ def resolve_models(grid: Grid, vocabulary: int) -> dict[str, Pretraining]:
                 like = resolve(section.budget.like, (*waiting, name))
                 run = run.with_tokens(_tokens(section.budget, run, like), vocabulary)
             if run.config.train.tokens is None:
-                raise ConfigError(f"models.{name}: train.steps or train.tokens: expected one of them, came neither")
+                raise ConfigError(f"models.{name}: train.steps or train.tokens: expected one of them, got neither")
             done[name] = run
         return done[name]
 

@@ -98,7 +98,7 @@ def render(folder: Path, verb: str, ranks: int, options: JobOptions) -> str:
     if "\\" in output:
         raise ConfigError(f"DIRECTORY: expected a path without backslashes, which SLURM erases, got {output}")
     if ranks % nodes:
-        raise ConfigError(f"--nodes: expected a divisor of --ranks ({ranks}), came {nodes}")
+        raise ConfigError(f"--nodes: expected a divisor of --ranks ({ranks}), got {nodes}")
     wanted = {"partition": options.partition, "time": options.time}
     wanted |= {"gpus-per-task": options.gpus, "cpus-per-task": options.cpus}
     directives = [

@@ -1,4 +1,4 @@
-"""Examples of any task, checked; and the fingerprint that tells one set of examples from another."""
+"""Reading and checking the examples of a task, and the fingerprint of a set of examples."""
 
 from __future__ import annotations
 
@@ -12,31 +12,32 @@ from pause_megatron.tasks.task import Example, Split, Task
 
 
 def read_examples(task: Task, split: Split, path: str | None = None, limit: int | None = None) -> list[Example]:
-    """Examples of a task, in the order of the data set.
+    """Return the examples of a split in the order of the data set.
 
     Args:
-        split: "train" or "eval"; the task knows what its data set calls them.
-        path: folder of this one task's records as JSON lines, plain or .gz; None: the Hugging Face hub.
-        limit: the first so many examples; None: all. (A CoQA story is several examples.)
+        task: The task.
+        split: "train" or "eval"; the task maps it to its data set's name of the split.
+        path: Folder with the records of this task as JSON lines; None reads the Hugging Face Hub.
+        limit: Number of examples to read from the start; None reads all. (A CoQA story gives several examples.)
 
     Raises:
-        DataError: the split or a field is not there, a record is not as declared (file, line, field, expected, came).
-        ConfigError: the task has no such split, or `limit` is below 1.
+        DataError: The split or a field is missing, or a record is not as declared. Names file, line and field.
+        ConfigError: The task has no such split, or `limit` is below 1.
     """
     if split not in ("train", "eval"):
-        raise ConfigError(f"split: expected train or eval; came {split!r}")
+        raise ConfigError(f"split: expected train or eval, got {split!r}")
     if limit is not None and limit < 1:
-        raise ConfigError(f"task.limit: expected at least 1; came {limit}")
+        raise ConfigError(f"task.limit: expected at least 1, got {limit}")
     examples = task.examples(split, path, limit)
     if not examples:
-        raise DataError(f"task {task.name}: expected at least one example in its {split} split; there is none")
+        raise DataError(f"task {task.name}: expected at least one example in its {split} split, got none")
     for example in examples:
         _check(task, example)
     return examples
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
-    """Digest of all that a model is asked and judged by, as 'xxh3_128:HEX'."""
+    """Return the digest of all fields of the examples, as 'xxh3_128:HEX'."""
     hasher = xxhash.xxh3_128()
     for example in examples:
         hasher.update(json.dumps(vars(example), sort_keys=True).encode() + b"\n")
@@ -44,19 +45,19 @@ def fingerprint(examples: Iterable[Example]) -> str:
 
 
 def _check(task: Task, example: Example) -> None:
-    """What every later stage relies on, also for tasks that people plug in."""
+    """Check the invariants that tokenization and scoring rely on; tasks from outside are not trusted."""
     problem = None
     if not example.prompt or example.prompt != example.prompt.rstrip():
-        problem = f"a prompt that is not empty and does not end in white space; came {example.prompt[-40:]!r}"
+        problem = f"a prompt that is not empty and does not end in white space, got {example.prompt[-40:]!r}"
     elif not example.target.strip():
-        problem = f"a target that is not empty; came {example.target!r}"
+        problem = f"a target that is not empty, got {example.target!r}"
     elif not example.references:
-        problem = "at least one reference; came none"
+        problem = "at least one reference, got none"
     elif bool(example.choices) != (example.gold is not None):
-        problem = f"choices and gold, or neither; came {len(example.choices)} choices and gold {example.gold}"
-    elif example.choices and not 0 <= example.gold < len(example.choices):
-        problem = f"gold in 0..{len(example.choices) - 1}; came {example.gold}"
+        problem = f"choices and gold, or neither, got {len(example.choices)} choices and gold {example.gold}"
+    elif example.gold is not None and not 0 <= example.gold < len(example.choices):
+        problem = f"gold in 0..{len(example.choices) - 1}, got {example.gold}"
     elif task.kind == "choice" and not example.choices:
-        problem = "choices, because the task scores options; came none"
+        problem = "choices, because the task scores options, got none"
     if problem:
         raise DataError(f"task {task.name}, example {example.id}: expected {problem}")

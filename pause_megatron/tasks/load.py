@@ -1,4 +1,4 @@
-"""Tasks by name: those that ship, a YAML file of one's own, or an object named as 'module:attribute'."""
+"""Loading a task by its name: a task that ships, a YAML file, or an object named as 'module:attribute'."""
 
 from __future__ import annotations
 
@@ -6,46 +6,46 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from pause_megatron.config.spelling import nearest
 from pause_megatron.config.text import Entry, read_entries
 from pause_megatron.errors import ConfigError
 from pause_megatron.tasks.metrics.registry import METRICS
-from pause_megatron.tasks.task import Task
+from pause_megatron.tasks.task import TASK_MEMBERS, Task
 from pause_megatron.tasks.yaml_task import DeclaredTask
 
 FOLDER = Path(__file__).resolve().parent
 
 
 def task_names() -> tuple[str, ...]:
-    """Names of the tasks that ship."""
+    """Return the names of the tasks that ship."""
     return tuple(sorted(file.stem for file in FOLDER.glob("*.yaml")))
 
 
 def load_task(name: str) -> Task:
-    """A task by its name.
+    """Return the task of a name.
 
     Args:
-        name: one of `task_names()`; a path that ends in .yaml; or 'module:attribute', an object shaped like `Task`.
+        name: One of `task_names()`, a path that ends in .yaml, or 'module:attribute' for an object shaped like `Task`.
 
     Raises:
-        ConfigError: there is none of that name, or it is not a task; with file, line and key.
+        ConfigError: No task has that name, or the file or object is no task. Names file, line and key.
     """
     names = task_names()
     if name in names:
-        return _read(FOLDER / f"{name}.yaml")
+        return _read_yaml(FOLDER / f"{name}.yaml")
     if name.endswith((".yaml", ".yml")):
-        return _read(Path(name))
+        return _read_yaml(Path(name))
     if ":" in name:
-        return _imported(name)
+        return _import(name)
     raise ConfigError(
-        f"task.name: expected one of {', '.join(names)}, a .yaml file, or 'module:attribute'; came {name!r}"
+        f"task.name: expected one of {', '.join(names)}, a .yaml file, or 'module:attribute', got {name!r}"
         f"{nearest(name, names)}"
     )
 
 
-def _read(path: Path) -> DeclaredTask:
+def _read_yaml(path: Path) -> DeclaredTask:
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -55,7 +55,7 @@ def _read(path: Path) -> DeclaredTask:
     entries = {entry.path: entry for entry in read_entries(text, str(path))}
     if "name" in entries:
         raise ConfigError(
-            f"{entries['name'].where}: expected no key 'name': the task is called {path.stem}, as its file"
+            f"{entries['name'].where}: expected no key 'name', which the file's name gives ({path.stem}); remove it"
         )
     nested: dict[str, Any] = {"name": path.stem, "folder": path.stem}
     for key, entry in entries.items():
@@ -73,7 +73,7 @@ def _read(path: Path) -> DeclaredTask:
 
 
 def _problem(path: Path, entries: dict[str, Entry], problem: dict[str, Any]) -> str:
-    """One line about one key of a task's file."""
+    """Return the message about one key of a task's file."""
     parts = [part for part in problem["loc"] if isinstance(part, str)]
     key = ".".join(parts)
     where = entries[key].where if key in entries else str(path)
@@ -81,32 +81,38 @@ def _problem(path: Path, entries: dict[str, Entry], problem: dict[str, Any]) -> 
         known = _keys(parts[:-1])
         return f"{where}: unknown key {key!r}{nearest(parts[-1], known) or '. Keys: ' + ', '.join(known)}"
     if problem["type"] == "missing":
-        return f"{path}: expected the key {key!r}; it is not there"
+        return f"{path}: expected the key {key!r}, got none"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "value_error":
         return f"{where}: {key}: {message}" if key else f"{path}: {message}"
-    return f"{where}: {key}: {message[:1].lower()}{message[1:]}; came {problem['input']!r}"
+    return f"{where}: {key}: {message[:1].lower()}{message[1:]}, got {problem['input']!r}"
 
 
 def _keys(parents: list[str]) -> list[str]:
-    section = DeclaredTask
+    section: type[BaseModel] = DeclaredTask
     for parent in parents:
-        section = section.model_fields[parent].annotation
+        annotation = section.model_fields[parent].annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            section = annotation
     return [name for name in section.model_fields if name != "name"]
 
 
-def _imported(name: str) -> Task:
+def _import(name: str) -> Task:
     module, _, attribute = name.partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"task.name: {name!r} cannot be imported ({error})") from None
+        raise ConfigError(
+            f"task.name: {name!r} cannot be imported ({error}); a module's folder must be on PYTHONPATH"
+        ) from None
     if isinstance(found, type) or not isinstance(found, Task):
-        wanted = [*Task.__annotations__, "examples"]
-        absent = [attribute for attribute in wanted if not hasattr(found, attribute)]
+        absent = [member for member in TASK_MEMBERS if not hasattr(found, member)]
         what = "is a class; name an instance" if isinstance(found, type) else f"lacks {', '.join(absent)}"
-        raise ConfigError(f"task.name: expected {name!r} to have {', '.join(wanted)}; it {what}")
+        raise ConfigError(f"task.name: expected {name!r} to have {', '.join(TASK_MEMBERS)}; it {what}")
     for metric in (*found.metrics, found.primary):
         if metric not in METRICS:
-            raise ConfigError(f"task {name}: unknown metric {metric!r}{nearest(metric, METRICS)}")
+            raise ConfigError(
+                f"task {name}: expected metrics of {', '.join(METRICS)}, got unknown metric {metric!r}"
+                f"{nearest(metric, METRICS)}"
+            )
     return found

@@ -1,4 +1,4 @@
-"""Where a declared task's records come from: a folder of JSON lines, or the Hugging Face hub."""
+"""Reading the records of a declared task from a folder of JSON lines or from the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -18,56 +18,67 @@ _ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 
 class Dataset(Section):
-    """Where the records are on the Hugging Face hub. A local folder holds the same records as JSON lines."""
+    """A data set on the Hugging Face Hub. A local folder holds the same records as JSON lines."""
 
-    path: str = Field(min_length=1, description="data set on the hub, OWNER/NAME")
+    path: str = Field(min_length=1, description="data set on the Hub, OWNER/NAME")
     config: str | None = Field(None, description="its configuration, where it has several")
     revision: str | None = Field(None, description="branch, tag or commit; default: the newest")
 
 
 def find_file(task: str, split: Split, names: Sequence[str], folder: Path) -> Path:
-    """The file of a split in a task's folder: the first of `names` that is there, as .jsonl, .jsonl.gz or .jsonl.zst.
+    """Return the first file of `names` that exists as .jsonl, .jsonl.gz or .jsonl.zst.
+
+    Args:
+        task: Name of the task, for messages.
+        split: The split, for messages.
+        names: File names without their ending, the preferred one first.
+        folder: Folder of the task's records.
 
     Raises:
-        DataError: there is none; with what is there.
+        DataError: No such file exists. Names the files that do.
     """
     if not folder.is_dir():
-        raise DataError(f"task.path: expected a folder with the records of {task}; {folder} is none")
+        raise DataError(f"task.path: expected a folder with the records of {task}, got {folder}")
     candidates = [f"{stem}{ending}" for stem in dict.fromkeys(names) for ending in _ENDINGS]
     for candidate in candidates:
         if (folder / candidate).is_file():
             return folder / candidate
-    there = sorted(file.name for file in folder.iterdir() if file.name.endswith(_ENDINGS))
+    present = sorted(file.name for file in folder.iterdir() if file.name.endswith(_ENDINGS))
     raise DataError(
-        f"task.path: {folder} has no {split} split of {task}: expected {' or '.join(candidates)}; there "
-        f"{'is ' + ', '.join(there) if there else 'are no JSON-lines files'}"
+        f"task.path: {folder} has no {split} split of {task}: expected {' or '.join(candidates)}, got "
+        f"{', '.join(present) or 'no JSON-lines files'}"
     )
 
 
 def file_records(path: Path) -> Iterator[Record]:
-    """Records of a JSON-lines file, in order. Blank lines are passed over.
+    """Yield the records of a JSON-lines file in their order; blank lines are skipped.
 
     Raises:
-        DataError: a line that is no JSON object, a damaged file, or nothing in it.
+        DataError: A line is no JSON object, the file is damaged, or it has no record.
     """
     file = ShardFile(path)
     found = False
     try:
         for number, line in enumerate(file.lines(), start=1):
             if line is None or line.strip():
-                yield _parsed(line, f"{path}:{number}", first=number == 1)
+                yield _parse(line, f"{path}:{number}", first=number == 1)
                 found = True
     except DamagedShard as error:
         raise DataError(f"{path}: {error.reason}, after line {file.line:,}; fetch the file again") from None
     if not found:
-        raise DataError(f"{path}: expected a JSON object per line; the file is empty")
+        raise DataError(f"{path}: expected a JSON object per line, got an empty file")
 
 
 def hub_records(data: Dataset, split: str, hint: str) -> Iterator[Record]:
-    """Records of a data set on the Hugging Face hub, or in its local cache.
+    """Yield the records of a data set on the Hugging Face Hub, or in its local cache.
+
+    Args:
+        data: The data set.
+        split: The data set's name of the split.
+        hint: End of the error message: what to do without network.
 
     Raises:
-        DataError: it cannot be read; `hint` says what to do instead.
+        DataError: The data set cannot be read.
     """
     try:
         from datasets import load_dataset
@@ -76,21 +87,21 @@ def hub_records(data: Dataset, split: str, hint: str) -> Iterator[Record]:
     except Exception as error:  # loaders raise whatever their format's or the network's library raises
         lines = str(error).strip().splitlines() or [""]
         raise DataError(
-            f"the data set {data.path} (split {split}) cannot be read from the Hugging Face hub "
+            f"the data set {data.path} (split {split}) cannot be read from the Hugging Face Hub "
             f"({type(error).__name__}: {lines[0]}). {hint}"
         ) from error
     for number, values in enumerate(table, start=1):
         yield Record(values, f"{data.path}[{split}] record {number}")
 
 
-def _parsed(line: bytes | None, where: str, first: bool) -> Record:
+def _parse(line: bytes | None, where: str, first: bool) -> Record:
     if line is None:
-        raise DataError(f"{where}: expected a JSON object; came a line that is too long to be a record")
+        raise DataError(f"{where}: expected a JSON object, got a line that is too long for a record")
     try:
         value = json.loads(line.decode("utf-8-sig" if first else "utf-8"))
     except (ValueError, RecursionError) as error:
         problem = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise DataError(f"{where}: expected a JSON object; came {line[:40]!r} ({problem})") from None
+        raise DataError(f"{where}: expected a JSON object, got {line[:40]!r} ({problem})") from None
     if not isinstance(value, dict):
-        raise DataError(f"{where}: expected a JSON object; came {line[:40]!r}")
+        raise DataError(f"{where}: expected a JSON object, got {line[:40]!r}")
     return Record(value, where)

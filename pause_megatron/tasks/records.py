@@ -1,4 +1,4 @@
-"""One record of a data set, with typed access to its fields."""
+"""Typed access to the fields of one record of a data set."""
 
 from __future__ import annotations
 
@@ -13,67 +13,83 @@ from pause_megatron.errors import DataError
 
 @dataclass(frozen=True)
 class Record:
-    """One record. `where` says where it stands ("FILE:LINE"); `part` numbers what one record was split into."""
+    """One record of a data set.
+
+    Attributes:
+        values: Its fields.
+        where: Its location for messages ("FILE:LINE").
+        part: Number of this part, from 1, of a record that a transform split; None for a whole record.
+    """
 
     values: Mapping[str, Any]
     where: str
     part: int | None = None
 
     def get(self, path: str) -> Any:
-        """The value at a dotted path (`answers.text`). Raises DataError where there is none."""
+        """Return the value at a dotted path (`answers.text`).
+
+        Raises:
+            DataError: The record has no such field.
+        """
         value: Any = self.values
         for depth, name in enumerate(names := path.split(".")):
             if not isinstance(value, Mapping):
-                self.wrong(".".join(names[:depth]), f"an object with the field {name!r}", value)
+                self.refuse(".".join(names[:depth]), f"an object with the field {name!r}", value)
             if name not in value:
                 inside = f" in {'.'.join(names[:depth])!r}" if depth else ""
                 raise DataError(
-                    f"{self.where}: expected the field {path!r}; the fields{inside} are "
+                    f"{self.where}: expected the field {path!r}, got the fields{inside} "
                     f"{', '.join(map(str, value)) or 'none'}{nearest(name, map(str, value))}"
                 )
             value = value[name]
         return value
 
     def text(self, path: str) -> str:
-        """A text that is not blank, without white space around it."""
+        """Return a text that is not blank, stripped of white space."""
         return self._stripped(path, self.get(path))
 
     def texts(self, path: str) -> tuple[str, ...]:
-        """A list of such texts (at least one), or one text."""
+        """Return the texts of a non-empty list, or one text as a tuple of one; each as in `text`."""
         value = self.get(path)
         if isinstance(value, str):
             return (self._stripped(path, value),)
         if not isinstance(value, list) or not value:
-            self.wrong(path, "a text or a list of texts", value)
+            self.refuse(path, "a text or a list of texts", value)
         return tuple(self._stripped(f"{path}[{index}]", item) for index, item in enumerate(value))
 
     def any_text(self, path: str) -> str:
-        """A text that may be empty, as it is written."""
+        """Return a text as it is written; it may be empty."""
         return self._characters(path, self.get(path))
 
     def index(self, path: str, size: int) -> int:
-        """An integer (or its digits) in [0, size)."""
+        """Return an index, an integer or its digits, in [0, size)."""
         value = self.get(path)
         number = int(value) if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,9}", value) else value
         if type(number) is not int or not 0 <= number < size:
-            self.wrong(path, f"an index from 0 to {size - 1}", value)
+            self.refuse(path, f"an index from 0 to {size - 1}", value)
         return number
 
-    def wrong(self, path: str, expected: str, value: Any) -> NoReturn:
-        """Raise the DataError of a field that is not what was expected."""
-        raise DataError(f"{self.where}: field {path!r}: expected {expected}; came {_shown(value)}")
+    def refuse(self, path: str, expected: str, value: Any) -> NoReturn:
+        """Raise the DataError of a field with an unexpected value.
+
+        Args:
+            path: Dotted path of the field.
+            expected: What was expected, in words.
+            value: The value that the field has.
+        """
+        raise DataError(f"{self.where}: field {path!r}: expected {expected}, got {_shown(value)}")
 
     def _stripped(self, path: str, value: Any) -> str:
         text = self._characters(path, value).strip()
         if not text:
-            self.wrong(path, "a text that is not empty", value)
+            self.refuse(path, "a text that is not empty", value)
         return text
 
     def _characters(self, path: str, value: Any) -> str:
         if not isinstance(value, str):
-            self.wrong(path, "a text", value)
+            self.refuse(path, "a text", value)
         if not value.isascii() and (half := re.search("[\ud800-\udfff]", value)):
-            self.wrong(path, f"characters (half of a UTF-16 pair stands at {half.start()})", value)
+            self.refuse(path, f"characters (half of a UTF-16 pair at {half.start()})", value)
         return value
 
 

@@ -1,4 +1,4 @@
-"""What a task is to finetuning and evaluation, and the examples that it gives."""
+"""The interface of a task, and the examples that finetuning and evaluation read from it."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from pydantic import Field
 from pause_megatron.config.schema import Section
 
 Split = Literal["train", "eval"]
+Kind = Literal["generate", "choice"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One question with what counts as its answer.
+    """A prompt with its training target and its accepted answers.
 
     Attributes:
-        id: unique within the split: the record's number from 1, and for a conversation the turn ("17", "17.3").
-        prompt: never empty, never ends in white space.
-        target: what finetuning learns; begins with the blank that separates it from the prompt, where there is one.
-        references: accepted answers; for CoQA one per human, repeated where two humans agree.
-        choices: continuations for option scoring, written as `target` is; () where the task has none.
-        gold: index of the right choice; None where the task has none.
+        id: Unique within the split: the record's number from 1, and for a conversation the turn ("17", "17.3").
+        prompt: What the model reads; never empty, never ends in white space.
+        target: What finetuning learns to write. It begins with the blank that separates it from the prompt.
+        references: Accepted answers; for CoQA one per human, repeated where two humans agree.
+        choices: Continuations for option scoring, written as `target` is; () for a task without options.
+        gold: Index of the right choice; None for a task without options.
     """
 
     id: str
@@ -34,38 +35,60 @@ class Example:
 
 
 class Decoding(Section):
-    """How an answer is generated. Always greedy."""
+    """How an answer is generated. Decoding is greedy."""
 
     max_new_tokens: int = Field(ge=1, description="tokens of the longest answer")
-    stop: tuple[str, ...] = Field((), description="texts that end an answer; they are no part of it")
+    stop: tuple[str, ...] = Field((), description="texts that end an answer and are no part of it")
 
 
 class FinetuneDefaults(Section):
-    """What finetuning takes where the run's configuration is silent."""
+    """Settings of finetuning where the run's configuration gives none."""
 
     pauses: int = Field(10, ge=0, description="pauses between prompt and target (M_ft)")
 
 
 @runtime_checkable
 class Task(Protocol):
-    """What finetuning and evaluation need of a task. An object of this shape plugs in as 'module:attribute'.
+    """What finetuning and evaluation need of a task. Any object with these members plugs in as 'module:attribute'."""
 
-    Attributes:
-        name: for results and messages.
-        kind: "generate": the answer is decoded; "choice": the choices' log-likelihoods are compared.
-        folder: the task's folder under a folder of all tasks (`--task-path ROOT`).
-        metrics: names in METRICS.
-        primary: the one of them that stands in tables.
-    """
+    @property
+    def name(self) -> str:
+        """Name in results and messages."""
 
-    name: str
-    kind: Literal["generate", "choice"]
-    folder: str
-    metrics: tuple[str, ...]
-    primary: str
-    decoding: Decoding
-    finetune: FinetuneDefaults
+    @property
+    def kind(self) -> Kind:
+        """How the task is scored: "generate" decodes the answer, "choice" compares log-likelihoods of the choices."""
+
+    @property
+    def folder(self) -> str:
+        """The task's folder under a folder of all tasks (`--task-path ROOT`)."""
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Names of metrics (`METRICS`)."""
+
+    @property
+    def primary(self) -> str:
+        """The metric that tables show, one of `metrics`."""
+
+    @property
+    def decoding(self) -> Decoding:
+        """How an answer is generated."""
+
+    @property
+    def finetune(self) -> FinetuneDefaults:
+        """Defaults of finetuning."""
 
     def examples(self, split: Split, path: str | None, limit: int | None) -> list[Example]:
-        """The first `limit` (None: all) examples of a split, in a fixed order; `path` is the user's task.path."""
+        """Return examples of a split in a fixed order.
+
+        Args:
+            split: "train" or "eval".
+            path: Folder with the task's records (`task.path`); None if the user gave none.
+            limit: Number of examples from the start; None returns all.
+        """
         ...
+
+
+TASK_MEMBERS = ("name", "kind", "folder", "metrics", "primary", "decoding", "finetune", "examples")
+"""The members of `Task` in the order in which an error lists them."""

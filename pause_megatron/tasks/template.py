@@ -1,4 +1,4 @@
-"""Text with names in braces. Names only: no attributes, no indices, no formats, so a template cannot reach code."""
+"""Text templates with field names in braces. No attributes, indices or formats, so a template cannot reach code."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import string
 from typing import Protocol
 
 ANSWER = "answer"
+"""The name that stands for an accepted answer."""
 
 
 def names_in(template: str) -> tuple[str, ...]:
-    """Names in braces, in order, each once.
+    """Return the names in braces in their order, each once.
 
     Raises:
-        ValueError: braces that do not pair, or hold something else than a name.
+        ValueError: Braces do not pair, or hold something other than a name.
     """
     names = []
     for _, name, spec, conversion in string.Formatter().parse(template):
@@ -20,17 +21,17 @@ def names_in(template: str) -> tuple[str, ...]:
             continue
         if not name.isidentifier() or spec or conversion:
             inside = name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
-            raise ValueError(f"expected the name of a field in braces (write {{{{ for a brace); came {inside!r}")
+            raise ValueError(f"expected the name of a field in braces (write {{{{ for a brace), got {inside!r}")
         names.append(name)
     return tuple(dict.fromkeys(names))
 
 
 class Values(Protocol):
-    """Gives the text that stands for a name."""
+    """A mapping from names to texts."""
 
     def __getitem__(self, name: str, /) -> str: ...
 
 
 def render(template: str, values: Values) -> str:
-    """The template with each name replaced by its value. What stands in a value is never read as a template."""
+    """Return the template with each name replaced by its value. Braces in a value stay text."""
     return template.format_map(values)

@@ -1,4 +1,4 @@
-"""Named functions that prepare a record: each turns one record into the records that examples are made of."""
+"""Named functions that turn one record of a data set into the records that examples are made of."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from pause_megatron.tasks.records import Record
 
 
 def coqa(record: Record) -> list[Record]:
-    """A story with its conversation -> one record per turn: story, conversation, question, answers.
+    """Return one record per turn of a conversation about a story: story, conversation, question, answers.
 
-    `conversation` is the turns before, "Q: ...\\nA: ...\\n" each; it is empty at the first turn. `answers` are those of
-    every human who was asked: the first one's, then `additional_answers`. Reads the layouts that are about: questions
-    as a list or as {input_text: [...]}; further answers as a list per turn, as {human: {input_text: [...]}}, or none.
+    `conversation` holds the earlier turns, a line "Q: ..." and a line "A: ..." each; it is empty at the first turn.
+    `answers` are those of every human: the first one's, then `additional_answers`. Two layouts of the data set are
+    read. Questions are a list or {input_text: [...]}; further answers are a list per turn, {human: {input_text:
+    [...]}}, or absent.
     """
     story = record.text("story")
     questions = record.texts("questions.input_text" if isinstance(record.get("questions"), Mapping) else "questions")
     given = record.texts("answers.input_text")
     if len(given) != len(questions):
-        record.wrong("answers.input_text", f"{len(questions)} answers, one per question", f"{len(given)} answers")
+        record.refuse("answers.input_text", f"{len(questions)} answers, one per question", f"{len(given)} answers")
     others = _coqa_others(record, len(questions))
     turns, conversation = [], ""
     for turn, (question, answer) in enumerate(zip(questions, given, strict=True)):
@@ -36,7 +37,7 @@ def coqa(record: Record) -> list[Record]:
 
 
 def _coqa_others(record: Record, turns: int) -> list[tuple[str, ...]]:
-    """Returns: for each further human, an answer per turn."""
+    """Return an answer per turn for each further human."""
     value = record.values.get("additional_answers")
     if value is None:
         return []
@@ -46,32 +47,32 @@ def _coqa_others(record: Record, turns: int) -> list[tuple[str, ...]]:
         per_turn = [Record({"answers": item}, f"{record.where} turn {i + 1}") for i, item in enumerate(value)]
         lists = [turn.texts("answers") if turn.values["answers"] else () for turn in per_turn]
         if len({len(answers) for answers in lists}) > 1:
-            record.wrong("additional_answers", "as many answers at every turn", value)
+            record.refuse("additional_answers", "as many answers at every turn", value)
         humans = [tuple(human) for human in zip(*lists, strict=True)]
     else:
-        record.wrong("additional_answers", f"answers for {turns} turns", value)
+        record.refuse("additional_answers", f"answers for {turns} turns", value)
     for human in humans:
         if len(human) != turns:
-            record.wrong("additional_answers", f"{turns} answers of each human", f"{len(human)} answers")
+            record.refuse("additional_answers", f"{turns} answers of each human", f"{len(human)} answers")
     return humans
 
 
 def lambada(record: Record) -> list[Record]:
-    """A passage -> its text up to the last word, and the word: context, word."""
+    """Split a passage into its text up to the last word, and that word: context, word."""
     context, *word = record.text("text").rsplit(maxsplit=1)
     if not word:
-        record.wrong("text", "at least two words", context)
+        record.refuse("text", "at least two words", context)
     return [Record({"context": context, "word": word[0]}, record.where)]
 
 
 def commonsense_qa(record: Record) -> list[Record]:
-    """Labelled choices -> question, choices, options (the choices in one line), gold (index from 0)."""
+    """Return a record with question, choices, options (the choices in one line) and gold (index from 0)."""
     labels, choices = record.texts("choices.label"), record.texts("choices.text")
     if len(labels) != len(choices):
-        record.wrong("choices.label", f"{len(choices)} labels, one per text", list(labels))
+        record.refuse("choices.label", f"{len(choices)} labels, one per text", list(labels))
     key = record.any_text("answerKey")
     if key not in labels:
-        record.wrong("answerKey", f"one of the labels {', '.join(labels)}", key)
+        record.refuse("answerKey", f"one of the labels {', '.join(labels)}", key)
     values = {
         "question": record.text("question"),
         "choices": list(choices),
@@ -82,10 +83,10 @@ def commonsense_qa(record: Record) -> list[Record]:
 
 
 def hellaswag(record: Record) -> list[Record]:
-    """A scene -> query (activity and context), endings, label; WikiHow's markers taken out as the field does."""
-    activity, begun = record.text("activity_label"), record.any_text("ctx_b").capitalize()
+    """Return a record with query (activity and context), endings and label, without WikiHow's markers."""
+    activity, start = record.text("activity_label"), record.any_text("ctx_b").capitalize()
     values = {
-        "query": without_markers(f"{activity}: {record.any_text('ctx_a')} {begun}"),
+        "query": without_markers(f"{activity}: {record.any_text('ctx_a')} {start}"),
         "endings": [without_markers(ending) for ending in record.texts("endings")],
         "label": record.get("label"),
     }
@@ -93,7 +94,10 @@ def hellaswag(record: Record) -> list[Record]:
 
 
 def without_markers(text: str) -> str:
-    """ " [title]" ends a sentence; every other "[...]" goes; double blanks become one (once). As lm-eval does."""
+    """Remove WikiHow's markers as lm-eval does.
+
+    " [title]" becomes a full stop, every other "[...]" is removed, and double blanks become one (once).
+    """
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return text.replace("  ", " ").strip()
 

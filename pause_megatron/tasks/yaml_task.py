@@ -1,4 +1,4 @@
-"""A task that a YAML file declares: its keys, and how records become examples."""
+"""A task declared by a YAML file: its keys, and how its records become examples."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from pause_megatron.tasks.transforms import TRANSFORMS
 
 
 class Splits(Section):
-    """What the data set calls the two splits that are used."""
+    """The data set's names of the two splits."""
 
-    train: str | None = Field(None, description="split for finetuning; null: there is none")
+    train: str | None = Field(None, description="split for finetuning; null: none")
     eval: str = Field(description="split for evaluation")
 
 
 class DeclaredTask(Section):
-    """A task that a YAML file declares. The file's name is the task's; nothing in it is executed.
+    """A task declared by a YAML file, which gives the task its name. Nothing in the file is executed.
 
-    A record becomes `transform`'s records (none: itself), and each of these an Example: names in braces in `prompt` and
-    `target` stand for its text fields, `{answer}` in `target` for an accepted answer. Paths (`answers.text`) lead to a
-    text or a list of texts.
+    `transform` turns a record into one or several records; without it, the record stays. Each becomes an Example. Names
+    in braces in `prompt` and `target` stand for text fields, and `{answer}` in `target` for an accepted answer. Dotted
+    paths (`answers.text`) lead to a text or a list of texts.
     """
 
     name: str = Field(min_length=1, description="the file's name without .yaml")
@@ -42,26 +42,26 @@ class DeclaredTask(Section):
     folder: str = Field(min_length=1, description="the task's folder under a folder of all tasks; default: the name")
     splits: Splits
     transform: str | None = Field(None, description="named function of tasks/transforms.py that prepares a record")
-    prompt: str = Field(min_length=1, description="template of what the model reads")
-    target: str = Field(" {answer}", description="template of what it learns to write, and of each choice")
+    prompt: str = Field(min_length=1, description="template of the prompt")
+    target: str = Field(" {answer}", description="template of the training target, and of each choice")
     references: str | None = Field(None, description="path of the accepted answers; default: the right choice")
     choices: tuple[str, ...] = Field((), description="path of a list of options, or several paths of one each")
     gold: str | None = Field(None, description="path of the right option's index, from 0")
     metrics: tuple[str, ...] = Field(min_length=1, description="names in METRICS")
-    primary: str = Field(description="the metric that stands in tables")
+    primary: str = Field(description="the metric that tables show")
     decoding: Decoding
     finetune: FinetuneDefaults = FinetuneDefaults()
 
     @field_validator("choices", "metrics", mode="before")
     @classmethod
-    def _one_is_a_list_of_one(cls, value: object) -> object:
+    def _listed(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
 
     @field_validator("transform")
     @classmethod
     def _known_transform(cls, name: str | None) -> str | None:
         if name is not None and name not in TRANSFORMS:
-            raise ValueError(f"expected one of {', '.join(TRANSFORMS)}; came {name!r}{nearest(name, TRANSFORMS)}")
+            raise ValueError(f"expected one of {', '.join(TRANSFORMS)}, got {name!r}{nearest(name, TRANSFORMS)}")
         return name
 
     @field_validator("metrics")
@@ -69,25 +69,25 @@ class DeclaredTask(Section):
     def _known_metrics(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         for name in names:
             if name not in METRICS:
-                raise ValueError(f"expected names of {', '.join(METRICS)}; came {name!r}{nearest(name, METRICS)}")
+                raise ValueError(f"expected names of {', '.join(METRICS)}, got {name!r}{nearest(name, METRICS)}")
         return names
 
     @field_validator("prompt")
     @classmethod
-    def _prompt_hides_the_answer(cls, template: str) -> str:
+    def _prompt_without_answer(cls, template: str) -> str:
         if ANSWER in names_in(template):
-            raise ValueError(f"expected no {{{ANSWER}}} in the prompt: it would give the answer away; it is for target")
+            raise ValueError(f"expected no {{{ANSWER}}} in the prompt: it would give the answer away")
         return template
 
     @field_validator("target")
     @classmethod
-    def _target_has_the_answer(cls, template: str) -> str:
+    def _target_with_answer(cls, template: str) -> str:
         if ANSWER not in names_in(template):
-            raise ValueError(f"expected {{{ANSWER}}} in the target; came {template!r}")
+            raise ValueError(f"expected {{{ANSWER}}} in the target, got {template!r}")
         return template
 
     @model_validator(mode="after")
-    def _fits_together(self) -> DeclaredTask:
+    def _consistent(self) -> DeclaredTask:
         if bool(self.choices) != (self.gold is not None):
             raise ValueError("choices and gold: expected both or neither")
         if not self.choices and self.references is None:
@@ -95,22 +95,28 @@ class DeclaredTask(Section):
         if self.kind == "choice" and not self.choices:
             raise ValueError("kind choice: expected choices and gold")
         if self.primary not in self.metrics:
-            raise ValueError(f"primary: expected one of metrics ({', '.join(self.metrics)}); came {self.primary!r}")
+            raise ValueError(f"primary: expected one of metrics ({', '.join(self.metrics)}), got {self.primary!r}")
         for name in self.metrics:
             if METRICS[name].reads == "choices" and not self.choices:
                 raise ValueError(f"metrics: {name} compares choices; expected choices and gold")
         if METRICS[self.primary].reads != ("choices" if self.kind == "choice" else "text"):
-            raise ValueError(f"primary: {self.primary} does not judge what kind {self.kind} gives")
+            raise ValueError(f"primary: {self.primary} does not score kind {self.kind}")
         return self
 
     def examples(self, split: Split, path: str | None = None, limit: int | None = None) -> list[Example]:
-        """See `Task.examples`. `path`: folder of JSON lines; None: the Hugging Face hub."""
+        """Return examples of a split; see `Task.examples`.
+
+        Args:
+            split: "train" or "eval".
+            path: Folder of JSON lines; None reads the Hugging Face Hub.
+            limit: Number of examples from the start; None returns all.
+        """
         return list(islice(self._examples(self._records(split, path)), limit))
 
     def _records(self, split: Split, path: str | None) -> Iterator[Record]:
         name = self.splits.train if split == "train" else self.splits.eval
         if name is None:
-            raise ConfigError(f"task {self.name}: its data set {self.dataset.path} has no split to finetune on")
+            raise ConfigError(f"task {self.name}: its data set {self.dataset.path} has no split for finetuning")
         if path is None:
             hint = (
                 f"Without network, give a folder with its records as JSON lines ({name}.jsonl or {name}.jsonl.gz): "
@@ -128,7 +134,9 @@ class DeclaredTask(Section):
 
     def _example(self, record: Record, name: str) -> Example:
         choices, gold = self._choices(record)
-        references = record.texts(self.references) if self.references else (choices[gold],)
+        references = record.texts(self.references) if self.references else ()
+        if gold is not None:
+            references = references or (choices[gold],)
         fields = _Fields(record, prepared=self.transform is not None)
 
         def written(answer: str) -> str:
@@ -144,7 +152,7 @@ class DeclaredTask(Section):
         )
 
     def _choices(self, record: Record) -> tuple[tuple[str, ...], int | None]:
-        if not self.choices:
+        if not self.choices or self.gold is None:
             return (), None
         one = len(self.choices) == 1
         choices = record.texts(self.choices[0]) if one else tuple(map(record.text, self.choices))
@@ -153,18 +161,18 @@ class DeclaredTask(Section):
 
 @dataclass(frozen=True)
 class _Fields:
-    """The fields of a record as templates see them, and the answer."""
+    """The fields of a record as templates read them, and the answer."""
 
     record: Record
     prepared: bool
     answer: str | None = None
 
     def __getitem__(self, name: str) -> str:
-        """A field: an integer's digits; a text that is not blank, without white space around it."""
+        """Return a field: an integer's digits, or a text that is not blank, stripped of white space."""
         if name == ANSWER and self.answer is not None:
             return self.answer
         value = self.record.get(name)
         if type(value) is int:
             return str(value)
-        # What a transform made stands as it is, and may be empty (a conversation before its first turn).
+        # A transform's fields stay as they are and may be empty (the conversation before the first turn).
         return self.record.any_text(name) if self.prepared else self.record.text(name)

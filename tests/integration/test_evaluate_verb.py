@@ -132,14 +132,14 @@ def timeless(found):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--tasks", "gsm9k"], "came 'gsm9k'. Did you mean 'gsm8k'?"),
+        (["--tasks", "gsm9k"], "got 'gsm9k'. Did you mean 'gsm8k'?"),
         (["--tasks", "lm_eval/piqaa"], "lm-eval has no task 'piqaa'"),
         (["--tasks", "piqa", "--pauses", "2,some"], "--pauses: expected numbers, 0 or more, with commas between them"),
         (["--tasks", "piqa", "--pauses", "-1"], "--pauses: expected numbers, 0 or more"),
         (["--tasks", "piqa", "--pauses", "300"], "max_position_embeddings"),
-        (["--tasks", "piqa", "--batch-size", "0"], "--batch-size: expected a number, 1 or more, came '0'"),
-        (["--tasks", "piqa", "--limit", "0"], "--limit: expected a number, 1 or more, came '0'"),
-        (["--tasks", "piqa", "--seed", "x"], "--seed: expected a number, 0 or more, came 'x'"),
+        (["--tasks", "piqa", "--batch-size", "0"], "--batch-size: expected a number, 1 or more, got '0'"),
+        (["--tasks", "piqa", "--limit", "0"], "--limit: expected a number, 1 or more, got '0'"),
+        (["--tasks", "piqa", "--seed", "x"], "--seed: expected a number, 0 or more, got 'x'"),
         (
             ["--tasks", "piqa", "--task-path", "nowhere"],
             "--task-path nowhere: expected the folder piqa with the records of piqa there",

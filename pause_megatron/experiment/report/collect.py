@@ -121,7 +121,7 @@ def _scores(folder: Path, point: Mapping[str, Any]) -> Iterator[Score]:
     results = folder / PRODUCT["evaluate"]
     entries = [entry for entry in read_results(results) if entry.get("primary", True)]
     if not entries:
-        raise DataError(f"{results / 'results.json'}: expected an entry of a primary metric, came none")
+        raise DataError(f"{results / 'results.json'}: expected an entry of a primary metric, got none")
     for entry in entries:
         settings = Settings(**{name: entry[name] for name in Settings.__dataclass_fields__})
         samples = results / "samples" / f"{settings.name(entry['task'])}.jsonl"

@@ -1,4 +1,4 @@
-"""How answers are judged: exact match, F1, multiple choice, final numbers."""
+"""Metrics: exact match, F1, multiple choice, final number, last word."""
 
 from __future__ import annotations
 

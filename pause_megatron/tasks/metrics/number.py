@@ -1,4 +1,7 @@
-"""GSM8K's final number. A worked solution ends in "#### N" (Cobbe et al. 2021)."""
+"""GSM8K's final number: a worked solution ends in "#### N" (Cobbe et al. 2021).
+
+Both metrics take the prediction (`answer_in` of the generated text) and the accepted answers.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +9,23 @@ import re
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
 
-# The two patterns by which the field reads a number: directly after the first mark; or the last one anywhere.
+# lm-eval's two patterns: the number directly after the first mark (strict), and the last number anywhere (flexible).
 _MARKED = re.compile(r"#### (-?[0-9.,]+)")
 _ANYWHERE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 
 
 def final_number(prediction: str, references: Sequence[str]) -> float:
-    """1.0 where the number after the prediction's first "#### " is a reference's, else 0.0 (strict)."""
+    """Return 1.0 if the number after the prediction's first "#### " is a reference's, else 0.0 (strict match)."""
     return _equal(_marked(prediction), references)
 
 
 def final_number_flexible(prediction: str, references: Sequence[str]) -> float:
-    """1.0 where the prediction's last number is a reference's, else 0.0."""
+    """Return 1.0 if the prediction's last number is a reference's, else 0.0 (flexible match)."""
     return _equal(_last(prediction), references)
 
 
 def number_in(reference: str) -> Decimal | None:
-    """A reference's number: the one after "#### " in a worked solution, else the last one; None: there is none."""
+    """Return the number of a reference: the one after "#### ", else the last one, else None."""
     marked = _marked(reference)
     return _number(marked if marked is not None else _last(reference))
 
@@ -33,7 +36,7 @@ def _equal(found: str | None, references: Sequence[str]) -> float:
 
 
 def _number(text: str | None) -> Decimal | None:
-    """Compared as a number: "$1,000.", "1000" and "1000.0" are one."""
+    """Return the value of a written number, so that "$1,000.", "1000" and "1000.0" are equal."""
     if text is None:
         return None
     try:

@@ -1,6 +1,7 @@
-"""Metrics of short answers in words: SQuAD's exact match and F1, CoQA's F1, LAMBADA's last word.
+"""Metrics of short text answers: SQuAD's exact match and F1, CoQA's F1, LAMBADA's last word.
 
-Sources: the evaluation scripts of SQuAD v1.1 (Rajpurkar et al. 2016) and CoQA (Reddy et al. 2019).
+Every metric takes the prediction (`answer_in` of the generated text) and the accepted answers, and returns a score in
+[0, 1]. Sources: the evaluation scripts of SQuAD v1.1 (Rajpurkar et al. 2016) and CoQA (Reddy et al. 2019).
 """
 
 from __future__ import annotations
@@ -16,28 +17,30 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 def normalised(text: str) -> str:
-    """SQuAD's normal form: lower case, no ASCII punctuation, no articles, single blanks; in this order."""
-    bare = text.lower().translate(_NO_PUNCTUATION)
-    return " ".join(_ARTICLES.sub(" ", bare).split())
+    """Return SQuAD's normal form: lower case, no ASCII punctuation, no articles, single blanks, in this order."""
+    words = text.lower().translate(_NO_PUNCTUATION)
+    return " ".join(_ARTICLES.sub(" ", words).split())
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
-    """1.0 where the prediction has the normal form of some reference, else 0.0."""
+    """Return 1.0 if the prediction has the normal form of some reference, else 0.0."""
     answer = normalised(prediction)
     return float(any(answer == normalised(reference) for reference in references))
 
 
 def f1(prediction: str, references: Sequence[str]) -> float:
-    """Harmonic mean of precision and recall of words, as bags; the best over references. SQuAD v1.1: nothing in
-    common is 0.0, also where both are empty."""
+    """Return the best F1 of the bags of words over the references (SQuAD v1.1).
+
+    Without a common word F1 is 0.0, also if both are empty.
+    """
     return max(_bag_f1(normalised(prediction).split(), normalised(reference).split()) for reference in references)
 
 
 def coqa_f1(prediction: str, references: Sequence[str]) -> float:
-    """F1 where people were asked too: each reference is left out once, the best F1 over the others is taken, and these
-    are averaged; so a person, who is compared with the others, is measured alike. One reference: plain F1.
+    """Return CoQA's F1: the mean over references left out once of the best F1 over the others.
 
-    Other than in `f1`, an empty normal form equals an empty one.
+    A human is compared with the other humans in the same way. With one reference it is the plain F1.
+    Unlike in `f1`, an empty normal form equals an empty one.
     """
     answer = normalised(prediction).split()
     scores = []
@@ -50,10 +53,10 @@ def coqa_f1(prediction: str, references: Sequence[str]) -> float:
 
 
 def last_word(prediction: str, references: Sequence[str]) -> float:
-    """1.0 where the prediction's first word is a reference, else 0.0. Case counts; punctuation around it does not."""
+    """Return 1.0 if the prediction's first word is a reference, else 0.0; case counts, outer punctuation does not."""
     words = prediction.split(maxsplit=1)
-    word = _bare(words[0]) if words else ""
-    return float(bool(word) and any(word == _bare(reference) for reference in references))
+    word = _strip_punctuation(words[0]) if words else ""
+    return float(bool(word) and any(word == _strip_punctuation(reference) for reference in references))
 
 
 def _bag_f1(answer: Sequence[str], reference: Sequence[str]) -> float:
@@ -64,7 +67,7 @@ def _bag_f1(answer: Sequence[str], reference: Sequence[str]) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def _bare(word: str) -> str:
-    """The word without the punctuation and symbols (of any script) at its ends."""
-    kept = [place for place, character in enumerate(word) if unicodedata.category(character)[0] not in "PS"]
+def _strip_punctuation(word: str) -> str:
+    """Return the word without punctuation and symbols (of any script) at its ends."""
+    kept = [index for index, character in enumerate(word) if unicodedata.category(character)[0] not in "PS"]
     return word[kept[0] : kept[-1] + 1] if kept else ""

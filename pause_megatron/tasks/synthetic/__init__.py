@@ -1,1 +1,1 @@
-"""Tasks whose examples are generated: noisy codewords and counting."""
+"""Synthetic tasks, whose examples are generated: noisy codewords and counting."""

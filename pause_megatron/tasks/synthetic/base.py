@@ -1,4 +1,4 @@
-"""What synthetic tasks share: bits in, one digit out, examples that are made and not read, and a tokenizer for them."""
+"""The base class of synthetic tasks (bits in, one digit out) and their tokenizer."""
 
 from __future__ import annotations
 
@@ -15,12 +15,17 @@ from pause_megatron.tasks.task import Decoding, Example, FinetuneDefaults, Split
 
 
 @dataclass(frozen=True, kw_only=True)
-class MadeTask:
+class SyntheticTask:
     """A `Task` whose prompt is bits and "=", and whose answer is one digit.
 
     Attributes:
-        bits: n, of a prompt.
-        seed: of the examples, which are the same in every run.
+        bits: Number of bits of a prompt, n.
+        seed: Seed of the examples, which are the same in every run.
+        kind: Always "generate".
+        metrics: Names of the metrics.
+        primary: The metric that tables show.
+        decoding: One token is decoded.
+        finetune: Defaults of finetuning.
     """
 
     bits: int
@@ -33,42 +38,47 @@ class MadeTask:
 
     @property
     def name(self) -> str:
-        """For results, and what the examples' draws depend on."""
+        """Name in results; it seeds the examples too."""
         raise NotImplementedError
 
-    def answered(self, split: Split) -> Iterator[tuple[str, str]]:
-        """(bits, answer) of all examples of a split, in an order that is the same in every run."""
+    def pairs(self, split: Split) -> Iterator[tuple[str, str]]:
+        """Yield (bits, answer) of every example of a split, in the same order in every run."""
         raise NotImplementedError
 
     @property
     def folder(self) -> str:
-        """Where records would lie; none do."""
+        """Folder of records under `--task-path`; the task reads none."""
         return self.name
 
     def examples(self, split: Split, path: str | None = None, limit: int | None = None) -> list[Example]:
-        """The first `limit` (None: all) examples of a split.
+        """Return examples of a split.
+
+        Args:
+            split: "train" or "eval".
+            path: Must be None, because the examples are generated.
+            limit: Number of examples from the start; None returns all.
 
         Raises:
-            ConfigError: a `path`; nothing is read.
+            ConfigError: `path` is given.
         """
         if path is not None:
-            raise ConfigError(f"task.path: expected none, task {self.name} makes its examples; came {path!r}")
+            raise ConfigError(f"task.path: expected none, task {self.name} generates its examples; got {path!r}")
         return [
             Example(id=str(number), prompt=f"{bits}=", target=answer, references=(answer,))
-            for number, (bits, answer) in enumerate(islice(self.answered(split), limit), start=1)
+            for number, (bits, answer) in enumerate(islice(self.pairs(split), limit), start=1)
         ]
 
 
 def split_of(bits: str) -> Split:
-    """Every eighth prompt, by a hash, is for evaluation, whichever examples are drawn: it is never trained on."""
+    """Return the split of a prompt: by a hash, every eighth prompt is for evaluation and never trained on."""
     return "eval" if zlib.crc32(bits.encode()) % 8 == 0 else "train"
 
 
 def write_tokenizer(folder: str | Path) -> None:
-    """A Hugging Face tokenizer with a token for each digit, for "=" and the end of a text.
+    """Write a Hugging Face tokenizer with a token for each digit, for "=" and for the end of a document.
 
     Args:
-        folder: where tokenizer.json and tokenizer_config.json go; for `data.tokenizer`.
+        folder: Folder for tokenizer.json and tokenizer_config.json; give it as `data.tokenizer`.
     """
     pieces = ["<unk>", "</s>", *"0123456789="]
     special = [

@@ -1,13 +1,13 @@
-"""A synthetic task whose answer takes several looks at the prompt: which codeword was sent?
+"""Synthetic task of decoding a noisy codeword, which needs several attention patterns over the prompt.
 
 A prompt is a codeword of n bits with t of them flipped; the answer is the codeword's number. Any two codewords differ
-in at least 2 t + 1 places, so that exactly one lies that near. The best decoder weighs the bits, by place, with another
-set of weights (of both signs) for each codeword. One attention head at the position that answers gives one set of
-weights, which are positive; each pause gives another. `tests/benchmarks/pauses_matter.py` measures what that brings.
+in at least 2 t + 1 bits, so exactly one codeword is t flips away. The best decoder weights the bits differently for
+each codeword, with weights of both signs. One attention head at the answering position gives one set of positive
+weights; each pause gives another. `tests/benchmarks/pauses_matter.py` measures the effect.
 
-All prompts are enumerated and every eighth, by a hash, is for evaluation only.
-Examples are made, not read: `task.name=pause_megatron.tasks.synthetic.codewords:CODE_OF_16`, no `task.path`.
-The tokens are those of `made.write_tokenizer`.
+All prompts are enumerated, and every eighth, by a hash, is for evaluation only. The task is
+`task.name=pause_megatron.tasks.synthetic.codewords:CODE_OF_16` without `task.path`; its tokenizer is
+`base.write_tokenizer`.
 """
 
 from __future__ import annotations
@@ -18,20 +18,21 @@ from dataclasses import dataclass, field
 from itertools import combinations
 
 from pause_megatron.errors import ConfigError
-from pause_megatron.tasks.synthetic.base import MadeTask, split_of
+from pause_megatron.tasks.synthetic.base import SyntheticTask, split_of
 from pause_megatron.tasks.task import FinetuneDefaults, Split
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decode(MadeTask):
-    """The number of the codeword that was sent.
+class Decode(SyntheticTask):
+    """The task of finding the number of the codeword nearest to the prompt.
 
-    Codewords have as many ones as zeros and are drawn at random, each far enough from those before it.
+    Codewords have as many ones as zeros. They are drawn at random, each far enough from the earlier ones.
 
     Attributes:
-        bits: n, of a codeword; even.
-        words: q, of the code, 2 to 10; an answer is one digit.
-        flips: t, bits that differ from the codeword in each prompt.
+        bits: Number of bits of a codeword, n; even.
+        words: Number of codewords, q, 2 to 10; an answer is one digit.
+        flips: Number of flipped bits in each prompt, t.
+        finetune: Defaults of finetuning.
     """
 
     words: int
@@ -40,35 +41,37 @@ class Decode(MadeTask):
 
     @property
     def name(self) -> str:
-        """For results, and what the code and the order of examples depend on."""
+        """Name in results; it seeds the code and the order of examples too."""
         return f"decode_{self.words}_of_{self.bits}_flipped_{self.flips}"
 
     def code(self) -> list[str]:
-        """The codewords.
+        """Return the codewords.
 
         Raises:
-            ConfigError: there are not so many, so far apart.
+            ConfigError: No code of that many words at that distance was found.
         """
         draw = random.Random(f"{self.name} {self.seed} code")
-        half, found = self.bits // 2, []
+        half = self.bits // 2
+        found: list[str] = []
         for _ in range(100_000):
             word = "".join(draw.sample("0" * half + "1" * half, self.bits))
             if all(_distance(word, other) > 2 * self.flips for other in found):
                 found.append(word)
             if len(found) == self.words:
                 return found
-        raise ConfigError(f"task {self.name}: expected words {2 * self.flips + 1} apart; came {len(found)} of them")
+        wanted = f"{self.words} words {2 * self.flips + 1} apart"
+        raise ConfigError(f"task {self.name}: expected {wanted}, got {len(found)}; give fewer words or flips")
 
-    def answered(self, split: Split) -> Iterator[tuple[str, str]]:
-        """All of them; they are enumerated, then shuffled."""
-        mine = [(bits, answer) for bits, answer in self._prompts() if split_of(bits) == split]
-        random.Random(f"{self.name} {self.seed} {split}").shuffle(mine)
-        return iter(mine)
+    def pairs(self, split: Split) -> Iterator[tuple[str, str]]:
+        """Yield (bits, answer) of every prompt of a split in a shuffled order."""
+        pairs = [(bits, answer) for bits, answer in self._prompts() if split_of(bits) == split]
+        random.Random(f"{self.name} {self.seed} {split}").shuffle(pairs)
+        return iter(pairs)
 
     def _prompts(self) -> Iterator[tuple[str, str]]:
         for number, word in enumerate(self.code()):
             for flipped in combinations(range(self.bits), self.flips):
-                yield "".join(str(int(bit) ^ (place in flipped)) for place, bit in enumerate(word)), str(number)
+                yield "".join(str(int(bit) ^ (index in flipped)) for index, bit in enumerate(word)), str(number)
 
 
 def _distance(left: str, right: str) -> int:

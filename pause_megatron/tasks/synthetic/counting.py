@@ -1,12 +1,12 @@
-"""A synthetic task whose answer takes parallel work behind the prompt: how many of n bits are ones, modulo q?
+"""Synthetic task of counting the ones among n bits modulo q, which needs parallel computation after the prompt.
 
-With q = 2 this is parity, which London and Kanade (2025, arXiv:2505.21024) use to tell transformers with pauses from
-those without. The remainder has n/q periods in the number of ones. Averaging over the prompt gives that number to one
-attention head; to tell its n + 1 values apart takes hidden units at the position that answers, of which a narrow model
-has few. Each pause is a position with as many again. `tests/benchmarks/pauses_matter.py` measures what that brings.
+With q = 2 this is parity, which London and Kanade (2025, arXiv:2505.21024) use to separate transformers with pauses
+from those without. One attention head can average over the prompt, which gives the number of ones. The remainder has
+n/q periods in that number. Separating n + 1 values takes hidden units at the answering position, and a narrow model has
+few. Each pause adds a position with as many units. `tests/benchmarks/pauses_matter.py` measures the effect.
 
-Numbers of ones are drawn evenly from 0 to n (fair coins would nearly always give about n/2), then their places.
-Examples are made, not read: `task.name=pause_megatron.tasks.synthetic.counting:MOD4_OF_24`, no `task.path`.
+The number of ones is uniform on 0..n (fair coins would nearly always give about n/2); their positions are drawn next.
+The task is `task.name=pause_megatron.tasks.synthetic.counting:MOD4_OF_24` without `task.path`.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from dataclasses import dataclass, field
 from itertools import islice
 from types import MappingProxyType
 
-from pause_megatron.tasks.synthetic.base import MadeTask, split_of
+from pause_megatron.tasks.synthetic.base import SyntheticTask, split_of
 from pause_megatron.tasks.task import FinetuneDefaults, Split
 
 SIZES: Mapping[Split, int] = MappingProxyType({"train": 8192, "eval": 2048})
-"""Examples of each split."""
+"""Number of examples of each split."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class CountOnes(MadeTask):
-    """The remainder of the number of ones among `bits` bits, divided by `modulus`.
+class CountOnes(SyntheticTask):
+    """The task of counting the ones among `bits` bits modulo `modulus`.
 
     Attributes:
         modulus: q, 2 to 10; an answer is one digit.
+        finetune: Defaults of finetuning.
     """
 
     modulus: int
@@ -37,11 +38,11 @@ class CountOnes(MadeTask):
 
     @property
     def name(self) -> str:
-        """For results, and what the examples' draws depend on."""
+        """Name in results; it seeds the examples too."""
         return f"count_ones_{self.bits}_mod_{self.modulus}"
 
-    def answered(self, split: Split) -> Iterator[tuple[str, str]]:
-        """As many as SIZES says."""
+    def pairs(self, split: Split) -> Iterator[tuple[str, str]]:
+        """Yield (bits, answer) of as many examples as `SIZES` gives for the split."""
         for bits in islice(self._prompts(split), SIZES[split]):
             yield bits, str(bits.count("1") % self.modulus)
 
@@ -57,7 +58,7 @@ class CountOnes(MadeTask):
 
 
 def _split_of(bits: str) -> Split:
-    """The two prompts without a choice of places are for training."""
+    """Return the split of a prompt; all zeros and all ones, which have one arrangement only, are for training."""
     return "train" if len(set(bits)) == 1 else split_of(bits)
 
 

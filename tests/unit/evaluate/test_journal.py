@@ -60,10 +60,10 @@ def test_records_read_back_are_those_written(path):
     ("change", "message"),
     [
         (lambda lines: [lines[0], lines[1][:-9], *lines[2:]], r"t.jsonl: line 2: damaged: expected a JSON object"),
-        (lambda lines: [lines[1], lines[0], *lines[2:]], r"t.jsonl: line 1: id: expected '0', came '1'"),
-        (lambda lines: [*lines, lines[0]], r"t.jsonl: line 7: id: expected 'no further record', came '0'"),
+        (lambda lines: [lines[1], lines[0], *lines[2:]], r"t.jsonl: line 1: id: expected '0', got '1'"),
+        (lambda lines: [*lines, lines[0]], r"t.jsonl: line 7: id: expected 'no further record', got '0'"),
         (lambda lines: ["[1]", *lines], r"t.jsonl: line 1: damaged: expected a JSON object"),
-        (lambda lines: [lines[0].replace('"of": "', '"of": "f'), *lines[1:]], r"line 1: of: expected .* came 'f"),
+        (lambda lines: [lines[0].replace('"of": "', '"of": "f'), *lines[1:]], r"line 1: of: expected .* got 'f"),
         (lambda lines: [lines[0].replace("scores", "score"), *lines[1:]], r"line 1: scores: expected an object"),
     ],
 )
@@ -79,9 +79,9 @@ def test_damage_is_named_and_refused(path, change, message):
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({**IDENTITY, "model": "x"}, r"t.json: model: expected 'x' \(this run\), came 'm'"),
-        ({**IDENTITY, "settings": {"pauses": 3}}, r"t.json: settings.pauses: expected 3 \(this run\), came 2"),
-        ({**IDENTITY, "more": 1}, r"t.json: more: expected 1 \(this run\), came None"),
+        ({**IDENTITY, "model": "x"}, r"t.json: model: expected 'x' \(this run\), got 'm'"),
+        ({**IDENTITY, "settings": {"pauses": 3}}, r"t.json: settings.pauses: expected 3 \(this run\), got 2"),
+        ({**IDENTITY, "more": 1}, r"t.json: more: expected 1 \(this run\), got None"),
         ({"task": "t", "model": "m"}, r"t.json: settings: expected None \(this run\), came"),
     ],
 )

@@ -177,6 +177,6 @@ def test_lm_evals_store_of_answers_survives_and_knows_its_pauses(without_pause, 
     assert CachingLM(second, store).loglikelihood(requests) == [pytest.approx(pair) for pair in expected]
     assert second.calls == batches.calls - 3
     with pytest.raises(
-        DataError, match=r"use_cache: expected answers with 3 x append '\.\.\.', came a store of answers"
+        DataError, match=r"use_cache: expected answers with 3 x append '\.\.\.', got a store of answers"
     ):
         CachingLM(PauseLM(without_pause, **{**options, "pauses": 3}), store)

@@ -56,11 +56,11 @@ def test_results_hold_every_task_metric_and_setting_once(tmp_path):
 def test_another_model_or_other_data_is_refused_even_where_samples_are_gone(tmp_path):
     folder = ResultsFolder(tmp_path, "m", "out")
     finish(folder, identity())
-    with pytest.raises(DataError, match=r"results.json: model: expected n \(other\), came m \(out\)"):
+    with pytest.raises(DataError, match=r"results.json: model: expected n \(other\), got m \(out\)"):
         ResultsFolder(tmp_path, "n", "other")
     for path in (tmp_path / "samples").iterdir():
         path.unlink()
-    with pytest.raises(DataError, match=r"results.json: data: expected 'e' \(this run\), came 'd'"):
+    with pytest.raises(DataError, match=r"results.json: data: expected 'e' \(this run\), got 'd'"):
         folder.check(identity(data="e"))
 
 
@@ -68,7 +68,7 @@ def test_another_model_or_other_data_is_refused_even_where_samples_are_gone(tmp_
     ("content", "message"),
     [
         ("{", "damaged"),
-        ('{"version": 2, "results": []}', "version: expected 1, came 2"),
+        ('{"version": 2, "results": []}', "version: expected 1, got 2"),
         ('{"version": 1}', r"results\[0\]: expected an object"),
         ('{"version": 1, "results": [{"task": "t"}]}', r"results\[0\]: expected an object with"),
     ],

@@ -111,7 +111,7 @@ def test_examples_that_cannot_be_asked_are_named(generator, task, examples):
     def prepare(*changed, pauses=3):
         return Scorer(generator, task, Settings(pauses=pauses), 4).prepare(changed)
 
-    with pytest.raises(DataError, match="reading: id '0': expected once, came twice"):
+    with pytest.raises(DataError, match="reading: id '0': expected once, got twice"):
         prepare(examples[0], examples[0])
     with pytest.raises(DataError, match="reading: record '0': choices: expected texts, none of them empty"):
         prepare(replace(examples[0], choices=(" a", "")))
@@ -166,10 +166,10 @@ def test_an_evaluation_that_ends_in_the_middle_goes_on(without_pause, task, exam
 def test_other_examples_or_another_way_of_decoding_are_not_mixed(without_pause, task, examples, tmp_path):
     folder = ResultsFolder(tmp_path, "m", "out")
     evaluate(without_pause, task, examples[:3], Settings(pauses=0), folder)
-    with pytest.raises(DataError, match=r"data: expected 'xxh3_128:.*' \(this run\), came 'xxh3_128:"):
+    with pytest.raises(DataError, match=r"data: expected 'xxh3_128:.*' \(this run\), got 'xxh3_128:"):
         evaluate(without_pause, task, examples[:4], Settings(pauses=0), folder)
     longer = replace(task, decoding=Decoding(max_new_tokens=7))
-    with pytest.raises(DataError, match=r"seed0.json: decoding.max_new_tokens: expected 7 \(this run\), came 6"):
+    with pytest.raises(DataError, match=r"seed0.json: decoding.max_new_tokens: expected 7 \(this run\), got 6"):
         evaluate(without_pause, longer, examples[:3], Settings(pauses=0), folder)
     with pytest.raises(DataError, match="reading: expected at least one record"):
         evaluate(without_pause, task, [], Settings(pauses=0), folder)

@@ -39,8 +39,8 @@ def by_name(plan: Plan) -> dict[str, str]:
         ("limit: 8", "limt: 8", r":LINE: unknown key 'evaluate.limt'. Did you mean 'limit'\?"),
         ("pauses: [3]", "pausses: [3]", r":LINE: unknown key 'tasks.web_questions.pausses'. Did you mean 'pauses'\?"),
         ("pauses: [3]", "pauses: []", r":LINE: tasks.web_questions.pauses: expected a list with at least 1 item"),
-        ("pauses: [3]", "pauses: [many]", r":LINE: tasks.web_questions.pauses.0: expected .*; came 'many'"),
-        ("seeds: [1]", "seeds: 1", r":LINE: seeds: expected a list; came 1"),
+        ("pauses: [3]", "pauses: [many]", r":LINE: tasks.web_questions.pauses.0: expected .*, got 'many'"),
+        ("seeds: [1]", "seeds: 1", r":LINE: seeds: expected a list, got 1"),
         (
             "finetune: standard",
             "finetune: none",

@@ -1,4 +1,4 @@
-"""Records that are not as declared: the error names file, line, field, what was expected and what came."""
+"""Records that are not as declared: the error names file, line, field, the expected and the given value."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ ABSENT = object()
 
 # task, path of the field, what stands there instead, what the error says
 BAD = [
-    ("gsm8k", "answer", ABSENT, "expected the field 'answer'; the fields are question"),
-    ("gsm8k", "question", 3.5, "field 'question': expected a text; came 3.5"),
-    ("gsm8k", "question", "\n ", "field 'question': expected a text that is not empty; came '\\n '"),
-    ("gsm8k", "question", "x\ud800", "field 'question': expected characters (half of a UTF-16 pair stands at 1)"),
-    ("squad", "answers", ["Paris"], "field 'answers': expected an object with the field 'text'; came list ['Paris']"),
-    ("squad", "answers.text", ABSENT, "expected the field 'answers.text'; the fields in 'answers' are none"),
-    ("squad", "answers.text", [], "field 'answers.text': expected a text or a list of texts; came list []"),
-    ("squad", "answers.text", ["Paris", ""], "field 'answers.text[1]': expected a text that is not empty; came ''"),
-    ("squad", "context", None, "field 'context': expected a text; came null"),
+    ("gsm8k", "answer", ABSENT, "expected the field 'answer', got the fields question"),
+    ("gsm8k", "question", 3.5, "field 'question': expected a text, got 3.5"),
+    ("gsm8k", "question", "\n ", "field 'question': expected a text that is not empty, got '\\n '"),
+    ("gsm8k", "question", "x\ud800", "field 'question': expected characters (half of a UTF-16 pair at 1)"),
+    ("squad", "answers", ["Paris"], "field 'answers': expected an object with the field 'text', got list ['Paris']"),
+    ("squad", "answers.text", ABSENT, "expected the field 'answers.text', got the fields in 'answers' none"),
+    ("squad", "answers.text", [], "field 'answers.text': expected a text or a list of texts, got list []"),
+    ("squad", "answers.text", ["Paris", ""], "field 'answers.text[1]': expected a text that is not empty, got ''"),
+    ("squad", "context", None, "field 'context': expected a text, got null"),
     ("coqa", "answers.input_text", ["a cat"], "field 'answers.input_text': expected 2 answers, one per question"),
-    ("coqa", "questions", ABSENT, "expected the field 'questions'; the fields are story, answers, additional_answers"),
+    ("coqa", "questions", ABSENT, "expected the field 'questions', got the fields story, answers, additional_answers"),
     ("coqa", "additional_answers", [["cat"]], "field 'additional_answers': expected answers for 2 turns"),
     ("coqa", "additional_answers", [["cat"], []], "expected as many answers at every turn"),
     ("coqa", "additional_answers", [["cat"], [""]], "turn 2: field 'answers[0]': expected a text that is not empty"),
@@ -53,19 +53,19 @@ BAD = [
         "coqa",
         "additional_answers",
         {"0": {"input_text": ["cat"]}},
-        "expected 2 answers of each human; came '1 answers'",
+        "expected 2 answers of each human, got '1 answers'",
     ),
-    ("commonsense_qa", "answerKey", "", "field 'answerKey': expected one of the labels A, B; came ''"),
+    ("commonsense_qa", "answerKey", "", "field 'answerKey': expected one of the labels A, B, got ''"),
     ("commonsense_qa", "choices.label", ["A"], "field 'choices.label': expected 2 labels, one per text"),
-    ("piqa", "label", -1, "field 'label': expected an index from 0 to 1; came -1"),
-    ("piqa", "label", True, "field 'label': expected an index from 0 to 1; came True"),
-    ("piqa", "sol2", ABSENT, "expected the field 'sol2'; the fields are goal, sol1, label. Did you mean 'sol1'?"),
-    ("lambada", "text", "word", "field 'text': expected at least two words; came 'word'"),
-    ("hellaswag", "label", "2", "field 'label': expected an index from 0 to 1; came '2'"),
-    ("hellaswag", "endings", ["a", "[title]"], "field 'endings[1]': expected a text that is not empty; came ''"),
-    ("hellaswag", "ctx_b", None, "field 'ctx_b': expected a text; came null"),
-    ("web_questions", "answers", 7, "field 'answers': expected a text or a list of texts; came 7"),
-    ("natural_questions", "answer", [["me"]], "field 'answer[0]': expected a text; came list ['me']"),
+    ("piqa", "label", -1, "field 'label': expected an index from 0 to 1, got -1"),
+    ("piqa", "label", True, "field 'label': expected an index from 0 to 1, got True"),
+    ("piqa", "sol2", ABSENT, "expected the field 'sol2', got the fields goal, sol1, label. Did you mean 'sol1'?"),
+    ("lambada", "text", "word", "field 'text': expected at least two words, got 'word'"),
+    ("hellaswag", "label", "2", "field 'label': expected an index from 0 to 1, got '2'"),
+    ("hellaswag", "endings", ["a", "[title]"], "field 'endings[1]': expected a text that is not empty, got ''"),
+    ("hellaswag", "ctx_b", None, "field 'ctx_b': expected a text, got null"),
+    ("web_questions", "answers", 7, "field 'answers': expected a text or a list of texts, got 7"),
+    ("natural_questions", "answer", [["me"]], "field 'answer[0]': expected a text, got list ['me']"),
 ]
 
 
@@ -103,11 +103,11 @@ def test_a_bad_record_is_named(tmp_path, task, path, value, message):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b"{", "expected a JSON object; came b'{' (Expecting property name"),
-        (b'["a"]', "expected a JSON object; came b'[\"a\"]'"),
-        (b'{"question": "\xff"}', "expected a JSON object; came b'{\"question\": \"\\xff\"}' ('utf-8' codec"),
+        (b"{", "expected a JSON object, got b'{' (Expecting property name"),
+        (b'["a"]', "expected a JSON object, got b'[\"a\"]'"),
+        (b'{"question": "\xff"}', "expected a JSON object, got b'{\"question\": \"\\xff\"}' ('utf-8' codec"),
         (b"[" * 100_000, "nested too deeply"),
-        (b"version https://git-lfs.github.com/spec/v1", "expected a JSON object; came b'version https"),
+        (b"version https://git-lfs.github.com/spec/v1", "expected a JSON object, got b'version https"),
     ],
 )
 def test_a_line_that_is_no_record(tmp_path, line, message):
@@ -126,7 +126,11 @@ def test_a_bad_record_behind_the_limit_is_not_read(tmp_path):
 def test_damaged_and_empty_files(tmp_path):
     whole = gzip.compress((json.dumps(GOOD["gsm8k"]) + "\n").encode() * 1000)
     file = tmp_path / "test.jsonl.gz"
-    for data, message in ((whole[:-20], "truncated"), (b"not gzip", "damaged"), (gzip.compress(b"\n\n"), "is empty")):
+    for data, message in (
+        (whole[:-20], "truncated"),
+        (b"not gzip", "damaged"),
+        (gzip.compress(b"\n\n"), "an empty file"),
+    ):
         file.write_bytes(data)
         with pytest.raises(DataError, match=message) as caught:
             read_examples(load_task("gsm8k"), "eval", str(tmp_path))

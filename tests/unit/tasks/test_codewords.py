@@ -1,4 +1,4 @@
-"""The made examples of `tasks.codewords`: answers by brute force, splits, tokens."""
+"""The examples of `tasks.synthetic.codewords`: answers by brute force, splits, tokens."""
 
 from __future__ import annotations
 
@@ -48,5 +48,5 @@ def test_a_symbol_is_a_token_and_the_answer_too(tmp_path):
 def test_bad_input():
     with pytest.raises(ConfigError, match=r"task\.path: expected none"):
         load_task(NAME).examples("train", "records")
-    with pytest.raises(ConfigError, match=r"expected words 9 apart"):
+    with pytest.raises(ConfigError, match=r"expected 8 words 9 apart"):
         Decode(bits=10, words=8, flips=4).code()

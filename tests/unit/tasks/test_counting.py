@@ -1,4 +1,4 @@
-"""The made examples of `tasks.counting`: answers by brute force, splits, tokens."""
+"""The examples of `tasks.synthetic.counting`: answers by brute force, splits, tokens."""
 
 from __future__ import annotations
 

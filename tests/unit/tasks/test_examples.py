@@ -90,7 +90,7 @@ def test_limit_is_a_prefix_and_counts_examples(task_records):
     everything = read_examples(task, "eval", folder)
     for limit in (1, 12, 13, 100):
         assert read_examples(task, "eval", folder, limit) == everything[:limit]
-    with pytest.raises(ConfigError, match=r"task\.limit: expected at least 1; came 0"):
+    with pytest.raises(ConfigError, match=r"task\.limit: expected at least 1, got 0"):
         read_examples(task, "eval", folder, 0)
 
 
@@ -218,16 +218,14 @@ def test_records_through_datasets(tmp_path):
     first, message = done.stdout.strip().split("\n")
     assert first == fingerprint(read_examples(load_task("squad"), "eval", str(folder)))
     assert message.startswith(
-        "the data set rajpurkar/squad (split validation) cannot be read from the Hugging Face hub"
+        "the data set rajpurkar/squad (split validation) cannot be read from the Hugging Face Hub"
     )
     assert message.endswith("validation.jsonl.gz): task.path=DIR, or --task-path ROOT with ROOT/squad/")
 
 
 def test_a_split_that_is_not_there(tmp_path):
     folder = write_records(tmp_path, "other.jsonl", [{"text": "a b"}])
-    with pytest.raises(
-        DataError, match=r"no eval split of lambada: expected test\.jsonl or .*; there is other\.jsonl$"
-    ):
+    with pytest.raises(DataError, match=r"no eval split of lambada: expected test\.jsonl or .*, got other\.jsonl$"):
         read_examples(load_task("lambada"), "eval", str(folder))
     with pytest.raises(DataError, match="expected a folder with the records of lambada"):
         read_examples(load_task("lambada"), "eval", str(tmp_path / "nowhere"))

@@ -1,7 +1,9 @@
-"""Tasks by name, by file and by 'module:attribute'; and what a wrong declaration says."""
+"""Tasks by name, by file and by 'module:attribute'; and the errors of wrong declarations."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass, field
 
 import pytest
@@ -18,6 +20,7 @@ from pause_megatron.tasks import (
     Task,
     load_task,
     read_examples,
+    register_metric,
     task_names,
 )
 from pause_megatron.tasks.load import FOLDER
@@ -36,7 +39,7 @@ DECLARATION = {
 
 @dataclass(frozen=True)
 class Sums:
-    """A task of somebody's own, made up in memory."""
+    """A user's task whose examples are generated."""
 
     name: str = "sums"
     kind: str = "generate"
@@ -74,7 +77,7 @@ def test_declarations_that_ship(name):
 
 
 def test_an_unknown_name_gets_the_nearest():
-    with pytest.raises(ConfigError, match=r"expected one of commonsense_qa, .*; came 'gsm8'\. Did you mean 'gsm8k'\?"):
+    with pytest.raises(ConfigError, match=r"expected one of commonsense_qa, .*, got 'gsm8'\. Did you mean 'gsm8k'\?"):
         load_task("gsm8")
 
 
@@ -91,12 +94,34 @@ def test_an_object_plugs_in(name):
         ("Sums", "is a class; name an instance"),
         ("DECLARATION", "lacks name, kind"),
         ("NOTHING", "cannot be imported"),
-        ("UNJUDGED", "unknown metric 'exact_macht'. Did you mean 'exact_match'"),
+        ("UNJUDGED", "got unknown metric 'exact_macht'. Did you mean 'exact_match'"),
     ],
 )
 def test_an_object_that_is_no_task(attribute, message):
     with pytest.raises(ConfigError, match=message):
         load_task(f"{__name__}:{attribute}")
+
+
+def test_the_address_of_0_1_still_loads_with_a_warning():
+    """In a process of its own: a module that is imported already warns no more."""
+    code = (
+        "from pause_megatron.tasks import load_task; old = load_task('pause_megatron.tasks.codewords:CODE_OF_16');"
+        "print(old is load_task('pause_megatron.tasks.synthetic.codewords:CODE_OF_16'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "True\n"
+    assert (
+        "FutureWarning: pause_megatron.tasks.codewords is now pause_megatron.tasks.synthetic.codewords" in done.stderr
+    )
+
+
+def test_a_metric_name_belongs_to_one_module():
+    def exact_match(prediction: str, references: list[str]) -> float:
+        return 0.0
+
+    with pytest.raises(ConfigError, match=r"metric exact_match: expected a new name, got that of pause_megatron\."):
+        register_metric()(exact_match)
+    assert METRICS["exact_match"].per_record is not exact_match
 
 
 def test_what_an_object_gives_is_checked():
@@ -112,7 +137,7 @@ def test_a_file_of_ones_own(tmp_path):
     assert (task.name, task.folder, task.target) == ("quiz", "quiz", " {answer}")
     (example,) = read_examples(task, "eval", str(tmp_path))
     assert example == Example(id="1", prompt="Who?", target=" me", references=("me",))
-    with pytest.raises(ConfigError, match="task quiz: its data set me/mine has no split to finetune on"):
+    with pytest.raises(ConfigError, match="task quiz: its data set me/mine has no split for finetuning"):
         read_examples(task, "train", str(tmp_path))
 
 
@@ -139,19 +164,19 @@ WRONG = [
     (
         {"decoding": {"max_new_tokens": "8"}},
         "max_new_tokens",
-        "decoding.max_new_tokens: input should be a valid integer; came '8'",
+        "decoding.max_new_tokens: input should be a valid integer, got '8'",
     ),
-    ({"decoding": {"max_new_tokens": 0}}, "max_new_tokens", "input should be greater than or equal to 1; came 0"),
-    ({"kind": "guess"}, "kind", "kind: input should be 'generate' or 'choice'; came 'guess'"),
+    ({"decoding": {"max_new_tokens": 0}}, "max_new_tokens", "input should be greater than or equal to 1, got 0"),
+    ({"kind": "guess"}, "kind", "kind: input should be 'generate' or 'choice', got 'guess'"),
     ({"metrics": ["f2"]}, "- f2", "metrics: expected names of exact_match, f1, "),
-    ({"transform": "coqua"}, "transform", "came 'coqua'. Did you mean 'coqa'?"),
+    ({"transform": "coqua"}, "transform", "got 'coqua'. Did you mean 'coqa'?"),
     ({"prompt": "{question.__class__}"}, "prompt", "prompt: expected the name of a field in braces"),
-    ({"prompt": "{question!r}"}, "prompt", "came 'question!r'"),
+    ({"prompt": "{question!r}"}, "prompt", "got 'question!r'"),
     ({"prompt": "{question"}, "prompt", "prompt: expected '}' before end of string"),
     ({"prompt": "{answer}"}, "prompt", "it would give the answer away"),
-    ({"target": "answer"}, "target", "target: expected {answer} in the target; came 'answer'"),
-    ({"name": "x"}, "name", "expected no key 'name': the task is called quiz, as its file"),
-    ({"primary": "coqa_f1"}, None, "primary: expected one of metrics (exact_match, f1); came 'coqa_f1'"),
+    ({"target": "answer"}, "target", "target: expected {answer} in the target, got 'answer'"),
+    ({"name": "x"}, "name", "expected no key 'name', which the file's name gives (quiz)"),
+    ({"primary": "coqa_f1"}, None, "primary: expected one of metrics (exact_match, f1), got 'coqa_f1'"),
     ({"kind": "choice"}, None, "kind choice: expected choices and gold"),
     ({"gold": "label"}, None, "choices and gold: expected both or neither"),
     ({"references": None}, None, "references: expected the path of the accepted answers, or choices and gold"),
@@ -159,7 +184,7 @@ WRONG = [
     (
         {"metrics": "choice_accuracy", "primary": "choice_accuracy", "choices": "options", "gold": "label"},
         None,
-        "primary: choice_accuracy does not judge what kind generate gives",
+        "primary: choice_accuracy does not score kind generate",
     ),
 ]
 
@@ -178,7 +203,7 @@ def test_a_wrong_declaration_is_named(tmp_path, changes, key, message):
 def test_a_key_that_is_not_there(tmp_path):
     path = tmp_path / "quiz.yaml"
     path.write_text(write_yaml({key: value for key, value in DECLARATION.items() if key != "prompt"}))
-    with pytest.raises(ConfigError, match=r"quiz\.yaml: expected the key 'prompt'; it is not there"):
+    with pytest.raises(ConfigError, match=r"quiz\.yaml: expected the key 'prompt', got none"):
         load_task(str(path))
     with pytest.raises(ConfigError, match=r"nowhere\.yaml cannot be read"):
         load_task("nowhere.yaml")
