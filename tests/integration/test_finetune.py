@@ -217,7 +217,7 @@ def test_an_export_prompts_as_it_was_finetuned(base, data, reference, tmp_path):
         (["finetune.location=prepend"], "finetune.location: 'append' in the checkpoint, 'prepend' in this run"),
         (["task.limit=59"], "corpus: xxh3_128:"),
         (["finetune.filler=two words"], "filler: expected the text of one token"),
-        (["finetune.pauses=400"], "pauses do not fit into a window of data.sequence_length=256"),
+        (["finetune.pauses=400"], "of the prompt in a window of data.sequence_length=256"),
         (["finetune.pauses=ten"], "a whole number of pauses, or a range LOW..HIGH"),
         (["finetune.epochs=null"], "finetune.epochs, train.steps or train.tokens: expected one of them"),
         (["task.path=/nonexistent"], "/nonexistent"),

@@ -1,14 +1,14 @@
-"""Task examples as token ids, and how one lies in a window: prefix, pauses, target (Goyal et al., section 3.2).
+"""Task examples as token ids, and their layout in a window: prompt, pauses, target (Goyal et al., section 3.2).
 
 Notation (method.md, section 2):
 
     P     tokens of the prompt, with what the tokenizer puts before it.
     M     pauses of an example: fixed, or drawn for each example and epoch from a range.
-    T     tokens of the target; the end-of-document token is the last of them.
+    T     tokens of the target; the last of them is the end-of-document token (EOD).
     N     data.sequence_length. An example takes P + M + T - 1 input tokens: the last target is predicted, never read.
 
-The prompt and the pauses are the prefix; the first target is predicted from the prefix's last token, the last pause
-where pauses are appended.
+The prompt and its pauses form the prefix. The first target is predicted from the last token of the prefix. Where pauses
+are appended, that token is the last pause.
 """
 
 from __future__ import annotations
@@ -21,12 +21,47 @@ import numpy as np
 
 from pause_megatron.data.tokenizer.continuation import Continuations
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer
-from pause_megatron.data.windows.pause import add_pauses
-from pause_megatron.errors import DataError
+from pause_megatron.data.windows.pause import LOCATIONS, add_pauses
+from pause_megatron.errors import ConfigError, DataError
+
+PREFIX_ATTENTIONS = ("causal", "bidirectional")
+"""Attention within a prefix: causal, or prompt and pauses see each other in both directions (a prefix-LM)."""
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """How the pauses of a prompt are used, whatever their number: in finetuning, generation and evaluation alike.
+
+    Attributes:
+        location: One of LOCATIONS: pauses behind the prompt, or before it.
+        filler: Text of one ordinary token that takes the place of the pause, a control. None: the pause itself.
+        prefix_attention: One of PREFIX_ATTENTIONS.
+
+    Raises:
+        ConfigError: A location or an attention that does not exist.
+    """
+
+    location: str = "append"
+    filler: str | None = None
+    prefix_attention: str = "causal"
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("location", self.location, LOCATIONS),
+            ("prefix_attention", self.prefix_attention, PREFIX_ATTENTIONS),
+        ):
+            if value not in allowed:
+                raise ConfigError(f"{name}: expected one of {', '.join(allowed)}, got {value!r}")
 
 
 class Example(Protocol):
-    """What is learned from a task's record: `target` behind `prompt`. The blank between them belongs to the target."""
+    """A training example of a task: `target` follows `prompt`. The blank between them belongs to the target.
+
+    Attributes:
+        id: The name of the example in messages.
+        prompt: The text before the pauses. It carries no loss.
+        target: The text behind the pauses. It carries the loss.
+    """
 
     id: str
     prompt: str
@@ -37,9 +72,9 @@ class EncodedExample(NamedTuple):
     """An example as token ids.
 
     Attributes:
-        id: Names it in messages.
-        prompt: int32 [P].
-        target: int32 [T], ending with the end of a document.
+        id: The name of the example in messages.
+        prompt: Token ids, int32 [P].
+        target: Token ids, int32 [T]. The last one is EOD.
     """
 
     id: str
@@ -48,18 +83,25 @@ class EncodedExample(NamedTuple):
 
 
 def continuations(tokenizer: Tokenizer) -> Continuations:
-    """Continuations in a native tokenizer."""
+    """Return the encoder of continuations that belongs to a native tokenizer."""
     return Continuations(tokenizer.encode, lambda ids: tokenizer.decode(ids, pause_text=""))
 
 
 def encode_examples(examples: Sequence[Example], tokenizer: Tokenizer) -> list[EncodedExample]:
-    """Ids of examples, as inference with the exported tokenizer has them.
+    """Encode examples to the token ids that inference with the exported tokenizer has.
+
+    Args:
+        examples: The examples of a task, at least one.
+        tokenizer: The tokenizer of the model that is trained.
+
+    Returns:
+        The encoded examples, in the same order.
 
     Raises:
-        DataError: no examples, or one that cannot be encoded; it is named.
+        DataError: There are no examples, or one of them cannot be encoded. The message names it.
     """
     if not examples:
-        raise DataError("expected examples to train on, there are none")
+        raise DataError("examples: expected at least one, got none")
     as_continuation = continuations(tokenizer).encode
     prompts = tokenizer.encode_batch([example.prompt for example in examples])
     encoded = []
@@ -75,16 +117,17 @@ def encode_examples(examples: Sequence[Example], tokenizer: Tokenizer) -> list[E
 
 @dataclass(frozen=True)
 class Arrangement:
-    """How an example lies in a window.
+    """The layout of examples in windows.
 
     Attributes:
-        sequence_length: N.
+        sequence_length: N, input tokens of a window.
         pauses: The numbers of pauses that M is drawn from, range(low, high + 1).
-        pause_ids: The K pause ids, used in turn; a filler's id where one is used.
-        location: "append" or "prepend".
-        prefix_attention: "causal" or "bidirectional" (prompt and pauses see each other).
-        batching: "packed" (several examples in a window, which do not see each other) or "padded" (one).
-        leading: Tokens at the beginning of a prompt that are never cut off, and that prepended pauses stand behind.
+        pause_ids: The K pause ids, used in turn; or the one id of a filler.
+        location: One of LOCATIONS.
+        prefix_attention: One of PREFIX_ATTENTIONS.
+        batching: "packed" (several examples a window, with intra-document masking) or "padded" (one example a window).
+        leading: Number of tokens at the beginning of a prompt (a BOS) that are never truncated. Prepended pauses stand
+            behind them.
     """
 
     sequence_length: int
@@ -96,36 +139,46 @@ class Arrangement:
     leading: int = 0
 
     def check(self, example: EncodedExample) -> None:
-        """Check that an example fits whatever is drawn.
+        """Check that an example fits into a window with the largest and the smallest M that can be drawn.
+
+        Args:
+            example: The encoded example.
 
         Raises:
-            DataError: its target and pauses leave no room for the prompt's last token, or it has no prefix at all.
+            DataError: Its target and pauses leave no room for the last token of the prompt, or its prefix is empty.
         """
         most, targets = self.pauses[-1], example.target.size
         kept = min(example.prompt.size, max(self.leading, 1))
         if kept + most + targets > self.sequence_length + 1:
             raise DataError(
-                f"example {example.id}: {targets} target tokens and {most} pauses do not fit into a window of "
-                f"data.sequence_length={self.sequence_length} tokens beside {kept} of the prompt (pauses and targets "
-                f"are never cut); expected at most {self.sequence_length + 1 - most - kept} target tokens. Raise "
+                f"example {example.id}: expected at most {self.sequence_length + 1 - most - kept} target tokens beside "
+                f"{most} pauses and {kept} tokens of the prompt in a window of data.sequence_length="
+                f"{self.sequence_length}, got {targets}. Pauses and targets are never truncated: raise "
                 "data.sequence_length, or lower finetune.pauses"
             )
         if not example.prompt.size and not self.pauses[0]:
-            raise DataError(f"example {example.id}: an empty prompt without pauses, so nothing predicts the target")
+            raise DataError(
+                f"example {example.id}: expected a prompt, or pauses that predict the target, got an empty prompt "
+                "without pauses"
+            )
 
     def prompt_tokens(self, example: EncodedExample, count: int) -> int:
-        """Tokens of the prompt that are kept with M = count."""
+        """Return how many tokens of the prompt are kept beside `count` pauses."""
         return min(example.prompt.size, self.sequence_length + 1 - count - example.target.size)
 
     def length(self, example: EncodedExample, count: int) -> int:
-        """Input tokens that the example takes with M = count."""
+        """Return how many input tokens an example takes with `count` pauses."""
         return self.prompt_tokens(example, count) + count + example.target.size - 1
 
     def lay(self, example: EncodedExample, count: int) -> tuple[np.ndarray, int]:
-        """An example with M = count, its prompt cut on the left (behind the leading tokens) where it is too long.
+        """Lay out an example with its pauses. A prompt that is too long is truncated on the left.
+
+        Args:
+            example: The encoded example.
+            count: M, its pauses.
 
         Returns:
-            int64 [length + 1] prefix and target, and the number of tokens of the prefix.
+            Prefix and target, int64 [length + 1], and the number of tokens of the prefix.
         """
         cut = example.prompt.size - self.prompt_tokens(example, count)
         prompt = np.delete(example.prompt, slice(self.leading, self.leading + cut)).astype(np.int64)

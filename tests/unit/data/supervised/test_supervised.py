@@ -14,7 +14,13 @@ import torch
 from support.prose import train_hugging_face, train_model
 
 from pause_megatron.data.batches.batch import collate
-from pause_megatron.data.supervised.examples import Arrangement, EncodedExample, continuations, encode_examples
+from pause_megatron.data.supervised.examples import (
+    Arrangement,
+    EncodedExample,
+    Prompting,
+    continuations,
+    encode_examples,
+)
 from pause_megatron.data.supervised.packing import pack
 from pause_megatron.data.supervised.windows import SupervisedWindows, summarize
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -166,22 +172,31 @@ def test_pauses_and_target_are_never_cut(size, pauses, fits):
     if fits:
         SupervisedWindows([example], arrangement, seed=0, task="t")
         return
-    with pytest.raises(DataError, match=rf"example train 4: 3 target tokens and {pauses} pauses do not fit"):
+    with pytest.raises(
+        DataError, match=rf"example train 4: expected at most \d target tokens beside {pauses} pauses .* got 3\."
+    ):
         SupervisedWindows([example], arrangement, seed=0, task="t")
 
 
 def test_bad_examples_are_named(sentencepiece):
     empty = EncodedExample("e 1", np.zeros(0, dtype=np.int32), np.arange(3, dtype=np.int32))
     arranged(pauses=range(1, 2)).check(empty)
-    with pytest.raises(DataError, match="example e 1: an empty prompt without pauses"):
+    with pytest.raises(DataError, match=r"example e 1: expected a prompt, or pauses .*, got an empty prompt without"):
         arranged(pauses=range(2)).check(empty)
-    with pytest.raises(DataError, match="there are none"):
+    with pytest.raises(DataError, match="examples: expected at least one, got none"):
         encode_examples([], sentencepiece)
     bad = Example(id="7", prompt="a", target=" b\ud800", references=("b",))
     with pytest.raises(DataError, match="example 7: target: "):
         encode_examples([bad], sentencepiece)
     with pytest.raises(ConfigError, match="expected the text of one token"):
         continuations(sentencepiece).filler_id("two words")
+
+
+@pytest.mark.parametrize(("name", "value"), [("location", "behind"), ("prefix_attention", "both")])
+def test_prompting_names_what_does_not_exist(name, value):
+    assert replace(Prompting(), location="prepend", filler=".").prefix_attention == "causal"
+    with pytest.raises(ConfigError, match=rf"{name}: expected one of (append|causal), .*, got '{value}'"):
+        Prompting(**{name: value})
 
 
 def test_pauses_are_drawn_by_address(examples):
