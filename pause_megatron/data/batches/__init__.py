@@ -1,1 +1,1 @@
-"""Windows to micro-batches: which samples a rank reads in a step, and reading them ahead."""
+"""Windows to micro-batches: the sampler of a data-parallel rank, collation, and a loader that prefetches steps."""

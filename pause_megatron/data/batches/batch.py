@@ -1,4 +1,4 @@
-"""Samples of the dataset -> one micro-batch, in the shape that the pause-aware LM head wants."""
+"""Collation of samples into a micro-batch, with the target rows that the pause-aware LM head computes."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ _ALIGNMENT = 64  # bytes
 class MicroBatch:
     """The windows of one forward and backward pass on one rank.
 
-    The supervised positions are given as rows of the sequence-first flattening [seq * batch] that megatron-core's
-    hidden states [seq, batch, hidden] have: row = position * batch + number of the sample in the micro-batch. So the
-    head computes nothing for the others, pause targets among them.
+    The supervised positions are rows of the flattening [seq * batch] of megatron-core's sequence-first hidden states
+    [seq, batch, hidden]: row = position * batch + number of the sample in the micro-batch. The head computes logits for
+    these rows only. Positions whose next token is a pause are not among them.
 
     Attributes:
-        tokens: int64 [batch, seq], text and pause ids.
-        position_ids: int64 [batch, seq].
-        target_rows: int64 [R], ascending.
-        targets: int64 [R], the next token at each of these rows; never a pause.
-        after_pause: bool [R], whether the input token at that row is a pause.
-        sample_ids: int64 [batch], the global sample numbers.
+        tokens: Text and pause ids, int64 [batch, seq].
+        position_ids: Positions, int64 [batch, seq].
+        target_rows: Supervised rows, int64 [R], ascending.
+        targets: The next token at each supervised row, int64 [R]; never a pause.
+        after_pause: Whether the input token at each supervised row is a pause, bool [R].
+        sample_ids: Global sample numbers, int64 [batch].
         pause_tokens: Number of pauses among the input tokens.
-        dataset_ids: int64 [batch], which corpus of a blend each window is of. None: there is one corpus.
-        segments: int32 [batch, seq], texts of a window that do not see each other, numbered from 0; -1 is padding.
-            None: every window is one text (with padding behind it, if any), which plain causal attention serves.
-        prefix: bool [batch, seq], tokens that see all tokens of their segment that are marked too, those behind them
-            as well (a prefix-LM). None: causal. Segments and prefixes stay on the host: attention wants their lengths.
+        dataset_ids: Number of the corpus in a blend, for each window, int64 [batch]. None: there is one corpus.
+        segments: Documents of a window for intra-document masking, int32 [batch, seq], numbered from 0; -1 is padding.
+            None: every window is one document (with padding behind it, if any), so plain causal attention is correct.
+        prefix: Tokens with bidirectional attention to the marked tokens of their segment (a prefix-LM), bool
+            [batch, seq]. None: causal. Segments and prefix stay on the host, because attention needs their lengths.
         padding_tokens: Number of input tokens that are padding.
     """
 
@@ -48,32 +48,35 @@ class MicroBatch:
 
     @property
     def target_datasets(self) -> torch.Tensor | None:
-        """int64 [R], which corpus of a blend each target is of."""
+        """Number of the corpus in a blend, for each target, int64 [R]; None with one corpus."""
         return None if self.dataset_ids is None else self.dataset_ids[self.target_rows % self.dataset_ids.numel()]
 
     @property
     def targets_count(self) -> int:
-        """R, supervised positions."""
+        """R, the number of supervised positions."""
         return self.targets.numel()
 
     @property
     def raw_tokens(self) -> int:
-        """Input tokens, pauses included, padding not."""
+        """Number of input tokens, pauses included, padding excluded."""
         return self.tokens.numel() - self.padding_tokens
 
     @property
     def text_tokens(self) -> int:
-        """Input tokens that are not pauses."""
+        """Number of input tokens that are text."""
         return self.raw_tokens - self.pause_tokens
 
     def packed(self, *, pinned: bool) -> MicroBatch:
-        """The same micro-batch in one buffer, so that `to` makes one copy.
+        """Return the same micro-batch in one buffer, so that `to` makes one copy.
 
         Args:
-            pinned: in page-locked memory, from which a GPU copies while the host goes on. (torch does not give such
-                memory to anybody else before a copy from it is done.)
+            pinned: Whether the buffer is page-locked, so that a GPU copies it asynchronously. (torch reuses pinned
+                memory only after a copy from it has ended.)
+
+        Returns:
+            A micro-batch whose tensors are views of the buffer.
         """
-        tensors = self._on_device()
+        tensors = self.device_tensors()
         starts, end = {}, 0
         for name, tensor in tensors.items():
             starts[name] = end
@@ -83,28 +86,34 @@ class MicroBatch:
         for name, tensor in tensors.items():
             part = buffer[starts[name] : starts[name] + tensor.nbytes]
             views[name] = part.view(tensor.dtype).view(tensor.shape).copy_(tensor)
-        return replace(self, **views)
+        return self._with(views)
 
     def to(self, device: torch.device | str) -> MicroBatch:
-        """The same micro-batch on another device, but for segments and prefix; one copy if it is packed.
+        """Return the same micro-batch on a device; segments and prefix stay on the host.
 
-        The copy is asynchronous where the memory is pinned.
+        A packed micro-batch takes one copy, which is asynchronous from pinned memory.
+
+        Args:
+            device: The device of the model.
+
+        Returns:
+            The micro-batch on that device.
         """
-        tensors = self._on_device()
+        tensors = self.device_tensors()
         (first, *others) = (tensor.untyped_storage() for tensor in tensors.values())
         if first.device == torch.device(device):
             return self
         if any(storage.data_ptr() != first.data_ptr() for storage in others):
-            return replace(self, **{name: each.to(device, non_blocking=True) for name, each in tensors.items()})
+            return self._with({name: each.to(device, non_blocking=True) for name, each in tensors.items()})
         buffer = torch.empty(0, dtype=torch.uint8).set_(first).to(device, non_blocking=True)
         parts = {
             name: buffer[each.storage_offset() * each.itemsize :][: each.nbytes].view(each.dtype).view(each.shape)
             for name, each in tensors.items()
         }
-        return replace(self, **parts)
+        return self._with(parts)
 
-    def _on_device(self) -> dict[str, torch.Tensor]:
-        """What the device works with, by name."""
+    def device_tensors(self) -> dict[str, torch.Tensor]:
+        """Return the tensors that are copied to the device, by field name."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {
             name: value
@@ -112,18 +121,34 @@ class MicroBatch:
             if isinstance(value, torch.Tensor) and name not in ("segments", "prefix")
         }
 
+    def _with(self, tensors: Mapping[str, torch.Tensor]) -> MicroBatch:
+        """Return the same micro-batch with other device tensors, all of them."""
+        return replace(
+            self,
+            tokens=tensors["tokens"],
+            position_ids=tensors["position_ids"],
+            target_rows=tensors["target_rows"],
+            targets=tensors["targets"],
+            after_pause=tensors["after_pause"],
+            sample_ids=tensors["sample_ids"],
+            dataset_ids=tensors.get("dataset_ids"),
+        )
+
 
 def collate(
     samples: Sequence[Mapping[str, torch.Tensor]], *, sample_ids: Sequence[int], pause_ids: range
 ) -> MicroBatch:
-    """Stacks samples of PauseGPTDataset (or GPTDataset) and lists their supervised positions.
+    """Stack samples of PauseGPTDataset (or GPTDataset) and list their supervised positions.
 
     Args:
-        samples: Dictionaries with tokens, labels, position_ids int64 [seq] and loss_mask float [seq] of zeros and ones;
-            those of a BlendedDataset have a dataset_id; all of them may have segments int32 [seq] and prefix bool
-            [seq] besides, as in MicroBatch.
-        sample_ids: Their global sample numbers.
-        pause_ids: The pause ids, to tell pauses from text.
+        samples: Dictionaries with tokens, labels, position_ids int64 [seq] and loss_mask float [seq] of zeros and ones.
+            Samples of a BlendedDataset also have a dataset_id. All samples may have segments int32 [seq] and prefix
+            bool [seq], as in MicroBatch.
+        sample_ids: Global sample numbers, one for each sample.
+        pause_ids: The K pause ids.
+
+    Returns:
+        The micro-batch, on the host.
     """
     tokens = torch.stack([sample["tokens"] for sample in samples])
     sequence_first = {
@@ -135,7 +160,7 @@ def collate(
         for name in ("segments", "prefix")
     )
     padding_tokens = 0 if segments is None else int((segments < 0).sum())
-    if segments is not None and prefix is None and _is_one_text(segments):
+    if segments is not None and prefix is None and _is_one_document(segments):
         segments = None
     target_rows = sequence_first["loss_mask"].nonzero().squeeze(1)
     return MicroBatch(
@@ -155,6 +180,6 @@ def collate(
     )
 
 
-def _is_one_text(segments: torch.Tensor) -> bool:
-    """Whether all windows are segment 0 with nothing but padding behind it: causal attention hides that by itself."""
+def _is_one_document(segments: torch.Tensor) -> bool:
+    """Return whether each window is segment 0 with only padding behind it, which causal attention hides anyway."""
     return bool((segments[:, 0] == 0).all()) and bool((segments.diff(dim=1) <= 0).all())

@@ -1,4 +1,4 @@
-"""Batches of the steps to come, read ahead by a thread."""
+"""The loader of a data-parallel rank: micro-batches step by step, prefetched by a thread."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from pause_megatron.data.batches.sampler import StepSampler
 from pause_megatron.errors import ConfigError
 
 Step = tuple[int, list[MicroBatch]]
+"""The number of an optimizer step and this rank's micro-batches in it."""
 
 
 class Samples(Protocol):
-    """What the loader reads from: a PauseGPTDataset, a BlendedDataset, or anything of their shape."""
+    """A map-style dataset of windows, such as PauseGPTDataset or BlendedDataset."""
 
     def __len__(self) -> int: ...
 
@@ -25,25 +26,25 @@ class Samples(Protocol):
 
 
 class StepLoader:
-    """Iterates over (step, this rank's micro-batches) for the steps first_step, ..., end_step - 1. Once.
+    """An iterator over (step, this rank's micro-batches) for the steps first_step, ..., end_step - 1. It runs once.
 
-    A thread reads `prefetch` steps ahead (numpy and memory maps release the interpreter where it matters, and a
-    window costs tens of microseconds, so processes would cost more than they save). What goes wrong in the thread is
-    raised where the batch is asked for. What comes out is independent of `prefetch`.
+    A thread prefetches `prefetch` steps. Worker processes would cost more than they save: a window takes tens of
+    microseconds, and numpy releases the GIL in the expensive parts. An error in the thread is raised by `next`. The
+    micro-batches do not depend on `prefetch`.
 
-    Use as a context manager, or call `close()`: it stops the thread wherever it is, and may be called twice.
+    Use it as a context manager, or call `close()`, which stops the thread and may be called twice.
 
     Args:
-        dataset: Sample number -> sample.
-        sampler: Step -> sample numbers of this rank.
+        dataset: The windows, by global sample number.
+        sampler: The sampler of this data-parallel rank.
         first_step: First step, from 0.
         end_step: One past the last step.
-        prefetch: Steps read ahead; 0 reads when asked, without a thread.
-        pause_ids: The pause ids, for `collate`.
-        device: Where the micro-batches go. For a GPU each is put into one pinned buffer (by the thread).
+        prefetch: Steps to prefetch. 0: no thread; each step is read by `next`.
+        pause_ids: The K pause ids.
+        device: Device of the model. For a GPU, the thread puts each micro-batch into one pinned buffer.
 
     Raises:
-        ConfigError: the dataset holds fewer samples than the steps need.
+        ConfigError: The dataset holds fewer samples than the steps need.
     """
 
     def __init__(
@@ -60,8 +61,8 @@ class StepLoader:
         needed = end_step * sampler.global_size
         if first_step < end_step and needed > len(dataset):
             raise ConfigError(
-                f"train.steps: {end_step} steps of batch.global_size={sampler.global_size} need {needed} samples, "
-                f"the dataset was built with {len(dataset)}"
+                f"train.steps: expected a dataset of {needed} samples or more for {end_step} steps of "
+                f"batch.global_size={sampler.global_size}, got one of {len(dataset)}"
             )
         self._dataset = dataset
         self._sampler = sampler
@@ -69,11 +70,10 @@ class StepLoader:
         self._gpu = device if device is not None and device.type == "cuda" else None
         self._steps = iter(range(first_step, end_step))
         self._stopped = threading.Event()
-        self._ready: queue.Queue[Step | BaseException | None] | None = None
+        self._ready: queue.Queue[Step | BaseException | None] = queue.Queue(maxsize=prefetch)
         self._thread: threading.Thread | None = None
         if prefetch > 0:
-            self._ready = queue.Queue(maxsize=prefetch)
-            self._thread = threading.Thread(target=self._read_ahead, name="step-loader", daemon=True)
+            self._thread = threading.Thread(target=self._prefetch, name="step-loader", daemon=True)
             self._thread.start()
 
     def __iter__(self) -> Iterator[Step]:
@@ -82,7 +82,7 @@ class StepLoader:
     def __next__(self) -> Step:
         if self._stopped.is_set():
             raise StopIteration
-        if self._ready is None:
+        if self._thread is None:
             return self._read(next(self._steps))
         item = self._ready.get()
         if item is None:
@@ -94,7 +94,7 @@ class StepLoader:
         return item
 
     def close(self) -> None:
-        """Stops reading ahead and waits for the thread. Iteration then ends."""
+        """Stop the thread and wait for it. Iteration then ends."""
         self._stopped.set()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
@@ -112,19 +112,19 @@ class StepLoader:
         ]
         return step, batches if self._gpu is None else [batch.packed(pinned=True) for batch in batches]
 
-    def _read_ahead(self) -> None:
+    def _prefetch(self) -> None:
         try:
             if self._gpu is not None:
-                torch.cuda.set_device(self._gpu)  # a thread begins on the first GPU, and pinning is done by one
+                torch.cuda.set_device(self._gpu)  # the current device is per thread, and pinning initializes it
             for step in self._steps:
                 if self._stopped.is_set() or not self._put(self._read(step)):
                     return
             self._put(None)
-        except BaseException as error:  # handed over, whatever it is: a silent thread would hang the run
+        except BaseException as error:  # of every kind: without it, `next` would wait forever
             self._put(error)
 
     def _put(self, item: Step | BaseException | None) -> bool:
-        """Waits for room. False if the loader was closed meanwhile."""
+        """Wait for room in the queue. Return False if the loader was closed meanwhile."""
         while not self._stopped.is_set():
             try:
                 self._ready.put(item, timeout=0.1)

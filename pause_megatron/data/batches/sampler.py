@@ -1,4 +1,4 @@
-"""Step -> the sample numbers of one data-parallel rank. A pure function: resuming is knowing the step."""
+"""The sampler: optimizer step -> sample numbers of one data-parallel rank. Its only state is the step."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from pause_megatron.errors import ConfigError
 
 @dataclass(frozen=True)
 class StepSampler:
-    """Deals the samples of each step out to data-parallel ranks and their micro-batches.
+    """A sampler that distributes the samples of a step over data-parallel ranks and their micro-batches.
 
-    Step k (from 0) covers the global sample numbers [k * global_size, (k + 1) * global_size), whatever the topology.
-    Accumulation round a of rank r takes the micro_size numbers from k * global_size + (a * dp_size + r) * micro_size,
-    as Megatron-LM does, so that reading round by round and rank by rank gives them in order.
+    Step k (from 0) covers the global sample numbers [k * global_size, (k + 1) * global_size) in every topology.
+    Micro-batch a of rank r takes the micro_size numbers from k * global_size + (a * dp_size + r) * micro_size on, as in
+    Megatron-LM. Reading micro-batch by micro-batch and rank by rank gives the samples in order.
 
     Attributes:
         global_size: Samples per optimizer step, over all ranks.
         micro_size: Samples per forward and backward pass on one rank.
         dp_rank: This data-parallel rank, 0 <= dp_rank < dp_size.
-        dp_size: Data-parallel ranks.
+        dp_size: Number of data-parallel ranks.
 
     Raises:
-        ConfigError: sizes that are not positive, or a global batch that the ranks' micro-batches do not divide.
+        ConfigError: A size is not positive, or the micro-batches of all ranks do not divide the global batch.
     """
 
     global_size: int
@@ -48,11 +48,11 @@ class StepSampler:
 
     @property
     def accumulation(self) -> int:
-        """Micro-batches per step on one rank."""
+        """Gradient accumulation steps: micro-batches per optimizer step on one rank."""
         return self.global_size // (self.micro_size * self.dp_size)
 
     def indices(self, step: int) -> list[range]:
-        """The sample numbers of this rank's micro-batches in a step, one range of micro_size for each."""
+        """Return the sample numbers of this rank's micro-batches in a step, one range of micro_size for each."""
         first = step * self.global_size + self.dp_rank * self.micro_size
         stride = self.dp_size * self.micro_size
         return [

@@ -1,4 +1,4 @@
-"""Task examples to windows with loss on the targets alone."""
+"""Task examples to windows for supervised finetuning, with loss on the targets only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Examples of different lengths -> windows of one length: a pure function of the lengths and their order."""
+"""Sequence packing: examples of different lengths into windows of one length, as a pure function of the lengths."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 
 def pack(lengths: Sequence[int], room: int) -> list[list[int]]:
-    """Puts each item, in order, into the window that it fills best (best fit); a new one where it fits into none.
+    """Pack items into windows by best fit, in order: each goes where it leaves least room, else into a new window.
 
     Args:
         lengths: Tokens of each item, each in 1..room.
         room: Tokens of a window.
 
     Returns:
-        For each window, in the order in which they were opened, the numbers of its items, ascending.
+        The numbers of the items of each window, ascending; windows in the order in which they were opened.
     """
     windows: list[list[int]] = []
     smallest = min(lengths, default=1)

@@ -1,7 +1,7 @@
-"""Task examples -> windows with loss on the targets alone, packed or padded; epoch follows epoch.
+"""Windows of task examples for supervised finetuning: packed or padded, with loss on the targets only.
 
-Randomness is addressed: the order of an epoch is a function of (seed, task, epoch), an example's number of pauses of
-(seed, task, epoch, example number). Ranks, micro-batches and the point of a resume do not matter.
+Random draws are keyed by their address: the order of an epoch by (seed, task, epoch), and the number of pauses of an
+example by (seed, task, epoch, example number). They do not depend on ranks, micro-batches or the step of a resume.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Epoch(NamedTuple):
     """One pass over the examples.
 
     Attributes:
-        windows: For each window the numbers of its examples.
-        counts: int64 [examples], the M of each example.
+        windows: The numbers of the examples of each window.
+        counts: M of each example, int64 [examples].
     """
 
     windows: list[list[int]]
@@ -34,16 +34,16 @@ class Epoch(NamedTuple):
 
 
 class SupervisedWindows:
-    """Window number -> sample, for StepLoader; epoch follows epoch without a gap and without an end.
+    """A map-style dataset of windows for StepLoader. Epochs follow each other without end.
 
     Args:
-        examples: What to learn.
-        arrangement: How examples lie in windows.
-        seed: Of the order and of the drawn pauses.
-        task: Name of the task; another task draws differently.
+        examples: The encoded examples.
+        arrangement: The layout of examples in windows.
+        seed: Seed of the order and of the numbers of pauses.
+        task: Name of the task, part of the key of the random draws.
 
     Raises:
-        DataError: an example that does not fit; it is named.
+        DataError: An example does not fit into a window. The message names it.
     """
 
     def __init__(self, examples: Sequence[EncodedExample], arrangement: Arrangement, *, seed: int, task: str) -> None:
@@ -52,35 +52,42 @@ class SupervisedWindows:
         self.examples, self.arrangement = examples, arrangement
         self._address = (seed, task)
         self._ends: list[int] = []  # number of windows up to the end of each epoch
-        self._epochs: dict[int, Epoch] = {}  # the last two that were asked for; a plain dict, which workers can be sent
+        self._epochs: dict[int, Epoch] = {}  # the last two that were read; a plain dict, which can be pickled
 
     def __len__(self) -> int:
         return sys.maxsize  # another epoch always follows
 
     def __getitem__(self, idx: int) -> dict[str, torch.Tensor]:
-        """Window `idx`: tokens, labels, position_ids int64 [N], loss_mask fp32 [N], segments int32 [N] and, where the
-        prefix is bidirectional, prefix bool [N]."""
+        """Return window `idx`.
+
+        Args:
+            idx: Number of the window over all epochs, from 0.
+
+        Returns:
+            tokens, labels and position_ids int64 [N], loss_mask fp32 [N], segments int32 [N] and, with a bidirectional
+            prefix, prefix bool [N].
+        """
         number, within = self.locate(idx)
         epoch = self.epoch(number)
         return self._window(epoch.windows[within], epoch.counts)
 
     def locate(self, window: int) -> tuple[int, int]:
-        """(epoch, number within it) of a window."""
+        """Return the epoch of a window, and its number within that epoch."""
         while self._counted() <= window:
             self._count_another_epoch()
         number = bisect.bisect_right(self._ends, window)
         return number, window - (self._ends[number - 1] if number else 0)
 
     def epoch(self, number: int) -> Epoch:
-        """The windows and the pauses of an epoch, from 0."""
+        """Return the windows and the pause counts of an epoch, numbered from 0."""
         epoch = self._epochs.get(number)
-        if epoch is None:  # a loader's thread may ask at the same time: the dict is replaced, never changed
+        if epoch is None:  # the loader's thread may read at the same time: the dict is replaced, never changed
             epoch = self._make_epoch(number)
             self._epochs = {**dict(list(self._epochs.items())[-1:]), number: epoch}
         return epoch
 
     def windows_in_epochs(self, epochs: float) -> int:
-        """Windows of so many epochs; a part of an epoch is rounded up."""
+        """Return the number of windows in `epochs` epochs; a fraction of an epoch is rounded up."""
         while len(self._ends) < epochs:
             self._count_another_epoch()
         whole = int(epochs)
@@ -96,7 +103,7 @@ class SupervisedWindows:
     def _make_epoch(self, number: int) -> Epoch:
         draw, size = self._generator("pauses", number), len(self.examples)
         choices = self.arrangement.pauses
-        # One draw of 64 bits an example: another number of examples does not move the others' draws.
+        # One draw of 64 bits for each example: the draws of the first examples do not depend on the number of examples.
         counts = choices.start + (draw.random(size) * len(choices)).astype(np.int64)
         order = self._generator("order", number).permutation(size)
         if self.arrangement.batching == "padded":
@@ -115,12 +122,12 @@ class SupervisedWindows:
         mask, segments = np.zeros(size, dtype=np.float32), np.full(size, -1, dtype=np.int32)
         prefix, start = np.zeros(size, dtype=bool), 0
         for segment, item in enumerate(items):
-            whole, marked = self.arrangement.lay(self.examples[item], int(counts[item]))
-            stop = start + whole.size - 1
-            tokens[start:stop], segments[start:stop] = whole[:-1], segment
+            ids, prefix_size = self.arrangement.lay(self.examples[item], int(counts[item]))
+            stop = start + ids.size - 1
+            tokens[start:stop], segments[start:stop] = ids[:-1], segment
             positions[start:stop] = np.arange(stop - start)
-            first = start + marked - 1
-            labels[first:stop], mask[first:stop] = whole[marked:], 1.0
+            first = start + prefix_size - 1  # the last token of the prefix predicts the first target
+            labels[first:stop], mask[first:stop] = ids[prefix_size:], 1.0
             prefix[start : first + 1] = True
             start = stop
         sample = {
@@ -137,14 +144,16 @@ class SupervisedWindows:
 
 @dataclass(frozen=True)
 class Summary:
-    """The first epoch in numbers.
+    """Counts of the first epoch.
 
     Attributes:
-        examples, windows: How many.
-        tokens: Input tokens, pauses included, padding not.
-        pauses, targets: Of them pauses (or fillers); supervised targets.
-        padding: Share of the windows' places that is padding.
-        truncated: Examples whose prompt is cut.
+        examples: Number of examples.
+        windows: Number of windows.
+        tokens: Input tokens, pauses included, padding excluded.
+        pauses: Pauses (or fillers) among the input tokens.
+        targets: Supervised targets.
+        padding: Fraction of the windows' positions that is padding.
+        truncated: Examples whose prompt is truncated.
     """
 
     examples: int
@@ -157,17 +166,17 @@ class Summary:
 
 
 def summarize(data: SupervisedWindows) -> Summary:
-    """Counts the first epoch."""
+    """Count the examples, windows, tokens and padding of the first epoch."""
     epoch, arrangement = data.epoch(0), data.arrangement
     pairs = list(zip(data.examples, epoch.counts.tolist(), strict=True))
     tokens = sum(arrangement.length(example, count) for example, count in pairs)
-    places = len(epoch.windows) * arrangement.sequence_length
+    positions = len(epoch.windows) * arrangement.sequence_length
     return Summary(
         examples=len(pairs),
         windows=len(epoch.windows),
         tokens=tokens,
         pauses=int(epoch.counts.sum()),
         targets=sum(example.target.size for example, _ in pairs),
-        padding=1 - tokens / places,
+        padding=1 - tokens / positions,
         truncated=sum(arrangement.prompt_tokens(example, count) < example.prompt.size for example, count in pairs),
     )

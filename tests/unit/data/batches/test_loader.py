@@ -89,7 +89,7 @@ def test_for_a_gpu_each_micro_batch_lies_in_one_pinned_buffer(dataset, monkeypat
         for (_, left), (_, right) in zip(steps, loader, strict=True):
             for packed, plain in zip(left, right, strict=True):
                 assert_equal(packed, plain)
-                assert len({t.untyped_storage().data_ptr() for t in packed._on_device().values()}) == 1
+                assert len({t.untyped_storage().data_ptr() for t in packed.device_tensors().values()}) == 1
     assert len(pinned) == 6
 
 
@@ -162,5 +162,6 @@ def test_no_steps(dataset: PauseGPTDataset, prefetch: int) -> None:
 
 
 def test_a_dataset_that_is_too_short(dataset: PauseGPTDataset) -> None:
-    with pytest.raises(ConfigError, match=rf"100 steps of batch.global_size=4 need 400 samples.* with {len(dataset)}"):
+    message = rf"dataset of 400 samples or more for 100 steps of .*size=4, got one of {len(dataset)}"
+    with pytest.raises(ConfigError, match=message):
         StepLoader(dataset, StepSampler(4, 4), 0, 100, pause_ids=PAUSE_IDS)
