@@ -156,7 +156,7 @@ def forward(package: str) -> Callable[[str], object]:
 
     def __getattr__(name: str) -> object:
         new = _renamed(package)
-        # Asked for by importlib and inspect, of every module; or by `from PACKAGE import MODULE`, which imports it next.
+        # Asked for by importlib and inspect; or by `from PACKAGE import MODULE`, which imports it next.
         if name.startswith("__") or new is None or importlib.util.find_spec(f"{package}.{name}") is not None:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         try:
