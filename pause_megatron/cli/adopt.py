@@ -113,7 +113,7 @@ def _summary(prefix: str, adopted) -> str:
     if adoption.eod > ended:
         lines.insert(
             1,
-            f"EOD inside documents: {adoption.eod - ended:,}; each ends a document for data.intra_document_masking=true",
+            f"EOD inside documents: {adoption.eod - ended:,}; each ends a document with data.intra_document_masking",
         )
     if adopted.special:
         shown = [f"{token!r} {count:,} times" for token, count in list(adopted.special.items())[:_SHOWN]]

@@ -100,8 +100,8 @@ CASES = {
     ),
     "stage 1, bf16, documents apart, long windows": Case.of(
         16,
-        "data.intra_document_masking=true model.layers=3 model.hidden=192 model.heads=3 engine.zero_stage=1 engine.precision=bf16 "
-        "data.sequence_length=1024 batch.micro_size=1 batch.global_size=16",
+        "data.intra_document_masking=true model.layers=3 model.hidden=192 model.heads=3 engine.zero_stage=1 "
+        "engine.precision=bf16 data.sequence_length=1024 batch.micro_size=1 batch.global_size=16",
     ),
     "stage 3, bf16, logits in 3 chunks are the peak": Case.of(
         8,
