@@ -1,4 +1,4 @@
-"""Documents to windows while training, without a prepared corpus."""
+"""Streaming: documents to windows while training, without a prepared corpus."""
 
 from __future__ import annotations
 

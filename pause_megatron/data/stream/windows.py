@@ -1,7 +1,7 @@
-"""Windows cut from documents as they are read, for a run without a prepared corpus.
+"""Windows cut from documents while they are read, and the dataset that puts pauses into them.
 
-The documents stand one behind the other, each with its EOD, and window i holds the tokens from i * (T - 1) to
-i * (T - 1) + T: what GPTDataset cuts from a corpus of these documents in this order, unshuffled.
+The documents are concatenated, each with its EOD. Window i holds the tokens from i * (T - 1) to i * (T - 1) + T. These
+are the windows that GPTDataset cuts, unshuffled, from a corpus of the same documents in the same order.
 """
 
 from __future__ import annotations
@@ -9,126 +9,164 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
 
-from pause_megatron.data.stream.documents import Documents
+from pause_megatron.data.stream.documents import Documents, ReaderState
 from pause_megatron.data.text.documents import Tally
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer
 from pause_megatron.data.windows.boundaries import document_begins, restarting_positions, segments_of
 from pause_megatron.data.windows.pause import PauseInjector
+from pause_megatron.data.windows.targets import supervise
 from pause_megatron.errors import DataError
 
 BATCH_DOCUMENTS = 64
+"""Documents that are tokenized together."""
 
 
 @dataclass(frozen=True)
-class Place:
-    """A point between two documents of a stream, from which it can be read again.
+class StreamPosition:
+    """A position between two documents of a stream, from which reading can resume. `stream.json` of a checkpoint.
 
     Attributes:
-        token: tokens before it, since the beginning of the run.
-        reader: the state of the documents' reader there; plain values.
+        token: Number of tokens before it, since the beginning of the run.
+        reader: State of the reader of documents there. None: the first document.
     """
 
     token: int
-    reader: dict[str, Any] | None
+    reader: ReaderState | None
 
 
-class Windows(Protocol):
-    """Whoever gives the text of window `sample`: int64 [T]. To be asked for in ascending order."""
+class WindowSource(Protocol):
+    """A source of text windows. Windows are requested in ascending order."""
 
-    def text(self, sample: int) -> np.ndarray: ...
+    def text(self, sample: int) -> np.ndarray:
+        """Return the text of a window, int64 [T].
+
+        Args:
+            sample: Number of the window in the run.
+
+        Raises:
+            DataError: The text cannot be read.
+        """
+        ...
 
 
 class TextWindows:
-    """The windows of a stream of documents, each read once, in order.
+    """The text windows of a stream of documents. Each is read once, in order.
 
     Args:
-        open_documents: state of a reader (None: the beginning) -> documents from there on.
-        tokenizer: its EOD ends each document.
+        open_documents: Opens the reader of documents at a state; None: at the first document.
+        tokenizer: The tokenizer of the run. Its EOD ends each document.
         text_length: T, text tokens of a window.
-        place: where to begin reading; default: at the first document.
+        position: The position to resume from. None: the first document.
     """
 
     def __init__(
         self,
-        open_documents: Callable[[dict[str, Any] | None], Documents],
+        open_documents: Callable[[ReaderState | None], Documents],
         tokenizer: Tokenizer,
         text_length: int,
-        place: Place | None = None,
+        position: StreamPosition | None = None,
     ) -> None:
-        place = place or Place(0, None)
-        self._documents = open_documents(place.reader)
+        position = position or StreamPosition(0, None)
+        self._documents = open_documents(position.reader)
         self._tokenizer = tokenizer
         self._text_length = text_length
         self._tokens = np.zeros(0, dtype=np.int32)
-        self._first = place.token  # the number of self._tokens[0]
-        self._places: deque[Place] = deque()
+        self._first = position.token  # number of self._tokens[0] in the stream
+        self._positions: deque[StreamPosition] = deque()
 
     @property
     def malformed(self) -> Tally:
-        """What the reader has left out since it was opened."""
+        """Counts of the records that the reader has skipped since it was opened."""
         return self._documents.malformed
 
     def text(self, sample: int) -> np.ndarray:
-        """The text of a window: int64 [T].
+        """Return the text of a window, int64 [T].
+
+        Args:
+            sample: Number of the window in the run.
 
         Raises:
-            DataError: the documents cannot be read; a document that encodes to the pause id.
+            DataError: The documents cannot be read, one encodes to the pause id, or the window has been dropped.
         """
-        start = sample * (self._text_length - 1)
+        start = self._start(sample)
         if start < self._first:
-            raise DataError(f"window {sample} was asked for, but the stream has gone on from it")
+            raise DataError(
+                f"data.source: expected a request for text from token {self._first:,} of the stream on, got one for "
+                f"window {sample}, which begins at token {start:,} and has been dropped"
+            )
         while self._first + self._tokens.size < start + self._text_length:
             self._read()
         start -= self._first
         return self._tokens[start : start + self._text_length].astype(np.int64)
 
-    def place(self, sample: int) -> Place:
-        """The last place at or before the beginning of a window."""
-        start = sample * (self._text_length - 1)
-        found = [place for place in self._places if place.token <= start]
-        if not found:
-            raise DataError(f"no place in the stream before window {sample} is remembered")
-        return found[-1]
+    def position(self, sample: int) -> StreamPosition:
+        """Return the last retained position at or before the beginning of a window.
 
-    def forget(self, sample: int, place_sample: int) -> None:
-        """Windows before `sample`, and places before `place_sample`'s, will not be asked for again."""
-        drop = sample * (self._text_length - 1) - self._first
-        if drop > self._tokens.size // 2:  # seldom: it copies
+        Args:
+            sample: Number of the window in the run.
+
+        Raises:
+            DataError: No such position is retained.
+        """
+        start = self._start(sample)
+        before = [position for position in self._positions if position.token <= start]
+        if not before:
+            raise DataError(f"data.source: expected a retained position at or before window {sample}, got none")
+        return before[-1]
+
+    def forget(self, sample: int, position_sample: int) -> None:
+        """Drop text and positions that will not be requested again.
+
+        Args:
+            sample: The first window whose text may still be requested.
+            position_sample: The first window whose position may still be requested.
+        """
+        drop = self._start(sample) - self._first
+        if drop > self._tokens.size // 2:  # seldom, because it copies
             drop = min(drop, self._tokens.size)
             self._tokens, self._first = self._tokens[drop:].copy(), self._first + drop
-        start = place_sample * (self._text_length - 1)
-        while len(self._places) > 1 and self._places[1].token <= start:
-            self._places.popleft()
+        start = self._start(position_sample)
+        while len(self._positions) > 1 and self._positions[1].token <= start:
+            self._positions.popleft()
+
+    def _start(self, sample: int) -> int:
+        """Return the number of a window's first token in the stream: each window overlaps the next by one token."""
+        return sample * (self._text_length - 1)
 
     def _read(self) -> None:
-        self._places.append(Place(self._first + self._tokens.size, self._documents.state()))
+        """Read and tokenize the next documents."""
+        self._positions.append(StreamPosition(self._first + self._tokens.size, self._documents.state()))
         batch = self._tokenizer.encode_batch(self._documents.take(BATCH_DOCUMENTS))
         ids = [token for document in batch for token in (*document, self._tokenizer.eod)]
         new = np.array(ids, dtype=np.int32)
         if (new == self._tokenizer.pause_id).any():
-            raise DataError(f"a document encodes to the pause id {self._tokenizer.pause_id}; reserve another one")
+            raise DataError(
+                f"data.source: expected text ids only, got the pause id {self._tokenizer.pause_id} in a document. "
+                "Reserve another pause id in the tokenizer"
+            )
         self._tokens = np.concatenate([self._tokens, new])
 
 
 class StreamDataset:
-    """Sample number -> window with pauses, as PauseGPTDataset gives it.
+    """A map-style dataset of streamed windows with pauses. Its samples are those of PauseGPTDataset.
 
     Args:
-        windows: texts by sample number.
-        injector: pauses by sample number.
-        samples: windows that the run needs.
-        eod: the id that ends a document.
-        intra_document_masking, eod_mask_loss: as in build_datasets.
+        windows: The source of text windows.
+        injector: The pauses, by sample number.
+        samples: Number of windows that the run needs.
+        eod: The id that ends a document.
+        documents: "joined", or "apart" (intra-document masking), as in `data.documents`.
+        eod_mask_loss: Whether the first token of a document is no target.
     """
 
     def __init__(
         self,
-        windows: Windows,
+        windows: WindowSource,
         injector: PauseInjector,
         samples: int,
         *,
@@ -145,22 +183,15 @@ class StreamDataset:
 
     def __getitem__(self, idx: int) -> dict[str, torch.Tensor]:
         window = self._injector(self._windows.text(idx), idx)
-        before_pause = window.places - 1
-        labels = window.tokens[1:].copy()
-        labels[before_pause] = 0
-        loss_mask = np.ones(labels.size, dtype=np.float32)
-        loss_mask[before_pause] = 0
+        begins = document_begins(window, self._eod) if self._apart or self._eod_mask_loss else None
+        targets = supervise(window, begins if self._eod_mask_loss else None)
         sample = {
             "tokens": torch.from_numpy(window.tokens[:-1]),
-            "labels": torch.from_numpy(labels),
-            "loss_mask": torch.from_numpy(loss_mask),
+            "labels": torch.from_numpy(targets.labels),
+            "loss_mask": torch.from_numpy(targets.loss_mask),
             "position_ids": self._position_ids,
         }
-        if self._apart or self._eod_mask_loss:
-            begins = document_begins(window, self._eod)
-            if self._eod_mask_loss:
-                loss_mask[begins[1:]] = 0
-            if self._apart:
-                sample["position_ids"] = restarting_positions(begins[:-1])
-                sample["segments"] = segments_of(sample["position_ids"])
+        if self._apart and begins is not None:
+            sample["position_ids"] = restarting_positions(begins[:-1])
+            sample["segments"] = segments_of(sample["position_ids"])
         return sample

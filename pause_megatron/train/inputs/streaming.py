@@ -16,7 +16,7 @@ from pathlib import Path
 from pause_megatron.config.schema import ScheduledConfig
 from pause_megatron.data.stream.documents import open_documents
 from pause_megatron.data.stream.server import WindowClient, WindowServer
-from pause_megatron.data.stream.windows import Place, StreamDataset, TextWindows
+from pause_megatron.data.stream.windows import StreamDataset, StreamPosition, TextWindows
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer
 from pause_megatron.data.windows.dataset import PauseTokenizer
 from pause_megatron.data.windows.pause import PauseInjector, PausePlan
@@ -87,7 +87,7 @@ class Stream:
         """What a checkpoint after so many steps keeps; rank 0 knows it."""
         if self._server is None:
             return {}
-        return {FILE: json.dumps(vars(self._server.place(step * self._size)), indent=1).encode()}
+        return {FILE: json.dumps(vars(self._server.position(step * self._size)), indent=1).encode()}
 
     def close(self) -> None:
         """Stop reading, or asking."""
@@ -105,9 +105,9 @@ class Stream:
         self.close()
 
 
-def _read_place(checkpoint: Path) -> Place:
+def _read_place(checkpoint: Path) -> StreamPosition:
     try:
-        return Place(**json.loads((checkpoint / FILE).read_bytes()))
+        return StreamPosition(**json.loads((checkpoint / FILE).read_bytes()))
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(
             f"{checkpoint / FILE}: expected the place in data.source to go on from: {error}"

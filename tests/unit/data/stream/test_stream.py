@@ -20,7 +20,7 @@ from pause_megatron.config.schema import DataSection
 from pause_megatron.data.prepare.prepare import prepare
 from pause_megatron.data.stream.documents import MALFORMED_IN_A_ROW, open_documents
 from pause_megatron.data.stream.server import WindowClient, WindowServer
-from pause_megatron.data.stream.windows import Place, StreamDataset, TextWindows
+from pause_megatron.data.stream.windows import StreamDataset, StreamPosition, TextWindows
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer
 from pause_megatron.data.windows.dataset import PauseGPTDataset
 from pause_megatron.data.windows.pause import PauseInjector, PausePlan
@@ -47,8 +47,8 @@ def data(request: pytest.FixtureRequest, folder: Path) -> DataSection:
     return DataSection(source=tuple(files if request.param == "shards" else ["hf:json", *files]))
 
 
-def _windows(data: DataSection, tokenizer: Tokenizer, place: Place | None = None) -> TextWindows:
-    return TextWindows(lambda state: open_documents(data, state), tokenizer, LENGTH, place)
+def _windows(data: DataSection, tokenizer: Tokenizer, position: StreamPosition | None = None) -> TextWindows:
+    return TextWindows(lambda state: open_documents(data, state), tokenizer, LENGTH, position)
 
 
 def test_windows_are_consecutive_cuts_of_the_prepared_corpus(
@@ -63,7 +63,9 @@ def test_windows_are_consecutive_cuts_of_the_prepared_corpus(
         start = sample * (LENGTH - 1)
         assert windows.text(sample).tolist() == tokens[start : start + LENGTH].tolist()
         windows.forget(sample, sample)
-    with pytest.raises(DataError, match="window 0 was asked for, but the stream has gone on"):
+    with pytest.raises(
+        DataError, match=r"data\.source: expected a request .*, got one for window 0, .* has been dropped"
+    ):
         windows.text(0)
 
 
@@ -72,12 +74,12 @@ def test_a_stream_goes_on_exactly_from_every_window(data: DataSection, tokenizer
     count = 3 * sum(map(len, TEXTS)) // 2 // LENGTH  # more than one pass
     expected = [windows.text(sample) for sample in range(count)]
     for sample in random.Random(0).sample(range(count), 12):
-        place = json.loads(json.dumps(vars(windows.place(sample))))
-        again = _windows(data, tokenizer, Place(**place))
+        position = json.loads(json.dumps(vars(windows.position(sample))))
+        again = _windows(data, tokenizer, StreamPosition(**position))
         for number in range(sample, min(sample + 40, count)):
             assert np.array_equal(again.text(number), expected[number])
         # and once more from there, before anything new was read
-        twice = _windows(data, tokenizer, again.place(sample))
+        twice = _windows(data, tokenizer, again.position(sample))
         assert np.array_equal(twice.text(sample), expected[sample])
 
 
@@ -213,7 +215,7 @@ def test_processes_of_a_machine_share_one_reader(data: DataSection, tokenizer: T
     expected = [alone.text(sample) for sample in range(600)]
     opened = []
     stream = TextWindows(lambda state: opened.append(state) or open_documents(data, state), tokenizer, LENGTH)
-    server = WindowServer(stream, processes=3, remember=8)
+    server = WindowServer(stream, local_ranks=3, history=8)
     found: dict[int, np.ndarray] = {}
     clients = [server, WindowClient(server.address), WindowClient(server.address)]
 
@@ -228,12 +230,14 @@ def test_processes_of_a_machine_share_one_reader(data: DataSection, tokenizer: T
         thread.join()
     assert all(np.array_equal(found[sample], text) for sample, text in enumerate(expected))
     assert opened == [None]
-    assert server.place(597).token <= 597 * (LENGTH - 1)
-    with pytest.raises(DataError, match="the stream has gone on"):  # a client is told what the reader met
+    assert server.position(597).token <= 597 * (LENGTH - 1)
+    with pytest.raises(DataError, match="window 0, .* has been dropped"):  # an error of the reader reaches the client
         clients[1].text(0)
     clients[1].close()
     server.close()
-    with pytest.raises(DataError, match="is gone"):
+    with pytest.raises(
+        DataError, match=r"data\.source: expected window \d+ from the rank that reads .*, got a closed connection"
+    ):
         for sample in range(600, 610):
             clients[2].text(sample)
     assert not Path(server.address).exists()
