@@ -175,7 +175,7 @@ class StreamDataset:
         eod_mask_loss: bool = False,
     ) -> None:
         self._windows, self._injector, self._samples = windows, injector, samples
-        self._eod, self._apart, self._eod_mask_loss = eod, intra_document_masking, eod_mask_loss
+        self._eod, self._intra_document_masking, self._eod_mask_loss = eod, intra_document_masking, eod_mask_loss
         self._position_ids = torch.arange(injector.plan.sequence_length)
 
     def __len__(self) -> int:
@@ -183,7 +183,7 @@ class StreamDataset:
 
     def __getitem__(self, idx: int) -> dict[str, torch.Tensor]:
         window = self._injector(self._windows.text(idx), idx)
-        begins = document_begins(window, self._eod) if self._apart or self._eod_mask_loss else None
+        begins = document_begins(window, self._eod) if self._intra_document_masking or self._eod_mask_loss else None
         targets = supervise(window, begins if self._eod_mask_loss else None)
         sample = {
             "tokens": torch.from_numpy(window.tokens[:-1]),
@@ -191,7 +191,7 @@ class StreamDataset:
             "loss_mask": torch.from_numpy(targets.loss_mask),
             "position_ids": self._position_ids,
         }
-        if self._apart and begins is not None:
+        if self._intra_document_masking and begins is not None:
             sample["position_ids"] = restarting_positions(begins[:-1])
             sample["segments"] = segments_of(sample["position_ids"])
         return sample

@@ -63,9 +63,7 @@ def test_windows_are_consecutive_cuts_of_the_prepared_corpus(
         start = sample * (LENGTH - 1)
         assert windows.text(sample).tolist() == tokens[start : start + LENGTH].tolist()
         windows.forget(sample, sample)
-    with pytest.raises(
-        DataError, match=r"data\.source: expected a request .*, got one for window 0, .* has been dropped"
-    ):
+    with pytest.raises(DataError, match=r"data\.source: expected a request .*, got one for window 0, .* dropped"):
         windows.text(0)
 
 
@@ -231,13 +229,11 @@ def test_processes_of_a_machine_share_one_reader(data: DataSection, tokenizer: T
     assert all(np.array_equal(found[sample], text) for sample, text in enumerate(expected))
     assert opened == [None]
     assert server.position(597).token <= 597 * (LENGTH - 1)
-    with pytest.raises(DataError, match="window 0, .* has been dropped"):  # an error of the reader reaches the client
+    with pytest.raises(DataError, match=r"window 0, .* has been dropped"):  # an error of the reader reaches the client
         clients[1].text(0)
     clients[1].close()
     server.close()
-    with pytest.raises(
-        DataError, match=r"data\.source: expected window \d+ from the rank that reads .*, got a closed connection"
-    ):
+    with pytest.raises(DataError, match=r"data\.source: expected window \d+ from .*, got a closed connection"):
         for sample in range(600, 610):
             clients[2].text(sample)
     assert not Path(server.address).exists()
