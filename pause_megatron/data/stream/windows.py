@@ -160,7 +160,7 @@ class StreamDataset:
         injector: The pauses, by sample number.
         samples: Number of windows that the run needs.
         eod: The id that ends a document.
-        documents: "joined", or "apart" (intra-document masking), as in `data.documents`.
+        intra_document_masking: Whether positions restart with each document, and samples have `segments`.
         eod_mask_loss: Whether the first token of a document is no target.
     """
 
