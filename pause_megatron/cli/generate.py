@@ -1,11 +1,13 @@
-"""`pause-megatron generate`: continue prompts with an exported model and pauses."""
+"""`pause-megatron generate`: generate answers to prompts with an exported model and pauses."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,27 +23,25 @@ from pause_megatron.files.lines import lines_of
 from pause_megatron.files.paths import path_option
 
 if TYPE_CHECKING:
-    from pause_megatron.inference import Generation, PauseGenerator, SettledPauses
+    from pause_megatron.inference import Generation, PauseGenerator, PausePolicy
 
-HELP = "continue prompts with pauses in the prefill, never in the text"
+HELP = "generate answers to prompts, with pauses in the prefill and never in the text"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.epilog = "example:\n  pause-megatron generate --model out/ --prompt 'My fellow citizens,' --pauses 10"
     add_model_argument(parser)
+    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be repeated")
     parser.add_argument(
-        "--prompt", action="append", default=[], metavar="TEXT", help="a prompt; may be given repeatedly"
-    )
-    parser.add_argument(
-        "--prompts-file", type=path_option, metavar="FILE", help="a prompt a line; - for standard input"
+        "--prompts-file", type=path_option, metavar="FILE", help="text file with a prompt a line; - for standard input"
     )
     pauses = parser.add_argument_group("pauses")
     pauses.add_argument(
         "--pauses",
         metavar="N|auto",
-        help="pauses behind each prompt; auto: until the next-token distribution has settled (default: what the "
-        "model was finetuned with)",
+        help="pauses after each prompt; auto: until the next-token distribution has settled (default: M of the "
+        "model's finetuning)",
     )
     add_pause_arguments(pauses)
     pauses.add_argument(
@@ -49,55 +49,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         default=0.02,
         metavar="X",
-        help="auto: settled if a pause changes the distribution by at most this, 0..1 (default: 0.02)",
+        help="auto: settled if a pause changes the distribution by at most X, 0..1 (default: 0.02)",
     )
-    pauses.add_argument("--auto-limit", type=int, default=50, metavar="N", help="auto: at most this many (default: 50)")
+    pauses.add_argument(
+        "--auto-limit", type=int, default=50, metavar="N", help="auto: maximum number of pauses (default: 50)"
+    )
     answer = parser.add_argument_group("answer")
-    answer.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="default: 64")
+    answer.add_argument(
+        "--max-new-tokens", type=int, default=64, metavar="N", help="maximum length in tokens (default: 64)"
+    )
     answer.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (default: 0)")
     answer.add_argument("--top-k", type=int, default=0, metavar="N", help="the N likeliest tokens; 0: all (default: 0)")
     answer.add_argument(
         "--top-p", type=float, default=1.0, metavar="X", help="the likeliest tokens that sum to X (default: 1)"
     )
-    answer.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (default: 0)")
+    answer.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling (default: 0)")
     answer.add_argument(
-        "--stop", action="append", default=[], metavar="TEXT", help="ends an answer; may be given repeatedly"
+        "--stop", action="append", default=[], metavar="TEXT", help="text that ends an answer; may be repeated"
     )
     machine = add_machine_arguments(parser)
-    machine.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts at a time (default: 8)")
+    machine.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts in a batch (default: 8)")
     parser.add_argument("--json", action="store_true", help="print one JSON object: answers, counts, seconds")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print each prompt with its answer, as it comes where there is one prompt."""
+    """Print each prompt with its answer; the answer to a single prompt is streamed."""
+    from pause_megatron.inference import Limits, Sampling
+
     prompts = _prompts(args)
     if args.batch_size < 1:
-        raise ConfigError(f"--batch-size: expected 1 or more, came {args.batch_size}")
+        raise ConfigError(f"--batch-size: expected 1 or more, got {args.batch_size}")
     generator = load_model(args)
     pauses = _pauses(args, generator)
+    prompting = generator.pause.override(
+        location=args.location, filler=args.filler, prefix_attention=args.prefix_attention
+    )
+    sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
+    limits = Limits(max_new_tokens=args.max_new_tokens, stop=args.stop)
+    streamed = len(prompts) == 1 and not args.json
     batches = []
     for start in range(0, len(prompts), args.batch_size):
         batch = prompts[start : start + args.batch_size]
-        shown = iter(batch)  # a streamed prompt is shown with the first piece of its answer, so not before an error
-        streamed = len(prompts) == 1 and not args.json
+        unprinted = iter(batch)  # a streamed prompt is printed with the first piece of its answer, after all checks
         generation = generator.generate(
             batch,
             pauses=pauses,
-            location=args.location,
-            filler=args.filler,
-            prefix_attention=args.prefix_attention,
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            seed=args.seed,
-            stop=args.stop,
-            rows=range(start, start + len(batch)),
-            stream=(lambda row, piece, shown=shown: _show(next(shown, "") + piece)) if streamed else None,
+            prompting=prompting,
+            sampling=replace(sampling, rows=range(start, start + len(batch))),
+            limits=limits,
+            stream=partial(_print_piece, unprinted) if streamed else None,
         )
         batches.append(generation)
         if streamed:
-            _show(next(shown, "") + "\n")
+            _print_piece(unprinted, 0, "\n")
         elif not args.json:
             _print_batch(start, batch, generation)
     if args.json:
@@ -120,8 +124,8 @@ def _prompts(args: argparse.Namespace) -> list[str]:
     return prompts
 
 
-def _pauses(args: argparse.Namespace, generator: PauseGenerator) -> int | SettledPauses:
-    """M or the policy; where neither was given, says on standard error what was taken and why."""
+def _pauses(args: argparse.Namespace, generator: PauseGenerator) -> int | PausePolicy:
+    """M or a policy; without --pauses the model's own M, which is printed on standard error."""
     from pause_megatron.inference import SettledPauses
 
     if args.pauses is None:
@@ -129,12 +133,12 @@ def _pauses(args: argparse.Namespace, generator: PauseGenerator) -> int | Settle
     if args.pauses == "auto":
         return SettledPauses(change=args.auto_change, limit=args.auto_limit)
     if not args.pauses.isdecimal():
-        raise ConfigError(f"--pauses: expected a number, 0 or more, or auto, came {args.pauses!r}")
+        raise ConfigError(f"--pauses: expected a number, 0 or more, or auto, got {args.pauses!r}")
     return int(args.pauses)
 
 
-def _show(text: str) -> None:
-    print(text, end="", flush=True)
+def _print_piece(unprinted: Iterator[str], row: int, piece: str) -> None:
+    print(next(unprinted, "") + piece, end="", flush=True)
 
 
 def _print_batch(start: int, prompts: list[str], generation: Generation) -> None:

@@ -51,7 +51,7 @@ class PauseLM(HFLM):
         batch_size: int = 8,
         quiet: bool = False,
     ) -> None:
-        if generator.pause.prefix_attention != "causal":
+        if generator.pause.prompting.prefix_attention != "causal":
             raise ConfigError(
                 "lm-eval asks causal models; this one has a bidirectional prefix (pause.prefix_attention in its "
                 "config.json): evaluate it on the tasks of this project"

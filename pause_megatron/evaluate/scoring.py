@@ -15,7 +15,7 @@ from typing import Any
 from pause_megatron.errors import DataError
 from pause_megatron.evaluate.journal import Record
 from pause_megatron.evaluate.results import Settings
-from pause_megatron.inference import PauseGenerator
+from pause_megatron.inference import Limits, PauseGenerator, Prompting
 from pause_megatron.inference.loading import DTYPES
 from pause_megatron.tasks import METRICS, Example, Task, answer_in
 
@@ -128,7 +128,7 @@ class Scorer:
         generation = self._generator.generate(
             [item.prompt for item in batch],
             max_new_tokens=self.task.decoding.max_new_tokens,
-            stop=self.task.decoding.stop,
+            limits=Limits(stop=self.task.decoding.stop),
             **_options(self.settings),
         )
         cost.add(generation.cost)
@@ -187,26 +187,22 @@ def own_settings(
     Args:
         filler: "" asks for pauses, whatever the model's own filler.
     """
-    own = generator.pause
+    prompting = generator.pause.override(location=location, filler=filler, prefix_attention=prefix_attention)
     dtypes = {dtype: name for name, dtype in DTYPES.items()}
     return Settings(
         pauses=generator.default_pauses if pauses is None else pauses,
-        location=location or own.location,
-        filler=(own.filler if filler is None else filler) or None,
-        prefix_attention=prefix_attention or own.prefix_attention,
+        location=prompting.location,
+        filler=prompting.filler,
+        prefix_attention=prompting.prefix_attention,
         seed=seed,
         dtype=dtypes.get(generator.model.dtype, str(generator.model.dtype)),
     )
 
 
 def _options(settings: Settings) -> dict[str, Any]:
-    """Settings as the generator takes them: for it, no filler is a question, and "" the answer."""
-    return {
-        "pauses": settings.pauses,
-        "location": settings.location,
-        "filler": settings.filler or "",
-        "prefix_attention": settings.prefix_attention,
-    }
+    """Settings as the generator takes them."""
+    prompting = Prompting(settings.location, settings.filler, settings.prefix_attention)
+    return {"pauses": settings.pauses, "prompting": prompting}
 
 
 def check_settings(generator: PauseGenerator, settings: Settings) -> None:

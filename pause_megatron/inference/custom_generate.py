@@ -1,54 +1,63 @@
-"""Pauses for transformers' own `model.generate`. This file needs torch and transformers, and nothing of this project.
+"""Decoding method with pauses for transformers' `model.generate`; needs torch and transformers, not this package.
 
-As a callable it is no remote code: `model.generate(**inputs, custom_generate=pause_generate, pauses=10)`. Copied to
-FOLDER/custom_generate/generate.py it serves `model.generate(**inputs, custom_generate=FOLDER, pauses=10)`, which
-transformers grants only to callers who set trust_remote_code.
+As a callable it needs no trust_remote_code: `model.generate(**inputs, custom_generate=pause_generate, pauses=10)`.
+Copied to FOLDER/custom_generate/generate.py it serves `model.generate(**inputs, custom_generate=FOLDER, pauses=10)`,
+which transformers allows only with trust_remote_code=True.
 
-The pauses go through the model behind the prompt, in the prefill. Logits processors, stopping criteria and the result
-never see them: lengths, penalties and stop conditions are those of the text.
+The pauses are computed after the prompt, in the prefill. Logits processors, stopping criteria and the result do not see
+them: lengths, penalties and stop conditions count text only.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 from transformers.cache_utils import DynamicCache
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-# What this release of transformers calls a key-value cache among arguments and results: "past_key_values" up to 5.23.
+# The name of the key-value cache among arguments and results of this release of transformers: "past_key_values" up to
+# 5.23.
 CACHE = "cache" if "cache" in GenerateDecoderOnlyOutput.__dataclass_fields__ else "past_key_values"
 
 
 @torch.no_grad()
 def pause_generate(
-    model,
-    input_ids,
-    logits_processor=None,
-    stopping_criteria=None,
-    generation_config=None,
-    pauses=None,
-    **model_kwargs,
-):
-    """Greedy decoding or sampling with M pauses behind the prompt; a decoding method for `generate`.
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: Any = None,
+    stopping_criteria: Any = None,
+    generation_config: Any = None,
+    pauses: int | None = None,
+    **model_kwargs: Any,
+) -> Tensor | GenerateDecoderOnlyOutput:
+    """Decode greedily or by sampling with M pauses after the prompt; a decoding method for `generate`.
 
     Args:
-        model: a decoder-only transformers model whose config has a "pause" entry (`ids`, `m_ft`).
-        input_ids: int64 [rows, tokens], left-padded.
-        pauses: M; None: the configuration's m_ft, or 0.
-        model_kwargs: attention_mask ([rows, tokens], or None) and others, as `generate` prepares them. A parameter of
-            its own for any of these would be taken away from `generate`.
+        model: A decoder-only transformers model whose config has a "pause" entry (`ids`, `m_ft`).
+        input_ids: Prompts, left-padded, int64 [batch, seq].
+        logits_processor: As `generate` prepares it.
+        stopping_criteria: As `generate` prepares it.
+        generation_config: As `generate` prepares it.
+        pauses: Number of pauses, M; None for the configuration's m_ft, or 0 without one.
+        **model_kwargs: attention_mask ([batch, seq], or None) and others, as `generate` prepares them. `generate` would
+            drop any of these that was a named parameter here.
 
     Returns:
-        int64 [rows, tokens + new tokens], without pauses; or a GenerateDecoderOnlyOutput of these sequences, if
-        `return_dict_in_generate` is set.
+        Prompts and new tokens without pauses, int64 [batch, seq + new tokens]; or a GenerateDecoderOnlyOutput of these
+        sequences, if `return_dict_in_generate` is set.
 
     Raises:
-        ValueError: a model without pauses or with a bidirectional prefix, beam search, a cache that is not empty, or
+        ValueError: A model without pauses or with a bidirectional prefix, beam search, a cache that is not empty, or
             too many positions.
     """
     pause_ids, count = _pauses(model.config, pauses)
     given = model_kwargs.get(CACHE)
     if given is not None and given.get_seq_length() > 0:
-        raise ValueError("pauses: expected an empty cache; they belong into the prefill of the prompt")
+        raise ValueError(
+            "pauses: expected an empty cache, since they belong to the prefill of the prompt, got a filled one"
+        )
     _check(model.config, generation_config, input_ids.shape[1], count)
     input_ids = input_ids.to(model.device)
     rows = input_ids.shape[0]
@@ -84,15 +93,33 @@ def pause_generate(
         step, mask = chosen[:, None], torch.cat([mask, mask.new_ones(rows, 1)], dim=1)
         positions = positions[:, -1:] + 1
     if generation_config.return_dict_in_generate:
-        return GenerateDecoderOnlyOutput(sequences=input_ids, **{CACHE: cache})
+        fields: dict[str, Any] = {"sequences": input_ids, CACHE: cache}
+        return GenerateDecoderOnlyOutput(**fields)
     return input_ids
 
 
-def generate(inputs=None, generation_config=None, *, model, pauses=None, **kwargs):
-    """Entry point of the copied file: `model.generate` with pauses. Arguments as there, and `pauses`.
+def generate(
+    inputs: Tensor | None = None,
+    generation_config: Any = None,
+    *,
+    model: Any,
+    pauses: int | None = None,
+    **kwargs: Any,
+) -> Tensor | GenerateDecoderOnlyOutput:
+    """Run `model.generate` with pauses; the entry point of the copied file.
+
+    Args:
+        inputs: As for `model.generate`.
+        generation_config: As for `model.generate`.
+        model: The model, which transformers passes.
+        pauses: As for `pause_generate`.
+        **kwargs: Other arguments of `model.generate`.
+
+    Returns:
+        As `pause_generate`.
 
     Raises:
-        ValueError: as `pause_generate`, or a streamer, which transformers does not hand to custom decoding methods.
+        ValueError: As for `pause_generate`, or a streamer, which transformers does not pass to custom decoding methods.
     """
     if kwargs.pop("streamer", None) is not None:
         raise ValueError("pauses: streamer: not supported; stream with pause_megatron.inference.PauseGenerator")
@@ -101,25 +128,25 @@ def generate(inputs=None, generation_config=None, *, model, pauses=None, **kwarg
     )
 
 
-def _pauses(config, pauses):
+def _pauses(config: Any, pauses: int | None) -> tuple[list[int], int]:
     """Pause ids and M."""
     entry = getattr(config, "pause", None) or {}
     pause_ids = [int(token_id) for token_id in entry.get("ids") or ()]
     count = (entry.get("m_ft") or 0) if pauses is None else pauses
     if not isinstance(count, int) or count < 0:
-        raise ValueError(f"pauses: expected a whole number, 0 or more, came {count!r}")
+        raise ValueError(f"pauses: expected a whole number, 0 or more, got {count!r}")
     if count and not pause_ids:
         raise ValueError('pauses: the model has none (its config.json has no "pause" entry with "ids")')
     return pause_ids, count
 
 
-def _check(config, generation_config, prompt, pauses):
-    """`max_length` counts prompt and new tokens, as everywhere in transformers; pauses come on top."""
+def _check(config: Any, generation_config: Any, prompt: int, pauses: int) -> None:
+    """`max_length` counts prompt and new tokens, as everywhere in transformers; pauses are additional."""
     if generation_config.num_beams > 1:
         raise ValueError("pauses: expected num_beams=1 (greedy or sampling)")
     entry = getattr(config, "pause", None) or {}
-    for name, here in (("prefix_attention", "causal"), ("location", "append"), ("filler", None)):
-        if entry.get(name, here) != here:
+    for name, supported in (("prefix_attention", "causal"), ("location", "append"), ("filler", None)):
+        if entry.get(name, supported) != supported:
             raise ValueError(
                 f"pauses: the model's {name} is {entry[name]!r}; use pause_megatron.inference.PauseGenerator"
             )

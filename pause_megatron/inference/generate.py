@@ -1,27 +1,29 @@
-"""Generation with pauses: one prefill of the prompt and its M pauses, then decoding with the key-value cache.
+"""Generation and scoring with pauses: one prefill of the prompt and its M pauses, then decoding with a KV cache.
 
 Goyal et al., "Think before you speak", ICLR 2024, section 3.3; method.md, section 3: the pauses are appended to the
-prompt in the same forward pass, every output before the last pause is ignored, the answer's first token is read from
-the last pause, and `<pause>` itself is never emitted.
+prompt in the same forward pass, every output before the last pause is ignored, the answer's first token is predicted
+from the last pause, and `<pause>` itself is never emitted.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pause_megatron.data.windows.pause import LOCATIONS
+from pause_megatron.data.supervised.examples import Prompting
 from pause_megatron.errors import ConfigError
 from pause_megatron.inference.adaptive import FixedPauses, PausePolicy
 from pause_megatron.inference.answer import Answer
-from pause_megatron.inference.prefill import Prefix, distinct, prefill, prepare
-from pause_megatron.inference.prompts import PREFIX_ATTENTIONS, PauseInfo, PromptEncoder
+from pause_megatron.inference.limits import DEFAULT_LIMITS, Limits
+from pause_megatron.inference.prefill import Prefix, build_prefix, deduplicate, prefill
+from pause_megatron.inference.prompts import PauseInfo, PromptEncoder
 from pause_megatron.inference.results import Completion, Cost, Generation, Score
-from pause_megatron.inference.sampling import Sampling
+from pause_megatron.inference.sampling import GREEDY, Sampling
 from pause_megatron.inference.session import Session
 
 Prompt = str | Sequence[int]
@@ -29,28 +31,28 @@ Pauses = int | PausePolicy | Sequence[int | PausePolicy] | None
 
 
 class PauseGenerator:
-    """Prompts a transformers causal language model of the Llama family (Llama, Mistral, Qwen2, ...) with pauses.
+    """Generator and scorer with pauses for causal language models of the Llama family (Llama, Mistral, Qwen2, ...).
 
     Args:
-        model: the model; it is put into eval mode.
-        tokenizer: its fast tokenizer.
-        pause: the model's pauses; None: as its configuration and its tokenizer say.
+        model: A transformers model; it is put into eval mode.
+        tokenizer: Its fast tokenizer.
+        pause: The model's pauses; None to read them from its configuration and its tokenizer.
 
     Raises:
-        DataError: the configuration's "pause" entry does not fit model or tokenizer.
+        DataError: The configuration's "pause" entry does not fit model or tokenizer.
     """
 
     def __init__(self, model: Any, tokenizer: Any, pause: PauseInfo | None = None) -> None:
         self.model = model.eval()
         self.pause = PauseInfo.of(model.config, tokenizer) if pause is None else pause
         self.encoder = PromptEncoder(tokenizer, self.pause)
-        ends = getattr(model.generation_config, "eos_token_id", None)
-        ends = tokenizer.eos_token_id if ends is None else ends
-        self.eos = tuple(ends) if isinstance(ends, (list, tuple)) else () if ends is None else (ends,)
+        eos = getattr(model.generation_config, "eos_token_id", None)
+        eos = tokenizer.eos_token_id if eos is None else eos
+        self.eos: tuple[int, ...] = tuple(eos) if isinstance(eos, (list, tuple)) else () if eos is None else (eos,)
 
     @property
     def default_pauses(self) -> int:
-        """M where none is given: M_ft of the model's configuration, or 0 if that does not name one."""
+        """M where none is given: M_ft of the model's configuration, or 0 without one."""
         return self.pause.m_ft or 0
 
     @torch.no_grad()
@@ -59,66 +61,60 @@ class PauseGenerator:
         prompts: Sequence[Prompt],
         *,
         pauses: Pauses = None,
-        location: str | None = None,
-        filler: str | None = None,
-        prefix_attention: str | None = None,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 0,
-        stop: Sequence[str] = (),
-        ignore_eos: bool = False,
-        rows: Sequence[int] | None = None,
+        max_new_tokens: int | None = None,
+        prompting: Prompting | None = None,
+        sampling: Sampling = GREEDY,
+        limits: Limits = DEFAULT_LIMITS,
         stream: Callable[[int, str], None] | None = None,
         keep_logits: bool = False,
     ) -> Generation:
-        """Continue prompts, as one batch. Each answer is the one its prompt would get alone.
+        """Generate answers to prompts, as one batch. Each answer is the one that its prompt would get alone.
 
         Args:
-            prompts: texts, or token ids. Text never becomes a special token, whatever it spells.
-            pauses: M, a policy, or one of these for each prompt; None: `default_pauses`.
-            location: "append" or "prepend" (before the prompt, after a BOS); None: as the model's configuration says.
-            filler: text of one ordinary token to use in place of `<pause>`, the control; "": `<pause>` itself; None: as
-                the model's configuration says.
-            prefix_attention: "causal", or "bidirectional": prompt and pauses see each other in both directions, the
-                answer is causal (a prefix-LM); None: as the model's configuration says.
-            max_new_tokens: tokens of an answer at most.
-            temperature, top_k, top_p, seed: see Sampling; temperature 0 is greedy.
-            stop: texts that end an answer; they are not part of it.
-            ignore_eos: go on behind an end-of-sequence token, which is then not emitted at all.
-            rows: numbers of the prompts, which address their random draws; None: 0, 1, ...
-            stream: called with (index of the prompt, piece of text) as soon as text is certain.
-            keep_logits: keep the logits that each new token was chosen from.
+            prompts: Texts, in which no special token is recognized; or token ids.
+            pauses: M, a policy, or one of these for each prompt; None for `default_pauses`.
+            max_new_tokens: Maximum length of an answer, in tokens; None for that of `limits`.
+            prompting: Location, filler and prefix attention of the pauses; None for the model's own.
+            sampling: Token selection; greedy by default.
+            limits: Other criteria that end an answer: stop texts, end-of-sequence tokens.
+            stream: Called with (index of the prompt, piece of text) as soon as text is certain.
+            keep_logits: Keep the logits that each new token was selected from.
+
+        Returns:
+            The answers, in the order of the prompts, and their cost.
 
         Raises:
-            ConfigError: a value out of its range, pauses for a model without any, an empty prompt, or more positions
-                than the model has. Before any work is done.
-            DataError: a prompt that cannot be encoded.
+            ConfigError: A value out of its range, pauses for a model without any, an empty prompt, or more positions
+                than the model has. Raised before any forward pass.
+            DataError: A prompt that cannot be encoded.
         """
-        sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        numbers = list(range(len(prompts)) if rows is None else rows)
-        _check_answers(len(prompts), numbers, max_new_tokens, stop)
-        new_tokens = [max_new_tokens] * len(prompts)
-        attention, prefixes = self._prefixes(prompts, pauses, location, filler, prefix_attention, new_tokens)
+        limits = limits if max_new_tokens is None else replace(limits, max_new_tokens=max_new_tokens)
+        prompting = self.pause.prompting if prompting is None else prompting
+        prefixes = self._prefixes(prompts, pauses, prompting, [limits.max_new_tokens] * len(prompts))
+        sampling.row_numbers(len(prefixes))  # raises where they do not fit
         if not prefixes:
-            return Generation((), Cost(0, 0, 0, 0.0, 0.0))
-        begun = time.perf_counter()
-        session = Session(self.model, len(prefixes))
-        logits, used = prefill(session, prefixes, self.pause.ids, bidirectional=attention == "bidirectional")
-        session.wait()
-        prefilled, prefill_passes = time.perf_counter(), session.forward_passes
-        answers = [Answer(self.encoder, () if ignore_eos else self.eos, stop, max_new_tokens) for _ in prefixes]
-        hidden = [*self.pause.ids, *(self.eos if ignore_eos else ())]
-        kept = _decode(session, logits, answers, sampling, numbers, hidden, stream, keep_logits)
-        spent = time.perf_counter() - prefilled
-        cost = Cost(session.forward_passes, prefill_passes, session.positions, prefilled - begun, spent)
+            return Generation((), Cost())
+        meter = _Meter(Session(self.model, len(prefixes)))
+        logits, used = prefill(meter.session, prefixes, self.pause.ids, bidirectional=_bidirectional(prompting))
+        meter.end_prefill()
+        answers = [Answer(self.encoder, () if limits.ignore_eos else self.eos, limits) for _ in prefixes]
+        suppressed = [*self.pause.ids, *(self.eos if limits.ignore_eos else ())]
+        kept: list[list[Tensor]] = [[] for _ in prefixes]
+
+        def on_token(row: int, row_logits: Tensor, text: str) -> None:
+            if keep_logits:
+                kept[row].append(row_logits.cpu())
+            if text and stream is not None:
+                stream(row, text)
+
+        _decode(meter.session, logits, answers, lambda *step: _select(sampling, suppressed, *step), on_token)
+        rows = zip(answers, prefixes, used, [torch.stack(row) if row else None for row in kept], strict=True)
         return Generation(
             tuple(
-                Completion(answer.text, tuple(answer.ids), answer.finish, prefix.prompt_tokens, count, of_row)
-                for answer, prefix, count, of_row in zip(answers, prefixes, used, kept, strict=True)
+                Completion(answer.text, tuple(answer.ids), answer.finish, prefix.prompt_tokens, count, row_logits)
+                for answer, prefix, count, row_logits in rows
             ),
-            cost,
+            meter.cost(),
         )
 
     @torch.no_grad()
@@ -128,131 +124,148 @@ class PauseGenerator:
         continuations: Sequence[Prompt],
         *,
         pauses: Pauses = None,
-        location: str | None = None,
-        filler: str | None = None,
-        prefix_attention: str | None = None,
+        prompting: Prompting | None = None,
     ) -> tuple[tuple[Score, ...], Cost]:
-        """Log-likelihood of given continuations behind prompts and pauses, as one batch.
+        """Compute the log-likelihood of given continuations after prompts and pauses, as one batch.
+
+        Pause ids take no part in the softmax, since they are never emitted. A prompt that occurs several times, as in
+        the choices of a question, is computed once.
 
         Args:
-            continuations: one for each prompt. A text is encoded as one that goes on from its prompt.
+            prompts: As for `generate`.
+            continuations: One for each prompt: a text that follows the prompt, or token ids.
+            pauses: As for `generate`.
+            prompting: As for `generate`.
 
-        Others, and errors, as for `generate`. Pause ids take no part in the softmax, as they are never emitted. A
-        prompt that comes several times (the choices of a question do) is computed once.
+        Returns:
+            A score for each prompt, and the cost of the batch.
+
+        Raises:
+            ConfigError: As for `generate`, or an empty continuation.
+            DataError: A prompt or continuation that cannot be encoded.
         """
         if len(continuations) != len(prompts):
-            raise ConfigError(f"expected {len(prompts)} continuations, one for each prompt, came {len(continuations)}")
-        wanted = [
+            raise ConfigError(f"continuations: expected {len(prompts)}, one for each prompt, got {len(continuations)}")
+        targets = [
             self.encoder.encode_continuation(text) if isinstance(text, str) else list(text) for text in continuations
         ]
-        if not all(wanted):
-            raise ConfigError(f"continuation {wanted.index([])}: expected at least one token")
-        longest = max(map(len, wanted), default=1)
-        attention, prefixes = self._prefixes(
-            prompts, pauses, location, filler, prefix_attention, [len(ids) for ids in wanted]
-        )
+        if not all(targets):
+            raise ConfigError(f"continuation {targets.index([])}: expected at least one token, got none")
+        prompting = self.pause.prompting if prompting is None else prompting
+        prefixes = self._prefixes(prompts, pauses, prompting, [len(ids) for ids in targets])
         if not prefixes:
-            return (), Cost(0, 0, 0, 0.0, 0.0)
-        begun = time.perf_counter()
-        alone, rows = distinct(prefixes)
-        session = Session(self.model, len(alone))
-        first, used = prefill(session, alone, self.pause.ids, bidirectional=attention == "bidirectional")
-        session.spread(rows)
-        first, used = first[rows], [used[row] for row in rows]
-        session.wait()
-        prefilled, passes = time.perf_counter(), session.forward_passes
-        logits = first[:, None]
-        if longest > 1:
-            rest = session.forward([ids[:-1] for ids in wanted], keep=longest - 1)
-            logits = torch.cat([logits, rest], dim=1)
-        logits[..., list(self.pause.ids)] = float("-inf")
-        scores = []
-        for of_row, ids, count in zip(logits.log_softmax(-1), wanted, used, strict=True):
-            # A row's first token is in slot 0, its others stand at the right end.
-            of_tokens = torch.cat([of_row[:1], of_row[longest - len(ids) + 1 :]])
-            chosen = of_tokens.gather(1, torch.tensor(ids, device=of_tokens.device)[:, None])
-            scores.append(Score(float(chosen.double().sum()), len(ids), count))
-        spent = time.perf_counter() - prefilled
-        return tuple(scores), Cost(session.forward_passes, passes, session.positions, prefilled - begun, spent)
+            return (), Cost()
+        distinct, rows = deduplicate(prefixes)
+        meter = _Meter(Session(self.model, len(distinct)))
+        first, used = prefill(meter.session, distinct, self.pause.ids, bidirectional=_bidirectional(prompting))
+        meter.session.select_rows(rows)
+        first = first[rows]
+        meter.end_prefill()
+        sums = _log_likelihoods(meter.session, first, targets, list(self.pause.ids))
+        scores = [Score(total, len(ids), used[row]) for total, ids, row in zip(sums, targets, rows, strict=True)]
+        return tuple(scores), meter.cost()
 
     def _prefixes(
-        self,
-        prompts: Sequence[Prompt],
-        pauses: Pauses,
-        location: str | None,
-        filler: str | None,
-        prefix_attention: str | None,
-        new_tokens: Sequence[int],
-    ) -> tuple[str, list[Prefix]]:
+        self, prompts: Sequence[Prompt], pauses: Pauses, prompting: Prompting, new_tokens: Sequence[int]
+    ) -> list[Prefix]:
         """Check everything that can be checked before the first forward pass."""
-        attention = self.pause.prefix_attention if prefix_attention is None else prefix_attention
-        location = self.pause.location if location is None else location
-        filler = self.pause.filler if filler is None else filler
-        for name, value, allowed in (
-            ("location", location, LOCATIONS),
-            ("prefix_attention", attention, PREFIX_ATTENTIONS),
-        ):
-            if value not in allowed:
-                raise ConfigError(f"{name}: expected one of {', '.join(allowed)}, came {value!r}")
         if isinstance(prompts, str):
-            raise ConfigError("prompts: expected a list of prompts, came one string")
+            raise ConfigError("prompts: expected a list of prompts, got one string")
         policies = self._policies(pauses, len(prompts))
-        fillers = (self.encoder.filler_id(filler),) if filler else ()
         prefixes = [
-            prepare(self.encoder, prompt, policy, location, fillers, name=f"prompt {i}")
+            build_prefix(self.encoder, prompt, policy, prompting, name=f"prompt {i}")
             for i, (prompt, policy) in enumerate(zip(prompts, policies, strict=True))
         ]
         for i, (prefix, count) in enumerate(zip(prefixes, new_tokens, strict=True)):
-            prefix.check(self.model.config, f"prompt {i}", count, location, attention)
-        return attention, prefixes
+            prefix.check(self.model.config, f"prompt {i}", count, prompting)
+        return prefixes
 
     def _policies(self, pauses: Pauses, count: int) -> list[PausePolicy]:
         pauses = self.default_pauses if pauses is None else pauses
         each = list(pauses) if isinstance(pauses, Sequence) else [pauses] * count
         if len(each) != count:
-            raise ConfigError(f"pauses: expected {count} numbers, one for each prompt, came {len(each)}")
-        policies = [FixedPauses(item) if isinstance(item, int) else item for item in each]
+            raise ConfigError(f"pauses: expected {count} numbers, one for each prompt, got {len(each)}")
+        policies = [_policy(item) for item in each]
         for policy in policies:
             if not isinstance(policy, PausePolicy):
-                raise ConfigError(f"pauses: expected a number, a PausePolicy, or a list of these, came {policy!r}")
+                raise ConfigError(f"pauses: expected a number, a PausePolicy, or a list of these, got {policy!r}")
         return policies
 
 
-def _check_answers(prompts: int, numbers: Sequence[int], max_new_tokens: int, stop: Sequence[str]) -> None:
-    if max_new_tokens < 1:
-        raise ConfigError(f"max_new_tokens: expected 1 or more, came {max_new_tokens}")
-    if isinstance(stop, str) or any(not text for text in stop):
-        raise ConfigError(f"stop: expected a list of texts, none of them empty, came {stop!r}")
-    if len(numbers) != prompts:
-        raise ConfigError(f"rows: expected {prompts} numbers, one for each prompt, came {len(numbers)}")
+def _policy(pauses: int | PausePolicy) -> PausePolicy:
+    return FixedPauses(pauses) if isinstance(pauses, int) else pauses
+
+
+class _Meter:
+    """Compute and time of one session, from now on."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self._start = self._prefilled = time.perf_counter()
+        self._prefill_passes = 0
+
+    def end_prefill(self) -> None:
+        self.session.synchronize()
+        self._prefilled, self._prefill_passes = time.perf_counter(), self.session.forward_passes
+
+    def cost(self) -> Cost:
+        decode = time.perf_counter() - self._prefilled
+        session, prefill = self.session, self._prefilled - self._start
+        return Cost(session.forward_passes, self._prefill_passes, session.positions, prefill, decode)
+
+
+def _bidirectional(prompting: Prompting) -> bool:
+    return prompting.prefix_attention == "bidirectional"
+
+
+def _select(sampling: Sampling, suppressed: list[int], logits: Tensor, position: int) -> list[int]:
+    logits = logits.clone()
+    logits[:, suppressed] = float("-inf")
+    return sampling.select(logits, position)
 
 
 def _decode(
     session: Session,
     logits: Tensor,
-    answers: list[Answer],
-    sampling: Sampling,
-    numbers: list[int],
-    hidden: list[int],
-    stream: Callable[[int, str], None] | None,
-    keep_logits: bool,
-) -> Sequence[Tensor | None]:
-    """Choose tokens until every answer has ended. Returns each row's logits [new tokens, vocab], None if not kept."""
-    kept: list[list[Tensor]] = [[] for _ in answers]
+    answers: Sequence[Answer],
+    select: Callable[[Tensor, int], list[int]],
+    on_token: Callable[[int, Tensor, str], None],
+) -> None:
+    """Decode until every answer has ended.
+
+    Args:
+        session: The batch after its prefill.
+        logits: Logits of the first new tokens, fp32 [batch, vocab].
+        answers: The rows' answers, [batch]; they are filled.
+        select: Selects the next token of every row from (logits, position).
+        on_token: Called with (row, its logits, text that is certain now) for every new token.
+    """
     position = 0
     while True:
-        allowed = logits.clone()
-        allowed[:, hidden] = float("-inf")
-        chosen = sampling.choose(allowed, numbers, position)
-        for i, answer in enumerate(answers):
-            if answer.finish:
-                continue
-            if keep_logits:
-                kept[i].append(logits[i].cpu())
-            piece = answer.push(chosen[i])
-            if piece and stream is not None:
-                stream(i, piece)
+        tokens = select(logits, position)
+        for row, answer in enumerate(answers):
+            if not answer.finish:
+                on_token(row, logits[row], answer.push(tokens[row]))
         if all(answer.finish for answer in answers):
-            return [torch.stack(of_row) for of_row in kept] if keep_logits else [None] * len(kept)
+            return
         logits = session.forward([[] if a.finish else [a.ids[-1]] for a in answers])[:, -1]
         position += 1
+
+
+def _log_likelihoods(
+    session: Session, first: Tensor, targets: Sequence[list[int]], suppressed: list[int]
+) -> list[float]:
+    """Log-likelihood of every row's target, in nats; `first` are the logits of its first token, [batch, vocab]."""
+    longest = max(map(len, targets))
+    logits = first[:, None]
+    if longest > 1:
+        rest = session.forward([ids[:-1] for ids in targets], keep=longest - 1)
+        logits = torch.cat([logits, rest], dim=1)
+    logits[..., suppressed] = float("-inf")
+    sums = []
+    for row, ids in zip(logits.log_softmax(-1), targets, strict=True):
+        # A row's first token is in slot 0, its others are at the right end.
+        predicted = torch.cat([row[:1], row[longest - len(ids) + 1 :]])
+        chosen = predicted.gather(1, torch.tensor(ids, device=predicted.device)[:, None])
+        sums.append(float(chosen.double().sum()))
+    return sums

@@ -1,4 +1,4 @@
-"""Opening an exported folder, or any Llama-family folder, without running or unpickling anything that lies in it."""
+"""Loading of model folders for inference: safetensors only, no code of the folder is run, nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import shlex
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,17 +21,20 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 def load(
     folder: str | Path, *, device: str = "cpu", dtype: str | None = None, attention: str = "sdpa"
 ) -> PauseGenerator:
-    """A generator of the model in a folder. Safetensors only; code in the folder is never run; no network.
+    """Load the model of a folder, from safetensors only, without network access and without running the folder's code.
 
     Args:
-        folder: what `export-hf` wrote, or a transformers folder of the Llama family.
+        folder: What `export-hf` wrote, or a transformers folder of the Llama family.
         device: "cpu", "cuda", "cuda:1", ...
-        dtype: "fp32", "bf16" or "fp16"; None: as stored.
+        dtype: "fp32", "bf16" or "fp16"; None for the stored type.
         attention: transformers' attn_implementation: "sdpa", "eager", ...
 
+    Returns:
+        The model, ready to generate and score.
+
     Raises:
-        DataError: nothing there, no safetensors, an architecture that needs code of its own, damaged files, or a
-            device that this machine does not have.
+        DataError: No such folder, no safetensors, an architecture that needs custom code, damaged files, or a device
+            that this machine lacks.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -40,34 +44,38 @@ def load(
         raise DataError(f"device {device!r}: this machine has no CUDA device; use --device cpu")
     options = {"trust_remote_code": False, "local_files_only": True}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             str(folder),
             use_safetensors=True,
             dtype="auto" if dtype is None else DTYPES[dtype],
             attn_implementation=attention,
             **options,
-        ).to(device)
-    except Exception as error:  # transformers, safetensors and torch raise many kinds: each means an unusable model
+        )
+        model.to(device)
+    except Exception as error:  # transformers, safetensors and torch raise many types: each means an unusable model
         raise DataError(f"{folder}: the model cannot be loaded: {_first_line(error)}") from None
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
     except Exception as error:  # as above
         raise DataError(f"{folder}: the tokenizer cannot be loaded: {_first_line(error)}") from None
     if not tokenizer.is_fast:
-        raise DataError(f"{folder}: expected a fast tokenizer (tokenizer.json), came {type(tokenizer).__name__}")
+        raise DataError(f"{folder}: expected a fast tokenizer (tokenizer.json), got {type(tokenizer).__name__}")
     return PauseGenerator(model, tokenizer)
 
 
 def write_custom_generate(folder: str | Path) -> Path:
-    """Put `custom_generate/generate.py` into a model folder, for `model.generate(custom_generate=FOLDER, pauses=10)`.
+    """Write `custom_generate/generate.py` to a model folder, for `model.generate(custom_generate=FOLDER, pauses=10)`.
 
-    transformers runs it only for callers who pass trust_remote_code themselves. It needs nothing of this project.
+    transformers runs it only with trust_remote_code=True. It does not need this package.
+
+    Args:
+        folder: A transformers folder with safetensors.
 
     Returns:
-        the file written.
+        The file.
 
     Raises:
-        DataError: the folder is not a model's.
+        DataError: Not a transformers folder with safetensors.
     """
     check_folder(Path(folder))
     target = Path(folder) / "custom_generate" / "generate.py"
@@ -77,34 +85,37 @@ def write_custom_generate(folder: str | Path) -> Path:
 
 
 def check_folder(folder: Path) -> None:
-    """Say what is wrong with a folder before transformers guesses.
+    """Check that a folder is a transformers folder with safetensors, before transformers reads it.
+
+    Args:
+        folder: Path of the folder.
 
     Raises:
-        DataError: not a transformers folder with safetensors; a run or a checkpoint is told to export it first.
+        DataError: It is not. For a run or a checkpoint, the message has the export command.
     """
     if not folder.is_dir():
-        raise DataError(f"model {str(folder)!r}: expected a folder as export-hf writes it; there is no such folder")
+        raise DataError(f"model {str(folder)!r}: expected a folder as export-hf writes it, there is no such folder")
     path = folder / "config.json"
     try:
         config = json.loads(path.read_bytes())
     except FileNotFoundError:
-        if _is_of_a_run(folder):
+        if _is_run_or_checkpoint(folder):
             raise DataError(
                 f"{folder}: expected a folder that export-hf wrote, got a run or a checkpoint; export it first: "
                 f"pause-megatron export-hf {shlex.quote(str(folder))} OUT"
             ) from None
-        raise DataError(f"{path}: not there; expected a transformers model folder, as export-hf writes it") from None
+        raise DataError(f"{path}: expected a transformers folder, as export-hf writes it, got no such file") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not readable as JSON ({error})") from None
+        raise DataError(f"{path}: expected JSON, got a file that is not readable as JSON ({error})") from None
     if not isinstance(config, dict):
-        raise DataError(f"{path}: expected a JSON object, came {type(config).__name__}")
+        raise DataError(f"{path}: expected a JSON object, got {type(config).__name__}")
     if not any(folder.glob("*.safetensors")):
         others = sorted(item.name for item in folder.iterdir() if item.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-        found = f"; {', '.join(others)} would have to be unpickled, which can run code: refused" if others else ""
-        raise DataError(f"{folder}: expected *.safetensors, found none{found}")
+        refused = f"; {', '.join(others)} would have to be unpickled, which can run code: refused" if others else ""
+        raise DataError(f"{folder}: expected *.safetensors, got none{refused}")
 
 
-def _is_of_a_run(folder: Path) -> bool:
+def _is_run_or_checkpoint(folder: Path) -> bool:
     try:
         checkpoint_config(folder)
     except ConfigError:

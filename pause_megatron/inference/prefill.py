@@ -1,4 +1,4 @@
-"""From prompts and pause policies to the logits of every row's first new token."""
+"""Prefill: prompts and pauses to the logits of every row's first new token."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pause_megatron.data.supervised.examples import Prompting
 from pause_megatron.errors import ConfigError
 from pause_megatron.inference.adaptive import PausePolicy
 from pause_megatron.inference.prompts import PromptEncoder
@@ -20,9 +21,9 @@ class Prefix:
     """One row before its first new token.
 
     Attributes:
-        ids: prompt and all pauses it may get, `policy.limit` of them.
-        prompt_tokens: tokens of the prompt alone.
-        policy: decides how many of the pauses are used.
+        ids: Prompt and all pauses that it may get, `policy.limit` of them.
+        prompt_tokens: Number of tokens of the prompt alone.
+        policy: Decides how many of the pauses are used.
     """
 
     ids: list[int]
@@ -31,14 +32,20 @@ class Prefix:
 
     @property
     def adaptive(self) -> bool:
-        """Whether anything is left to decide."""
+        """Whether the number of pauses depends on the model's output."""
         return self.policy.first < self.policy.limit
 
-    def check(self, config: Any, name: str, new_tokens: int, location: str, attention: str) -> None:
+    def check(self, config: Any, name: str, new_tokens: int, prompting: Prompting) -> None:
         """Check that the row fits the model and that its options fit each other.
 
+        Args:
+            config: The model's `PretrainedConfig`.
+            name: Names the row in messages.
+            new_tokens: Maximum number of tokens after the prefix.
+            prompting: Location and attention of the pauses.
+
         Raises:
-            ConfigError: too many positions, or adaptive pauses where pauses cannot be added one after the other.
+            ConfigError: Too many positions, or adaptive pauses where pauses cannot be added one after the other.
         """
         total = len(self.ids) + new_tokens
         available = getattr(config, "max_position_embeddings", None)
@@ -48,141 +55,151 @@ class Prefix:
                 f"{total} positions, but the model has {available} (max_position_embeddings); shorten the prompt, or "
                 f"lower pauses or max_new_tokens"
             )
-        if self.adaptive and location != "append":
+        causal = prompting.prefix_attention == "causal"
+        if self.adaptive and prompting.location != "append":
             raise ConfigError("adaptive pauses need location=append: pauses before the prompt cannot be added later")
-        if self.adaptive and attention != "causal":
+        if self.adaptive and not causal:
             raise ConfigError(
                 "adaptive pauses need prefix_attention=causal: in a bidirectional prefix every further pause changes "
-                "all that was computed before"
+                "the keys and values of all positions before it"
             )
         window = getattr(config, "sliding_window", None)
-        if window is not None and total > window and (self.adaptive or attention != "causal"):
+        if window is not None and total > window and (self.adaptive or not causal):
             raise ConfigError(
                 f"{name}: {total} positions reach past the model's sliding window of {window}, where only a fixed "
                 f"number of pauses and a causal prefix are supported"
             )
 
 
-def prepare(
-    encoder: PromptEncoder,
-    prompt: str | Sequence[int],
-    policy: PausePolicy,
-    location: str,
-    filler: Sequence[int],
-    name: str,
+def build_prefix(
+    encoder: PromptEncoder, prompt: str | Sequence[int], policy: PausePolicy, prompting: Prompting, name: str
 ) -> Prefix:
-    """A row from a prompt.
+    """Encode a prompt and add its pauses.
+
+    Args:
+        encoder: Encodes the prompt.
+        prompt: Text or token ids.
+        policy: Decides the number of pauses.
+        prompting: Location and filler of the pauses.
+        name: Names the row in messages.
 
     Raises:
-        ConfigError: pauses for a model that has none, a policy that contradicts itself, or nothing to read.
+        ConfigError: Pauses for a model that has none, a policy that contradicts itself, a filler of several tokens, or
+            an empty prefix.
+        DataError: A prompt that cannot be encoded.
     """
     if not 0 <= policy.first <= policy.limit or policy.block < 1:
         raise ConfigError(
-            f"{name}: pauses: expected 0 <= first <= limit and block >= 1, came first {policy.first}, limit "
+            f"{name}: pauses: expected 0 <= first <= limit and block >= 1, got first {policy.first}, limit "
             f"{policy.limit}, block {policy.block}"
         )
+    filler = (encoder.filler_id(prompting.filler),) if prompting.filler else ()
     if policy.limit and not filler and not encoder.pause.ids:
         raise ConfigError(
             "the model has no pause token: neither does its config.json name pause ids nor has its tokenizer a special "
             'token <pause>. Use pauses=0, or a filler such as "."'
         )
-    ids = encoder.encode(prompt)
-    whole = encoder.with_pauses(ids, policy.limit, location, filler)
-    if len(whole) - policy.limit + policy.first == 0:
-        raise ConfigError(f"{name}: it is empty, and there is no pause or BOS either that an answer could be read from")
-    return Prefix(whole, len(ids), policy)
+    prompt_ids = encoder.encode(prompt)
+    ids = encoder.with_pauses(prompt_ids, policy.limit, prompting.location, filler)
+    if len(ids) - policy.limit + policy.first == 0:
+        raise ConfigError(f"{name}: it is empty, and has no pause or BOS that the first new token could be read from")
+    return Prefix(ids, len(prompt_ids), policy)
 
 
-def distinct(prefixes: Sequence[Prefix]) -> tuple[list[Prefix], list[int]]:
-    """Rows without those that are the same as an earlier one. Of adaptive rows each is its own.
+def deduplicate(prefixes: Sequence[Prefix]) -> tuple[list[Prefix], list[int]]:
+    """Drop rows that equal an earlier one. Adaptive rows are all kept.
+
+    Args:
+        prefixes: The rows, [batch].
 
     Returns:
-        the rows that are left; and which of them each row is, [rows].
+        The distinct rows, and for each row its index among them, [batch].
     """
-    found: dict[object, int] = {}
-    alone: list[Prefix] = []
+    index_of: dict[object, int] = {}
+    distinct: list[Prefix] = []
     rows = []
     for index, prefix in enumerate(prefixes):
-        row = found.setdefault(index if prefix.adaptive else (prefix.policy.limit, *prefix.ids), len(alone))
-        if row == len(alone):
-            alone.append(prefix)
+        row = index_of.setdefault(index if prefix.adaptive else (prefix.policy.limit, *prefix.ids), len(distinct))
+        if row == len(distinct):
+            distinct.append(prefix)
         rows.append(row)
-    return alone, rows
+    return distinct, rows
 
 
 def prefill(
     session: Session, prefixes: Sequence[Prefix], pause_ids: range, *, bidirectional: bool
 ) -> tuple[Tensor, list[int]]:
-    """Compute prompts and pauses: one forward pass, and further ones only for policies that are not yet content.
+    """Compute prompts and pauses in one forward pass, and in further ones while a policy asks for more pauses.
 
     Args:
-        session: an unused one.
-        prefixes: the rows, [rows].
-        pause_ids: ids that get probability 0 in what policies see.
+        session: A session without forward passes so far.
+        prefixes: The rows, [batch].
+        pause_ids: Ids with probability 0 in what the policies see.
+        bidirectional: Whether prompt and pauses attend to each other in both directions.
 
     Returns:
-        fp32 [rows, vocab], the logits behind each row's last pause; and the pauses that each row uses, [rows].
+        Logits after each row's last pause, fp32 [batch, vocab], and the number of pauses of each row, [batch].
     """
-    rows = [_Row(prefix) for prefix in prefixes]
-    logits = session.forward([row.take() for row in rows], max(row.kept for row in rows), bidirectional=bidirectional)
+    rows = [_RowPrefill(prefix) for prefix in prefixes]
+    logits = session.forward([row.take() for row in rows], max(row.keep for row in rows), bidirectional=bidirectional)
     while True:
         for i, row in enumerate(rows):
             if row.result is None:
-                session.take_back(i, row.look(logits[i], pause_ids))
-        if all(row.result is not None for row in rows):
-            return torch.stack([row.result for row in rows]), [row.used for row in rows]
-        logits = session.forward([row.take() for row in rows], max(max(row.kept for row in rows), 1))
+                session.invalidate(i, row.observe(logits[i], pause_ids))
+        results = [row.result for row in rows if row.result is not None]
+        if len(results) == len(rows):
+            return torch.stack(results), [row.used for row in rows]
+        logits = session.forward([row.take() for row in rows], max(max(row.keep for row in rows), 1))
 
 
-class _Row:
-    """How far one row is.
+class _RowPrefill:
+    """Progress of one row's prefill.
 
     Attributes:
-        kept: slots at the right end whose logits are wanted of the coming pass.
-        used: pauses, final once there is a result.
-        result: fp32 [vocab], the logits the answer begins with; None: not yet.
+        keep: Slots at the right end whose logits the next pass must return.
+        used: Number of pauses; final once there is a result.
+        result: Logits of the first new token, fp32 [vocab]; None until they are computed.
     """
 
     def __init__(self, prefix: Prefix) -> None:
         self._prefix = prefix
         self._policy = prefix.policy
-        self._done = 0
-        self._seen: list[Tensor] = []
+        self._computed = 0
+        self._log_probabilities: list[Tensor] = []
         self._logits: list[Tensor] = []
         self.result: Tensor | None = None
         self.used = prefix.policy.first
-        self.kept = 1 + self._block(prefix.policy.first)
+        self.keep = 1 + self._block(prefix.policy.first)
 
     def take(self) -> list[int]:
-        """The tokens of the next pass: at first the prompt and its pauses, then block by block; none when done."""
+        """Return the tokens of the next pass: first the prompt and its pauses, then block by block."""
         if self.result is not None:
             return []
-        done, pauses = self._done, self.used
-        block = self._block(pauses)
-        self.used = pauses + block
-        self._done = len(self._prefix.ids) - self._policy.limit + self.used
-        return self._prefix.ids[done : self._done]
+        start, pauses = self._computed, self.used
+        self.used = pauses + self._block(pauses)
+        self._computed = len(self._prefix.ids) - self._policy.limit + self.used
+        return self._prefix.ids[start : self._computed]
 
-    def look(self, logits: Tensor, pause_ids: range) -> int:
-        """Let the policy see a pass's logits, [slots, vocab]. Returns how many of its pauses are to be taken back."""
-        mine = logits[len(logits) - self.kept :]
-        self.kept = self._block(self.used)
+    def observe(self, logits: Tensor, pause_ids: range) -> int:
+        """Give the policy a pass's logits [slots, vocab]. Return how many of the computed pauses are not used."""
+        own = logits[len(logits) - self.keep :]
+        self.keep = self._block(self.used)
         if not self._prefix.adaptive:
-            self.result = mine[-1]
+            self.result = own[-1]
             return 0
-        self._logits += mine
-        shown = mine.clone()
-        shown[:, list(pause_ids)] = float("-inf")
-        self._seen.append(shown.log_softmax(-1))
-        index = self._policy.stop(torch.cat(self._seen))
+        self._logits += own
+        suppressed = own.clone()
+        suppressed[:, list(pause_ids)] = float("-inf")
+        self._log_probabilities.append(suppressed.log_softmax(-1))
+        index = self._policy.stop(torch.cat(self._log_probabilities))
         if index is None and self.used == self._policy.limit:
             index = len(self._logits) - 1
         if index is None:
             return 0
         if not 0 <= index < len(self._logits):
-            raise ConfigError(f"pause policy: expected an index from 0 to {len(self._logits) - 1}, came {index}")
+            raise ConfigError(f"pause policy: expected an index from 0 to {len(self._logits) - 1}, got {index}")
         surplus = len(self._logits) - 1 - index
-        self.result, self.kept = self._logits[index], 0
+        self.result, self.keep = self._logits[index], 0
         self.used -= surplus
         return surplus
 

@@ -1,4 +1,4 @@
-"""What generation and scoring give back."""
+"""Results of generation and scoring: answers, log-likelihoods, and the cost of a batch."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ class Completion:
     """One prompt's answer.
 
     Attributes:
-        text: what follows the prompt; prompt + text is the whole.
-        ids: its tokens, without the end-of-sequence token; of a stop text, those that began it are among them.
+        text: Text that follows the prompt; prompt + text is the whole.
+        ids: Token ids of the answer without the end-of-sequence token. Tokens that began a stop text are included.
         finish: "eos", "stop" or "length".
-        prompt_tokens: tokens of the prompt, a BOS included, pauses not.
-        pauses: pauses (or fillers) that the answer was read behind.
-        logits: fp32 [new tokens, vocab] on the CPU, before suppression and sampling; None unless asked for.
+        prompt_tokens: Tokens of the prompt, a BOS included, pauses not.
+        pauses: Pauses (or fillers) that the answer was generated behind.
+        logits: Logits before suppression and sampling, fp32 [new tokens, vocab], on the CPU; None unless requested.
     """
 
     text: str
@@ -30,26 +30,31 @@ class Completion:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a batch cost.
+    """Compute and time of a batch.
 
     Attributes:
-        forward_passes: calls of the model.
-        prefill_passes: those before the first new token: 1, unless pauses were adaptive.
-        positions: token positions computed, pauses that were not used included, padding not.
-        prefill_seconds: until the first new token could be chosen.
-        decode_seconds: from there to the end.
+        forward_passes: Forward passes of the model.
+        prefill_passes: Forward passes before the first new token: 1, unless pauses are adaptive.
+        positions: Token positions computed, unused pauses included, padding not.
+        prefill_seconds: Time until the first new token could be selected.
+        decode_seconds: Time from there to the end.
     """
 
-    forward_passes: int
-    prefill_passes: int
-    positions: int
-    prefill_seconds: float
-    decode_seconds: float
+    forward_passes: int = 0
+    prefill_passes: int = 0
+    positions: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class Generation:
-    """A batch: its completions, in the order of the prompts, and its cost."""
+    """A batch of answers and its cost.
+
+    Attributes:
+        completions: One for each prompt, in the order of the prompts.
+        cost: Cost of the batch.
+    """
 
     completions: tuple[Completion, ...]
     cost: Cost
@@ -57,7 +62,13 @@ class Generation:
 
 @dataclass(frozen=True)
 class Score:
-    """How likely a given continuation is: the sum of its tokens' log-probabilities (nats), their number, M."""
+    """Likelihood of a given continuation.
+
+    Attributes:
+        log_likelihood: Sum of its tokens' log-probabilities, in nats.
+        tokens: Number of its tokens.
+        pauses: Pauses before it, M.
+    """
 
     log_likelihood: float
     tokens: int

@@ -1,8 +1,8 @@
-"""A batch and its key-value cache, some of whose slots may hold nothing.
+"""A batch and its key-value cache, with slots that may be invalid.
 
-Rows of a batch differ in length and in their number of pauses. Each forward pass gives every row as many slots as the
-longest needs; slots that a row does not use are invalid: no position is counted for them and nobody attends to them.
-So left padding, pauses that turn out not to be needed, and rows that have ended are all the same thing.
+The rows of a batch differ in length and in their number of pauses. Each forward pass gives every row as many cache
+slots as the longest row needs. Slots that a row does not use are invalid: they have no position and are masked out of
+attention. Left padding, pauses that turn out not to be needed, and rows that have ended are all handled this way.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from pause_megatron.inference.custom_generate import CACHE
 
 
 class Session:
-    """The forward passes of one batch.
+    """Forward passes of one batch.
 
     Args:
-        model: a transformers causal language model in eval mode.
-        rows: size of the batch.
+        model: A transformers causal language model in eval mode.
+        rows: Batch size.
 
     Attributes:
-        forward_passes: calls of the model so far.
-        positions: token positions computed so far, those of invalid slots not counted.
-        lengths: int64 [rows], valid positions of each row.
+        forward_passes: Forward passes so far.
+        positions: Token positions computed so far, invalid slots not counted.
+        lengths: Valid positions of each row, int64 [batch].
     """
 
     def __init__(self, model: Any, rows: int) -> None:
@@ -40,15 +40,15 @@ class Session:
         self.positions = 0
 
     def forward(self, rows: Sequence[Sequence[int]], keep: int = 1, *, bidirectional: bool = False) -> Tensor:
-        """Compute the next tokens of every row in one pass.
+        """Compute the next tokens of every row in one forward pass.
 
         Args:
-            rows: tokens of each row; shorter rows are padded on the left. A row may have none.
-            keep: logits are given for the last `keep` slots.
-            bidirectional: these tokens attend to each other in both directions. For the first pass only.
+            rows: Token ids of each row; shorter rows are padded on the left. A row may be empty.
+            keep: Number of slots, from the end, whose logits are returned.
+            bidirectional: Let these tokens attend to each other in both directions; in the first pass only.
 
         Returns:
-            fp32 [rows, keep, vocab]. A row that has no token in a slot has numbers of no meaning there.
+            Logits, fp32 [batch, keep, vocab], undefined at slots where a row has no token.
         """
         width = max(map(len, rows))
         padded = [[0] * (width - len(row)) + list(row) for row in rows]
@@ -70,41 +70,41 @@ class Session:
         self.positions += int(counts.sum())
         return output.logits.float()
 
-    def take_back(self, row: int, count: int) -> None:
-        """Make the last `count` valid slots of a row invalid, as if they had never been computed."""
+    def invalidate(self, row: int, count: int) -> None:
+        """Mask out the last `count` valid slots of a row, as if they had never been computed."""
         if count:
             self._valid[row, self._valid[row].nonzero()[-count:, 0]] = False
             self.lengths[row] -= count
 
-    def spread(self, rows: Sequence[int]) -> None:
-        """Form the batch anew: row i goes on from what was row `rows[i]`. A row may be taken several times."""
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Reindex the batch: row i continues from what was row `rows[i]`. A row may be selected several times."""
         if list(rows) != list(range(len(self.lengths))):
             index = torch.tensor(rows, device=self._model.device)
             self._cache.batch_select_indices(index)
             self._valid, self.lengths = self._valid[index], self.lengths[index]
 
-    def wait(self) -> None:
-        """Wait until what was asked of the device is done, so that a clock may be read."""
+    def synchronize(self) -> None:
+        """Wait for the work queued on the device, so that time can be measured."""
         if self._model.device.type == "cuda":
             torch.cuda.synchronize(self._model.device)
 
     def _mask(self) -> Tensor | None:
-        """[rows, slots], or None where all slots are valid: the model then takes its fastest path."""
+        """[batch, slots], or None where all slots are valid: the model then takes its fastest path."""
         return None if self._valid.all() else self._valid.long()
 
     def _prefix_mask(self, valid: Tensor) -> Tensor:
-        """[rows, 1, slots, slots], to be added to the attention scores: every valid slot sees every valid slot.
+        """Additive attention mask [batch, 1, slots, slots] in which every valid slot attends to every valid slot.
 
-        Invalid slots see themselves, so that no softmax is over nothing.
+        Invalid slots attend to themselves, so that no softmax is over an empty set.
         """
         implementation = self._model.config._attn_implementation
         if implementation not in ("sdpa", "eager"):
             raise ConfigError(
-                f"a bidirectional prefix needs the model loaded with attn_implementation='sdpa' or 'eager', it has "
-                f"{implementation!r}"
+                "prefix_attention=bidirectional: expected a model loaded with attn_implementation='sdpa' or 'eager', "
+                f"got {implementation!r}"
             )
-        seen = (valid[:, None, :] & valid[:, :, None]) | torch.eye(
+        attended = (valid[:, None, :] & valid[:, :, None]) | torch.eye(
             valid.shape[1], dtype=torch.bool, device=valid.device
         )
-        mask = torch.zeros(seen.shape, dtype=self._model.dtype, device=valid.device)
-        return mask.masked_fill_(~seen, torch.finfo(self._model.dtype).min)[:, None]
+        mask = torch.zeros(attended.shape, dtype=self._model.dtype, device=valid.device)
+        return mask.masked_fill_(~attended, torch.finfo(self._model.dtype).min)[:, None]

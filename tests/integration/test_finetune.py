@@ -186,6 +186,7 @@ def native_scores(folder: str, base: str, data: str, counts: tuple[int, ...]) ->
 
 def test_an_export_prompts_as_it_was_finetuned(base, data, reference, tmp_path):
     """The bidirectional prefix, the pauses and the ids of training are those of generation through transformers."""
+    from pause_megatron.inference import Prompting
     from pause_megatron.inference import load as load_exported
 
     counts = (0, 1, 10)
@@ -204,7 +205,7 @@ def test_an_export_prompts_as_it_was_finetuned(base, data, reference, tmp_path):
     for count, expected in zip(counts, native, strict=True):
         scores, _ = generator.score(prompts, targets, pauses=count)
         assert [score.log_likelihood for score in scores] == pytest.approx(expected, rel=1e-5)
-        causal, _ = generator.score(prompts, targets, pauses=count, prefix_attention="causal")
+        causal, _ = generator.score(prompts, targets, pauses=count, prompting=Prompting())
         apart = [abs(score.log_likelihood / value - 1) for score, value in zip(causal, expected, strict=True)]
         assert min(apart) > 1e-4 and max(apart) > 1e-3, apart
 

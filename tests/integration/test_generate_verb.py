@@ -92,7 +92,7 @@ def test_controls_and_adaptive_pauses(generate):
     ("options", "message"),
     [
         ([], "expected a prompt: --prompt TEXT"),
-        (["--prompt", "a", "--pauses", "some"], "--pauses: expected a number, 0 or more, or auto, came 'some'"),
+        (["--prompt", "a", "--pauses", "some"], "--pauses: expected a number, 0 or more, or auto, got 'some'"),
         (["--prompt", "a", "--pauses", "400"], "max_position_embeddings"),
         (["--prompt", ""], "prompt 0: it is empty"),
         (["--prompts-file", "nowhere.txt"], "--prompts-file nowhere.txt: cannot be read"),

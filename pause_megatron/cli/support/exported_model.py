@@ -1,10 +1,10 @@
-"""The options of every verb that asks an exported model, and the model that they name."""
+"""Options of the verbs that run an exported model, and the loading of that model."""
 
 from __future__ import annotations
 
 import argparse
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pause_megatron.files.paths import path_option
 
@@ -15,21 +15,21 @@ if TYPE_CHECKING:
 
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
-    """Which model: --model."""
+    """Declare --model."""
     parser.add_argument(
         "--model",
         type=path_option,
         required=True,
         metavar="DIR",
-        help="folder that export-hf wrote, or a Llama-like one",
+        help="folder that export-hf wrote, or another of the Llama family",
     )
 
 
-def add_pause_arguments(parser: Any) -> None:
-    """How the pauses stand, whatever their number: --location, --filler, --prefix-attention.
+def add_pause_arguments(parser: argparse._ActionsContainer) -> None:
+    """Declare --location, --filler and --prefix-attention.
 
     Args:
-        parser: or a group of one.
+        parser: A parser, or a group of one.
     """
     parser.add_argument("--location", choices=("append", "prepend"), help="default: the model's own")
     parser.add_argument(
@@ -40,8 +40,8 @@ def add_pause_arguments(parser: Any) -> None:
     parser.add_argument("--prefix-attention", choices=("causal", "bidirectional"), help="default: the model's own")
 
 
-def add_machine_arguments(parser: argparse.ArgumentParser) -> Any:
-    """Where it runs: --device, --dtype. Returns their group."""
+def add_machine_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Declare --device and --dtype, and return their group."""
     machine = parser.add_argument_group("machine")
     machine.add_argument("--device", default="cpu", metavar="NAME", help="cpu, cuda, cuda:1, ... (default: cpu)")
     machine.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="default: as stored")
@@ -49,7 +49,7 @@ def add_machine_arguments(parser: argparse.ArgumentParser) -> Any:
 
 
 def load_model(args: argparse.Namespace) -> PauseGenerator:
-    """The model of these options, without what transformers has to say about loading it."""
+    """Load the model that the options name, without the log messages and progress bars of transformers."""
     from transformers.utils import logging
 
     from pause_megatron.inference import load
@@ -60,9 +60,9 @@ def load_model(args: argparse.Namespace) -> PauseGenerator:
 
 
 def default_pauses(generator: PauseGenerator) -> int:
-    """The model's own number of pauses, for a call that gives none; says on standard error which and why."""
+    """Return the model's own number of pauses, and log which number and why."""
     count = generator.default_pauses
-    known = generator.pause.m_ft is not None
-    why = "the model was finetuned with them" if known else "its config.json names no m_ft; give --pauses N"
+    named = generator.pause.m_ft is not None
+    why = "the model was finetuned with them" if named else "its config.json names no m_ft; give --pauses N"
     log.info(f"pauses: {count} ({why})")
     return count

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from pause_megatron.errors import ConfigError, DataError
-from pause_megatron.inference import PauseGenerator
+from pause_megatron.inference import Limits, PauseGenerator, Prompting
 
 pytest.importorskip("lm_eval")
 
@@ -39,12 +39,13 @@ def pairs_of(examples) -> list[tuple[str, str]]:
 def test_log_likelihoods_and_answers_are_the_generators(generator, examples, settings):
     model = PauseLM(generator, **settings, batch_size=3, quiet=True)
     pairs = pairs_of(examples)
-    scores, _ = generator.score(*zip(*pairs, strict=True), **settings)
+    own = {"pauses": settings["pauses"], "prompting": Prompting(**{k: v for k, v in settings.items() if k != "pauses"})}
+    scores, _ = generator.score(*zip(*pairs, strict=True), **own)
     found = model.loglikelihood(asked("loglikelihood", pairs))
     assert [value for value, _ in found] == pytest.approx([score.log_likelihood for score in scores], abs=1e-4)
     prompts = [example.prompt for example in examples]
     texts = model.generate_until(asked("generate_until", [(prompt, NEW) for prompt in prompts]))
-    generation = generator.generate(prompts, **settings, max_new_tokens=6, stop=["\n"])
+    generation = generator.generate(prompts, **own, max_new_tokens=6, limits=Limits(stop=["\n"]))
     # Ids are compared: of bytes that are no characters, as random models write them, texts are not shown alike.
     decode = generator.encoder.tokenizer.decode
     written = [decode(completion.ids, skip_special_tokens=True) for completion in generation.completions]
@@ -145,7 +146,7 @@ def test_settings_that_cannot_be_are_refused(generator, without_pause):
         PauseLM(without_pause, pauses=1)
     with pytest.raises(ConfigError, match="filler: expected the text of one token"):
         PauseLM(without_pause, pauses=1, filler="two words")
-    prefix = replace(generator.pause, prefix_attention="bidirectional")
+    prefix = replace(generator.pause, prompting=Prompting(prefix_attention="bidirectional"))
     with pytest.raises(ConfigError, match="this one has a bidirectional prefix"):
         PauseLM(PauseGenerator(generator.model, generator.encoder.tokenizer, prefix), pauses=1)
 

@@ -9,6 +9,7 @@ import pytest
 from pause_megatron.errors import ConfigError, DataError
 from pause_megatron.evaluate import ResultsFolder, Scorer, Settings, evaluate, own_settings, read_samples
 from pause_megatron.evaluate.scoring import cut_left
+from pause_megatron.inference import Limits, Prompting
 from pause_megatron.tasks import Decoding
 
 SETTINGS = [
@@ -49,7 +50,9 @@ def test_outcomes_are_those_of_the_generator(generator, task, examples):
     """Text prompts, one at a time, straight from `generate` and `score`."""
     found = outcomes(generator, task, Settings(pauses=4), examples)
     for example in examples[:5]:
-        [completion] = generator.generate([example.prompt], pauses=4, max_new_tokens=6, stop=["\n"]).completions
+        [completion] = generator.generate(
+            [example.prompt], pauses=4, max_new_tokens=6, limits=Limits(stop=["\n"])
+        ).completions
         assert found[example.id]["prediction"] == completion.text.strip()
         choices = example.choices
         scores, _ = generator.score([example.prompt] * len(choices), choices, pauses=4)
@@ -123,7 +126,8 @@ def test_examples_that_cannot_be_asked_are_named(generator, task, examples):
 
 def test_what_is_not_given_is_the_models_own(generator, monkeypatch):
     assert own_settings(generator) == Settings(pauses=0)
-    monkeypatch.setattr(generator, "pause", replace(generator.pause, m_ft=7, location="prepend", filler="."))
+    prompting = Prompting(location="prepend", filler=".")
+    monkeypatch.setattr(generator, "pause", replace(generator.pause, m_ft=7, prompting=prompting))
     assert own_settings(generator, seed=2) == Settings(pauses=7, location="prepend", filler=".", seed=2)
     given = own_settings(generator, pauses=0, location="append", filler="", prefix_attention="bidirectional")
     assert given == Settings(pauses=0, prefix_attention="bidirectional")

@@ -9,7 +9,7 @@ import torch
 from support.tiny_llama import llama
 
 from pause_megatron.errors import ConfigError
-from pause_megatron.inference import FixedPauses, PauseGenerator, PausePolicy, SettledPauses
+from pause_megatron.inference import FixedPauses, PauseGenerator, PausePolicy, Prompting, Sampling, SettledPauses
 
 PROMPTS = ["My fellow citizens,", "A", "The state of the Union is strong, and we", "In 1862"]
 
@@ -52,7 +52,7 @@ def test_where_it_stops_does_not_depend_on_blocks_or_on_the_batch(calm, block):
     got = calm.generate(PROMPTS, **settings(block))
     assert got.completions == expected.completions
     for row, prompt in enumerate(PROMPTS):
-        alone = calm.generate([prompt], rows=[row], **settings(block))
+        alone = calm.generate([prompt], sampling=Sampling(rows=[row]), **settings(block))
         assert alone.completions[0] == expected.completions[row]
         torch.testing.assert_close(alone.completions[0].logits, expected.completions[row].logits, atol=1e-5, rtol=0)
         used, computed = alone.completions[0].pauses, min(20, -(-alone.completions[0].pauses // block) * block)
@@ -111,7 +111,7 @@ def test_any_policy_of_the_protocols_shape_is_one(calm):
     assert isinstance(Everywhere(0), PausePolicy)
     assert calm.generate(["A"], pauses=Everywhere(0), max_new_tokens=1).completions[0].pauses == 1
     assert calm.generate(["A"], pauses=Everywhere(None), max_new_tokens=1).completions[0].pauses == 8
-    with pytest.raises(ConfigError, match="pause policy: expected an index from 0 to 2, came 7"):
+    with pytest.raises(ConfigError, match="pause policy: expected an index from 0 to 2, got 7"):
         calm.generate(["A"], pauses=Everywhere(7))
     with pytest.raises(ConfigError, match="expected 0 <= first <= limit and block >= 1"):
         calm.generate(["A"], pauses=Everywhere(0, first=9))
@@ -120,9 +120,9 @@ def test_any_policy_of_the_protocols_shape_is_one(calm):
 def test_adaptive_pauses_need_room_and_an_appended_causal_prefix(calm, sentencepiece):
     settled = SettledPauses(limit=20)
     with pytest.raises(ConfigError, match="adaptive pauses need location=append"):
-        calm.generate(["A"], pauses=settled, location="prepend")
+        calm.generate(["A"], pauses=settled, prompting=Prompting(location="prepend"))
     with pytest.raises(ConfigError, match="adaptive pauses need prefix_attention=causal"):
-        calm.generate(["A"], pauses=settled, prefix_attention="bidirectional")
+        calm.generate(["A"], pauses=settled, prompting=Prompting(prefix_attention="bidirectional"))
     with pytest.raises(ConfigError, match=r"\+ 250 pauses \+ 64 new tokens"):
         calm.generate(["A"], pauses=SettledPauses(limit=250))
     windowed = PauseGenerator(llama(len(sentencepiece), cls="Mistral", sliding_window=16), sentencepiece)

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from support.prose import documents
 
 from pause_megatron.inference.answer import Answer
+from pause_megatron.inference.limits import Limits
 from pause_megatron.inference.prompts import PauseInfo, PromptEncoder
 
 TEXTS = [
@@ -25,7 +26,7 @@ def encoder(request):
 
 
 def pieces(encoder, ids, *, stop=(), eos=(2,), limit=10_000):
-    answer = Answer(encoder, eos, stop, limit)
+    answer = Answer(encoder, eos, Limits(max_new_tokens=limit, stop=stop))
     given_out = []
     for token_id in ids:
         given_out.append(answer.push(token_id))

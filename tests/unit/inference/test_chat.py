@@ -74,9 +74,9 @@ def test_it_lies_beside_the_tokenizer(tmp_path):
 
 
 def test_what_cannot_be_done_is_said(sentencepiece, tmp_path):
-    with pytest.raises(ConfigError, match="pauses: expected 0 or more, came -1"):
+    with pytest.raises(ConfigError, match="pauses: expected 0 or more, got -1"):
         pause_chat_template(sentencepiece, -1)
-    with pytest.raises(DataError, match="no special token <other>"):
+    with pytest.raises(DataError, match="expected a special token <other>"):
         pause_chat_template(sentencepiece, 1, ["<pause>", "<other>"])
     with pytest.raises(DataError, match="the tokenizer cannot be loaded"):
         write_chat_template(tmp_path / "nothing", 1)

@@ -89,7 +89,7 @@ def test_one_prefill(sentencepiece):
     ("settings", "message"),
     [
         ({"pauses": 500}, r"3 prompt tokens \+ 500 pauses \+ 4 new tokens = 507 positions, but the model has 256"),
-        ({"pauses": -1}, "expected a whole number, 0 or more, came -1"),
+        ({"pauses": -1}, "expected a whole number, 0 or more, got -1"),
         ({"pauses": 2, "num_beams": 2}, "expected num_beams=1"),
     ],
 )
@@ -117,7 +117,7 @@ def test_the_file_needs_nothing_of_this_project():
         tree = ast.parse(file.read())
     names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    assert {name.split(".")[0] for name in names} == {"__future__", "torch", "transformers"}
+    assert {name.split(".")[0] for name in names} == {"__future__", "torch", "transformers", "typing"}
 
 
 def test_a_folder_can_carry_it_and_runs_it_only_for_those_who_trust_it(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from support.tiny_llama import llama, sentencepiece_tokenizer
 
 from pause_megatron.errors import ConfigError, DataError
-from pause_megatron.inference import FixedPauses, PauseGenerator, PauseInfo
+from pause_megatron.inference import FixedPauses, Limits, PauseGenerator, PauseInfo, Prompting, Sampling
 
 PROMPTS = [
     "My fellow citizens,",
@@ -55,7 +55,7 @@ def passes(generator):
 
 
 def test_one_prefill_of_prompt_and_pauses_then_one_pass_for_each_further_token(generator, passes):
-    generation = generator.generate(PROMPTS[:1], pauses=10, max_new_tokens=5, ignore_eos=True)
+    generation = generator.generate(PROMPTS[:1], pauses=10, max_new_tokens=5, limits=Limits(ignore_eos=True))
     prompt = generation.completions[0].prompt_tokens
     assert passes == [(1, prompt + 10), (1, 1), (1, 1), (1, 1), (1, 1)]
     assert generation.cost.forward_passes == 5
@@ -64,7 +64,7 @@ def test_one_prefill_of_prompt_and_pauses_then_one_pass_for_each_further_token(g
 
 
 def test_one_prefill_for_a_batch_of_different_pauses(generator, passes):
-    generation = generator.generate(PROMPTS, pauses=COUNTS, max_new_tokens=3, ignore_eos=True)
+    generation = generator.generate(PROMPTS, pauses=COUNTS, max_new_tokens=3, limits=Limits(ignore_eos=True))
     longest = max(c.prompt_tokens + c.pauses for c in generation.completions)
     assert passes == [(4, longest), (4, 1), (4, 1)]
     assert [c.pauses for c in generation.completions] == COUNTS
@@ -86,7 +86,11 @@ def test_bidirectional_prefix_equals_full_passes(sentencepiece, attention):
     model.set_attn_implementation(attention)
     generator = PauseGenerator(model, sentencepiece)
     generation = generator.generate(
-        PROMPTS, pauses=COUNTS, max_new_tokens=5, prefix_attention="bidirectional", keep_logits=True
+        PROMPTS,
+        pauses=COUNTS,
+        max_new_tokens=5,
+        prompting=Prompting(prefix_attention="bidirectional"),
+        keep_logits=True,
     )
     prefixes = [[*generator.encoder.encode(p), *[600] * m] for p, m in zip(PROMPTS, COUNTS, strict=True)]
     check_against_full(generator, generation, prefixes, bidirectional=True)
@@ -100,27 +104,33 @@ def test_the_configuration_can_ask_for_a_bidirectional_prefix(sentencepiece):
     generator = PauseGenerator(model, sentencepiece)
     own = generator.generate(PROMPTS[:1], pauses=2, max_new_tokens=2, keep_logits=True).completions[0]
     given = generator.generate(
-        PROMPTS[:1], pauses=2, max_new_tokens=2, keep_logits=True, prefix_attention="bidirectional"
+        PROMPTS[:1], pauses=2, max_new_tokens=2, keep_logits=True, prompting=Prompting(prefix_attention="bidirectional")
     )
     assert torch.equal(own.logits, given.completions[0].logits)
 
 
-@pytest.mark.parametrize("settings", [{}, {"temperature": 1.3, "top_k": 50, "top_p": 0.9, "seed": 7}])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=1.3, top_k=50, top_p=0.9, seed=7)])
 @pytest.mark.parametrize("prefix_attention", ["causal", "bidirectional"])
-def test_batched_equals_unbatched(generator, settings, prefix_attention):
-    settings = {**settings, "max_new_tokens": 12, "prefix_attention": prefix_attention, "keep_logits": True}
-    together = generator.generate(PROMPTS, pauses=COUNTS, **settings).completions
+def test_batched_equals_unbatched(generator, sampling, prefix_attention):
+    prompting = Prompting(prefix_attention=prefix_attention)
+    settings = {"max_new_tokens": 12, "prompting": prompting, "keep_logits": True}
+    together = generator.generate(PROMPTS, pauses=COUNTS, sampling=sampling, **settings).completions
     for row, (prompt, count) in enumerate(zip(PROMPTS, COUNTS, strict=True)):
-        alone = generator.generate([prompt], pauses=count, rows=[row], **settings).completions[0]
+        own = replace(sampling, rows=[row])
+        alone = generator.generate([prompt], pauses=count, sampling=own, **settings).completions[0]
         assert alone == together[row]
         torch.testing.assert_close(alone.logits, together[row].logits, atol=1e-5, rtol=0)
 
 
 def test_order_of_a_batch_does_not_matter(generator):
     order = [2, 0, 3, 1]
-    settings = {"temperature": 1.0, "max_new_tokens": 8}
-    one = generator.generate(PROMPTS, pauses=COUNTS, **settings).completions
-    other = generator.generate([PROMPTS[i] for i in order], pauses=[COUNTS[i] for i in order], rows=order, **settings)
+    one = generator.generate(PROMPTS, pauses=COUNTS, max_new_tokens=8, sampling=Sampling(temperature=1.0)).completions
+    other = generator.generate(
+        [PROMPTS[i] for i in order],
+        pauses=[COUNTS[i] for i in order],
+        max_new_tokens=8,
+        sampling=Sampling(temperature=1.0, rows=order),
+    )
     assert [one[i] for i in order] == list(other.completions)
 
 
@@ -130,18 +140,22 @@ def test_prepended_pauses_stand_before_the_prompt_but_after_a_bos(tmp_path):
         generator = PauseGenerator(llama(len(tokenizer)), tokenizer)
         text = tokenizer(PROMPTS[0], add_special_tokens=False)["input_ids"]
         leading = [tokenizer.bos_token_id] if bos else []
-        generation = generator.generate(PROMPTS[:1], pauses=4, location="prepend", max_new_tokens=4, keep_logits=True)
+        generation = generator.generate(
+            PROMPTS[:1], pauses=4, prompting=Prompting(location="prepend"), max_new_tokens=4, keep_logits=True
+        )
         assert generation.completions[0].prompt_tokens == len(leading + text)
         check_against_full(generator, generation, [[*leading, *[600] * 4, *text]])
 
 
 def test_filler_is_an_ordinary_token_in_place_of_pauses(generator):
-    generation = generator.generate(PROMPTS[:1], pauses=4, filler=".", max_new_tokens=4, keep_logits=True)
+    generation = generator.generate(
+        PROMPTS[:1], pauses=4, prompting=Prompting(filler="."), max_new_tokens=4, keep_logits=True
+    )
     dot = generator.encoder.filler_id(".")
     assert generator.encoder.decode_continuation([dot] * 4) == "...."
     check_against_full(generator, generation, [[*generator.encoder.encode(PROMPTS[0]), *[dot] * 4]])
     with pytest.raises(ConfigError, match="filler: expected the text of one token"):
-        generator.generate(PROMPTS[:1], pauses=1, filler="several tokens of text")
+        generator.generate(PROMPTS[:1], pauses=1, prompting=Prompting(filler="several tokens of text"))
 
 
 def test_distinct_pauses_are_used_in_turn(sentencepiece):
@@ -158,7 +172,13 @@ def test_pauses_are_never_emitted_however_likely(sentencepiece, temperature):
     with torch.no_grad():
         model.lm_head.weight[600] = 50 * model.lm_head.weight.abs().sum(0)
     generator = PauseGenerator(model, sentencepiece)
-    generation = generator.generate(PROMPTS, pauses=COUNTS, max_new_tokens=30, temperature=temperature, ignore_eos=True)
+    generation = generator.generate(
+        PROMPTS,
+        pauses=COUNTS,
+        max_new_tokens=30,
+        sampling=Sampling(temperature=temperature),
+        limits=Limits(ignore_eos=True),
+    )
     assert any(c.logits is None for c in generation.completions)
     for completion in generation.completions:
         assert len(completion.ids) == 30 and 600 not in completion.ids
@@ -219,14 +239,14 @@ def test_score_is_the_sum_of_log_probabilities(generator):
 @pytest.mark.parametrize("attention", ["causal", "bidirectional"])
 def test_a_prompt_of_several_continuations_is_computed_once(generator, attention):
     texts = [" the state of the Union", " and", " we must go on, all of us together", " it", " war", " peace"]
-    options = {"pauses": [3, 3, 0, 3, 5, 0], "prefix_attention": attention}
+    options = {"pauses": [3, 3, 0, 3, 5, 0], "prompting": Prompting(prefix_attention=attention)}
     prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[0], PROMPTS[0], PROMPTS[0], PROMPTS[0]]
     scores, cost = generator.score(prompts, texts, **options)
     read = {(prompt, count) for prompt, count in zip(prompts, options["pauses"], strict=True)}
     given = sum(len(generator.encoder.encode(prompt)) + count for prompt, count in read)
     assert cost.positions == given + sum(score.tokens - 1 for score in scores) and cost.forward_passes == 2
     for prompt, text, count, score in zip(prompts, texts, options["pauses"], scores, strict=True):
-        [alone], _ = generator.score([prompt], [text], pauses=count, prefix_attention=attention)
+        [alone], _ = generator.score([prompt], [text], pauses=count, prompting=Prompting(prefix_attention=attention))
         assert score.log_likelihood == pytest.approx(alone.log_likelihood, abs=1e-4)
         assert (score.tokens, score.pauses) == (alone.tokens, alone.pauses)
 
@@ -236,30 +256,34 @@ def test_a_prompt_of_several_continuations_is_computed_once(generator, attention
     [
         ({"pauses": 300}, r"prompt 0: 11 prompt tokens \+ 300 pauses \+ 64 new tokens = 375 positions, .* has 256"),
         ({"max_new_tokens": 250}, r"= 261 positions, but the model has 256 \(max_position_embeddings\)"),
-        ({"pauses": -1}, "pauses: expected 0 or more, came -1"),
-        ({"pauses": [1, 2]}, "pauses: expected 1 numbers, one for each prompt, came 2"),
-        ({"pauses": 2.5}, "pauses: expected a number, a PausePolicy, or a list of these, came 2.5"),
-        ({"location": "inside"}, "location: expected one of append, prepend, came 'inside'"),
-        ({"prefix_attention": "full"}, "prefix_attention: expected one of causal, bidirectional, came 'full'"),
-        ({"max_new_tokens": 0}, "max_new_tokens: expected 1 or more, came 0"),
-        ({"temperature": -1.0}, "temperature: expected 0 or more"),
-        ({"top_p": 0.0}, "top_p: expected more than 0"),
-        ({"top_k": -1}, "top_k: expected 0"),
-        ({"stop": [""]}, "stop: expected a list of texts"),
-        ({"stop": "text"}, "stop: expected a list of texts"),
-        ({"rows": [1, 2]}, "rows: expected 1 numbers"),
+        ({"pauses": -1}, "pauses: expected 0 or more, got -1"),
+        ({"pauses": [1, 2]}, "pauses: expected 1 numbers, one for each prompt, got 2"),
+        ({"pauses": 2.5}, "pauses: expected a number, a PausePolicy, or a list of these, got 2.5"),
+        ({"prompting": {"location": "inside"}}, "location: expected one of append, prepend, got 'inside'"),
+        (
+            {"prompting": {"prefix_attention": "full"}},
+            "prefix_attention: expected one of causal, bidirectional, got 'full'",
+        ),
+        ({"max_new_tokens": 0}, "max_new_tokens: expected 1 or more, got 0"),
+        ({"sampling": {"temperature": -1.0}}, "temperature: expected 0 or more"),
+        ({"sampling": {"top_p": 0.0}}, "top_p: expected more than 0"),
+        ({"sampling": {"top_k": -1}}, "top_k: expected 0"),
+        ({"limits": {"stop": [""]}}, "stop: expected a list of texts"),
+        ({"limits": {"stop": "text"}}, "stop: expected a list of texts"),
+        ({"sampling": {"rows": [1, 2]}}, "rows: expected 1 numbers"),
     ],
 )
 def test_wrong_settings_are_refused_before_any_work(generator, passes, settings, message):
+    records = {"prompting": Prompting, "sampling": Sampling, "limits": Limits}
     with pytest.raises(ConfigError, match=message):
-        generator.generate(PROMPTS[:1], **settings)
+        generator.generate(PROMPTS[:1], **{k: records[k](**v) if k in records else v for k, v in settings.items()})
     assert passes == []
 
 
 def test_prompts_that_cannot_be_continued(generator, passes):
     with pytest.raises(ConfigError, match="prompt 1: it is empty"):
         generator.generate(["a", ""])
-    with pytest.raises(ConfigError, match="prompts: expected a list of prompts, came one string"):
+    with pytest.raises(ConfigError, match="prompts: expected a list of prompts, got one string"):
         generator.generate("text")
     with pytest.raises(DataError, match="prompt cannot be encoded"):
         generator.generate(["\ud800"])
@@ -275,7 +299,12 @@ def test_a_model_without_pauses(tmp_path):
     with pytest.raises(ConfigError, match=r"the model has no pause token.*or a filler"):
         generator.generate(PROMPTS[:1], pauses=1)
     assert generator.generate(PROMPTS[:1], max_new_tokens=2).completions[0].pauses == 0
-    assert generator.generate(PROMPTS[:1], pauses=3, filler=".", max_new_tokens=2).completions[0].pauses == 3
+    assert (
+        generator.generate(PROMPTS[:1], pauses=3, prompting=Prompting(filler="."), max_new_tokens=2)
+        .completions[0]
+        .pauses
+        == 3
+    )
 
 
 def test_a_tokenizer_with_a_pause_token_is_enough(sentencepiece):
@@ -288,8 +317,8 @@ def test_a_tokenizer_with_a_pause_token_is_enough(sentencepiece):
     ("entry", "message"),
     [
         ({"ids": [600, 602]}, "expected consecutive ids"),
-        ({"ids": [600, 601]}, "pause.ids reach 601, vocab_size is 601"),
-        ({"ids": [599]}, "begin with 599, but the tokenizer's <pause> is 600"),
+        ({"ids": [600, 601]}, "expected ids below vocab_size=601, got up to 601"),
+        ({"ids": [599]}, "expected the first one to be the tokenizer's <pause>, 600, got 599"),
         ({"ids": [600], "m_ft": -1}, "m_ft: expected null or 0 or more"),
         ({"ids": [600], "prefix_attention": "x"}, "expected one of causal, bidirectional"),
         ({"ids": "six"}, "not readable"),
@@ -311,15 +340,16 @@ def test_policies_and_numbers_can_be_mixed(generator):
 
 def test_a_model_brings_its_location_filler_and_prefix_attention(generator):
     """Left out, they are the configuration's; given, they win; filler "" asks for pauses themselves."""
-    info = replace(generator.pause, m_ft=3, location="prepend", filler=".", prefix_attention="bidirectional")
+    prompting = Prompting(location="prepend", filler=".", prefix_attention="bidirectional")
+    info = replace(generator.pause, m_ft=3, prompting=prompting)
     own = PauseGenerator(generator.model, generator.encoder.tokenizer, info)
 
     def first_logits(model: PauseGenerator, **options: object) -> torch.Tensor:
         completion = model.generate(["My fellow citizens"], max_new_tokens=1, keep_logits=True, **options)
         return completion.completions[0].logits
 
-    said = {"location": "prepend", "filler": ".", "prefix_attention": "bidirectional"}
-    assert torch.equal(first_logits(own), first_logits(generator, pauses=3, **said))
-    back = {"location": "append", "filler": "", "prefix_attention": "causal"}
-    assert torch.equal(first_logits(own, **back), first_logits(generator, pauses=3))
-    assert not torch.equal(first_logits(own), first_logits(own, **back))
+    assert torch.equal(first_logits(own), first_logits(generator, pauses=3, prompting=prompting))
+    back = info.override(location="append", filler="", prefix_attention="causal")
+    assert back == Prompting() and info.override() == prompting
+    assert torch.equal(first_logits(own, prompting=back), first_logits(generator, pauses=3))
+    assert not torch.equal(first_logits(own), first_logits(own, prompting=back))

@@ -51,7 +51,7 @@ def test_pickles_are_never_opened(folder, tmp_path):
     (folder / "model.safetensors").unlink()
     for name in ("pytorch_model.bin", "pytorch_model.bin.index.json", "training_args.bin"):
         (folder / name).write_bytes(pickle.dumps(Payload(mark)))
-    with pytest.raises(DataError, match=r"expected \*.safetensors, found none; pytorch_model.bin, .* refused"):
+    with pytest.raises(DataError, match=r"expected \*.safetensors, got none; pytorch_model.bin, .* refused"):
         load(folder)
     (folder / "model.safetensors").write_bytes(pickle.dumps(Payload(mark)))
     with pytest.raises(DataError, match="the model cannot be loaded"):
@@ -81,7 +81,7 @@ def test_code_of_the_folder_is_never_run(folder, tmp_path, file):
 def test_a_damaged_folder_is_named(folder, tmp_path):
     with pytest.raises(DataError, match="there is no such folder"):
         load(tmp_path / "nothing")
-    with pytest.raises(DataError, match=r"config.json: not there"):
+    with pytest.raises(DataError, match=r"config.json: expected a transformers folder"):
         load(tmp_path)
     with pytest.raises(DataError, match="no CUDA device"):
         if torch.cuda.is_available():
@@ -127,5 +127,5 @@ def test_an_architecture_that_is_not_known_is_refused(folder):
 
 
 def test_generate_code_is_only_put_beside_a_model(tmp_path):
-    with pytest.raises(DataError, match=r"config.json: not there"):
+    with pytest.raises(DataError, match=r"config.json: expected a transformers folder"):
         write_custom_generate(tmp_path)

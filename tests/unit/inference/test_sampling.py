@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from pause_megatron.inference.sampling import Sampling
@@ -11,7 +13,7 @@ LOGITS = torch.log(torch.tensor([0.4, 0.3, 0.2, 0.06, 0.04, 0.0]))
 
 def draws(sampling, count=4000):
     rows = LOGITS.expand(count, -1)
-    return torch.bincount(torch.tensor(sampling.choose(rows, range(count), 0)), minlength=6) / count
+    return torch.bincount(torch.tensor(sampling.select(rows, 0)), minlength=6) / count
 
 
 def test_draws_follow_the_distribution():
@@ -29,14 +31,14 @@ def test_top_k_and_top_p():
 
 
 def test_a_draw_depends_on_seed_row_and_position_alone():
-    sampling = Sampling(temperature=1.0, seed=3)
+    sampling = Sampling(temperature=1.0, seed=3, rows=range(50))
     rows = LOGITS.expand(50, -1)
-    together = sampling.choose(rows, range(50), 4)
-    assert together == [sampling.choose(LOGITS[None], [row], 4)[0] for row in range(50)]
-    assert together != sampling.choose(rows, range(50), 5)
-    assert together != Sampling(temperature=1.0, seed=4).choose(rows, range(50), 4)
-    assert together != sampling.choose(rows, range(50, 100), 4)
+    together = sampling.select(rows, 4)
+    assert together == [replace(sampling, rows=[row]).select(LOGITS[None], 4)[0] for row in range(50)]
+    assert together != sampling.select(rows, 5)
+    assert together != replace(sampling, seed=4).select(rows, 4)
+    assert together != replace(sampling, rows=range(50, 100)).select(rows, 4)
 
 
 def test_greedy_takes_the_likeliest_whatever_the_seed():
-    assert Sampling(seed=9).choose(LOGITS.expand(3, -1), range(3), 0) == [0, 0, 0]
+    assert Sampling(seed=9).select(LOGITS.expand(3, -1), 0) == [0, 0, 0]
