@@ -18,6 +18,7 @@ import pytest
 from pause_megatron.checkpoint import Manifest, Store
 from pause_megatron.cli import VERBS, main, parser_of
 from pause_megatron.config.load import load, recipe_names
+from pause_megatron.versions import EXTRAS
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -168,45 +169,93 @@ def test_torchrun_starts_a_run_too(quickstart, tmp_path):
     assert losses[0] == losses[1]
 
 
-def commands(text: str) -> list[str]:
-    """The shell commands in a README's code blocks, lines joined, comments cut off; those with "..." are not whole."""
-    blocks = re.findall(r"^```\w*\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+PROGRAMS = ("bash", "deepspeed", "pause-megatron", "pip", "pre-commit", "pytest", "python", "sbatch", "tensorboard")
+TOP_PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md")
+PAGES = (*TOP_PAGES, *(path for depth in ("*", "*/*", "*/*/*") for path in sorted(ROOT.glob(f"{depth}/README.md"))))
+
+
+def shell_lines(text: str) -> list[str]:
+    """The lines of a page's shell blocks, continued lines joined, comments and VARIABLE=value in front cut off."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    blocks = [block for language, block in found if language in ("", "bash", "sh")]
     lines = [line.partition(" #")[0].strip() for block in blocks for line in re.sub(r"\\\n\s*", "", block).splitlines()]
-    programs = ("bash ", "sbatch ", "deepspeed ", "pause-megatron ", "tensorboard ")
-    return [line for line in lines if line.startswith(programs) and "..." not in line]
+    return [re.sub(r"^(\w+=\S* )+", "", line) for line in lines if line and not line.startswith("#")]
+
+
+def commands(text: str) -> list[str]:
+    """The commands of a page that this test knows; those with "..." are not whole."""
+    return [line for line in shell_lines(text) if line.split()[0] in PROGRAMS and "..." not in line]
 
 
 def every_command() -> list[str]:
-    found = [
-        path.read_text(encoding="utf-8")
-        for path in sorted(ROOT.glob("*/README.md")) + sorted(ROOT.glob("*/*/README.md"))
-    ]
-    return list(dict.fromkeys(command for text in [README, *found] for command in commands(text)))
+    return list(dict.fromkeys(command for path in PAGES for command in commands(path.read_text(encoding="utf-8"))))
+
+
+@pytest.mark.parametrize("path", TOP_PAGES, ids=lambda path: path.name)
+def test_no_command_of_a_top_page_is_left_out(path):
+    text = path.read_text(encoding="utf-8")
+    assert commands(text) == shell_lines(text) != []
 
 
 @pytest.mark.parametrize("command", every_command())
 def test_every_command_of_the_readmes_is_one_that_exists(command):
-    words = shlex.split(command)
-    if words[0] == "bash":
-        assert (ROOT / words[1]).is_file()
-        return
-    if words[0] == "tensorboard":
-        return
-    if words[0] == "sbatch":
+    program, *words = shlex.split(command.partition(" > ")[0])
+    if program == "pip":
+        check_pip(words)
+    elif program == "pre-commit":
+        assert words in (["install"], ["run", "--all-files"]) and (ROOT / ".pre-commit-config.yaml").is_file()
+    elif program == "pytest" or words[:2] == ["-m", "pytest"]:
+        check_pytest(words if program == "pytest" else words[2:])
+    elif program in ("bash", "python") and words[0] != "-m":
+        check_script(words)
+    elif program == "python" and words[1] != "pause_megatron":
+        assert (ROOT / f"{words[1].replace('.', '/')}.py").is_file()
+    elif program != "tensorboard":
+        check_verb(program, words)
+
+
+def check_pip(words: list[str]) -> None:
+    """`pip install -e .`, `-e '.[EXTRA]'` or 'pause-megatron[EXTRA]', of an extra that there is."""
+    assert words[0] == "install"
+    (requirement,) = (word for word in words[1:] if word != "-e")
+    name, extra = re.fullmatch(r"(\.|pause-megatron)(?:\[(\w+)\])?", requirement).groups()
+    assert (name == ".") == ("-e" in words) and (extra is None or extra in EXTRAS)
+
+
+def check_pytest(words: list[str]) -> None:
+    """Files and folders of tests that there are, and a marker that is declared."""
+    declared = re.findall(r'"(\w+): ', (ROOT / "pyproject.toml").read_text())
+    options = {"-m": lambda value: value in declared, "-k": str.isidentifier}
+    flags = {"--full", "--update-golden", "-q", "-x"}
+    words = iter(words)
+    for word in words:
+        assert word in flags or (options[word](next(words)) if word in options else (ROOT / word).exists()), word
+
+
+def check_script(words: list[str]) -> None:
+    """A script that there is; what follows launchers/test.sh goes to pytest."""
+    assert (ROOT / words[0]).is_file()
+    if words[0] == "launchers/test.sh":
+        check_pytest(words[1:])
+
+
+def check_verb(program: str, words: list[str]) -> None:
+    """A verb's arguments are parsed; a pretraining is also loaded and its batch arithmetic done."""
+    if program == "sbatch":
         script = next(word for word in words if word.endswith(".sbatch"))
         assert (ROOT / script).is_file()
-        arguments = [Path(script).stem, *words[words.index(script) + 1 :]]
-    else:
-        arguments = words[words.index("pause_megatron") + 1 :] if words[0] == "deepspeed" else words[1:]
-    verb = arguments[0]
+        words = [Path(script).stem, *words[words.index(script) + 1 :]]
+    elif program in ("deepspeed", "python"):
+        words = words[words.index("pause_megatron") + 1 :]
+    verb, *arguments = words
     assert verb in VERBS
     if "--help" in arguments:
         return
-    parser_of(verb).parse_intermixed_args(arguments[1:])
+    parser_of(verb).parse_intermixed_args(arguments)
     if verb == "pretrain":
         # A checkpoint to begin from is read at once, and this one is only an example.
         arguments = [argument for argument in arguments if not argument.startswith(("model.from=", "--dry-run"))]
-        assert main([*arguments, "--dry-run"]) == 0
+        assert main([verb, *arguments, "--dry-run"]) == 0
 
 
 def test_the_readme_names_every_recipe():
