@@ -1,4 +1,4 @@
-"""How tensor parallelism cuts each parameter, and so how shards go together again.
+"""How tensor parallelism shards each parameter: the rows of a merged parameter that each rank holds.
 
 Rows of a *merged* parameter are those of the same model at tensor-parallel size 1:
 
@@ -6,13 +6,14 @@ Rows of a *merged* parameter are those of the same model at tensor-parallel size
     linear_qkv                query groups one after the other, each with its queries, its key and its value
     linear_fc1 (SwiGLU)       the gate, then the up projection. A rank holds its part of the gate, then its part of the
                               up projection: shards laid end to end would interleave the two
-    linear_proj, linear_fc2   cut by columns
+    linear_proj, linear_fc2   sharded by columns
     norms                     whole on every rank
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 """Parameters with a row per vocabulary id."""
@@ -38,20 +39,21 @@ class RowSpan:
     count: int
 
 
-def partition_dim(name: str) -> int | None:
-    """Dimension along which a parameter is cut; None: every rank holds the whole."""
+def partition_dim(name: str) -> Literal[0, 1] | None:
+    """Return the dimension along which a parameter is sharded; None where every rank holds the whole."""
     if name.endswith(_BY_COLUMNS):
         return 1
     return 0 if name.endswith(_BY_ROWS) else None
 
 
 def row_spans(name: str, rows: int, ranks: int) -> list[RowSpan]:
-    """Where the merged rows of a parameter lie, ascending by merged row. Each is there once.
+    """Return which rank holds which merged rows of a parameter, ascending by merged row, each row once.
 
     Args:
-        name: native parameter name
-        rows: of the merged parameter; a multiple of `ranks` (of 2 x ranks for a gated layer) where it is cut by rows
-        ranks: tensor-parallel size
+        name: Native parameter name.
+        rows: Rows of the merged parameter: where it is sharded by rows, a multiple of `ranks` (of 2 x ranks for a
+            gated layer).
+        ranks: Tensor-parallel size.
     """
     if partition_dim(name) != 0:
         return [RowSpan(0, 0, 0, rows)]
@@ -65,6 +67,12 @@ def row_spans(name: str, rows: int, ranks: int) -> list[RowSpan]:
 
 
 def shard_shape(name: str, merged: tuple[int, ...], ranks: int) -> tuple[int, ...]:
-    """Shape of one rank's shard of a parameter of merged shape `merged`."""
+    """Return the shape of one rank's shard of a parameter.
+
+    Args:
+        name: Native parameter name.
+        merged: Shape of the merged parameter.
+        ranks: Tensor-parallel size.
+    """
     cut = partition_dim(name)
     return tuple(size // ranks if dimension == cut else size for dimension, size in enumerate(merged))

@@ -1,4 +1,4 @@
-"""What a checkpoint says about itself. The manifest is the completion marker: without it there is no checkpoint."""
+"""The checkpoint manifest: its schema, digest and checks. It is the completion marker: written last, read first."""
 
 from __future__ import annotations
 
@@ -11,17 +11,23 @@ from typing import Annotated, Literal
 import xxhash
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from pause_megatron.checkpoint.format import (
+    DIGEST_KEY,
+    FORMAT,
+    FORMAT_KEY,
+    MANIFEST,
+    UNSIGNED_VERSION,
+    VERSION,
+    VERSION_KEY,
+    is_state_file,
+    state_file,
+)
 from pause_megatron.errors import CheckpointError
-from pause_megatron.files.durable import read_regular
-from pause_megatron.run_folder import MANIFEST, step_of
-
-FORMAT = "pause-megatron-checkpoint"
-VERSION = 3
-"""Of what is written. 1 had no digest of the manifest, and is still read. There was no 2: one flipped bit would have
-made a 3 of it, and a newer version is not passed over as damage is."""
+from pause_megatron.files.durable import digest_of, read_regular, sync_file
+from pause_megatron.run_folder import step_of
 
 _LARGEST_BYTES = 1 << 30
-_DIGEST = re.compile(rb'"manifest_digest": "xxh3_128:([0-9a-f]{32})"')
+_DIGEST = re.compile(rb'"%s": "xxh3_128:([0-9a-f]{32})"' % DIGEST_KEY.encode())
 _NO_DIGEST = "xxh3_128:" + "0" * 32
 _STRICT = ConfigDict(strict=True, extra="forbid")
 _Count = Annotated[int, Field(ge=0)]
@@ -29,17 +35,28 @@ _Size = Annotated[int, Field(ge=1)]
 
 
 class NewerFormatError(CheckpointError):
-    """A checkpoint that a newer release wrote: nothing is wrong with it, and an older one would lose its steps."""
+    """A checkpoint that a newer release wrote. It is not damaged, so no older checkpoint is used in its place."""
 
 
 @dataclass(frozen=True)
 class FileEntry:
-    """Size in bytes and digest ('xxh3_128:HEX') of one file."""
+    """Size and digest of one file.
+
+    Attributes:
+        bytes: Size of the file in bytes.
+        digest: `xxh3_128:HEX`.
+    """
 
     __pydantic_config__ = _STRICT
 
     bytes: _Count
     digest: str
+
+    @classmethod
+    def of(cls, path: Path) -> FileEntry:
+        """Sync a file to disk and return its size and digest."""
+        sync_file(path)
+        return cls(path.stat().st_size, digest_of(path))
 
 
 @dataclass(frozen=True)
@@ -47,8 +64,8 @@ class ParameterEntry:
     """One parameter as its tensor-parallel shards hold it.
 
     Attributes:
-        shape: of one shard
-        partition_dim: dimension along which the shards are cut; None when every shard is the whole
+        shape: Shape of one shard.
+        partition_dim: Dimension along which the parameter is sharded; None where every rank holds the whole.
     """
 
     __pydantic_config__ = _STRICT
@@ -59,14 +76,18 @@ class ParameterEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """Attributes:
-    step: steps of the run that this checkpoint contains
-    optimizer_step: optimizer steps that were applied (skipped ones do not count)
-    tensor_parallel, data_parallel, zero_stage: topology that wrote it
-    corpus: fingerprint of the prepared corpus
-    parameters: every trainable parameter
-    files: every other file of the checkpoint
-    progress: counters of the run (raw tokens, text tokens, ...)
+    """Step, topology, corpus, parameters and files of a checkpoint.
+
+    Attributes:
+        step: Training step after which the checkpoint was saved.
+        optimizer_step: Optimizer steps that were applied; skipped steps do not count.
+        tensor_parallel: Tensor-parallel size of the run that saved it.
+        data_parallel: Data-parallel size of the run that saved it.
+        zero_stage: ZeRO stage of the run that saved it.
+        corpus: Fingerprint of the prepared corpus.
+        parameters: Every trainable parameter, by native name.
+        files: Every other file of the checkpoint, by path relative to its folder.
+        progress: Counters of the run (raw tokens, text tokens, ...).
     """
 
     __pydantic_config__ = _STRICT
@@ -82,25 +103,27 @@ class Manifest:
     progress: dict[str, _Count] = field(default_factory=dict)
 
     def dumps(self) -> str:
-        """JSON text. Its digest is that of the same bytes with zeros in place of the digest's own 32 digits."""
-        record = {"format": FORMAT, "version": VERSION, "manifest_digest": _NO_DIGEST, **asdict(self)}
+        """Return the JSON text. Its digest is taken over the same bytes with 32 zeros in the digest's own place."""
+        record = {FORMAT_KEY: FORMAT, VERSION_KEY: VERSION, DIGEST_KEY: _NO_DIGEST, **asdict(self)}
         text = json.dumps(record, indent=1)
         return text.replace(_NO_DIGEST, f"xxh3_128:{xxhash.xxh3_128_hexdigest(text.encode())}", 1)
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
-        """Reads `folder/manifest.json`.
+        """Read and check `folder/manifest.json`.
+
+        Args:
+            folder: A checkpoint folder.
 
         Raises:
-            NewerFormatError: a newer release wrote it.
-            CheckpointError: it is missing, damaged, or says something that cannot be; or it is another step's than the
-                folder's name.
+            NewerFormatError: A newer release wrote it.
+            CheckpointError: It is missing, damaged or inconsistent, or its step is not that of the folder's name.
         """
         path = folder / MANIFEST
         try:
             raw = read_regular(path, _LARGEST_BYTES)
         except FileNotFoundError:
-            raise CheckpointError(f"{folder}: expected a checkpoint with a {MANIFEST}, found none") from None
+            raise CheckpointError(f"{folder}: expected a checkpoint with a {MANIFEST}, got none") from None
         except OSError as error:
             raise CheckpointError(f"{path}: {error.strerror or error}") from None
         try:
@@ -109,13 +132,13 @@ class Manifest:
         except _NewerVersionError as newer:
             raise NewerFormatError(
                 f"{path}: expected {FORMAT} version {VERSION} or older, got version {newer}: a newer release of "
-                "pause-megatron wrote it, which is needed to go on from it"
+                "pause-megatron wrote it; install that release to resume from it"
             ) from None
         except ValidationError as error:
-            found = "; ".join(
+            faults = "; ".join(
                 f"{'.'.join(map(str, e['loc']))}: {e['msg']}, got {e['input']!r:.80}" for e in error.errors()[:3]
             )
-            raise CheckpointError(f"{path}: expected a {FORMAT} manifest: {found}") from None
+            raise CheckpointError(f"{path}: expected a {FORMAT} manifest: {faults}") from None
         except (ValueError, RecursionError) as error:
             raise CheckpointError(f"{path}: expected a {FORMAT} manifest: {error}") from None
         return manifest
@@ -123,41 +146,53 @@ class Manifest:
     @classmethod
     def _parse(cls, raw: bytes) -> Manifest:
         record = json.loads(raw)
-        if not isinstance(record, dict) or record.pop("format", None) != FORMAT:
-            raise ValueError("another format")
-        version, digest = record.pop("version", None), record.pop("manifest_digest", None)
+        if not isinstance(record, dict) or record.pop(FORMAT_KEY, None) != FORMAT:
+            raise ValueError(f"its {FORMAT_KEY!r} is another")
+        version, digest = record.pop(VERSION_KEY, None), record.pop(DIGEST_KEY, None)
         if type(version) is not int or version < 1:
-            raise ValueError(f"version {version!r}")
-        if digest is None and version == 1:
+            raise ValueError(f"{VERSION_KEY}: expected a whole number from 1 on, got {version!r}")
+        if digest is None and version == UNSIGNED_VERSION:
             return _MANIFEST.validate_json(json.dumps(record))
-        whole = _digest_of(raw) == digest
-        if version > VERSION and (whole or not _one_bit_apart(str(version), str(VERSION))):
+        intact = _digest_of(raw) == digest
+        if version > VERSION and (intact or not _one_bit_apart(str(version), str(VERSION))):
             raise _NewerVersionError(str(version))
-        if not whole:
-            raise ValueError("its digest is not its own; it was altered after it was written")
+        if not intact:
+            raise ValueError("its digest does not match its content; it was altered after it was written")
         return _MANIFEST.validate_json(json.dumps(record))
 
     def _check(self, step_of_folder: int | None) -> None:
-        """What ties its values to each other and to the folder's name."""
+        """Check that values agree with each other and with the folder's name."""
         if step_of_folder not in (None, self.step):
-            raise ValueError(f"it is of step {self.step}, its folder is named after step {step_of_folder}")
+            raise ValueError(f"step: expected {step_of_folder}, as the folder's name has it, got {self.step}")
         if self.progress.get("step", self.step) != self.step:
-            raise ValueError(f"it is of step {self.step}, its progress is of step {self.progress['step']}")
+            raise ValueError(f"progress.step: expected {self.step}, got {self.progress['step']}")
         for name in self.files:
             _check_name(name)
-        states = {name for name in self.files if name.endswith(".safetensors") and "/" not in name}
+        states = {name for name in self.files if is_state_file(name)}
         ranks = self.tensor_parallel * self.data_parallel
         if len(states) != ranks or states != set(self.state_files()):  # counted first: the sizes may be anything
             sizes = f"{self.tensor_parallel} x {self.data_parallel}"
-            raise ValueError(f"{len(states)} state files of {sizes} ranks, {', '.join(sorted(states)[:3])}")
+            raise ValueError(
+                f"files: expected a state file of each of {sizes} ranks, got {len(states)}: "
+                f"{', '.join(sorted(states)[:3])}"
+            )
         for name, entry in self.parameters.items():
             if entry.partition_dim is not None and entry.partition_dim >= len(entry.shape):
                 raise ValueError(
-                    f"parameter {name} of shape {entry.shape} is cut along dimension {entry.partition_dim}"
+                    f"parameters.{name}: expected a partition_dim below {len(entry.shape)}, got {entry.partition_dim}"
                 )
 
+    @property
+    def shard_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of one shard of each parameter, by native name."""
+        return {name: entry.shape for name, entry in self.parameters.items()}
+
     def state_files(self, tp_rank: int | None = None) -> list[str]:
-        """Names of the state files, of one tensor-parallel rank or of all."""
+        """Return the names of the state files.
+
+        Args:
+            tp_rank: Tensor-parallel rank that wrote them; None: all ranks.
+        """
         ranks = range(self.tensor_parallel) if tp_rank is None else (tp_rank,)
         return [
             state_file(tp, self.tensor_parallel, dp, self.data_parallel)
@@ -173,16 +208,11 @@ class _NewerVersionError(Exception):
 _MANIFEST: TypeAdapter[Manifest] = TypeAdapter(Manifest)
 
 
-def state_file(tp_rank: int, tp_size: int, dp_rank: int, dp_size: int) -> str:
-    """Name of the file that one rank writes."""
-    return f"state-tp{tp_rank:02d}-of-{tp_size:02d}-dp{dp_rank:04d}-of-{dp_size:04d}.safetensors"
-
-
 def _digest_of(raw: bytes) -> str:
-    found = list(_DIGEST.finditer(raw))
-    if len(found) != 1:
+    digests = list(_DIGEST.finditer(raw))
+    if len(digests) != 1:
         return ""
-    start, stop = found[0].span(1)
+    start, stop = digests[0].span(1)
     return f"xxh3_128:{xxhash.xxh3_128_hexdigest(raw[:start] + b'0' * 32 + raw[stop:])}"
 
 
@@ -192,9 +222,9 @@ def _one_bit_apart(one: str, other: str) -> bool:
 
 
 def _check_name(name: str) -> None:
-    """A manifest names files inside its folder, nothing else."""
+    """Check that a file name stays inside the checkpoint folder."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or not name.isprintable():
-        raise ValueError(f"file name {name!r} leaves the checkpoint")
+        raise ValueError(f"files: expected file names inside the checkpoint, got {name!r}")
     if path.as_posix() != name or name in (".", MANIFEST):
-        raise ValueError(f"file name {name!r}")
+        raise ValueError(f"files: expected plain relative file names, got {name!r}")

@@ -1,4 +1,4 @@
-"""Whole parameters and moments out of a checkpoint of any tensor-parallel size and ZeRO stage, a few rows at a time."""
+"""Merging and resharding: parameters and moments of a checkpoint at tensor-parallel size 1, or at another size."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from pause_megatron.checkpoint.format import MASTER
 from pause_megatron.checkpoint.layout import VOCABULARY, partition_dim, row_spans
 from pause_megatron.checkpoint.manifest import Manifest
 from pause_megatron.checkpoint.reader import CheckpointReader
-from pause_megatron.engine import Address, Engine
-from pause_megatron.engine.state import MASTER
+from pause_megatron.engine import Address
 from pause_megatron.errors import CheckpointError
 
-# State files are read through memory maps, whose pages stay until the file is closed.
+# State files are memory maps: the pages that were read stay resident until the file is closed.
 _MAPPED_BYTES = 128 << 20
 
 # Transformer Engine keeps a norm's weight in the linear layer that follows it.
@@ -27,12 +27,12 @@ _FUSED = {
 
 
 class MergedReader:
-    """Parameters and moments as they would be at tensor-parallel size 1 (see `checkpoint.layout`), padding included.
+    """Parameters and moments as at tensor-parallel size 1 (see `checkpoint.layout`), padding rows included.
 
     Reads what is asked for; memory is bounded by that and 128 MB of file pages.
 
     Args:
-        folder: a checkpoint
+        folder: A checkpoint.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -41,27 +41,35 @@ class MergedReader:
         self._mapped = 0
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a merged parameter.
+        """Return the shape of a merged parameter.
+
+        Args:
+            name: Native parameter name.
 
         Raises:
-            CheckpointError: there is no such parameter.
+            CheckpointError: There is no such parameter.
         """
         entry = self.manifest.parameters.get(self.stored_name(name))
         if entry is None:
-            raise CheckpointError(f"{self.folder}: expected a parameter {name}, the checkpoint has none of that name")
+            raise CheckpointError(f"{self.folder}: expected a parameter {name}, got none of that name")
         if entry.partition_dim != partition_dim(name):
             raise CheckpointError(
-                f"{self.folder}: expected {name} cut along dimension {partition_dim(name)}, its manifest says "
-                f"{entry.partition_dim}"
+                f"{self.folder}: {name}: expected partition_dim {partition_dim(name)}, got {entry.partition_dim}"
             )
         ranks = self.manifest.tensor_parallel
         return tuple(n * ranks if dimension == entry.partition_dim else n for dimension, n in enumerate(entry.shape))
 
     def rows(self, name: str, start: int, stop: int, key: str = MASTER) -> Tensor:
-        """Merged rows `[start, stop)` of one of `ADAM_STATE`: fp32 [stop - start, ...].
+        """Return merged rows `[start, stop)` of a parameter, fp32 [stop - start, ...].
+
+        Args:
+            name: Native parameter name.
+            start: First row.
+            stop: Row behind the last.
+            key: One of `ADAM_STATE`.
 
         Raises:
-            CheckpointError: the checkpoint does not hold them.
+            CheckpointError: The checkpoint does not hold them.
         """
         shape = self.shape(name)
         if partition_dim(name) == 1:
@@ -90,7 +98,7 @@ class MergedReader:
         return values if width is None else values.view(-1, width)
 
     def stored_name(self, name: str) -> str:
-        """Name under which the checkpoint has a parameter: Transformer Engine's for a fused norm."""
+        """Return the name of a parameter in the checkpoint: Transformer Engine has another one for a fused norm."""
         if name not in self.manifest.parameters:
             for pair in _FUSED.items():
                 for this, other in (pair, pair[::-1]):
@@ -99,92 +107,80 @@ class MergedReader:
         return name
 
 
-class ShardReader:
-    """One tensor-parallel rank's share of a model, out of a checkpoint of any tensor-parallel size.
+class ReshardedReader:
+    """One tensor-parallel rank's shards, out of a checkpoint of any tensor-parallel size.
 
     Args:
-        reader: of the checkpoint
-        shapes: of the rank's parameters
-        live_rows: vocabulary rows that are text or pauses; padding rows are 0, however many there are
-        rank, ranks: the model's place among its tensor-parallel ranks
+        merged: The checkpoint.
+        shapes: Shape of the rank's shard of each parameter, by native name.
+        live_rows: Vocabulary rows that are text or pauses; padding rows are 0, however many there are.
+        rank: Tensor-parallel rank.
+        ranks: Tensor-parallel size.
 
     Raises:
-        CheckpointError: names or shapes differ: the checkpoint is of another model.
+        CheckpointError: Names or shapes differ: it is a checkpoint of another model.
     """
 
     def __init__(
-        self, reader: MergedReader, shapes: Mapping[str, tuple[int, ...]], *, live_rows: int, rank: int, ranks: int
+        self, merged: MergedReader, shapes: Mapping[str, tuple[int, ...]], *, live_rows: int, rank: int, ranks: int
     ) -> None:
-        self.manifest = reader.manifest
-        self._reader, self._shapes, self._live_rows = reader, dict(shapes), live_rows
+        self.folder, self.manifest = merged.folder, merged.manifest
+        self._merged, self._shapes, self._live_rows = merged, dict(shapes), live_rows
         self._rank, self._ranks = rank, ranks
         for name in self._shapes:
             self._check(name)
-        known = {reader.stored_name(name) for name in self._shapes}
-        if unknown := sorted(reader.manifest.parameters.keys() - known):
-            raise CheckpointError(f"{reader.folder}: a checkpoint of another model: this one has no {unknown[0]}")
+        known = {merged.stored_name(name) for name in self._shapes}
+        if unknown := sorted(merged.manifest.parameters.keys() - known):
+            raise CheckpointError(
+                f"{merged.folder}: a checkpoint of another model: expected no parameter {unknown[0]}, got one"
+            )
 
-    def shard(self, name: str) -> Tensor:
-        """The rank's shard of a parameter, fp32."""
-        return self._rows(name, 0, self._shapes[name][0], MASTER)
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of the rank's shard of each parameter, by native name."""
+        return self._shapes
 
     def read(self, address: Address, key: str) -> Tensor:
-        """Elements of the flattened shard of one of `ADAM_STATE`, fp32 [address.numel]; no more rows than hold them."""
+        """Return elements of one flattened shard, fp32 [address.numel]. Only rows that hold them are read.
+
+        Args:
+            address: Parameter and its elements.
+            key: One of `ADAM_STATE`.
+        """
         width = math.prod(self._shapes[address.name][1:])
         low, stop = address.start // width, address.start + address.numel
         values = self._rows(address.name, low, -(-stop // width), key).flatten()
         return values[address.start - low * width : stop - low * width]
 
     def _rows(self, name: str, low: int, high: int, key: str) -> Tensor:
-        """Rows `[low, high)` of the rank's shard."""
-        shape, reader, rank = self._shapes[name], self._reader, self._rank
+        """Return rows `[low, high)` of the rank's shard."""
+        shape, merged, rank = self._shapes[name], self._merged, self._rank
         if name in VOCABULARY:
             start = rank * shape[0] + low
             stop = min(rank * shape[0] + high, self._live_rows)
             values = torch.zeros(high - low, *shape[1:])
             if start < stop:
-                values[: stop - start] = reader.rows(name, start, stop, key)
+                values[: stop - start] = merged.rows(name, start, stop, key)
             return values
         if partition_dim(name) == 1:
-            return reader.rows(name, low, high, key)[:, rank * shape[1] : (rank + 1) * shape[1]]
+            return merged.rows(name, low, high, key)[:, rank * shape[1] : (rank + 1) * shape[1]]
         if partition_dim(name) is None:
-            return reader.rows(name, low, high, key)
+            return merged.rows(name, low, high, key)
         pieces = []
         for span in row_spans(name, shape[0] * self._ranks, self._ranks):
             first, last = max(low, span.local), min(high, span.local + span.count)
             if span.rank == rank and first < last:
                 offset = span.start - span.local
-                pieces.append(reader.rows(name, first + offset, last + offset, key))
+                pieces.append(merged.rows(name, first + offset, last + offset, key))
         return torch.cat(pieces)
 
     def _check(self, name: str) -> None:
-        cut, found = partition_dim(name), self._reader.shape(name)
+        cut, shape = partition_dim(name), self._merged.shape(name)
         expected = tuple(n * self._ranks if dimension == cut else n for dimension, n in enumerate(self._shapes[name]))
-        fits = found == expected
+        fits = shape == expected
         if name in VOCABULARY:
-            fits = found[0] >= self._live_rows and found[1:] == expected[1:]
+            fits = shape[0] >= self._live_rows and shape[1:] == expected[1:]
         if not fits:
             raise CheckpointError(
-                f"{self._reader.folder}: a checkpoint of another model: parameter {name} has shape {found} in the "
-                f"checkpoint and {expected} in this run"
+                f"{self.folder}: a checkpoint of another model: {name}: expected shape {expected}, got {shape}"
             )
-
-
-def load_weights(model: nn.Module, reader: MergedReader, *, live_rows: int, rank: int, ranks: int) -> ShardReader:
-    """Copies master weights into one rank's shard of a model, before DeepSpeed sees it. Arguments as `ShardReader`.
-
-    Returns:
-        What was read from, for the fp32 masters of the engine: under bf16 DeepSpeed makes them of rounded weights.
-    """
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
-    shards = ShardReader(reader, shapes, live_rows=live_rows, rank=rank, ranks=ranks)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(shards.shard(name))
-    return shards
-
-
-def restore_masters(engine: Engine, shards: ShardReader) -> None:
-    """Overwrites the engine's fp32 masters; its moments and step stay as they are."""
-    for address in engine.state.needed():
-        engine.state.set(address, MASTER, shards.read(address, MASTER))

@@ -1,4 +1,4 @@
-"""Saving: hidden folder, every rank's file, agreement, manifest, name, pointer - in that order."""
+"""Saving a checkpoint: hidden folder, every rank's state file, agreement, manifest, rename, `latest`, in this order."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pause_megatron.checkpoint.manifest import FileEntry, Manifest, ParameterEntry, state_file
+from pause_megatron.checkpoint.format import ADAM_STATE, CONFIG, MANIFEST, TOKENIZER, TensorName, state_file
+from pause_megatron.checkpoint.manifest import FileEntry, Manifest, ParameterEntry
 from pause_megatron.checkpoint.reader import state_fault
 from pause_megatron.checkpoint.store import Store
 from pause_megatron.distributed.collective import barrier, gather_objects
 from pause_megatron.distributed.context import ParallelContext
-from pause_megatron.engine import ADAM_STATE, Engine
+from pause_megatron.engine import Engine
 from pause_megatron.errors import CheckpointError
-from pause_megatron.files.durable import digest_of, sync_file, write_whole
-from pause_megatron.run_folder import LATEST, MANIFEST
+from pause_megatron.files.durable import write_whole
+from pause_megatron.run_folder import LATEST
 from pause_megatron.terminal.log import EVERY_RANK
 
 log = logging.getLogger(__name__)
@@ -40,29 +41,35 @@ def save(
     keep: int,
     extra: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Path:
-    """Writes a checkpoint. Every rank calls this; it returns when the checkpoint is complete and `latest` points at it.
+    """Save a checkpoint. Every rank calls this; it returns when the checkpoint is complete and `latest` names it.
 
-    Killed at any moment, it leaves the older checkpoints as they were and the new one either complete or without a
+    Killed at any moment, it leaves the older checkpoints as they were, and the new one either complete or without its
     name. Every file is synced and its digest taken before the manifest is written.
 
     Args:
-        step: steps that the run has taken
-        corpus: fingerprint of the corpus, so that another one is refused when the run resumes
-        progress: counters of the run
-        config_yaml: the resolved configuration
-        save_tokenizer: writes the tokenizer's files into the folder it is given
-        keep: newest checkpoints that stay
-        extra: further files by name; those of rank 0 are written
+        store: The run's checkpoints.
+        engine: The engine whose state is saved.
+        context: Process groups of this rank.
+        step: Training step after which it is saved.
+        corpus: Fingerprint of the corpus. A run on another corpus does not resume from the checkpoint.
+        progress: Counters of the run.
+        config_yaml: The resolved configuration.
+        save_tokenizer: Writes the tokenizer's files into the folder that it is called with.
+        keep: Number of newest checkpoints that are kept.
+        extra: Content of further files, by name; those of rank 0 are written.
+
+    Returns:
+        Folder of the checkpoint.
 
     Raises:
-        CheckpointError: a rank could not write (a full disk, say). Nothing is left of the new checkpoint.
+        CheckpointError: A rank could not write (a full disk, say). Nothing is left of the new checkpoint.
     """
     hidden = store.hidden(step)
-    begun = _attempt(lambda: store.begin(step)) if context.rank == 0 else None
-    _give_up_on_failure(hidden, step, gather_objects(begun), context.rank)
-    mine = _attempt(lambda: _write_mine(hidden, engine, context, config_yaml, save_tokenizer, extra))
-    outcomes = gather_objects(mine)
-    _give_up_on_failure(hidden, step, outcomes, context.rank)
+    opened = _attempt(lambda: store.begin(step)) if context.rank == 0 else None
+    _raise_on_failure(hidden, step, gather_objects(opened), context.rank)
+    result = _attempt(lambda: _write_own_files(hidden, engine, context, config_yaml, save_tokenizer, extra))
+    outcomes = gather_objects(result)
+    _raise_on_failure(hidden, step, outcomes, context.rank)
     written = {name: entry for outcome in outcomes for name, entry in outcome.items()}
     failure: str | None = None
     if context.rank == 0:
@@ -78,13 +85,13 @@ def save(
             progress=dict(progress),
         )
         failure = _attempt(lambda: _publish(store, hidden, manifest))
-    _give_up_on_failure(hidden, step, gather_objects(failure), context.rank)
+    _raise_on_failure(hidden, step, gather_objects(failure), context.rank)
     _tidy(store, step, keep, context.rank)
     barrier()
     return store.path(step)
 
 
-def _write_mine(
+def _write_own_files(
     hidden: Path,
     engine: Engine,
     context: ParallelContext,
@@ -94,32 +101,28 @@ def _write_mine(
 ) -> dict[str, FileEntry]:
     state = engine.state
     tensors = {
-        f"{key}|{address.name}|{address.start}": state.get(address, key).contiguous()
+        TensorName(key, address.name, address.start): state.get(address, key).contiguous()
         for address in state.owned()
         for key in ADAM_STATE
     }
-    for label, values in tensors.items():
-        if fault := state_fault(label.partition("|")[0], values):
-            raise CheckpointError(f"{label}: {fault}: a state to go back from, not to save")
+    for tensor_name, values in tensors.items():
+        if fault := state_fault(tensor_name.key, values):
+            raise CheckpointError(f"{tensor_name}: {fault}; the run has diverged, so its state is not saved")
     name = state_file(context.tp_rank, context.tp_size, context.dp_rank, context.dp_size)
-    _save_tensors(tensors, hidden / name)
+    _save_tensors({str(label): values for label, values in tensors.items()}, hidden / name)
     paths = [hidden / name]
     if context.rank == 0:
-        write_whole(hidden / "config.yaml", config_yaml.encode())
-        save_tokenizer(hidden / "tokenizer")
+        write_whole(hidden / CONFIG, config_yaml.encode())
+        save_tokenizer(hidden / TOKENIZER)
         for name, content in extra.items():
             write_whole(hidden / name, content)
-        paths += [hidden / name for name in ("config.yaml", *extra)]
-        paths += [*sorted(p for p in (hidden / "tokenizer").rglob("*") if p.is_file())]
-    entries = {}
-    for path in paths:
-        sync_file(path)
-        entries[path.relative_to(hidden).as_posix()] = FileEntry(path.stat().st_size, digest_of(path))
-    return entries
+        paths += [hidden / name for name in (CONFIG, *extra)]
+        paths += [*sorted(p for p in (hidden / TOKENIZER).rglob("*") if p.is_file())]
+    return {path.relative_to(hidden).as_posix(): FileEntry.of(path) for path in paths}
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """A safetensors file with the permissions of any new file; the library makes it its owner's alone."""
+    """Write a safetensors file with the umask's permissions; the library makes it readable to its owner alone."""
     path.touch()
     mode = path.stat().st_mode
     save_file(tensors, path)
@@ -132,12 +135,12 @@ def _publish(store: Store, hidden: Path, manifest: Manifest) -> None:
 
 
 def _tidy(store: Store, step: int, keep: int, rank: int) -> None:
-    """What comes after a checkpoint has its name: nothing that fails here undoes it, so the run goes on."""
+    """Move `latest` and delete old checkpoints. The new one is complete, so a failure here is a warning."""
     if rank == 0:
         try:
-            store.point_to(step)
+            store.move_latest(step)
         except OSError as error:
-            _warn(step, f"{store.folder / LATEST} could not be pointed at it: {error}")
+            _warn(step, f"{store.folder / LATEST} could not be moved to it: {error}")
     try:
         store.prune(step, keep)
     except (OSError, CheckpointError) as error:
@@ -152,22 +155,22 @@ def _parameters(engine: Engine) -> dict[str, ParameterEntry]:
     entries = {}
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
-            # Under ZeRO-3 a parameter's own shape is empty between steps; ds_shape is what it was.
+            # Under ZeRO-3 a parameter's own shape is empty between steps; ds_shape is the whole shape.
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-            cut = getattr(parameter, "tensor_model_parallel", False)
-            entries[name] = ParameterEntry(shape, parameter.partition_dim if cut else None)
+            sharded = getattr(parameter, "tensor_model_parallel", False)
+            entries[name] = ParameterEntry(shape, getattr(parameter, "partition_dim") if sharded else None)  # noqa: B009
     return entries
 
 
 def _attempt(action: Callable[[], Any]) -> Any:
-    """The action's result, or its failure as text: a rank that raised alone would leave the others waiting."""
+    """Return the action's result, or its error as text: a rank that raised alone would leave the others waiting."""
     try:
         return action()
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
 
-def _give_up_on_failure(hidden: Path, step: int, outcomes: list[Any], rank: int) -> None:
+def _raise_on_failure(hidden: Path, step: int, outcomes: list[Any], rank: int) -> None:
     failures = [f"rank {index}: {outcome}" for index, outcome in enumerate(outcomes) if isinstance(outcome, str)]
     if not failures:
         return

@@ -1,4 +1,4 @@
-"""A checkpoint read whole against its manifest, by one process or by all ranks together."""
+"""Verifying checkpoints: every file against its size and digest, every tensor for gaps and non-finite values."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pause_megatron.checkpoint.format import is_state_file
 from pause_megatron.checkpoint.manifest import FileEntry, Manifest, NewerFormatError
-from pause_megatron.checkpoint.reader import CheckpointReader, not_finite
+from pause_megatron.checkpoint.reader import CheckpointReader, state_file_faults
 from pause_megatron.distributed.collective import gather_objects
 from pause_megatron.errors import CheckpointError
 from pause_megatron.files.durable import digest_of
 
 Report = Callable[[str, int, int], None]
-"""Called with (what is being done, bytes done, bytes in all)."""
+"""A progress callback, called with (stage, bytes done, bytes in all)."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +23,9 @@ class Complete:
     """A complete checkpoint.
 
     Attributes:
-        folder: where
-        manifest: what it says of itself
-        complaints: about those that were passed over before it, one line a file
+        folder: Folder of the checkpoint.
+        manifest: Its manifest.
+        complaints: What is wrong with the checkpoints that were passed over before it, one line a file.
     """
 
     folder: Path
@@ -33,22 +34,23 @@ class Complete:
 
 
 def no_report(stage: str, done: int, total: int) -> None:
-    """A Report that tells nobody."""
+    """Report nothing."""
 
 
 def first_complete(
     folders: Sequence[Path], *, rank: int = 0, world_size: int = 1, report: Report = no_report
 ) -> Complete:
-    """The first of these checkpoints in which nothing is wrong. Every rank calls this with the same folders.
+    """Return the first of these checkpoints that is complete. Every rank calls this with the same folders.
 
     Args:
-        folders: in the order in which they are tried; at least one
-        rank, world_size: the reading is shared out among the ranks
-        report: told how far this rank is
+        folders: Checkpoints in the order in which they are tried; at least one.
+        rank: Rank of this process. The files are distributed over the ranks.
+        world_size: Number of ranks.
+        report: Progress callback of this rank.
 
     Raises:
-        NewerFormatError: one that comes before was written by a newer release.
-        CheckpointError: every one is damaged; what is wrong is named.
+        NewerFormatError: A newer release wrote one that comes before.
+        CheckpointError: Every one is damaged; the message says what is wrong with each.
     """
     complaints: list[str] = []
     for folder in folders:
@@ -61,26 +63,35 @@ def first_complete(
 
 
 def problems_of(folder: Path, *, rank: int = 0, world_size: int = 1, report: Report = no_report) -> list[str]:
-    """What is wrong with a checkpoint, one line a file, the same on every rank; empty when nothing is.
+    """Return what is wrong with a checkpoint, one line a file, the same on every rank; empty for a complete one.
 
-    Sizes and digests of all files; that state files hold each element of each parameter once, in fp32, finite.
-    Arguments and NewerFormatError as in `first_complete`.
+    Checks the size and digest of each file, and that the state files hold each element of each parameter once, in
+    fp32, finite. Every rank calls this.
+
+    Args:
+        folder: The checkpoint.
+        rank: Rank of this process. The files are distributed over the ranks.
+        world_size: Number of ranks.
+        report: Progress callback of this rank.
+
+    Raises:
+        NewerFormatError: A newer release wrote it.
     """
-    newer, found = "", []
+    newer, problems = "", []
     try:
         manifest = Manifest.load(folder)
         names = list(manifest.files)[rank::world_size]
-        found = _file_problems(folder, manifest, names, report)
-        if not found:  # what is damaged is not looked into
-            found = _state_problems(folder, manifest, range(rank, manifest.tensor_parallel, world_size))
+        problems = _file_problems(folder, manifest, names, report)
+        if not problems:  # a damaged file is not parsed
+            problems = _state_problems(folder, manifest, range(rank, manifest.tensor_parallel, world_size))
     except NewerFormatError as error:
         newer = str(error)
     except CheckpointError as error:
-        found = [str(error)]
-    everywhere = gather_objects((newer, found))
-    if newer := max(text for text, _ in everywhere):
+        problems = [str(error)]
+    by_rank = gather_objects((newer, problems))
+    if newer := max(text for text, _ in by_rank):
         raise NewerFormatError(newer)
-    return sorted({problem for _, problems in everywhere for problem in problems})
+    return sorted({problem for _, found in by_rank for problem in found})
 
 
 def _file_problems(folder: Path, manifest: Manifest, names: Sequence[str], report: Report) -> list[str]:
@@ -88,10 +99,10 @@ def _file_problems(folder: Path, manifest: Manifest, names: Sequence[str], repor
     for name in names:
         path = folder / name
         if not path.resolve().is_relative_to(folder.resolve()):
-            problems.append(f"{path}: a link out of the checkpoint")
+            problems.append(f"{path}: expected a file inside the checkpoint, got a link out of it")
         elif problem := file_problem(path, manifest.files[name]):
             problems.append(problem)
-        elif name.endswith(".safetensors") and "/" not in name:
+        elif is_state_file(name):
             problems += _values_problems(path)
         done += manifest.files[name].bytes
         report("checking digests", done, total)
@@ -100,7 +111,7 @@ def _file_problems(folder: Path, manifest: Manifest, names: Sequence[str], repor
 
 def _values_problems(path: Path) -> list[str]:
     try:
-        return not_finite(path)
+        return state_file_faults(path)
     except CheckpointError as error:
         return [str(error)]
 
@@ -116,15 +127,20 @@ def _state_problems(folder: Path, manifest: Manifest, tp_ranks: Sequence[int]) -
 
 
 def file_problem(path: Path, entry: FileEntry) -> str | None:
-    """What is wrong with a file whose size and digest are known; None when nothing is."""
+    """Return what is wrong with a file whose size and digest are known; None where it is intact.
+
+    Args:
+        path: The file.
+        entry: Its size and digest.
+    """
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
-            return f"{path}: expected a file, found something else of that name"
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe would block
+            return f"{path}: expected a regular file, got something else of that name"
         if status.st_size != entry.bytes:
-            return f"{path}: expected {entry.bytes} bytes, found {status.st_size}"
+            return f"{path}: expected {entry.bytes} bytes, got {status.st_size}"
         if digest_of(path) != entry.digest:
-            return f"{path}: its digest is not the manifest's; the file was altered after it was written"
+            return f"{path}: expected the manifest's digest, got another: the file was altered after it was written"
     except (OSError, ValueError) as error:
         return f"{path}: {getattr(error, 'strerror', None) or error}"
     return None

@@ -1,4 +1,4 @@
-"""Files that appear complete or not at all: digested writing, publishing by rename, one writer at a time."""
+"""Atomic, durable file writes: digests taken while writing, publishing by rename, symbolic links, writer locks."""
 
 from __future__ import annotations
 
@@ -20,9 +20,16 @@ READ_BYTES = 1 << 20
 
 
 class DigestFile:
-    """A file being written under a temporary name, its digest taken on the way. `publish` makes it visible.
+    """A file that is written under a temporary name, its digest taken meanwhile. `publish` renames it.
 
-    xxh3_128 finds damage at memory speed (tens of GB/s); it is no defence against somebody who forges a corpus.
+    xxh3_128 detects damage at memory speed (tens of GB/s). It is not cryptographic: it does not detect forgery.
+
+    Args:
+        path: Final path.
+
+    Attributes:
+        path: Final path.
+        bytes: Bytes written so far.
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,26 +51,33 @@ class DigestFile:
         return f"xxh3_128:{self._hash.hexdigest()}"
 
     def finish(self) -> None:
-        """Bring the bytes to the disk; the file keeps its temporary name."""
+        """Sync the file to disk and close it; it keeps its temporary name."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
 
     def publish(self) -> None:
-        """Finish, and give the file its name."""
+        """Finish, and rename the file to its final path."""
         if not self._file.closed:
             self.finish()
         os.replace(self._temporary, self.path)
 
     def discard(self) -> None:
-        """Drop what was written, unless it was published."""
+        """Delete the temporary file, unless it was published."""
         with contextlib.suppress(OSError):  # closing flushes, which fails again on a full disk
             self._file.close()
         self._temporary.unlink(missing_ok=True)
 
 
 class BlockDigests:
-    """Digests of a file in blocks of `block_bytes`, taken piece by piece as the file is written."""
+    """Digests of consecutive blocks of a file, updated as it is written.
+
+    Args:
+        block_bytes: Size of a block in bytes.
+
+    Attributes:
+        block_bytes: Size of a block in bytes.
+    """
 
     def __init__(self, block_bytes: int) -> None:
         self.block_bytes = block_bytes
@@ -85,12 +99,17 @@ class BlockDigests:
 
     @property
     def digests(self) -> list[str]:
-        """Digests of the blocks so far, the last one maybe shorter, each as 'xxh3_128:HEX'."""
+        """Digests of the blocks so far, each as 'xxh3_128:HEX'; the last block may be shorter."""
         return [*self._finished, f"xxh3_128:{self._hash.hexdigest()}"] if self._filled else [*self._finished]
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a small file so that it appears complete or not at all, and survives a power cut."""
+    """Write a small file atomically, and sync it and its folder to disk.
+
+    Args:
+        path: Path of the file.
+        data: Its content.
+    """
     file = DigestFile(path)
     try:
         file.write(data)
@@ -101,7 +120,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def sync_file(path: Path) -> None:
-    """Bring the bytes of a file that is written and closed to the disk."""
+    """Sync a closed file to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -109,17 +128,19 @@ def sync_file(path: Path) -> None:
         os.close(descriptor)
 
 
-# On Linux a folder is synced as a file is; that makes the names in it durable.
+# On Linux a folder is synced like a file, which makes the names in it durable.
 sync_folder = sync_file
 
 
-def point(link: Path, target: str) -> None:
-    """Make `link` lead to `target` (a name in its folder), replacing an older one in a single step.
+def symlink_atomic(link: Path, target: str) -> None:
+    """Create or replace a symbolic link atomically. Where the file system has none, a file holds the target's name.
 
-    A symbolic link; where the file system has none, a file that holds the name.
+    Args:
+        link: Path of the link.
+        target: A name in the link's folder.
 
     Raises:
-        OSError: neither can be made, or a folder is in the way.
+        OSError: Neither can be made, or a folder is in the way.
     """
     partial = link.with_name(f".{link.name}.partial")
     partial.unlink(missing_ok=True)
@@ -137,11 +158,14 @@ def point(link: Path, target: str) -> None:
 
 
 def read_regular(path: Path, largest: int) -> bytes:
-    """Bytes of a small file.
+    """Return the content of a small regular file.
+
+    Args:
+        path: The file.
+        largest: Largest size in bytes that is read.
 
     Raises:
-        OSError: it cannot be read, is larger than `largest` bytes, or is a folder, a pipe or a device, on which reading
-            might wait for ever.
+        OSError: It cannot be read, is larger, or is a folder, a pipe or a device, on which reading might block.
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
@@ -152,7 +176,7 @@ def read_regular(path: Path, largest: int) -> bytes:
 
 
 def digest_of(path: Path) -> str:
-    """Digest of a whole file, as `DigestFile.digest` gives it."""
+    """Return the digest of a whole file as 'xxh3_128:HEX'."""
     hasher = xxhash.xxh3_128()
     with open(path, "rb") as file:
         while block := file.read(READ_BYTES):
@@ -161,29 +185,32 @@ def digest_of(path: Path) -> str:
 
 
 def own_temporary_folder() -> Path:
-    """A folder of this user alone, for files whose names others can guess, in the one that all users share.
+    """Return a private folder of this user (mode 0700) in the shared temporary folder, created if missing.
 
     Raises:
-        OSError: what has its name is somebody else's, or others may write to it.
+        OSError: The path exists and belongs to another user, or others may write to it.
     """
     folder = Path(tempfile.gettempdir()) / f"pause-megatron-{os.getuid()}"
     with contextlib.suppress(FileExistsError):
         folder.mkdir(mode=0o700)
-    there = folder.lstat()
-    if not stat.S_ISDIR(there.st_mode) or there.st_uid != os.getuid() or there.st_mode & 0o077:
-        expected = "expected a folder of this user alone (mode 0700); remove it, or set TMPDIR"
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        expected = "expected a private folder of this user (mode 0700); remove it, or set TMPDIR"
         raise OSError(errno.EPERM, expected, str(folder))
     return folder
 
 
 def file_lock(path: Path) -> int | None:
-    """Take an exclusive lock on `path` (created). It goes with the process: a killed one leaves no stale lock behind.
+    """Take an exclusive lock on a file, created if missing. The kernel drops the lock when the process ends.
+
+    Args:
+        path: The lock file.
 
     Returns:
-        The descriptor that holds it; None where the file system has no locks.
+        The descriptor that holds the lock; None where the file system has no locks.
 
     Raises:
-        BlockingIOError: another process holds it.
+        BlockingIOError: Another process holds it.
     """
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -193,15 +220,20 @@ def file_lock(path: Path) -> int | None:
             os.close(descriptor)
             if isinstance(error, BlockingIOError):
                 raise
-            return None  # file systems say this in many ways: ENOLCK, ENOTSUP, ENOSYS, EINVAL, EACCES, EIO
-        # Between open and flock the former holder may have removed the file: then this lock is on a nameless file.
+            return None  # file systems differ here: ENOLCK, ENOTSUP, ENOSYS, EINVAL, EACCES, EIO
+        # The former holder may have removed the file between open and flock; then the lock is on an unlinked file.
         if has_name(descriptor, path):
             return descriptor
         os.close(descriptor)
 
 
 def has_name(descriptor: int, path: Path) -> bool:
-    """Whether the file that is open is the one that has this name now."""
+    """Return whether an open file is the one at this path now.
+
+    Args:
+        descriptor: Of the open file.
+        path: The path.
+    """
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except OSError:
@@ -210,13 +242,20 @@ def has_name(descriptor: int, path: Path) -> bool:
 
 @contextlib.contextmanager
 def only_writer(path: Path, what: str) -> Iterator[int]:
-    """Nobody else who asks for `path` goes on while the body runs: by a lock on it, or by a file where there are none.
+    """Hold a lock while the body runs, on `path`, or by a holder file where the file system has no locks.
 
-    A child that is given the descriptor which the body receives (`subprocess.Popen(pass_fds=...)`) holds the lock too,
-    should its parent be killed.
+    A child process that inherits the descriptor (`subprocess.Popen(pass_fds=...)`) keeps the lock if its parent is
+    killed.
+
+    Args:
+        path: The lock file.
+        what: What is being written, for the message.
+
+    Yields:
+        The descriptor of the lock file.
 
     Raises:
-        DataError: another process holds it.
+        DataError: Another process holds the lock.
     """
     with contextlib.ExitStack() as closing:
         try:

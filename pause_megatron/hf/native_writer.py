@@ -9,18 +9,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from pause_megatron.checkpoint.format import ADAM_STATE, MANIFEST, MASTER, TensorName, state_file
 from pause_megatron.checkpoint.layout import VOCABULARY, partition_dim, row_spans, shard_shape
-from pause_megatron.checkpoint.manifest import FileEntry, Manifest, ParameterEntry, state_file
+from pause_megatron.checkpoint.manifest import FileEntry, Manifest, ParameterEntry
 from pause_megatron.checkpoint.verify import Report
 from pause_megatron.config.schema import ResolvedConfig
-from pause_megatron.engine.state import ADAM_STATE, MASTER
-from pause_megatron.files.durable import digest_of, sync_file, write_whole
+from pause_megatron.files.durable import write_whole
 from pause_megatron.hf.folder import SourceWeights
 from pause_megatron.hf.safetensors_file import Entry, SafetensorsWriter
 from pause_megatron.hf.weights import HFRows, HFTensor, native_rows, native_shapes
 from pause_megatron.model import Vocabulary
 from pause_megatron.model.init import pause_row
-from pause_megatron.run_folder import MANIFEST
 
 _BLOCK_BYTES = 16 << 20
 
@@ -68,19 +67,17 @@ def write_native(
     source = _Source(native_rows(list(tensors)), weights, shapes, pauses)
     total, done = 4 * ranks * sum(_numel(shard_shape(name, shape, ranks)) for name, shape in shapes.items()), 0
     for rank in range(ranks):
-        entries = [
-            Entry(f"{key}|{name}|0", (_numel(shard_shape(name, shape, ranks)),), torch.float32)
-            for key in ADAM_STATE
-            for name, shape in shapes.items()
-        ]
+        entries = {}
+        for tensor in (TensorName(key, name, 0) for key in ADAM_STATE for name in shapes):
+            shape = shard_shape(tensor.parameter, shapes[tensor.parameter], ranks)
+            entries[tensor] = Entry(str(tensor), (_numel(shape),), torch.float32)
         path = folder / state_file(rank, ranks, 0, 1)
-        with SafetensorsWriter(path, entries) as writer:
-            for entry in entries:
-                key, name, _ = entry.name.split("|")
-                if key != MASTER:
+        with SafetensorsWriter(path, list(entries.values())) as writer:
+            for tensor, entry in entries.items():
+                if tensor.key != MASTER:
                     writer.zeros(entry.shape[0])
                     continue
-                for block in source.shard(name, rank, ranks):
+                for block in source.shard(tensor.parameter, rank, ranks):
                     writer.write(block)
                 done += entry.bytes
                 report("writing weights", done, total)
@@ -149,10 +146,8 @@ class _Source:
 
 def _write_manifest(folder: Path, config: ResolvedConfig, shapes: dict[str, tuple[int, ...]], corpus: str) -> None:
     ranks = config.parallel.tensor
-    files = {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        sync_file(path)
-        files[path.relative_to(folder).as_posix()] = FileEntry(path.stat().st_size, digest_of(path))
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = {path.relative_to(folder).as_posix(): FileEntry.of(path) for path in paths}
     parameters = {
         name: ParameterEntry(shard_shape(name, shape, ranks), partition_dim(name)) for name, shape in shapes.items()
     }

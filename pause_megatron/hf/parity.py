@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pause_megatron.checkpoint.merge import load_weights
+from pause_megatron.checkpoint import load_weights
 from pause_megatron.config.schema import ParallelSection
 from pause_megatron.data.corpus.corpora import open_corpora
 from pause_megatron.data.corpus.manifest import path_of

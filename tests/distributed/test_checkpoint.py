@@ -191,7 +191,7 @@ def test_a_manifest_names_files_inside_its_folder_only(two_checkpoints, tmp_path
     for name in ("../../etc/passwd", "/etc/passwd", "a//b", ".", "manifest.json", "a\nb"):
         entries = {**manifest.files, name: FileEntry(1, "")}
         (copy / "manifest.json").write_text(replace(manifest, files=entries).dumps())
-        with pytest.raises(CheckpointError, match="file name"):
+        with pytest.raises(CheckpointError, match="expected .*file names"):
             Manifest.load(copy)
 
 
@@ -257,5 +257,5 @@ def test_another_model_is_refused_by_parameter_name(tmp_path):
     run_on_ranks(2, write, str(tmp_path), 1, "fp32", 2)
     reader = CheckpointReader(tmp_path / f"step-{HALF:08d}", 0)
     other = torch.nn.Sequential(torch.nn.Linear(3, 3))
-    with pytest.raises(CheckpointError, match=r"another model: parameter 0\.bias has shape none"):
+    with pytest.raises(CheckpointError, match=r"another model: 0\.bias: expected shape \(3,\), got none"):
         restore_weights(other, reader)

@@ -19,7 +19,8 @@ from test_checkpoint import save_toy
 from test_engine import config, make_engine
 
 from pause_megatron.checkpoint import Manifest, Store
-from pause_megatron.checkpoint.manifest import VERSION, FileEntry, NewerFormatError
+from pause_megatron.checkpoint.format import VERSION
+from pause_megatron.checkpoint.manifest import FileEntry, NewerFormatError
 from pause_megatron.checkpoint.store import open_newest
 from pause_megatron.checkpoint.verify import problems_of
 from pause_megatron.errors import CheckpointError
@@ -271,7 +272,7 @@ def interrupted_save(folder: str, call: str) -> None:
     one_rank(folder, act)
 
 
-@pytest.mark.parametrize(("call", "expected"), [("publish", 10), ("_set_aside", 10), ("point_to", 15)])
+@pytest.mark.parametrize(("call", "expected"), [("publish", 10), ("_set_aside", 10), ("move_latest", 15)])
 def test_a_roll_back_that_was_killed_while_it_saved_goes_on(run, call, expected):
     point_by_hand(run, "step-00000010")
     run_on_ranks(1, interrupted_save, str(run / "checkpoints"), call)
@@ -291,13 +292,13 @@ def fail_after_publishing(folder: str) -> str:
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
     def act(save, store, engine) -> None:
-        original, module.point, store._delete = module.point, refuse, refuse
+        original, module.symlink_atomic, store._delete = module.symlink_atomic, refuse, refuse
         try:
             with contextlib.redirect_stderr(said):
                 save(40)
                 save(50)
         finally:
-            module.point = original
+            module.symlink_atomic = original
 
     one_rank(folder, act)
     return said.getvalue()

@@ -288,11 +288,11 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a config of 10 GB": (lambda f: sparse(f / "config.yaml", 10**10), "config.yaml"),
     "a billion layers": (lambda f: yaml_edit(f, "layers: 1", "layers: 1000000000"), "1,000,000,000 layers"),
     "a hidden size of 2**40": (lambda f: yaml_edit(f, "hidden: 16", f"hidden: {2**40}"), "expected shape"),
-    "a pause id of 2**40": (huge_pause_id, r"expected elements .* found"),
-    "a parameter of 10**18 elements": (huge_shape, r"expected elements .* found"),
+    "a pause id of 2**40": (huge_pause_id, r"expected elements .* got"),
+    "a parameter of 10**18 elements": (huge_shape, r"expected elements .* got"),
     "a manifest that leaves the folder": (
         lambda f: replace(Manifest.load(f), files={"../../etc/passwd": FileEntry(1, "")}),
-        "leaves the checkpoint",
+        "inside the checkpoint",
     ),
     "a pickled manifest": (lambda f: pickled(f / "manifest.json"), "expected a pause-megatron-checkpoint manifest"),
 }

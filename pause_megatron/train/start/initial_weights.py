@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from pause_megatron.checkpoint.merge import MergedReader, load_weights, restore_masters
+from pause_megatron.checkpoint import MergedReader, load_weights, restore_masters
 from pause_megatron.checkpoint.store import open_newest
 from pause_megatron.config.load import load
 from pause_megatron.config.model_from import SHAPE

@@ -240,7 +240,7 @@ def test_what_others_planted_in_the_shared_temporary_folder_is_not_used(
     victim = tmp_path / "victim"
     victim.mkdir()
     plant(tmp_path / f"pause-megatron-{os.getuid()}", victim)
-    with pytest.raises(OSError, match="expected a folder of this user alone"):
+    with pytest.raises(OSError, match="expected a private folder of this user"):
         own_temporary_folder()
     assert list(victim.iterdir()) == []
 
