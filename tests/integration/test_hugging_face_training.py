@@ -16,7 +16,13 @@ from support.ranks import run_on_ranks
 from support.tiny_llama import llama, sentencepiece_tokenizer
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainingArguments,
+)
 
 from pause_megatron import PauseExamples, PauseLoss, PauseTransform, add_pause_token, pad_batch, pause_windows
 from pause_megatron.data.prepare.prepare import prepare
@@ -24,7 +30,7 @@ from pause_megatron.data.tokenizer.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 SECTIONS = [
-    (ROOT / "README.md", "## As a library, with Hugging Face\n"),
+    (ROOT / "README.md", "## In your own script\n"),
     (ROOT / "pause_megatron" / "hf" / "README.md", "## Training a transformers model\n"),
 ]
 PAUSE = 600
@@ -86,6 +92,20 @@ def test_the_readmes_lines_train_a_model_with_pauses(folder, tmp_path, monkeypat
     before_loop = _definition(model, ids)
     _run(ast.parse(loop).body, names)
     assert _definition(model, ids) < before_loop - 0.1
+
+
+def test_the_three_lines_that_the_readme_begins_with_make_a_dataset(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    block = re.search(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)[1]
+    assert len(block.splitlines()) == 3
+    loaders = {"tokenizer": AutoTokenizer, "model": AutoModelForCausalLM}
+    names: dict[str, object] = {name: loader.from_pretrained("llama/") for name, loader in loaders.items()}
+    _run(ast.parse(block).body, names)
+    sample = names["train"][9_999]
+    pauses = sample["input_ids"] == PAUSE
+    assert len(names["train"]) == 10_000 and sample["input_ids"].shape == (2048,)
+    assert pauses.sum() == round(0.1 * 2047) and (sample["labels"][pauses] == -100).all()
+    assert list(names["pause_ids"]) == [PAUSE] and names["model"].get_input_embeddings().num_embeddings > PAUSE
 
 
 def _run(body: list[ast.stmt], names: dict[str, object]) -> None:

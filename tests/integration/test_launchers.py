@@ -169,7 +169,8 @@ def test_torchrun_starts_a_run_too(quickstart, tmp_path):
     assert losses[0] == losses[1]
 
 
-PROGRAMS = ("bash", "deepspeed", "pause-megatron", "pip", "pre-commit", "pytest", "python", "sbatch", "tensorboard")
+PROGRAMS = ("bash", "deepspeed", "pause-megatron", "pip", "pre-commit", "pytest", "python", "sbatch")
+PROGRAMS += ("source", "tensorboard")
 TOP_PAGES = (ROOT / "README.md", ROOT / "CONTRIBUTING.md")
 PAGES = (*TOP_PAGES, *(path for depth in ("*", "*/*", "*/*/*") for path in sorted(ROOT.glob(f"{depth}/README.md"))))
 
@@ -205,6 +206,8 @@ def test_every_command_of_the_readmes_is_one_that_exists(command, tmp_path):
     program, *words = shlex.split(command.partition(" > ")[0])
     if program == "pip":
         check_pip(words)
+    elif program == "source":
+        assert words == [".venv/bin/activate"]  # made by setup.sh
     elif program == "pre-commit":
         assert words in (["install"], ["run", "--all-files"]) and (ROOT / ".pre-commit-config.yaml").is_file()
     elif program == "pytest" or words[:2] == ["-m", "pytest"]:

@@ -1,4 +1,4 @@
-"""pause_megatron/README.md: its map has every folder, its picture is the import table, its terms are the code's."""
+"""pause_megatron/README.md: its map has every folder, its picture is the import table, its keys exist."""
 
 from __future__ import annotations
 
