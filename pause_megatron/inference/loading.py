@@ -66,7 +66,7 @@ def load(
 def write_custom_generate(folder: str | Path) -> Path:
     """Write `custom_generate/generate.py` to a model folder, for `model.generate(custom_generate=FOLDER, pauses=10)`.
 
-    transformers runs it only with trust_remote_code=True. It does not need this package.
+    transformers runs it only for callers who set trust_remote_code. It does not need this package.
 
     Args:
         folder: A transformers folder with safetensors.
