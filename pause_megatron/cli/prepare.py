@@ -99,7 +99,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
 
 def hub_options(args: argparse.Namespace):
     """The `HubOptions` that the input options ask for."""
-    from pause_megatron.data.text.sources import HubOptions
+    from pause_megatron.data.text.hub import HubOptions
 
     return HubOptions(
         config=args.hf_config, split=args.hf_split, revision=args.hf_revision, data_files=tuple(args.hf_data_files)
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     from pause_megatron.cli.support.prepare_progress import ProgressBar
     from pause_megatron.data.corpus.corpus import open_corpus
     from pause_megatron.data.corpus.first_use import check_and_record
-    from pause_megatron.data.corpus.verify import refuse
+    from pause_megatron.data.corpus.verify import raise_if_damaged
     from pause_megatron.data.prepare.prepare import prepare, summary
     from pause_megatron.data.text.sources import ReadOptions
     from pause_megatron.data.tokenizer.tokenizer import load_tokenizer
@@ -133,7 +133,7 @@ def run(args: argparse.Namespace) -> int:
     print(summary(prepared, args.output))
     if args.verify:
         corpus = open_corpus(args.output)
-        refuse(corpus, check_and_record(corpus))
+        raise_if_damaged(corpus, check_and_record(corpus))
         print("verified: the digests of .bin and .idx are those of the manifest")
     return 0
 

@@ -75,12 +75,12 @@ def test_a_bin_shorter_than_its_index(copy, tmp_path):
     path = Path(f"{copy}.bin")
     path.write_bytes(path.read_bytes()[:-100])
     message = refused(1, f"data.prefix={copy}", f"run.dir={tmp_path}/run")
-    assert f"{path} is shorter than its index says" in message
+    assert f"{path}: expected " in message and " bytes, the size in english.idx, got " in message
 
 
 def test_another_tokenizer_than_the_corpus_was_prepared_with(corpus, other_tokenizer, tmp_path):
     message = refused(1, f"data.prefix={corpus}", f"data.tokenizer={other_tokenizer}", f"run.dir={tmp_path}/run")
-    assert "was prepared with tokenizer sentencepiece:" in message and "(600 ids)" in message
+    assert "expected its tokenizer sentencepiece:" in message and "(600 ids)" in message
 
 
 @pytest.mark.parametrize(("pause_id", "role"), [(2, "EOD"), (0, "UNK")])

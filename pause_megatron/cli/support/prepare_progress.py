@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any, TextIO
 
-from pause_megatron.data.prepare.pool import Progress
+from pause_megatron.data.prepare.pool import PrepareProgress
 from pause_megatron.terminal.progress import open_bar
 
 _FORMAT = "{desc} {percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}{postfix}"
@@ -13,12 +13,12 @@ _FORMAT_OPEN = "{desc} {elapsed}{postfix}"
 
 
 class ProgressBar:
-    """Shows `Progress` reports. Rates are of this run: what an earlier run had finished does not count."""
+    """Shows `PrepareProgress` reports. Rates are of this run: what an earlier run had finished does not count."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._bar: Any = None
-        self._first: Progress | None = None
+        self._first: PrepareProgress | None = None
         self._begun = time.perf_counter()
 
     def __enter__(self) -> ProgressBar:
@@ -28,7 +28,7 @@ class ProgressBar:
         if self._bar is not None:
             self._bar.close()
 
-    def update(self, progress: Progress) -> None:
+    def update(self, progress: PrepareProgress) -> None:
         """Show a report."""
         if self._first is None or progress.phase != self._first.phase:
             self._open(progress)
@@ -47,7 +47,7 @@ class ProgressBar:
         else:
             self._bar.update(0 if self._bar.n == progress.documents else progress.documents - self._bar.n)
 
-    def _open(self, progress: Progress) -> None:
+    def _open(self, progress: PrepareProgress) -> None:
         if self._bar is not None:
             self._bar.close()
         self._first = progress

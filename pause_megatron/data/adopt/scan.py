@@ -19,7 +19,7 @@ from pause_megatron.files.durable import BlockDigests
 SHOWN = 5
 """Places of a kind that are named."""
 
-_READ_BYTES = 4 << 20
+READ_BYTES = 4 << 20
 
 
 @dataclass
@@ -218,5 +218,5 @@ class _Documents:
 
 def _pieces(path: Path) -> Iterator[bytes]:
     with open(path, "rb") as file:
-        while data := file.read(_READ_BYTES):
+        while data := file.read(READ_BYTES):
             yield data

@@ -1,4 +1,4 @@
-"""What lies at PREFIX: `.bin`, `.idx`, tokenizer and manifest; opened, blended and verified."""
+"""Tokenized corpora on disk: opening, blending and verifying the files at a prefix."""
 
 from __future__ import annotations
 

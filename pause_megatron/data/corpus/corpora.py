@@ -1,4 +1,4 @@
-"""The prepared corpora of a run, opened and checked together."""
+"""The corpora of a run, opened and checked together."""
 
 from __future__ import annotations
 
@@ -26,12 +26,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Corpora:
-    """Attributes:
-    corpora: in the order of data.prefix
-    valid: in the order of data.valid_prefix
-    tokenizer: the one that all of them share
-    fingerprint: of what is in those of data.prefix and how they are blended; where the files lie does not matter. For
-        data.source: of the tokenizer alone
+    """The corpora of a run with the tokenizer that they share.
+
+    Attributes:
+        corpora: Training corpora, in the order of data.prefix.
+        valid: Validation corpora, in the order of data.valid_prefix.
+        tokenizer: The tokenizer that all of them share.
+        fingerprint: Digest of the content and the weights of the training corpora; it does not depend on their paths.
+            With data.source, a fingerprint of the tokenizer alone.
     """
 
     corpora: tuple[Corpus, ...]
@@ -40,12 +42,16 @@ class Corpora:
     fingerprint: str
 
     def verify(self, data: DataSection, rank: int = 0) -> None:
-        """Reads each corpus whole at its first use, as data.verify says. Every rank calls this; one of them reads.
+        """Read each corpus whole at its first use, as data.verify says.
 
-        Rank 0 shows how far that one is, whichever it is.
+        Every rank calls this; one of them reads while the others wait. Rank 0 shows the progress of the reading rank.
+
+        Args:
+            data: The data section of the configuration.
+            rank: Global rank of this process.
 
         Raises:
-            DataError: a byte is not what `prepare` wrote; on every rank.
+            DataError: A corpus is damaged; raised on every rank.
         """
         with StageProgress(sys.stderr) as progress:
             report = progress.report if rank == 0 else no_report
@@ -53,45 +59,53 @@ class Corpora:
                 verify_at_use(corpus, data.verify, data.cache, report=report, warn=_warn)
 
     def require_unchanged(self) -> None:
-        """Make sure that the files which this process has mapped meanwhile are those that were opened here.
+        """Check that no corpus was replaced between its opening and the memory-mapping of its files.
 
-        From now on a corpus may be replaced by others of its name: a mapped file stays what it is.
+        Afterwards a corpus may be replaced by another one of its name: a mapped file does not change.
 
         Raises:
-            DataError: a corpus was prepared anew meanwhile.
+            DataError: A corpus was prepared again in the meantime.
         """
         for corpus in self.corpora + self.valid:
             if Manifest.load(corpus.prefix).fingerprint != corpus.manifest.fingerprint:
-                raise DataError(f"{corpus.prefix}: prepared anew while this run was opening it. Start the run again")
+                raise DataError(f"{corpus.prefix}: prepared again while this run was opening it. Start the run again")
 
     def show(self, ids: Sequence[int]) -> str:
-        """Text of token ids with pauses as `<pause>` and ends of documents as `<eod>`."""
+        """Return the text of token ids, with pauses as `<pause>` and ends of documents as `<eod>`."""
         return self.tokenizer.decode(ids, eod_text="<eod>\n")
 
 
 def open_corpora(data: DataSection, pause_embeddings: int) -> Corpora:
-    """Opens every corpus of `data.prefix` and `data.valid_prefix` with the checks that take constant time.
+    """Open every corpus of `data.prefix` and `data.valid_prefix`, with all checks that take constant time.
 
     Args:
-        data: prefixes or blend, and the tokenizer to insist on
-        pause_embeddings: K, how many pause ids the run needs, from the reserved one on
+        data: The data section of the configuration: prefixes or a blend, and the tokenizer if one is required.
+        pause_embeddings: K, number of pause ids that the run needs, from the reserved one on.
+
+    Returns:
+        The opened corpora, their tokenizer and their fingerprint.
 
     Raises:
-        DataError: a corpus is missing, unfinished, damaged, or prepared with another tokenizer than the others or
-            than `data.tokenizer`; a corpus that both trains and validates; a pause id that is not free.
+        DataError: A corpus is missing, unfinished, damaged, or of another tokenizer than the others or
+            `data.tokenizer`; a corpus is both in data.prefix and in data.valid_prefix; or a pause id is not free.
     """
-    _refuse_torn_prefix("data.prefix", data.prefix)
-    _refuse_torn_prefix("data.valid_prefix", data.valid_prefix)
+    _refuse_split_prefix("data.prefix", data.prefix)
+    _refuse_split_prefix("data.valid_prefix", data.valid_prefix)
     prefixes, weights = parse_blend(data.prefix) if data.prefix or not data.source else ([], None)
     corpora = tuple(open_corpus(prefix, data.tokenizer) for prefix in prefixes)
     valid_prefixes = parse_blend(data.valid_prefix)[0] if data.valid_prefix else []
     valid = tuple(open_corpus(prefix, data.tokenizer) for prefix in valid_prefixes)
     _refuse_overlap(corpora, valid)
     content = [corpus.manifest.fingerprint for corpus in corpora]
-    # One corpus keeps its own fingerprint; a blend is named by a digest of its parts and weights.
+    # A single corpus keeps its own fingerprint; a blend has a digest of its parts and weights.
     blend = xxhash.xxh3_128_hexdigest(repr((content, weights)).encode())
     fingerprint = content[0] if len(content) == 1 else f"xxh3_128:{blend}"
-    tokenizer = require_one_tokenizer(corpora + valid) if corpora + valid else load_tokenizer(data.tokenizer)
+    if corpora + valid:
+        tokenizer = require_one_tokenizer(corpora + valid)
+    elif data.tokenizer is not None:
+        tokenizer = load_tokenizer(data.tokenizer)
+    else:
+        raise DataError("data.tokenizer: expected a tokenizer for data.source, got none")
     if data.source:
         fingerprint = f"stream/{tokenizer.fingerprint}/eod{tokenizer.eod}/pause{tokenizer.pause_id}"
     tokenizer.check_pause_ids(pause_embeddings)
@@ -100,34 +114,34 @@ def open_corpora(data: DataSection, pause_embeddings: int) -> Corpora:
     return Corpora(corpora, valid, tokenizer, fingerprint)
 
 
-def _refuse_torn_prefix(key: str, words: Sequence[str]) -> None:
-    """Blanks separate the prefixes of a text: say so where a path that holds one was taken for several."""
-    missing = [word for word in words if not is_number(word) and not _is_there(word)]
+def _refuse_split_prefix(key: str, words: Sequence[str]) -> None:
+    """Raise an error where a path that contains blanks was split into several prefixes."""
+    missing = [word for word in words if not is_number(word) and not _exists(word)]
     if len(words) < 2 or not missing:
         return
-    meant = _mended(words)
-    told = f"{key}: no corpus at {missing[0]}: expected {path_of(missing[0], 'manifest.json')}, which `prepare` writes"
-    if torn := [word for word in meant if " " in word and word not in words]:
-        told += f". There is one at {torn[0]!r}"
-    example = json.dumps(meant if torn else ["PATH WITH BLANKS"], ensure_ascii=False)
+    rejoined = _rejoin(words)
+    message = f"{key}: no corpus at {missing[0]}: expected {path_of(missing[0], 'manifest.json')} of `prepare`"
+    if with_blanks := [word for word in rejoined if " " in word and word not in words]:
+        message += f". There is one at {with_blanks[0]!r}"
+    example = json.dumps(rejoined if with_blanks else ["PATH WITH BLANKS"], ensure_ascii=False)
     raise DataError(
-        f"{told}. Blanks separate prefixes; one whose path holds a blank is given in a list: {example} in YAML, and in "
+        f"{message}. Blanks separate prefixes. Write a path that contains blanks in a list: {example} in YAML, and in "
         f"single quotes on a command line: {key}='{example}'"
     )
 
 
-def _mended(words: Sequence[str]) -> list[str]:
-    """Words joined where they are the path of a corpus together."""
+def _rejoin(words: Sequence[str]) -> list[str]:
+    """Return the words, joined by blanks where together they are the path of a corpus."""
     found, start = [], 0
     while start < len(words):
         stops = range(len(words), start + 1, -1)
-        stop = next((stop for stop in stops if _is_there(" ".join(words[start:stop]))), start + 1)
+        stop = next((stop for stop in stops if _exists(" ".join(words[start:stop]))), start + 1)
         found.append(" ".join(words[start:stop]))
         start = stop
     return found
 
 
-def _is_there(prefix: str) -> bool:
+def _exists(prefix: str) -> bool:
     return any(path_of(prefix, extension).exists() for extension in ("manifest.json", "bin", "parts"))
 
 
@@ -137,8 +151,8 @@ def _check_free_pause_ids(corpus: Corpus, pause_embeddings: int) -> None:
         return
     used = corpus.tokenizer.pause_id + adoption.free_pause_ids
     raise DataError(
-        f"pause.embeddings={pause_embeddings}: expected {adoption.free_pause_ids} or less, id {used} stands in the "
-        f"text of {corpus.prefix}. Or adopt it again with --overwrite --pause-id {corpus.tokenizer.vocab_size}"
+        f"pause.embeddings: expected {adoption.free_pause_ids} or less, since id {used} occurs in {corpus.prefix}, got "
+        f"{pause_embeddings}. Or adopt the corpus again with --overwrite --pause-id {corpus.tokenizer.vocab_size}"
     )
 
 
@@ -147,8 +161,8 @@ def _refuse_overlap(corpora: Sequence[Corpus], valid: Sequence[Corpus]) -> None:
     for corpus in valid:
         if (prefix := trained.get(corpus.manifest.files["bin"].digest)) is not None:
             raise DataError(
-                f"data.valid_prefix: {corpus.prefix} holds the same documents as {prefix} in data.prefix; a held-out "
-                "loss needs documents that are not trained on"
+                f"data.valid_prefix: expected documents that are not trained on, got {corpus.prefix}, which has the "
+                f"same documents as {prefix} in data.prefix"
             )
 
 

@@ -1,8 +1,8 @@
-"""The full check of a corpus at its first use, by one process while the others wait.
+"""Full verification of a corpus at its first use: one process reads it while the others wait.
 
-A record in the cache folder says that files of this path, size, time and digest were read whole and found right, so
-that the check happens once, at a start or by `pause-megatron verify`. A file that is written again has another time, so
-it is read again; what a disk does to a file in silence later is found with `data.verify=always` or the verb.
+A record in the cache folder states that the files of this path, size, modification time and digest were verified. So
+the check happens once, at the first start or by `pause-megatron verify`. A file that is written again has another
+modification time and is verified again. Later silent corruption on disk is found with `data.verify=always` or the verb.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import xxhash
 
 from pause_megatron.data.corpus.corpus import Corpus
 from pause_megatron.data.corpus.manifest import path_of
-from pause_megatron.data.corpus.verify import Damage, Report, damage_of, described, no_report, refuse
+from pause_megatron.data.corpus.verify import Damage, Report, damage_of, describe_damage, no_report, raise_if_damaged
 from pause_megatron.errors import DataError
 from pause_megatron.files.durable import own_temporary_folder, write_whole
 from pause_megatron.files.locks import Backoff
@@ -30,8 +30,8 @@ _SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.05, 5.0
 _TELL_SECONDS = 1.0
 _NOTE_BYTES = 256
 
-# Told when a folder cannot be written.
 Warn = Callable[[str], None]
+"""Callback for warnings."""
 
 
 def verify_at_use(
@@ -42,23 +42,23 @@ def verify_at_use(
     report: Report = no_report,
     warn: Warn = lambda message: None,
 ) -> bool:
-    """Make sure that a corpus was read whole and found right. Every process calls this; one at a time reads.
+    """Verify a corpus unless a record states that it was verified. Every process calls this; one of them reads.
 
-    Waiting is done by looking for a record, not in a collective operation, which would run into its time limit. Where
-    there is a record already, no lock is asked for.
+    The others poll for the record instead of waiting in a collective operation, whose timeout could expire. Where a
+    record exists, no lock is taken.
 
     Args:
-        corpus: opened.
-        mode: data.verify. "always": this process does not trust an old record, but one that appears while it waits.
-        cache: folder of the records; default: 'cache' beside the corpus.
-        report: of the reading, see `damage_of`; while this process waits, of the one that reads.
-        warn: told when the folder cannot be written, so that the check will be made again.
+        corpus: An opened corpus.
+        mode: Value of data.verify. With "always", only a record that is written during this call counts.
+        cache: Folder of the records; None for `cache` beside the corpus.
+        report: Progress callback, see `damage_of`; a waiting process reports the progress of the reading one.
+        warn: Called when the record cannot be written, so that the check will be repeated.
 
     Returns:
-        whether this process read the corpus.
+        True if this process read the corpus.
 
     Raises:
-        DataError: damaged; also in the processes that waited.
+        DataError: The corpus is damaged; raised in the waiting processes too.
     """
     if mode == "never":
         return False
@@ -68,7 +68,7 @@ def verify_at_use(
         return False
 
     def settled() -> bool:
-        """Whether another process has found the corpus right meanwhile."""
+        """Return whether another process has verified the corpus since this call began."""
         if _stamp(failed) not in (before[1], None):
             raise DataError(failed.read_text(encoding="utf-8").rstrip())
         return _stamp(record) not in (before[0], None)
@@ -80,7 +80,7 @@ def verify_at_use(
             lock = closing.enter_context(_turn(record.with_suffix(".lock"), settled, report))
         if settled():
             return False
-        refuse(corpus, check_and_record(corpus, cache, report=_telling(lock, report), warn=warn))
+        raise_if_damaged(corpus, check_and_record(corpus, cache, report=_telling(lock, report), warn=warn))
     return True
 
 
@@ -91,53 +91,54 @@ def check_and_record(
     report: Report = no_report,
     warn: Warn = lambda message: None,
 ) -> list[Damage]:
-    """Read a corpus whole and leave the record that `verify_at_use` looks for; where it is damaged, take it away.
+    """Verify a corpus and write the record that `verify_at_use` checks for, or remove it if the corpus is damaged.
 
     Args:
-        corpus: opened.
-        cache: folder of the records; default: 'cache' beside the corpus.
-        report, warn: as in `verify_at_use`.
+        corpus: An opened corpus.
+        cache: Folder of the records; None for `cache` beside the corpus.
+        report: Progress callback, see `damage_of`.
+        warn: Called when the record cannot be written.
 
     Returns:
-        every damaged block, see `damage_of`.
+        The damaged blocks, see `damage_of`.
     """
     record, failed = _record_paths(corpus, cache)
-    content = json.dumps(_described(corpus), indent=1)  # before the reading: what is written meanwhile is not covered
+    content = json.dumps(_file_states(corpus), indent=1)  # before reading: later changes are not covered
     if damage := damage_of(corpus, report):
         with contextlib.suppress(OSError):
             record.unlink(missing_ok=True)
-        _leave(failed, described(corpus, damage), warn)
+        _write_record(failed, describe_damage(corpus, damage), warn)
     else:
-        _leave(record, content, warn)
+        _write_record(record, content, warn)
     return damage
 
 
 def record_as_read(corpus: Corpus, cache: str | Path | None = None, *, warn: Warn = lambda message: None) -> None:
-    """Leave the record that `verify_at_use` looks for, for somebody who has just read every byte of a corpus.
+    """Write the record that `verify_at_use` checks for, after a caller has read every byte of a corpus itself.
 
     Args:
-        corpus: opened.
-        cache: folder of the records; default: 'cache' beside the corpus.
-        warn: as in `verify_at_use`.
+        corpus: An opened corpus.
+        cache: Folder of the records; None for `cache` beside the corpus.
+        warn: Called when the record cannot be written.
     """
     record, _ = _record_paths(corpus, cache)
-    _leave(record, json.dumps(_described(corpus), indent=1), warn)
+    _write_record(record, json.dumps(_file_states(corpus), indent=1), warn)
 
 
-def _leave(path: Path, text: str, warn: Warn) -> None:
+def _write_record(path: Path, text: str, warn: Warn) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, f"{text}\n".encode())
     except OSError as error:
         warn(
             f"{path.parent}: cannot be written ({error.strerror}), so the corpus is verified again at the next start; "
-            "name a folder with data.cache, or switch it off with data.verify=never"
+            "set data.cache to a writable folder, or data.verify=never to skip the check"
         )
 
 
-def _described(corpus: Corpus) -> dict:
-    """The files as they are now. What differs here is verified anew."""
-    files = {}
+def _file_states(corpus: Corpus) -> dict[str, dict[str, str | int]]:
+    """Return path, size, modification time and digest of each file; a change of any requires a new check."""
+    files: dict[str, dict[str, str | int]] = {}
     for name, record in corpus.manifest.files.items():
         path = Path(os.path.realpath(path_of(corpus.prefix, name)))
         stat = path.stat()
@@ -152,8 +153,8 @@ def _described(corpus: Corpus) -> dict:
 
 def _record_paths(corpus: Corpus, cache: str | Path | None) -> tuple[Path, Path]:
     folder = Path(cache) if cache else Path(os.path.abspath(corpus.prefix)).parent / "cache"
-    # Named by what it says: machines with copies of their own may share one folder.
-    key = xxhash.xxh3_128_hexdigest(json.dumps(_described(corpus), sort_keys=True).encode())
+    # The name contains a digest of the content: machines with their own copies may share one cache folder.
+    key = xxhash.xxh3_128_hexdigest(json.dumps(_file_states(corpus), sort_keys=True).encode())
     stem = f"{Path(corpus.prefix).name}.{key[:16]}"
     return folder / f"{stem}.verified", folder / f"{stem}.damaged"
 

@@ -1,7 +1,7 @@
-"""What a prepared corpus is and was made of.
+"""The manifest of a tokenized corpus: tokenizer, sources, counts and digests.
 
-`PREFIX.manifest.json` appears last and is the mark of a complete corpus. It carries a digest of itself, so that an
-edited or damaged manifest is told from the one that `prepare` or `adopt` wrote.
+`PREFIX.manifest.json` is written last and marks a complete corpus. It contains a digest of itself, so that an edited
+or damaged manifest is detected.
 """
 
 from __future__ import annotations
@@ -9,48 +9,68 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import xxhash
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
-from pause_megatron.data.text.documents import Place
+from pause_megatron.data.text.documents import LineLocation
+from pause_megatron.data.text.sources import DamagedShards
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer
 from pause_megatron.errors import DataError
 from pause_megatron.files.durable import write_whole
 
-MANIFEST_VERSION = 3
+MANIFEST_VERSION: Literal[3] = 3
 BLOCK_BYTES = 64 << 20
 TEMPORARY_FOLDERS = ("tokenizer.tmp", "tokenizer.old.tmp")
-"""Extensions of what a killed `replace_tokenizer` leaves."""
+"""Extensions of the folders that a killed `replace_tokenizer` leaves."""
 
 
-class Record(BaseModel):
-    """A frozen part of a manifest. Unknown fields are refused."""
+FileName = Literal["bin", "idx"]
+
+
+class FrozenModel(BaseModel):
+    """Base class of the JSON records of a corpus: immutable, and unknown fields are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class FileRecord(Record):
-    """`.bin` or `.idx`: its size in bytes and its digest ('xxh3_128:HEX')."""
+ModelT = TypeVar("ModelT", bound=FrozenModel)
+
+
+class FileRecord(FrozenModel):
+    """The size and the digest of a `.bin` or `.idx`.
+
+    Attributes:
+        bytes: Size of the file.
+        digest: Digest 'xxh3_128:HEX' of its content.
+    """
 
     bytes: int = Field(ge=0)
     digest: str
 
 
-class BlockRecord(Record):
-    """Digests ('xxh3_128:HEX') of the `.bin` in blocks of so many bytes, the last one maybe shorter.
+class BlockRecord(FrozenModel):
+    """Digests of the blocks of a `.bin`, which locate damage in a large file.
 
-    They say where in hundreds of gigabytes the damage is.
+    Attributes:
+        bytes: Size of a block; the last one may be shorter.
+        digests: Digest 'xxh3_128:HEX' of each block.
     """
 
     bytes: int = Field(ge=1)
     digests: list[str]
 
 
-class Counts(Record):
-    """Sums over documents. `tokens` holds the EODs; `text_bytes` is UTF-8, None where the text is not known;
-    `malformed` is lines by kind."""
+class Counts(FrozenModel):
+    """Sums over documents.
+
+    Attributes:
+        documents: Number of documents.
+        tokens: Number of token ids, EODs included.
+        text_bytes: Size of the text as UTF-8; None where the text is not known (`adopt`).
+        malformed: Number of malformed lines by kind.
+    """
 
     documents: int = Field(ge=0)
     tokens: int = Field(ge=0)
@@ -59,21 +79,42 @@ class Counts(Record):
 
     @property
     def malformed_total(self) -> int:
-        """Malformed lines of all kinds."""
+        """Number of malformed lines of all kinds."""
         return sum(self.malformed.values())
 
 
-class SourceRecord(Record):
-    """One source as it was read: what it is, the state it was in, its digest as stored, and what came out of it."""
+class SourceCounts(Counts):
+    """Sums over documents whose text `prepare` has read."""
 
-    identity: dict
-    stamp: dict
+    text_bytes: int = Field(ge=0)
+
+
+class SourceRecord(FrozenModel):
+    """One source as it was read.
+
+    Attributes:
+        identity: JSON values that distinguish the source from others, see `Source.identity`.
+        stamp: JSON values that change when its content may have changed, see `Source.stamp`.
+        digest: Digest 'xxh3_128:HEX' of the source as stored; None where it is not known.
+        counts: Sums over its documents.
+    """
+
+    identity: dict[str, JsonValue]
+    stamp: dict[str, JsonValue]
     digest: str | None
-    counts: Counts
+    counts: SourceCounts
 
 
-class TokenizerRecord(Record):
-    """The tokenizer of the corpus; the tokenizer itself is kept in PREFIX.tokenizer/."""
+class TokenizerRecord(FrozenModel):
+    """The identity of a corpus's tokenizer; the tokenizer itself is saved in PREFIX.tokenizer/.
+
+    Attributes:
+        kind: "sentencepiece" or "huggingface".
+        fingerprint: "KIND:SHA256" of the tokenizer's content.
+        vocab_size: Number of ids of text (largest id + 1).
+        eod: Id of the end of a document.
+        pause_id: First id of `<pause>`.
+    """
 
     kind: str
     fingerprint: str
@@ -83,19 +124,25 @@ class TokenizerRecord(Record):
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> TokenizerRecord:
-        """The record of a loaded tokenizer."""
-        return cls(**{name: getattr(tokenizer, name) for name in cls.model_fields})
+        """Return the record of a loaded tokenizer."""
+        return cls(
+            kind=tokenizer.kind,
+            fingerprint=tokenizer.fingerprint,
+            vocab_size=tokenizer.vocab_size,
+            eod=tokenizer.eod,
+            pause_id=tokenizer.pause_id,
+        )
 
 
-class AdoptionRecord(Record):
-    """What `adopt` found in a corpus that others made. Its sources are not known.
+class AdoptionRecord(FrozenModel):
+    """What `adopt` found in a corpus of Megatron-LM's preprocess_data.py, whose sources are not known.
 
     Attributes:
-        agreement: share of the ids of sampled documents that their text, encoded again, gives back.
-        sampled: those documents.
-        eod: EODs in the corpus.
-        without_eod: documents that do not end with EOD.
-        free_pause_ids: ids from the pause id on that stand nowhere in the corpus; None: all of them.
+        agreement: Fraction of the ids of sampled documents that decoding and encoding reproduces.
+        sampled: Number of sampled documents.
+        eod: Number of EODs in the corpus.
+        without_eod: Number of documents that do not end with EOD.
+        free_pause_ids: Number of ids, from the pause id on, that do not occur in the corpus; None if none occurs.
     """
 
     agreement: float = Field(ge=0, le=1)
@@ -105,16 +152,23 @@ class AdoptionRecord(Record):
     free_pause_ids: int | None = Field(ge=1)
 
 
-class Plan(Record):
-    """Everything that determines the bytes of a corpus. Two runs of one plan give the same corpus."""
+class CorpusSpec(FrozenModel):
+    """Everything that determines the bytes of a corpus that `prepare` writes.
+
+    Attributes:
+        tokenizer: The tokenizer with its EOD and pause ids.
+        text_key: Key of the text in a JSON object.
+        damaged_shards: What to do with a damaged shard.
+        sources: Identity of each source, in order.
+    """
 
     tokenizer: TokenizerRecord
     text_key: str
-    damaged_shards: Literal["error", "keep"]
-    sources: list[dict]
+    damaged_shards: DamagedShards
+    sources: list[dict[str, JsonValue]]
 
-    def differences(self, other: Plan) -> list[str]:
-        """What another plan has otherwise, one sentence each; empty for the same plan."""
+    def differences(self, other: CorpusSpec) -> list[str]:
+        """Return the differences from another spec, one sentence each; empty for equal specs."""
         found = []
         ours, theirs = self.tokenizer, other.tokenizer
         found += [
@@ -129,51 +183,56 @@ class Plan(Record):
             found.append(f"sources: {len(self.sources):,} there, {len(other.sources):,} now")
         for number, (one, two) in enumerate(zip(self.sources, other.sources, strict=False), start=1):
             if one != two:
-                found.append(f"source {number:,}: {_shown(one)} there, {_shown(two)} now")
+                found.append(f"source {number:,}: {_identity_text(one)} there, {_identity_text(two)} now")
                 break
         return found
 
 
-class Manifest(Record):
-    """The content of `PREFIX.manifest.json`, but for the digest over all of it that the file ends with.
+class Manifest(FrozenModel):
+    """The content of `PREFIX.manifest.json`, without the digest over it that the file ends with.
 
     Attributes:
-        version: 1 has neither blocks nor a digest of the manifest, 2 no adoption; they are still read.
-        text_key, damaged_shards: options of `prepare`; None for a corpus of others.
-        dtype: of the ids in `.bin`; `prepare` writes "uint16" or "int32".
-        places: the first malformed lines of each kind.
-        files: "bin" and "idx".
-        blocks: of the `.bin`.
-        sources: none for a corpus of others.
-        adoption: None for a corpus that `prepare` made.
+        version: Format version. 1 has neither blocks nor a digest of the manifest, 2 no adoption; both can be read.
+        tokenizer: The tokenizer with its EOD and pause ids.
+        text_key: Option of `prepare`; None for an adopted corpus.
+        damaged_shards: Option of `prepare`; None for an adopted corpus.
+        dtype: Data type of the ids in `.bin`; `prepare` writes "uint16" or "int32".
+        counts: Sums over all documents.
+        places: The first locations of malformed lines by kind.
+        files: Size and digest of the "bin" and the "idx".
+        blocks: Digests of the blocks of the `.bin`; None in version 1.
+        sources: The sources in order; empty for an adopted corpus.
+        adoption: What `adopt` found; None for a corpus that `prepare` wrote.
     """
 
     version: Literal[1, 2, 3] = MANIFEST_VERSION
     tokenizer: TokenizerRecord
     text_key: str | None
-    damaged_shards: Literal["error", "keep"] | None
+    damaged_shards: DamagedShards | None
     dtype: Literal["uint8", "int8", "int16", "int32", "int64", "uint16"]
     counts: Counts
-    places: dict[str, list[Place]]
-    files: dict[Literal["bin", "idx"], FileRecord]
+    places: dict[str, list[LineLocation]]
+    files: dict[FileName, FileRecord]
     blocks: BlockRecord | None
     sources: list[SourceRecord]
     adoption: AdoptionRecord | None
 
     @property
     def made_by(self) -> Literal["prepare", "adopt"]:
-        """The verb that wrote this manifest, and writes it anew with --overwrite."""
+        """The verb that wrote this manifest, and rewrites it with --overwrite."""
         return "prepare" if self.adoption is None else "adopt"
 
     @property
     def eod_count(self) -> int:
-        """EODs in the corpus: one a document, where `prepare` made it."""
+        """Number of EODs in the corpus: one per document if `prepare` wrote it."""
         return self.counts.documents if self.adoption is None else self.adoption.eod
 
     @property
-    def plan(self) -> Plan:
-        """What a corpus that `prepare` made was made of."""
-        return Plan(
+    def spec(self) -> CorpusSpec | None:
+        """The spec of a corpus that `prepare` wrote; None for an adopted corpus."""
+        if self.text_key is None or self.damaged_shards is None:
+            return None
+        return CorpusSpec(
             tokenizer=self.tokenizer,
             text_key=self.text_key,
             damaged_shards=self.damaged_shards,
@@ -182,7 +241,7 @@ class Manifest(Record):
 
     @property
     def fingerprint(self) -> str:
-        """Content of the corpus: the digests of `.bin` and `.idx` and the tokenizer with its EOD and pause ids."""
+        """The digests of `.bin` and `.idx` and the tokenizer's fingerprint, EOD and pause id, as one string."""
         record = self.tokenizer
         return "/".join(
             [
@@ -195,7 +254,7 @@ class Manifest(Record):
         )
 
     def save(self, prefix: str | Path) -> None:
-        """Write `PREFIX.manifest.json`, whole or not at all."""
+        """Write `PREFIX.manifest.json` atomically."""
         content = {**self.model_dump(mode="json"), "digest": self._digest()}
         text = json.dumps(content, indent=1, ensure_ascii=False)
         write_whole(path_of(prefix, "manifest.json"), (text + "\n").encode())
@@ -205,11 +264,11 @@ class Manifest(Record):
         """Read `PREFIX.manifest.json`.
 
         Raises:
-            DataError: missing, unreadable, of another version, with fields that do not fit, or edited.
+            DataError: The manifest is missing, unreadable, invalid, of an unknown version, or edited.
         """
         path = path_of(prefix, "manifest.json")
         if not path.is_file():
-            raise DataError(_why_no_manifest(prefix))
+            raise DataError(_missing_manifest(prefix))
         file = read_record(path, _ManifestFile)
         manifest = cls(**{name: getattr(file, name) for name in cls.model_fields})
         if (
@@ -218,8 +277,8 @@ class Manifest(Record):
             or (manifest.version < 3 and manifest.adoption is not None)
         ):
             raise DataError(
-                f"{path}: edited or damaged since it was written (expected digest {manifest._digest()}, got "
-                f"{file.digest}); copy it again, or {manifest.made_by} the corpus again with --overwrite"
+                f"{path}: expected digest {manifest._digest()}, got {file.digest}: edited or damaged after it was "
+                f"written. Copy it again, or {manifest.made_by} the corpus again with --overwrite"
             )
         return manifest
 
@@ -238,24 +297,28 @@ class _ManifestFile(Manifest):
 
 
 def path_of(prefix: str | Path, extension: str) -> Path:
-    """PREFIX.EXTENSION; the prefix may hold dots."""
+    """Return the path PREFIX.EXTENSION; the prefix may contain dots."""
     return Path(f"{prefix}.{extension}")
 
 
 def replace_tokenizer(prefix: str | Path, tokenizer: Tokenizer) -> None:
-    """Put a tokenizer into PREFIX.tokenizer/, where a corpus keeps its own. An older manifest goes first."""
+    """Replace PREFIX.tokenizer/ by a tokenizer, after removing an older manifest."""
     folder = path_of(prefix, "tokenizer")
     partial, old = (path_of(prefix, extension) for extension in TEMPORARY_FOLDERS)
     tokenizer.save(partial)
     path_of(prefix, "manifest.json").unlink(missing_ok=True)
-    if folder.exists():  # out of the way in one step: half of it at its place would look like somebody else's folder
+    if folder.exists():  # renamed atomically: a half-removed folder would look like one of another program
         folder.rename(old)
     partial.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
-def read_record(path: Path, kind: type[Record]):
-    """Read a JSON file into a record of the given kind. Raises DataError naming the file and the field."""
+def read_record(path: Path, kind: type[ModelT]) -> ModelT:
+    """Read a JSON file into a record of the given class.
+
+    Raises:
+        DataError: The file is unreadable or invalid; the message names the file and the field.
+    """
     try:
         return kind.model_validate_json(path.read_bytes())
     except OSError as error:
@@ -266,21 +329,22 @@ def read_record(path: Path, kind: type[Record]):
         raise DataError(f"{path}: {where}: {first['msg']} (got {str(first['input'])[:60]!r})") from None
 
 
-def _why_no_manifest(prefix: str | Path) -> str:
+def _missing_manifest(prefix: str | Path) -> str:
     expected = path_of(prefix, "manifest.json")
     if path_of(prefix, "parts").is_dir():
         return (
-            f"corpus {prefix} is not finished: {expected} is missing; run the same `prepare` command again, it goes on"
+            f"corpus {prefix}: expected {expected}, got an unfinished preparation; run the same `prepare` command "
+            "again to resume it"
         )
     if path_of(prefix, "bin").exists():
         return (
-            f"{expected} is missing: {prefix}.bin was not made by `pause-megatron prepare`, or its preparation did not "
-            "finish; without a manifest its tokenizer and its completeness are unknown. If Megatron-LM's "
-            f"preprocess_data.py made it: `pause-megatron adopt {prefix} --tokenizer T` checks it and writes one"
+            f"corpus {prefix}: expected {expected}, got a .bin without a manifest: it was not made by `pause-megatron "
+            "prepare`, or its preparation did not finish. Its tokenizer and its completeness are unknown. If it is of "
+            f"Megatron-LM's preprocess_data.py, `pause-megatron adopt {prefix} --tokenizer T` checks it and writes one"
         )
-    return f"no corpus at {prefix}: expected {expected}, written by `pause-megatron prepare --output {prefix}`"
+    return f"no corpus at {prefix}: expected {expected}, which is written by `pause-megatron prepare --output {prefix}`"
 
 
-def _shown(identity: dict) -> str:
+def _identity_text(identity: dict[str, JsonValue]) -> str:
     words = [f"{value:,} bytes" if key == "bytes" else str(value) for key, value in identity.items() if value]
     return f"({', '.join(words)})"

@@ -1,4 +1,4 @@
-"""Reading a corpus whole and comparing every byte with its manifest's digests, at the speed of the disk."""
+"""Full verification of a corpus: every byte is read and compared with the digests of the manifest."""
 
 from __future__ import annotations
 
@@ -12,19 +12,28 @@ from pause_megatron.data.corpus.corpus import Corpus
 from pause_megatron.data.corpus.manifest import path_of
 from pause_megatron.errors import DataError
 
-# What is being read, bytes done, bytes in all.
 Report = Callable[[str, int, int], None]
+"""Progress callback: name of the stage, bytes done, total bytes."""
 
 _READ_BYTES = 4 << 20
 
 
 def no_report(stage: str, done: int, total: int) -> None:
-    """Say nothing."""
+    """Ignore the progress of a stage."""
 
 
 @dataclass(frozen=True)
 class Damage:
-    """Bytes `start` to `end` (not included) of a file that are not what `prepare` wrote."""
+    """A damaged range of bytes of a file.
+
+    Attributes:
+        path: Path of the file.
+        start: First byte of the range.
+        end: End of the range, exclusive.
+        block: Index of the damaged block, from 0.
+        blocks: Number of blocks of the file.
+        reason: What is wrong.
+    """
 
     path: Path
     start: int
@@ -39,11 +48,13 @@ class Damage:
 
 
 def damage_of(corpus: Corpus, report: Report = no_report) -> list[Damage]:
-    """Every damaged block of a corpus, in order; an `.idx` (and a `.bin` of an old manifest) is one block.
+    """Read a corpus whole and return its damaged blocks, in order.
+
+    An `.idx`, and a `.bin` of a manifest of version 1, is a single block.
 
     Args:
-        corpus: opened, so the sizes are right.
-        report: called after every few MiB.
+        corpus: An opened corpus, whose file sizes have been checked.
+        report: Called after every few MiB.
     """
     manifest = corpus.manifest
     total = sum(record.bytes for record in manifest.files.values())
@@ -64,22 +75,34 @@ def damage_of(corpus: Corpus, report: Report = no_report) -> list[Damage]:
 
 
 def verify_corpus(corpus: Corpus, report: Report = no_report) -> None:
-    """Read `.bin` and `.idx` whole.
+    """Read the `.bin` and the `.idx` whole and check their digests.
+
+    Args:
+        corpus: An opened corpus.
+        report: Called after every few MiB.
 
     Raises:
-        DataError: a byte differs from what `prepare` wrote; every damaged range is named.
+        DataError: The corpus is damaged; the message lists every damaged range.
     """
-    refuse(corpus, damage_of(corpus, report))
+    raise_if_damaged(corpus, damage_of(corpus, report))
 
 
-def refuse(corpus: Corpus, damage: Sequence[Damage]) -> None:
-    """Raise a DataError that names every damaged range, where there is one."""
+def raise_if_damaged(corpus: Corpus, damage: Sequence[Damage]) -> None:
+    """Raise an error that lists every damaged range, if there is one.
+
+    Args:
+        corpus: The corpus that was read.
+        damage: Its damaged ranges, as `damage_of` returns them.
+
+    Raises:
+        DataError: `damage` is not empty.
+    """
     if damage:
-        raise DataError(described(corpus, damage))
+        raise DataError(describe_damage(corpus, damage))
 
 
-def described(corpus: Corpus, damage: Sequence[Damage]) -> str:
-    """What is wrong and what to do, a line for every damaged range."""
+def describe_damage(corpus: Corpus, damage: Sequence[Damage]) -> str:
+    """Return an error message with one line per damaged range."""
     lines = "\n  ".join(map(str, damage))
     verb = corpus.manifest.made_by
     return f"corpus {corpus.prefix} is damaged; copy it again, or {verb} it with --overwrite:\n  {lines}"
@@ -91,17 +114,18 @@ def _damaged_blocks(
     buffer = memoryview(bytearray(min(_READ_BYTES, block_bytes)))
     for number, expected in enumerate(digests):
         start, end = number * block_bytes, min((number + 1) * block_bytes, size)
+        actual: str | None
         try:
-            came = _digest(path, start, end, buffer, on_read)
-            reason = f"altered since it was prepared (expected {expected}, came {came})"
+            actual = _digest(path, start, end, buffer, on_read)
+            reason = f"altered since it was written (expected {expected}, got {actual})"
         except OSError as error:
-            came, reason = None, f"cannot be read ({error.strerror})"
-        if came != expected:
+            actual, reason = None, f"cannot be read ({error.strerror})"
+        if actual != expected:
             yield Damage(path, start, end, number, len(digests), reason)
 
 
 def _digest(path: Path, start: int, end: int, buffer: memoryview, on_read: Callable[[int], None]) -> str:
-    """Digest of a range of bytes; of less where the file has become shorter."""
+    """Return the digest of a range of bytes, up to the end of the file if it has become shorter."""
     hasher = xxhash.xxh3_128()
     with open(path, "rb", buffering=0) as file:
         file.seek(start)

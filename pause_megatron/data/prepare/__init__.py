@@ -1,4 +1,4 @@
-"""Documents to a corpus, in parallel and resumable."""
+"""The `prepare` step: tokenization of shards into a corpus, parallel and resumable."""
 
 from __future__ import annotations
 

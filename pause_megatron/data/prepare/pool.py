@@ -1,32 +1,44 @@
-"""The worker processes of `prepare`: start them, watch their progress, stop them when something is wrong."""
+"""The worker pool of `prepare`: start, progress reports, and stop on errors."""
 
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, MutableSequence, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.context import SpawnContext
-from pathlib import Path
 from typing import Literal
 
-from pause_megatron.data.prepare.shard import Counters, ShardOutcome, ShardTask, run_task, start_worker
-from pause_megatron.data.text.sources import ReadOptions
-from pause_megatron.data.tokenizer.fast.encoders import EncoderName
+from pause_megatron.data.prepare.shard import (
+    PartRecord,
+    ShardOutcome,
+    ShardSums,
+    ShardTask,
+    SharedCounters,
+    WorkerConfig,
+    run_task,
+    start_worker,
+)
 from pause_megatron.errors import DataError
 
 POLL_SECONDS = 0.2
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Where a preparation stands; sums over all shards, those of earlier runs included.
+class PrepareProgress:
+    """The progress of a preparation, summed over all shards, those of earlier runs included.
 
     Attributes:
         phase: "read" while shards are read, "join" while their parts are joined.
-        done_bytes: bytes of the sources as stored that were read (of the parts that were joined).
-        total_bytes: of all sources (parts); None where a data set does not say.
+        documents: Number of documents.
+        tokens: Number of token ids, EODs included.
+        text_bytes: Size of the text as UTF-8.
+        malformed: Number of malformed lines.
+        done_bytes: Bytes read of the sources as stored, or bytes of joined parts.
+        total_bytes: Size of all sources or parts; None where it is not known.
+        shards_done: Number of finished shards, or of joined parts.
+        shards: Number of shards.
     """
 
     phase: Literal["read", "join"]
@@ -41,50 +53,54 @@ class Progress:
 
 
 def run_tasks(
-    tasks: list[ShardTask],
-    finished: list[ShardOutcome],
-    folder: Path,
-    options: ReadOptions,
-    encoder: EncoderName,
+    tasks: Sequence[ShardTask],
+    finished: Mapping[int, PartRecord],
+    config: WorkerConfig,
     *,
     workers: int,
-    hopeless: Callable[[Progress], bool],
     total_bytes: int | None,
-    on_progress: Callable[[Progress], None],
+    on_progress: Callable[[PrepareProgress], bool],
 ) -> list[ShardOutcome]:
     """Prepare shards, each in one process.
 
     Args:
-        tasks: shards to prepare.
-        finished: outcomes of earlier runs, for the sums.
-        folder: PREFIX.parts/, with the tokenizer in it.
-        options: how shards are read.
-        encoder: "library" or "gigatoken".
-        workers: processes; 1 works in a thread of this process.
-        hopeless: whether to stop all workers early; the caller says why.
-        total_bytes: of all sources, where known.
-        on_progress: called every POLL_SECONDS.
+        tasks: Shards to prepare.
+        finished: Parts of earlier runs by number, which the sums include.
+        config: Settings of the workers.
+        workers: Number of processes; 1 uses a thread of this process.
+        total_bytes: Size of all sources; None where it is not known.
+        on_progress: Called every `POLL_SECONDS`; all workers stop once it returns False.
 
     Returns:
         An outcome for each task that was begun, in no particular order.
 
     Raises:
-        DataError: the first one (by shard) that a worker met, after all workers have stopped; a worker that was killed.
+        DataError: The error of the first shard that failed, after all workers have stopped; or a worker was killed.
     """
     if not tasks:
         return []
     shards = len(tasks) + len(finished)
     context = multiprocessing.get_context("spawn")
-    size = Counters.size(shards)
-    counters = Counters(context.Array("q", size, lock=False) if workers > 1 else [0] * size)
-    for outcome in finished:
-        _count_finished(counters, outcome)
-    executor = _executor(min(workers, len(tasks)), context, (folder, options, encoder, counters.cells))
+    size = SharedCounters.size(shards)
+    counters = SharedCounters(context.Array("q", size, lock=False) if workers > 1 else [0] * size)
+    for number, part in finished.items():
+        counters.set(number, _sums_of(part))
+    executor = _executor(min(workers, len(tasks)), context, config, counters.cells)
 
     def report(done: int) -> None:
-        progress = _read_progress(counters, total_bytes, len(finished) + done, shards)
-        on_progress(progress)
-        if hopeless(progress):
+        sums = counters.total()
+        progress = PrepareProgress(
+            phase="read",
+            documents=sums.documents,
+            tokens=sums.tokens,
+            text_bytes=sums.text_bytes,
+            malformed=sums.malformed,
+            done_bytes=sums.read_bytes,
+            total_bytes=total_bytes,
+            shards_done=len(finished) + done,
+            shards=shards,
+        )
+        if not on_progress(progress):
             counters.stop()
 
     report(0)
@@ -100,36 +116,31 @@ def run_tasks(
         executor.shutdown(wait=True, cancel_futures=True)
 
 
-def _read_progress(counters: Counters, total_bytes: int | None, shards_done: int, shards: int) -> Progress:
-    return Progress(
-        phase="read",
-        documents=counters.sum("documents"),
-        tokens=counters.sum("tokens"),
-        text_bytes=counters.sum("text_bytes"),
-        malformed=counters.sum("malformed"),
-        done_bytes=counters.sum("read_bytes"),
-        total_bytes=total_bytes,
-        shards_done=shards_done,
-        shards=shards,
+def _sums_of(part: PartRecord) -> ShardSums:
+    counts, size = part.source.counts, part.source.identity.get("bytes")
+    return ShardSums(
+        documents=counts.documents,
+        tokens=counts.tokens,
+        text_bytes=counts.text_bytes,
+        read_bytes=size if isinstance(size, int) else 0,
+        malformed=sum(part.malformed.counts.values()),
     )
 
 
-def _count_finished(counters: Counters, outcome: ShardOutcome) -> None:
-    source = outcome.part.source
-    sums = (source.counts.documents, source.counts.tokens, source.counts.text_bytes)
-    counters.set(outcome.number, (*sums, source.identity.get("bytes") or 0, outcome.malformed.total))
-
-
-def _executor(workers: int, context: SpawnContext, state: tuple) -> Executor:
-    # One worker needs no process, so a script that calls `prepare(workers=1)` needs no `if __name__ == "__main__"`.
+def _executor(workers: int, context: SpawnContext, config: WorkerConfig, cells: MutableSequence[int]) -> Executor:
+    # A single worker is a thread, so a script that calls `prepare(workers=1)` needs no `if __name__ == "__main__"`.
     if workers > 1:
-        return ProcessPoolExecutor(workers, mp_context=context, initializer=start_worker, initargs=(*state, True))
-    return ThreadPoolExecutor(1, initializer=start_worker, initargs=(*state, False))
+        return ProcessPoolExecutor(
+            workers, mp_context=context, initializer=start_worker, initargs=(config, cells, True)
+        )
+    return ThreadPoolExecutor(1, initializer=start_worker, initargs=(config, cells, False))
 
 
-def _collect(futures: dict[Future, int], counters: Counters, report: Callable[[int], None]) -> list[ShardOutcome]:
+def _collect(
+    futures: Mapping[Future[ShardOutcome], int], counters: SharedCounters, report: Callable[[int], None]
+) -> list[ShardOutcome]:
     outcomes: list[ShardOutcome] = []
-    errors: dict[int, Exception] = {}
+    errors: dict[int, BaseException] = {}
     pending = set(futures)
     while pending:
         done, pending = wait(pending, timeout=POLL_SECONDS, return_when=FIRST_COMPLETED)
@@ -143,7 +154,7 @@ def _collect(futures: dict[Future, int], counters: Counters, report: Callable[[i
             else:
                 outcomes.append(future.result())
         if counters.stopped:
-            # Those not begun are dropped; those at work stop after their batch, and their counts are still told.
+            # Tasks not begun are cancelled; running ones stop after their batch, and their sums are still reported.
             pending -= {future for future in pending if future.cancel()}
         report(len(outcomes))
     if errors:

@@ -1,4 +1,4 @@
-"""One shard of text -> one part of a corpus. This is what each worker process of `prepare` runs."""
+"""Tokenization of one shard into one part of a corpus: the code of the worker processes of `prepare`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from collections.abc import Iterator, MutableSequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from pydantic import JsonValue
 
 from pause_megatron.data.corpus.index_file import token_dtype, write_index
-from pause_megatron.data.corpus.manifest import FileRecord, Record, SourceRecord
-from pause_megatron.data.text.documents import Malformed, Tally
+from pause_megatron.data.corpus.manifest import FileRecord, FrozenModel, SourceCounts, SourceRecord, TokenizerRecord
+from pause_megatron.data.text.documents import Malformed, Tally, TallyRecord
 from pause_megatron.data.text.sources import ReadOptions, Source
 from pause_megatron.data.tokenizer.fast.encoders import Encoder, EncoderName, open_encoder
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -26,21 +28,32 @@ from pause_megatron.files.durable import DigestFile, sync_folder, write_whole
 
 BATCH_CHARACTERS = 1 << 19
 BATCH_DOCUMENTS = 1024
-COLUMNS = ("documents", "tokens", "text_bytes", "read_bytes", "malformed")
 
 
-class Part(Record):
-    """`PREFIX.parts/NNNNN.json`: written last, so it marks a finished part."""
+class PartRecord(FrozenModel):
+    """The content of `PREFIX.parts/NNNNN.json`, which is written last and marks a finished part.
+
+    Attributes:
+        source: The source as it was read.
+        malformed: Its malformed lines.
+        bin: Size and digest of the part's .bin.
+        idx: Size and digest of the part's .idx.
+    """
 
     source: SourceRecord
-    malformed: dict
+    malformed: TallyRecord
     bin: FileRecord
     idx: FileRecord
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One source to prepare."""
+    """One source to prepare.
+
+    Attributes:
+        number: Index of the source, from 0.
+        source: The source.
+    """
 
     number: int
     source: Source
@@ -48,17 +61,44 @@ class ShardTask:
 
 @dataclass(frozen=True)
 class ShardOutcome:
-    """What became of a task. `part` is None when the run was stopped before the shard's end."""
+    """The result of a task.
+
+    Attributes:
+        number: Index of the source, from 0.
+        part: The finished part; None if the run was stopped before the end of the shard.
+        malformed: The malformed lines so far.
+    """
 
     number: int
-    part: Part | None
+    part: PartRecord | None
     malformed: Tally
 
 
-class Counters:
-    """Running sums of every shard, in memory that the workers share. Each cell has one writer, so there is no lock.
+class ShardSums(NamedTuple):
+    """Running sums of one shard, or of all.
 
-    A lock could be held by a worker at the moment it is killed.
+    Attributes:
+        documents: Number of documents.
+        tokens: Number of token ids, EODs included.
+        text_bytes: Size of the text as UTF-8.
+        read_bytes: Bytes read of the source as stored.
+        malformed: Number of malformed lines.
+    """
+
+    documents: int
+    tokens: int
+    text_bytes: int
+    read_bytes: int
+    malformed: int
+
+
+class SharedCounters:
+    """The running sums of every shard, in memory that the workers share.
+
+    Each cell has one writer, so no lock is needed: a worker that is killed could hold it for ever.
+
+    Args:
+        cells: Shared integers, `SharedCounters.size` of them.
     """
 
     def __init__(self, cells: MutableSequence[int]) -> None:
@@ -66,50 +106,56 @@ class Counters:
 
     @staticmethod
     def size(shards: int) -> int:
-        """Cells needed: one row a shard, and the stop flag."""
-        return shards * len(COLUMNS) + 1
+        """Return the number of cells: one row per shard, and the stop flag."""
+        return shards * len(ShardSums._fields) + 1
 
-    def set(self, shard: int, values: tuple[int, ...]) -> None:
-        """Publish a shard's sums, in the order of COLUMNS."""
-        start = shard * len(COLUMNS)
-        for offset, value in enumerate(values):
+    def set(self, shard: int, sums: ShardSums) -> None:
+        """Publish the sums of a shard."""
+        start = shard * len(sums)
+        for offset, value in enumerate(sums):
             self.cells[start + offset] = value
 
-    def sum(self, column: str) -> int:
-        """Sum of a column over all shards."""
-        return sum(self.cells[COLUMNS.index(column) : len(self.cells) - 1 : len(COLUMNS)])
+    def total(self) -> ShardSums:
+        """Return the sums over all shards."""
+        columns, end = len(ShardSums._fields), len(self.cells) - 1
+        return ShardSums(*(sum(self.cells[column:end:columns]) for column in range(columns)))
 
     @property
     def stopped(self) -> bool:
-        """Whether the workers should stop after their batch."""
+        """Whether the workers must stop after the current batch."""
         return bool(self.cells[len(self.cells) - 1])
 
     def stop(self) -> None:
-        """Ask the workers to stop after their batch."""
+        """Request that the workers stop after the current batch."""
         self.cells[len(self.cells) - 1] = 1
 
 
 @dataclass(frozen=True)
 class Worker:
-    """What a worker keeps between shards."""
+    """The state that a worker keeps between shards.
+
+    Attributes:
+        folder: PREFIX.parts/.
+        tokenizer: Tokenizer of the corpus.
+        encoder: Encoder that computes the ids.
+        options: How shards are parsed.
+        counters: Running sums of all shards.
+    """
 
     folder: Path
     tokenizer: Tokenizer
     encoder: Encoder
     options: ReadOptions
-    counters: Counters
-
-    def part_path(self, number: int, extension: str) -> Path:
-        """PREFIX.parts/NNNNN.EXTENSION."""
-        return self.folder / f"{number:05d}.{extension}"
+    counters: SharedCounters
 
     def run(self, task: ShardTask) -> ShardOutcome:
         """Prepare one shard.
 
         Raises:
-            DataError: a source that cannot be read to its end or changes meanwhile, an id that cannot be, a full disk.
+            DataError: The source cannot be read to its end or was changed while it was read, the tokenizer returned
+                an invalid id, or the disk is full.
         """
-        bin_path, idx_path = self.part_path(task.number, "bin"), self.part_path(task.number, "idx")
+        bin_path = part_path(self.folder, task.number, "bin")
         with contextlib.ExitStack() as closing:
             try:
                 bin_file = DigestFile(bin_path)
@@ -119,24 +165,24 @@ class Worker:
                 if outcome is None:
                     return ShardOutcome(task.number, None, writer.malformed)
                 bin_file.publish()
-                idx_file = DigestFile(idx_path)
+                idx_file = DigestFile(part_path(self.folder, task.number, "idx"))
                 closing.callback(idx_file.discard)
                 lengths = np.frombuffer(writer.lengths, dtype=np.int32)
                 write_index(idx_file, writer.dtype, len(lengths), lambda: [lengths])
                 idx_file.publish()
                 sync_folder(self.folder)
-                part = Part(
+                part = PartRecord(
                     source=outcome,
-                    malformed=writer.malformed.to_json(),
+                    malformed=writer.malformed.to_record(),
                     bin=FileRecord(bytes=bin_file.bytes, digest=bin_file.digest),
                     idx=FileRecord(bytes=idx_file.bytes, digest=idx_file.digest),
                 )
-                write_whole(self.part_path(task.number, "json"), part.model_dump_json().encode())
+                write_whole(part_path(self.folder, task.number, "json"), part.model_dump_json().encode())
             except OSError as error:
                 where = bin_path.with_suffix("")
                 raise DataError(
                     f"cannot write {where}.*: {os.strerror(error.errno or 0)}; finished shards are kept: "
-                    "make room and run the same command again"
+                    "free disk space and run the same command again"
                 ) from None
         return ShardOutcome(task.number, part, writer.malformed)
 
@@ -146,38 +192,40 @@ class Worker:
         reader = source.open(self.options)
         for batch in _batches(reader.documents(), source.name, writer.malformed):
             writer.write(batch, source.name)
-            self.counters.set(task.number, (*writer.sums(), reader.read_bytes, writer.malformed.total))
+            self.counters.set(task.number, writer.sums(reader.read_bytes))
             if self.counters.stopped:
                 return None
         if _stamp(source) != stamp:
-            raise DataError(f"{source.name} was changed while it was read; run the same command again")
-        documents, tokens, text_bytes = writer.sums()
-        counts = {"documents": documents, "tokens": tokens, "text_bytes": text_bytes}
-        malformed = writer.malformed.to_json()["counts"]
-        return SourceRecord(
-            identity=source.identity(), stamp=stamp, digest=reader.digest, counts={**counts, "malformed": malformed}
+            raise DataError(f"{source.name}: changed while it was read; run the same command again")
+        sums = writer.sums(reader.read_bytes)
+        counts = SourceCounts(
+            documents=sums.documents,
+            tokens=sums.tokens,
+            text_bytes=sums.text_bytes,
+            malformed=writer.malformed.to_record().counts,
         )
+        return SourceRecord(identity=source.identity(), stamp=stamp, digest=reader.digest, counts=counts)
 
 
 class _PartWriter:
-    """Tokenizes batches of documents into a `.bin`, an EOD after each, and remembers their lengths."""
+    """A writer that tokenizes documents into a `.bin`, with an EOD after each, and keeps their lengths."""
 
     def __init__(self, file: DigestFile, tokenizer: Tokenizer, encoder: Encoder) -> None:
         self._file = file
         self._tokenizer = tokenizer
         self._encoder = encoder
         self.dtype = corpus_dtype(tokenizer)
-        self.lengths = array("i")  # 4 bytes a document, where a list of integers takes 36
+        self.lengths = array("i")  # 4 bytes per document; a list of integers takes 36
         self.malformed = Tally()
         self._tokens = 0
         self._text_bytes = 0
 
-    def sums(self) -> tuple[int, int, int]:
-        """Documents, tokens (EODs included) and UTF-8 bytes of text so far."""
-        return len(self.lengths), self._tokens, self._text_bytes
+    def sums(self, read_bytes: int) -> ShardSums:
+        """Return the sums so far, where `read_bytes` of the source were read."""
+        return ShardSums(len(self.lengths), self._tokens, self._text_bytes, read_bytes, self.malformed.total)
 
     def write(self, texts: list[str], name: str) -> None:
-        """Append documents."""
+        """Append a batch of documents of the source `name`."""
         if not texts:
             return
         encoded = self._encoder.encode_flat(texts)
@@ -189,22 +237,36 @@ class _PartWriter:
         self._text_bytes += sum(len(text) if text.isascii() else len(text.encode()) for text in texts)
 
     def _check(self, ids: np.ndarray, name: str) -> None:
-        # By construction no text gives these; a corpus that holds one would be wrong without a sign of it.
+        # No text encodes to these ids by construction; a corpus with one would be silently wrong.
         if (ids == self._tokenizer.pause_id).any():
             raise DataError(
-                f"{name}: a document encodes to the pause id {self._tokenizer.pause_id}; leave --pause-id out to "
-                f"reserve id {self._tokenizer.vocab_size}, which no text reaches"
+                f"{name}: expected no pause id in the text, got a document that encodes to {self._tokenizer.pause_id}; "
+                f"leave --pause-id out to reserve id {self._tokenizer.vocab_size}, which no text encodes to"
             )
         if ids.min() < 0 or ids.max() >= self._tokenizer.vocab_size:
-            raise DataError(f"{name}: the tokenizer gave an id outside 0..{self._tokenizer.vocab_size - 1}")
+            raise DataError(
+                f"{name}: expected ids 0 to {self._tokenizer.vocab_size - 1} of the tokenizer, got {ids.min()} to "
+                f"{ids.max()}"
+            )
 
 
-def corpus_dtype(tokenizer: Tokenizer) -> str:
-    """dtype of `.bin`: wide enough for the whole vocabulary with the pause id, so that it never has to change."""
+def part_path(folder: Path, number: int, extension: str) -> Path:
+    """Return the path PREFIX.parts/NNNNN.EXTENSION of a part.
+
+    Args:
+        folder: PREFIX.parts/.
+        number: Index of the source, from 0.
+        extension: "bin", "idx" or "json".
+    """
+    return folder / f"{number:05d}.{extension}"
+
+
+def corpus_dtype(tokenizer: Tokenizer | TokenizerRecord) -> str:
+    """Return the dtype of the `.bin`, wide enough for the whole vocabulary and the pause id."""
     return token_dtype(max(tokenizer.vocab_size - 1, tokenizer.pause_id))
 
 
-def _stamp(source: Source) -> dict:
+def _stamp(source: Source) -> dict[str, JsonValue]:
     try:
         return source.stamp()
     except OSError as error:
@@ -212,7 +274,7 @@ def _stamp(source: Source) -> dict:
 
 
 def _batches(documents: Iterator[str | Malformed], name: str, tally: Tally) -> Iterator[list[str]]:
-    """Groups documents for the tokenizer and counts the malformed lines between them. The last batch may be empty."""
+    """Yield batches of documents, counting the malformed lines between them; the last batch may be empty."""
     batch: list[str] = []
     characters = seen = 0
     for document in documents:
@@ -228,29 +290,50 @@ def _batches(documents: Iterator[str | Malformed], name: str, tally: Tally) -> I
     yield batch
 
 
-# The pool's initialiser leaves the worker's state here, one for each thread or process of a pool.
+# State of the worker, set by the pool's initializer in each thread or process.
 _local = threading.local()
 
 
-def start_worker(
-    folder: Path, options: ReadOptions, encoder: EncoderName, cells: MutableSequence[int], own_process: bool
-) -> None:
-    """Make this thread or process ready for `run_task`."""
+@dataclass(frozen=True)
+class WorkerConfig:
+    """Settings of the workers of a preparation.
+
+    Attributes:
+        folder: PREFIX.parts/, with the tokenizer in it.
+        options: How shards are parsed.
+        encoder: What computes the ids, "library" or "gigatoken".
+    """
+
+    folder: Path
+    options: ReadOptions
+    encoder: EncoderName
+
+
+def start_worker(config: WorkerConfig, cells: MutableSequence[int], own_process: bool) -> None:
+    """Initialize this thread or process for `run_task`.
+
+    Args:
+        config: Settings of the worker.
+        cells: Cells of the `SharedCounters`.
+        own_process: Whether this is a process of its own, not a thread of the caller.
+    """
     if own_process:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent stops the workers
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a process per shard is the parallelism
-        threading.Thread(target=_die_with_parent, daemon=True).start()
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    _local.worker = Worker(folder, tokenizer, open_encoder(encoder, tokenizer), options, Counters(cells))
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the shards are processed in parallel already
+        threading.Thread(target=_exit_with_parent, daemon=True).start()
+    tokenizer = load_tokenizer(config.folder / "tokenizer")
+    encoder = open_encoder(config.encoder, tokenizer)
+    _local.worker = Worker(config.folder, tokenizer, encoder, config.options, SharedCounters(cells))
 
 
 def run_task(task: ShardTask) -> ShardOutcome:
-    """Prepare one shard in a worker that `start_worker` made ready."""
-    return _local.worker.run(task)
+    """Prepare one shard in a worker that `start_worker` initialized."""
+    worker: Worker = _local.worker
+    return worker.run(task)
 
 
-def _die_with_parent() -> None:
-    # A worker whose parent was killed would go on writing beside the workers of the next run.
+def _exit_with_parent() -> None:
+    # Without this, a worker whose parent was killed would write concurrently with the workers of the next run.
     parent = multiprocessing.parent_process()
     if parent is not None:
         wait([parent.sentinel])

@@ -1,1 +1,1 @@
-"""Bytes to documents: shards on disk or the Hugging Face Hub, with every malformed line counted."""
+"""Readers that turn shards on disk or Hugging Face data sets into documents, and count every malformed line."""

@@ -1,24 +1,28 @@
-"""Documents of a shard, in order, and exact accounting of the lines that are none."""
+"""Parsing of JSON lines into documents, and an exact tally of malformed lines by kind."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict
 
 PLACES_KEPT = 10
+"""Locations that a `Tally` keeps for each kind of malformed line."""
+
 MAX_NESTING = 200
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 _BRACKET = re.compile(r"[\[\]{}]")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 KINDS = {
-    "blank-line": "nothing on the line",
+    "blank-line": "the line is empty",
     "too-long": "a line of more than 64 MiB",
     "invalid-utf8": "bytes that are not UTF-8",
-    "null-bytes": "NUL bytes, as a writer that crashed, or UTF-16, leaves them",
+    "null-bytes": "NUL bytes, as a crashed writer or UTF-16 leaves them",
     "not-json": "not one JSON value",
     "too-deep": "lists and objects nested more than 200 deep",
     "not-object": "JSON, but not an object",
@@ -32,32 +36,63 @@ KINDS = {
 
 
 class Malformed(NamedTuple):
-    """A line (or record) that is no document: its kind, its number from 1, and what stands there."""
+    """A line or record that is not a document.
+
+    Attributes:
+        kind: One of `KINDS`.
+        line: Number of the line, from 1.
+        detail: What the line holds, for messages; may be empty.
+    """
 
     kind: str
     line: int
     detail: str
 
 
-class Place(NamedTuple):
-    """Where a malformed line stands."""
+class LineLocation(NamedTuple):
+    """The location of a malformed line.
+
+    Attributes:
+        file: Path of the shard, or name of the source.
+        line: Number of the line, from 1.
+        detail: What the line holds, for messages; may be empty.
+    """
 
     file: str
     line: int
     detail: str
 
 
+class TallyRecord(BaseModel):
+    """A `Tally` as it is stored in PREFIX.parts/.
+
+    Attributes:
+        counts: Number of malformed lines by kind.
+        places: The first locations of malformed lines by kind.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    counts: dict[str, int]
+    places: dict[str, list[LineLocation]]
+
+
 class Tally:
-    """Counts of malformed lines by kind, and the first places of each kind."""
+    """Counts of malformed lines by kind, with the first locations of each kind.
+
+    Attributes:
+        counts: Number of malformed lines by kind.
+        places: The first `PLACES_KEPT` locations by kind.
+    """
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
-        self.places: dict[str, list[Place]] = {}
+        self.places: dict[str, list[LineLocation]] = {}
 
     def add(self, file: str, malformed: Malformed) -> None:
-        """Count one line."""
+        """Count one malformed line of a file."""
         self.counts[malformed.kind] += 1
-        self._keep(malformed.kind, [Place(file, malformed.line, malformed.detail)])
+        self._keep(malformed.kind, [LineLocation(file, malformed.line, malformed.detail)])
 
     def merge(self, other: Tally) -> None:
         """Add the counts of a later shard."""
@@ -65,17 +100,21 @@ class Tally:
         for kind, places in other.places.items():
             self._keep(kind, places)
 
-    def _keep(self, kind: str, places: list[Place]) -> None:
+    def _keep(self, kind: str, places: list[LineLocation]) -> None:
         kept = self.places.setdefault(kind, [])
         kept.extend(places[: PLACES_KEPT - len(kept)])
 
     @property
     def total(self) -> int:
-        """Malformed lines of all kinds."""
+        """Number of malformed lines of all kinds."""
         return sum(self.counts.values())
 
     def describe(self, places: int = 3) -> str:
-        """One line per kind: how many, what it means, and the first places."""
+        """Return a report with one line per kind: its count, its meaning and its first locations.
+
+        Args:
+            places: Number of locations to list for each kind.
+        """
         lines = []
         for kind, count in sorted(self.counts.items()):
             first = "; ".join(
@@ -84,33 +123,35 @@ class Tally:
             lines.append(f"  {kind}: {count:,} ({KINDS.get(kind, 'unknown')}); first: {first}")
         return "\n".join(lines)
 
-    def to_json(self) -> dict:
-        """Plain values, kinds in alphabetical order."""
-        return {
-            "counts": dict(sorted(self.counts.items())),
-            "places": {kind: [list(place) for place in self.places[kind]] for kind in sorted(self.places)},
-        }
+    def to_record(self) -> TallyRecord:
+        """Return the record of the tally, kinds in alphabetical order."""
+        return TallyRecord(
+            counts=dict(sorted(self.counts.items())), places={kind: self.places[kind] for kind in sorted(self.places)}
+        )
 
     @classmethod
-    def from_json(cls, value: dict) -> Tally:
-        """The inverse of `to_json`."""
+    def from_record(cls, record: TallyRecord) -> Tally:
+        """Return the tally of a record."""
         tally = cls()
-        tally.counts.update(value["counts"])
-        tally.places = {kind: [Place(*place) for place in places] for kind, places in value["places"].items()}
+        tally.counts.update(record.counts)
+        tally.places = {kind: [*places] for kind, places in record.places.items()}
         return tally
 
 
 def parse_line(line: bytes | None, number: int, text_key: str) -> str | Malformed:
-    """The document on one line of a JSON-lines shard.
+    """Parse one line of a JSON-lines shard.
 
     Args:
-        line: without its newline; None for one that was too long to be read.
-        number: of the line, from 1.
-        text_key: key of the text.
+        line: The line without its newline; None for a line that exceeds `MAX_LINE_BYTES`.
+        number: Number of the line, from 1.
+        text_key: Key of the text in the JSON object.
+
+    Returns:
+        The text of the document, or the reason why the line is malformed.
     """
     if line is None:
         return Malformed("too-long", number, "")
-    line = line.removeprefix(_BYTE_ORDER_MARK)  # at the start, or in the middle of files that were joined
+    line = line.removeprefix(_BYTE_ORDER_MARK)  # at the start of the file, or inside concatenated files
     if not line.strip():
         return Malformed("blank-line", number, "")
     try:
@@ -119,16 +160,16 @@ def parse_line(line: bytes | None, number: int, text_key: str) -> str | Malforme
         return Malformed("invalid-utf8", number, f"byte 0x{line[error.start]:02x} at column {error.start + 1}")
     if b"\0" in line:
         return Malformed("null-bytes", number, f"{line.count(0):,} of {len(line):,} bytes")
-    # Told from the text, not by Python's recursion limit: that depends on who calls.
+    # Counted in the text: Python's recursion limit depends on the depth of the caller's stack.
     if line.count(b"[") + line.count(b"{") > MAX_NESTING and (depth := _nesting(decoded)) > MAX_NESTING:
         return Malformed("too-deep", number, f"{depth:,} deep")
     try:
         value = json.loads(decoded)
     except ValueError as error:
         message = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        return Malformed("not-json", number, f"{message}: {_shown(decoded)}")
+        return Malformed("not-json", number, f"{message}: {_shortened(decoded)}")
     if not isinstance(value, dict):
-        return Malformed("not-object", number, _shown(decoded))
+        return Malformed("not-object", number, _shortened(decoded))
     key = json.dumps(text_key, ensure_ascii=False)
     if decoded.count(key) > 1:
         pairs = json.loads(decoded, object_pairs_hook=list)
@@ -137,10 +178,19 @@ def parse_line(line: bytes | None, number: int, text_key: str) -> str | Malforme
     return parse_record(value, number, text_key)
 
 
-def parse_record(record: dict, number: int, text_key: str) -> str | Malformed:
-    """The document in one record, or what is wrong with it."""
+def parse_record(record: Mapping[str, Any], number: int, text_key: str) -> str | Malformed:
+    """Check one record and return its text.
+
+    Args:
+        record: A JSON object, or a row of a Hugging Face data set.
+        number: Number of the record, from 1.
+        text_key: Key of the text in the record.
+
+    Returns:
+        The text of the document, or the reason why the record is malformed.
+    """
     if text_key not in record:
-        return Malformed("no-text", number, f"no key {text_key!r}; keys: {_shown(', '.join(map(str, record)))}")
+        return Malformed("no-text", number, f"no key {text_key!r}; keys: {_shortened(', '.join(map(str, record)))}")
     text = record[text_key]
     if not isinstance(text, str):
         return Malformed("text-not-string", number, f"{text_key!r} is {type(text).__name__}")
@@ -155,13 +205,13 @@ def parse_record(record: dict, number: int, text_key: str) -> str | Malformed:
 
 
 def parse_lines(lines: Iterator[bytes | None], text_key: str) -> Iterator[str | Malformed]:
-    """`parse_line` over a whole shard."""
+    """Yield the result of `parse_line` for each line of a shard."""
     for number, line in enumerate(lines, start=1):
         yield parse_line(line, number, text_key)
 
 
 def _nesting(text: str) -> int:
-    """How deep the lists and objects of a JSON text are nested. Brackets inside strings do not count."""
+    """Return how deep lists and objects of a JSON text are nested, ignoring brackets inside strings."""
     depth = deepest = 0
     for bracket in _BRACKET.findall(_STRING.sub("", text)):
         depth += 1 if bracket in "[{" else -1
@@ -169,6 +219,6 @@ def _nesting(text: str) -> int:
     return deepest
 
 
-def _shown(text: str) -> str:
+def _shortened(text: str) -> str:
     shortened = text if len(text) <= 40 else text[:40] + "..."
     return shortened.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -1,7 +1,8 @@
-"""Opening a data set through `datasets`, with errors that name the option at fault and what there is instead."""
+"""Opening of Hugging Face data sets as streams, with errors that name the option to change."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,14 @@ HUB_PREFIX = "hf:"
 
 @dataclass(frozen=True, kw_only=True)
 class HubOptions:
-    """Which part of a `datasets` data set is read. `data_files` serves loaders such as 'json'."""
+    """The part of a Hugging Face data set to read.
+
+    Attributes:
+        config: Name of the configuration, such as "en"; None for the default.
+        split: Name of the split.
+        revision: Branch, tag or commit of the repository; None for the default branch.
+        data_files: Files for a generic loader such as "json".
+    """
 
     config: str | None = None
     split: str = "train"
@@ -21,13 +29,20 @@ class HubOptions:
 
     @property
     def files_by_split(self) -> dict[str, list[str]] | None:
-        """`data_files` as `datasets` wants them."""
+        """`data_files` in the form that `datasets` takes."""
         return {self.split: list(self.data_files)} if self.data_files else None
 
 
 @dataclass(frozen=True)
 class OptionNames:
-    """What the options are called where the user gave them; a value follows directly."""
+    """Spellings of the options in error messages: of the command line, or of the configuration file.
+
+    Attributes:
+        source: Prefix of the data set's name, such as "--input ".
+        config: Option of the configuration's name.
+        split: Option of the split's name.
+        text_key: Option of the text column's name.
+    """
 
     source: str
     config: str
@@ -36,16 +51,19 @@ class OptionNames:
 
 
 def open_hub(dataset: str, options: HubOptions, text_key: str, names: OptionNames) -> tuple[Any, Any]:
-    """The builder of a data set and the stream of its split. Nothing is downloaded but what says what is there.
+    """Open a split of a data set as a stream, downloading only its metadata.
 
     Args:
-        dataset: of the Hub, a folder, or a loader.
-        options: which part.
-        text_key: column that must be there, where the data set says its columns beforehand.
-        names: of the options, for errors.
+        dataset: Name of a data set on the Hub, a folder, or a loader.
+        options: The part of the data set to read.
+        text_key: Column of the text; checked where the data set declares its columns.
+        names: Spellings of the options, for errors.
+
+    Returns:
+        The `datasets` builder of the data set, and the `IterableDataset` of the split.
 
     Raises:
-        DataError: no such data set, configuration, split or column.
+        DataError: No such data set, configuration, split or column.
     """
     from datasets import load_dataset_builder
 
@@ -54,11 +72,11 @@ def open_hub(dataset: str, options: HubOptions, text_key: str, names: OptionName
         builder = load_dataset_builder(
             dataset, options.config, revision=options.revision, data_files=options.files_by_split
         )
-    except Exception as error:  # loaders raise whatever their format's library raises
+    except Exception as error:  # each loader raises its own format library's exceptions
         configs = _configs(dataset, options)
         if configs and options.config not in configs:
-            came = "nothing" if options.config is None else repr(options.config)
-            raise DataError(f"{names.config}: expected {_one_of(configs)}, which {what} has; came {came}") from error
+            got = "nothing" if options.config is None else repr(options.config)
+            raise DataError(f"{names.config}: expected {_one_of(configs)} ({what}), got {got}") from error
         raise _cannot_open(what, names, error) from error
     try:
         streams = builder.as_streaming_dataset()
@@ -67,16 +85,17 @@ def open_hub(dataset: str, options: HubOptions, text_key: str, names: OptionName
     except Exception as error:
         raise _cannot_open(what, names, error) from error
     if stream is None:
-        raise DataError(f"{names.split}: expected {_one_of(streams)}, which {what} has; came {options.split!r}")
+        raise DataError(f"{names.split}: expected {_one_of(list(streams))} ({what}), got {options.split!r}")
     if columns is not None and text_key not in columns:
         raise DataError(
-            f"{names.source}{what}: no column {text_key!r}; its columns are {', '.join(columns)} ({names.text_key})"
+            f"{names.source}{what}: expected a text column among {', '.join(columns)}, got {text_key!r} "
+            f"({names.text_key})"
         )
     return builder, stream
 
 
 def first_line(error: Exception) -> str:
-    """An error's kind and the first line of what it says."""
+    """Return the type of an error and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
@@ -93,9 +112,9 @@ def _configs(dataset: str, options: HubOptions) -> list[str]:
 
     try:
         return get_dataset_config_names(dataset, revision=options.revision, data_files=options.files_by_split)
-    except Exception:  # there is no such data set, or the Hub cannot be reached: the first error says it
+    except Exception:  # no such data set, or the Hub is unreachable: the caller reports the first error
         return []
 
 
-def _one_of(names) -> str:
+def _one_of(names: Sequence[str]) -> str:
     return f"one of {', '.join(names)}" if len(names) > 1 else ", ".join(names)

@@ -1,4 +1,4 @@
-"""How many malformed lines a preparation puts up with."""
+"""The limit of malformed lines at which `prepare` stops."""
 
 from __future__ import annotations
 
@@ -6,45 +6,55 @@ from dataclasses import dataclass
 
 from pause_megatron.errors import DataError
 
-# A fraction is judged before the end only on so many lines, and only when it is passed by this factor: shards differ.
+# Before the end, a fraction is checked only after this many lines, and with this margin: shards differ.
 _LINES_TO_JUDGE = 10_000
 _MARGIN = 2.0
 
 
 @dataclass(frozen=True)
 class MalformedLimit:
-    """`--max-malformed`: a number of lines (int), or a fraction of all lines (float).
+    """The value of `--max-malformed`.
+
+    Attributes:
+        value: Number of lines (int), or fraction of all lines (float).
 
     Raises:
-        DataError: a negative number, or a fraction above 1.
+        DataError: A negative number, or a fraction above 1.
     """
 
     value: int | float
 
     def __post_init__(self) -> None:
         if self.value < 0 or (isinstance(self.value, float) and not self.value <= 1):
-            raise DataError(f"--max-malformed {self.value}: expected a number of lines, or a fraction from 0.0 to 1.0")
+            raise DataError(
+                f"--max-malformed: expected a number of lines, or a fraction from 0.0 to 1.0, got {self.value}"
+            )
 
     @property
     def is_fraction(self) -> bool:
-        """Whether it counts relative to all lines."""
+        """Whether the limit is a fraction of all lines."""
         return isinstance(self.value, float)
 
     def exceeded(self, malformed: int, documents: int) -> bool:
-        """Whether a finished preparation has too many. `documents` are the lines that are none of them."""
-        return malformed > (self.value * (documents + malformed) if self.is_fraction else self.value)
-
-    def hopeless(self, malformed: int, documents: int, done_bytes: int, total_bytes: int | None) -> bool:
-        """Whether to stop an unfinished preparation.
-
-        A number is judged exactly. A fraction is judged against the lines that all of the input is likely to hold, and
-        must be passed twice over; where the size of the input is unknown, it is judged at the end.
+        """Return whether a finished preparation exceeds the limit.
 
         Args:
-            malformed: lines so far.
-            documents: so far.
-            done_bytes: read of the sources as stored.
-            total_bytes: of the sources as stored, where known.
+            malformed: Number of malformed lines.
+            documents: Number of well-formed lines.
+        """
+        return malformed > (self.value * (documents + malformed) if self.is_fraction else self.value)
+
+    def should_abort(self, malformed: int, documents: int, done_bytes: int, total_bytes: int | None) -> bool:
+        """Return whether to stop an unfinished preparation.
+
+        A number is checked exactly. A fraction is checked against an estimate of the total number of lines, with a
+        margin of 2. Where the size of the input is unknown, a fraction is only checked at the end.
+
+        Args:
+            malformed: Number of malformed lines so far.
+            documents: Number of well-formed lines so far.
+            done_bytes: Bytes read so far, of the sources as stored.
+            total_bytes: Size of the sources as stored, in bytes; None where unknown.
         """
         if not self.is_fraction:
             return malformed > self.value

@@ -1,10 +1,11 @@
-"""Lines of a shard on disk, plain, gzip or zstd, with every kind of damage told apart from the end of the file."""
+"""Streaming reader of the lines of a plain, gzip or zstd shard; a damaged stream is never mistaken for its end."""
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Any, BinaryIO, Protocol
 
 import xxhash
 
@@ -14,25 +15,45 @@ SUFFIXES = (".json", ".jsonl", ".ndjson")
 COMPRESSIONS = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}
 MAX_LINE_BYTES = 64 << 20
 _READ_BYTES = 1 << 16
-# Decompressed data that exists at one time: a few KiB of a compressed file can hold gigabytes of one letter.
-_MOST_BYTES = 1 << 20
-# zstandard has no such limit, but 4 bytes of it cannot give more than 128 KiB.
-_ZSTD_BYTES = 1 << 10
+# Bound on decompressed data in memory: a few KiB of a compressed file can expand to gigabytes.
+_MAX_DECOMPRESSED_BYTES = 1 << 20
+# zstandard takes no such bound, but 4 compressed bytes cannot expand to more than 128 KiB.
+_ZSTD_INPUT_BYTES = 1 << 10
 
 
 class DamagedShard(DataError):
-    """A shard that ends or breaks inside its compressed stream, or that the disk cannot read. `reason` is a phrase."""
+    """A shard that is truncated or corrupt inside its compressed stream, or unreadable.
 
-    reason = ""
+    Attributes:
+        reason: What is wrong, as a phrase without the path.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message, reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+class _Decompressor(Protocol):
+    """What the decompression objects of zlib and zstandard have in common."""
+
+    @property
+    def eof(self) -> bool: ...
+
+    @property
+    def unused_data(self) -> bytes: ...
 
 
 class ShardFile:
-    """Reads a shard once, from front to back.
+    """A reader that goes once through a shard, from front to back.
 
     Attributes:
-        read_bytes: bytes of the file (as stored) read so far.
-        text_bytes: bytes after decompression so far.
-        line: number of the last line given out, from 1.
+        path: Path of the shard.
+        read_bytes: Bytes of the file as stored, read so far.
+        text_bytes: Bytes after decompression so far.
+        line: Number of the last line that was yielded, from 1.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -44,14 +65,20 @@ class ShardFile:
 
     @property
     def digest(self) -> str:
-        """Digest of the file as stored, once all of it was read; as 'xxh3_128:HEX'."""
+        """Digest 'xxh3_128:HEX' of the bytes read so far, as stored."""
         return f"xxh3_128:{self._hash.hexdigest()}"
 
     def lines(self, limit: int = MAX_LINE_BYTES) -> Iterator[bytes | None]:
-        """Lines without their newline, in order; None for a line of more than `limit` bytes.
+        """Yield the lines without their newlines, in order; None for a line that is too long.
+
+        Args:
+            limit: Largest size of a line, in bytes.
+
+        Yields:
+            The bytes of each line, or None where it exceeds `limit`.
 
         Raises:
-            DamagedShard: after the last whole line that could be read.
+            DamagedShard: The file is damaged; raised after the last complete line that could be read.
         """
         parts: list[bytes] = []
         held = 0
@@ -81,7 +108,7 @@ class ShardFile:
         except OSError as error:
             raise self._damaged(f"cannot be read ({error.strerror})") from None
 
-    def _raw_blocks(self, file) -> Iterator[bytes]:
+    def _raw_blocks(self, file: BinaryIO) -> Iterator[bytes]:
         while block := file.read(_READ_BYTES):
             self.read_bytes += len(block)
             self._hash.update(block)
@@ -89,52 +116,54 @@ class ShardFile:
 
     def _decompressed(self, raw: Iterator[bytes], compression: str) -> Iterator[bytes]:
         # zlib and zstandard decompression objects share `decompress`, `eof` and `unused_data`. The file classes on top
-        # of them do not serve here: zstandard's reader takes a cut file for a complete one.
-        engine, begun = None, False
+        # of them are no alternative: zstandard's reader accepts a truncated file as complete.
+        engine: _Decompressor | None = None
+        begun = False
         for block in raw:
             begun = True
             while block:
                 if engine is None:
                     if compression == ".gz" and self.text_bytes:
-                        block = block.lstrip(b"\0")  # padding after a gzip member is allowed
+                        block = block.lstrip(b"\0")  # gzip allows padding after a member
                         if not block:
                             break
                     engine = _decompressor(compression)
                 try:
-                    block = yield from _PIECES[compression](engine, block)
+                    block = yield from _DECOMPRESS[compression](engine, block)
                 except _decompression_errors() as error:
                     raise self._damaged(f"damaged {compression} data ({error})") from None
                 engine = None if engine.eof else engine
         if not begun:
-            raise self._damaged(f"empty: there is no {compression} data at all")
+            raise self._damaged(f"expected {compression} data, got an empty file")
         if engine is not None:
             raise self._damaged(f"truncated: the {compression} data stops before its end mark")
 
     def _damaged(self, reason: str) -> DamagedShard:
-        error = DamagedShard(
+        message = (
             f"{self.path}: {reason}; readable up to line {self.line:,} ({self.text_bytes:,} bytes of text from "
-            f"{self.read_bytes:,} bytes of the file). Fetch the shard again, or keep what is readable with "
+            f"{self.read_bytes:,} bytes of the file). Fetch the shard again, or keep the readable part with "
             "--damaged-shards keep"
         )
-        error.reason = reason
-        return error
+        return DamagedShard(message, reason)
 
 
 def compression_of(path: Path) -> str | None:
-    """ ".gz", ".zst" or None (plain), by the file's name.
+    """Return the compression that a shard's name implies: ".gz", ".zst", or None for a plain file.
 
     Raises:
-        DataError: a name that is none of .json, .jsonl, .ndjson, each plain, .gz or .zst.
+        DataError: The name does not end in .json, .jsonl or .ndjson, optionally followed by .gz or .zst.
     """
     compression = path.suffix if path.suffix in COMPRESSIONS else None
     inner = path.with_suffix("").suffix if compression else path.suffix
     if inner not in SUFFIXES:
-        raise DataError(f"{path}: unknown kind of shard; expected {', '.join(SUFFIXES)}, plain or with .gz or .zst")
+        raise DataError(
+            f"{path}: expected a shard named {', '.join(SUFFIXES)}, plain or with .gz or .zst, got {path.name!r}"
+        )
     return compression
 
 
 def is_shard_name(name: str) -> bool:
-    """Whether `compression_of` takes this name."""
+    """Return whether `compression_of` accepts a name."""
     try:
         compression_of(Path(name))
     except DataError:
@@ -143,10 +172,11 @@ def is_shard_name(name: str) -> bool:
 
 
 def check_start(path: Path) -> None:
-    """Check that a shard can be opened and that a compressed one begins as its name says.
+    """Check that a shard can be opened, and that a compressed one begins with the magic bytes of its format.
 
     Raises:
-        DataError: unreadable, or something else under a .gz or .zst name (a Git LFS pointer, an error page).
+        DataError: The file is unreadable, or holds other data under a .gz or .zst name (a Git LFS pointer, an HTML
+            error page).
     """
     compression = compression_of(path)
     try:
@@ -155,11 +185,11 @@ def check_start(path: Path) -> None:
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     if compression and not start.startswith(COMPRESSIONS[compression]):
-        what = f"it begins with {start!r}" if start else "it is empty"
-        raise DataError(f"{path}: expected {compression} data, but {what}; fetch the shard again")
+        got = f"a file that begins with {start!r}" if start else "an empty file"
+        raise DataError(f"{path}: expected {compression} data, got {got}; fetch the shard again")
 
 
-def _decompressor(compression: str):
+def _decompressor(compression: str) -> _Decompressor:
     if compression == ".gz":
         return zlib.decompressobj(wbits=31)
     import zstandard
@@ -167,26 +197,26 @@ def _decompressor(compression: str):
     return zstandard.ZstdDecompressor().decompressobj()
 
 
-def _gzip_pieces(engine, block: bytes) -> Generator[bytes, None, bytes]:
-    """What a block holds, at most _MOST_BYTES at a time; returns what follows the end of the member."""
+def _gunzip(engine: Any, block: bytes) -> Generator[bytes, None, bytes]:
+    """Yield the decompressed block in bounded pieces; return the bytes after the end of the gzip member."""
     while True:
-        piece = engine.decompress(block, _MOST_BYTES)
+        piece = engine.decompress(block, _MAX_DECOMPRESSED_BYTES)
         yield piece
         block = engine.unconsumed_tail
-        if engine.eof or (not block and len(piece) < _MOST_BYTES):
-            return engine.unused_data
+        if engine.eof or (not block and len(piece) < _MAX_DECOMPRESSED_BYTES):
+            return bytes(engine.unused_data)
 
 
-def _zstd_pieces(engine, block: bytes) -> Generator[bytes, None, bytes]:
-    """What a block holds, of _ZSTD_BYTES at a time; returns what follows the end of the frame."""
-    for start in range(0, len(block), _ZSTD_BYTES):
-        yield engine.decompress(block[start : start + _ZSTD_BYTES])
+def _unzstd(engine: Any, block: bytes) -> Generator[bytes, None, bytes]:
+    """Yield the decompressed block in bounded pieces; return the bytes after the end of the zstd frame."""
+    for start in range(0, len(block), _ZSTD_INPUT_BYTES):
+        yield engine.decompress(block[start : start + _ZSTD_INPUT_BYTES])
         if engine.eof:
-            return engine.unused_data + block[start + _ZSTD_BYTES :]
+            return bytes(engine.unused_data) + block[start + _ZSTD_INPUT_BYTES :]
     return b""
 
 
-_PIECES = {".gz": _gzip_pieces, ".zst": _zstd_pieces}
+_DECOMPRESS = {".gz": _gunzip, ".zst": _unzstd}
 
 
 def _decompression_errors() -> tuple[type[Exception], ...]:

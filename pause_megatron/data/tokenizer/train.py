@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pause_megatron.data.text.documents import Tally
-from pause_megatron.data.text.sources import HubOptions, ReadOptions, find_sources
+from pause_megatron.data.text.hub import HubOptions
+from pause_megatron.data.text.sources import ReadOptions, find_sources
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from pause_megatron.errors import DataError
 from pause_megatron.files.durable import write_whole

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 
 from pause_megatron.cli.support.prepare_progress import ProgressBar
-from pause_megatron.data.prepare.pool import Progress
+from pause_megatron.data.prepare.pool import PrepareProgress
 from pause_megatron.terminal.progress import _bar_file
 
 
@@ -18,9 +18,9 @@ def drawn_on(stream: io.StringIO) -> str:
     """What `prepare` draws of two shards."""
     with ProgressBar(stream) as bar:
         for done in (0, 1, 2):
-            bar.update(Progress("read", 10 * done, 900 * done, 4_000 * done, 0, 50 * done, 100, done, 2))
+            bar.update(PrepareProgress("read", 10 * done, 900 * done, 4_000 * done, 0, 50 * done, 100, done, 2))
         for done in (0, 2):
-            bar.update(Progress("join", 20, 1_800, 8_000, 0, 50 * done, 100, done, 2))
+            bar.update(PrepareProgress("join", 20, 1_800, 8_000, 0, 50 * done, 100, done, 2))
     return stream.getvalue()
 
 

@@ -24,10 +24,10 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from support.megatron_corpora import megatron_tokenizer, preprocess, write_ids
 from support.prose import documents, train_hugging_face, train_model, write_shards
 
+import pause_megatron.data.adopt.scan as adopt_scan
 from pause_megatron.cli import main
 from pause_megatron.config.schema import DataSection, PauseSection
 from pause_megatron.data.adopt.adopt import adopt
-from pause_megatron.data.adopt.adopt import scan as adopt_scan
 from pause_megatron.data.adopt.scan import scan
 from pause_megatron.data.adopt.tokenizer_check import agreement_of, sample_documents
 from pause_megatron.data.corpus.corpora import open_corpora
@@ -144,10 +144,10 @@ def test_again_is_nothing_to_do_and_otherwise_needs_overwrite(theirs: Path, fold
 
 
 def test_prepare_and_adopt_leave_each_others_corpora_alone(theirs: Path, folder: Path, tokenizer: Tokenizer) -> None:
-    with pytest.raises(DataError, match=rf"is there without a manifest.*pause-megatron adopt {theirs} --tokenizer"):
+    with pytest.raises(DataError, match=rf"got a file without a manifest.*pause-megatron adopt {theirs} --tokenizer"):
         prepare([f"{folder}/shards/*"], tokenizer, theirs, workers=1)
     adopt(theirs, tokenizer)
-    with pytest.raises(DataError, match="made by others and adopted"):
+    with pytest.raises(DataError, match="got an adopted corpus"):
         prepare([f"{folder}/shards/*"], tokenizer, theirs, workers=1)
     prepare([f"{folder}/shards/*"], tokenizer, theirs, workers=1, overwrite=True)
     assert "has a manifest already, made by `pause-megatron prepare`" in refusal(theirs, tokenizer)
@@ -241,7 +241,7 @@ def test_further_pause_ids_that_the_corpus_holds(with_pause: Path, tmp_path: Pat
     assert adopt(prefix, load_tokenizer(with_pause)).manifest.adoption.free_pause_ids == 2
     data = DataSection(prefix=[str(prefix)])
     assert open_corpora(data, 2).corpora[0].prefix == str(prefix)
-    with pytest.raises(DataError, match=r"pause\.embeddings=3: expected 2 or less, id \d+ stands in the text of"):
+    with pytest.raises(DataError, match=r"pause\.embeddings: expected 2 or less, since id \d+ occurs in .*, got 3"):
         open_corpora(data, 3)
 
 
@@ -270,7 +270,7 @@ def test_scan_finds_what_a_look_at_each_document_finds(tmp_path_factory, folder:
     prefix = write_ids(tmp_path_factory.mktemp("scan") / "c", ids)
     tokenizer = load_tokenizer(folder / "tok.model")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adopt_scan, "_READ_BYTES", 2 * piece)
+        patch.setattr(adopt_scan, "READ_BYTES", 2 * piece)
         patch.setattr(adopt_scan, "SHOWN", 100)
         found = scan(prefix, read_header(f"{prefix}.idx"), tokenizer, no_report)
     flat = [(document, offset, token) for document, row in enumerate(ids) for offset, token in enumerate(row)]
@@ -409,16 +409,18 @@ def test_files_that_are_cut_missing_or_something_else(theirs: Path, tokenizer: T
     for content in (b"", whole["bin"][:-1], whole["bin"][:-2], whole["bin"] + b"\0"):
         assert f"c.bin: expected {size:,} bytes, which c.idx says, got {len(content):,}" in changed("bin", content)
     for cut in (0, 5, 33, 34, 500, len(whole["idx"]) - 1):
-        assert re.search(r"c\.idx: (not a Megatron index|.*the file was cut)", changed("idx", whole["idx"][:cut]))
+        assert re.search(
+            r"c\.idx: (expected a Megatron index|.*the file was truncated)", changed("idx", whole["idx"][:cut])
+        )
     for at, form, value, message in [
         (0, "<B", 0, "magic bytes"),
-        (9, "<Q", 2, "version 2"),
-        (17, "<B", 7, r"dtype code 7; expected 1 with one of 1 \(uint8\)"),
+        (9, "<Q", 2, "got version 2 with 8"),
+        (17, "<B", 7, r"expected version 1 with a dtype code of 1 \(uint8\), .*, got version 1 with 7"),
         (17, "<B", 4, "expected .* bytes, which c.idx says"),
-        (34 + 4, "<i", -3, "sequence 1: expected 0 or more tokens from byte"),
-        (34 + 4 * 80 + 8 * 5, "<q", 0, "sequence 5: expected 0 or more tokens from byte .* got .* from byte 0 on"),
-        (34 + 12 * 80 + 8 * 9, "<q", 40, "document 8 is not one sequence"),
-        (34 + 12 * 80, "<q", 2, "document 0 is not one sequence"),
+        (34 + 4, "<i", -3, "sequence 1: expected 0 or more tokens at byte"),
+        (34 + 4 * 80 + 8 * 5, "<q", 0, "sequence 5: expected 0 or more tokens at byte .* got .* at byte 0"),
+        (34 + 12 * 80 + 8 * 9, "<q", 40, "document 8: expected one sequence per document"),
+        (34 + 12 * 80, "<q", 2, "document 0: expected one sequence per document"),
         (34 + 12 * 80 + 8 * 80, "<q", 79, "expected its documents to end at sequence 80, got 79"),
     ]:
         content = bytearray(whole["idx"])
@@ -445,13 +447,13 @@ def test_empty_corpora(tokenizer: Tokenizer, tmp_path: Path, documents: Sequence
     )
 
 
-def test_documents_that_nobody_ended(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_documents_without_ends(tokenizer: Tokenizer, tmp_path: Path) -> None:
     builder = IndexedDatasetBuilder(str(tmp_path / "c.bin"), dtype=np.uint16)
     for _ in range(3):
         builder.add_item(torch.tensor([5, 6, 2]))
     builder.finalize(str(tmp_path / "c.idx"))
     said = refusal(tmp_path / "c", tokenizer)
-    assert "where each of its 3 sequences ends a document, got no end" in said and "end_document()" in said
+    assert "expected a document end for each of its 3 sequences, got none" in said and "end_document()" in said
     assert "--split-sentences" not in said
 
 
@@ -461,10 +463,13 @@ def test_sentences_images_and_floats(tokenizer: Tokenizer, tmp_path: Path) -> No
     builder.add_document([5, 6, 7, 2], [2, 2])
     builder.finalize(str(tmp_path / "c.idx"))
     said = refusal(tmp_path / "c", tokenizer)
-    assert "document 0 is not one sequence (3 sequences in 2 documents)" in said and "--split-sentences" in said
+    assert (
+        "document 0: expected one sequence per document, got 3 sequences in 2 documents" in said
+        and "--split-sentences" in said
+    )
     said = refusal(write_ids(tmp_path / "m" / "c", [[5, 2]], multimodal=True), tokenizer)
     assert "multimodal" in said
-    assert "dtype code 7" in refusal(write_ids(tmp_path / "f" / "c", [[5, 2]], np.float32), tokenizer)
+    assert "got version 1 with 7" in refusal(write_ids(tmp_path / "f" / "c", [[5, 2]], np.float32), tokenizer)
 
 
 def test_written_to_while_it_is_read(theirs: Path, tokenizer: Tokenizer) -> None:

@@ -42,7 +42,10 @@ def test_the_fingerprint_is_of_what_trains(folder: Path) -> None:
 
 
 def test_a_corpus_that_trains_cannot_be_held_out(folder: Path) -> None:
-    with pytest.raises(DataError, match=r"data\.valid_prefix: .*/b holds the same documents as .*/b in data\.prefix"):
+    with pytest.raises(
+        DataError,
+        match=r"data\.valid_prefix: expected .*, got .*/b, which has the same documents as .*/b in data\.prefix",
+    ):
         _open(folder, "data.prefix=1 {0}/a 1 {0}/b", "data.valid_prefix={0}/v {0}/b")
 
 
@@ -88,7 +91,7 @@ def test_a_blank_in_the_path_of_a_corpus(folder: Path, tmp_path: Path) -> None:
         assert [corpus.prefix for corpus in opened.valid] == [held_out]
         (tmp_path / "config.yaml").write_text(dump(config))
         assert load(tmp_path / "config.yaml") == config
-    with pytest.raises(DataError, match=r"data\.valid_prefix: no corpus at x: .* `prepare` writes\. Blanks separate"):
+    with pytest.raises(DataError, match=r"data\.valid_prefix: no corpus at x: .* of `prepare`\. Blanks separate"):
         open_corpora(load(overrides=[f"data.prefix={folder}/a", "data.valid_prefix=x y"]).data, 1)
 
 
@@ -110,5 +113,5 @@ def test_a_corpus_that_is_replaced_while_it_is_opened(folder: Path, tmp_path: Pa
     write(documents(40))
     opened.require_unchanged()
     write(documents(41))
-    with pytest.raises(DataError, match=rf"{prefix}: prepared anew while this run was opening it"):
+    with pytest.raises(DataError, match=rf"{prefix}: prepared again while this run was opening it"):
         opened.require_unchanged()

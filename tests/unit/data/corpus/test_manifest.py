@@ -1,4 +1,4 @@
-"""Opening a corpus: nothing cut, mixed up, foreign or of another tokenizer passes in silence."""
+"""Opening a corpus: truncated, mixed up or foreign files and another tokenizer are errors."""
 
 from __future__ import annotations
 
@@ -45,17 +45,19 @@ def test_opening_gives_the_tokenizer_and_takes_the_right_one(corpus: Path, origi
 
 def test_wrong_tokenizer(corpus: Path, tmp_path: Path) -> None:
     other = train_model(tmp_path / "other.model", vocab_size=500)
-    with pytest.raises(DataError, match=r"prepared with tokenizer sentencepiece:\w+ \(600 ids\), but the one given"):
+    with pytest.raises(
+        DataError, match=r"expected its tokenizer sentencepiece:\w+ \(600 ids\), got sentencepiece:\w+ \(500 ids\)"
+    ):
         open_corpus(corpus, other)
     load_tokenizer(other).save(f"{corpus}.tokenizer")
-    with pytest.raises(DataError, match="is not the tokenizer that the corpus was prepared with"):
+    with pytest.raises(DataError, match="tokenizer: expected the corpus's tokenizer kind='sentencepiece'"):
         open_corpus(corpus)
 
 
 def test_every_shorter_bin_and_idx_is_refused(corpus: Path) -> None:
     for name, message in (
-        ("bin", r"c\.bin is shorter than its index says"),
-        ("idx", r"c\.idx: (not a Megatron|.*cut)"),
+        ("bin", r"c\.bin: expected [\d,]+ bytes, the size in c\.idx, got "),
+        ("idx", r"c\.idx: (expected a Megatron index|.*truncated)"),
     ):
         path = Path(f"{corpus}.{name}")
         whole = path.read_bytes()
@@ -70,14 +72,14 @@ def test_every_shorter_bin_and_idx_is_refused(corpus: Path) -> None:
 def test_longer_missing_and_swapped_files(corpus: Path, original: Path) -> None:
     with open(f"{corpus}.bin", "ab") as file:
         file.write(b"\0\0")
-    with pytest.raises(DataError, match=r"c\.bin is longer than its index says"):
+    with pytest.raises(DataError, match=r"c\.bin: expected [\d,]+ bytes, the size in c\.idx, got "):
         open_corpus(corpus)
     for name in ("bin", "idx"):
         shutil.copy(original / "b" / f"c.{name}", f"{corpus}.{name}")
     with pytest.raises(DataError, match="the files are of different corpora"):
         open_corpus(corpus)
     Path(f"{corpus}.bin").unlink()
-    with pytest.raises(DataError, match=r"c\.bin is missing, though"):
+    with pytest.raises(DataError, match=r"c\.bin: expected the \.bin of .*, got no such file"):
         open_corpus(corpus)
 
 
@@ -95,10 +97,11 @@ def test_a_flipped_bit_is_found_by_verify(corpus: Path) -> None:
 
 def test_no_manifest(corpus: Path, tmp_path: Path) -> None:
     Path(f"{corpus}.manifest.json").unlink()
-    with pytest.raises(DataError, match="was not made by `pause-megatron prepare`, or its preparation did not finish"):
+    expected = "without a manifest: it was not made by `pause-megatron prepare`, or its preparation did not finish"
+    with pytest.raises(DataError, match=expected):
         open_corpus(corpus)
     Path(f"{corpus}.parts").mkdir()
-    with pytest.raises(DataError, match=r"is not finished.*run the same `prepare` command again"):
+    with pytest.raises(DataError, match=r"got an unfinished preparation; run the same `prepare` command again"):
         open_corpus(corpus)
     with pytest.raises(DataError, match="no corpus at"):
         open_corpus(tmp_path / "nowhere")
@@ -131,5 +134,5 @@ def test_a_blend_needs_one_tokenizer(original: Path, tmp_path: Path) -> None:
     assert first.manifest.fingerprint != second.manifest.fingerprint
     moved = load_tokenizer(original / "tok.model", pause_id=700)
     prepare([str(original / "a" / "*.json.gz")], moved, tmp_path / "m", workers=1)
-    with pytest.raises(DataError, match=r"cannot be blended.*pause_id=600.*pause_id=700"):
+    with pytest.raises(DataError, match=r"cannot be blended: expected .*pause_id=600.* got .*pause_id=700"):
         require_one_tokenizer([first, open_corpus(tmp_path / "m")])

@@ -1,4 +1,4 @@
-"""Preparing a corpus: what stock megatron-core reads is what the tokenizer said, whatever happened on the way."""
+"""Preparing a corpus: stock megatron-core reads the tokenizer's ids, after any interruption."""
 
 from __future__ import annotations
 
@@ -24,9 +24,10 @@ from support.records import FOLDERS, c4_shards, c4_texts
 from pause_megatron.data.corpus.corpus import open_corpus
 from pause_megatron.data.corpus.manifest import Manifest
 from pause_megatron.data.corpus.verify import verify_corpus
-from pause_megatron.data.prepare.pool import Progress
+from pause_megatron.data.prepare.pool import PrepareProgress
 from pause_megatron.data.prepare.prepare import prepare, summary
-from pause_megatron.data.text.sources import HubOptions, ReadOptions
+from pause_megatron.data.text.hub import HubOptions
+from pause_megatron.data.text.sources import ReadOptions
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from pause_megatron.errors import DataError
 
@@ -184,7 +185,10 @@ def test_malformed_lines_are_counted_and_good_documents_unaffected(
 
 
 def test_bad_input(tmp_path: Path, shards: str, tokenizer: Tokenizer) -> None:
-    for content, message in [(b"\n\n", "holds no documents.*blank-line: 2"), (b'{"a": 1}\n', "no-text: 1")]:
+    for content, message in [
+        (b"\n\n", "expected documents, got none .*blank-line: 2"),
+        (b'{"a": 1}\n', "no-text: 1"),
+    ]:
         (tmp_path / "x.jsonl").write_bytes(content)
         with pytest.raises(DataError, match=f"(?s){message}"):
             prepare([str(tmp_path / "x.jsonl")], tokenizer, tmp_path / "c", workers=1)
@@ -200,18 +204,21 @@ def test_bad_input(tmp_path: Path, shards: str, tokenizer: Tokenizer) -> None:
     )
     assert prepared.manifest.counts.malformed == {"damaged-shard": 1}
     assert _read(tmp_path / "k")[0] == [*tokenizer.encode(TEXTS[0]), tokenizer.eod]
-    for settings, message in [({"workers": 0}, "--workers 0"), ({"max_malformed": -1}, "--max-malformed -1")]:
+    for settings, message in [
+        ({"workers": 0}, "--workers: .*got 0"),
+        ({"max_malformed": -1}, "--max-malformed: .*got -1"),
+    ]:
         with pytest.raises(DataError, match=message):
             prepare([shards], tokenizer, tmp_path / "c", **settings)
 
 
-def test_a_wrong_text_key_can_be_mended_without_overwrite(tmp_path: Path, shards: str, tokenizer: Tokenizer) -> None:
+def test_a_wrong_text_key_can_be_corrected_without_overwrite(tmp_path: Path, shards: str, tokenizer: Tokenizer) -> None:
     with pytest.raises(DataError, match="no-text"):
         prepare([shards], tokenizer, tmp_path / "c", workers=1, options=ReadOptions(text_key="body"))
     prepare([shards], tokenizer, tmp_path / "c", workers=1)
 
 
-def test_again_does_nothing_and_another_plan_is_refused(
+def test_again_does_nothing_and_another_spec_is_refused(
     tmp_path: Path, shards: str, tokenizer: Tokenizer, reference
 ) -> None:
     prepare([shards], tokenizer, tmp_path / "c", workers=1)
@@ -221,7 +228,7 @@ def test_again_does_nothing_and_another_plan_is_refused(
     assert again.already_done
     assert "already prepared" in summary(again, tmp_path / "c")
     other = load_tokenizer(train_model(tmp_path / "other.model", vocab_size=500))
-    with pytest.raises(DataError, match=r"(?s)What differs:.*tokenizer fingerprint: .* there, .* now"):
+    with pytest.raises(DataError, match=r"(?s)The differences:.*tokenizer fingerprint: .* there, .* now"):
         prepare([shards], other, tmp_path / "c")
     with pytest.raises(DataError, match="text_key: text there, url now"):
         prepare([shards], tokenizer, tmp_path / "c", options=ReadOptions(text_key="url"))
@@ -241,16 +248,16 @@ def test_changed_sources_and_foreign_files_are_refused(tmp_path: Path, tokenizer
     prepare([str(shard)], tokenizer, tmp_path / "c", workers=1)
     shard.write_bytes(json_lines(["two one"]))
     os.utime(shard, ns=(0, 0))
-    with pytest.raises(DataError, match="prepared from another content of"):
+    with pytest.raises(DataError, match=r"c: .*x\.jsonl has changed since the corpus was prepared"):
         prepare([str(shard)], tokenizer, tmp_path / "c")
     (tmp_path / "f.bin").write_bytes(b"theirs")
-    with pytest.raises(DataError, match="is there without a manifest"):
+    with pytest.raises(DataError, match=r"f\.bin: expected .*, got a file without a manifest"):
         prepare([str(shard)], tokenizer, tmp_path / "f")
     assert (tmp_path / "f.bin").read_bytes() == b"theirs"
 
 
 def test_progress_adds_up(tmp_path: Path, shards: str, tokenizer: Tokenizer) -> None:
-    seen: list[Progress] = []
+    seen: list[PrepareProgress] = []
     prepared = prepare([shards], tokenizer, tmp_path / "c", workers=1, on_progress=seen.append)
     read = [progress for progress in seen if progress.phase == "read"][-1]
     counts = prepared.manifest.counts
@@ -365,7 +372,7 @@ def _assert_whole(prefix: Path, reference: dict[str, bytes]) -> None:
 def _stop_while_joining(shards: str, tokenizer: Tokenizer, output: Path, parts: int) -> None:
     """Leaves so many of the six parts in joined.bin, and none of those in a file of its own."""
 
-    def stop(progress: Progress) -> None:
+    def stop(progress: PrepareProgress) -> None:
         if progress.phase == "join" and progress.shards_done == parts:
             raise KeyboardInterrupt
 
@@ -379,7 +386,7 @@ def _stop_while_joining(shards: str, tokenizer: Tokenizer, output: Path, parts: 
 def test_joining_needs_room_for_one_more_part(tmp_path: Path, shards: str, reference, tokenizer: Tokenizer) -> None:
     room: list[int] = []
 
-    def measure(progress: Progress) -> None:
+    def measure(progress: PrepareProgress) -> None:
         if progress.phase == "join":
             room.append(sum(path.stat().st_size for path in tmp_path.rglob("*.bin*")))
 
@@ -389,7 +396,7 @@ def test_joining_needs_room_for_one_more_part(tmp_path: Path, shards: str, refer
     _assert_whole(tmp_path / "c", reference)
 
 
-def test_joining_goes_on_and_redoes_what_it_lost_only(
+def test_joining_resumes_and_redoes_only_what_was_lost(
     tmp_path: Path, shards: str, reference, tokenizer: Tokenizer
 ) -> None:
     output, joined = tmp_path / "c", tmp_path / "c.parts" / "joined.bin"
@@ -421,19 +428,21 @@ def test_a_joined_part_that_the_disk_alters_is_redone(
     content = bytearray(joined.read_bytes())
     content[-1] ^= 1  # in part 2
     joined.write_bytes(content)
-    with pytest.raises(DataError, match=r"joined\.bin was altered on disk .* run the same command again"):
+    with pytest.raises(
+        DataError, match=r"joined\.bin: expected digest .*: altered on disk .* run the same command again"
+    ):
         prepare([shards], tokenizer, tmp_path / "c", workers=1)
     assert prepare([shards], tokenizer, tmp_path / "c", workers=1).parts_reused == 5
     _assert_whole(tmp_path / "c", reference)
 
 
-def test_an_old_corpus_is_not_taken_for_joined_parts(
+def test_an_old_corpus_is_not_mistaken_for_joined_parts(
     tmp_path: Path, shards: str, reference, tokenizer: Tokenizer
 ) -> None:
     """--overwrite stopped while it joins, and its joined.bin lost: the corpus that it would replace stays whole."""
     prepare([shards], tokenizer, tmp_path / "c", workers=1)
 
-    def stop(progress: Progress) -> None:
+    def stop(progress: PrepareProgress) -> None:
         if progress.phase == "join" and progress.shards_done == 6:
             raise KeyboardInterrupt
 
@@ -514,7 +523,7 @@ def _wait(process: subprocess.Popen, until: Callable[[], bool], pause: float) ->
         time.sleep(pause)
 
 
-def test_a_killed_worker_is_an_error_that_keeps_what_is_done(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_a_killed_worker_is_an_error_that_keeps_finished_parts(tmp_path: Path, tokenizer: Tokenizer) -> None:
     import multiprocessing
 
     shards = write_shards(tmp_path / "s", TEXTS * 100, 4)
@@ -522,7 +531,7 @@ def test_a_killed_worker_is_an_error_that_keeps_what_is_done(tmp_path: Path, tok
     others = {process.pid for process in multiprocessing.active_children()}  # the rank pools of other tests
     killed = []
 
-    def kill_one(progress: Progress) -> None:
+    def kill_one(progress: PrepareProgress) -> None:
         if progress.documents and not killed:
             killed.append(next(p.pid for p in multiprocessing.active_children() if p.pid not in others))
             os.kill(killed[0], signal.SIGKILL)
@@ -535,7 +544,7 @@ def test_a_killed_worker_is_an_error_that_keeps_what_is_done(tmp_path: Path, tok
 def test_two_preparations_of_one_corpus_refuse_each_other(tmp_path: Path, shards: str, tokenizer: Tokenizer) -> None:
     messages = []
 
-    def second(progress: Progress) -> None:
+    def second(progress: PrepareProgress) -> None:
         if not messages:
             try:
                 prepare([shards], tokenizer, tmp_path / "c", workers=1)

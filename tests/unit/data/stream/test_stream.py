@@ -164,7 +164,11 @@ def test_malformed_lines_are_left_out_and_empty_sources_refused(tmp_path: Path, 
     for source, content, message in [
         ((str(path),), b"[]\n{}\n", "holds no documents"),
         (("hf:json", str(path)), b'{"text": null}\n', "holds no documents"),
-        (("hf:json", str(path)), b'{"body": "x"}\n', r"no column 'text'; its columns are body \(data\.text_key\)"),
+        (
+            ("hf:json", str(path)),
+            b'{"body": "x"}\n',
+            r"expected a text column among body, got 'text' \(data\.text_key\)",
+        ),
         ((str(tmp_path / "no*.jsonl"),), b"", "no such file"),
         (("hf:json", str(tmp_path / "no.jsonl")), b"", "cannot open it"),
     ]:
@@ -186,13 +190,16 @@ def test_errors_name_the_key_at_fault_and_what_there_is(tmp_path: Path) -> None:
     source = {"source": (f"hf:{tmp_path}/set",), "source_config": "en"}
     assert open_documents(DataSection(**source)).take(1) == ["one"]
     for wrong, message in [
-        ({"source_config": "fr"}, "data.source_config: expected one of en, de, which .*/set has; came 'fr'"),
-        ({"source_config": None}, "data.source_config: expected one of en, de, which .*/set has; came nothing"),
+        ({"source_config": "fr"}, "data.source_config: expected one of en, de .hf:.*/set., got 'fr'"),
+        ({"source_config": None}, "data.source_config: expected one of en, de .hf:.*/set., got nothing"),
         (
             {"source_split": "test"},
-            "data.source_split: expected one of train, validation, which .*/set has; came 'test'",
+            "data.source_split: expected one of train, validation .hf:.*/set., got 'test'",
         ),
-        ({"text_key": "body"}, r"set: no column 'body'; its columns are text, timestamp, url \(data\.text_key\)"),
+        (
+            {"text_key": "body"},
+            r"set: expected a text column among text, timestamp, url, got 'body' \(data\.text_key\)",
+        ),
         ({"source": (f"hf:{tmp_path}/nowhere",)}, "data.source=hf:.*/nowhere: datasets cannot open it"),
     ]:
         with pytest.raises(DataError, match=message):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.malformed import BAD_LINES
 
-from pause_megatron.data.text.documents import KINDS, PLACES_KEPT, Malformed, Tally, parse_line
+from pause_megatron.data.text.documents import KINDS, PLACES_KEPT, Malformed, Tally, TallyRecord, parse_line
 
 
 @pytest.mark.parametrize(("line", "kind"), [*BAD_LINES, (None, "too-long")])
@@ -49,6 +49,6 @@ def test_tallies_add_up_and_keep_the_first_places() -> None:
     one.merge(two)
     assert one.total == PLACES_KEPT - 2 + 10
     assert [place.file for place in one.places["empty"]] == ["a"] * (PLACES_KEPT - 2) + ["b"] * 2
-    again = Tally.from_json(json.loads(json.dumps(one.to_json())))
+    again = Tally.from_record(TallyRecord.model_validate_json(one.to_record().model_dump_json()))
     assert (again.counts, again.places) == (one.counts, one.places)
     assert "no-text: 5 (an object without the text key); first: b:0" in one.describe()

@@ -152,7 +152,7 @@ def test_memory_is_bounded_for_a_line_of_100_megabytes(tmp_path: Path, suffix: s
 
 
 @pytest.mark.parametrize("depth", [199, 200, 201, 900])
-def test_nesting_is_judged_the_same_whoever_calls(depth: int) -> None:
+def test_nesting_is_judged_the_same_at_any_depth_of_the_stack(depth: int) -> None:
     line = b'{"text": "x", "tree": ' + b"[" * (depth - 1) + b"]" * (depth - 1) + b"}"
 
     def deeper(levels: int) -> object:
@@ -167,16 +167,16 @@ def test_nesting_is_judged_the_same_whoever_calls(depth: int) -> None:
 
 def test_a_number_is_judged_at_once_and_a_fraction_when_it_cannot_be_met() -> None:
     number, fraction = MalformedLimit(10), MalformedLimit(0.01)
-    assert not number.hopeless(10, 0, 1, 100) and number.hopeless(11, 0, 1, None)
+    assert not number.should_abort(10, 0, 1, 100) and number.should_abort(11, 0, 1, None)
     # 1,000,000 lines to come: 10,000 may be malformed, and twice as many end the run
-    assert not fraction.hopeless(9_999, 0, 1, 100)
-    assert not fraction.hopeless(20_000, 80_000, 10, 100)
-    assert fraction.hopeless(20_001, 79_999, 10, 100)
-    assert not fraction.hopeless(100_000, 0, 10, None)
+    assert not fraction.should_abort(9_999, 0, 1, 100)
+    assert not fraction.should_abort(20_000, 80_000, 10, 100)
+    assert fraction.should_abort(20_001, 79_999, 10, 100)
+    assert not fraction.should_abort(100_000, 0, 10, None)
     assert not fraction.exceeded(10, 990) and fraction.exceeded(11, 989)
 
 
-def test_a_hopeless_fraction_stops_before_the_end(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_a_fraction_out_of_reach_stops_before_the_end(tmp_path: Path, tokenizer: Tokenizer) -> None:
     for number in range(4):
         (tmp_path / f"{number}.jsonl").write_bytes(b"[]\n" * 100_000 + json_lines(["good"]))
     with pytest.raises(DataError, match=r"stopped after [\d,]+ malformed lines, more than --max-malformed 0\.001"):

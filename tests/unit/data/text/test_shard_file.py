@@ -1,4 +1,4 @@
-"""Lines of shards: the same through every compression, and damage is never taken for the end."""
+"""Lines of shards: the same for every compression, and damage is never mistaken for the end of the file."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_padding_after_a_gzip_member_is_allowed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES[1:])
-def test_every_truncation_is_seen_and_whole_lines_before_it_are_given(tmp_path: Path, suffix: str) -> None:
+def test_every_truncation_is_found_after_the_last_whole_line(tmp_path: Path, suffix: str) -> None:
     content = json_lines(documents(20))
     whole = compress(content, suffix)
     lines = content.splitlines()
@@ -61,7 +61,7 @@ def test_every_truncation_is_seen_and_whole_lines_before_it_are_given(tmp_path: 
         assert shard.line == len(read)
 
 
-def test_flipped_bits_of_a_gzip_are_seen(tmp_path: Path) -> None:
+def test_flipped_bits_of_a_gzip_are_found(tmp_path: Path) -> None:
     whole = compress(json_lines(documents(20)), ".gz")
     path = tmp_path / "x.json.gz"
     for place in range(12, len(whole) - 4, 211):
@@ -78,7 +78,7 @@ def test_too_long_lines_are_none_and_the_next_line_is_whole(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("name", ["x.parquet", "x.gz", "x.txt", "x.json.bz2", "x"])
 def test_unknown_kinds_are_refused(name: str) -> None:
-    with pytest.raises(DataError, match=r"unknown kind of shard; expected \.json"):
+    with pytest.raises(DataError, match=r"expected a shard named \.json"):
         compression_of(Path(name))
 
 

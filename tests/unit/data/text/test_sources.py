@@ -1,4 +1,4 @@
-"""Naming sources: order, and what is said when there is nothing to read."""
+"""Sources from --input: their order, and the errors where there is nothing to read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 from support.prose import documents, json_lines, write_shards
 
 from pause_megatron.data.text.documents import Malformed
-from pause_megatron.data.text.sources import HubOptions, ReadOptions, find_sources
+from pause_megatron.data.text.hub import HubOptions
+from pause_megatron.data.text.sources import ReadOptions, find_sources
 from pause_megatron.errors import DataError
 
 
@@ -49,7 +50,7 @@ def test_null_text_in_a_dataset_is_counted(tmp_path: Path) -> None:
 def test_dataset_errors_name_the_data_set(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(json_lines(["a"]))
-    with pytest.raises(DataError, match=r"hf:json: no column 'body'; its columns are text, timestamp, url"):
+    with pytest.raises(DataError, match=r"hf:json: expected a text column among text, timestamp, url, got 'body'"):
         find_sources(["hf:json"], HubOptions(data_files=(str(path),)), text_key="body")
     with pytest.raises(DataError, match="hf:json: datasets cannot open it"):
         find_sources(["hf:json"], HubOptions(data_files=(str(tmp_path / "missing.jsonl"),)))
@@ -61,14 +62,14 @@ def test_dataset_errors_name_the_data_set(tmp_path: Path) -> None:
 
 
 def test_missing_and_empty_input(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"\*\.json\.gz: no such file$"):
+    with pytest.raises(DataError, match=r"\*\.json\.gz: expected a shard, got no such file$"):
         find_sources([str(tmp_path / "*.json.gz")])
     with pytest.raises(DataError, match=r"the folder .*nowhere does not exist"):
         find_sources([str(tmp_path / "nowhere" / "*.json.gz")])
-    with pytest.raises(DataError, match=r"is a folder: name its shards"):
+    with pytest.raises(DataError, match=r"expected shards, got a folder: name its shards"):
         find_sources([str(tmp_path)])
     (tmp_path / "a.jsonl").touch()
-    with pytest.raises(DataError, match="the input is empty: 1 file of 0 bytes"):
+    with pytest.raises(DataError, match="--input: expected documents, got 1 file of 0 bytes"):
         find_sources([str(tmp_path / "a.jsonl")])
     (tmp_path / "b.jsonl").write_bytes(json_lines(["x"]))
     assert _texts(find_sources([str(tmp_path / "?.jsonl")])) == ["x"]
