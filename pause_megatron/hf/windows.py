@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from pause_megatron.config.schema import DataSection, PauseSection
 from pause_megatron.data.batches.loader import Samples
 from pause_megatron.data.corpus.corpora import open_corpora
-from pause_megatron.data.windows.build import build_datasets
+from pause_megatron.data.windows.build import DatasetOptions, build_datasets
 from pause_megatron.data.windows.pause import PausePlan
 from pause_megatron.errors import ConfigError
 from pause_megatron.hf.loss import IGNORED
@@ -147,18 +147,20 @@ def pause_windows(
             "model's tokenizer: save it after add_pause_token, and pause-megatron prepare --tokenizer FOLDER"
         )
     built = build_datasets(
-        data.prefix,
-        valid_prefix=data.valid_prefix,
-        split=split or ("1,0,0" if data.valid_prefix else "99,1,0"),
-        sequence_length=length - 1,
-        tokenizer=tokenizer,
-        pause=pause,
-        seed=seed,
-        train_samples=samples,
-        valid_samples=valid_samples,
-        cache=cache,
-        intra_document_masking=intra_document_masking,
-        eod_mask_loss=eod_mask_loss,
+        DatasetOptions(
+            data.prefix,
+            valid_prefix=data.valid_prefix,
+            split=split or ("1,0,0" if data.valid_prefix else "99,1,0"),
+            sequence_length=length - 1,
+            tokenizer=tokenizer,
+            pause=pause,
+            seed=seed,
+            train_samples=samples,
+            valid_samples=valid_samples,
+            cache=cache,
+            intra_document_masking=intra_document_masking,
+            eod_mask_loss=eod_mask_loss,
+        )
     )
     train, valid, plain = (
         None if part is None else LabelledWindows(part, pause_ids, positions=intra_document_masking, samples=number)

@@ -9,7 +9,7 @@ from pause_megatron.config.load import scheduled
 from pause_megatron.config.schema import ResolvedConfig, ScheduledConfig
 from pause_megatron.data.batches.loader import Samples
 from pause_megatron.data.corpus.corpora import Corpora, open_corpora
-from pause_megatron.data.windows.build import Datasets, build_datasets
+from pause_megatron.data.windows.build import DatasetOptions, Datasets, build_datasets
 from pause_megatron.data.windows.dataset import PauseTokenizer
 from pause_megatron.data.windows.split_text import require_text
 from pause_megatron.distributed import initialize
@@ -100,18 +100,20 @@ def _datasets(config: ScheduledConfig, corpora: Corpora) -> Datasets:
     if config.data.source and not config.data.valid_prefix:
         return Datasets(None, None, None, (), (), PauseTokenizer(corpora.tokenizer, config.pause.embeddings))
     return build_datasets(
-        config.data.prefix,
-        valid_prefix=config.data.valid_prefix,
-        split=config.data.split,
-        sequence_length=config.data.sequence_length,
-        tokenizer=corpora.tokenizer,
-        pause=config.pause,
-        seed=config.run.seed,
-        train_samples=config.train.steps * config.batch.global_size,
-        valid_samples=config.validation.samples if config.validation.every else 0,
-        cache=config.data.cache,
-        intra_document_masking=config.data.intra_document_masking,
-        eod_mask_loss=config.data.eod_mask_loss,
-        read_cache=config.data.verify == "always",
-        samples_before=(config.train.extended_from or 0) * config.batch.global_size,
+        DatasetOptions(
+            config.data.prefix,
+            valid_prefix=config.data.valid_prefix,
+            split=config.data.split,
+            sequence_length=config.data.sequence_length,
+            tokenizer=corpora.tokenizer,
+            pause=config.pause,
+            seed=config.run.seed,
+            train_samples=config.train.steps * config.batch.global_size,
+            valid_samples=config.validation.samples if config.validation.every else 0,
+            cache=config.data.cache,
+            intra_document_masking=config.data.intra_document_masking,
+            eod_mask_loss=config.data.eod_mask_loss,
+            read_cache=config.data.verify == "always",
+            samples_before=(config.train.extended_from or 0) * config.batch.global_size,
+        )
     )

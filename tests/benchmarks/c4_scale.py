@@ -37,7 +37,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from pause_megatron.config.schema import PauseSection
 from pause_megatron.data.corpus.index_file import read_header, write_index
 from pause_megatron.data.corpus.manifest import Counts, FileRecord, Manifest, TokenizerRecord
-from pause_megatron.data.windows.build import Datasets, build_datasets
+from pause_megatron.data.windows.build import DatasetOptions, Datasets, build_datasets
 from pause_megatron.files.durable import DigestFile
 
 C4_DOCUMENTS = 364_868_892
@@ -99,15 +99,17 @@ def write(folder: Path, documents: int) -> None:
 def start(folder: Path, samples: int) -> Datasets:
     """What one rank does before its first batch."""
     datasets = build_datasets(
-        [str(folder / "c4")],
-        split=SPLIT,
-        sequence_length=WINDOW,
-        tokenizer=SizedTokenizer(),
-        pause=PauseSection(rate=RATE),
-        seed=1234,
-        train_samples=samples,
-        valid_samples=512,
-        cache=str(folder / "cache"),
+        DatasetOptions(
+            [str(folder / "c4")],
+            split=SPLIT,
+            sequence_length=WINDOW,
+            tokenizer=SizedTokenizer(),
+            pause=PauseSection(rate=RATE),
+            seed=1234,
+            train_samples=samples,
+            valid_samples=512,
+            cache=str(folder / "cache"),
+        )
     )
     assert len(datasets.train) >= samples
     return datasets

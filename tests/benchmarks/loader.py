@@ -26,7 +26,7 @@ from support.corpora import ByteTokenizer, paragraphs, write_corpus
 from pause_megatron.config.load import load
 from pause_megatron.data.batches.loader import Step, StepLoader
 from pause_megatron.data.batches.sampler import StepSampler
-from pause_megatron.data.windows.build import build_datasets
+from pause_megatron.data.windows.build import DatasetOptions, build_datasets
 from pause_megatron.distributed import ParallelContext, initialize
 from pause_megatron.model import Vocabulary, build_model, parameter_groups
 from pause_megatron.train.losses import LossLedger
@@ -44,14 +44,16 @@ def contestants(folder: str, steps: int, total: int, context: ParallelContext) -
         ]
     )
     datasets = build_datasets(
-        (write_corpus(Path(folder) / "bytes", paragraphs(2000)),),
-        split="1,0,0",
-        sequence_length=LENGTH,
-        tokenizer=ByteTokenizer(),
-        pause=config.pause,
-        seed=0,
-        train_samples=total * WINDOWS,
-        valid_samples=0,
+        DatasetOptions(
+            (write_corpus(Path(folder) / "bytes", paragraphs(2000)),),
+            split="1,0,0",
+            sequence_length=LENGTH,
+            tokenizer=ByteTokenizer(),
+            pause=config.pause,
+            seed=0,
+            train_samples=total * WINDOWS,
+            valid_samples=0,
+        )
     )
     pause_ids = datasets.tokenizer.pause_ids
     model = build_model(

@@ -45,19 +45,21 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def windows(corpus: str, pause: PauseSection, masking: bool, eod_mask_loss: bool = False) -> list[dict]:
     """The first windows of a run."""
-    from pause_megatron.data.windows.build import build_datasets
+    from pause_megatron.data.windows.build import DatasetOptions, build_datasets
 
     dataset = build_datasets(
-        [corpus],
-        split="1,0,0",
-        sequence_length=SEQ,
-        tokenizer=SmallTokenizer(),
-        pause=pause,
-        seed=3,
-        train_samples=WINDOWS,
-        valid_samples=0,
-        intra_document_masking=masking,
-        eod_mask_loss=eod_mask_loss,
+        DatasetOptions(
+            [corpus],
+            split="1,0,0",
+            sequence_length=SEQ,
+            tokenizer=SmallTokenizer(),
+            pause=pause,
+            seed=3,
+            train_samples=WINDOWS,
+            valid_samples=0,
+            intra_document_masking=masking,
+            eod_mask_loss=eod_mask_loss,
+        )
     ).train
     return [dataset[number] for number in range(WINDOWS)]
 

@@ -1,1 +1,1 @@
-"""A corpus to windows with pauses: placement, injection, and megatron-core's GPT dataset."""
+"""A corpus to windows with pauses: placement policies, injection, and megatron-core's GPT dataset."""

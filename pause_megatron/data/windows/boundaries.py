@@ -1,7 +1,7 @@
-"""Where documents begin in a window that holds pauses. A corpus and a stream cut windows in two ways; this is common.
+"""Document boundaries in a window with pauses: positions, segments and `cu_seqlens` for intra-document masking.
 
-A pause belongs to the text token that it stands behind, so that pauses behind an EOD belong to the document that it
-ends, and the next one begins at its first text token.
+A pause belongs to the document of the text token that it stands behind. So pauses behind an EOD belong to the document
+that the EOD ends, and the next document begins at its first text token.
 """
 
 from __future__ import annotations
@@ -15,44 +15,56 @@ from pause_megatron.data.windows.pause import Window
 
 
 def document_begins(window: Window, eod: int) -> np.ndarray:
-    """Where a text token stands whose predecessor in the text is EOD: bool [L], for a window of L tokens."""
+    """Return where documents begin, except at the window's first token.
+
+    Args:
+        window: A window of L tokens.
+        eod: The id that ends a document.
+
+    Returns:
+        True at a text token whose predecessor in the text is EOD, bool [L].
+    """
     begins = np.zeros(window.tokens.size, dtype=bool)
-    places = np.flatnonzero(window.is_text)
-    begins[places[1:]] = window.tokens[places[:-1]] == eod
+    text = np.flatnonzero(window.is_text)
+    begins[text[1:]] = window.tokens[text[:-1]] == eod
     return begins
 
 
 def restarting_positions(begins: np.ndarray) -> torch.Tensor:
-    """Position ids that start again at 0 with each document: int64 [N].
+    """Return position ids that restart at 0 with each document, int64 [N].
 
     Args:
-        begins: bool [N], where a document begins; the window's first token needs no mark.
+        begins: Where documents begin, bool [N]; the first token needs no mark.
     """
     index = np.arange(begins.size)
     return torch.from_numpy(index - np.maximum.accumulate(index * begins))
 
 
 def segments_of(position_ids: torch.Tensor) -> torch.Tensor:
-    """The documents of a window, numbered from 0: int32 [N], from position ids [N] that are 0 where each begins."""
+    """Return the number of each token's document within the window, from 0, int32 [N].
+
+    Args:
+        position_ids: Positions that are 0 where a document begins, int64 [N].
+    """
     return (position_ids == 0).cumsum(0, dtype=torch.int32) - 1
 
 
 def packed_documents(window: Window, lengths: Sequence[int]) -> dict[str, torch.Tensor]:
-    """What variable-length attention needs to keep the documents of a window apart.
+    """Return the arguments of variable-length attention that mask documents from each other.
 
     Args:
-        window: of N + 1 tokens, the last of which is only a target.
-        lengths: text tokens that were drawn from each document, in order; padding behind them counts to the last
-            that has a token.
+        window: A window of N + 1 tokens, the last of which is only a target.
+        lengths: Text tokens that were drawn from each document, in order. Padding behind them counts to the last
+            document with a token.
 
     Returns:
-        position_ids int64 [N], from 0 in each document; cu_seqlens int32 [N + 1], where documents begin, then N;
-        max_seqlen int32 []. Documents of which no token is an input are left out.
+        position_ids int64 [N], from 0 in each document; cu_seqlens int32 [N + 1], the beginnings of the documents,
+        filled up with N; max_seqlen int32 []. Documents without an input token are left out.
     """
     size = window.tokens.size - 1
-    places = np.flatnonzero(window.is_text)
-    ends = np.cumsum(lengths)  # the text token that the next document begins with
-    begins = places[ends[ends < min(places.size, ends[-1])]]
+    text = np.flatnonzero(window.is_text)
+    ends = np.cumsum(lengths)  # index of the text token at which the next document begins
+    begins = text[ends[ends < min(text.size, ends[-1])]]
     bounds = np.unique(np.concatenate([[0], begins[begins < size], [size]]))
     marks = np.zeros(size, dtype=bool)
     marks[bounds[:-1]] = True

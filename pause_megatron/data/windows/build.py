@@ -1,4 +1,4 @@
-"""Prepared corpora -> the datasets of a run, by megatron-core's own BlendedMegatronDatasetBuilder."""
+"""The datasets of a pretraining run: train and validation splits, by megatron-core's BlendedMegatronDatasetBuilder."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import dataclasses
 import logging
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
+from typing import NamedTuple, TypeAlias
 
 import torch
 from megatron.core.datasets.blended_dataset import BlendedDataset
@@ -17,14 +18,59 @@ from megatron.core.datasets.utils import Split
 
 from pause_megatron.config.blend import Blend, is_number, parse_blend
 from pause_megatron.config.schema import PauseSection
-from pause_megatron.data.batches.loader import Samples
 from pause_megatron.data.windows.dataset import PauseGPTDataset, PauseGPTDatasetConfig, PauseTokenizer
-from pause_megatron.data.windows.extension import TooFewWindows, read_on
+from pause_megatron.data.windows.extension import TooFewWindows, TrainWindows, corpora_of, train_windows
 from pause_megatron.data.windows.index_cache import IndexCacheError, cached_indices, unused_files
 from pause_megatron.data.windows.split_text import require_text
 from pause_megatron.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
+
+HeldOutWindows: TypeAlias = PauseGPTDataset | BlendedDataset
+
+
+@dataclass(frozen=True)
+class DatasetOptions:
+    """The corpora, windows and sizes of a run's datasets.
+
+    The number of samples is part of megatron-core's cache key. It decides how often the documents are shuffled, and in
+    which order. Give the number that the whole run needs (steps * global batch), and the same at every start.
+
+    Attributes:
+        prefix: Prefixes of prepared corpora: one; several, which are read once each; or a blend
+            (WEIGHT, PREFIX, WEIGHT, PREFIX, ...) as in Megatron-LM's --data-path, repeated as often as needed. Empty:
+            there is no train split.
+        valid_prefix: Corpora to validate on, in the same forms. With them, `split` must give all of `prefix` to
+            training.
+        split: Shares of the documents for train, validation and test, such as "99,1,0".
+        sequence_length: N, input tokens of a window, pauses included.
+        tokenizer: The tokenizer of the corpora, with the attributes that PauseTokenizer names.
+        pause: The pause section of the configuration.
+        seed: Seed of the sample order.
+        train_samples: Windows that the whole run trains on. None: those of one epoch over the corpora.
+        valid_samples: Windows of one validation. 0: no validation.
+        cache: Folder of the index caches. None: `cache` beside the first prefix.
+        intra_document_masking: Whether positions restart with each document, and samples have `segments`.
+        eod_mask_loss: Whether the first token of a document is no target, as in Megatron-LM.
+        read_cache: Whether to compare index caches with their digests even if they are unchanged since.
+        samples_before: Windows that a finished run was given, which this run extends (`data.windows.extension`).
+    """
+
+    prefix: Sequence[str]
+    _: KW_ONLY
+    valid_prefix: Sequence[str] = ()
+    split: str
+    sequence_length: int
+    tokenizer: object
+    pause: PauseSection
+    seed: int
+    train_samples: int | None
+    valid_samples: int
+    cache: str | None = None
+    intra_document_masking: bool = False
+    eod_mask_loss: bool = False
+    read_cache: bool = False
+    samples_before: int = 0
 
 
 @dataclass(frozen=True)
@@ -32,147 +78,123 @@ class Datasets:
     """The datasets of a pretraining run.
 
     Attributes:
-        train: At least as many samples as were asked for; None without corpora to train on.
-        valid: Held-out windows with pauses, or None where none were asked for.
-        valid_without_pauses: Held-out windows of the same length with text in every place (rate 0), or None likewise.
-            They are `valid` itself where the run has no pauses.
-        train_names, valid_names: What the corpora of a blend are called, in the order of their dataset_id; empty for
-            one corpus.
-        tokenizer: The corpus's tokenizer with the pause ids.
+        train: Train windows, at least as many as were asked for. None without corpora to train on.
+        valid: Held-out windows with pauses. None without validation.
+        valid_without_pauses: Held-out windows of the same length, all of it text (rate 0). `valid` itself in a run
+            without pauses; None without validation.
+        train_names: Names of the corpora of the train blend, in the order of their dataset_id; empty for one corpus.
+        valid_names: Names of the corpora of the validation blend, likewise.
+        tokenizer: The tokenizer of the corpora with the pause ids.
     """
 
-    train: Samples | None
-    valid: PauseGPTDataset | BlendedDataset | None
-    valid_without_pauses: PauseGPTDataset | BlendedDataset | None
+    train: TrainWindows | None
+    valid: HeldOutWindows | None
+    valid_without_pauses: HeldOutWindows | None
     train_names: tuple[str, ...]
     valid_names: tuple[str, ...]
     tokenizer: PauseTokenizer
 
 
-def build_datasets(
-    prefix: Sequence[str],
-    *,
-    valid_prefix: Sequence[str] = (),
-    split: str,
-    sequence_length: int,
-    tokenizer: object,
-    pause: PauseSection,
-    seed: int,
-    train_samples: int | None,
-    valid_samples: int,
-    cache: str | None = None,
-    intra_document_masking: bool = False,
-    eod_mask_loss: bool = False,
-    read_cache: bool = False,
-    samples_before: int = 0,
-) -> Datasets:
-    """Builds train and validation datasets. Call it on every rank: rank 0 builds the index caches, the others wait.
+class _Part(NamedTuple):
+    """The corpora of the train or the validation windows, and the shares of their documents as in `data.split`."""
 
-    The number of samples is part of megatron-core's cache key and decides how often, and in which order, the
-    documents are shuffled. Another number is another order. So give the number that the whole run needs (steps *
-    global batch), the same at every start; a run that is resumed with another one sees another order from there on.
+    blend: Blend
+    split: str
 
-    Args:
-        prefix: Prefixes of prepared corpora: one; several, which are then read once each; or a blend
-            (WEIGHT, PREFIX, WEIGHT, PREFIX, ...) as in Megatron-LM's --data-path, repeated as often as needed. None:
-            nothing to train on is built.
-        valid_prefix: Likewise, corpora to validate on; then `split` gives all of `prefix` to training.
-        split: Shares of the documents for train, validation and test, e.g. "99,1,0".
-        sequence_length: Tokens of a window, pauses included.
-        tokenizer: The corpus's tokenizer; see PauseTokenizer for what it must have.
-        pause: The pause options.
-        seed: Seed of the sample order.
-        train_samples: Windows that the whole run trains on; None: those of one pass over the corpora.
-        valid_samples: Windows that one validation scores; 0 builds none.
-        cache: Folder of the index caches; default: 'cache' beside the first prefix.
-        intra_document_masking: Start positions again with each document, and give `segments` for attention.
-        eod_mask_loss: No target behind an EOD, as in Megatron-LM.
-        read_cache: Compare index caches with their digests byte by byte, not only those changed since.
-        samples_before: Windows of these that a finished run was given, which is now extended: `data.extension` says
-            what the others are.
 
-    Raises:
-        ConfigError: a split or blend that cannot be read, pause options that do not fit, more samples than a blend
-            without weights holds, a cache folder that cannot be written.
-        DataError: a corpus that is missing, or one whose share of a split has less text than a window.
-    """
-    _check_split(split)
-    blends = {key: parse_blend(words) for key, words in (("prefix", prefix), ("valid_prefix", valid_prefix)) if words}
-    if not blends:
-        raise ConfigError("data.prefix: expected the prefix of a prepared corpus, got nothing")
-    for key, (names, _) in blends.items():
-        for name in names:
-            if not IndexedDataset.exists(name):
-                raise DataError(f"data.{key}: expected the files {name}.bin and {name}.idx, at least one is missing")
-    require_text(
-        *(blends.get(key, ([], None))[0] for key in ("prefix", "valid_prefix")),
-        split=split,
-        sequence_length=sequence_length,
-        pause=pause,
-        validates=valid_samples > 0,
-    )
-    first = next(iter(blends.values()))[0][0]
-    cache = cache or os.path.join(os.path.dirname(os.path.abspath(first)), "cache")
-    pause_tokenizer = PauseTokenizer(tokenizer, pause.embeddings)
+@dataclass(frozen=True)
+class _Plan:
+    """What to build, once the corpora are known to exist and to have enough text. None: nothing for that split."""
 
-    def config_of(blend: Blend, split: str) -> PauseGPTDatasetConfig:
+    options: DatasetOptions
+    train: _Part | None
+    valid: _Part | None
+    cache: Path
+    tokenizer: PauseTokenizer
+
+    def config(self, part: _Part) -> PauseGPTDatasetConfig:
+        """Return megatron-core's configuration of a part."""
+        options = self.options
         return PauseGPTDatasetConfig(
-            random_seed=seed,
-            sequence_length=sequence_length,
-            blend=blend,
-            split=split,
-            # A blend's order follows from its corpora in a second; from a file it would be read unchecked.
-            path_to_cache=cache if len(blend[0]) == 1 else None,
-            window_cache_path=cache,
-            read_index_cache=read_cache,
-            tokenizer=pause_tokenizer,
-            reset_position_ids=intra_document_masking,
-            reset_attention_mask=intra_document_masking,
-            eod_mask_loss=eod_mask_loss,
-            create_attention_mask=False,  # the model needs the segments only
-            document_segments=intra_document_masking,
-            pause_rate=pause.rate,
-            pause_window=pause.window,
-            pause_placement=pause.placement,
-            pause_seed=pause.seed,
-            model_vocab_size=pause_tokenizer.vocab_size,  # models are made from it, and padded
+            random_seed=options.seed,
+            sequence_length=options.sequence_length,
+            blend=part.blend,
+            split=part.split,
+            # The index of a blend follows from its corpora in a second; from a file it would be read unchecked.
+            path_to_cache=str(self.cache) if len(part.blend[0]) == 1 else None,
+            window_cache_path=str(self.cache),
+            read_index_cache=options.read_cache,
+            tokenizer=self.tokenizer,
+            reset_position_ids=options.intra_document_masking,
+            reset_attention_mask=options.intra_document_masking,
+            eod_mask_loss=options.eod_mask_loss,
+            create_attention_mask=False,  # the model takes segments
+            document_segments=options.intra_document_masking,
+            pause_rate=options.pause.rate,
+            pause_window=options.pause.window,
+            pause_placement=options.pause.placement,
+            pause_seed=options.pause.seed,
+            model_vocab_size=self.tokenizer.vocab_size,  # the model is built from it, and padded
         )
 
-    train = valid = plain = None
-    train_names = valid_names = ()
-    before = cached_indices(Path(cache))
-    if prefix:
-        config = config_of(blends["prefix"], split)
-        train_names = names_of(config.blend[0])
-        train = read_on(_build, config, train_samples, samples_before)
-    if valid_samples > 0:
-        held_out = config_of(blends["valid_prefix"], "0,1,0") if valid_prefix else config
-        valid = plain = _build(held_out, Split.valid, valid_samples)
-        valid_names = names_of(held_out.blend[0])
-        if pause.rate > 0:
-            plain = _build(dataclasses.replace(held_out, pause_rate=0.0), Split.valid, valid_samples)
-    if _is_first_rank() and cached_indices(Path(cache)) != before:
-        _say_what_is_unused(Path(cache), [part for part in (train, valid) if part is not None])
-    return Datasets(train, valid, plain, train_names, valid_names, pause_tokenizer)
+
+def build_datasets(options: DatasetOptions) -> Datasets:
+    """Build the datasets of a run. Every rank calls this: rank 0 builds the index caches, the other ranks wait.
+
+    Args:
+        options: The corpora, windows and sizes.
+
+    Returns:
+        The train and validation datasets.
+
+    Raises:
+        ConfigError: A split or a blend that cannot be parsed, pause options that do not fit, more samples than a blend
+            without weights holds, or a cache folder that cannot be written.
+        DataError: A corpus is missing, or its share of a split has less text than a window.
+    """
+    plan = _plan(options)
+    before = cached_indices(plan.cache)
+    train = _build_train(plan)
+    valid, valid_without_pauses = _build_valid(plan)
+    if _is_first_rank() and cached_indices(plan.cache) != before:
+        _log_unused_files(plan.cache, [dataset for dataset in (train, valid) if dataset is not None])
+    train_names, valid_names = (() if part is None else names_of(part.blend[0]) for part in (plan.train, plan.valid))
+    return Datasets(train, valid, valid_without_pauses, train_names, valid_names, plan.tokenizer)
 
 
-def names_of(prefixes: Sequence[str]) -> tuple[str, ...]:
-    """Short names for the corpora of a blend: the prefixes from where they differ on; none for one corpus."""
-    if len(prefixes) < 2:
-        return ()
-    paths = [os.path.normpath(prefix).split(os.sep) for prefix in prefixes]
-    for parts in range(1, max(map(len, paths)) + 1):
-        names = ["/".join(path[-parts:]) for path in paths]
-        if len(set(names)) == len(names):
-            return tuple(names)
-    return tuple(f"{path[-1]}#{number}" for number, path in enumerate(paths, start=1))
+def _plan(options: DatasetOptions) -> _Plan:
+    """Check split, blends and corpora before anything is built."""
+    _check_split(options.split)
+    if not options.prefix and not options.valid_prefix:
+        raise ConfigError("data.prefix: expected the prefix of a prepared corpus, got nothing")
+    blend = _existing("data.prefix", options.prefix)
+    valid_blend = _existing("data.valid_prefix", options.valid_prefix)
+    prefixes, valid_prefixes = ([] if each is None else each[0] for each in (blend, valid_blend))
+    require_text(
+        prefixes,
+        valid_prefixes,
+        split=options.split,
+        sequence_length=options.sequence_length,
+        pause=options.pause,
+        validates=options.valid_samples > 0,
+    )
+    first = (prefixes or valid_prefixes)[0]
+    cache = Path(options.cache or os.path.join(os.path.dirname(os.path.abspath(first)), "cache"))
+    train = None if blend is None else _Part(blend, options.split)
+    held_out = train if valid_blend is None else _Part(valid_blend, "0,1,0")
+    valid = held_out if options.valid_samples > 0 else None
+    return _Plan(options, train, valid, cache, PauseTokenizer(options.tokenizer, options.pause.embeddings))
 
 
-def _number(word: str) -> float | None:
-    try:
-        return float(word)
-    except ValueError:
+def _existing(key: str, words: Sequence[str]) -> Blend | None:
+    """Parse a blend and check that its corpora exist; None for no words."""
+    if not words:
         return None
+    blend = parse_blend(words)
+    for prefix in blend[0]:
+        if not IndexedDataset.exists(prefix):
+            raise DataError(f"{key}: expected the files {prefix}.bin and {prefix}.idx, got at most one of them")
+    return blend
 
 
 def _check_split(split: str) -> None:
@@ -183,8 +205,27 @@ def _check_split(split: str) -> None:
         raise ConfigError(f"data.split: expected a share above 0 for training, got {split!r}")
 
 
-def _build(config: PauseGPTDatasetConfig, split: Split, samples: int | None) -> PauseGPTDataset | BlendedDataset:
-    """One split, by the stock builder. The others are not built."""
+def _build_train(plan: _Plan) -> TrainWindows | None:
+    """Build the train split, or the windows with which a finished run is extended."""
+    if plan.train is None:
+        return None
+    options = plan.options
+    return train_windows(_build, plan.config(plan.train), options.train_samples, options.samples_before)
+
+
+def _build_valid(plan: _Plan) -> tuple[HeldOutWindows | None, HeldOutWindows | None]:
+    """Build the validation split, with pauses and without."""
+    if plan.valid is None:
+        return None, None
+    config, samples = plan.config(plan.valid), plan.options.valid_samples
+    valid = _build(config, Split.valid, samples)
+    if config.pause_rate == 0:
+        return valid, valid
+    return valid, _build(dataclasses.replace(config, pause_rate=0.0), Split.valid, samples)
+
+
+def _build(config: PauseGPTDatasetConfig, split: Split, samples: int | None) -> HeldOutWindows:
+    """Build one split with megatron-core's builder, and no other."""
     if samples is None and config.blend[1] is not None:
         raise ConfigError(
             "data.prefix: expected a number of samples with a blend's weights, which say how often each corpus is "
@@ -198,22 +239,41 @@ def _build(config: PauseGPTDatasetConfig, split: Split, samples: int | None) -> 
         dataset = builder.build()[split.value]
     except IndexCacheError as error:
         if torch.distributed.is_initialized() and _is_first_rank():
-            # The builder lets the other ranks look at the cache once rank 0 has built it. They find none, and say so.
+            # The other ranks wait in the builder's barrier. They then look for the index, and fail too.
             torch.distributed.barrier()
         raise ConfigError(f"data.cache: {error}") from None
     if samples is not None and len(dataset) < samples:
         raise TooFewWindows(
-            f"data.prefix: {samples} {split.name} samples were asked for, the corpora hold {len(dataset)} and are read "
-            f"once each. Give them weights (WEIGHT PREFIX WEIGHT PREFIX ...) to have them repeated"
+            f"data.prefix: expected {samples} {split.name} samples or more in corpora that are read once each, got "
+            f"{len(dataset)}. Give weights (WEIGHT PREFIX WEIGHT PREFIX ...) to have the corpora repeated"
         )
     return dataset
+
+
+def names_of(prefixes: Sequence[str]) -> tuple[str, ...]:
+    """Return short names of the corpora of a blend: the shortest ends of their prefixes that differ.
+
+    Args:
+        prefixes: Prefixes of the corpora, in the order of the blend.
+
+    Returns:
+        A name for each corpus; nothing for a single corpus.
+    """
+    if len(prefixes) < 2:
+        return ()
+    paths = [os.path.normpath(prefix).split(os.sep) for prefix in prefixes]
+    for parts in range(1, max(map(len, paths)) + 1):
+        names = ["/".join(path[-parts:]) for path in paths]
+        if len(set(names)) == len(names):
+            return tuple(names)
+    return tuple(f"{path[-1]}#{number}" for number, path in enumerate(paths, start=1))
 
 
 def _is_first_rank() -> bool:
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
-def _say_what_is_unused(cache: Path, built: Sequence[PauseGPTDataset | BlendedDataset]) -> None:
-    parts = [part for dataset in built for part in getattr(dataset, "datasets", [dataset])]
-    if unused := unused_files(cache, {part.dataset_path: part.config.corpus_content for part in parts}):
+def _log_unused_files(cache: Path, datasets: Sequence[TrainWindows]) -> None:
+    corpora = [corpus for dataset in datasets for corpus in corpora_of(dataset)]
+    if unused := unused_files(cache, {corpus.dataset_path: corpus.config.corpus_content for corpus in corpora}):
         log.info(unused)

@@ -1,6 +1,6 @@
-"""Pauses in megatron-core's own GPT dataset. Works under the stock BlendedMegatronDatasetBuilder; patches nothing.
+"""megatron-core's GPT dataset with pauses, for its BlendedMegatronDatasetBuilder. Nothing is patched.
 
-Imports megatron-core's datasets only: neither DeepSpeed nor this project's model.
+It imports neither DeepSpeed nor this project's model.
 """
 
 from __future__ import annotations
@@ -20,68 +20,74 @@ from pause_megatron.data.windows.boundaries import document_begins, packed_docum
 from pause_megatron.data.windows.index_cache import Content, IndexCache, content_of
 from pause_megatron.data.windows.model_rows import check_model_rows
 from pause_megatron.data.windows.pause import PauseInjector, PausePlan, Window
+from pause_megatron.data.windows.targets import supervise
 from pause_megatron.errors import ConfigError, DataError
 
 __all__ = ["PauseGPTDataset", "PauseGPTDatasetConfig", "PauseTokenizer"]
 
-_PIECE = 1 << 20  # documents looked at together
+_CHUNK = 1 << 20  # documents whose lengths are read at a time
 
 
 @dataclass
 class PauseGPTDatasetConfig(GPTDatasetConfig):
-    """GPTDatasetConfig plus pauses. `sequence_length` counts the pauses in. `tokenizer` must be a PauseTokenizer.
+    """GPTDatasetConfig plus pauses. `sequence_length` includes the pauses. `tokenizer` must be a PauseTokenizer.
 
     Raises:
-        ConfigError: see PausePlan; a tokenizer without `pause_ids`; or a model without a row for each of them.
+        ConfigError: As PausePlan; a tokenizer without `pause_ids`; or a model without an embedding row for each pause.
     """
 
     pause_rate: float = 0.1
-    """Pauses inserted, as a fraction of sequence_length; 0: none, and samples are GPTDataset's, bit for bit"""
+    """Pauses inserted, as a fraction of sequence_length. 0: no pauses, and the samples of GPTDataset bit for bit."""
 
     pause_window: str = "exact"
-    """exact: fewer text tokens are drawn and none is lost; trim: the paper's, cut after insertion"""
+    """exact: fewer text tokens are drawn, and none is lost. trim: the paper's window, cut after insertion."""
 
     pause_placement: str = "uniform"
-    """uniform, isolated, with_replacement, bernoulli, interval, or 'module:attribute' of a PlacementPolicy"""
+    """uniform, isolated, with_replacement, bernoulli, interval, or 'module:attribute' of a PlacementPolicy."""
 
     pause_seed: int = 1234
-    """Seed of the places, independent of random_seed"""
+    """Seed of the placement, independent of random_seed."""
 
     model_vocab_size: int | None = None
-    """Rows of the model's embedding, padding included (Megatron-LM's args.padded_vocab_size). Too few are refused.
-       None: those of the Megatron-LM that runs in this process, if one does; else nobody can check them, and a
-       warning says so"""
+    """Rows of the model's embedding, padding included (Megatron-LM's args.padded_vocab_size). Too few are an error.
+       None: those of the Megatron-LM in this process; without one, a warning says that they are not checked."""
 
     document_segments: bool = False
-    """Add segments int32 [N] to a sample: its documents, numbered from 0. What attention by spans, or a model
-       that makes its own mask, needs in place of an attention_mask [1, N, N]. With reset_position_ids only"""
+    """Add segments int32 [N] to a sample: its documents, numbered from 0. A model with variable-length attention, or
+       with a mask of its own, takes them in place of an attention_mask [1, N, N]. With reset_position_ids only."""
 
     window_cache_path: str | None = None
-    """Folder of the window indices, if not path_to_cache. BlendedDataset can use path_to_cache only inside a process
-       group; windows can be cached without one, here."""
+    """Folder of the window indices. None: path_to_cache. BlendedDataset needs a process group to use path_to_cache;
+       windows can be cached here without one."""
 
     read_index_cache: bool = False
-    """Compare cached indices with their digests byte by byte at each start, not only after they were changed"""
+    """Compare cached indices with their digests at each start, even if they are unchanged since."""
+
+    token_dtype_code: int | None = field(init=False, default=None)
+    """megatron-core's code of the ids' type in the .bin, derived from the text vocabulary."""
 
     corpus_content: Content | None = field(init=False, default=None)
-    """What is in the corpus. Each dataset fills it in for itself: part of the key of its index cache"""
+    """Digests of the corpus, part of the key of its index cache. Each dataset sets it in its own copy."""
 
-    pause_plan: PausePlan | None = field(init=False, default=None)
-    """The pause settings together with what follows from them. Made from the others"""
+    pause_plan: PausePlan = field(init=False)
+    """The pause settings with the numbers that follow from them. Derived from the other fields."""
 
     def __post_init__(self) -> None:
-        """Checks the pause settings, after megatron-core has checked its own."""
+        """Check the pause settings, after megatron-core has checked its own."""
         super().__post_init__()
         if not isinstance(getattr(self.tokenizer, "pause_ids", None), range):
             raise ConfigError(
                 f"tokenizer: expected a PauseTokenizer, which has the pause ids, got a {type(self.tokenizer).__name__}"
             )
         if not self.add_extra_token_to_sequence:
-            raise ConfigError("add_extra_token_to_sequence: expected True; a window's last target is its extra token")
+            raise ConfigError(
+                "add_extra_token_to_sequence: expected True, because the last target of a window is its extra token, "
+                "got False"
+            )
         if self.document_segments and not self.reset_position_ids:
             raise ConfigError("document_segments: expected reset_position_ids=True with it, got False")
         if self.token_dtype_code is not None:
-            # The .bin holds text ids only: its type follows from the text vocabulary, which pauses must not enlarge.
+            # The .bin holds text ids only, so that the pause ids must not change its type.
             self.token_dtype_code = 4 if self.tokenizer.text_size > np.iinfo(np.uint16).max + 1 else 8
         self.pause_plan = PausePlan(
             self.sequence_length, self.pause_rate, self.pause_window, self.pause_placement, self.pause_seed
@@ -93,25 +99,30 @@ class PauseGPTDatasetConfig(GPTDatasetConfig):
 class PauseGPTDataset(GPTDataset):
     """GPTDataset whose windows hold pauses.
 
-    A sample has GPTDataset's keys, shapes and types: tokens, labels, position_ids int64 [N], loss_mask float32 [N] and,
-    if asked for, attention_mask bool [1, N, N] (True: hidden); with `inter_document_masking` (megatron-core 0.19) also
-    cu_seqlens int32 [N + 1] and max_seqlen int32 []. `document_segments` adds segments int32 [N]. Where the next token
-    is a pause, the label is 0 and the loss mask 0, as GPTDataset does for padding: the mask alone is enough to be
-    correct, and no label is a pause id.
+    A sample has the keys, shapes and types of GPTDataset: tokens, labels, position_ids int64 [N], loss_mask float32 [N]
+    and, with `create_attention_mask`, attention_mask bool [1, N, N] (True: hidden). `inter_document_masking`
+    (megatron-core 0.19) adds cu_seqlens int32 [N + 1] and max_seqlen int32 []; `document_segments` adds segments
+    int32 [N]. Where the next token is a pause, label and loss mask are 0, as GPTDataset does for padding.
 
-    Documents: what GPTDataset derives from EOD is decided on the text, before pauses exist. A pause belongs to the
-    text token that it stands behind. So with `eod_mask_loss` the first token after an EOD stays unsupervised, however
-    many pauses stand between them; and with `reset_position_ids` or `reset_attention_mask` a new document begins at
-    its first text token, and pauses behind an EOD still see, and count on from, the document that it ends.
-    `cu_seqlens` counts each pause to the document of the token that it stands behind; its documents are the corpus's,
-    as in GPTDataset, whether or not they end in EOD.
+    Document boundaries are those of the text, as if there were no pauses. A pause belongs to the document of the text
+    token that it stands behind. So with `eod_mask_loss` the first text token after an EOD is no target, even if pauses
+    stand between them. With `reset_position_ids` or `reset_attention_mask`, pauses behind an EOD continue the document
+    that the EOD ends. The documents of `cu_seqlens` are those of the corpus, as in GPTDataset, with or without EOD.
 
-    The arguments are GPTDataset's, by position, as the stock builder passes them. Once they have become the
-    document_index, `indices` is None.
+    The arguments are those of GPTDataset, by position, as BlendedMegatronDatasetBuilder passes them. `indices` is None
+    once the document_index is built from it.
+
+    Args:
+        indexed_dataset: The corpus.
+        dataset_path: Its prefix. Its last component is part of the key of the pauses.
+        indexed_indices: Numbers of the documents of the split.
+        num_samples: Windows that are needed. None: those of one epoch.
+        index_split: The split.
+        config: The configuration.
 
     Raises:
-        DataError: a split without any token, which megatron-core would look at forever; an index cache that cannot be
-            written, or that rank 0 should have built; a corpus that contains a pause id (when the sample is read).
+        DataError: A split without any token, for which megatron-core would loop forever; an index cache that cannot be
+            written, or that rank 0 should have built; a pause id in the corpus (when the sample is read).
     """
 
     def __init__(
@@ -128,23 +139,30 @@ class PauseGPTDataset(GPTDataset):
         self.injector = PauseInjector(
             plan, config.tokenizer.pause_ids, os.path.basename(dataset_path or ""), index_split.name
         )
-        # GPTDataset cuts text windows; it must see their length, not that of the windows with pauses in.
+        # GPTDataset cuts the text windows, so it gets the length of their text.
         text_config = copy.copy(config)
         text_config.sequence_length = plan.text_length - 1
         text_config.path_to_cache = config.window_cache_path or config.path_to_cache
         text_config.corpus_content = content_of(dataset_path, indexed_dataset.sequence_lengths)
         self._position_ids = torch.arange(plan.sequence_length)
-        self._all_ones = np.ones(plan.sequence_length, dtype=np.float32)
         self._attention_mask: torch.Tensor | None = None
         super().__init__(indexed_dataset, dataset_path, indexed_indices, num_samples, index_split, text_config)
         if not config.defer_npy_index_mmap:  # with it, __len__ counts their tokens
-            # document_index has them too. These are 1.5 GB of C4, in each rank's own memory. megatron-core has None
-            # here with fast_cache_load.
+            # document_index holds them too. For C4 they take 1.5 GB in the memory of each rank. With fast_cache_load,
+            # megatron-core sets None here as well.
             self.indices = None
 
     @staticmethod
     def build_low_level_dataset(dataset_path: str | None, config: PauseGPTDatasetConfig) -> IndexedDataset:
-        """Open a corpus, as GPTDataset does."""
+        """Open a corpus, as GPTDataset does.
+
+        Args:
+            dataset_path: Prefix of the corpus.
+            config: The configuration.
+
+        Raises:
+            ConfigError: There is no prefix, because the configuration is one for mock data.
+        """
         if dataset_path is None:
             raise ConfigError(
                 "blend: expected prefixes of corpora, got none (--mock-data): use megatron-core's MockGPTDataset, "
@@ -154,8 +172,8 @@ class PauseGPTDataset(GPTDataset):
 
     @staticmethod
     def _key_config_attributes() -> list[str]:
-        # Only what may change the indices that are cached: what becomes of EOD in a sample does not, here as in
-        # GPTDataset, so documents joined and apart share a cache.
+        # Only what may change the cached indices. As in GPTDataset, the options about EOD do not, so runs with and
+        # without intra-document masking share a cache.
         return [
             *GPTDataset._key_config_attributes(),
             "pause_rate",
@@ -166,9 +184,9 @@ class PauseGPTDataset(GPTDataset):
         ]
 
     def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray | None, np.ndarray | None, np.ndarray | None]:
-        """The indices, from files that were checked. Rank 0 builds them where they are not there or not whole."""
+        """Load the indices from checked files. Rank 0 first builds them where they are missing or damaged."""
         config = self.config  # this dataset's own copy
-        if config.path_to_cache is None:  # where GPTDataset puts them
+        if config.path_to_cache is None:  # the default of GPTDataset
             config.path_to_cache = os.path.join(self.dataset.path_prefix, "cache", f"{type(self).__name__}_indices")
         folder = config.path_to_cache
         cache = IndexCache(folder, self.unique_description_hash)
@@ -182,51 +200,51 @@ class PauseGPTDataset(GPTDataset):
         return super()._build_document_sample_shuffle_indices()
 
     def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
-        """One sample. `None` gives a filler for an incomplete batch: sample 0 with nothing supervised."""
+        """Return a sample. `None` gives the dummy sample of an incomplete batch: sample 0 with zero loss weight."""
         sample = super().__getitem__(idx) if self.injector.plan.count == 0 else self._with_pauses(idx)
         if self.config.document_segments:
             sample["segments"] = segments_of(sample["position_ids"])
         return sample
 
     def window_text(self, sample: int) -> np.ndarray:
-        """The text of a window before its pauses: int64 [T]."""
-        text, _ = self._text_and_lengths(sample)
-        return text
+        """Return the text of a window before pauses are inserted, int64 [T]."""
+        return self.text_and_lengths(sample)[0]
 
-    def _text_and_lengths(self, sample: int) -> tuple[np.ndarray, list[int] | None]:
-        # The text ids come first in every release; 0.19 added a third value, the tokens taken from each document.
+    def text_and_lengths(self, sample: int) -> tuple[np.ndarray, list[int]]:
+        """Return the text of a window, int64 [T], and how many of its tokens each document has.
+
+        Args:
+            sample: Sample number, 0 or more.
+
+        Returns:
+            The text, and the lengths in order; no lengths before megatron-core 0.19.
+        """
         text, _, *lengths = self._query_document_sample_shuffle_indices(sample)
-        return text, lengths[0] if lengths else None
+        return text, lengths[0] if lengths else []
 
     def _with_pauses(self, idx: int | None) -> dict[str, torch.Tensor]:
         sample = 0 if idx is None else int(idx)
-        text, lengths = self._text_and_lengths(sample)
+        text, lengths = self.text_and_lengths(sample)
         self._refuse_pause_ids(text, sample)
         window = self.injector(text, sample % len(self))
         item = self._sample(text, window, supervised=idx is not None)
-        if getattr(self.config, "inter_document_masking", False):  # 0.19 has it
+        if getattr(self.config, "inter_document_masking", False):  # from megatron-core 0.19 on
             item.pop("attention_mask", None)
             item |= packed_documents(window, lengths)
         return item
 
     def _sample(self, text: np.ndarray, window: Window, supervised: bool) -> dict[str, torch.Tensor]:
-        """GPTDataset's dictionary for a window of N + 1 tokens with pauses in."""
+        """Return the sample of GPTDataset for a window of N + 1 tokens with pauses."""
         config, tokens = self.config, window.tokens
-        before_pause = window.places - 1
-        labels = tokens[1:].copy()
-        labels[before_pause] = 0
-        loss_mask = self._all_ones.copy()
-        loss_mask[before_pause] = 0
         begins = None
         if config.eod_mask_loss or config.reset_position_ids or config.reset_attention_mask:
             begins = document_begins(window, config.tokenizer.eod)
-        if config.eod_mask_loss:
-            loss_mask[begins[1:]] = 0
-        # A text that is too short is padded at its end; only a tokenizer's own padding id can stand elsewhere.
+        labels, loss_mask = supervise(window, begins if config.eod_mask_loss else None)
+        # A text that is too short is padded at its end. Only a tokenizer's own padding id can stand elsewhere.
         if self._pad_token_id != NO_PAD or text[-1] == NO_PAD:
             loss_mask[labels == self._pad_token_id] = 0
             labels[labels == self._pad_token_id] = 0
-            tokens[tokens == self._pad_token_id] = 0  # the embedding must be able to look it up
+            tokens[tokens == self._pad_token_id] = 0  # an id that the embedding has
         if not supervised:
             loss_mask[:] = 0
         sample = {"tokens": torch.from_numpy(tokens[:-1]), "labels": torch.from_numpy(labels)}
@@ -237,28 +255,30 @@ class PauseGPTDataset(GPTDataset):
         return sample
 
     def _positions(self, begins: np.ndarray | None) -> torch.Tensor:
-        """Position ids int64 [N]. Shared between samples, as GPTDataset's are, unless documents start again at 0."""
-        return restarting_positions(begins[:-1]) if self.config.reset_position_ids else self._position_ids
+        """Return position ids int64 [N]. Samples share one tensor, as in GPTDataset, unless positions are reset."""
+        if begins is None or not self.config.reset_position_ids:
+            return self._position_ids
+        return restarting_positions(begins[:-1])
 
     def _hidden(self, begins: np.ndarray | None) -> torch.Tensor:
-        """Attention mask bool [1, N, N], True where a later token, or another document's, is hidden."""
+        """Return the attention mask bool [1, N, N], True at later tokens and, if reset, at those of other documents."""
         if self._attention_mask is None:
             length = self.injector.plan.sequence_length
             self._attention_mask = torch.ones(1, length, length, dtype=torch.bool).triu(1)
-        if not self.config.reset_attention_mask:
+        if begins is None or not self.config.reset_attention_mask:
             return self._attention_mask
         document = torch.from_numpy(begins[:-1].cumsum())
         return self._attention_mask | (document[:, None] != document[None, :])
 
     def _refuse_pause_ids(self, text: np.ndarray, sample: int) -> None:
-        """A corpus holds no pause ids: one there would be taken for an injected pause and never be learned."""
+        """Check that a text holds no pause id: it would be taken for an inserted pause, and never be a target."""
         pause_ids = self.injector.pause_ids
         if text.max() < pause_ids.start:  # nearly always: they follow the vocabulary
             return
         found = (text >= pause_ids.start) & (text < pause_ids.stop)
         if found.any():
             raise DataError(
-                f"{self.dataset_path}.bin: expected text only, found the pause id {text[found][0]} in the text of "
+                f"{self.dataset_path}.bin: expected text only, got the pause id {text[found][0]} in the text of "
                 f"sample {sample} ({self.index_split.name}). Prepare the corpus again, or choose another pause id"
             )
 
@@ -268,10 +288,10 @@ def _check_not_empty(
 ) -> None:
     if indexed_indices is None:
         return
-    # Nearly always the first piece has text. All lengths of C4 are 1.5 GB, which every rank would read and copy.
-    pieces = (indexed_indices[start : start + _PIECE] for start in range(0, len(indexed_indices), _PIECE))
-    if not any(indexed_dataset.sequence_lengths[piece].any() for piece in pieces):
+    # Nearly always the first chunk has text. All lengths of C4 are 1.5 GB, which every rank would read and copy.
+    chunks = (indexed_indices[start : start + _CHUNK] for start in range(0, len(indexed_indices), _CHUNK))
+    if not any(indexed_dataset.sequence_lengths[chunk].any() for chunk in chunks):
         raise DataError(
-            f"{dataset_path}: expected text in the {split.name} split, found no token in its {len(indexed_indices)} "
+            f"{dataset_path}: expected text in the {split.name} split, got no token in its {len(indexed_indices)} "
             f"documents. Give the split a larger share, or leave it out"
         )

@@ -1,8 +1,8 @@
-"""Caches of window indices: keyed by what is in a corpus, complete or not there, and never read unchecked.
+"""Caches of window indices: keyed by the content of the corpus, written atomically, and checked before they are read.
 
-megatron-core names a cached index by the path of its corpus, and takes any file of the right name for whole. Here the
-key holds the corpus's content; the files are built aside and moved into their folder, their digests last; and whoever
-may build them first compares what was changed since with those digests. What does not fit is built again.
+megatron-core keys a cached index by the path of its corpus, and takes every file of that name for complete. Here the
+key holds the content of the corpus. The files are built in a temporary folder and renamed into place, their digests
+last. The rank that builds indices compares changed files with their digests, and rebuilds those that differ.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import xxhash
@@ -29,13 +29,27 @@ from pause_megatron.terminal.log import EVERY_RANK
 log = logging.getLogger(__name__)
 
 Content = dict[str, str | None]
-"""What a corpus holds: the digests of its documents' lengths and, from its manifest, of its files and tokenizer."""
+"""Content of a corpus: the digest of its documents' lengths and, from its manifest, of its files and tokenizer."""
 
-_PIECE = 1 << 22  # lengths digested together, 16 MiB
-_SAMPLES, _SAMPLE = 64, 1 << 12  # of more than that: so many places, so many lengths at each
+_CHUNK = 1 << 22  # lengths that are digested at a time, 16 MiB
+_SAMPLES, _SAMPLE = 64, 1 << 12  # of more lengths: the number of samples, and the lengths in each
 _RECORD, _BUILDING, _DESCRIPTION = "-digests.json", ".building.tmp", "-description.txt"
 _ABANDONED_SECONDS = 24 * 3600.0
 _SHOWN = 8
+
+
+class CachedFile(TypedDict):
+    """An entry of KEY-digests.json: a file of the index, as it was written.
+
+    Attributes:
+        bytes: Size of the file.
+        digest: xxh3_128 digest of its content.
+        stamp: Inode, and time of the last change in nanoseconds, which the kernel keeps and no program can set.
+    """
+
+    bytes: int
+    digest: str
+    stamp: list[int]
 
 
 class IndexCacheError(DataError):
@@ -43,20 +57,20 @@ class IndexCacheError(DataError):
 
 
 def content_of(dataset_path: str | None, lengths: np.ndarray) -> Content:
-    """What a corpus holds, as far as windows depend on it. Names and times do not: it is the same on every host.
+    """Return the content of a corpus, as far as windows depend on it: not names or times, so it is equal on every host.
 
-    The indices follow from the documents' lengths, so a digest of those is exact; it costs 1.5 GB of reading at C4's
-    size. Where a manifest fits the files, its digests tell as much, and a sample of the lengths tells whether the files
-    have since been written by somebody who writes no manifest.
+    The indices follow from the lengths of the documents, so a digest of all lengths is exact. For C4, it reads 1.5 GB.
+    Where a manifest fits the files, its fingerprint stands for their content. A sample of the lengths then detects
+    files that another program has rewritten beside an old manifest.
 
     Args:
-        dataset_path: prefix of the corpus.
-        lengths: of its documents in tokens, int32 [D].
+        dataset_path: Prefix of the corpus.
+        lengths: Tokens of each document, int32 [D].
     """
     manifest = _manifest_of(dataset_path)
-    starts = range(0, len(lengths), _PIECE)
-    size = _PIECE
-    if manifest is not None and len(lengths) > _PIECE:
+    starts: Sequence[int] | np.ndarray = range(0, len(lengths), _CHUNK)
+    size = _CHUNK
+    if manifest is not None and len(lengths) > _CHUNK:
         starts, size = np.linspace(0, len(lengths) - _SAMPLE, _SAMPLES, dtype=np.int64), _SAMPLE
     hasher = xxhash.xxh3_128(str(len(lengths)).encode())
     for start in starts:
@@ -65,7 +79,7 @@ def content_of(dataset_path: str | None, lengths: np.ndarray) -> Content:
 
 
 def _manifest_of(dataset_path: str | None) -> str | None:
-    """Fingerprint of the manifest beside a corpus; None without one, or where it is of other files."""
+    """Return the fingerprint of a corpus's manifest; None without one, or where it belongs to other files."""
     with contextlib.suppress(DataError, OSError):
         manifest = Manifest.load(str(dataset_path))
         sizes = {name: path_of(str(dataset_path), name).stat().st_size for name in manifest.files}
@@ -75,18 +89,22 @@ def _manifest_of(dataset_path: str | None) -> str | None:
 
 
 class IndexCache:
-    """The cached files of one dataset: all names in `folder` that begin with its key."""
+    """The cached index of one dataset: all files in a folder whose names begin with its key.
+
+    Args:
+        folder: Folder of the index caches.
+        key: megatron-core's hash of the dataset's description.
+    """
 
     def __init__(self, folder: str | Path, key: str) -> None:
         self.folder, self.key = Path(folder), key
         self._record = self.folder / f"{key}{_RECORD}"
 
     def is_whole(self, *, read: bool = False) -> bool:
-        """Whether every file is there as it was written; files that are not are told of.
+        """Return whether every file is there as it was written. Log a file that is not.
 
         Args:
-            read: compare every byte, also of files that nobody has changed since their digests were taken. That the
-                kernel knows: the time of a file's last change cannot be set.
+            read: Whether to read files that are unchanged (by their stamps) since their digests were taken.
         """
         files = self._recorded()
         if files is None:
@@ -102,15 +120,15 @@ class IndexCache:
                 log.warning(f"{path}: not the index that was written there; it is built again", extra=EVERY_RANK)
                 return False
         if any(_stamp(self.folder / name) != file["stamp"] for name, file in files.items()):
-            with contextlib.suppress(OSError):  # read again at the next start where nothing may be written
+            with contextlib.suppress(OSError):  # a read-only folder: they are read again at the next start
                 self._write_record({name: file["digest"] for name, file in files.items()})
         return True
 
     def require(self) -> None:
-        """Make sure, in constant time, that another process has built the files.
+        """Check, in constant time, that another process has built the index.
 
         Raises:
-            IndexCacheError: it has not, or not in a folder that this process sees.
+            IndexCacheError: It has not, or its folder is not the one that this process sees.
         """
         files = self._recorded()
         sizes = {path.name: path.stat().st_size for path in self.folder.glob(f"{self.key}-*")}
@@ -123,35 +141,38 @@ class IndexCache:
 
     @contextlib.contextmanager
     def building(self) -> Iterator[str]:
-        """A folder to build the files in. They appear together, once the body has written all of them.
+        """Provide a temporary folder to build the index in. On exit, its files are renamed into place.
+
+        Yields:
+            Path of the temporary folder.
 
         Raises:
-            IndexCacheError: they cannot be written.
+            IndexCacheError: The index cannot be written.
         """
         with contextlib.ExitStack() as closing:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 _remove_abandoned(self.folder)
-                aside = Path(tempfile.mkdtemp(prefix=f"{self.key}.", suffix=_BUILDING, dir=self.folder))
-                closing.callback(shutil.rmtree, aside, ignore_errors=True)
-                yield str(aside)
-                digests = {path.name: digest_of(path) for path in sorted(aside.iterdir())}
-                for name in digests:  # a process that has mapped an older file keeps it
-                    os.replace(aside / name, self.folder / name)
+                temporary = Path(tempfile.mkdtemp(prefix=f"{self.key}.", suffix=_BUILDING, dir=self.folder))
+                closing.callback(shutil.rmtree, temporary, ignore_errors=True)
+                yield str(temporary)
+                digests = {path.name: digest_of(path) for path in sorted(temporary.iterdir())}
+                for name in digests:  # a process that has mapped an older file keeps its content
+                    os.replace(temporary / name, self.folder / name)
                 self._write_record(digests)
             except OSError as error:
                 reason = error.strerror or f"{error}; is the disk full?"
                 raise IndexCacheError(f"{self.folder}: expected to write index caches there, got: {reason}") from error
 
     def _write_record(self, digests: Mapping[str, str]) -> None:
-        files = {
+        files: dict[str, CachedFile] = {
             name: {"bytes": (self.folder / name).stat().st_size, "digest": digest, "stamp": _stamp(self.folder / name)}
             for name, digest in digests.items()
         }
         write_whole(self._record, json.dumps({"files": files, "digest": _digest(files)}, indent=1).encode())
 
-    def _recorded(self) -> dict[str, dict[str, Any]] | None:
-        """The record; None without one, or where a bit of it is not as it was written."""
+    def _recorded(self) -> dict[str, CachedFile] | None:
+        """Read the record; None without one, or where it is damaged."""
         try:
             record = json.loads(self._record.read_bytes())
             files = record["files"]
@@ -161,17 +182,17 @@ class IndexCache:
         return files if whole and all(name.startswith(f"{self.key}-") for name in files) else None
 
 
-def _digest(files: Mapping[str, Any]) -> str:
+def _digest(files: Mapping[str, CachedFile]) -> str:
     return f"xxh3_128:{xxhash.xxh3_128_hexdigest(json.dumps(files, sort_keys=True).encode())}"
 
 
 def _stamp(path: Path) -> list[int]:
-    found = path.stat()
-    return [found.st_ino, found.st_ctime_ns]
+    status = path.stat()
+    return [status.st_ino, status.st_ctime_ns]
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Removes what killed processes left. Others may be building, so it must be old."""
+    """Remove temporary folders of killed processes: old ones only, because others may be in use."""
     for path in folder.glob(f"*{_BUILDING}"):
         with contextlib.suppress(OSError):
             if time.time() - path.stat().st_mtime > _ABANDONED_SECONDS:
@@ -179,22 +200,22 @@ def _remove_abandoned(folder: Path) -> None:
 
 
 def choose_folder(given: str | None, beside: str | Path, spare: str | Path | None = None) -> tuple[str, str | None]:
-    """Where the caches of a run stand. One process decides for all.
+    """Choose the folder of a run's index caches. One process decides for all ranks.
 
     Args:
-        given: data.cache.
-        beside: prefix of the first corpus; its folder's `cache` is the default.
-        spare: taken where that cannot be written, as with shared corpora.
+        given: `data.cache`.
+        beside: Prefix of the first corpus. The default is `cache` in its folder.
+        spare: The folder to take where the default cannot be written, as with shared corpora.
 
     Returns:
-        the folder, and a sentence where it is the spare one.
+        The folder, and a message if it is the spare one.
 
     Raises:
-        ConfigError: no folder can be written, and `given` holds no caches either.
+        ConfigError: No folder can be written, and `given` holds no caches either.
     """
     folder = Path(given) if given else Path(os.path.abspath(beside)).parent / "cache"
     refusal = _why_not_writable(folder)
-    if refusal is None or (given and any(folder.glob(f"*{_RECORD}"))):  # a shared one that somebody has filled
+    if refusal is None or (given and any(folder.glob(f"*{_RECORD}"))):  # a read-only one with caches
         return str(folder), None
     if given or spare is None:
         raise ConfigError(f"data.cache={folder}: expected a folder to write index caches to, got: {refusal}")
@@ -218,18 +239,18 @@ def _why_not_writable(folder: Path) -> str | None:
 
 
 def cached_indices(folder: Path) -> set[str]:
-    """Names of the records of all complete indices in a folder."""
+    """Return the names of the records of all complete indices in a folder."""
     return {path.name for path in folder.glob(f"*{_RECORD}")}
 
 
 def unused_files(folder: Path, current: Mapping[str, Content]) -> str | None:
-    """A sentence about index files of these corpora that no run reads any more; None where there are none.
+    """Return a message that names index files of former contents of these corpora; None where there are none.
 
     Args:
-        folder: of the caches.
-        current: what each corpus, by its prefix, holds now.
+        folder: Folder of the index caches.
+        current: The current content of each corpus, by its prefix.
     """
-    keys = []
+    keys: list[str] = []
     for path in sorted(folder.glob(f"*PauseGPTDataset-*{_DESCRIPTION}")) + sorted(
         folder.glob("*-BlendedDataset-*.txt")
     ):
@@ -252,4 +273,9 @@ def _described(description: Any) -> list[Mapping[str, Any]]:
 
 def _is_outdated(part: Mapping[str, Any], current: Mapping[str, Content]) -> bool:
     path = part.get("dataset_path")
-    return part.get("class") == "PauseGPTDataset" and path in current and part.get("corpus_content") != current[path]
+    return (
+        part.get("class") == "PauseGPTDataset"
+        and isinstance(path, str)
+        and path in current
+        and part.get("corpus_content") != current[path]
+    )

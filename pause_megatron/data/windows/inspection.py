@@ -1,4 +1,4 @@
-"""What is in a prepared corpus, and what its windows look like with pauses in."""
+"""Statistics of a prepared corpus and of its windows with pauses: lengths, fertility, placement policies."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from pause_megatron.config.schema import PauseSection
 from pause_megatron.data.corpus.corpus import Corpus
 from pause_megatron.data.corpus.index_file import read_lengths
 from pause_megatron.data.corpus.manifest import path_of
-from pause_megatron.data.windows.build import build_datasets
+from pause_megatron.data.windows.build import DatasetOptions, build_datasets
 from pause_megatron.data.windows.dataset import PauseGPTDataset
 from pause_megatron.data.windows.pause import POLICIES, PauseInjector, PausePlan
 from pause_megatron.errors import ConfigError
 
 RUN_LENGTHS = 5
-"""Runs of this length or more are counted together."""
+"""Runs of this many pauses or more are counted together."""
 
 _LONGEST = 1 << 20
 _FERTILITY_DOCUMENTS = 500
@@ -27,13 +27,15 @@ _FERTILITY_DOCUMENTS = 500
 
 @dataclass(frozen=True)
 class Lengths:
-    """Tokens of a document, its EOD included.
+    """Document lengths in tokens, EOD included.
 
     Attributes:
-        shortest, mean, longest: over all documents.
-        quantiles: by percent: 5, 25, 50, 75, 95, 99; those above 2**20 are given as 2**20.
-        edges: [B + 1], powers of two.
-        counts: [B], documents with edges[b] <= length < edges[b + 1].
+        shortest: The least length.
+        mean: The mean length.
+        longest: The greatest length.
+        quantiles: Lengths by percent: 5, 25, 50, 75, 95, 99; at most 2**20.
+        edges: Powers of two, [B + 1].
+        counts: Documents with edges[b] <= length < edges[b + 1], [B].
     """
 
     shortest: int
@@ -46,11 +48,13 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Fertility:
-    """How finely the tokenizer cuts text. EODs do not count.
+    """Fertility of the tokenizer on a corpus, without EOD.
 
     Attributes:
-        per_byte: tokens a byte of UTF-8, over the whole corpus; where its text is not known, over `documents`.
-        per_character, per_word: over `documents` of it, evenly spaced; a word is what white space parts.
+        per_byte: Tokens per byte of UTF-8, over the whole corpus; for an adopted corpus, over the sampled documents.
+        per_character: Tokens per character, over the sampled documents.
+        per_word: Tokens per word, over the sampled documents. White space separates words.
+        documents: Number of sampled documents, evenly spaced.
     """
 
     per_byte: float
@@ -61,14 +65,16 @@ class Fertility:
 
 @dataclass(frozen=True)
 class PolicyStatistics:
-    """Pauses that a placement policy gives to windows of N input tokens.
+    """Pauses of a placement policy in windows of N input tokens.
 
     Attributes:
-        placement, window: as in pause.placement and pause.window.
-        rate: pauses among the input tokens.
-        fewest, most: pauses of a window.
-        runs: share of the runs of 1, 2, ..., RUN_LENGTHS or more pauses.
-        longest_run: pauses.
+        placement: The policy, as in `pause.placement`.
+        window: The kind of window, as in `pause.window`.
+        rate: Fraction of pauses among the input tokens.
+        fewest: The least number of pauses in a window.
+        most: The greatest number of pauses in a window.
+        runs: Fractions of the runs that have 1, 2, ..., RUN_LENGTHS or more pauses.
+        longest_run: Pauses of the longest run.
     """
 
     placement: str
@@ -82,7 +88,16 @@ class PolicyStatistics:
 
 @dataclass(frozen=True)
 class WindowView:
-    """One window as text, its pauses in angle brackets, and what it counts."""
+    """A window as text, with its counts.
+
+    Attributes:
+        sample: Sample number.
+        text: The decoded window. Pauses stand in it as <pause>, EOD as <eod>.
+        tokens: Input tokens.
+        pauses: Pauses among them.
+        targets: Supervised positions.
+        targets_after_pause: Supervised positions whose input token is a pause.
+    """
 
     sample: int
     text: str
@@ -93,7 +108,7 @@ class WindowView:
 
 
 def document_lengths(corpus: Corpus) -> Lengths:
-    """Lengths of all documents, from the index, in constant memory."""
+    """Return the statistics of document lengths, from the index, in constant memory."""
     histogram = np.zeros(_LONGEST + 1, dtype=np.int64)
     shortest, longest = np.iinfo(np.int32).max, 0
     for chunk in read_lengths(path_of(corpus.prefix, "idx"), corpus.manifest.counts.documents):
@@ -102,7 +117,7 @@ def document_lengths(corpus: Corpus) -> Lengths:
     documents = int(histogram.sum())
     ranks = histogram.cumsum()
     edges = [1 << power for power in range(max(shortest.bit_length() - 1, 0), longest.bit_length() + 1)]
-    edges = [0, *edges] if shortest == 0 else edges  # others write documents without tokens, too
+    edges = [0, *edges] if shortest == 0 else edges  # an adopted corpus may have documents without tokens
     below = [0 if edge == 0 else int(ranks[min(edge, _LONGEST + 1) - 1]) for edge in edges]
     return Lengths(
         shortest=shortest,
@@ -115,7 +130,7 @@ def document_lengths(corpus: Corpus) -> Lengths:
 
 
 def fertility(corpus: Corpus) -> Fertility:
-    """Tokens per byte, character and word."""
+    """Return the tokens per byte, character and word of a corpus."""
     manifest, counts = corpus.manifest, corpus.manifest.counts
     starts = np.cumsum([0, *_first_lengths(corpus)])
     tokens = np.memmap(path_of(corpus.prefix, "bin"), dtype=manifest.dtype, mode="r")
@@ -126,8 +141,10 @@ def fertility(corpus: Corpus) -> Fertility:
         text = corpus.tokenizer.decode(document)
         ids, characters, words = ids + len(document), characters + len(text), words + len(text.split())
         text_bytes += len(text.encode(errors="replace"))
-    whole = counts.text_bytes is not None
-    per_byte = (counts.tokens - manifest.eod_count) / max(counts.text_bytes, 1) if whole else ids / max(text_bytes, 1)
+    if counts.text_bytes is None:
+        per_byte = ids / max(text_bytes, 1)
+    else:
+        per_byte = (counts.tokens - manifest.eod_count) / max(counts.text_bytes, 1)
     return Fertility(
         per_byte=per_byte,
         per_character=ids / max(characters, 1),
@@ -137,19 +154,19 @@ def fertility(corpus: Corpus) -> Fertility:
 
 
 def _first_lengths(corpus: Corpus) -> np.ndarray:
-    """Lengths of the documents at the beginning, at most 2**20 of them."""
+    """Return the lengths of the first documents, at most 2**20 of them."""
     return next(iter(read_lengths(path_of(corpus.prefix, "idx"), corpus.manifest.counts.documents)))
 
 
 class Windows:
-    """The windows of a corpus, all of it as the train split, shuffled as a run with this seed and as many samples does.
+    """The windows that a run would train on, with the whole corpus as its train split.
 
     Args:
-        corpus: opened.
-        pause: the pause options.
+        corpus: The corpus.
+        pause: The pause section of the configuration.
         sequence_length: N, input tokens of a window.
-        seed: of the order.
-        samples: windows that are looked at.
+        seed: Seed of the sample order.
+        samples: Number of windows.
     """
 
     def __init__(self, corpus: Corpus, pause: PauseSection, *, sequence_length: int, seed: int, samples: int) -> None:
@@ -158,14 +175,18 @@ class Windows:
         self._dataset = self._build(pause)
 
     def show(self, sample: int) -> WindowView:
-        """One window."""
-        found = self._dataset[sample]
-        tokens, loss_mask = found["tokens"].numpy(), found["loss_mask"].numpy()
+        """Return one window as text, with its counts.
+
+        Args:
+            sample: Sample number, 0 or more.
+        """
+        item = self._dataset[sample]
+        tokens, loss_mask = item["tokens"].numpy(), item["loss_mask"].numpy()
         ids = self._dataset.injector.pause_ids
         is_pause = (tokens >= ids.start) & (tokens < ids.stop)
         return WindowView(
             sample=sample,
-            text=self._corpus.tokenizer.decode(tokens, eod_text="<eod>\n"),
+            text=self._corpus.tokenizer.decode(tokens.tolist(), eod_text="<eod>\n"),
             tokens=tokens.size,
             pauses=int(is_pause.sum()),
             targets=int(loss_mask.sum()),
@@ -173,42 +194,50 @@ class Windows:
         )
 
     def policies(self, further: Sequence[str] = ()) -> list[PolicyStatistics]:
-        """Statistics of every policy that ships and of `further` ones, each in the window that it fits.
+        """Return the statistics of the policies that ship, and of others.
 
-        A policy that needs another kind of window than pause.window is shown in that one.
+        A policy that does not fit `pause.window` is measured in trim windows.
+
+        Args:
+            further: Further policies, as 'module:attribute'.
         """
-        found = []
+        statistics = []
         datasets = {self._pause.window: self._dataset}
         for placement in (*POLICIES, *(name for name in further if name not in POLICIES)):
             for window in dict.fromkeys((self._pause.window, "trim")):
                 try:
                     plan = dataclasses.replace(self._plan(window), placement=placement)
                 except ConfigError:
-                    continue  # bernoulli in an exact window, or no room to keep isolated pauses apart
+                    continue  # bernoulli in an exact window, or too many isolated pauses
                 if window not in datasets:
                     datasets[window] = self._build(self._pause.model_copy(update={"window": window}))
-                found.append(self._statistics(plan, datasets[window]))
+                statistics.append(self._statistics(plan, datasets[window]))
                 break
-        return found
+        return statistics
 
     def _plan(self, window: str) -> PausePlan:
-        pause = self._pause
-        return PausePlan(self._sequence_length, pause.rate, window, "uniform", pause.seed)
+        plan = PausePlan.of(self._pause, self._sequence_length)
+        return dataclasses.replace(plan, window=window, placement="uniform")
 
     def _build(self, pause: PauseSection) -> PauseGPTDataset:
-        # The indices are used once; nothing is left beside the corpus.
+        # The indices are used once, so they go into a temporary folder.
         with tempfile.TemporaryDirectory() as cache:
-            return build_datasets(
-                [self._corpus.prefix],
-                split="1,0,0",
-                sequence_length=self._sequence_length,
-                tokenizer=self._corpus.tokenizer,
-                pause=pause,
-                seed=self._seed,
-                train_samples=self._samples,
-                valid_samples=0,
-                cache=cache,
-            ).train
+            datasets = build_datasets(
+                DatasetOptions(
+                    [self._corpus.prefix],
+                    split="1,0,0",
+                    sequence_length=self._sequence_length,
+                    tokenizer=self._corpus.tokenizer,
+                    pause=pause,
+                    seed=self._seed,
+                    train_samples=self._samples,
+                    valid_samples=0,
+                    cache=cache,
+                )
+            )
+        if not isinstance(datasets.train, PauseGPTDataset):
+            raise TypeError(f"expected the dataset of one corpus, got a {type(datasets.train).__name__}")
+        return datasets.train
 
     def _statistics(self, plan: PausePlan, dataset: PauseGPTDataset) -> PolicyStatistics:
         own = dataset.injector

@@ -1,17 +1,17 @@
-"""Where pauses go in a window of text, and how they get there. Pure numpy: no model, no engine, no torch.
+"""Placement of pauses in a window of text, and their injection. Pure numpy: no model, no engine, no torch.
 
 Notation (Goyal et al., "Think before you speak", ICLR 2024, section 3; `pause.*` are this project's options):
 
     N     data.sequence_length: input tokens of a window. A window is drawn with one token more, so that inputs and
           targets both have N.
-    M     round(rate * N): pauses asked for.
+    M     round(rate * N): pauses to insert.
     T     text tokens drawn. `exact`: N + 1 - M, so that text and pauses fill the window and no text is lost.
           `trim` (the paper's): N + 1; the longer sequence is cut back to N + 1 after insertion.
-    gap   g in 1..T: the place directly after the g-th text token. There is none before the first token: a window
-          always starts with text, so an `exact` window has T - 1 supervised targets, whatever is drawn.
+    gap   g in 1..T: the position directly after the g-th text token. There is none before the first token: a window
+          always starts with text, so that every `exact` window has T - 1 supervised targets.
 
-Randomness is addressed, not stateful: the places in a sample are a function of (pause seed, dataset, split, sample
-number) alone, so ranks, workers, micro-batches and the point of a resume do not matter.
+Random draws are keyed by their address: the gaps of a sample are a function of (pause seed, dataset, split, sample
+number). They do not depend on ranks, workers, micro-batches or the step of a resume.
 """
 
 from __future__ import annotations
@@ -24,36 +24,36 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 
 from pause_megatron.config.batching import pauses_per_window
+from pause_megatron.config.schema import PauseSection
 from pause_megatron.errors import ConfigError
 from pause_megatron.seeds import philox_key
 
 
 @runtime_checkable
 class PlacementPolicy(Protocol):
-    """Decides after which text tokens pauses stand. Any callable of this shape is a policy.
+    """A function that chooses the text tokens that pauses stand behind.
 
-    To use one of your own, name it as `pause.placement=module:attribute`.
+    Any callable of this shape is a policy. `pause.placement=module:attribute` uses your own.
     """
 
     def __call__(self, text: np.ndarray, count: int, rate: float, rng: np.random.Generator) -> np.ndarray:
-        """Returns the gaps of one window.
+        """Return the gaps of one window.
 
         Args:
-            text: int64 [T], read-only. The window's text tokens, padding (if any) at its end.
-            count: M, the pauses asked for. In an `exact` window precisely this many gaps must be returned; in a
-                `trim` window any number may be.
-            rate: pause.rate.
-            rng: The sample's own generator, to be used in this call only. Draw from nothing else, or samples stop
-                being reproducible.
+            text: The window's text tokens, with any padding at its end, int64 [T], read-only.
+            count: M, the pauses to insert. In an `exact` window exactly this many gaps must be returned, in a `trim`
+                window any number.
+            rate: `pause.rate`.
+            rng: The generator of this sample. A draw from anything else makes samples irreproducible.
 
         Returns:
-            Integers [number of pauses], each in 1..T, in any order; a gap named twice gets two pauses.
+            Gaps in 1..T, integers [number of pauses], in any order. A gap that stands twice gets two pauses.
         """
         ...
 
 
 def uniform(text: np.ndarray, count: int, rate: float, rng: np.random.Generator) -> np.ndarray:
-    """Every interleaving of M pauses with the text after its first token is equally likely. Runs can occur."""
+    """Draw M gaps so that every interleaving of pauses with the text behind its first token is equally likely."""
     # An interleaving is a choice of M of the T - 1 + M places behind the first token. The j-th pause (from 0), at
     # place p, has p - j text tokens before it besides the first.
     places = rng.choice(text.size - 1 + count, count, replace=False, shuffle=False)
@@ -62,22 +62,22 @@ def uniform(text: np.ndarray, count: int, rate: float, rng: np.random.Generator)
 
 
 def isolated(text: np.ndarray, count: int, rate: float, rng: np.random.Generator) -> np.ndarray:
-    """M distinct gaps, every choice equally likely: no two pauses stand side by side."""
+    """Draw M distinct gaps, every choice equally likely, so that no two pauses stand side by side."""
     return rng.choice(text.size, count, replace=False, shuffle=False) + 1
 
 
 def with_replacement(text: np.ndarray, count: int, rate: float, rng: np.random.Generator) -> np.ndarray:
-    """Each of M pauses picks its gap independently. Runs are more frequent than in `uniform`'s windows of few gaps."""
+    """Draw M independent gaps. With few gaps, runs of pauses are more frequent than with `uniform`."""
     return rng.integers(1, text.size + 1, count)
 
 
 def bernoulli(text: np.ndarray, count: int, rate: float, rng: np.random.Generator) -> np.ndarray:
-    """Each gap gets one pause with probability `rate`. The number of pauses varies, so the window must be `trim`."""
+    """Choose each gap with probability `rate`. The number of pauses varies, so the window must be `trim`."""
     return np.flatnonzero(rng.random(text.size) < rate) + 1
 
 
 def interval(text: np.ndarray, count: int, rate: float, rng: np.random.Generator) -> np.ndarray:
-    """M evenly spaced gaps (spacings differ by at most one), shifted by a phase that is drawn for each sample."""
+    """Return M evenly spaced gaps (spacings differ by at most one), shifted by a phase drawn for each sample."""
     # Integers throughout: in floating point the last gap could round up to T + 1.
     phase = rng.integers(text.size)
     return (np.arange(count) * text.size + phase) // max(count, 1) + 1
@@ -90,10 +90,13 @@ POLICIES: dict[str, PlacementPolicy] = {
 
 
 def resolve_policy(placement: str) -> PlacementPolicy:
-    """The policy of that name, or the attribute that 'module:attribute' points to.
+    """Return a policy by its name, or by 'module:attribute'.
+
+    Args:
+        placement: `pause.placement`.
 
     Raises:
-        ConfigError: no such policy, module or attribute, or something that cannot be called.
+        ConfigError: There is no such policy, module or attribute, or it cannot be called.
     """
     if placement in POLICIES:
         return POLICIES[placement]
@@ -106,7 +109,7 @@ def resolve_policy(placement: str) -> PlacementPolicy:
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"{expected}: {error}") from error
     if not callable(policy):
-        raise ConfigError(f"{expected}: it is a {type(policy).__name__}, which cannot be called")
+        raise ConfigError(f"{expected}, a {type(policy).__name__}, which cannot be called")
     return policy
 
 
@@ -114,8 +117,8 @@ class Window(NamedTuple):
     """A window with its pauses.
 
     Attributes:
-        tokens: int64 [L], text and pause ids.
-        places: int64 [number of pauses], ascending: the indices in `tokens` where pauses stand; never 0.
+        tokens: Text and pause ids, int64 [L].
+        places: Indices of the pauses in `tokens`, int64 [number of pauses], ascending; never 0.
     """
 
     tokens: np.ndarray
@@ -123,7 +126,7 @@ class Window(NamedTuple):
 
     @property
     def is_text(self) -> np.ndarray:
-        """bool [L], False where a pause stands."""
+        """Mask of the text tokens, bool [L]: False at pauses."""
         is_text = np.empty(self.tokens.size, dtype=bool)
         is_text.fill(True)  # np.ones takes 1 us more
         is_text[self.places] = False
@@ -131,16 +134,16 @@ class Window(NamedTuple):
 
 
 def inject(text: np.ndarray, gaps: np.ndarray, pause_ids: range, length: int | None = None) -> Window:
-    """Puts a pause into each gap. Removing the pauses again gives back the text, in order.
+    """Insert a pause into each gap. Without its pauses, the window is the text, in order.
 
     Args:
-        text: int64 [T].
-        gaps: Integers [M] in 1..T, ascending.
-        pause_ids: The K pause ids. They are used in turn within each run of pauses, beginning with the first.
-        length: Cut the result to this many tokens (the paper's trim); at most T + M. None: keep all.
+        text: Text ids, int64 [T].
+        gaps: Gaps in 1..T, integers [M], ascending.
+        pause_ids: The K pause ids, used in turn within each run of pauses, from the first on.
+        length: Tokens to cut the window to (the paper's trim), at most T + M. None: all.
 
     Returns:
-        Window of `length` or T + M tokens.
+        A window of `length` or T + M tokens.
     """
     index = np.arange(gaps.size)
     places = gaps + index
@@ -160,41 +163,41 @@ def inject(text: np.ndarray, gaps: np.ndarray, pause_ids: range, length: int | N
 
 
 LOCATIONS = ("append", "prepend")
-"""Where the pauses of a prefix stand: behind it, or before it."""
+"""Locations of the pauses of a prompt: behind it, or before it."""
 
 
 def add_pauses(ids: np.ndarray, count: int, pause_ids: range, *, location: str, kept: int = 0) -> np.ndarray:
-    """A prefix and its M pauses, for finetuning and inference (method.md, sections 2 and 3).
+    """Add M pauses to a prompt, for finetuning and inference (method.md, sections 2 and 3).
 
     Args:
-        ids: int64 [tokens] of the prefix; there may be none.
+        ids: Ids of the prompt, int64 [tokens]; may be empty.
         count: M.
-        pause_ids: The K pause ids, used in turn; or a filler's one id.
+        pause_ids: The K pause ids, used in turn; or the one id of a filler.
         location: One of LOCATIONS.
         kept: Tokens at the beginning (a BOS) that prepended pauses stand behind.
 
     Returns:
-        int64 [tokens + M].
+        Ids of prompt and pauses, int64 [tokens + M].
     """
-    # inject() never puts a pause before the first token: one that is taken away again stands there.
+    # inject() inserts nothing before the first token, so a dummy token stands there, which is removed again.
     gap = 1 + (ids.size if location == "append" else kept)
     return inject(np.concatenate([[0], ids]), np.full(count, gap, dtype=np.int64), pause_ids).tokens[1:]
 
 
 @dataclass(frozen=True)
 class PausePlan:
-    """What `pause.*` and the sequence length mean for every window. Checked when made.
+    """The pause settings of a dataset, checked, with the numbers that follow from them for every window.
 
     Attributes:
         sequence_length: N, input tokens of a window.
         rate: Pauses inserted, as a fraction of N; 0 <= rate < 1.
         window: "exact" or "trim".
         placement: A name in POLICIES, or 'module:attribute'.
-        seed: Seed of the places.
+        seed: Seed of the placement.
 
     Raises:
-        ConfigError: a value out of its range, a policy that does not exist or does not fit the window, or more pauses
-            than the window has room for.
+        ConfigError: A value is out of its range, the policy does not exist or does not fit the window, or the window
+            has too little room for the pauses.
     """
 
     sequence_length: int
@@ -202,6 +205,16 @@ class PausePlan:
     window: str = "exact"
     placement: str = "uniform"
     seed: int = 1234
+
+    @classmethod
+    def of(cls, pause: PauseSection, sequence_length: int) -> PausePlan:
+        """Return the plan of a configuration.
+
+        Args:
+            pause: The pause section.
+            sequence_length: `data.sequence_length`.
+        """
+        return cls(sequence_length, pause.rate, pause.window, pause.placement, pause.seed)
 
     def __post_init__(self) -> None:
         if not 0 <= self.rate < 1:
@@ -229,7 +242,7 @@ class PausePlan:
 
     @property
     def count(self) -> int:
-        """M, pauses inserted before any trim (Python's round: halves go to the even neighbour)."""
+        """M, pauses inserted before any trim (Python's `round`: half to even)."""
         return pauses_per_window(self.rate, self.sequence_length)
 
     @property
@@ -239,9 +252,9 @@ class PausePlan:
 
     @property
     def expected_pauses(self) -> float:
-        """Expected pauses among the N places behind the first token, for the uniform policy.
+        """Expected pauses among the N tokens behind the first, for the uniform policy.
 
-        `exact`: M. `trim`: M * N / (N + M), as the cut takes text and pauses alike (186 of 205 at N = 2048).
+        `exact`: M. `trim`: M * N / (N + M), because the cut takes text and pauses alike (186 of 205 at N = 2048).
         """
         if self.window == "exact":
             return float(self.count)
@@ -252,12 +265,12 @@ _of_thread = threading.local()
 
 
 class PauseInjector:
-    """Gives the windows of one dataset and split their pauses: a pure function of the sample number.
+    """The pauses of one dataset and split, as a pure function of the sample number.
 
     Args:
-        plan: Rate, window, placement, seed.
+        plan: The pause settings.
         pause_ids: The K pause ids.
-        dataset: Name of the corpus. Its prefix without the folder, so that a corpus can be moved.
+        dataset: Name of the corpus: its prefix without the folder, so that a corpus can be moved.
         split: Name of the split: train, valid or test.
     """
 
@@ -270,10 +283,16 @@ class PauseInjector:
         self._key = philox_key(plan.seed, dataset, split)
 
     def generator(self, sample: int) -> np.random.Generator:
-        """The sample's generator: Philox, keyed by (seed, dataset, split), with its counter at the sample number.
+        """Return the Philox generator of a sample: its key is (seed, dataset, split), its counter the sample number.
 
-        The sample number is the counter's third word, so that each sample has 2**128 blocks of its own. Each thread
-        has one generator, which is set anew here: that takes 1 us, where making one takes 9.
+        The sample number is the third word of the counter, so that each sample has 2**128 blocks of its own. Each
+        thread has one generator, whose state is set here: this takes 1 us, a new generator 9 us.
+
+        Args:
+            sample: Sample number, 0 or more.
+
+        Returns:
+            The generator of this thread. Its state is valid until the next call.
         """
         generator = getattr(_of_thread, "generator", None)
         if generator is None:
@@ -282,42 +301,49 @@ class PauseInjector:
             "bit_generator": "Philox",
             "state": {"counter": (0, 0, sample, 0), "key": self._key},
             "buffer": (0, 0, 0, 0),
-            "buffer_pos": 4,  # the buffer is used up: the next draw computes a block
+            "buffer_pos": 4,  # the buffer is empty: the next draw computes a block
             "has_uint32": 0,
             "uinteger": 0,
         }
         return generator
 
     def gaps(self, text: np.ndarray, sample: int) -> np.ndarray:
-        """The places of a sample's pauses, checked: integers [number of pauses] in 1..T, ascending.
+        """Return the checked gaps of a sample.
+
+        Args:
+            text: Text ids of the window, int64 [T].
+            sample: Sample number, 0 or more.
+
+        Returns:
+            Gaps in 1..T, int64 [number of pauses], ascending.
 
         Raises:
-            ConfigError: a user's policy returned something else. It is named.
+            ConfigError: A user's policy returned something else. The message names it.
         """
         text = text.view()
         text.flags.writeable = False
         gaps = np.asarray(self._policy(text, self.plan.count, self.plan.rate, self.generator(sample)))
         if gaps.ndim != 1 or (gaps.size and gaps.dtype.kind not in "iu"):
-            raise self._refusal(sample, f"an array of integers with one axis, got {gaps.dtype} of shape {gaps.shape}")
+            raise self._error(sample, f"an array of integers with one axis, got {gaps.dtype} of shape {gaps.shape}")
         gaps = gaps.astype(np.int64)
         gaps.sort()
         if self.plan.window == "exact" and gaps.size != self.plan.count:
-            raise self._refusal(sample, f"{self.plan.count} gaps for an exact window, got {gaps.size}")
+            raise self._error(sample, f"{self.plan.count} gaps for an exact window, got {gaps.size}")
         if gaps.size and (gaps[0] < 1 or gaps[-1] > text.size):
-            raise self._refusal(sample, f"gaps from 1 to {text.size}, got some from {gaps[0]} to {gaps[-1]}")
+            raise self._error(sample, f"gaps from 1 to {text.size}, got some from {gaps[0]} to {gaps[-1]}")
         return gaps
 
     def __call__(self, text: np.ndarray, sample: int) -> Window:
-        """Cuts one window of N + 1 tokens.
+        """Return the window of a sample, N + 1 tokens.
 
         Args:
-            text: int64 [T], with T = plan.text_length.
+            text: Text ids, int64 [T], with T = plan.text_length.
             sample: Sample number, 0 or more.
         """
         return inject(text, self.gaps(text, sample), self.pause_ids, self.plan.sequence_length + 1)
 
-    def _refusal(self, sample: int, what: str) -> ConfigError:
+    def _error(self, sample: int, expected: str) -> ConfigError:
         return ConfigError(
-            f"pause.placement={self.plan.placement}: expected {what} (dataset {self.dataset}, split {self.split}, "
+            f"pause.placement={self.plan.placement}: expected {expected} (dataset {self.dataset}, split {self.split}, "
             f"sample {sample})"
         )

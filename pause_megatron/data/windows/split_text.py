@@ -1,8 +1,9 @@
-"""Whether each corpus has enough text in its share of a split."""
+"""Check that each corpus has the text of one window in its share of each split."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from megatron.core.datasets.blended_megatron_dataset_config import (
@@ -16,9 +17,9 @@ from pause_megatron.config.schema import PauseSection
 from pause_megatron.data.windows.pause import PausePlan
 from pause_megatron.errors import DataError
 
-_PIECE = 1 << 20  # documents counted together
+_CHUNK = 1 << 20  # documents summed at a time
 
-# By the split, and whether the corpora are its own.
+# By the split, and whether it has corpora of its own.
 _ADVICE = {
     (Split.train, False): "Leave it out of data.prefix, prepare more text, or give training a larger share",
     (Split.valid, False): "Give validation a larger share with data.split, corpora of its own with data.valid_prefix, "
@@ -36,58 +37,63 @@ def require_text(
     pause: PauseSection,
     validates: bool,
 ) -> None:
-    """Make sure that every corpus has the text of one window in each split that is wanted of it.
+    """Check that every corpus has the text of one window in each split that is built from it.
 
-    megatron-core cannot blend less; of a single corpus it repeats the text within the window, which is then no text.
+    megatron-core cannot blend a corpus with less text. A single corpus with less is repeated within one window.
 
     Args:
-        train: prefixes to train on; none: nothing is.
-        valid: prefixes of their own to validate on; none: those of `train`.
-        split: shares of the documents of `train`, as in data.split.
-        sequence_length: tokens of a window, pauses included.
-        pause: the pause options. Windows to validate on are also made without pauses, which takes more text.
-        validates: whether validation is asked for.
+        train: Prefixes of the corpora to train on; may be empty.
+        valid: Prefixes of the corpora to validate on. Empty: those of `train`.
+        split: Shares of the documents of `train`, as in `data.split`.
+        sequence_length: N, input tokens of a window, pauses included.
+        pause: The pause section. Validation also scores windows without pauses, which take more text.
+        validates: Whether a validation split is built.
 
     Raises:
-        DataError: less; the first such corpus is named.
+        DataError: A corpus has less text. The message names the first one.
     """
     matrix = convert_split_vector_to_split_matrix(parse_and_normalize_split(split))
-    plan = PausePlan(sequence_length, pause.rate, pause.window, pause.placement, pause.seed)
+    with_pauses = PausePlan.of(pause, sequence_length).text_length
+    without_pauses = sequence_length + 1
     for prefix in train:
-        _require(prefix, Split.train, matrix[Split.train.value], plan.text_length, sequence_length, split)
+        _require(prefix, _Share(Split.train, matrix[Split.train.value], split), with_pauses, sequence_length)
     if validates:
+        bounds = (0.0, 1.0) if valid else matrix[Split.valid.value]
+        share = _Share(Split.valid, bounds, None if valid else split)
         for prefix in valid or train:
-            bounds = (0.0, 1.0) if valid else matrix[Split.valid.value]
-            _require(prefix, Split.valid, bounds, sequence_length + 1, sequence_length, None if valid else split)
+            _require(prefix, share, without_pauses, sequence_length)
 
 
-def _require(
-    prefix: str,
-    split: Split,
-    bounds: tuple[float, float] | None,
-    needed: int,
-    sequence_length: int,
-    shares: str | None,
-) -> None:
-    # Read by file: an empty .bin cannot be mapped.
-    index = IndexedDataset(prefix, mmap=False)  # takes the lengths with it when it goes
+class _Share(NamedTuple):
+    """A split's share of the documents of a corpus."""
+
+    split: Split
+    bounds: tuple[float, float] | None  # fractions of the documents; None: no documents
+    shares: str | None  # data.split; None where the split has corpora of its own
+
+
+def _require(prefix: str, share: _Share, needed: int, sequence_length: int) -> None:
+    # Read as a file, because an empty .bin cannot be mapped.
+    index = IndexedDataset(prefix, mmap=False)  # keep it: the lengths are views of its buffer
     lengths = index.sequence_lengths
-    first, last = (round(bound * float(len(lengths))) for bound in bounds or (0, 0))  # the builder's own rounding
-    found = _tokens(lengths[first:last], needed)
-    if found < needed:
-        share = "" if shares is None else f" of {len(lengths):,}, with data.split={shares}"
-        advice = _ADVICE[split, shares is None]
+    first, last = (round(bound * float(len(lengths))) for bound in share.bounds or (0, 0))  # the builder's rounding
+    tokens = _count_tokens(lengths[first:last], needed)
+    if tokens < needed:
+        documents = f"{last - first:,}"
+        if share.shares is not None:
+            documents += f" of {len(lengths):,}, with data.split={share.shares}"
         raise DataError(
             f"{prefix}: expected at least {needed:,} tokens (a window of data.sequence_length={sequence_length:,}) in "
-            f"its {split.name} split, got {found:,} (documents: {last - first:,}{share}). {advice}"
+            f"its {share.split.name} split, got {tokens:,} (documents: {documents}). "
+            f"{_ADVICE[share.split, share.shares is None]}"
         )
 
 
-def _tokens(lengths: np.ndarray, enough: int) -> int:
-    """Tokens of documents, counted until they are enough."""
-    found = 0
-    for start in range(0, len(lengths), _PIECE):
-        found += int(lengths[start : start + _PIECE].sum(dtype=np.int64))
-        if found >= enough:
+def _count_tokens(lengths: np.ndarray, enough: int) -> int:
+    """Return the number of tokens in documents, or the first partial sum that is enough."""
+    tokens = 0
+    for start in range(0, len(lengths), _CHUNK):
+        tokens += int(lengths[start : start + _CHUNK].sum(dtype=np.int64))
+        if tokens >= enough:
             break
-    return found
+    return tokens

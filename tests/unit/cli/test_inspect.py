@@ -14,7 +14,7 @@ from pause_megatron.cli import main
 from pause_megatron.config.schema import PauseSection
 from pause_megatron.data.corpus.corpus import open_corpus
 from pause_megatron.data.prepare.prepare import prepare
-from pause_megatron.data.windows.build import build_datasets
+from pause_megatron.data.windows.build import DatasetOptions, build_datasets
 from pause_megatron.data.windows.pause import POLICIES
 
 TEXTS = documents(120)
@@ -60,15 +60,17 @@ def test_policies_are_those_of_the_datasets(prefix: Path, inspect, tmp_path: Pat
     for policy in found:
         assert policy["window"] == ("trim" if policy["placement"] == "bernoulli" else window)
         dataset = build_datasets(
-            [str(prefix)],
-            split="1,0,0",
-            sequence_length=64,
-            tokenizer=corpus.tokenizer,
-            pause=PauseSection(rate=0.2, window=policy["window"], placement=policy["placement"]),
-            seed=1234,
-            train_samples=40,
-            valid_samples=0,
-            cache=str(tmp_path),
+            DatasetOptions(
+                [str(prefix)],
+                split="1,0,0",
+                sequence_length=64,
+                tokenizer=corpus.tokenizer,
+                pause=PauseSection(rate=0.2, window=policy["window"], placement=policy["placement"]),
+                seed=1234,
+                train_samples=40,
+                valid_samples=0,
+                cache=str(tmp_path),
+            )
         ).train
         windows = [(dataset[number]["tokens"] == corpus.tokenizer.pause_id).tolist() for number in range(40)]
         assert policy["rate"] == pytest.approx(sum(map(sum, windows)) / (40 * 64))

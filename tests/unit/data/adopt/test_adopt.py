@@ -38,7 +38,7 @@ from pause_megatron.data.corpus.manifest import Manifest
 from pause_megatron.data.corpus.verify import no_report, verify_corpus
 from pause_megatron.data.prepare.prepare import prepare
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
-from pause_megatron.data.windows.build import build_datasets
+from pause_megatron.data.windows.build import DatasetOptions, build_datasets
 from pause_megatron.errors import DataError
 
 TEXTS = documents(80)
@@ -175,15 +175,17 @@ def test_every_integer_dtype_gives_the_same_windows(folder: Path, original: Path
 
     def windows(prefix: Path) -> list[list[int]]:
         train = build_datasets(
-            [str(prefix)],
-            split="1,0,0",
-            sequence_length=64,
-            tokenizer=tokenizer,
-            pause=PauseSection(rate=0.1),
-            seed=1,
-            train_samples=20,
-            valid_samples=0,
-            cache=str(tmp_path / "cache"),
+            DatasetOptions(
+                [str(prefix)],
+                split="1,0,0",
+                sequence_length=64,
+                tokenizer=tokenizer,
+                pause=PauseSection(rate=0.1),
+                seed=1,
+                train_samples=20,
+                valid_samples=0,
+                cache=str(tmp_path / "cache"),
+            )
         ).train
         return [train[number]["tokens"].tolist() for number in range(20)]
 

@@ -120,21 +120,23 @@ def test_samples_are_those_of_the_dataset_with_the_same_windows(
     tokenizer: Tokenizer, folder: Path, tmp_path: Path, rate: float, masking: bool, eod_mask_loss: bool
 ) -> None:
     from pause_megatron.config.schema import PauseSection
-    from pause_megatron.data.windows.build import build_datasets
+    from pause_megatron.data.windows.build import DatasetOptions, build_datasets
 
     prefix = tmp_path / "c"
     prepare([write_shards(folder / "same", TEXTS, 1)], tokenizer, prefix, workers=1)
     train: PauseGPTDataset = build_datasets(
-        [str(prefix)],
-        split="1,0,0",
-        sequence_length=64,
-        tokenizer=tokenizer,
-        pause=PauseSection(rate=rate),
-        seed=1,
-        train_samples=20,
-        valid_samples=0,
-        intra_document_masking=masking,
-        eod_mask_loss=eod_mask_loss,
+        DatasetOptions(
+            [str(prefix)],
+            split="1,0,0",
+            sequence_length=64,
+            tokenizer=tokenizer,
+            pause=PauseSection(rate=rate),
+            seed=1,
+            train_samples=20,
+            valid_samples=0,
+            intra_document_masking=masking,
+            eod_mask_loss=eod_mask_loss,
+        )
     ).train
     ends = {"eod": tokenizer.eod, "intra_document_masking": masking, "eod_mask_loss": eod_mask_loss}
     streamed = StreamDataset(_Texts(train), train.injector, 20, **ends)

@@ -18,7 +18,7 @@ from support.corpora import ByteTokenizer, paragraphs, write_corpus
 
 from pause_megatron.config.blend import parse_blend
 from pause_megatron.config.schema import PauseSection
-from pause_megatron.data.windows.build import Datasets, build_datasets, names_of
+from pause_megatron.data.windows.build import DatasetOptions, Datasets, build_datasets, names_of
 from pause_megatron.data.windows.dataset import PauseGPTDataset, PauseTokenizer
 from pause_megatron.errors import ConfigError, DataError
 
@@ -44,7 +44,9 @@ def build(corpora: list[str], tmp_path: Path) -> Callable[..., Datasets]:
             "valid_samples": 6,
             "cache": str(tmp_path / "cache"),
         }
-        return build_datasets(prefix or corpora[:1], pause=pause or PauseSection(rate=0.2), **{**arguments, **changes})
+        return build_datasets(
+            DatasetOptions(prefix or corpora[:1], pause=pause or PauseSection(rate=0.2), **{**arguments, **changes})
+        )
 
     return call
 
@@ -90,7 +92,7 @@ def test_a_weighted_blend_repeats_its_corpora(build: Callable[..., Datasets], co
 def test_corpora_without_weights_are_read_once(build: Callable[..., Datasets], corpora: list[str]) -> None:
     datasets = build(corpora)
     assert {int(datasets.train[number]["dataset_id"]) for number in range(40)} == {0, 1}
-    with pytest.raises(ConfigError, match=r"100000 train samples were asked for, the corpora hold \d+ .*WEIGHT PREFIX"):
+    with pytest.raises(ConfigError, match=r"expected 100000 train samples or more .*, got \d+\. .*WEIGHT PREFIX"):
         build(corpora, train_samples=100_000)
 
 
@@ -161,7 +163,7 @@ def test_documents_apart_in_every_dataset_of_a_run(
 def test_default_cache_is_beside_the_first_corpus(tmp_path: Path) -> None:
     prefix = write_corpus(tmp_path / "data" / "corpus", paragraphs(20))
     arguments = {"split": "1", "sequence_length": 32, "tokenizer": ByteTokenizer(), "seed": 1}
-    build_datasets([prefix], pause=PauseSection(), train_samples=4, valid_samples=0, **arguments)
+    build_datasets(DatasetOptions([prefix], pause=PauseSection(), train_samples=4, valid_samples=0, **arguments))
     assert sorted(os.listdir(tmp_path / "data")) == ["cache", "corpus.bin", "corpus.idx"]
 
 

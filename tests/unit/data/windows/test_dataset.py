@@ -55,7 +55,7 @@ def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -
 def expected_sample(dataset: PauseGPTDataset, sample: int) -> dict[str, torch.Tensor]:
     """The sample by its definition, token by token: method.md section 1 and the docstring of PauseGPTDataset."""
     config, plan = dataset.config, dataset.injector.plan
-    text, *_ = dataset._query_document_sample_shuffle_indices(sample)
+    text = dataset.window_text(sample)
     gaps = dataset.injector.gaps(text, sample).tolist()
     window: list[tuple[int, int]] = []  # (token, number of the text token it is or stands behind)
     for number, token in enumerate(text.tolist()):
@@ -193,7 +193,7 @@ def test_documents_packed_for_attention(short_documents: str, rate: float, creat
         ]
         for name in ("tokens", "labels", "loss_mask"):
             assert torch.equal(item[name], plain[sample][name]), name
-        text, lengths = ours._text_and_lengths(sample or 0)
+        text, lengths = ours.text_and_lengths(sample or 0)
         window = ours.injector(text, sample or 0)
         bounds = packed(lengths, window)
         ended = np.flatnonzero(document_begins(window, EOD)[:-1]).tolist()  # each document has its EOD
@@ -242,7 +242,7 @@ def test_invariants(corpus: str, chosen: dict[str, object]) -> None:
     chosen["create_attention_mask"] = False
     dataset = make_dataset(corpus, make_config(corpus, **{**chosen, "eod_mask_loss": False}))
     for sample in range(0, len(dataset), max(1, len(dataset) // 5)):
-        text, *_ = dataset._query_document_sample_shuffle_indices(sample)
+        text = dataset.window_text(sample)
         item = dataset[sample]
         is_pause = item["tokens"] >= PAUSE
         supervised = item["loss_mask"] == 1
@@ -302,7 +302,7 @@ def test_another_epoch_draws_other_places(tmp_path: Path) -> None:
     document = paragraphs(1)[0][: 1 * (text_length - 1)]
     prefix = write_corpus(tmp_path / "one", [document])
     dataset = make_dataset(prefix, make_config(prefix, 64, pause_rate=0.25), 10)
-    texts = [dataset._query_document_sample_shuffle_indices(sample)[0].tolist() for sample in range(10)]
+    texts = [dataset.window_text(sample).tolist() for sample in range(10)]
     assert all(text == texts[0] for text in texts)
     assert len({tuple((dataset[sample]["tokens"] >= PAUSE).tolist()) for sample in range(10)}) == 10
 
@@ -371,19 +371,19 @@ def test_a_split_without_text_is_refused(tmp_path: Path) -> None:
     prefix = write_corpus(tmp_path / "corpus", paragraphs(2))
     config = make_config(prefix, 64)
     low_level = make_dataset(prefix, config, 1).dataset
-    with pytest.raises(DataError, match="expected text in the valid split, found no token in its 0 documents"):
+    with pytest.raises(DataError, match="expected text in the valid split, got no token in its 0 documents"):
         PauseGPTDataset(low_level, prefix, np.arange(0, dtype=np.int32), 5, Split.valid, config)
 
 
 def test_a_split_is_looked_at_to_its_end_for_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Piece by piece: text in the last document alone is text, and empty documents alone are none."""
-    monkeypatch.setattr("pause_megatron.data.windows.dataset._PIECE", 2)
+    monkeypatch.setattr("pause_megatron.data.windows.dataset._CHUNK", 2)
     empty = np.array([], dtype=np.int64)
     prefix = write_corpus(tmp_path / "corpus", [empty] * 6 + [paragraphs(1)[0]])
     low_level, config = IndexedDataset(prefix), make_config(prefix, 64)
     dataset = PauseGPTDataset(low_level, prefix, np.arange(7, dtype=np.int32), 1, Split.train, config)
     assert set(dataset.document_index.tolist()) == set(range(7)) and dataset.indices is None
-    with pytest.raises(DataError, match="found no token in its 6 documents"):
+    with pytest.raises(DataError, match="got no token in its 6 documents"):
         PauseGPTDataset(low_level, prefix, np.arange(6, dtype=np.int32), 1, Split.train, config)
 
 
@@ -392,7 +392,7 @@ def test_a_corpus_with_a_pause_id_is_refused(tmp_path: Path) -> None:
     document[5] = PAUSE
     prefix = write_corpus(tmp_path / "corpus", [document])
     dataset = make_dataset(prefix, make_config(prefix, 128), 3)
-    with pytest.raises(DataError, match=rf"corpus\.bin: expected text only, found the pause id {PAUSE}"):
+    with pytest.raises(DataError, match=rf"corpus\.bin: expected text only, got the pause id {PAUSE}"):
         [dataset[sample] for sample in range(len(dataset))]
 
 

@@ -25,7 +25,7 @@ from support.ranks import run_on_ranks
 from pause_megatron.config.schema import PauseSection
 from pause_megatron.data.prepare.prepare import prepare
 from pause_megatron.data.windows import index_cache
-from pause_megatron.data.windows.build import Datasets, build_datasets
+from pause_megatron.data.windows.build import DatasetOptions, Datasets, build_datasets
 from pause_megatron.data.windows.dataset import PauseGPTDataset
 from pause_megatron.data.windows.index_cache import IndexCacheError, choose_folder, content_of
 from pause_megatron.errors import ConfigError
@@ -38,7 +38,9 @@ def _build(prefix: Sequence[str], cache: str | Path | None, samples: int = SAMPL
     arguments = {"split": "8,2", "sequence_length": 64, "tokenizer": ByteTokenizer(), "seed": 5, "valid_samples": 6}
     cache = None if cache is None else str(cache)
     return build_datasets(
-        prefix, pause=PauseSection(rate=0.2), train_samples=samples, cache=cache, **{**arguments, **changes}
+        DatasetOptions(
+            prefix, pause=PauseSection(rate=0.2), train_samples=samples, cache=cache, **{**arguments, **changes}
+        )
     )
 
 
@@ -122,7 +124,7 @@ def test_caches_are_read_when_they_were_changed_or_when_asked_for(
 
 def test_a_large_prepared_corpus_is_told_by_its_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its lengths are sampled; who writes files beside an old manifest has all of them looked at."""
-    monkeypatch.setattr(index_cache, "_PIECE", 8)
+    monkeypatch.setattr(index_cache, "_CHUNK", 8)
     monkeypatch.setattr(index_cache, "_SAMPLES", 2)
     monkeypatch.setattr(index_cache, "_SAMPLE", 2)
     tokenizer, texts, found = small_tokenizer(tmp_path), documents(60), []

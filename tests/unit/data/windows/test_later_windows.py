@@ -12,7 +12,7 @@ from support.corpora import ByteTokenizer, paragraphs, write_corpus
 
 from pause_megatron.config.schema import PauseSection
 from pause_megatron.data.batches.loader import Samples
-from pause_megatron.data.windows.build import build_datasets
+from pause_megatron.data.windows.build import DatasetOptions, build_datasets
 from pause_megatron.data.windows.extension import LaterWindows
 
 LENGTH = 64
@@ -29,16 +29,18 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def build(folder: Path, words: str, samples: int | None, before: int = 0, rate: float = 0.2):
     return build_datasets(
-        [str(folder / word) if word.isalpha() else word for word in words.split()],
-        split="9,1,0",
-        sequence_length=LENGTH,
-        tokenizer=ByteTokenizer(),
-        pause=PauseSection(rate=rate),
-        seed=5,
-        train_samples=samples,
-        valid_samples=6,
-        cache=str(folder / "cache"),
-        samples_before=before,
+        DatasetOptions(
+            [str(folder / word) if word.isalpha() else word for word in words.split()],
+            split="9,1,0",
+            sequence_length=LENGTH,
+            tokenizer=ByteTokenizer(),
+            pause=PauseSection(rate=rate),
+            seed=5,
+            train_samples=samples,
+            valid_samples=6,
+            cache=str(folder / "cache"),
+            samples_before=before,
+        )
     )
 
 
@@ -67,7 +69,7 @@ def test_else_it_is_read_anew_in_an_order_and_with_pauses_of_its_own(folder, wor
     end = one_reading + (400 if "0.7" in words else 100)
     extended = build(folder, words, end, before=one_reading)
     assert isinstance(extended.train, LaterWindows) and len(extended.train) >= end
-    with pytest.raises(IndexError, match="was read before"):
+    with pytest.raises(IndexError, match=rf"window {one_reading - 1}: expected {one_reading} or more"):
         extended.train[one_reading - 1]
     added = [extended.train[number] for number in range(one_reading, end)]
     moved = sum(
