@@ -1,4 +1,4 @@
-"""What a run is: typed sections, one way to load them, and the arithmetic that follows. Imports no torch."""
+"""The configuration of a run: typed sections, loading and checking, and batch arithmetic. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""A configuration and ds_configs/*.json -> the DeepSpeed dictionary: fills "auto", refuses contradictions.
+"""Merge a run's configuration into a ds_configs/*.json file: fill "auto", refuse contradictions and unknown keys.
 
-Every number has one owner. The JSON holds how states are split, offloaded and communicated; batch sizes, clipping and
-precision belong to the run. DeepSpeed itself ignores keys that it does not know, so they are refused here.
+Each setting has one owner. The JSON file sets how states are partitioned, offloaded and communicated. The run sets
+batch sizes, clipping and precision. DeepSpeed ignores keys that it does not know, so they are refused here.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pause_megatron.errors import ConfigError
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 
-# Keys of the JSON that the run's configuration owns: here "auto", absent, or the same value.
+# Keys that the run's configuration owns: in the JSON file "auto", absent, or the same value.
 OWNERS = {
     "train_batch_size": "batch.global_size",
     "train_micro_batch_size_per_gpu": "batch.micro_size",
@@ -31,7 +31,7 @@ OWNERS = {
     "gradient_allreduce_op": "the loss, which is already multiplied by the data-parallel size",
 }
 
-# Keys that DeepSpeed 0.19 reads and that this program can live with.
+# Keys that DeepSpeed 0.19 reads and that are supported here.
 KNOWN = {
     *(owner.partition(".")[0] for owner in OWNERS),
     *("communication_data_type", "data_types", "prescale_gradients", "gradient_predivide_factor", "disable_allgather"),
@@ -40,7 +40,7 @@ KNOWN = {
     "disable_python_gc",
 }
 
-# Keys that DeepSpeed reads and that would change what is trained behind the configuration's back.
+# Keys that DeepSpeed reads, and that would override the run's configuration.
 ELSEWHERE = {
     "optimizer": "the optimizer is set by optim.*",
     "scheduler": "the learning rate is set by optim.*",
@@ -73,21 +73,21 @@ ZERO_KEYS = {
 
 @dataclass(frozen=True)
 class _Document:
-    """A parsed JSON file and its text, for the line numbers of errors."""
+    """A parsed JSON file and its text, for line numbers in messages."""
 
     path: Path
     text: str
     data: dict[str, Any]
 
     def at(self, key: str) -> str:
-        """FILE:LINE of a dotted key, or FILE where the last name occurs more than once."""
+        """Return FILE:LINE of a dotted key, or FILE where its last name occurs more than once."""
         lines = [
             n for n, line in enumerate(self.text.splitlines(), 1) if re.search(rf'"{key.split(".")[-1]}"\s*:', line)
         ]
         return f"{self.path}:{lines[0]}" if len(lines) == 1 else str(self.path)
 
     def get(self, key: str) -> Any:
-        """The value of a dotted key; "auto" where it is absent."""
+        """Return the value of a dotted key; "auto" where it is absent."""
         value: Any = self.data
         for name in key.split("."):
             value = value.get(name, "auto") if isinstance(value, dict) else "auto"
@@ -95,15 +95,18 @@ class _Document:
 
 
 def ds_config_names() -> tuple[str, ...]:
-    """Names of the DeepSpeed files that ship."""
+    """Return the names of the DeepSpeed files that ship."""
     return tuple(sorted(file.stem for file in _shipped().glob("*.json")))
 
 
 def ds_config_path(engine: EngineSection) -> Path:
-    """The DeepSpeed file of a run: a path, a name that ships, or (nothing given) the plain one of the ZeRO stage.
+    """Return the DeepSpeed file of a run: a path, a name that ships, or by default the plain one of the ZeRO stage.
+
+    Args:
+        engine: Engine section.
 
     Raises:
-        ConfigError: neither a file nor a name that ships.
+        ConfigError: `engine.ds_config` is neither a file nor a name that ships.
     """
     name = engine.ds_config or f"zero{1 if engine.zero_stage is None else engine.zero_stage}"
     if name in ds_config_names():
@@ -112,28 +115,32 @@ def ds_config_path(engine: EngineSection) -> Path:
         names = ds_config_names()
         raise ConfigError(
             f"engine.ds_config: expected a DeepSpeed JSON file or one of {', '.join(names)}; "
-            f"came {name!r}, which is neither{nearest(name, names)}"
+            f"got {name!r}, which is neither{nearest(name, names)}"
         )
     return Path(name)
 
 
 def zero_stage(config: ResolvedConfig) -> int:
-    """The ZeRO stage of a run: the file's; where that says "auto" or nothing, engine.zero_stage; else 1.
+    """Return the ZeRO stage of a run: the file's; where that has "auto" or none, `engine.zero_stage`; else 1.
+
+    Args:
+        config: Resolved configuration.
 
     Raises:
-        ConfigError: the file cannot be used, or contradicts engine.zero_stage.
+        ConfigError: The file cannot be used, or contradicts `engine.zero_stage`.
     """
     return _stage(_read(ds_config_path(config.engine)), config.engine)
 
 
 def deepspeed_config(config: ResolvedConfig, *, data_parallel: int) -> dict[str, Any]:
-    """The complete dictionary for `deepspeed.initialize(config=...)`.
+    """Return the complete dictionary for `deepspeed.initialize(config=...)`.
 
     Args:
-        config: a resolved configuration. data_parallel: ranks that see different data.
+        config: Resolved configuration.
+        data_parallel: Data-parallel size.
 
     Raises:
-        ConfigError: the file is missing, is not JSON, has an unknown key, or contradicts the run's configuration.
+        ConfigError: The file is missing, is not JSON, has an unknown key, or contradicts the run's configuration.
     """
     document = _read(ds_config_path(config.engine))
     stage = _stage(document, config.engine)
@@ -161,7 +168,7 @@ def deepspeed_config(config: ResolvedConfig, *, data_parallel: int) -> dict[str,
 
 
 def _fallbacks(config: ResolvedConfig, stage: int) -> dict[str, Any]:
-    """Engine settings for "auto" or absent; an explicit value in the file wins. The README in ds_configs/ says why."""
+    """Return settings for keys that are "auto" or absent in the file; ds_configs/README.md gives the reasons."""
     bf16 = config.engine.precision == "bf16"
     hidden = config.model.hidden
     fallbacks = {
@@ -183,7 +190,7 @@ def _fallbacks(config: ResolvedConfig, stage: int) -> dict[str, Any]:
 
 
 def _shipped() -> Path:
-    """The folder of the shipped files: inside the installed package, or at the top of a clone."""
+    """Return the folder of the shipped files: inside the installed package, or at the top of a clone."""
     installed = _PACKAGE / "ds_configs"
     return installed if installed.is_dir() else _PACKAGE.parent / "ds_configs"
 
@@ -207,7 +214,7 @@ def _read(path: Path) -> _Document:
     except OSError as error:
         raise ConfigError(f"engine.ds_config: {path} cannot be read: {error.strerror}") from None
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: expected an object {{...}}, came {type(data).__name__}")
+        raise ConfigError(f"{path}: expected an object {{...}}, got {type(data).__name__}")
     document = _Document(path, text, data)
     _refuse_unknown(document)
     return document
@@ -221,8 +228,8 @@ def _refuse_unknown(document: _Document) -> None:
             raise ConfigError(f"{document.at(key)}: unknown or unsupported key {key!r}{nearest(key, KNOWN)}")
     for group in ("zero_optimization", "bf16", "fp16", "data_types", "timers"):
         if not isinstance(document.data.get(group, {}), dict):
-            came = document.data[group]
-            raise ConfigError(f"{document.at(group)}: {group}: expected an object {{...}}, came {came!r}")
+            got = document.data[group]
+            raise ConfigError(f"{document.at(group)}: {group}: expected an object {{...}}, got {got!r}")
     for key in document.data.get("zero_optimization", {}):
         if key not in ZERO_KEYS:
             hint = nearest(key, ZERO_KEYS)
@@ -235,7 +242,7 @@ def _stage(document: _Document, engine: EngineSection) -> int:
         return 1 if engine.zero_stage is None else engine.zero_stage
     if type(stage) is not int or stage not in range(4):
         raise ConfigError(
-            f"{document.at('stage')}: zero_optimization.stage: expected 0, 1, 2, 3 or auto, came {stage!r}"
+            f"{document.at('stage')}: zero_optimization.stage: expected 0, 1, 2, 3 or auto, got {stage!r}"
         )
     if engine.zero_stage is not None and engine.zero_stage != stage:
         _refuse_contradiction(document, "zero_optimization.stage", engine.zero_stage)
@@ -243,11 +250,11 @@ def _stage(document: _Document, engine: EngineSection) -> int:
 
 
 def _refuse_contradiction(document: _Document, key: str, value: Any) -> None:
-    came = document.get(key)
-    if came != "auto" and (came != value or isinstance(came, bool) != isinstance(value, bool)):
+    given = document.get(key)
+    if given != "auto" and (given != value or isinstance(given, bool) != isinstance(value, bool)):
         raise ConfigError(
             f'{document.at(key)}: {key}: expected "auto" or {json.dumps(value)} (from {OWNERS[key]}), '
-            f"came {json.dumps(came)}. Change one of the two"
+            f"got {json.dumps(given)}. Change one of the two"
         )
 
 
@@ -271,6 +278,6 @@ def _refuse_mixed_accumulation(document: _Document, result: dict[str, Any], stag
     if stage == 0 and dtype != ("bf16" if bf16 else "fp32"):
         raise ConfigError(
             f"{document.at('grad_accum_dtype')}: data_types.grad_accum_dtype: expected the precision of the model "
-            f"({'bf16' if bf16 else 'fp32'}) with ZeRO stage 0, because DeepSpeed has no other; came {dtype!r}. "
+            f"({'bf16' if bf16 else 'fp32'}) with ZeRO stage 0, because DeepSpeed has no other; got {dtype!r}. "
             "Use stage 1, 2 or 3 to accumulate bf16 gradients in fp32"
         )

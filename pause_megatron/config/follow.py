@@ -1,8 +1,7 @@
-"""Keys that nobody chose for this run follow those that somebody did.
+"""Adjust a recipe's dependent values to overrides: warm-up, micro-batch, sequence parallelism.
 
-A recipe fits together as it stands: its warm-up ends before its run does. Who asks for ten of its steps has not chosen
-its warm-up, which would be refused beside them; here it becomes a shorter one, and that is said. Nothing else changes:
-values that agree stay, and two keys that contradict each other and were given together are refused by `rules`.
+`--recipe R train.steps=10` has the recipe's warm-up, which may be longer than ten steps. The warm-up is then shortened,
+with a note. Values that fit stay. Keys that were given together and contradict each other are refused by `rules`.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ AnyConfig = TypeVar("AnyConfig", bound=RunConfig)
 
 _OF_A_STEP = ("batch.global_size", "data.sequence_length")
 _OF_A_SCHEDULE = ("optim.schedule", "optim.decay_fraction")
-# What decides how many windows an epoch of a task has.
+# Keys that decide how many windows an epoch of a task has.
 _OF_AN_EPOCH = (
     *_OF_A_STEP,
     *("finetune.pauses", "finetune.filler", "finetune.batching", "task.name", "task.path", "task.limit"),
@@ -31,29 +30,43 @@ _SHARE = 10
 
 @dataclass
 class Sources:
-    """Who gave which key, and what was changed because of it.
+    """The source of each key, and notes on the values that were adjusted.
 
     Attributes:
-        later: keys of the last source, the overrides
-        origin: "FILE:LINE" or "command line" of every key that was given
-        said: a line for each value that followed
+        later: Keys of the last source, the overrides.
+        origin: "FILE:LINE" or "command line" of each key that was given.
+        notes: One line for each value that was adjusted.
     """
 
     later: frozenset[str]
     origin: Mapping[str, str]
-    said: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def follows(self, key: str, *others: str) -> bool:
-        """Whether one of `others` was chosen after (a value for) `key` was."""
+        """Return whether one of `others` was given by a later source than `key`.
+
+        Args:
+            key: The key that may be adjusted.
+            *others: Keys that it depends on.
+        """
         return max(map(self._age, others)) > self._age(key)
 
-    def tell(self, change: str, *others: str) -> None:
-        """Note a change, and the keys behind it."""
+    def note(self, change: str, *others: str) -> None:
+        """Record an adjustment.
+
+        Args:
+            change: What was adjusted.
+            *others: The keys that caused it.
+        """
         because = ", ".join(f"{key} ({self.origin[key]})" for key in others if key in self.later or key in self.origin)
-        self.said.append(f"{change}; it follows {because}")
+        self.notes.append(f"{change}; it follows {because}")
 
     def where(self, key: str) -> str:
-        """ "FILE:LINE", "command line" or "default"."""
+        """Return the place of a key: "FILE:LINE", "command line" or "default".
+
+        Args:
+            key: Dotted path.
+        """
         return self.origin.get(key, "default")
 
     def _age(self, key: str) -> int:
@@ -61,16 +74,28 @@ class Sources:
 
 
 def follow_epochs(config: RunConfig, sources: Sources) -> RunConfig:
-    """Before steps and tokens are derived: a finetuning's own config.yaml has them beside the epochs they come from."""
+    """Drop the steps of a finetuning's own config.yaml where an override changes the length of an epoch.
+
+    To be called before steps and tokens are derived: that file has both beside the epochs they come from.
+
+    Args:
+        config: Keys as they were written.
+        sources: Where they were written.
+    """
     known = config.finetune.epochs is not None and config.train.steps is not None
     if known and all(sources.follows(key, *_OF_AN_EPOCH) for key in ("finetune.epochs", *_LENGTHS)):
-        # Nothing to tell yet: the examples decide whether the number changes.
+        # No note yet: the examples decide whether the number changes.
         return _with(config, "train", steps=None, tokens=None)
     return config
 
 
 def follow_values(config: ResolvedConfig, sources: Sources) -> ResolvedConfig:
-    """After that: warm-up, micro-batch and sequence parallelism that no longer fit."""
+    """Adjust warm-up, micro-batch and sequence parallelism that no longer fit.
+
+    Args:
+        config: Resolved configuration.
+        sources: Where its keys were written; receives a note for each adjustment.
+    """
     changes = (
         ("optim.warmup_steps", warmup_ends, fitting_warmup, _OF_A_WARMUP),
         ("batch.micro_size", micro_divides_global, _fitting_micro_size, ("batch.global_size",)),
@@ -82,17 +107,19 @@ def follow_values(config: ResolvedConfig, sources: Sources) -> ResolvedConfig:
             old, new = getattr(getattr(config, section), name), fitting(config)
             config = _with(config, section, **{name: new})
             chosen = [other for other in others if sources.follows(key, other)]
-            sources.tell(f"{key}={_yaml(new)}, not {_yaml(old)} ({sources.where(key)})", *chosen)
+            sources.note(f"{key}={_yaml(new)}, not {_yaml(old)} ({sources.where(key)})", *chosen)
     return config
 
 
 def fitting_warmup(config: ResolvedConfig) -> int:
-    """Warm-up for a run (or an extension) that is too short for its own: a tenth, at least a step where there are two.
+    """Return the warm-up steps of a run or extension that is too short for its own: a tenth, at least one of two steps.
 
     Args:
-        config: its number of steps known
+        config: Resolved configuration; where its number of steps is not known, its warm-up fits.
     """
     steps, optim = added_steps(config), config.optim
+    if steps is None:
+        return optim.warmup_steps
     room = steps - 1
     if optim.schedule == "wsd":
         room = min(room, int(steps * (1 - optim.decay_fraction)))
@@ -100,7 +127,7 @@ def fitting_warmup(config: ResolvedConfig) -> int:
 
 
 def _fitting_micro_size(config: ResolvedConfig) -> int:
-    """The largest micro-batch, not above the given one, that divides the global batch."""
+    """Return the largest micro-batch up to the given one that divides the global batch."""
     whole = config.batch.global_size
     return max(size for size in range(1, config.batch.micro_size + 1) if whole % size == 0)
 

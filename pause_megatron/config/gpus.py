@@ -1,4 +1,4 @@
-"""GPUs and the machines that they usually sit in: one table for `plan`, MFU and `benchmark`. No torch."""
+"""Data-sheet figures of GPUs and of the machines they usually sit in, for `plan`, `benchmark` and MFU. No torch."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Gpu:
-    """One kind of GPU and the machine that it usually sits in.
+    """One kind of GPU and the machine it usually sits in.
 
     Attributes:
-        name: as `--gpu` takes it
-        cuda_name: regular expression of the name that CUDA gives it
-        memory_bytes: what torch reports as the device's total memory, about
-        peak_flops: dense bf16, FLOP/s (NVIDIA's data sheets)
-        memory_bandwidth: of its memory, bytes/s (NVIDIA's data sheets)
-        link_bytes: to the other GPUs of the machine, bytes/s in one direction (NVLink)
-        link_ranks: GPUs that NVLink joins; a ring of more goes over PCIe
-        network_bytes: of the network adapter of one GPU, bytes/s in one direction (one adapter a GPU, as in DGX)
-        host_link_bytes: to the host, bytes/s in one direction (PCIe generation 4 or 5, x16, or NVLink-C2C)
+        name: Name that `--gpu` takes.
+        cuda_name: Regular expression of the name that CUDA reports.
+        memory_bytes: Total memory, about what torch reports.
+        peak_flops: Peak of dense bf16 matrix products, FLOP/s (NVIDIA's data sheets).
+        memory_bandwidth: Bandwidth of its memory, bytes/s (NVIDIA's data sheets).
+        link_bytes: NVLink bandwidth to the other GPUs of the machine, bytes/s in one direction.
+        link_ranks: GPUs that NVLink joins; a ring of more goes over PCIe.
+        network_bytes: Bandwidth of the GPU's network adapter, bytes/s in one direction (one adapter a GPU, as in DGX).
+        host_link_bytes: Bandwidth to the host, bytes/s in one direction (PCIe 4 or 5 x16, or NVLink-C2C).
     """
 
     name: str
@@ -64,8 +64,11 @@ GPUS = {
 def gpu_named(name: str) -> Gpu:
     """Return a GPU by its name in the table.
 
+    Args:
+        name: Name that `--gpu` takes.
+
     Raises:
-        ConfigError: it is not known.
+        ConfigError: The table has no such name.
     """
     if name not in GPUS:
         raise ConfigError(f"--gpu: expected one of {', '.join(GPUS)}; got {name!r}{nearest(name, GPUS)}")
@@ -73,23 +76,30 @@ def gpu_named(name: str) -> Gpu:
 
 
 def device_peak_flops(config: ResolvedConfig, cuda_name: str | None) -> float | None:
-    """Return the peak of one device for MFU, FLOP/s: `log.peak_tflops`, else the GPU's in dense bf16.
+    """Return the peak of one device for MFU, FLOP/s: `log.peak_tflops`, else the GPU's peak in dense bf16.
 
     Args:
-        config: its precision decides too: an fp32 run is not measured against the peak of bf16.
-        cuda_name: of the device; None: it is no GPU.
+        config: Resolved configuration; an fp32 run has no peak in the table.
+        cuda_name: Name that CUDA reports; None where the device is not a GPU.
 
     Returns:
-        None: not known.
+        The peak, or None where it is not known.
     """
     if config.log.peak_tflops is not None:
         return config.log.peak_tflops * 1e12
     gpu = gpu_of_cuda(cuda_name) if cuda_name and config.engine.precision == "bf16" else None
-    return gpu and gpu.peak_flops
+    return None if gpu is None else gpu.peak_flops
 
 
 def gpu_of_cuda(cuda_name: str) -> Gpu | None:
-    """Return the GPU that CUDA calls so ("NVIDIA H100 80GB HBM3"); None: it is not in the table, or a slice (MIG)."""
-    if "MIG " in cuda_name:  # a slice: the peak is a part of the GPU's
+    """Return the GPU with a CUDA name, for example "NVIDIA H100 80GB HBM3".
+
+    Args:
+        cuda_name: Name that CUDA reports.
+
+    Returns:
+        The GPU; None where it is not in the table, or is a MIG slice with a part of the peak.
+    """
+    if "MIG " in cuda_name:
         return None
     return next((gpu for gpu in GPUS.values() if re.search(gpu.cuda_name, cuda_name)), None)

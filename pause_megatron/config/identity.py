@@ -1,4 +1,4 @@
-"""Which keys decide what a run computes, which only say where, how fast and how chattily, which are a rank's own."""
+"""Keys by their effect: those that decide the losses, those that do not, and those that may differ between ranks."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from pause_megatron.config.blend import is_number
 from pause_megatron.config.schema import ResolvedConfig
 
-# What may change between the parts of a run, because the losses do not depend on it.
+# Keys that may change when a run resumes, because they do not affect the losses.
 FREE_SECTIONS = frozenset({"parallel", "checkpoint", "validation", "log"})
 FREE_KEYS = frozenset(
     {
@@ -23,17 +23,21 @@ FREE_KEYS = frozenset(
     }
 )
 
-# What may change besides at the step at which a finished run is extended (train.extended_from).
+# Keys that may change as well at the step at which a finished run is extended (train.extended_from).
 LENGTH_KEYS = ("train.steps", "train.tokens", "train.extended_from", "finetune.epochs")
 SCHEDULE_KEYS = (
     *("optim.lr", "optim.min_lr_fraction", "optim.warmup_steps", "optim.schedule", "optim.decay_fraction"),
 )
-# What may differ between the ranks of a run: where a host has its copy of something whose content ranks compare.
+# Keys that may differ between the ranks of a run: paths of copies whose content the ranks compare.
 LOCAL_KEYS = frozenset({"data.prefix", "data.valid_prefix", "data.tokenizer", "task.path"})
 
 
 def deciding_keys(config: ResolvedConfig) -> dict[str, Any]:
-    """The keys that decide the losses, by their dotted path, in the order of the schema."""
+    """Return the keys that decide the losses, by their dotted path, in the order of the schema.
+
+    Args:
+        config: Resolved configuration.
+    """
     return {
         key: value
         for key, value in _keys(config)
@@ -42,12 +46,20 @@ def deciding_keys(config: ResolvedConfig) -> dict[str, Any]:
 
 
 def corpus_names(words: Iterable[str]) -> tuple[str, ...]:
-    """The names of corpora without their folders: with the seed they decide where pauses are. Weights are left out."""
+    """Return the names of corpora without their folders; with the seed they decide where pauses are.
+
+    Args:
+        words: Prefixes, or a blend; its weights are left out.
+    """
     return tuple(os.path.basename(word) for word in words if not is_number(word))
 
 
 def compared_keys(config: ResolvedConfig) -> dict[str, Any]:
-    """The keys that must be the same on every rank, by their dotted path, in the order of the schema: all but a few."""
+    """Return the keys that must be the same on every rank, by their dotted path: all but `LOCAL_KEYS`.
+
+    Args:
+        config: Resolved configuration.
+    """
     return {key: value for key, value in _keys(config) if key not in LOCAL_KEYS}
 
 

@@ -1,4 +1,4 @@
-"""Every configuration key with type, range, default and meaning, read off `schema.py`: for errors and for --help."""
+"""Every configuration key with its type, range, default and description, read off `schema.py` for errors and --help."""
 
 from __future__ import annotations
 
@@ -12,25 +12,40 @@ import annotated_types
 from pause_megatron.config.identity import LOCAL_KEYS
 from pause_megatron.config.schema import RunConfig, Section
 
+_LIMITS: tuple[tuple[type, str, str], ...] = (
+    *((annotated_types.Ge, ">=", "ge"), (annotated_types.Gt, ">", "gt")),
+    *((annotated_types.Le, "<=", "le"), (annotated_types.Lt, "<", "lt")),
+)
 _NAMES = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
 
 
 @dataclass(frozen=True)
 class Key:
-    """One `section.name` of the configuration."""
+    """One key of the configuration.
+
+    Attributes:
+        path: Dotted path, `section.name`.
+        kind: int, float, str, bool, or tuple for a list of texts.
+        choices: Values of a Literal, else empty.
+        optional: Whether null is allowed.
+        limits: Range such as ">= 1, < 2"; "" where there is none.
+        default: Value where the key is left out.
+        description: Meaning, as --help shows it.
+        local: Whether it may differ between the ranks of a run, which then compare the content it leads to.
+    """
 
     path: str
-    kind: type  # int, float, str, bool, or tuple for a list of texts
-    choices: tuple[str, ...]  # the values of a Literal, else empty
-    optional: bool  # null is allowed
-    limits: str  # ">= 1, < 2", or "" where there are none
+    kind: type
+    choices: tuple[str, ...]
+    optional: bool
+    limits: str
     default: Any
     description: str
-    local: bool  # may differ between the ranks of a run, which compare the content
+    local: bool
 
     @property
     def expected(self) -> str:
-        """What may stand here, in words: 'an integer >= 1, or null'."""
+        """The allowed values in words, for example 'an integer >= 1, or null'."""
         if self.choices:
             words = "one of " + ", ".join(self.choices)
         elif self.kind is tuple:
@@ -43,7 +58,7 @@ class Key:
 
     @property
     def default_text(self) -> str:
-        """The default as it would be written in YAML; "none" for an empty list."""
+        """The default as YAML; "none" for an empty list."""
         if self.default is None or isinstance(self.default, bool):
             return {None: "null", True: "true", False: "false"}[self.default]
         return "none" if self.default == () else f"{self.default}"
@@ -59,12 +74,10 @@ def _key(section: str, name: str, field: Any) -> Key:
         annotation = get_args(annotation)[0]
     choices = tuple(get_args(annotation)) if get_origin(annotation) is Literal else ()
     kind = str if choices else (get_origin(annotation) or annotation)
-    signs = ((annotated_types.Ge, ">=", "ge"), (annotated_types.Gt, ">", "gt"))
-    signs += ((annotated_types.Le, "<=", "le"), (annotated_types.Lt, "<", "lt"))
     limits = [
         f"{sign} {getattr(rule, attribute):g}"
         for rule in field.metadata
-        for cls, sign, attribute in signs
+        for cls, sign, attribute in _LIMITS
         if isinstance(rule, cls)
     ]
     path, text = f"{section}.{name}", field.description or ""
@@ -72,16 +85,17 @@ def _key(section: str, name: str, field: Any) -> Key:
 
 
 def sections() -> dict[str, type[Section]]:
-    """The groups of keys, in the order of the schema."""
-    return {name: field.annotation for name, field in RunConfig.model_fields.items()}
+    """Return the groups of keys by name, in the order of the schema."""
+    fields = {name: field.annotation for name, field in RunConfig.model_fields.items()}
+    return {name: cls for name, cls in fields.items() if isinstance(cls, type) and issubclass(cls, Section)}
 
 
 @cache
 def keys() -> dict[str, Key]:
-    """All keys by their dotted path, in the order of the schema."""
-    found = (
+    """Return all keys by their dotted path, in the order of the schema."""
+    every = (
         _key(section, field.alias or name, field)
         for section, cls in sections().items()
         for name, field in cls.model_fields.items()
     )
-    return {key.path: key for key in found}
+    return {key.path: key for key in every}

@@ -1,4 +1,4 @@
-"""YAML and `key.path=value` overrides -> RunConfig, in three steps: parse, resolve, validate. Nothing changes later."""
+"""Load a configuration: YAML file and `key.path=value` overrides, parsed, resolved and checked once."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from pause_megatron.errors import ConfigError
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
-# A later source that gives the first replaces what earlier sources said about the others.
+# A key given by a later source discards the values of these keys in earlier sources.
 _REPLACES = {
     "train.steps": ("train.tokens", "finetune.epochs"),
     "train.tokens": ("train.steps", "finetune.epochs"),
@@ -46,25 +46,25 @@ def load(
     overrides: Iterable[str] = (),
     say: Callable[[str], object] | None = None,
 ) -> ResolvedConfig:
-    """Make a configuration: a file or a recipe, then overrides, then what follows from them.
+    """Load a file or a recipe, apply overrides, fill in the values that follow from them, and check the result.
 
     Args:
-        path: a YAML file. recipe: a name in pause_megatron/recipes (see `recipe_names`). Give one of them or neither.
-        overrides: `section.name=value`, each value a YAML scalar or list; later ones win.
-        say: called with a line for each value of the file or recipe that does not fit beside an override and was
-            changed (see `follow`): train.steps=10 alone shortens a recipe's warm-up; and for each key that was given
-            under a name of an earlier version (see `renamed`).
+        path: YAML file; None for a recipe or the defaults.
+        recipe: Name of a recipe that ships (see `recipe_names`); None for a file or the defaults.
+        overrides: `section.name=value` texts, each value a YAML scalar or list; later ones win.
+        say: Function that takes one line of text. It is called for each key under a name of an earlier version (see
+            `renamed`), and for each value of the file that was adjusted to an override (see `follow`).
 
     Returns:
-        The resolved configuration: sizes of the preset and shares of the splits filled in; train.steps and train.tokens
-            both known where one of them was given.
+        The resolved configuration: sizes of the preset and the splits filled in; `train.steps` and `train.tokens` both
+        known where one of them was given.
 
     Raises:
-        ConfigError: a key that does not exist, a value of the wrong type or range, or keys that contradict each other;
-            with the file and line (or "command line"), what was expected and what came.
+        ConfigError: A key does not exist, a value has the wrong type or range, or keys contradict each other; the
+            message has the file and line (or "command line"), what was expected and what was given.
     """
     if path is not None and recipe is not None:
-        raise ConfigError(f"expected a file or a recipe, came both: {path} and {recipe}")
+        raise ConfigError(f"expected a file or a recipe, got both: {path} and {recipe}")
     source = recipe_path(recipe) if recipe is not None else path
     layers, deprecated = [], []
     for written in ([] if source is None else _read_file(Path(source)), map(read_override, overrides)):
@@ -76,38 +76,51 @@ def load(
     sources = Sources(frozenset(entry.path for entry in layers[-1] if entry.path in given), given)
     config = follow_values(resolve(follow_epochs(_parse(entries), sources)), sources)
     check(config, dict.fromkeys(_REPLACES["model.preset"], f"preset {config.model.preset}") | given)
-    for line in (*deprecated, *sources.said) if say is not None else ():
-        say(line)
+    if say is not None:
+        for line in (*deprecated, *sources.notes):
+            say(line)
     return config
 
 
 def dump(config: ResolvedConfig) -> str:
-    """Return the configuration as YAML; `load` of it gives the same configuration."""
+    """Return a configuration as YAML; loading it gives the same configuration.
+
+    Args:
+        config: Resolved configuration.
+    """
     return write_yaml(config.model_dump(mode="json"))
 
 
 def recipe_names() -> tuple[str, ...]:
-    """Names for `load(recipe=...)`."""
+    """Return the names that `load(recipe=...)` accepts."""
     return tuple(sorted(file.stem for file in RECIPES.glob("*.yaml")))
 
 
 def recipe_path(name: str) -> Path:
-    """The file of a recipe.
+    """Return the file of a recipe.
+
+    Args:
+        name: One of `recipe_names`.
 
     Raises:
-        ConfigError: no recipe of that name ships.
+        ConfigError: No recipe has that name.
     """
     names = recipe_names()
     if name not in names:
-        raise ConfigError(f"--recipe: expected one of {', '.join(names)}; came {name!r}{nearest(name, names)}")
+        raise ConfigError(f"--recipe: expected one of {', '.join(names)}; got {name!r}{nearest(name, names)}")
     return RECIPES / f"{name}.yaml"
 
 
 def resolve(config: RunConfig) -> ResolvedConfig:
-    """Fill in what follows from other keys: sizes of the model, steps or tokens, shares of the splits.
+    """Fill in values that follow from other keys: model sizes, steps from tokens or the reverse, splits.
+
+    Steps from tokens are rounded up.
+
+    Args:
+        config: Keys as they were written.
 
     Raises:
-        ConfigError: a size of the model is missing.
+        ConfigError: A size of the model is missing.
     """
     per_step = config.batch.global_size * config.data.sequence_length
     steps, tokens = config.train.steps, config.train.tokens
@@ -129,10 +142,13 @@ def resolve(config: RunConfig) -> ResolvedConfig:
 
 
 def scheduled(config: ResolvedConfig) -> ScheduledConfig:
-    """Make sure that the number of steps is known.
+    """Check that the number of steps is known, and return the type that says so.
+
+    Args:
+        config: Resolved configuration.
 
     Raises:
-        ConfigError: nobody gave it.
+        ConfigError: Neither `train.steps` nor `train.tokens` was given.
     """
     if config.train.steps is None:
         raise ConfigError("train.steps or train.tokens: expected one of them, got neither")
@@ -148,7 +164,7 @@ def _read_file(path: Path) -> list[Entry]:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ConfigError(
-            f"{path}: expected UTF-8 text, came byte {error.object[error.start]:#x} at {error.start}"
+            f"{path}: expected UTF-8 text, got byte {error.object[error.start]:#x} at {error.start}"
         ) from None
     except OSError as error:
         raise ConfigError(f"--config: {path} cannot be read: {error.strerror}") from None
@@ -168,7 +184,7 @@ def _merge(layers: list[list[Entry]]) -> dict[str, Entry]:
 
 
 def _typed(entry: Entry) -> Entry:
-    """Refuse an unknown key. Text keys take a scalar as it was written; integer keys take 2e9 for an integer."""
+    """Refuse an unknown key. A text key keeps a scalar as it was written; an integer key accepts 2e9."""
     key, value = _known(entry), entry.value
     if key.kind is str and isinstance(value, (bool, int, float)):
         value = entry.text
@@ -178,19 +194,19 @@ def _typed(entry: Entry) -> Entry:
 
 
 def _known(entry: Entry) -> Key:
-    found = keys().get(entry.path)
-    if found is not None:
-        return found
+    key = keys().get(entry.path)
+    if key is not None:
+        return key
     section, _, name = entry.path.partition(".")
     if section in sections() and not name:
-        raise ConfigError(f"{entry.where}: {section}: expected a group of keys, came {entry.value!r}")
+        raise ConfigError(f"{entry.where}: {section}: expected a group of keys, got {entry.value!r}")
     if section in sections():
         names = [path.partition(".")[2] for path in keys() if path.startswith(f"{section}.")]
         guess = nearest(name, names).replace("'", f"'{section}.", 1) or nearest(entry.path, keys())
         hint = guess or f". Keys of {section}: {', '.join(names)}"
     else:
-        same = [path for path in keys() if path.endswith(f".{entry.path}")]
-        hint = f". Did you mean {' or '.join(map(repr, same))}?" if same else nearest(entry.path, keys())
+        namesakes = [path for path in keys() if path.endswith(f".{entry.path}")]
+        hint = f". Did you mean {' or '.join(map(repr, namesakes))}?" if namesakes else nearest(entry.path, keys())
         hint = hint or nearest(section, sections()) or f". Groups: {', '.join(sections())}"
     raise ConfigError(f"{entry.where}: unknown key {entry.path!r}{hint}")
 
@@ -208,8 +224,8 @@ def _parse(entries: Mapping[str, Entry]) -> RunConfig:
 
 
 def _wrong(entry: Entry, key: Key, problem: Any) -> str:
-    if problem["type"] == "value_error":  # what a path cannot be
+    if problem["type"] == "value_error":  # raised by the validator of paths
         return f"{entry.where}: {key.path}: {problem['ctx']['error']}"
     guess = nearest(entry.value, key.choices) if key.choices and isinstance(entry.value, str) else ""
-    came = "null" if entry.value is None else repr(entry.value)
-    return f"{entry.where}: {key.path}: expected {key.expected}; came {came}{guess}"
+    got = "null" if entry.value is None else repr(entry.value)
+    return f"{entry.where}: {key.path}: expected {key.expected}; got {got}{guess}"

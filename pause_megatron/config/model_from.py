@@ -1,4 +1,4 @@
-"""`model.from`: what a model whose weights a run begins with is like, read off that checkpoint's own config.yaml."""
+"""Sizes that `model.from` implies, read off the config.yaml of the checkpoint with the initial weights."""
 
 from __future__ import annotations
 
@@ -13,34 +13,37 @@ from pause_megatron.errors import ConfigError
 from pause_megatron.run_folder import choose
 
 SHAPE = ("layers", "hidden", "heads", "kv_heads", "ffn", "tied", "qkv_bias", "rope_base", "norm_eps")
-"""Keys of the model section that decide what a model with given weights computes."""
+"""Keys of the model section that decide what a model computes with given weights."""
 
 PAUSES = ("pause.embeddings", "pause.softmax")
-"""Keys of the pause section that do."""
+"""Keys of the pause section that do so."""
 
 OF_A_TASK = ("pause.rate", "pause.window", "pause.placement", "pause.seed", "data.sequence_length")
-"""What a finetuning keeps of the pretraining besides: the window, and the record of how pauses were put into it."""
+"""Further keys that a finetuning takes from the pretraining: its window, and how pauses were placed in it."""
 
 _LARGEST_BYTES = 1 << 20
 
 
 def checkpoint_config(path: str | Path) -> Path:
-    """The config.yaml of a checkpoint, of `RUN/checkpoints` or of `RUN`.
+    """Return the config.yaml of a checkpoint, of `RUN/checkpoints` or of `RUN`.
+
+    Args:
+        path: One of these folders.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: None of them has one.
     """
     try:
         for folder in choose(path).folders:
             if (folder / "config.yaml").is_file():
                 return folder / "config.yaml"
-    except OSError:  # a name that no file can have
+    except OSError:  # no file can have this name
         pass
     first = ""
     if _is_of_transformers(path):
         first = f"; import it first: pause-megatron import-hf {shlex.quote(str(path))} CHECKPOINT"
     raise ConfigError(
-        "model.from: expected a checkpoint (a folder with manifest.json and config.yaml) or a run folder, came "
+        "model.from: expected a checkpoint (a folder with manifest.json and config.yaml) or a run folder, got "
         f"{path}{first}"
     )
 
@@ -53,14 +56,17 @@ def _is_of_transformers(path: str | Path) -> bool:
 
 
 def read_config_text(path: Path) -> str:
-    """Text of a checkpoint's config.yaml.
+    """Return the text of a checkpoint's config.yaml.
+
+    Args:
+        path: The file.
 
     Raises:
-        ConfigError: not readable, not UTF-8, or much larger than any configuration.
+        ConfigError: The file cannot be read, is not UTF-8, or is much larger than any configuration.
     """
     try:
         if path.stat().st_size > _LARGEST_BYTES:
-            raise ConfigError(f"{path}: expected at most {_LARGEST_BYTES:,} bytes, found {path.stat().st_size:,}")
+            raise ConfigError(f"{path}: expected at most {_LARGEST_BYTES:,} bytes, got {path.stat().st_size:,}")
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: expected UTF-8 text") from None
@@ -69,13 +75,16 @@ def read_config_text(path: Path) -> str:
 
 
 def with_initial_sizes(entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """Adds the sizes that `model.from` implies and the entries do not give; a finetuning takes its window.
+    """Add the sizes that `model.from` implies and the entries leave out; for a finetuning the window too.
 
-    A configuration that gives all of them (a run's own config.yaml) is left as it is: the run can go on when the
-    checkpoint that it began with is gone.
+    A configuration that gives all of them (a run's own config.yaml) is left as it is: the run can resume when the
+    checkpoint with its initial weights is gone.
+
+    Args:
+        entries: Keys that were given, by dotted path.
 
     Raises:
-        ConfigError: no checkpoint there.
+        ConfigError: `model.from` leads to no checkpoint.
     """
     origin, task = entries.get("model.from"), entries.get("task.name")
     wanted = [*(f"model.{name}" for name in SHAPE), *PAUSES]
@@ -85,15 +94,15 @@ def with_initial_sizes(entries: Mapping[str, Entry]) -> dict[str, Entry]:
     if origin is None or origin.value is None or not missing:
         return dict(entries)
     path = checkpoint_config(str(origin.value))
-    entries_there, _ = with_new_names(read_entries(read_config_text(path), str(path)))
-    found = {entry.path: entry for entry in entries_there}
-    taken = {name: found[name] for name in ("model.preset", *missing) if name in found and name not in entries}
+    written, _ = with_new_names(read_entries(read_config_text(path), str(path)))
+    theirs = {entry.path: entry for entry in written}
+    taken = {name: theirs[name] for name in ("model.preset", *missing) if name in theirs and name not in entries}
     if _is_longer_than_default(taken.get("data.sequence_length")):
         del taken["data.sequence_length"]
     return {**entries, **taken}
 
 
 def _is_longer_than_default(window: Entry | None) -> bool:
-    """Whether a checkpoint's window is one that nobody wants by default: imported models have 131,072 and more."""
+    """Return whether a checkpoint's window is longer than the default; imported models have 131,072 and more."""
     longest = DataSection.model_fields["sequence_length"].default
     return window is not None and isinstance(window.value, int) and window.value > longest

@@ -1,4 +1,4 @@
-"""Model sizes by name, and the arithmetic of parameters and FLOPs. No torch."""
+"""Model sizes by name, and their parameters and FLOPs. No torch."""
 
 from __future__ import annotations
 
@@ -16,25 +16,29 @@ PRESETS: dict[str, dict[str, Any]] = {
     # 1.042 G [32001]: 0.911 G in the layers. The paper's larger model has 1 G; heads of 128 and a width that
     # tensor parallelism over 2, 4, 8 or 16 ranks divides were preferred to its depth.
     "1b": {"layers": 18, "hidden": 2048, "heads": 16, "tied": False},
-    # 6.738 G [32001]: the sizes of Llama 2 7B (Touvron et al. 2023), for comparison with other people's figures.
+    # 6.738 G [32001]: the sizes of Llama 2 7B (Touvron et al. 2023), for comparison with published figures.
     "7b": {"layers": 32, "hidden": 4096, "heads": 32, "ffn": 11008, "tied": False},
 }
 
 
 def fill_sizes(model: ModelSection) -> ResolvedModel:
-    """Fill in the sizes that were left out: from the preset; else kv_heads = heads, ffn = 8/3 hidden (upwards to 64s).
+    """Fill in the sizes that were left out: from the preset, else kv_heads = heads and ffn = 8/3 hidden.
 
     8/3 makes a SwiGLU layer (three matrices) as large as a classic one of width 4 hidden (two matrices): Shazeer 2020.
+    The width is rounded up to a multiple of 64.
+
+    Args:
+        model: Model section as it was written.
 
     Raises:
-        ConfigError: no preset, and a size is missing.
+        ConfigError: No preset is given, and a size is missing.
     """
     preset = PRESETS[model.preset] if model.preset else {"tied": False}
     sizes: dict[str, Any] = {name: getattr(model, name) for name in ("layers", "hidden", "heads", "tied")}
     sizes = {name: preset.get(name) if value is None else value for name, value in sizes.items()}
     missing = [f"model.{name}" for name, value in sizes.items() if value is None]
     if missing:
-        raise ConfigError(f"{', '.join(missing)}: expected a value because model.preset is null, came none")
+        raise ConfigError(f"{', '.join(missing)}: expected a value because model.preset is null, got none")
     sizes["kv_heads"] = model.kv_heads or sizes["heads"]
     if sizes["hidden"] == preset.get("hidden"):
         sizes["ffn"] = model.ffn or preset.get("ffn")
@@ -43,7 +47,11 @@ def fill_sizes(model: ModelSection) -> ResolvedModel:
 
 
 def layer_parameters(model: ResolvedModel) -> int:
-    """Parameters of one resolved transformer layer: q, k, v, o; gate, up, down; two norms; biases of q, k, v if any."""
+    """Return the parameters of one transformer layer: q, k, v, o; gate, up, down; two norms; biases of q, k, v if any.
+
+    Args:
+        model: Resolved sizes.
+    """
     kv_width = model.hidden // model.heads * model.kv_heads
     attention = 2 * model.hidden * model.hidden + 2 * model.hidden * kv_width
     if model.qkv_bias:
@@ -52,37 +60,41 @@ def layer_parameters(model: ResolvedModel) -> int:
 
 
 def parameters(model: ResolvedModel, vocabulary: int) -> int:
-    """All parameters of a resolved model.
+    """Return the parameters of a model.
 
     Args:
-        model: resolved sizes.
-        vocabulary: live rows (text tokens and pauses); padding rows do not count.
+        model: Resolved sizes.
+        vocabulary: Live rows, text tokens and pauses; padding rows do not count.
     """
     tables = 1 if model.tied else 2
     return tables * vocabulary * model.hidden + model.layers * layer_parameters(model) + model.hidden
 
 
 def flops_per_token(model: ResolvedModel, vocabulary: int, sequence_length: int) -> int:
-    """FLOPs of forward and backward pass for one raw token: 6 N + 12 L d T (PaLM, appendix B).
+    """Return the FLOPs of forward and backward pass for one raw token: 6 N + 12 L d T (PaLM, appendix B).
 
-    N is every parameter that multiplies: layers, norms and the output layer, not the input embedding (a look-up).
-    T is the window; the causal half of the attention matrix is counted too, as published figures do.
+    N counts the parameters that multiply: layers, norms and the output layer, not the input embedding (a look-up).
+    T is the window; the masked half of the attention matrix is counted too, as published figures do.
+
+    Args:
+        model: Resolved sizes.
+        vocabulary: Live rows.
+        sequence_length: T, tokens of a window.
     """
     return step_flops(model, vocabulary, sequence_length, tokens=1, targets=1)
 
 
 def step_flops(model: ResolvedModel, vocabulary: int, sequence_length: int, *, tokens: int, targets: int) -> int:
-    """FLOPs of forward and backward pass of the rows that are really computed.
+    """Return the FLOPs of forward and backward pass of the rows that are computed; MFU is this over time and peak.
 
-    As `flops_per_token`, but the output layer counts for the rows that have a target only: those before a pause never
-    reach it. MFU is this over the time and the peak.
+    As `flops_per_token`, but the output layer counts for rows with a target only: rows before a pause do not reach it.
 
     Args:
-        model: resolved sizes.
-        vocabulary: live rows.
-        sequence_length: tokens of a window.
-        tokens: raw input tokens, pauses included.
-        targets: rows that have a target.
+        model: Resolved sizes.
+        vocabulary: Live rows.
+        sequence_length: Tokens of a window.
+        tokens: Raw input tokens, pauses included.
+        targets: Rows that have a target.
     """
     body = model.layers * layer_parameters(model) + model.hidden
     attention = 12 * model.layers * model.hidden * sequence_length
@@ -93,12 +105,12 @@ HEAD_BYTES = {"cuda": 256 * 2**20, "cpu": 32 * 2**20}
 
 
 def head_chunk_rows(chunk: int | None, *, columns: int, element: int, device: str) -> int:
-    """Rows of logits that exist at one time in the LM head.
+    """Return the rows of logits that exist at one time in the LM head.
 
     Args:
-        chunk: `model.head_chunk`. None: a multiple of 1024 that takes at most `HEAD_BYTES`, but at least 1024.
-        columns: of this rank's vocabulary shard.
-        element: bytes of a logit.
+        chunk: `model.head_chunk`; None for a multiple of 1024 that takes at most `HEAD_BYTES`, but at least 1024.
+        columns: Columns of this rank's vocabulary shard.
+        element: Bytes of a logit.
         device: "cuda" or "cpu"; another one counts as a CPU.
     """
     if chunk is not None:

@@ -1,4 +1,4 @@
-"""Large numbers as people read them. No torch."""
+"""Large numbers with SI prefixes. No torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ _PREFIXES = ((24, "Y"), (21, "Z"), (18, "E"), (15, "P"), (12, "T"), (9, "G"), (6
 
 
 def scaled(value: float) -> str:
-    """1234567 -> "1.235 M": three decimals and an SI prefix, to stand before a unit; "12 " below a thousand."""
+    """Return a number with three decimals and an SI prefix, to stand before a unit: 1234567 is "1.235 M".
+
+    Args:
+        value: A number; below a thousand it has no decimals and no prefix ("12 ").
+    """
     for power, prefix in _PREFIXES:
         if value >= 10**power:
             return f"{value / 10**power:.3f} {prefix}"

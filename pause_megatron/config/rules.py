@@ -1,19 +1,20 @@
-"""Rules that tie keys together. Each is a function with a message; all are checked once, after resolution."""
+"""Rules about several configuration keys at once, each a function; all are checked after defaults are filled in."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 
-from pause_megatron.config.batching import added_steps, pause_range, pauses_per_window
+from pause_megatron.config.batching import added_steps, pause_range
+from pause_megatron.config.pauses import PLACEMENTS, PauseCounts, placement_conflict
 from pause_megatron.config.schema import ModelSection, ParallelSection, ResolvedConfig, ResolvedData, ResolvedModel
 from pause_megatron.config.spelling import nearest
 from pause_megatron.errors import ConfigError
 
-# A broken rule names the keys it is about and what was expected of them; None: the rule holds.
 Broken = tuple[tuple[str, ...], str] | None
+"""The keys of a broken rule and what is expected of them; None where the rule holds."""
+
 Rule = Callable[[ResolvedConfig], Broken]
 
-PLACEMENTS = ("uniform", "isolated", "with_replacement", "bernoulli", "interval")
 _RULES: list[Rule] = []
 
 
@@ -26,29 +27,35 @@ def check(config: ResolvedConfig, origin: Mapping[str, str] | None = None) -> No
     """Check every rule.
 
     Args:
-        config: resolved. origin: where a key was written ("FILE:LINE", "command line"), for the message.
+        config: Resolved configuration.
+        origin: "FILE:LINE" or "command line" of each key that was given, for the message.
 
     Raises:
-        ConfigError: one line per broken rule: what was expected, what came, and where it came from.
+        ConfigError: A rule is broken; one line a rule with the values it got and where they were written.
     """
     _refuse_broken(config, _RULES, origin or {})
 
 
 def check_shape(model: ModelSection, parallel: ParallelSection, sequence_length: int) -> ResolvedModel:
-    """Check the rules about sizes alone, for a model that is built without a whole configuration.
+    """Check the rules about sizes, for a model that is built without a whole configuration.
+
+    Args:
+        model: Model section with every size given.
+        parallel: Tensor and sequence parallelism.
+        sequence_length: Tokens of a window.
 
     Returns:
-        the sizes, all of them known.
+        The sizes, none of them None.
 
     Raises:
-        ConfigError: a size is missing, or one line per broken rule.
+        ConfigError: A size is missing, or a rule is broken.
     """
     missing = [
         name for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "tied") if getattr(model, name) is None
     ]
     if missing:
         keys = ", ".join(f"model.{name}" for name in missing)
-        raise ConfigError(f"{keys}: expected a value, came null; give it, or a model.preset")
+        raise ConfigError(f"{keys}: expected a value, got null; give it, or a model.preset")
     resolved = ResolvedModel(**model.model_dump())
     data = ResolvedData(sequence_length=sequence_length, split="1,0,0")
     _refuse_broken(ResolvedConfig(model=resolved, parallel=parallel, data=data), _SHAPE_RULES, None)
@@ -62,27 +69,32 @@ def _refuse_broken(config: ResolvedConfig, rules: Iterable[Rule], origin: Mappin
 
 
 def _message(config: ResolvedConfig, keys: tuple[str, ...], expected: str, origin: Mapping[str, str] | None) -> str:
-    came = []
+    values = []
     for key in keys:
         section, name = key.split(".")
         where = "" if origin is None else f" ({origin.get(key, 'default')})"
-        came.append(f"{key}={getattr(getattr(config, section), name)}{where}")
-    return f"expected {expected}; came {', '.join(came)}"
+        values.append(f"{key}={getattr(getattr(config, section), name)}{where}")
+    return f"expected {expected}; got {', '.join(values)}"
 
 
 @_rule
 def heads_divide_hidden(config: ResolvedConfig) -> Broken:
+    """Check that the heads divide the width, into channels that rotary embedding can pair."""
     model = config.model
     if model.hidden % model.heads:
         return ("model.hidden", "model.heads"), "model.hidden to be a multiple of model.heads"
     if model.hidden // model.heads % 2:
         keys = ("model.hidden", "model.heads")
-        return keys, "an even head size (model.hidden / model.heads), because rotary positions turn pairs"
+        return (
+            keys,
+            "an even head size (model.hidden / model.heads), for rotary embedding rotates pairs of channels",
+        )
     return None
 
 
 @_rule
 def kv_heads_divide_heads(config: ResolvedConfig) -> Broken:
+    """Check that query heads share key/value heads evenly."""
     if config.model.heads % config.model.kv_heads:
         return ("model.heads", "model.kv_heads"), "model.heads to be a multiple of model.kv_heads"
     return None
@@ -90,6 +102,7 @@ def kv_heads_divide_heads(config: ResolvedConfig) -> Broken:
 
 @_rule
 def tensor_divides_the_model(config: ResolvedConfig) -> Broken:
+    """Check that tensor parallelism divides heads, key/value heads and the feed-forward width."""
     for name in ("heads", "kv_heads", "ffn"):
         if getattr(config.model, name) % config.parallel.tensor:
             return (f"model.{name}", "parallel.tensor"), f"model.{name} to be a multiple of parallel.tensor"
@@ -98,6 +111,7 @@ def tensor_divides_the_model(config: ResolvedConfig) -> Broken:
 
 @_rule
 def sequence_needs_tensor(config: ResolvedConfig) -> Broken:
+    """Check that sequence parallelism has tensor-parallel ranks to split over."""
     if config.parallel.sequence and config.parallel.tensor == 1:
         keys = ("parallel.sequence", "parallel.tensor")
         return keys, "parallel.tensor > 1 with parallel.sequence (the tensor-parallel ranks share the sequence)"
@@ -106,6 +120,7 @@ def sequence_needs_tensor(config: ResolvedConfig) -> Broken:
 
 @_rule
 def tensor_divides_the_sequence(config: ResolvedConfig) -> Broken:
+    """Check that sequence parallelism divides the window."""
     if config.parallel.sequence and config.data.sequence_length % config.parallel.tensor:
         keys = ("data.sequence_length", "parallel.tensor")
         return keys, "data.sequence_length to be a multiple of parallel.tensor with parallel.sequence"
@@ -120,6 +135,7 @@ _SHAPE_RULES = (
 
 @_rule
 def micro_divides_global(config: ResolvedConfig) -> Broken:
+    """Check that the micro-batch divides the global batch."""
     if config.batch.global_size % config.batch.micro_size:
         return ("batch.global_size", "batch.micro_size"), "batch.global_size to be a multiple of batch.micro_size"
     return None
@@ -127,6 +143,7 @@ def micro_divides_global(config: ResolvedConfig) -> Broken:
 
 @_rule
 def steps_and_tokens_agree(config: ResolvedConfig) -> Broken:
+    """Check that steps and tokens, where both are given, describe the same run."""
     steps, tokens = config.train.steps, config.train.tokens
     per_step = config.batch.global_size * config.data.sequence_length
     if steps is not None and tokens is not None and steps != -(-tokens // per_step):
@@ -138,6 +155,7 @@ def steps_and_tokens_agree(config: ResolvedConfig) -> Broken:
 
 @_rule
 def an_extension_adds_steps(config: ResolvedConfig) -> Broken:
+    """Check that an extended run is longer than the run it extends."""
     added = added_steps(config)
     if config.train.extended_from is not None and added is not None and added < 1:
         keys = ("train.steps", "train.extended_from")
@@ -147,8 +165,9 @@ def an_extension_adds_steps(config: ResolvedConfig) -> Broken:
 
 @_rule
 def warmup_ends(config: ResolvedConfig) -> Broken:
+    """Check that warm-up and decay end within the run."""
     steps, optim, extended = added_steps(config), config.optim, config.train.extended_from is not None
-    if steps is None or steps < 1 or (extended and optim.schedule == "constant"):  # which has no second warm-up
+    if steps is None or steps < 1 or (extended and optim.schedule == "constant"):  # no second warm-up
         return None
     lengths = ("train.steps", "train.extended_from") if extended else ("train.steps",)
     length = "train.steps - train.extended_from" if extended else "train.steps"
@@ -163,6 +182,7 @@ def warmup_ends(config: ResolvedConfig) -> Broken:
 
 @_rule
 def placement_is_known(config: ResolvedConfig) -> Broken:
+    """Check that the placement policy ships or is named 'module:attribute'."""
     name = config.pause.placement
     if name not in PLACEMENTS and ":" not in name:
         return ("pause.placement",), f"{', '.join(PLACEMENTS)} or 'module:attribute'{nearest(name, PLACEMENTS)}"
@@ -170,35 +190,14 @@ def placement_is_known(config: ResolvedConfig) -> Broken:
 
 
 @_rule
-def bernoulli_varies(config: ResolvedConfig) -> Broken:
-    if config.pause.placement == "bernoulli" and config.pause.window == "exact" and config.pause.rate > 0:
-        keys = ("pause.placement", "pause.window")
-        return keys, "pause.window=trim with bernoulli: an exact window needs the same number of pauses every time"
-    return None
-
-
-@_rule
-def text_is_left(config: ResolvedConfig) -> Broken:
-    length, pause = config.data.sequence_length, config.pause
-    pauses = pauses_per_window(pause.rate, length)
-    if pause.window == "exact" and length + 1 - pauses < 2:
-        keys = ("pause.rate", "data.sequence_length")
-        return keys, f"at least 2 text tokens in a window of {length} + 1 tokens with {pauses} pauses"
-    return None
-
-
-@_rule
-def isolated_pauses_fit(config: ResolvedConfig) -> Broken:
-    length, pause = config.data.sequence_length, config.pause
-    pauses = pauses_per_window(pause.rate, length)
-    if pause.placement == "isolated" and pause.window == "exact" and pauses > length + 1 - pauses:
-        keys = ("pause.rate", "pause.placement")
-        return keys, f"no more pauses ({pauses}) than text tokens ({length + 1 - pauses}) to keep them apart"
-    return None
+def pauses_fit_the_window(config: ResolvedConfig) -> Broken:
+    """Check that placement, rate and window fit together."""
+    pause = config.pause
+    return placement_conflict(PauseCounts(config.data.sequence_length, pause.rate, pause.window), pause.placement)
 
 
 def _shares(split: str) -> list[float]:
-    """The numbers of data.split; none where one of them is no number."""
+    """Return the numbers of `data.split`; none where one of them is not a number."""
     try:
         return [float(share) for share in split.split(",")]
     except ValueError:
@@ -207,6 +206,7 @@ def _shares(split: str) -> list[float]:
 
 @_rule
 def finetune_pauses_can_be_counted(config: ResolvedConfig) -> Broken:
+    """Check that `finetune.pauses` is a number or a range."""
     try:
         pause_range(config.finetune.pauses)
     except ConfigError:
@@ -216,6 +216,7 @@ def finetune_pauses_can_be_counted(config: ResolvedConfig) -> Broken:
 
 @_rule
 def epochs_are_of_a_task(config: ResolvedConfig) -> Broken:
+    """Check that epochs are given for a finetuning only."""
     if config.finetune.epochs is not None and config.task.name is None:
         return ("finetune.epochs", "task.name"), "task.name with finetune.epochs; pretraining counts train.steps"
     return None
@@ -223,6 +224,7 @@ def epochs_are_of_a_task(config: ResolvedConfig) -> Broken:
 
 @_rule
 def masks_need_torch_attention(config: ResolvedConfig) -> Broken:
+    """Check that packed examples and a bidirectional prefix use an attention core that can mask."""
     finetune = config.finetune
     masked = finetune.batching == "packed" or finetune.prefix_attention == "bidirectional"
     if config.task.name is not None and config.model.attention == "te" and masked:
@@ -233,6 +235,7 @@ def masks_need_torch_attention(config: ResolvedConfig) -> Broken:
 
 @_rule
 def intra_document_masking_needs_torch_attention(config: ResolvedConfig) -> Broken:
+    """Check that intra-document masking uses an attention core that supports it."""
     if config.task.name is None and config.model.attention == "te" and config.data.intra_document_masking:
         keys = ("model.attention", "data.intra_document_masking")
         return keys, "model.attention=sdpa with data.intra_document_masking=true"
@@ -241,6 +244,7 @@ def intra_document_masking_needs_torch_attention(config: ResolvedConfig) -> Brok
 
 @_rule
 def split_has_shares(config: ResolvedConfig) -> Broken:
+    """Check that `data.split` has three shares, and validation data where validation is on."""
     shares = _shares(config.data.split)
     if len(shares) != 3 or not all(0 <= share < float("inf") for share in shares) or shares[0] == 0:
         return ("data.split",), "three shares 'TRAIN,VALID,TEST', none negative, TRAIN > 0 (for example 99,1,0)"
@@ -254,6 +258,7 @@ def split_has_shares(config: ResolvedConfig) -> Broken:
 
 @_rule
 def all_of_the_corpus_trains(config: ResolvedConfig) -> Broken:
+    """Check that no documents are held out where `data.valid_prefix` validates."""
     if config.data.valid_prefix and any(_shares(config.data.split)[1:]):
         keys = ("data.split", "data.valid_prefix")
         return keys, "data.split=1,0,0 (or none) with data.valid_prefix: the whole of data.prefix trains"
@@ -262,6 +267,7 @@ def all_of_the_corpus_trains(config: ResolvedConfig) -> Broken:
 
 @_rule
 def text_has_one_source(config: ResolvedConfig) -> Broken:
+    """Check that text comes from a corpus or a stream."""
     if config.data.prefix and config.data.source:
         return ("data.prefix", "data.source"), "data.prefix (a prepared corpus) or data.source (a stream), not both"
     return None
@@ -269,6 +275,7 @@ def text_has_one_source(config: ResolvedConfig) -> Broken:
 
 @_rule
 def a_stream_needs_a_tokenizer(config: ResolvedConfig) -> Broken:
+    """Check that a stream has a tokenizer."""
     if config.data.source and config.data.tokenizer is None:
         return ("data.tokenizer", "data.source"), "the path of a tokenizer in data.tokenizer with data.source"
     return None
@@ -276,6 +283,7 @@ def a_stream_needs_a_tokenizer(config: ResolvedConfig) -> Broken:
 
 @_rule
 def a_stream_holds_nothing_out(config: ResolvedConfig) -> Broken:
+    """Check that a streaming run validates on a prepared corpus."""
     if config.data.source and config.validation.every and not config.data.valid_prefix:
         keys = ("data.valid_prefix", "validation.every")
         return keys, "a prepared corpus in data.valid_prefix, or validation.every=0, with data.source"
@@ -284,4 +292,5 @@ def a_stream_holds_nothing_out(config: ResolvedConfig) -> Broken:
 
 @_rule
 def run_dir_is_named(config: ResolvedConfig) -> Broken:
+    """Check that the run folder has a name."""
     return None if config.run.dir.strip() else (("run.dir",), "the name of a folder")

@@ -1,4 +1,4 @@
-"""The nearest known name, for errors about names."""
+"""The nearest known name, for messages about unknown names."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from collections.abc import Iterable
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Returns: ". Did you mean 'x'?", or "" where nothing is close."""
+    """Return ". Did you mean 'x'?" for the known name nearest to an unknown one, or "" where none is close.
+
+    Args:
+        name: The unknown name.
+        known: Names that exist.
+    """
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f". Did you mean {close[0]!r}?" if close else ""

@@ -1,7 +1,13 @@
-"""YAML text -> flat entries that remember their line; and values -> YAML. Safe: plain data only, nothing is executed.
+"""YAML with line numbers: text to flat entries or a tree, and values back to text. Plain data only.
 
-Scalars follow YAML 1.2's core rules, because PyYAML's own (1.1) surprise people: there `3e-4` is text, `no` is false,
-`1:30` is ninety and `2026-11-23` is a date. Here `3e-4` is a number and the other three are text.
+PyYAML does the parsing. This module adds two things to it:
+
+- The "FILE:LINE" and the written text of each value, read off PyYAML's node graph, for error messages.
+- The scalars of YAML 1.2: `3e-4` is a number; `no`, `1:30` and `2026-11-23` are text. PyYAML's own rules (YAML 1.1)
+  give text, false, ninety and a date.
+
+ruamel.yaml would replace the second part only. It keeps line numbers, but neither a scalar's written text (a text key
+keeps `007`) nor the refusal of tags, dates and anchored groups, and would be one more dependency.
 """
 
 from __future__ import annotations
@@ -35,7 +41,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Keeps the 1.1 rules beside ours, so that text which any YAML reader would take for something else is quoted."""
+    """A dumper with the rules of 1.1 and 1.2, so that text is quoted where either would read something else."""
 
 
 for _tag, _pattern, _first in _SCALARS:
@@ -44,7 +50,7 @@ for _tag, _pattern, _first in _SCALARS:
 
 
 def _represent_text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
-    # Double quotes escape whatever is no ordinary character; the other styles fold unusual line ends to blanks.
+    # Double quotes escape characters that are not printable; other styles turn unusual line ends into blanks.
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
 
 
@@ -53,32 +59,40 @@ _Dumper.add_representer(str, _represent_text)
 
 @dataclass(frozen=True)
 class Entry:
-    """One key with its value and where both were written."""
+    """One key with its value and place.
 
-    path: str  # "section.name", or "section" where something else than a group of keys stands
+    Attributes:
+        path: "section.name"; "section" where the section is not a group of keys.
+        value: Plain value: None, bool, int, float, str, or a list of these.
+        text: A scalar as it was written, without quotes; "" for a list.
+        where: "FILE:LINE" or "command line".
+    """
+
+    path: str
     value: Any
-    text: str  # a scalar as it was written, without quotes
-    where: str  # "FILE:LINE" or "command line"
+    text: str
+    where: str
 
 
 def read_entries(text: str, name: str) -> list[Entry]:
-    """Flatten a two-level YAML document.
+    """Read a YAML document of two levels as a flat list.
 
     Args:
-        text: the document; name: how errors call it (a path).
+        text: The document.
+        name: Its name in messages, a path.
 
     Returns:
-        the entries in order; an empty document has none.
+        The entries in the order of the document; none for an empty document.
 
     Raises:
-        ConfigError: not YAML, a key given twice, groups nested too deep, or a tag that stands for an object.
+        ConfigError: The text is not YAML, repeats a key, nests groups too deep, or has a tag for an object.
     """
     root = _compose(text, name)
     if root is None:
         return []
     if not isinstance(root, yaml.MappingNode):
         raise ConfigError(
-            f"{name}:{root.start_mark.line + 1}: expected groups of keys ('model:', 'data:'), came a value"
+            f"{name}:{root.start_mark.line + 1}: expected groups of keys ('model:', 'data:'), got a value"
         )
     entries = []
     for section, node, _ in _items(root, name, ""):
@@ -93,16 +107,17 @@ def read_entries(text: str, name: str) -> list[Entry]:
 
 
 def read_tree(text: str, name: str) -> tuple[Any, dict[tuple[str, ...], str]]:
-    """A document of any depth: groups as dictionaries, lists as tuples, plain values.
+    """Read a YAML document of any depth: groups as dictionaries, lists as tuples, plain values.
 
     Args:
-        text: the document; name: how errors call it (a path).
+        text: The document.
+        name: Its name in messages, a path.
 
     Returns:
-        the value, and "NAME:LINE" of everything in it by its path (positions in a list are "0", "1", ...).
+        The value, and "NAME:LINE" of each part by its path; positions in a list are "0", "1", ...
 
     Raises:
-        ConfigError: not YAML, a key given twice, or a tag that stands for an object.
+        ConfigError: The text is not YAML, repeats a key, or has a tag for an object.
     """
     places: dict[tuple[str, ...], str] = {}
 
@@ -122,11 +137,18 @@ def read_tree(text: str, name: str) -> tuple[Any, dict[tuple[str, ...], str]]:
 
 
 def read_override(override: str) -> Entry:
-    """Parse one `section.name=value` of the command line; the value is a YAML scalar or list, else plain text."""
+    """Parse one `section.name=value` of the command line.
+
+    Args:
+        override: The argument; its value is a YAML scalar or list, else plain text.
+
+    Raises:
+        ConfigError: The argument has no "=", or no key before it.
+    """
     path, equals, text = override.partition("=")
     where = "command line"
     if not equals or not path.strip():
-        raise ConfigError(f"{where}: expected key.path=value (for example optim.lr=3e-4), came {override!r}")
+        raise ConfigError(f"{where}: expected key.path=value (for example optim.lr=3e-4), got {override!r}")
     try:
         node = _compose(text, where)
     except ConfigError:
@@ -136,13 +158,17 @@ def read_override(override: str) -> Entry:
         return Entry(path.strip(), text.strip() or None, text, where)
     value, written = _value(node, where)
     plain = isinstance(node, yaml.ScalarNode) and node.style is None
-    if plain and isinstance(value, str):  # a command line has no comments and no anchors: `#` and `&` are the text's
+    if plain and isinstance(value, str):  # `#` and `&` are no comment and no anchor on a command line
         value = text.strip()
     return Entry(path.strip(), value, text if plain else written, where)
 
 
 def write_yaml(data: dict) -> str:
-    """The inverse of `read_entries` for nested dictionaries of plain values. Block style, keys in their order."""
+    """Return nested dictionaries of plain values as YAML in block style, keys in their order.
+
+    Args:
+        data: What `read_entries` reads, nested.
+    """
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**31)
 
 
@@ -160,9 +186,13 @@ def _where(node: yaml.Node, name: str) -> str:
     return f"{name}:{node.start_mark.line + 1}"
 
 
+def _kind(node: yaml.Node) -> str:
+    return "mapping" if isinstance(node, yaml.MappingNode) else "sequence"
+
+
 def _refuse_tag(node: yaml.Node, name: str) -> None:
     if node.tag.removeprefix("tag:yaml.org,2002:") not in _PLAIN_TAGS:
-        raise ConfigError(f"{_where(node, name)}: expected plain data, came the YAML tag {node.tag!r}")
+        raise ConfigError(f"{_where(node, name)}: expected plain data, got the YAML tag {node.tag!r}")
 
 
 def _items(node: yaml.MappingNode, name: str, prefix: str) -> Iterator[tuple[str, yaml.Node, str]]:
@@ -171,7 +201,7 @@ def _items(node: yaml.MappingNode, name: str, prefix: str) -> Iterator[tuple[str
     for key, value in node.value:
         where = _where(key, name)
         if not isinstance(key, yaml.ScalarNode):
-            raise ConfigError(f"{where}: expected a key, came a {key.id}")
+            raise ConfigError(f"{where}: expected a key, got a {_kind(key)}")
         if key.value in seen:
             raise ConfigError(f"{where}: {prefix}{key.value} is given twice; the first time at {seen[key.value]}")
         seen[key.value] = where
@@ -179,14 +209,14 @@ def _items(node: yaml.MappingNode, name: str, prefix: str) -> Iterator[tuple[str
 
 
 def _value(node: yaml.Node, name: str) -> tuple[Any, str]:
-    """Returns: the value and, for a scalar, its text."""
+    """Return the value of a node and, for a scalar, its text."""
     loader = _Loader("")
     _refuse_tag(node, name)
     items = node.value if isinstance(node, yaml.SequenceNode) else [node]
     for item in items:
         _refuse_tag(item, name)
         if not isinstance(item, yaml.ScalarNode):
-            raise ConfigError(f"{_where(item, name)}: expected a single value or a list of values, came a {item.id}")
+            raise ConfigError(f"{_where(item, name)}: expected a single value or a list of values, got a {_kind(item)}")
     try:
         values = [loader.construct_object(item) for item in items]
     except (yaml.YAMLError, ValueError) as error:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from pause_megatron.config.batching import pauses_per_window
+from pause_megatron.config.pauses import pauses_per_window
 from pause_megatron.data.windows.pause import PauseInjector, PausePlan
 from pause_megatron.errors import ConfigError, DataError
 from pause_megatron.hf.loss import IGNORED

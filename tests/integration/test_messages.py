@@ -94,7 +94,7 @@ def test_a_pause_id_that_is_taken(shards, tmp_path, capsys, pause_id, role):
 def test_a_global_batch_that_does_not_divide(corpus, tmp_path):
     message = refused(2, f"data.prefix={corpus}", f"run.dir={tmp_path}/run", "batch.global_size=6")
     assert "batch.global_size: expected a multiple of batch.micro_size (2) x data-parallel ranks" in message
-    assert "came 6. Nearest: 4 or 8" in message
+    assert "got 6. Nearest: 4 or 8" in message
 
 
 def test_more_tensor_parallel_ranks_than_ranks(corpus, tmp_path):

@@ -193,12 +193,12 @@ def test_vocabulary():
     ("changes", "parallel", "message"),
     [
         ({"layers": None}, {}, "model.layers: expected a value"),
-        ({"hidden": 36}, {}, "expected an even head size .*; came model.hidden=36, model.heads=4$"),
-        ({"kv_heads": 3}, {}, "expected model.heads to be a multiple of model.kv_heads; came model.heads=4, "),
+        ({"hidden": 36}, {}, "expected an even head size .*; got model.hidden=36, model.heads=4$"),
+        ({"kv_heads": 3}, {}, "expected model.heads to be a multiple of model.kv_heads; got model.heads=4, "),
         (
             {"kv_heads": 2},
             {"tensor": 4},
-            "model.kv_heads to be a multiple .*; came model.kv_heads=2, parallel.tensor=4$",
+            "model.kv_heads to be a multiple .*; got model.kv_heads=2, parallel.tensor=4$",
         ),
         ({"ffn": 50}, {"tensor": 4}, "expected model.ffn to be a multiple of parallel.tensor"),
         ({}, {"sequence": True}, "expected parallel.tensor > 1 with parallel.sequence"),

@@ -7,7 +7,7 @@ import json
 import textwrap
 from collections.abc import Sequence
 
-from pause_megatron.config.batching import pauses_per_window
+from pause_megatron.config.pauses import pauses_per_window
 from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.data.corpus.corpus import Corpus
 from pause_megatron.data.tokenizer.tokenizer import PAUSE_TOKEN

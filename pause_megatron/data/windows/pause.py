@@ -23,7 +23,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from pause_megatron.config.batching import pauses_per_window
+from pause_megatron.config.pauses import pauses_per_window
 from pause_megatron.config.schema import PauseSection
 from pause_megatron.errors import ConfigError
 from pause_megatron.seeds import philox_key

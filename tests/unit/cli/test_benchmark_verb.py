@@ -21,7 +21,7 @@ sys.exit(code)
     [
         (["--recipe", "tiny"], "--recipe: expected one of"),
         (["--recipe", "tiny-pause", "batch.size=3"], "unknown key 'batch.size'"),
-        (["--recipe", "tiny-pause", "parallel.tensor=2"], "expected a divisor of the number of ranks (1), came 2"),
+        (["--recipe", "tiny-pause", "parallel.tensor=2"], "expected a divisor of the number of ranks (1), got 2"),
         (["--recipe", "tiny-pause", "engine.ds_config=zero9"], "engine.ds_config: expected a DeepSpeed JSON file"),
         (["--recipe", "tiny-pause", "--json", "FOLDER"], "--json: expected a file, got the folder"),
         (["--recipe", "tiny-pause", "--json", "FOLDER/no/x.json"], "--json: expected a file that can be written"),

@@ -101,15 +101,15 @@ def test_the_stage_comes_from_the_run_where_the_file_says_auto(tmp_path, stage):
     [
         (
             {"zero_optimization": {"stage": 2}},
-            '3: zero_optimization.stage: expected "auto" or 1 (from engine.zero_stage), came 2',
+            '3: zero_optimization.stage: expected "auto" or 1 (from engine.zero_stage), got 2',
         ),
         (
             {"train_batch_size": 7},
-            'ds.json:2: train_batch_size: expected "auto" or 32 (from batch.global_size), came 7',
+            'ds.json:2: train_batch_size: expected "auto" or 32 (from batch.global_size), got 7',
         ),
-        ({"gradient_clipping": 5}, 'expected "auto" or 1.0 (from optim.clip), came 5. Change one of the two'),
-        ({"bf16": {"enabled": False}}, 'bf16.enabled: expected "auto" or true (from engine.precision), came false'),
-        ({"fp16": {"enabled": True}}, 'fp16.enabled: expected "auto" or false (from engine.precision), came true'),
+        ({"gradient_clipping": 5}, 'expected "auto" or 1.0 (from optim.clip), got 5. Change one of the two'),
+        ({"bf16": {"enabled": False}}, 'bf16.enabled: expected "auto" or true (from engine.precision), got false'),
+        ({"fp16": {"enabled": True}}, 'fp16.enabled: expected "auto" or false (from engine.precision), got true'),
         ({"gradient_allreduce_op": "sum"}, 'gradient_allreduce_op: expected "auto" or "mean"'),
         (
             {"zero_optimisation": {}},
@@ -121,11 +121,11 @@ def test_the_stage_comes_from_the_run_where_the_file_says_auto(tmp_path, stage):
         ),
         ({"optimizer": {"type": "Adam"}}, "ds.json:2: remove 'optimizer': the optimizer is set by optim.*"),
         ({"steps_per_print": "auto", "log_level": "auto"}, 'ds.json:3: log_level: "auto" has no meaning for this key'),
-        ({"zero_optimization": {"stage": 9}}, "zero_optimization.stage: expected 0, 1, 2, 3 or auto, came 9"),
-        ({"zero_optimization": True}, "zero_optimization: expected an object {...}, came True"),
+        ({"zero_optimization": {"stage": 9}}, "zero_optimization.stage: expected 0, 1, 2, 3 or auto, got 9"),
+        ({"zero_optimization": True}, "zero_optimization: expected an object {...}, got True"),
         ('{"bf16": {}, "bf16": {}}', "key 'bf16' is given twice"),
         ('{\n"bf16": }', "ds.json:2: not JSON"),
-        ("[]", "expected an object {...}, came list"),
+        ("[]", "expected an object {...}, got list"),
     ],
 )
 def test_contradictions_and_unknown_keys_are_refused(tmp_path, document, message):
@@ -149,7 +149,7 @@ def test_bf16_gradients_accumulate_in_fp32_where_deepspeed_can(tmp_path):
 
 def test_a_name_that_does_not_ship():
     config = load(overrides=["engine.ds_config=zero4"])
-    assert re.search("came 'zero4', which is neither. Did you mean 'zero[0-3]'", error_of(config))
+    assert re.search("got 'zero4', which is neither. Did you mean 'zero[0-3]'", error_of(config))
 
 
 def test_known_keys_are_those_of_the_installed_deepspeed():

@@ -68,7 +68,7 @@ def test_a_resolved_configuration_needs_no_checkpoint(run, tmp_path):
 
 @pytest.mark.parametrize("missing", ["nothing", "run/checkpoints/step-00000008", "x" * 300])
 def test_no_checkpoint_there(run, tmp_path, missing):
-    with pytest.raises(ConfigError, match=r"model\.from: expected a checkpoint .* came .*"):
+    with pytest.raises(ConfigError, match=r"model\.from: expected a checkpoint .* got .*"):
         load(overrides=[f"model.from={tmp_path / missing}"])
 
 

@@ -123,28 +123,28 @@ def test_a_later_source_replaces_the_budget_and_the_preset(tmp_path):
         ("model:\n  layres: 3\n", "run.yaml:2: unknown key 'model.layres'. Did you mean 'model.layers'?"),
         ("modle:\n  layers: 3\n", "run.yaml:2: unknown key 'modle.layers'. Did you mean 'model.layers'?"),
         ("\nlr: 3\n", "run.yaml:2: unknown key 'lr'. Did you mean 'optim.lr'?"),
-        ("model: 3\n", "run.yaml:1: model: expected a group of keys, came 3"),
-        ("model:\n  layers: '4'\n", "run.yaml:2: model.layers: expected an integer >= 1, or null; came '4'"),
-        ("model:\n  layers: true\n", "run.yaml:2: model.layers: expected an integer >= 1, or null; came True"),
-        ("model:\n  layers: 1.5\n", "run.yaml:2: model.layers: expected an integer >= 1, or null; came 1.5"),
-        ("optim:\n\n  lr: -1\n", "run.yaml:3: optim.lr: expected a number > 0; came -1"),
-        ("optim:\n  beta1: 1\n", "run.yaml:2: optim.beta1: expected a number >= 0, < 1; came 1"),
-        ("parallel:\n  sequence: yes\n", "run.yaml:2: parallel.sequence: expected true or false; came 'yes'"),
-        ("pause:\n  window: trimm\n", "expected one of exact, trim; came 'trimm'. Did you mean 'trim'?"),
-        ("run:\n  dir:\n", "run.yaml:2: run.dir: expected text; came null"),
-        ("data:\n  prefix: [[a]]\n", "run.yaml:2: expected a single value or a list of values, came a sequence"),
+        ("model: 3\n", "run.yaml:1: model: expected a group of keys, got 3"),
+        ("model:\n  layers: '4'\n", "run.yaml:2: model.layers: expected an integer >= 1, or null; got '4'"),
+        ("model:\n  layers: true\n", "run.yaml:2: model.layers: expected an integer >= 1, or null; got True"),
+        ("model:\n  layers: 1.5\n", "run.yaml:2: model.layers: expected an integer >= 1, or null; got 1.5"),
+        ("optim:\n\n  lr: -1\n", "run.yaml:3: optim.lr: expected a number > 0; got -1"),
+        ("optim:\n  beta1: 1\n", "run.yaml:2: optim.beta1: expected a number >= 0, < 1; got 1"),
+        ("parallel:\n  sequence: yes\n", "run.yaml:2: parallel.sequence: expected true or false; got 'yes'"),
+        ("pause:\n  window: trimm\n", "expected one of exact, trim; got 'trimm'. Did you mean 'trim'?"),
+        ("run:\n  dir:\n", "run.yaml:2: run.dir: expected text; got null"),
+        ("data:\n  prefix: [[a]]\n", "run.yaml:2: expected a single value or a list of values, got a sequence"),
         ("run:\n  seed: 1\n  seed: 2\n", "run.yaml:3: run.seed is given twice; the first time at"),
         ("run: {}\nrun: {}\n", "run.yaml:2: run is given twice"),
         ("run: [\n", "run.yaml:2: not YAML"),
         ("- a\n", "run.yaml:1: expected groups of keys"),
-        ("a: &a {b: *a}\n", "run.yaml:1: expected a single value or a list of values, came a mapping"),
+        ("a: &a {b: *a}\n", "run.yaml:1: expected a single value or a list of values, got a mapping"),
         (
             "run:\n  dir: !!python/object/apply:os.system ['true']\n",
-            "run.yaml:2: expected plain data, came the YAML tag",
+            "run.yaml:2: expected plain data, got the YAML tag",
         ),
     ],
 )
-def test_bad_files_are_refused_with_line_key_expected_and_came(tmp_path, text, message):
+def test_bad_files_are_refused_with_line_key_expected_and_got(tmp_path, text, message):
     assert message in error_of(path=write(tmp_path, text))
 
 
@@ -156,12 +156,12 @@ def test_several_wrong_values_are_reported_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optim.lr", "command line: expected key.path=value (for example optim.lr=3e-4), came 'optim.lr'"),
+        ("optim.lr", "command line: expected key.path=value (for example optim.lr=3e-4), got 'optim.lr'"),
         ("=3", "command line: expected key.path=value"),
         ("optim.rl=3", "command line: unknown key 'optim.rl'. Did you mean 'optim.lr'?"),
         ("train.step=3", "command line: unknown key 'train.step'. Did you mean 'train.steps'?"),
-        ("train.steps=many", "command line: train.steps: expected an integer >= 1, or null; came 'many'"),
-        ("optim.lr=inf", "command line: optim.lr: expected a number > 0; came 'inf'"),
+        ("train.steps=many", "command line: train.steps: expected an integer >= 1, or null; got 'many'"),
+        ("optim.lr=inf", "command line: optim.lr: expected a number > 0; got 'inf'"),
     ],
 )
 def test_bad_overrides_are_refused(override, message):
@@ -171,9 +171,9 @@ def test_bad_overrides_are_refused(override, message):
 def test_files_that_cannot_be_read(tmp_path):
     assert "nowhere.yaml cannot be read: No such file" in error_of(path=tmp_path / "nowhere.yaml")
     (tmp_path / "latin.yaml").write_bytes(b"run: {dir: caf\xe9}")
-    assert "expected UTF-8 text, came byte 0xe9" in error_of(path=tmp_path / "latin.yaml")
+    assert "expected UTF-8 text, got byte 0xe9" in error_of(path=tmp_path / "latin.yaml")
     assert "Did you mean 'tiny-pause'?" in error_of(recipe="tiny-pauze")
-    assert "expected a file or a recipe, came both" in error_of(path="a", recipe="tiny-pause")
+    assert "expected a file or a recipe, got both" in error_of(path="a", recipe="tiny-pause")
 
 
 @pytest.mark.parametrize(

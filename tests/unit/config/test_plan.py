@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from pause_megatron.config.batching import batch_plan, expected_pause_fraction, pauses_per_window
+from pause_megatron.config.batching import batch_plan
 from pause_megatron.config.load import load
+from pause_megatron.config.pauses import PauseCounts, pauses_per_window
 from pause_megatron.config.presets import PRESETS, flops_per_token, parameters
 from pause_megatron.errors import ConfigError
 
@@ -27,18 +28,20 @@ def test_micro_x_accumulation_x_data_parallel_is_the_global_batch(ranks, tensor,
 
 def test_a_batch_that_does_not_divide_names_the_nearest_that_do():
     config = load(overrides=["batch.global_size=36", "batch.micro_size=4"])
-    with pytest.raises(ConfigError, match=r"= 8\) = 32, came 36. Nearest: 32 or 64"):
+    with pytest.raises(ConfigError, match=r"= 8\) = 32, got 36. Nearest: 32 or 64"):
         batch_plan(config, 8)
-    with pytest.raises(ConfigError, match=r"came 36. Nearest: 64$"):
+    with pytest.raises(ConfigError, match=r"got 36. Nearest: 64$"):
         batch_plan(config, 16)
 
 
 def test_the_papers_arithmetic():
     assert pauses_per_window(0.1, 2048) == 205
-    assert round(expected_pause_fraction(205, 2048, "trim") * 2048) == 186
-    assert expected_pause_fraction(205, 2048, "trim") == pytest.approx(0.091, abs=1e-4)
-    assert expected_pause_fraction(205, 2048, "exact") == pytest.approx(0.1, abs=1e-4)
-    assert expected_pause_fraction(0, 2048, "exact") == 0
+    trim, exact = (PauseCounts(2048, 0.1, window) for window in ("trim", "exact"))
+    assert round(trim.input_fraction * 2048) == round(trim.expected) == 186
+    assert trim.input_fraction == pytest.approx(0.091, abs=1e-4)
+    assert exact.input_fraction == pytest.approx(0.1, abs=1e-4)
+    assert (exact.expected, exact.text_length, trim.text_length) == (205, 2049 - 205, 2049)
+    assert PauseCounts(2048, 0.0, "exact").input_fraction == 0
 
 
 @pytest.mark.parametrize("window", ["exact", "trim"])
@@ -50,7 +53,11 @@ def test_expected_pause_fraction_is_the_mean_over_all_interleavings(window):
     places = length + (pauses if window == "trim" else 0)
     ways = list(combinations(range(1, places + 1), pauses))
     inputs = [sum(place < length for place in way) for way in ways]
-    assert expected_pause_fraction(pauses, length, window) == pytest.approx(sum(inputs) / len(ways) / length)
+    kept = [sum(place <= length for place in way) for way in ways]
+    counts = PauseCounts(length, pauses / length, window)
+    assert counts.inserted == pauses
+    assert counts.input_fraction == pytest.approx(sum(inputs) / len(ways) / length)
+    assert counts.expected == pytest.approx(sum(kept) / len(ways))
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pause_megatron.errors import ConfigError
 BROKEN = {
     "heads_divide_hidden": (
         ["model.heads=3"],
-        "multiple of model.heads; came model.hidden=128 (preset tiny), model.heads=3 (command line)",
+        "multiple of model.heads; got model.hidden=128 (preset tiny), model.heads=3 (command line)",
     ),
     "kv_heads_divide_heads": (["model.kv_heads=3"], "model.heads to be a multiple of model.kv_heads"),
     "tensor_divides_the_model": (["parallel.tensor=3"], "model.heads to be a multiple of parallel.tensor"),
@@ -25,15 +25,7 @@ BROKEN = {
     "steps_and_tokens_agree": (["train.steps=1", "train.tokens=1e9"], "only one of train.steps and train.tokens"),
     "warmup_ends": (["train.steps=10", "optim.warmup_steps=10"], "optim.warmup_steps < train.steps"),
     "placement_is_known": (["pause.placement=unifrom"], "Did you mean 'uniform'?"),
-    "bernoulli_varies": (["pause.placement=bernoulli"], "pause.window=trim with bernoulli"),
-    "text_is_left": (
-        ["pause.rate=0.99", "data.sequence_length=8"],
-        "at least 2 text tokens in a window of 8 + 1 tokens with 8 pauses",
-    ),
-    "isolated_pauses_fit": (
-        ["pause.placement=isolated", "pause.rate=0.6"],
-        "no more pauses (1229) than text tokens (820)",
-    ),
+    "pauses_fit_the_window": (["pause.placement=bernoulli"], "pause.window=trim with bernoulli"),
     "split_has_shares": (
         ["data.split=1,0,0"],
         "a validation share > 0 in data.split, corpora in data.valid_prefix, or",
@@ -54,7 +46,7 @@ BROKEN = {
         ["data.source=hf:allenai/c4", "data.tokenizer=t"],
         "a prepared corpus in data.valid_prefix, or validation.every=0, with data.source",
     ),
-    "finetune_pauses_can_be_counted": (["finetune.pauses=50..0"], "a range LOW..HIGH such as 0..50; came"),
+    "finetune_pauses_can_be_counted": (["finetune.pauses=50..0"], "a range LOW..HIGH such as 0..50; got"),
     "epochs_are_of_a_task": (["finetune.epochs=2"], "task.name with finetune.epochs"),
     "masks_need_torch_attention": (
         ["task.name=gsm8k", "model.attention=te"],
@@ -66,7 +58,7 @@ BROKEN = {
     ),
     "an_extension_adds_steps": (
         ["train.steps=100", "train.extended_from=100"],
-        "expected train.steps > train.extended_from (the step at which the finished run ended); came train.steps=100",
+        "expected train.steps > train.extended_from (the step at which the finished run ended); got train.steps=100",
     ),
     "run_dir_is_named": (["run.dir=' '"], "the name of a folder"),
 }
@@ -77,8 +69,25 @@ def test_every_rule_has_a_case():
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_rules_say_what_was_expected_and_what_came(name):
+def test_broken_rules_say_what_was_expected_and_given(name):
     overrides, message = BROKEN[name]
+    with pytest.raises(ConfigError) as caught:
+        load(overrides=overrides)
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["pause.placement=bernoulli"], "pause.window=trim with bernoulli"),
+        (
+            ["pause.rate=0.99", "data.sequence_length=8"],
+            "at least 2 text tokens in a window of 8 + 1 tokens with 8 pauses; got pause.rate=0.99",
+        ),
+        (["pause.placement=isolated", "pause.rate=0.6"], "no more pauses (1229) than text tokens (820)"),
+    ],
+)
+def test_pauses_that_do_not_fit_a_window_are_refused(overrides, message):
     with pytest.raises(ConfigError) as caught:
         load(overrides=overrides)
     assert message in str(caught.value)
