@@ -35,9 +35,9 @@ VERBS = {
     "experiment": "run a grid of pretraining, finetuning and evaluation; report it beside the paper",
     "launch": "write or submit the SLURM job of a run, after checks",
     "plot": "draw the loss curves of runs as a PNG",
-    "plan": "say what a run needs and takes on a cluster: memory, communication, days, GPU-hours",
+    "plan": "estimate memory, communication, days and GPU-hours of a run on a cluster",
     "benchmark": "take real steps of a configuration on this machine: tokens/s, MFU, memory, kernels, waits",
-    "doctor": "say what this machine has, what works, and what is missing",
+    "doctor": "check what this machine has, what works, and what is missing",
 }
 
 # Those that train, and those that take GPUs for as long.

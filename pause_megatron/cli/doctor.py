@@ -1,11 +1,11 @@
-"""`pause-megatron doctor`: what this machine has, what works, what is missing and what to do about it."""
+"""`pause-megatron doctor`: check Python, packages, GPU, compiler, disk, SLURM and network of this machine."""
 
 from __future__ import annotations
 
 import argparse
 import json
 
-HELP = "say what this machine has, what works, and what is missing"
+HELP = "check what this machine has, what works, and what is missing"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -14,7 +14,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print every finding. Returns 0 if training can run here, else 1."""
+    """Print every finding.
+
+    Args:
+        args: Parsed options.
+
+    Returns:
+        0 where training can run on this machine, else 1.
+    """
     from pause_megatron.cli.support.probes import examine
 
     marks = {"ok": "ok  ", "missing": "FAIL", "optional": "-   ", "note": "note"}

@@ -1,4 +1,4 @@
-"""`pause-megatron launch`: a run as a SLURM job, checked before it waits in the queue. No torch."""
+"""`pause-megatron launch`: write or submit the SLURM job of a run, after checks. No torch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 HELP = "write or submit the SLURM job of a run, after checks"
 
-# Until the first step: imports, process groups, index caches.
+# Time until the first step: imports, process groups, index caches.
 _START_UP_SECONDS = 300
 
 
@@ -33,29 +33,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  pause-megatron launch --recipe c4-1b-pause --nodes 16 --time 24:00:00 data.prefix=c4/en --submit"
     )
     source = parser.add_mutually_exclusive_group()
-    source.add_argument("--recipe", metavar="NAME", help="a recipe that ships; a finetuning's makes a finetuning")
+    source.add_argument("--recipe", metavar="NAME", help="a recipe that ships, for pretraining or finetuning")
     source.add_argument(
         "--config", type=path_option, metavar="FILE", help="a YAML file, for example a run's own config.yaml"
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys on top, for example optim.lr=3e-4")
     job = parser.add_argument_group("the job")
-    job.add_argument("--nodes", type=at_least(1), default=1, metavar="N", help="machines (default: 1)")
+    job.add_argument("--nodes", type=at_least(1), default=1, metavar="N", help="number of nodes (default: 1)")
     job.add_argument("--gpus-per-node", type=at_least(0), default=8, metavar="N", help="default: 8; 0: on CPUs")
-    job.add_argument(
-        "--tasks-per-node", type=at_least(1), metavar="N", help="ranks of a node; default: one for each GPU"
-    )
+    job.add_argument("--tasks-per-node", type=at_least(1), metavar="N", help="ranks per node; default: one per GPU")
     job.add_argument(
         "--cpus-per-task",
         type=at_least(1),
         metavar="N",
-        help="CPUs of a rank; default: all of a node where the job takes all its GPUs, else what belongs to its GPUs",
+        help="CPUs of a rank; default: all of a node for a job with all its GPUs, else in proportion to its GPUs",
     )
     job.add_argument("--mem", metavar="SIZE", help="memory of a node, 0: all; default: as for the CPUs")
     job.add_argument(
         "--exclusive",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="nobody else on the nodes; default: where the job takes all GPUs of them",
+        help="no other job on the nodes; default: for a job with all their GPUs",
     )
     job.add_argument("--partition", metavar="P", help="default: the site's")
     job.add_argument("--time", metavar="T", help="time limit, for example 24:00:00; default: the partition's")
@@ -69,10 +67,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--launcher",
         default="srun",
         metavar="HOW",
-        help="srun: a task for each rank (default); torchrun: a task for each node; deepspeed: DeepSpeed's, over srun",
+        help="srun: a task per rank (default); torchrun: a task per node; deepspeed: DeepSpeed's launcher over srun",
     )
     start.add_argument(
-        "--hostfile", type=path_option, metavar="FILE", help="DeepSpeed's: is checked against the job's nodes and ranks"
+        "--hostfile",
+        type=path_option,
+        metavar="FILE",
+        help="DeepSpeed hostfile, checked against the job",
     )
     start.add_argument("--container", type=_container, metavar="KIND:IMAGE", help="pyxis:IMAGE or apptainer:IMAGE")
     start.add_argument(
@@ -80,11 +81,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     end = parser.add_mutually_exclusive_group()
     end.add_argument("--dry-run", action="store_true", help="check, print the script, and stop (the default)")
-    end.add_argument("--submit", action="store_true", help="check, and hand the script to sbatch")
+    end.add_argument("--submit", action="store_true", help="check, then submit the script with sbatch")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check what can be known, then print or submit."""
+    """Check the job, then print its script or submit it.
+
+    Args:
+        args: Parsed options.
+
+    Raises:
+        ConfigError: The configuration, the job or the site contradict each other, or the run does not fit on a GPU.
+    """
     from pause_megatron.config import batch_plan, deepspeed_config, load
     from pause_megatron.slurm import commands
     from pause_megatron.slurm.script import TEMPLATE, render_training
@@ -117,9 +125,9 @@ def _job(args: argparse.Namespace, config: ResolvedConfig, site: dict[str, Parti
 
     tasks = args.tasks_per_node or args.gpus_per_node
     if not tasks:
-        raise ConfigError("--tasks-per-node: expected the ranks of a node, as --gpus-per-node is 0; came none")
+        raise ConfigError("--tasks-per-node: expected the ranks per node, as --gpus-per-node is 0; got none")
     if args.gpus_per_node and tasks != args.gpus_per_node:
-        raise ConfigError(f"--tasks-per-node: expected a rank for each of {args.gpus_per_node} GPUs, came {tasks}")
+        raise ConfigError(f"--tasks-per-node: expected a rank for each of {args.gpus_per_node} GPUs, got {tasks}")
     partition = None if site is None else find_partition(site, args.partition)
     share = share_of_node(partition, tasks=tasks, gpus=args.gpus_per_node, exclusive=args.exclusive)
     source = ["--recipe", args.recipe] if args.recipe else ["--config", args.config] if args.config else []
@@ -143,23 +151,25 @@ def _job(args: argparse.Namespace, config: ResolvedConfig, site: dict[str, Parti
 
 
 def _whole_paths(overrides: Sequence[str], config: ResolvedConfig) -> list[str]:
-    """Overrides with the paths that were meant here: in a container `~` is another folder."""
+    """Return overrides with `~` expanded, which is another folder in a container."""
     from pause_megatron.experiment.models import as_overrides
 
-    found = []
+    words: list[str] = []
     for override in overrides:
         section, _, name = override.partition("=")[0].strip().partition(".")
-        value = config.model_dump(by_alias=True)[section][name]
-        meant = value is not None and "~" in override and not isinstance(value, (int, float))
-        found += as_overrides({f"{section}.{name}": value}) if meant else [override]
-    return found
+        value = config.model_dump(by_alias=True)[section].get(name)
+        expanded = value is not None and "~" in override and not isinstance(value, (int, float))
+        words += as_overrides({f"{section}.{name}": value}) if expanded else [override]
+    return words
 
 
 def _check_time(seconds: int | None, named: str, config: ResolvedConfig) -> None:
-    """A job must have time for its start, a step, and the save before its end.
+    """Check that a time limit leaves room for the start, a step, and the save before the end.
 
     Args:
-        seconds: its time limit; None: no limit. named: what the user calls it.
+        seconds: Time limit; None for no limit.
+        named: Name of the limit in the message.
+        config: Resolved configuration.
     """
     needed = config.checkpoint.before_end_seconds + _START_UP_SECONDS
     if seconds is not None and seconds < needed:
@@ -170,7 +180,7 @@ def _check_time(seconds: int | None, named: str, config: ResolvedConfig) -> None
 
 
 def _check_plan(gpu: str, job: TrainingJob, config: ResolvedConfig) -> None:
-    """By the arithmetic of `pause-megatron plan`: memory of a GPU, and time for the last step and its save."""
+    """Check with the arithmetic of `pause-megatron plan` that the run fits, and that its last save ends in time."""
     from pause_megatron.cli.support.dry_run import text_vocabulary
     from pause_megatron.plan import Cluster, gpu_named, make_plan
     from pause_megatron.plan.report import needed, remedy_lines
@@ -187,11 +197,11 @@ def _check_plan(gpu: str, job: TrainingJob, config: ResolvedConfig) -> None:
             f"checkpoint.before_end_seconds={config.checkpoint.before_end_seconds}: expected at least {seconds:.0f}, "
             f"for a step of {plan.time.seconds:.0f} s and a save of {plan.saving.seconds:.0f} s (pause-megatron plan)"
         )
-    log.info(f"fits: {size} (pause-megatron plan says more)")
+    log.info(f"fits: {size} (details: pause-megatron plan)")
 
 
 def _site(args: argparse.Namespace) -> dict[str, Partition] | None:
-    """What sinfo knows; None where this is no cluster."""
+    """Return the partitions that sinfo reports; None where SLURM is not installed."""
     from pause_megatron.slurm.site import partitions
 
     try:
@@ -207,29 +217,23 @@ def _site(args: argparse.Namespace) -> dict[str, Partition] | None:
 def _check_site(
     args: argparse.Namespace, job: TrainingJob, config: ResolvedConfig, site: dict[str, Partition] | None
 ) -> None:
-    """The time limit and the hostfile; and, where this is a cluster, all that sinfo knows."""
-    from pause_megatron.slurm.site import check_hostfile, check_partition, find_partition, megabytes_of, seconds_of
+    """Check the time limit and the hostfile and, on a cluster, the job against its partition."""
+    from pause_megatron.slurm import site as slurm_site
 
-    seconds = seconds_of(job.time) if job.time else None
-    memory = megabytes_of(job.mem) if job.mem else 0
+    seconds = slurm_site.seconds_of(job.time) if job.time else None
+    memory = slurm_site.megabytes_of(job.mem) if job.mem else 0
     _check_time(seconds, f"--time {job.time}", config)
     if args.hostfile:
         if job.launcher != "deepspeed":
             raise ConfigError(f"--hostfile: belongs to --launcher deepspeed; {job.launcher} needs none")
-        check_hostfile(Path(args.hostfile), nodes=job.nodes, tasks_per_node=job.tasks_per_node)
+        slurm_site.check_hostfile(Path(args.hostfile), nodes=job.nodes, tasks_per_node=job.tasks_per_node)
     if site is None:
         return
-    check_partition(
-        site,
-        job.partition,
-        nodes=job.nodes,
-        gpus_per_node=job.gpus_per_node,
-        cpus_per_node=(job.cpus_per_task or 1) * job.tasks_per_node,
-        memory_mb=memory,
-        seconds=seconds,
-    )
+    partition = slurm_site.find_partition(site, job.partition)
+    cpus_per_node = (job.cpus_per_task or 1) * job.tasks_per_node
+    request = slurm_site.Request(job.nodes, job.gpus_per_node, cpus_per_node, memory, seconds)
+    slurm_site.check_partition(partition, request)
     if job.time is None:
-        partition = find_partition(site, job.partition)
         named = f"--time: not given, {partition.default_seconds} s by default in partition {partition.name}"
         _check_time(partition.default_seconds, named, config)
 
@@ -237,16 +241,17 @@ def _check_site(
 def _warnings(job: TrainingJob, config: ResolvedConfig) -> list[str]:
     from pause_megatron.cli.support.dry_run import missing_corpora
 
-    tensor, found = config.parallel.tensor, []
+    tensor = config.parallel.tensor
+    warnings: list[str] = []
     if job.tasks_per_node % tensor:
-        found.append(
-            f"parallel.tensor={tensor} does not divide the {job.tasks_per_node} ranks of a node: tensor-parallel ranks "
-            "on two machines wait for the network in every layer"
+        warnings.append(
+            f"parallel.tensor={tensor} does not divide the {job.tasks_per_node} ranks of a node: tensor-parallel "
+            "ranks on two nodes communicate over the network in every layer"
         )
     if not config.checkpoint.every:
-        found.append("checkpoint.every=0: a node that fails loses everything since the last stop")
-    found += [f"{key}: no corpus at {prefix} on this machine" for key, prefix in missing_corpora(config)]
-    return found
+        warnings.append("checkpoint.every=0: a failing node loses everything since the last stop")
+    warnings += [f"{key}: no corpus at {prefix} on this machine" for key, prefix in missing_corpora(config)]
+    return warnings
 
 
 def _container(text: str) -> str:

@@ -1,4 +1,4 @@
-"""`pause-megatron plan`: memory, communication, time and cost of a run before it is submitted. No torch, no GPU."""
+"""`pause-megatron plan`: memory, communication, time and cost of a run before it is submitted. No torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pause_megatron.files.paths import path_option
 
 log = logging.getLogger(__name__)
 
-HELP = "say what a run needs and takes on a cluster: memory, communication, days, GPU-hours"
+HELP = "estimate memory, communication, days and GPU-hours of a run on a cluster"
 
 EXIT_FITS = 0
 EXIT_DOES_NOT_FIT = 2
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config", type=path_option, metavar="FILE", help="a YAML file, for example a run's own config.yaml"
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys on top, for example batch.micro_size=8")
-    parser.add_argument("--nodes", type=at_least(1), default=1, metavar="N", help="machines; default: 1")
+    parser.add_argument("--nodes", type=at_least(1), default=1, metavar="N", help="number of nodes; default: 1")
     parser.add_argument("--gpus-per-node", type=at_least(1), default=8, metavar="N", help="default: 8")
     parser.add_argument(
         "--gpu", default="h100", metavar="NAMES", help=f"one or several, with commas: {', '.join(GPUS)}; default: h100"
@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--measured",
         type=path_option,
         metavar="FILE",
-        help="JSON of `pause-megatron benchmark`, whose MFU and memory count instead",
+        help="JSON of `pause-megatron benchmark`; its MFU and memory replace the estimates",
     )
     parser.add_argument(
         "--assume", action="append", default=[], metavar="NAME=VALUE", help="replace an assumption that the table lists"
@@ -48,11 +48,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vocab-size", type=at_least(1), metavar="N", help="text tokens; default: the corpus's, or 32000"
     )
     parser.add_argument("--json", action="store_true", help="everything as JSON, in bytes and seconds")
-    parser.epilog = "exit code: 0, or 2 when the run does not fit on one of the GPUs (what would fit is said)."
+    parser.epilog = "exit code: 0, or 2 when the run does not fit on one of the GPUs (remedies are listed)."
 
 
 def run(args: argparse.Namespace) -> int:
-    """Plan for each kind of GPU, print, and say by the exit code whether all of them hold the run."""
+    """Plan the run for each kind of GPU and print the plans.
+
+    Args:
+        args: Parsed options.
+
+    Returns:
+        0, or 2 where the run does not fit on one of them.
+
+    Raises:
+        ConfigError: The configuration does not load, or an option has a wrong value.
+    """
     from pause_megatron.cli.support.dry_run import text_vocabulary
     from pause_megatron.config import load
     from pause_megatron.plan import Assumptions, Cluster, as_json, as_table, gpu_named, make_plan, measured_values
@@ -76,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _given(args: argparse.Namespace) -> dict[str, float]:
-    """Assumptions that the command line replaces."""
+    """Return the assumptions that the command line replaces."""
     changes = {}
     for text in args.assume:
         name, equals, value = text.partition("=")

@@ -1,1 +1,1 @@
-"""SLURM jobs: scripts from one template, SLURM's commands, and what can be checked before the queue. No torch."""
+"""SLURM jobs: scripts from one template, calls of SLURM's commands, and checks before submission. No torch."""

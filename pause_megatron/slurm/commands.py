@@ -1,4 +1,4 @@
-"""SLURM's own commands."""
+"""Calls of sbatch, squeue, sinfo and other SLURM commands."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import subprocess
 from collections.abc import Sequence
 
 from pause_megatron.errors import PauseMegatronError
-from pause_megatron.host import launcher
+from pause_megatron.host.launcher_search import VARIABLE
 
-# A job in one of these states will not run any more.
+# Final states of a job.
 ENDED = {
     "COMPLETED",
     "FAILED",
@@ -25,22 +25,23 @@ ENDED = {
 
 
 def installed() -> bool:
-    """Whether jobs can be submitted from here."""
+    """Return whether sbatch is on PATH."""
     return shutil.which("sbatch") is not None
 
 
 def output_of(command: Sequence[str], text: str | None = None) -> str:
-    """What a command of SLURM prints.
+    """Run a SLURM command and return its standard output.
 
     Args:
-        text: for its standard input
+        command: The command and its arguments.
+        text: Its standard input; None for none.
 
     Raises:
-        PauseMegatronError: it is not there, or it fails; its own words.
+        PauseMegatronError: The command is not installed, or it fails; with its own message.
     """
     try:
-        # A job inherits variables, and is not to end with the process that submits it.
-        environment = {name: value for name, value in os.environ.items() if name != launcher.VARIABLE}
+        # A job inherits variables; with this one it would end together with the process that submits it.
+        environment = {name: value for name, value in os.environ.items() if name != VARIABLE}
         done = subprocess.run(command, input=text, capture_output=True, text=True, env=environment)
     except OSError as error:
         absent = shutil.which(command[0]) is None
@@ -53,19 +54,27 @@ def output_of(command: Sequence[str], text: str | None = None) -> str:
 
 
 def submit_script(script: str, *options: str) -> str:
-    """Submit a job script; its number."""
+    """Submit a job script and return its job id.
+
+    Args:
+        script: Text of the script.
+        *options: Further options of sbatch.
+
+    Raises:
+        PauseMegatronError: sbatch refuses it.
+    """
     return output_of(["sbatch", "--parsable", *options], script).strip().partition(";")[0]
 
 
 def queued_jobs() -> dict[str, str]:
-    """Number and name of every job of this user that has not ended; empty where there is no SLURM.
+    """Return id and name of each job of this user that has not ended; none without SLURM.
 
     Raises:
         PauseMegatronError: squeue fails.
     """
     if shutil.which("squeue") is None:
         return {}
-    # All states: between its run and the queue a requeued job is in none of those that squeue shows by itself.
+    # All states: while it is requeued, a job is in none of those that squeue shows by default.
     lines = output_of(["squeue", "--noheader", "--me", "--states=all", "--format=%i %T %j"]).splitlines()
     jobs = (line.split(maxsplit=2) for line in lines if line.strip())
-    return {number: name for number, state, name in jobs if state not in ENDED}
+    return {job_id: name for job_id, state, name in jobs if state not in ENDED}

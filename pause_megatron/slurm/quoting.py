@@ -1,6 +1,6 @@
-"""Text of a user's in a job script: in `#SBATCH` lines, which sbatch reads by rules of its own, and in shell words.
+"""Quote a user's text for a job script: `#SBATCH` lines, which sbatch parses by its own rules, and shell words.
 
-Whatever cannot be written so that it comes back as it was is refused, with the option that it was given to.
+Text that cannot be quoted so that it is read back unchanged is refused, with the option it was given to.
 """
 
 from __future__ import annotations
@@ -12,37 +12,40 @@ from collections.abc import Iterator
 from pause_megatron.errors import ConfigError
 
 _BLANKED = re.compile("packjob|hetjob", re.IGNORECASE)  # sbatch overwrites them in every line, quoted or not
-_LONGEST_NAME = 200  # bytes; file names have 255, and get a job's number and endings
+_LONGEST_NAME = 200  # bytes of 255 in a file name, which also holds the job id and a suffix
 _PLAIN = re.compile(r"[A-Za-z0-9_@%+=:,./^\[\]{}~!?*$&;()<>|`-]*")
 
 
 def printable(text: str, option: str) -> str:
-    """The text, if it is one line that every program reads alike.
+    """Check that a text is one printable line, and return it.
 
     Args:
-        option: what the user calls it.
+        text: A user's text.
+        option: Name of the option it was given to.
 
     Raises:
-        ConfigError: a control character (a line break begins a line of the script), or bytes that are no UTF-8.
+        ConfigError: The text has a control character, such as a line break, or bytes that are not UTF-8.
     """
     for character in text:
-        # Controls; line and paragraph separators; halves of characters, which stand for undecodable bytes.
+        # Control characters; line and paragraph separators; surrogates, which stand for undecodable bytes.
         if unicodedata.category(character) in ("Cc", "Zl", "Zp", "Cs"):
             raise ConfigError(f"{option}: expected one line of text without control characters, got {text!r}")
     return text
 
 
 def directive(name: str, value: object, option: str | None = None) -> str:
-    """`--name=VALUE` as it stands in an `#SBATCH` line.
+    """Return `--name=VALUE` quoted for an `#SBATCH` line.
 
-    There a backslash takes the meaning from the next character, also within either kind of quotes; blanks end a word
-    and `#` the line.
+    In such a line a backslash escapes the next character, also within quotes of either kind. Blanks end a word, and
+    `#` ends the line.
 
     Args:
-        option: what the user calls it; default: `--name`.
+        name: Name of sbatch's option, without dashes.
+        value: Its value.
+        option: Name of the user's option; default: `--name`.
 
     Raises:
-        ConfigError: a value that sbatch would not read as it is.
+        ConfigError: sbatch would not read the value back unchanged.
     """
     option = option or f"--{name}"
     text = printable(str(value), option)
@@ -53,14 +56,18 @@ def directive(name: str, value: object, option: str | None = None) -> str:
 
 
 def job_name(text: str, option: str = "--name") -> str:
-    """The name of a job, which becomes part of file names.
+    """Check that a text can be a job's name, which becomes part of file names, and return it.
+
+    Args:
+        text: The name.
+        option: Name of the option it was given to.
 
     Raises:
-        ConfigError: a character that means something in a path or in SLURM's patterns of file names, or too many.
+        ConfigError: The name is too long, or has a character with a meaning in paths or in SLURM's file name patterns.
     """
-    if found := sorted(set(printable(text, option)) & set("/\\%")):
+    if special := sorted(set(printable(text, option)) & set("/\\%")):
         raise ConfigError(
-            f"{option}: expected a name without {' '.join(found)}, as files are named by it, got {text!r}"
+            f"{option}: expected a name without {' '.join(special)}, as files are named by it, got {text!r}"
         )
     if (size := len(text.encode(errors="surrogatepass"))) > _LONGEST_NAME:
         raise ConfigError(
@@ -71,10 +78,14 @@ def job_name(text: str, option: str = "--name") -> str:
 
 
 def further_line(text: str, option: str = "--sbatch") -> str:
-    """A user's own `#SBATCH` line, without that word: options as sbatch reads them.
+    """Check a user's own `#SBATCH` line, given without that word, and return it.
+
+    Args:
+        text: Options as sbatch reads them.
+        option: Name of the option it was given to.
 
     Raises:
-        ConfigError: no option, or a quote that is not closed.
+        ConfigError: The line does not start with an option, or has a quote that is not closed.
     """
     text = printable(text, option).strip()
     if not text.startswith("-"):
@@ -87,10 +98,17 @@ def further_line(text: str, option: str = "--sbatch") -> str:
 
 
 def words_of_line(text: str, option: str) -> Iterator[str]:
-    """The words of an `#SBATCH` line, as sbatch reads them.
+    """Split an `#SBATCH` line into words, as sbatch does.
+
+    Args:
+        text: The line, without `#SBATCH`.
+        option: Name of the option it was given to.
+
+    Yields:
+        Each word without its quotes.
 
     Raises:
-        ConfigError: a quote that is not closed.
+        ConfigError: A quote is not closed.
     """
     word, quote, escaped, begun = "", "", False, False
     for character in text:

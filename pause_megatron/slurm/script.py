@@ -1,4 +1,4 @@
-"""Job scripts from one template: `launch`, the files in launchers/ and the cells of an experiment."""
+"""Render job scripts from one template, for `launch`, the files in launchers/ and the cells of an experiment."""
 
 from __future__ import annotations
 
@@ -18,22 +18,24 @@ _MARKS = ("ABOUT", "DIRECTIVES", "SETUP", "PROGRAM", "FORWARD")
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """A run as a SLURM job.
+    """A training run as a SLURM job.
 
     Attributes:
-        verb: pretrain or finetune
-        arguments: of the verb; None: those that sbatch is given behind the script
-        nodes, tasks_per_node: ranks
-        gpus_per_node: 0: none are asked for
-        cpus_per_task: CPUs of each rank; None: the node's, where the job is alone on it, else the site's default
-        mem: memory of a node as sbatch takes it, "0" for all of it; None: the site's default
-        exclusive: whether nobody else is on the nodes
-        launcher: one of `LAUNCHERS`
-        name: of the job; default: the verb
-        partition, time: as sbatch takes them; None: the site's default
-        container: "pyxis:IMAGE" or "apptainer:IMAGE"; None: none
-        signal_seconds: before the time limit at which SLURM sends SIGUSR2
-        lines: further `#SBATCH` lines, without that word
+        verb: "pretrain" or "finetune".
+        arguments: Arguments of the verb; None for those that sbatch is given after the script.
+        nodes: Number of nodes.
+        tasks_per_node: Ranks per node.
+        gpus_per_node: GPUs per node; 0 for a run on CPUs.
+        cpus_per_task: CPUs of each rank; None for all of an exclusive node, else for the site's default.
+        mem: Memory of a node as sbatch takes it, "0" for all of it; None for the site's default.
+        exclusive: Whether no other job shares the nodes.
+        launcher: One of `LAUNCHERS`.
+        name: Name of the job; None for the verb.
+        partition: Partition; None for the site's default.
+        time: Time limit as sbatch takes it; None for the site's default.
+        container: "pyxis:IMAGE" or "apptainer:IMAGE"; None for none.
+        signal_seconds: Seconds before the time limit at which SLURM sends SIGUSR2.
+        lines: Further `#SBATCH` lines, without that word.
     """
 
     verb: str
@@ -54,17 +56,17 @@ class TrainingJob:
 
 
 def render_training(job: TrainingJob, template: Path = TEMPLATE) -> str:
-    """The job script of a run.
+    """Return the job script of a training run.
 
     Args:
-        template: a site's own, with the same marks
+        job: The job.
+        template: Template file; a site's own has the same marks.
 
     Raises:
-        ConfigError: an unknown launcher or container, a template that lacks a mark, or text that cannot be written so
-            that it is read as it is.
+        ConfigError: The launcher or container is unknown, the template lacks a mark, or a text cannot be quoted.
     """
     if job.launcher not in LAUNCHERS:
-        raise ConfigError(f"--launcher: expected one of {', '.join(LAUNCHERS)}, came {job.launcher!r}")
+        raise ConfigError(f"--launcher: expected one of {', '.join(LAUNCHERS)}, got {job.launcher!r}")
     directives = [
         directive("job-name", job_name(job.name or job.verb)),
         *([directive("partition", job.partition)] if job.partition else []),
@@ -85,13 +87,17 @@ def render_training(job: TrainingJob, template: Path = TEMPLATE) -> str:
         DIRECTIVES=directive_lines(directives),
         SETUP=_setup(job),
         PROGRAM=LAUNCHERS[job.launcher](job),
-        # A job that SLURM is ending has had its signal, and scancel would insist for as long as KillWait.
+        # A job that SLURM is ending has had its signal; scancel would retry for as long as KillWait.
         FORWARD='running && scancel --signal=USR2 "$SLURM_JOB_ID"',
     )
 
 
 def render_experiment(template: Path = TEMPLATE) -> str:
-    """The job script of a whole experiment on one node, which takes the words of `pause-megatron experiment run`."""
+    """Return the job script of a whole experiment on one node; it takes the arguments of `experiment run`.
+
+    Args:
+        template: Template file.
+    """
     example = "--recipe tiny data.prefix=english --jobs 4"
     return fill(
         template,
@@ -110,20 +116,32 @@ def render_experiment(template: Path = TEMPLATE) -> str:
 
 
 def common_directives(signal_seconds: int) -> list[str]:
-    """What every job of ours says: append to its output, be requeued, be told before the time limit."""
+    """Return the directives of every job: append to its output, requeue, and a signal before the time limit.
+
+    Args:
+        signal_seconds: Seconds before the time limit at which SLURM sends SIGUSR2.
+    """
     return ["--open-mode=append", "--requeue", f"--signal=B:USR2@{signal_seconds}"]
 
 
 def directive_lines(directives: Sequence[str]) -> str:
-    """`#SBATCH` lines."""
+    """Return directives as `#SBATCH` lines.
+
+    Args:
+        directives: Options of sbatch.
+    """
     return "\n".join(f"#SBATCH {line}" for line in directives)
 
 
 def fill(template: Path, **values: str) -> str:
-    """The template with each @MARK@ replaced.
+    """Return a template's text with each @MARK@ replaced.
+
+    Args:
+        template: Template file.
+        **values: Text of each mark.
 
     Raises:
-        ConfigError: it cannot be read, or lacks one of the marks.
+        ConfigError: The template cannot be read, or lacks a mark.
     """
     try:
         text = template.read_text(encoding="utf-8")
@@ -131,13 +149,13 @@ def fill(template: Path, **values: str) -> str:
         raise ConfigError(f"{template}: expected a template of a job script: {error.strerror}") from None
     missing = [f"@{mark}@" for mark in _MARKS if f"@{mark}@" not in text]
     if missing:
-        raise ConfigError(f"{template}: expected the marks of {TEMPLATE.name}, {', '.join(missing)} not there")
-    # In one pass: what takes the place of a mark may look like one.
+        raise ConfigError(f"{template}: expected the marks of {TEMPLATE.name}, got none of {', '.join(missing)}")
+    # In one pass, because a value may look like a mark.
     return re.sub(r"@([A-Z]+)@", lambda mark: values.get(mark[1], mark[0]), text)
 
 
 _SITE = """
-# The site's own: how the software gets here, and its network. The rest of the script needs no change.
+# Site settings: software environment and network. The rest of the script needs no change.
 # module load cuda
 # source .venv/bin/activate
 # export NCCL_SOCKET_IFNAME=ib0 NCCL_IB_HCA=mlx5"""
@@ -149,28 +167,28 @@ _SETUP = (
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-@THREADS@} PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 export MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
 export MASTER_PORT=$((10000 + SLURM_JOB_ID % 20000))
-# Should SLURM's signal be lost, the run stops in time by itself.
+# The run stops in time by itself if SLURM's signal is lost.
 export SLURM_JOB_END_TIME=$(date --date="$(squeue --noheader --jobs "$SLURM_JOB_ID" --format=%e)" +%s 2>/dev/null)
 logs=logs/${SLURM_JOB_NAME//[^A-Za-z0-9._-]/_}-$SLURM_JOB_ID # a file for each rank
 mkdir -p "$logs"
 echo "start ${SLURM_RESTART_COUNT:-0} of job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, logs in $PWD/$logs\""""
 )
 
-# Containers take a folder to mount as SOURCE:TARGET, and several with commas between.
+# Containers take mounts as SOURCE:TARGET, several separated by commas.
 _MOUNTED = """
 case $PWD in *[:,]*) echo "$PWD: a folder with a colon or comma cannot be mounted in a container" >&2; exit 2 ;; esac"""
 
 
 CPUS_OF_A_TASK = """
-# Since SLURM 22.05 srun does not take the CPUs of a task from the job by itself.
+# Since SLURM 22.05 srun does not inherit the CPUs of a task from the job.
 [ -z "${SLURM_CPUS_PER_TASK:-}" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"""
 
 
 def _setup(job: TrainingJob) -> str:
-    # On CPUs a rank computes with all of its own.
+    # On CPUs a rank uses all of its cores.
     setup = _SETUP.replace("@THREADS@", "1" if job.gpus_per_node else "${SLURM_CPUS_PER_TASK:-1}")
     setup += "" if job.container is None else _MOUNTED
-    return setup if job.launcher == "torchrun" else setup + CPUS_OF_A_TASK  # torchrun's one task has the whole node
+    return setup if job.launcher == "torchrun" else setup + CPUS_OF_A_TASK  # torchrun has one task with the whole node
 
 
 def _about(job: TrainingJob) -> str:
@@ -188,23 +206,23 @@ def _arguments(job: TrainingJob) -> str:
 
 
 def _contained(job: TrainingJob) -> tuple[str, str]:
-    """Options of srun, and what stands before the program, for a container."""
+    """Return srun's options for a container, and the command to prepend to the program."""
     if job.container is None:
         return "", ""
     kind, _, image = printable(job.container, "--container").partition(":")
     if image.startswith("-"):
-        raise ConfigError(f"--container: expected an image, got {image!r}, which reads like an option")
+        raise ConfigError(f"--container: expected an image, got {image!r}, which looks like an option")
     if kind == "pyxis" and image:
         mounts = '--container-mounts="$PWD" --container-workdir="$PWD"'
         return f" \\\n    --container-image={shlex.quote(image)} {mounts}", ""
     if kind == "apptainer" and image:
         nv = " --nv" if job.gpus_per_node else ""
         return "", f'apptainer exec{nv} --bind "$PWD" {shlex.quote(image)} '
-    raise ConfigError(f"--container: expected pyxis:IMAGE or apptainer:IMAGE, came {job.container!r}")
+    raise ConfigError(f"--container: expected pyxis:IMAGE or apptainer:IMAGE, got {job.container!r}")
 
 
 def _srun(job: TrainingJob) -> str:
-    """A task for each rank."""
+    """Return the command that starts one task per rank."""
     options, before = _contained(job)
     return (
         f'srun --kill-on-bad-exit=1 --open-mode=append --output="$logs/rank-%4t.txt"{options} \\\n'
@@ -213,7 +231,7 @@ def _srun(job: TrainingJob) -> str:
 
 
 def _torchrun(job: TrainingJob) -> str:
-    """A task for each node. SIGUSR2 would end torchrun and its ranks: the ranks alone handle what it ignores."""
+    """Return the command that starts torchrun once per node; it ignores SIGUSR2, which its ranks handle."""
     options, before = _contained(job)
     inner = (
         f'trap "" USR2; exec {before}python -m pause_megatron.distributed.torchrun --nnodes=$SLURM_JOB_NUM_NODES '
@@ -228,7 +246,7 @@ def _torchrun(job: TrainingJob) -> str:
 
 
 def _deepspeed(job: TrainingJob) -> str:
-    """DeepSpeed's own launcher over srun. It runs a file, not a module: the package's folder is one."""
+    """Return the command of DeepSpeed's launcher over srun; it runs a file or folder, here the package's folder."""
     if job.container is not None:
         raise ConfigError(
             "--container: not with --launcher deepspeed, which starts python itself; use srun or torchrun"

@@ -179,8 +179,8 @@ def script(corpus: str, folder: Path, steps: int, launcher: str, *options: str) 
 def test_launch_refuses_what_this_cluster_does_not_have(corpus, tmp_path, capsys):
     on_cpus = ["--gpus-per-node", "0", "--tasks-per-node", "1"]
     for options, message in (
-        (["--partition", "mian"], "--partition: expected one of main, short; came 'mian'. Did you mean 'main'?"),
-        ([], "--partition main: expected nodes with GPUs, sinfo shows none there"),
+        (["--partition", "mian"], "--partition: expected one of main, short; got 'mian'. Did you mean 'main'?"),
+        ([], "--partition main: expected nodes with GPUs, got none from sinfo"),
         ([*on_cpus, "--nodes", "4"], "--nodes: expected at most 2"),
         ([*on_cpus, "--cpus-per-task", "5"], "--cpus-per-task: expected at most 4 CPUs for the ranks of a node"),
         (

@@ -1,4 +1,4 @@
-"""What to say where a package is absent that a verb turns out to need. Nothing is imported to say it."""
+"""The message for a package that a verb needs and that is not installed. Imports none of them."""
 
 from __future__ import annotations
 
@@ -12,16 +12,19 @@ EXTRAS = {
     for package in packages
     if extra not in ("test", "docs", "dev")
 }
-"""The extra that brings a package, by the name that it is imported under."""
+"""The extra that installs a package, by its import name."""
 
 _ALONE = {"transformer_engine": "transformer_engine[pytorch]"}
 
 
 def absent_package(error: ModuleNotFoundError) -> str | None:
-    """One line about the package that an import did not find, and how to install it.
+    """Return how to install the package that an import did not find.
+
+    Args:
+        error: The failed import.
 
     Returns:
-        None: the package is there, and the import inside it is a fault of somebody's.
+        One line; None where the package is installed, so that the failing import is a defect inside it.
     """
     name = (error.name or "").partition(".")[0]
     if not name or importlib.util.find_spec(name) is not None:

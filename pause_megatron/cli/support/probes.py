@@ -23,7 +23,7 @@ DEFAULT_PORT = 29500  # torchrun's and deepspeed's
 def examine(probes: Iterable[tuple[str, Probe]] | None = None) -> Iterator[Finding]:
     """Run the probes in order, quietly; whatever a probe raises is its finding."""
     for name, probe in PROBES if probes is None else probes:
-        findings = []
+        findings: list[Finding] = []
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 findings.extend(probe())

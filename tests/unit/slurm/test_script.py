@@ -80,7 +80,7 @@ def test_a_site_keeps_a_template_of_its_own(tmp_path, capsys):
     own.write_text("#!/bin/bash\n@PROGRAM@\n")
     assert main(command) == 2
     assert (
-        "expected the marks of job.sbatch, @ABOUT@, @DIRECTIVES@, @SETUP@, @FORWARD@ not there"
+        "expected the marks of job.sbatch, got none of @ABOUT@, @DIRECTIVES@, @SETUP@, @FORWARD@"
         in capsys.readouterr().err
     )
 
@@ -92,10 +92,10 @@ def test_launch_refuses_what_cannot_run_and_warns_of_what_is_slow(tmp_path, caps
     for options, message in (
         (["--time", "9:00"], "--time 9:00: expected at least 600 s"),
         (["--time", "soon"], "--time: expected MINUTES"),
-        (["--launcher", "mpi"], "--launcher: expected one of srun, torchrun, deepspeed, came 'mpi'"),
+        (["--launcher", "mpi"], "--launcher: expected one of srun, torchrun, deepspeed, got 'mpi'"),
         (["--container", "docker:x"], "--container: expected pyxis:IMAGE or apptainer:IMAGE"),
-        (["--gpus-per-node", "0"], "--tasks-per-node: expected the ranks of a node"),
-        (["--tasks-per-node", "3"], "--tasks-per-node: expected a rank for each of 8 GPUs, came 3"),
+        (["--gpus-per-node", "0"], "--tasks-per-node: expected the ranks per node"),
+        (["--tasks-per-node", "3"], "--tasks-per-node: expected a rank for each of 8 GPUs, got 3"),
         (["--hostfile", str(hosts)], "--hostfile: belongs to --launcher deepspeed"),
         (["--hostfile", str(hosts), "--launcher", "deepspeed"], "expected 2 hosts with 8 slots each"),
         (["parallel.tensor=3"], "parallel.tensor"),

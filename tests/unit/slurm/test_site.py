@@ -1,4 +1,4 @@
-"""What sinfo, a time limit and a hostfile say."""
+"""Partitions, sizes, times and hostfiles: how they are parsed, and which jobs they refuse."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import pytest
 
 from pause_megatron.errors import ConfigError
 from pause_megatron.slurm.site import (
+    Request,
     Share,
     check_hostfile,
     check_partition,
+    find_partition,
     megabytes_of,
     parse_partitions,
     seconds_of,
@@ -63,7 +65,7 @@ def test_a_size_that_is_none_is_refused():
 @pytest.mark.parametrize(
     ("name", "asked", "message"),
     [
-        ("gqu", {}, "expected one of cpu, debug, gpu; came 'gqu'. Did you mean 'gpu'?"),
+        ("gqu", {}, "expected one of cpu, debug, gpu; got 'gqu'. Did you mean 'gpu'?"),
         (None, {}, "--partition cpu: expected nodes with GPUs"),
         ("debug", {}, "--gpus-per-node: expected at most 2"),
         ("debug", {"gpus_per_node": 2, "nodes": 2}, "--nodes: expected at most 1"),
@@ -74,14 +76,16 @@ def test_a_size_that_is_none_is_refused():
 )
 def test_what_a_partition_does_not_have_is_refused(name, asked, message):
     with pytest.raises(ConfigError) as error:
-        check_partition(parse_partitions(SINFO), name, **{**ASKED, **asked})
+        check_partition(find_partition(parse_partitions(SINFO), name), Request(**{**ASKED, **asked}))
     assert message in str(error.value)
 
 
 def test_what_it_has_is_not():
     known = parse_partitions(SINFO)
-    check_partition(known, "gpu", **{**ASKED, "nodes": 8, "cpus_per_node": 64, "seconds": 172800})
-    check_partition(known, None, **{**ASKED, "nodes": 10, "gpus_per_node": 0, "memory_mb": 10**9, "seconds": 10**9})
+    most = Request(nodes=8, gpus_per_node=8, cpus_per_node=64, memory_mb=0, seconds=172800)
+    check_partition(find_partition(known, "gpu"), most)
+    on_cpus = Request(nodes=10, gpus_per_node=0, cpus_per_node=8, memory_mb=10**9, seconds=10**9)
+    check_partition(find_partition(known, None), on_cpus)
 
 
 @pytest.mark.parametrize(
@@ -98,8 +102,8 @@ def test_times(text, seconds):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("n1 slots=2\n", "expected 2 hosts with 2 slots each, as the job has, came 1 hosts"),
-        ("n1 slots=2\nn2 slots=1\n", "came 2 hosts, n2 with 1"),
+        ("n1 slots=2\n", "expected 2 hosts with 2 slots each, as the job has, got 1 hosts"),
+        ("n1 slots=2\nn2 slots=1\n", "got 2 hosts, n2 with 1"),
         ("n1 slots=2\nn1 slots=2\n", "hostfile:2: expected 'HOST slots=N', each host once"),
         ("n1\n", "hostfile:1: expected 'HOST slots=N'"),
     ],
