@@ -1,4 +1,4 @@
-"""`pause-megatron evaluate`: tasks x numbers of pauses in, results.json and samples out."""
+"""`pause-megatron evaluate`: scores a model on tasks with several numbers of pauses."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pause_megatron.cli.support.exported_model import (
     add_machine_arguments,
@@ -22,12 +22,12 @@ from pause_megatron.files.paths import path_option
 log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
-    from pause_megatron.evaluate import ResultsFolder, Settings
+    from pause_megatron.evaluate import ResultEntry, ResultsFolder, Settings
     from pause_megatron.evaluate.lm_eval_tasks import Harness
     from pause_megatron.inference import PauseGenerator
     from pause_megatron.tasks import Example, Task
 
-HELP = "score a model on tasks, over numbers of pauses; interrupted, it goes on where it was"
+HELP = "score a model on tasks with several numbers of pauses; the same command resumes it"
 
 _LM_EVAL = "lm_eval/"
 
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from pause_megatron.tasks import task_names
 
     parser.epilog = (
-        "The same command again goes on where an interrupted one stopped, and computes nothing twice.\n\nexamples:\n"
+        "The same command resumes an interrupted evaluation; finished batches are not computed again.\n\nexamples:\n"
         "  pause-megatron evaluate --model out/ --tasks gsm8k,squad --pauses 0,2,5,10,25,50 --output results/\n"
         "  pause-megatron evaluate --model out/ --tasks lambada --task-path data/ --filler . --output results/\n"
         "  pause-megatron evaluate --model out/ --tasks lm_eval/arc_easy --pauses 0,10 --output results/"
@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_names,
         required=True,
         metavar="NAME,...",
-        help=f"of {', '.join(task_names())}; FILE.yaml; module:attribute; lm_eval/NAME for a task of lm-eval",
+        help=f"one or more of {', '.join(task_names())}, FILE.yaml, module:attribute, lm_eval/NAME (a task of lm-eval)",
     )
     parser.add_argument(
         "--output", type=path_option, required=True, metavar="DIR", help="folder of results.json and samples/"
@@ -58,26 +58,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--task-path",
         type=path_option,
         metavar="ROOT",
-        help="folder that holds a folder of JSON lines for each task (default: the Hugging Face hub)",
+        help="folder that holds a folder of JSON lines for each task (default: the Hugging Face Hub)",
     )
-    data.add_argument("--limit", metavar="N", help="the first N records of each task (default: all)")
+    data.add_argument("--limit", metavar="N", help="score the first N records of each task (default: all)")
     data.add_argument(
-        "--include-path", type=path_option, metavar="DIR", help="folder of lm-eval task files (*.yaml) of your own"
+        "--include-path", type=path_option, metavar="DIR", help="folder of further lm-eval task files (*.yaml)"
     )
     pauses = parser.add_argument_group("pauses")
     pauses.add_argument(
-        "--pauses", metavar="N,...", help="behind each prompt (default: what the model was finetuned with)"
+        "--pauses", metavar="N,...", help="numbers of pauses, M (default: the number that the model was finetuned with)"
     )
     add_pause_arguments(pauses)
     pauses.add_argument(
-        "--seed", metavar="N", default="0", help="a label of the results, such as the finetuning's seed"
+        "--seed", metavar="N", default="0", help="label of the results, such as the seed of the finetuning"
     )
     machine = add_machine_arguments(parser)
     machine.add_argument("--batch-size", default="8", metavar="N", help="rows of a forward pass (default: 8)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check all that can be checked, then evaluate task by task, and print a table."""
+    """Check the options, evaluate task by task, and print a table; return the exit code."""
     counts = None if args.pauses is None else _numbers("--pauses", args.pauses)
     batch_size = _number("--batch-size", args.batch_size, least=1)
     limit = None if args.limit is None else _number("--limit", args.limit, least=1)
@@ -100,9 +100,10 @@ def run(args: argparse.Namespace) -> int:
         generator = load_model(args)
         settings = _settings(args, generator, counts, seed)
         entries = _own(generator, asked, settings, folder, batch_size)
-        for name in of_lm_eval:
-            for each in settings:
-                entries += harness.evaluate(generator, name, each, folder, batch_size=batch_size, limit=limit)
+        if harness is not None:
+            for name in of_lm_eval:
+                for each in settings:
+                    entries += harness.evaluate(generator, name, each, folder, batch_size=batch_size, limit=limit)
     print(_table(entries))
     return 0
 
@@ -120,19 +121,19 @@ def _examples(names: Sequence[str], root: str | None, limit: int | None) -> list
         path = None if root is None else Path(root) / task.folder
         if path is not None and not path.is_dir():
             raise DataError(
-                f"--task-path {root}: expected the folder {task.folder} with the records of {task.name} there"
+                f"--task-path {root}: expected the folder {task.folder} with the records of {task.name}, got none"
             )
         asked.append((task, read_examples(task, "eval", None if path is None else str(path), limit)))
     return asked
 
 
 def _harness(names: Sequence[str], args: argparse.Namespace) -> Harness | None:
-    """lm-eval, which knows the tasks and can have their records; None where it is not needed."""
+    """Return lm-eval with its tasks and their records loaded; None if no task of lm-eval is given."""
     if not names:
         return None
     if args.prefix_attention == "bidirectional":
         raise ConfigError(
-            "lm_eval tasks: expected --prefix-attention causal, got bidirectional: lm-eval knows no other"
+            "lm_eval tasks: expected --prefix-attention causal, got bidirectional, which lm-eval does not support"
         )
     from pause_megatron.evaluate.lm_eval_tasks import Harness
 
@@ -145,7 +146,7 @@ def _harness(names: Sequence[str], args: argparse.Namespace) -> Harness | None:
 def _settings(
     args: argparse.Namespace, generator: PauseGenerator, counts: list[int] | None, seed: int
 ) -> list[Settings]:
-    """One for each M, checked; what was not given is the model's own, and said."""
+    """Return checked settings for each M; an option that is not given takes the model's own value."""
     from pause_megatron.evaluate import check_settings, own_settings
 
     given = {"location": args.location, "filler": args.filler, "prefix_attention": args.prefix_attention}
@@ -162,14 +163,14 @@ def _own(
     settings: Sequence[Settings],
     folder: ResultsFolder,
     batch_size: int,
-) -> list[dict[str, Any]]:
-    """Our own tasks, all numbers of pauses of one after the other."""
+) -> list[ResultEntry]:
+    """Evaluate this project's tasks, each with every number of pauses."""
     from pause_megatron.evaluate import identify
 
     for task, examples in asked:
         for each in settings:
             folder.check(identify(task, examples, each, folder))
-    entries = []
+    entries: list[ResultEntry] = []
     for task, examples in asked:
         for each in settings:
             entries += _score(generator, task, examples, each, folder, batch_size)
@@ -183,7 +184,7 @@ def _score(
     settings: Settings,
     folder: ResultsFolder,
     batch_size: int,
-) -> list[dict[str, Any]]:
+) -> list[ResultEntry]:
     """Score one task with one number of pauses, and show how far it is."""
     from pause_megatron.evaluate import evaluate
     from pause_megatron.terminal.progress import StageProgress
@@ -201,17 +202,17 @@ def _score(
     return entries
 
 
-def _table(entries: Sequence[dict[str, Any]]) -> str:
-    """A line for each task, metric and M."""
+def _table(entries: Sequence[ResultEntry]) -> str:
+    """Return a table with a line for each task, metric and M."""
     head = ("task", "metric", "M", "value", "+- s.e.", "n")
     rows = [
         (
-            entry["task"],
-            entry["metric"],
-            str(entry["pauses"]),
-            f"{entry['value']:.4f}",
-            "" if entry["standard_error"] is None else f"{entry['standard_error']:.4f}",
-            f"{entry['n']:,}",
+            entry.task,
+            entry.metric,
+            str(entry.pauses),
+            f"{entry.value:.4f}",
+            "" if entry.standard_error is None else f"{entry.standard_error:.4f}",
+            f"{entry.n:,}",
         )
         for entry in entries
     ]
@@ -221,7 +222,7 @@ def _table(entries: Sequence[dict[str, Any]]) -> str:
         left = [text.ljust(width) for text, width in zip(row[:2], widths[:2], strict=True)]
         right = [text.rjust(width) for text, width in zip(row[2:], widths[2:], strict=True)]
         lines.append("  ".join([*left, *right]))
-    cut = dict.fromkeys(f"{e['task']} M={e['pauses']}: {e['cut']:,}" for e in entries if e["cut"])
+    cut = dict.fromkeys(f"{e.task} M={e.pauses}: {e.cut:,}" for e in entries if e.cut)
     return "\n".join(lines) + (f"\nprompts cut from the left to fit the model: {', '.join(cut)}" if cut else "")
 
 

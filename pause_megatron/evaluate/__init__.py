@@ -1,17 +1,29 @@
-"""Evaluation with pauses: scorers of our own for the nine tasks, lm-eval for the rest, statistics. See README.md."""
+"""Evaluation with pauses: scoring of this project's tasks, lm-eval's tasks, stored results and statistics."""
 
-from pause_megatron.evaluate.evaluation import evaluate, identify
-from pause_megatron.evaluate.fingerprint import model_fingerprint
-from pause_megatron.evaluate.journal import read_samples
-from pause_megatron.evaluate.results import Identity, ResultsFolder, Settings, opened, read_results
-from pause_megatron.evaluate.scoring import Scorer, check_settings, own_settings
-from pause_megatron.evaluate.statistics import Difference, Mean, mean, paired_bootstrap
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pause_megatron.evaluate.evaluation import evaluate, identify
+    from pause_megatron.evaluate.fingerprint import model_fingerprint
+    from pause_megatron.evaluate.identity import HarnessDecoding, Identity, OwnDecoding, Settings
+    from pause_megatron.evaluate.journal import read_samples
+    from pause_megatron.evaluate.results import ResultsFolder, opened, read_results
+    from pause_megatron.evaluate.scoring import Scorer, check_settings, own_settings
+    from pause_megatron.evaluate.statistics import Difference, Mean, mean, paired_bootstrap
+    from pause_megatron.evaluate.stored import ResultEntry, Sample
 
 __all__ = [
     "Difference",
+    "HarnessDecoding",
     "Identity",
     "Mean",
+    "OwnDecoding",
+    "ResultEntry",
     "ResultsFolder",
+    "Sample",
     "Scorer",
     "Settings",
     "check_settings",
@@ -25,3 +37,23 @@ __all__ = [
     "read_results",
     "read_samples",
 ]
+
+# Imported on first use, so that reading results (experiment/report) does not import torch.
+_MODULES = {
+    **dict.fromkeys(("evaluate", "identify"), "evaluation"),
+    "model_fingerprint": "fingerprint",
+    **dict.fromkeys(("HarnessDecoding", "Identity", "OwnDecoding", "Settings"), "identity"),
+    "read_samples": "journal",
+    **dict.fromkeys(("ResultsFolder", "opened", "read_results"), "results"),
+    **dict.fromkeys(("Scorer", "check_settings", "own_settings"), "scoring"),
+    **dict.fromkeys(("Difference", "Mean", "mean", "paired_bootstrap"), "statistics"),
+    **dict.fromkeys(("ResultEntry", "Sample"), "stored"),
+}
+
+
+def __getattr__(name: str) -> object:
+    """Return a public name from its module (PEP 562)."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return value

@@ -1,31 +1,30 @@
-"""One task, one setting, from examples to results.json; what is there already is not computed again."""
+"""Evaluation of one task under one setting, from examples to results.json; finished batches are not computed again."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
 from pause_megatron.errors import DataError
-from pause_megatron.evaluate.journal import Record
-from pause_megatron.evaluate.results import Identity, ResultsFolder, Settings
+from pause_megatron.evaluate.identity import Identity, OwnDecoding, Settings
+from pause_megatron.evaluate.results import ResultsFolder
 from pause_megatron.evaluate.scoring import Scorer
+from pause_megatron.evaluate.stored import ResultEntry
 from pause_megatron.inference import PauseGenerator
 from pause_megatron.tasks import Example, Task, fingerprint
 
 Report = Callable[[int, int, int], None]
+"""(records done, records in all, records of an earlier run)."""
 
 
 def identify(task: Task, examples: Sequence[Example], settings: Settings, folder: ResultsFolder) -> Identity:
-    """What the outcomes of a task will depend on."""
+    """Return the identity of an evaluation: everything that its outcomes depend on."""
+    decoding = task.decoding
     return Identity(
         task=task.name,
         model=folder.model,
         data=fingerprint(examples),
         settings=settings,
-        decoding={
-            "max_new_tokens": task.decoding.max_new_tokens,
-            "stop": list(task.decoding.stop),
-            "metrics": list(task.metrics),
-        },
+        decoding=OwnDecoding(max_new_tokens=decoding.max_new_tokens, stop=decoding.stop, metrics=tuple(task.metrics)),
     )
 
 
@@ -38,24 +37,24 @@ def evaluate(
     *,
     batch_size: int = 8,
     report: Report | None = None,
-) -> list[Record]:
-    """Ask all examples, write samples as they come, and put the result into results.json.
+) -> list[ResultEntry]:
+    """Score all examples, append samples batch by batch, and add the result to results.json.
 
     Args:
-        generator: the model.
-        task: what is asked.
-        examples: of whom; ids must differ.
-        settings: pauses and the like.
-        folder: where results go; this process must be its only writer (`opened`).
-        batch_size: rows of a forward pass at most. Answers do not depend on it.
-        report: called with (records done, records in all, records that an earlier run had done).
+        generator: The model.
+        task: The task; it gives decoding and metrics.
+        examples: The examples to score; their ids must differ.
+        settings: Pauses and dtype.
+        folder: Output folder; this process must hold its lock (`opened`).
+        batch_size: Largest number of rows of a forward pass. Answers do not depend on it.
+        report: Progress callback, called with (records done, records in all, records of an earlier run).
 
     Returns:
-        the entries of results.json, one for each metric.
+        The entries of results.json, one for each metric.
 
     Raises:
-        ConfigError: settings that do not fit the model.
-        DataError: no examples, an example that cannot be asked, or results of something else in the folder.
+        ConfigError: The settings do not fit the model.
+        DataError: There are no examples, an example does not fit, or the folder holds results of something else.
     """
     if not examples:
         raise DataError(f"{task.name}: expected at least one record, got none")
@@ -63,13 +62,13 @@ def evaluate(
     identity = identify(task, examples, settings, folder)
     prepared = scorer.prepare(examples)
     with folder.journal(identity, [item.example.id for item in prepared]) as journal:
-        found = len(journal.records)
+        resumed = len(journal.samples)
         if report is not None:
-            report(found, len(prepared), found)
-        for batch in scorer.batches(prepared[found:]):
-            journal.append(*scorer.ask(batch))
+            report(resumed, len(prepared), resumed)
+        for batch in scorer.batches(prepared[resumed:]):
+            journal.append(*scorer.score(batch))
             if report is not None:
-                report(len(journal.records), len(prepared), found)
-        entries = folder.summarise(identity, journal.records, task.primary)
+                report(len(journal.samples), len(prepared), resumed)
+        entries = folder.summarise(identity, journal.samples, task.primary)
     folder.add(entries)
     return entries

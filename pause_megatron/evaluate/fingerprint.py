@@ -1,83 +1,106 @@
-"""Which model a result is of: a digest of the files that decide what it answers."""
+"""The fingerprint of a model folder: a digest of the files that its answers depend on."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import xxhash
 
 from pause_megatron.errors import DataError
 from pause_megatron.files.durable import READ_BYTES, write_whole
+from pause_megatron.files.typed_json import TypedJson, read_object
 
-VERSION = 1
-
-# What a folder's answers depend on, besides its weights.
+# The files, besides the weights, that answers depend on.
 _NAMES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
 
 Report = Callable[[str, int, int], None]
+"""(what is done, bytes done, bytes in all)."""
+
+
+class ModelDigests(TypedJson):
+    """The content of model.json: the digest of each file, valid while its size and modification time are the same.
+
+    Attributes:
+        version: Version of the format.
+        folder: Absolute path of the model folder.
+        files: (bytes, modification time in ns, digest) by file name.
+    """
+
+    version: Literal[1] = 1
+    folder: str
+    files: dict[str, tuple[int, int, str]]
 
 
 def model_fingerprint(folder: Path, known: Path | None = None, report: Report | None = None) -> str:
-    """Digest of a model folder's weights (their content), configuration and tokenizer, as 'xxh3_128:HEX'.
+    """Return the digest of a model's weights, configuration and tokenizer, as 'xxh3_128:HEX'.
 
-    Where the folder lies, when its files were written and what its model card says plays no part.
+    It is a digest of contents. The folder's path, its modification times and the model card do not enter.
 
     Args:
-        folder: a transformers folder.
-        known: file that remembers digests, so that a large model is read once. A digest is taken from it if name, size
-            and modification time are the same; it is written anew where anything was read.
-        report: called with (what is done, bytes done, bytes in all).
+        folder: A transformers folder.
+        known: Cache of digests (model.json), so that a large model is read once. A digest is taken from it if name,
+            size and modification time are the same. It is rewritten if any file was read.
+        report: Progress callback, called with (what is done, bytes done, bytes in all).
 
     Raises:
-        DataError: no folder, no weights, or a file that cannot be read.
+        DataError: The folder or its weights are missing, or a file cannot be read.
     """
     files = sorted(path for path in (*folder.glob("*.safetensors"), *(folder / n for n in _NAMES)) if path.is_file())
     if not any(path.suffix == ".safetensors" for path in files):
-        raise DataError(f"{folder}: expected a transformers folder with *.safetensors, as export-hf writes it")
+        raise DataError(
+            f"{folder}: expected a transformers folder with *.safetensors, as export-hf writes it, got none"
+        )
     try:
-        facts = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
-        digests = _remembered(known, folder, facts)
-        total = sum(facts[path.name][0] for path in files if path.name not in digests)
+        stats = {path.name: (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+        digests = _cached(known, folder, stats)
+        unread = [path for path in files if path.name not in digests]
+        total = sum(stats[path.name][0] for path in unread)
         done = 0
-        for path in files:
-            if path.name not in digests:
-                digests[path.name] = _digest(path, lambda size, before=done: _say(report, before + size, total))
-                done += facts[path.name][0]
+        for path in unread:
+            digests[path.name] = _digest(path, report, done, total)
+            done += stats[path.name][0]
     except OSError as error:
         raise DataError(f"{error.filename}: cannot be read ({error.strerror})") from None
     if known is not None and done:
-        entry = {"version": VERSION, "folder": str(folder.resolve()), "files": {}}
-        entry["files"] = {name: [*facts[name], digests[name]] for name in sorted(facts)}
-        write_whole(known, json.dumps(entry, indent=2).encode() + b"\n")
+        entries = {name: (*stats[name], digests[name]) for name in sorted(stats)}
+        cache = ModelDigests(folder=str(folder.resolve()), files=entries)
+        write_whole(known, json.dumps(cache.model_dump(mode="json"), indent=2).encode() + b"\n")
     whole = xxhash.xxh3_128()
     for name in sorted(digests):
         whole.update(f"{name}\0{digests[name]}\0".encode())
     return f"xxh3_128:{whole.hexdigest()}"
 
 
-def _digest(path: Path, report: Callable[[int], None]) -> str:
-    hasher, done = xxhash.xxh3_128(), 0
+def _digest(path: Path, report: Report | None, done: int, total: int) -> str:
+    """Return the digest of a file.
+
+    Args:
+        path: The file.
+        report: Progress callback.
+        done: Bytes of the files before it.
+        total: Bytes of all files.
+    """
+    hasher = xxhash.xxh3_128()
     with open(path, "rb") as file:
         while block := file.read(16 * READ_BYTES):
             hasher.update(block)
             done += len(block)
-            report(done)
+            if report is not None:
+                report("fingerprint of the model", done, total)
     return hasher.hexdigest()
 
 
-def _say(report: Report | None, done: int, total: int) -> None:
-    if report is not None:
-        report("fingerprint of the model", done, total)
-
-
-def _remembered(known: Path | None, folder: Path, facts: dict[str, list[int]]) -> dict[str, str]:
-    """Digests that still hold, by file name. A memory that cannot be used is none: the files are read again."""
-    try:
-        entry = json.loads(known.read_bytes()) if known is not None else {}
-        if entry["version"] != VERSION or entry["folder"] != str(folder.resolve()):
-            return {}
-        return {name: digest for name, (*fact, digest) in entry["files"].items() if facts.get(name) == fact}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+def _cached(known: Path | None, folder: Path, stats: dict[str, tuple[int, int]]) -> dict[str, str]:
+    """Return the digests that are still valid, by file name. A cache that cannot be used counts as empty."""
+    if known is None:
         return {}
+    try:
+        cache = ModelDigests.parse(read_object(known), str(known))
+    except DataError:
+        return {}
+    if cache.folder != str(folder.resolve()):
+        return {}
+    return {name: digest for name, (size, time, digest) in cache.files.items() if stats.get(name) == (size, time)}

@@ -1,8 +1,8 @@
-"""Per-record outcomes on disk, batch by batch, so that a killed evaluation goes on where it was.
+"""Samples files: per-record outcomes on disk, batch by batch, so that a killed evaluation resumes after the last batch.
 
-NAME.json says what the records were computed with (the identity); NAME.jsonl holds them, one JSON object a line, in an
-order that is fixed before the first batch. A batch is written and synced as a whole, and its last line carries the
-batch's cost: lines behind the last such line are of a batch that was in flight, and are cut off.
+NAME.json holds the identity of the evaluation. NAME.jsonl holds the outcomes, one JSON object a line, in an order that
+is fixed before the first batch. A batch is written and synced as a whole, and its last line carries the batch's cost.
+Lines after the last such line belong to an unfinished batch; they are truncated.
 """
 
 from __future__ import annotations
@@ -13,12 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from pause_megatron.errors import DataError
+from pause_megatron.evaluate.identity import digest, refuse_mismatch
+from pause_megatron.evaluate.stored import BatchCost, Sample
 from pause_megatron.files.durable import sync_folder, write_whole
-
-Record = dict[str, Any]
+from pause_megatron.files.typed_json import parse_object, read_object
 
 
 class Journal:
@@ -26,29 +25,29 @@ class Journal:
 
     Args:
         path: NAME.jsonl.
-        identity: what the outcomes depend on; plain JSON. It must be what NAME.json says, if that is there.
-        order: id of every record, in the order in which they will be appended.
+        identity: What the outcomes depend on, plain JSON. It must equal NAME.json, if that exists.
+        order: Id of every record, in the order in which they will be appended.
 
     Attributes:
-        records: those that are complete, a prefix of `order`.
+        samples: The outcomes of complete batches, a prefix of `order`.
 
     Raises:
-        DataError: outcomes of another model, other data or other settings; or a damaged line.
+        DataError: Outcomes of another model, other data or other settings; or a damaged line.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any], order: Sequence[str]) -> None:
         self.path = path
         self.order = order
-        self._of = digest(identity)
+        self._digest = digest(identity)
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(".json")
-        if beside.exists():
-            refuse_others(beside, identity, read_object(beside))
+        identity_file = path.with_suffix(".json")
+        if identity_file.exists():
+            refuse_mismatch(identity_file, identity, read_object(identity_file))
         elif path.exists():
-            raise DataError(f"{path}: expected {beside.name} beside it, which says what it is of; remove it")
+            raise DataError(f"{path}: expected {identity_file.name} beside it, which holds its identity; remove {path}")
         else:
-            write_whole(beside, json.dumps(identity, indent=2, ensure_ascii=False).encode() + b"\n")
-        self.records, length = self._read()
+            write_whole(identity_file, dump_identity(identity))
+        self.samples, length = self._read()
         self._file = open(path, "ab")  # noqa: SIM115 - closed by __exit__
         self._file.truncate(length)
         sync_folder(path.parent)
@@ -59,102 +58,60 @@ class Journal:
     def __exit__(self, *exception: object) -> None:
         self._file.close()
 
-    def append(self, records: Sequence[Record], cost: Mapping[str, Any]) -> None:
-        """Write a batch; it is on the disk when this returns.
+    def append(self, samples: Sequence[Sample], cost: BatchCost) -> None:
+        """Write a batch and sync it to disk.
 
         Args:
-            records: the next ones of the order.
-            cost: what the batch cost.
+            samples: Outcomes of the next records of `order`.
+            cost: Cost of the batch.
         """
-        lines = [{**record, "of": self._of} for record in records]
-        lines[-1]["batch"] = {"records": len(lines), **cost}
-        content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
-        self._file.write(content)
+        lines = [sample.model_copy(update={"of": self._digest}) for sample in samples]
+        lines[-1] = lines[-1].model_copy(update={"batch": cost})
+        self._file.write(dump_samples(lines))
         self._file.flush()
         os.fsync(self._file.fileno())
-        self.records += lines
+        self.samples += lines
 
-    def _read(self) -> tuple[list[Record], int]:
-        """Complete records, and the bytes that hold them."""
+    def _read(self) -> tuple[list[Sample], int]:
+        """Return the outcomes of complete batches, and the number of bytes that hold them."""
         content = self.path.read_bytes() if self.path.exists() else b""
-        records: list[Record] = []
-        kept = kept_bytes = at = 0
-        while (end := content.find(b"\n", at)) >= 0:
-            records.append(self._check(content[at:end], len(records)))
-            at = end + 1
-            if "batch" in records[-1]:
-                kept, kept_bytes = len(records), at
-        return records[:kept], kept_bytes
+        samples: list[Sample] = []
+        kept = kept_bytes = start = 0
+        while (end := content.find(b"\n", start)) >= 0:
+            samples.append(self._check(content[start:end], len(samples)))
+            start = end + 1
+            if samples[-1].batch is not None:
+                kept, kept_bytes = len(samples), start
+        return samples[:kept], kept_bytes
 
-    def _check(self, line: bytes, index: int) -> Record:
+    def _check(self, line: bytes, index: int) -> Sample:
         where = f"{self.path}: line {index + 1}"
-        record = parse_object(line, where)
-        if record.get("of") != self._of:
-            raise DataError(f"{where}: of: expected {self._of} (see {self.path.stem}.json), got {record.get('of')!r}")
+        sample = Sample.parse(parse_object(line, where), where)
+        if sample.of != self._digest:
+            raise DataError(f"{where}: of: expected {self._digest} (see {self.path.stem}.json), got {sample.of!r}")
         expected = self.order[index] if index < len(self.order) else "no further record"
-        if record.get("id") != expected:
-            raise DataError(f"{where}: id: expected {expected!r}, got {record.get('id')!r}")
-        if not isinstance(record.get("scores"), dict):
-            raise DataError(f"{where}: scores: expected an object, got {record.get('scores')!r}")
-        return record
+        if sample.id != expected:
+            raise DataError(f"{where}: id: expected {expected!r}, got {sample.id!r}")
+        return sample
 
 
-def digest(identity: Mapping[str, Any]) -> str:
-    """What every line of a journal names: 32 hex digits of the identity."""
-    return xxhash.xxh3_128(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+def dump_identity(identity: Mapping[str, Any]) -> bytes:
+    """Return the content of an identity file, samples/NAME.json."""
+    return json.dumps(identity, indent=2, ensure_ascii=False).encode() + b"\n"
 
 
-def refuse_others(path: Path, expected: Mapping[str, Any], came: Mapping[str, Any], at: str = "") -> None:
-    """Check that a file is of this run.
-
-    Raises:
-        DataError: it names the field that differs, what this run has, and what the file has.
-    """
-    for name in [*expected, *(set(came) - set(expected))]:
-        one, other = expected.get(name), came.get(name)
-        if isinstance(one, Mapping) and isinstance(other, Mapping):
-            refuse_others(path, one, other, f"{at}{name}.")
-        elif one != other:
-            raise DataError(
-                f"{path}: {at}{name}: expected {one!r} (this run), got {other!r}: results of another model, other "
-                f"data or other settings; give another --output, or remove them"
-            )
+def dump_samples(samples: Sequence[Sample]) -> bytes:
+    """Return lines of a samples file."""
+    return "".join(json.dumps(sample.as_json(), ensure_ascii=False) + "\n" for sample in samples).encode()
 
 
-def read_object(path: Path) -> Record:
-    """A JSON file that holds one object.
+def read_samples(path: str | Path) -> dict[str, Sample]:
+    """Return the outcomes in a samples file (NAME.jsonl) by record id, whether or not the evaluation is complete.
+
+    `paired_bootstrap` takes `{id: sample.scores[metric] for id, sample in read_samples(path).items()}`.
 
     Raises:
-        DataError: it does not, or cannot be read.
-    """
-    try:
-        return parse_object(path.read_bytes(), str(path))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def parse_object(content: bytes, where: str) -> Record:
-    """One JSON object.
-
-    Raises:
-        DataError: it is something else.
-    """
-    try:
-        found = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: damaged: expected a JSON object, got {content[:60]!r} ({error})") from None
-    if not isinstance(found, dict):
-        raise DataError(f"{where}: damaged: expected a JSON object, got {content[:60]!r}")
-    return found
-
-
-def read_samples(path: str | Path) -> dict[str, Record]:
-    """Records of a samples file (NAME.jsonl), by id, whether or not the evaluation has ended.
-
-    `paired_bootstrap` takes `{id: record["scores"][metric] for id, record in read_samples(path).items()}`.
-
-    Raises:
-        DataError: it cannot be read, or a line of it is damaged.
+        DataError: The file cannot be read, or a line is damaged.
     """
     path = Path(path)
     try:
@@ -163,8 +120,7 @@ def read_samples(path: str | Path) -> dict[str, Record]:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from None
     found = {}
     for number, line in enumerate(lines, 1):
-        record = parse_object(line, f"{path}: line {number}")
-        if not isinstance(record.get("id"), str):
-            raise DataError(f"{path}: line {number}: id: expected a text, got {record.get('id')!r}")
-        found[record["id"]] = record
+        where = f"{path}: line {number}"
+        sample = Sample.parse(parse_object(line, where), where)
+        found[sample.id] = sample
     return found

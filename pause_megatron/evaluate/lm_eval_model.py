@@ -1,16 +1,16 @@
-"""lm-eval's Hugging Face model with M pauses: they are added to every request's context, and to nothing else.
+"""lm-eval's Hugging Face model (HFLM) with M pauses in every request's context.
 
-The text of a request shows them (`... Answer:<pause><pause>`), so what lm-eval stores of a request says how it was
-asked. They become ids one by one: fillers do not merge (".." is two tokens), several pause tokens take turns, and what
-is cut to fit the model is text. Without pauses, requests are HFLM's own, token for token.
+The text of a request shows the pauses (`... Answer:<pause><pause>`), so lm-eval's cached requests record them. Each
+pause becomes one id: fillers do not merge (".." is two tokens), and several pause tokens alternate. Truncation removes
+text, never pauses. Without pauses, requests are HFLM's own, token for token.
 
-Pauses are not put into few-shot examples or targets. They do not apply to `loglikelihood_rolling`, which has no
-context. The pause ids take no part in the softmax, as in `PauseGenerator.score`, and are never generated.
+Few-shot examples and targets get no pauses. `loglikelihood_rolling` has no context, so pauses do not apply to it. Pause
+ids are excluded from the softmax, as in `PauseGenerator.score`, and are never generated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from itertools import cycle, islice
 from typing import Any
@@ -27,18 +27,18 @@ from pause_megatron.inference import PauseGenerator
 
 
 class PauseLM(HFLM):
-    """To be given to `lm_eval.simple_evaluate(model=PauseLM(load("out/"), pauses=10), tasks=[...])`.
+    """HFLM with pauses, for `lm_eval.simple_evaluate(model=PauseLM(load("out/"), pauses=10), tasks=[...])`.
 
     Args:
-        generator: the model, as `inference.load` gives it.
-        pauses: M; None: what the model was finetuned with.
-        location: "append", or "prepend" (behind a BOS); None: the model's own.
-        filler: text of an ordinary token in place of `<pause>`; "": pauses; None: the model's own.
-        batch_size: rows of a forward pass.
-        quiet: show no progress bars.
+        generator: The model, as `inference.load` returns it.
+        pauses: Number of pauses, M; None for the number that the model was finetuned with.
+        location: "append", or "prepend" (after a BOS); None for the model's own.
+        filler: Text of an ordinary token that replaces `<pause>`; "" for pauses; None for the model's own.
+        batch_size: Rows of a forward pass.
+        quiet: Whether to hide progress bars.
 
     Raises:
-        ConfigError: pauses for a model that has none, a filler of several tokens, or a bidirectional prefix.
+        ConfigError: The model has no pause token, the filler is several tokens, or the prefix is bidirectional.
     """
 
     def __init__(
@@ -53,8 +53,8 @@ class PauseLM(HFLM):
     ) -> None:
         if generator.pause.prompting.prefix_attention != "causal":
             raise ConfigError(
-                "lm-eval asks causal models; this one has a bidirectional prefix (pause.prefix_attention in its "
-                "config.json): evaluate it on the tasks of this project"
+                "lm-eval: expected a causal model, got one that has a bidirectional prefix (pause.prefix_attention in "
+                "its config.json); evaluate it on the tasks of this project"
             )
         settings = own_settings(generator, pauses=pauses, location=location, filler=filler)
         filler = settings.filler
@@ -72,41 +72,43 @@ class PauseLM(HFLM):
         )
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Log-likelihoods of continuations behind contexts and pauses."""
+        """Return log-likelihoods of continuations after contexts and pauses."""
         return super().loglikelihood(self._paused(requests), disable_tqdm=disable_tqdm or self._quiet)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihoods of whole texts, in which there is no place for pauses."""
+        """Return log-likelihoods of whole texts, to which pauses do not apply."""
         self._refuse_pauses_in_text(request.args[0] for request in requests)
         return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm or self._quiet)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Texts that follow contexts and pauses."""
+        """Return the texts generated after contexts and pauses."""
         return super().generate_until(self._paused(requests), disable_tqdm=disable_tqdm or self._quiet)
 
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
-        """Take lm-eval's store of answers (`use_cache`), whose keys do not say how many pauses there were.
+        """Set lm-eval's cache of answers (`use_cache`). Its keys do not contain the pauses, so the cache records them.
 
         Raises:
-            DataError: it holds answers with other pauses.
+            DataError: The cache holds answers with other pauses.
         """
         if cache_hook.dbdict is not None:
             mine = f"{self._count} x {self._location} {self._text[:80]!r}"
             found = cache_hook.dbdict.get("pauses", mine if not len(cache_hook.dbdict) else "no pauses")
             if found != mine:
-                raise DataError(f"use_cache: expected answers with {mine}, got a store of answers with {found}")
+                raise DataError(f"use_cache: expected answers with {mine}, got a cache of answers with {found}")
             cache_hook.dbdict["pauses"] = mine
         super().set_cache_hook(_OriginalKeys(cache_hook, self._without_pauses))
 
     def _paused(self, requests: Sequence[Instance]) -> list[Instance]:
-        """The requests with pauses in their contexts."""
+        """Return the requests with pauses in their contexts."""
         self._refuse_pauses_in_text(text for request in requests for text in request.args if isinstance(text, str))
         paused = []
         for request in requests:
             context, *others = request.args
             if self._count:
                 spaces = len(context) - len(context.rstrip())
-                if spaces and isinstance(others[0], str):  # HFLM scores them with the continuation; so behind pauses
+                if spaces and isinstance(
+                    others[0], str
+                ):  # HFLM scores them with the continuation: they follow the pauses
                     others[0], context = context[-spaces:] + others[0], context[:-spaces]
                 context = context + self._text if self._location == "append" else self._text + context
             paused.append(replace(request, arguments=(context, *others)))
@@ -120,12 +122,14 @@ class PauseLM(HFLM):
         for text in texts:
             for name in self._names:
                 if name in text:
-                    raise DataError(f"a request spells {name}, which lm-eval would turn into a pause: {text[-80:]!r}")
+                    raise DataError(
+                        f"a request: expected text without {name}, which would become a pause, got {text[-80:]!r}"
+                    )
 
     def _with_pauses(self, context: list[int], room: int) -> list[int]:
-        """Ids of a context and its pauses; what does not fit is cut from the left of the context, as HFLM cuts it."""
+        """Return ids of a context and its pauses; the context is cut from the left to fit, as in HFLM."""
         if room <= self._count:
-            raise ConfigError(f"expected room for text beside {self._count} pauses; the model leaves {room} positions")
+            raise ConfigError(f"expected room for text beside {self._count} pauses, got {room} positions")
         cut = context[-(room - self._count) :]
         return self._generator.encoder.with_pauses(cut, self._count, self._location, self._filler)
 
@@ -135,9 +139,9 @@ class PauseLM(HFLM):
         text = self._without_pauses(context)
         before = self.tok_encode(text) if text else [self.prefix_token_id]
         whole = self.tok_encode(text + continuation)
-        # Where text and continuation share a token, the pauses stand in its middle: the continuation is another one.
-        apart = text and whole[: len(before)] == before and len(whole) > len(before)
-        after = whole[len(before) :] if apart else self._generator.encoder.encode_continuation(continuation)
+        # If text and continuation share a token, the pauses split it: the continuation is tokenized alone.
+        separate = text and whole[: len(before)] == before and len(whole) > len(before)
+        after = whole[len(before) :] if separate else self._generator.encoder.encode_continuation(continuation)
         return self._with_pauses(before, self.max_length + 1 - len(after)), after
 
     def tok_batch_encode(
@@ -147,7 +151,14 @@ class PauseLM(HFLM):
         left_truncate_len: int | None = None,
         truncation: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Contexts with their pauses as ids and mask, int64 [batch, longest] each; padded on the left."""
+        """Return ids and mask of contexts with their pauses, int64 [batch, longest] each, padded on the left.
+
+        Args:
+            strings: Contexts with pauses in their text.
+            padding_side: As in HFLM; "left" with pauses.
+            left_truncate_len: Length limit, tokens; None for the model's.
+            truncation: As in HFLM.
+        """
         if not self._count:
             return super().tok_batch_encode(strings, padding_side, left_truncate_len, truncation)
         texts = [self._without_pauses(string) for string in strings]
@@ -171,13 +182,13 @@ class PauseLM(HFLM):
 
 
 class _OriginalKeys(CacheHook):
-    """Stores answers under the requests as lm-eval made them, which is how it looks for them."""
+    """A cache hook that stores answers under lm-eval's requests without pauses, by which lm-eval looks them up."""
 
-    def __init__(self, hook: CacheHook, original: Any) -> None:
+    def __init__(self, hook: CacheHook, original: Callable[[str], str]) -> None:
         self.dbdict = hook.dbdict
         self._original = original
 
     def add_partial(self, attr: str, req: Iterable[Any], res: Any) -> None:
-        """Take one answer."""
+        """Store one answer; the arguments are lm-eval's."""
         context, *others = req
         super().add_partial(attr, (self._original(context), *others), res)

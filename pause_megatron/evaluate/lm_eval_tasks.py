@@ -1,4 +1,4 @@
-"""lm-eval's tasks, through lm-eval: its prompts, its filters, its metrics; our pauses, results and resumption."""
+"""Evaluation of lm-eval's tasks with its prompts, filters and metrics, and with this project's pauses and results."""
 
 from __future__ import annotations
 
@@ -9,14 +9,18 @@ import logging
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import xxhash
+from pydantic import JsonValue
 
 from pause_megatron.config.spelling import nearest
 from pause_megatron.errors import ConfigError, DataError
-from pause_megatron.evaluate.journal import Record, digest
-from pause_megatron.evaluate.results import Identity, ResultsFolder, Settings
+from pause_megatron.evaluate.identity import HarnessDecoding, Identity, Settings, digest
+from pause_megatron.evaluate.journal import dump_samples
+from pause_megatron.evaluate.results import ResultsFolder
+from pause_megatron.evaluate.statistics import Mean
+from pause_megatron.evaluate.stored import ResultEntry, Sample, TotalCost
 from pause_megatron.files.durable import write_whole
 from pause_megatron.inference import PauseGenerator
 
@@ -25,20 +29,23 @@ if TYPE_CHECKING:
 
 
 class Harness:
-    """lm-eval with the tasks that it ships and those of a folder.
+    """lm-eval with its own tasks and those of a folder.
 
     Args:
-        include_path: folder of task files (*.yaml); None: none.
+        include_path: Folder of task files (*.yaml); None for none.
+
+    Attributes:
+        version: "lm-eval VERSION", as results record it.
 
     Raises:
-        ConfigError: lm-eval is not installed, or there is no such folder.
+        ConfigError: lm-eval is not installed, or the folder does not exist.
     """
 
     def __init__(self, include_path: str | None = None) -> None:
         if include_path is not None and not Path(include_path).is_dir():
-            raise ConfigError(f"--include-path {include_path}: expected a folder of lm-eval task files; there is none")
+            raise ConfigError(f"--include-path {include_path}: expected a folder of lm-eval task files, got none")
         try:
-            import accelerate  # noqa: F401 (lm-eval's model for transformers imports it, and does not depend on it)
+            import accelerate  # noqa: F401 (lm-eval's HFLM imports it, but lm-eval does not depend on it)
             import lm_eval
             from lm_eval.tasks import TaskManager
         except ImportError as error:
@@ -49,25 +56,30 @@ class Harness:
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         self.version = f"lm-eval {lm_eval.__version__}"
         self._include_path = include_path
-        # Reading all that lm-eval ships takes seconds, so it waits until a task is not in the folder.
-        self._own = None if include_path is None else TaskManager(include_path=include_path, include_defaults=False)
+        # Indexing lm-eval's own tasks takes seconds, so it is done only for a task that is not in the folder.
+        self._included = (
+            None if include_path is None else TaskManager(include_path=include_path, include_defaults=False)
+        )
         self._loaded: dict[str, dict[str, Any]] = {}
 
     def load(self, name: str) -> dict[str, Any]:
-        """The tasks that a name stands for (a task, a group, a tag), with their records.
+        """Return the lm-eval task objects of a name (a task, a group or a tag), with their records.
 
         Raises:
-            ConfigError: unknown. DataError: the records cannot be had.
+            ConfigError: lm-eval has no such task.
+            DataError: The records cannot be loaded.
         """
         if name in self._loaded:
             return self._loaded[name]
         manager = self._manager(name)
         known = manager.all_tasks
         if name not in known:
-            raise ConfigError(f"--tasks: lm-eval has no task {name!r}{nearest(name, known)}; see also --include-path")
+            raise ConfigError(
+                f"--tasks: expected a task of lm-eval or --include-path, got {name!r}{nearest(name, known)}"
+            )
         try:
             self._loaded[name] = dict(manager.load([name])["tasks"])
-        except Exception as error:  # data set loaders raise whatever their formats' and the network's libraries raise
+        except Exception as error:  # data set loaders raise errors of many libraries
             lines = str(error).strip().splitlines() or [""]
             raise DataError(
                 f"lm_eval/{name}: its records cannot be loaded ({type(error).__name__}: {lines[0]}). Without network, "
@@ -84,13 +96,25 @@ class Harness:
         *,
         batch_size: int,
         limit: int | None,
-    ) -> list[Record]:
-        """Evaluate a task, or a group of them, and put the results into the folder.
+    ) -> list[ResultEntry]:
+        """Evaluate a task or a group of tasks, and add the results to the folder.
 
-        Answers are kept request by request while lm-eval works, so that a killed evaluation goes on.
+        Answers are cached request by request, so that a killed evaluation resumes.
+
+        Args:
+            generator: The model.
+            name: lm-eval's name of the task or group.
+            settings: Pauses and dtype.
+            folder: Output folder; this process must hold its lock.
+            batch_size: Rows of a forward pass.
+            limit: Number of records of each task; None for all.
+
+        Returns:
+            The entries of results.json.
 
         Raises:
-            ConfigError, DataError: as `load` and `PauseLM`; or results of something else in the folder.
+            ConfigError: As `load` and `PauseLM`.
+            DataError: The records cannot be loaded, or the folder holds results of something else.
         """
         tasks = self.load(name)
         identity = Identity(
@@ -98,7 +122,7 @@ class Harness:
             model=folder.model,
             data=_fingerprint(tasks, limit),
             settings=settings,
-            decoding={"limit": limit, "versions": {task: tasks[task].VERSION for task in sorted(tasks)}},
+            decoding=HarnessDecoding(limit=limit, versions={task: tasks[task].VERSION for task in sorted(tasks)}),
             harness=self.version,
         )
         folder.check(identity)
@@ -106,34 +130,47 @@ class Harness:
         found = folder.finished(identity)
         if found and samples.exists():
             return found
-        begun = time.perf_counter()
-        store = folder.path / "lm_eval" / samples.stem
-        output = self._run(generator, name, settings, store, batch_size, limit)
-        # lm-eval counts neither; and seconds are those of this run alone.
-        unknown = dict.fromkeys(("tokens", "cut", "positions", "forward_passes"))
-        shared = {**folder.shared(identity), **unknown, "seconds": time.perf_counter() - begun}
-        entries = [entry for task in output["results"] for entry in _entries(output, task, shared)]
+        start = time.perf_counter()
+        cache = folder.path / "lm_eval" / samples.stem
+        output = self._run(generator, name, settings, cache, batch_size, limit)
+        # lm-eval counts neither tokens nor passes; the seconds are those of this run only.
+        cost = TotalCost(None, None, None, None, seconds=time.perf_counter() - start)
+        entries = [
+            ResultEntry.of(
+                identity,
+                folder.model_path,
+                score.metric,
+                score.mean,
+                cost,
+                primary=score.primary,
+                task=f"lm_eval/{task}",
+                asked=identity.task,
+            )
+            for task in output["results"]
+            for score in _scores(output, task)
+        ]
         folder.path.joinpath("samples").mkdir(exist_ok=True)
         write_whole(samples.with_suffix(".json"), json.dumps(identity.document(), indent=2).encode() + b"\n")
-        write_whole(samples, _sample_lines(output["samples"], digest(identity.document())))
-        folder.add([{**entry, "asked": identity.task} for entry in entries])
-        for path in store.parent.glob(f"{glob.escape(store.name)}_rank*.db"):
+        write_whole(samples, dump_samples(_samples(output["samples"], digest(identity.document()))))
+        folder.add(entries)
+        for path in cache.parent.glob(f"{glob.escape(cache.name)}_rank*.db"):
             path.unlink()
         return entries
 
     def _manager(self, name: str) -> TaskManager:
-        """Who knows a task; groups may name tasks that lm-eval ships, so that they are looked for in all."""
-        own = self._own is not None and name in self._own.all_subtasks
-        return self._own if own else self._everything
+        """Return the task manager of a name. Groups may name lm-eval's own tasks, so they need the full index."""
+        if self._included is not None and name in self._included.all_subtasks:
+            return self._included
+        return self._all_tasks
 
     @functools.cached_property
-    def _everything(self) -> TaskManager:
+    def _all_tasks(self) -> TaskManager:
         from lm_eval.tasks import TaskManager
 
         return TaskManager(include_path=self._include_path)
 
     def _run(
-        self, generator: PauseGenerator, name: str, settings: Settings, store: Path, batch_size: int, limit: int | None
+        self, generator: PauseGenerator, name: str, settings: Settings, cache: Path, batch_size: int, limit: int | None
     ) -> dict[str, Any]:
         from lm_eval import simple_evaluate
 
@@ -149,19 +186,19 @@ class Harness:
             batch_size=batch_size,
             quiet=not sys.stderr.isatty(),
         )
-        store.parent.mkdir(exist_ok=True)
+        cache.parent.mkdir(exist_ok=True)
         return simple_evaluate(
             model=model,
             tasks=[name],
             task_manager=self._manager(name),
             limit=limit,
-            use_cache=str(store),
+            use_cache=str(cache),
             bootstrap_iters=1000,
         )
 
 
 def _fingerprint(tasks: dict[str, Any], limit: int | None) -> str:
-    """Digest of the records that will be asked and of how they are asked."""
+    """Return the digest of the tasks' configurations and of the records that will be scored."""
     hasher = xxhash.xxh3_128()
     for name in sorted(tasks):
         task = tasks[name]
@@ -173,46 +210,51 @@ def _fingerprint(tasks: dict[str, Any], limit: int | None) -> str:
     return f"xxh3_128:{hasher.hexdigest()}"
 
 
-def _entries(output: dict[str, Any], task: str, shared: Record) -> list[Record]:
-    """lm-eval's numbers of one task or group, as entries of results.json."""
+class _Score(NamedTuple):
+    """One of lm-eval's numbers for a task or group."""
+
+    metric: str
+    mean: Mean
+    primary: bool
+
+
+def _scores(output: dict[str, Any], task: str) -> list[_Score]:
+    """Return lm-eval's numbers of one task or group; the first one counts as primary."""
     found = output["results"][task]
     sizes = output["n-samples"]
     parts = [task] if task in sizes else [part for part in output["group_subtasks"].get(task, []) if part in sizes]
     n = sum(sizes[part]["effective"] for part in parts)
-    entries = []
+    scores: list[_Score] = []
     for key, value in found.items():
         metric, comma, name = key.partition(",")
         if not comma or metric.endswith("_stderr") or not isinstance(value, (int, float)):
             continue
         error = found.get(f"{metric}_stderr,{name}")
-        entries.append(
-            {
-                "task": f"lm_eval/{task}",
-                "metric": _metric(metric, name),
-                "primary": not entries,
-                "value": float(value),
-                "standard_error": float(error) if isinstance(error, (int, float)) else None,
-                "n": n,
-                **shared,
-            }
-        )
-    return entries
+        mean = Mean(float(value), float(error) if isinstance(error, (int, float)) else None, n)
+        scores.append(_Score(_metric(metric, name), mean, primary=not scores))
+    return scores
 
 
 def _metric(metric: str, name: str) -> str:
     return metric if name == "none" else f"{metric},{name}"
 
 
-def _sample_lines(samples: dict[str, list[dict[str, Any]]], of: str) -> bytes:
-    """One record a line, the scores of all filters in it."""
-    records: dict[str, Record] = {}
-    for task, of_task in samples.items():
-        for sample in of_task:
+def _samples(output: dict[str, list[dict[str, Any]]], of: str) -> list[Sample]:
+    """Return one sample a record, with the scores of all filters.
+
+    Args:
+        output: lm-eval's samples of each task; a record occurs once for each filter.
+        of: Digest of the evaluation's identity.
+    """
+    scores: dict[str, dict[str, float]] = {}
+    predictions: dict[str, JsonValue] = {}
+    for task, samples in output.items():
+        for sample in samples:
             name = f"{task}/{sample['doc_id']}"
-            new = {"id": name, "prediction": sample["filtered_resps"], "scores": {}}
-            record = records.setdefault(name, new)
+            # Through JSON, because responses hold tuples and may hold objects of lm-eval.
+            predictions.setdefault(name, json.loads(json.dumps(sample["filtered_resps"], default=str)))
+            of_record = scores.setdefault(name, {})
             for metric in sample["metrics"]:
                 if isinstance(sample[metric], (int, float)):
-                    record["scores"][_metric(metric, sample["filter"])] = float(sample[metric])
-            record["of"] = of
-    return "".join(json.dumps(record, ensure_ascii=False, default=str) + "\n" for record in records.values()).encode()
+                    of_record[_metric(metric, sample["filter"])] = float(sample[metric])
+    return [Sample(id=name, prediction=predictions[name], scores=scores[name], of=of) for name in scores]

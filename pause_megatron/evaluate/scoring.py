@@ -1,7 +1,7 @@
-"""From examples to per-record outcomes: what the model answers behind prompt and pauses, and what that is worth.
+"""Scoring of examples: answers and log-likelihoods after prompt and pauses, and the metrics of each record.
 
-Generation tasks are decoded greedily; choice tasks are scored by the log-likelihood of every choice. A record's outcome
-is a function of the record, the model and the settings: batches only save time.
+Generation tasks are decoded greedily; choice tasks are scored by the log-likelihood of every choice. The outcome of a
+record depends on the record, the model and the settings, and not on its batch.
 """
 
 from __future__ import annotations
@@ -9,26 +9,26 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import TypedDict
 
 from pause_megatron.errors import DataError
-from pause_megatron.evaluate.journal import Record
-from pause_megatron.evaluate.results import Settings
-from pause_megatron.inference import Limits, PauseGenerator, Prompting
+from pause_megatron.evaluate.identity import Settings
+from pause_megatron.evaluate.stored import BatchCost, Sample, TokenCounts
+from pause_megatron.inference import Cost, Limits, PauseGenerator, Prompting
 from pause_megatron.inference.loading import DTYPES
 from pause_megatron.tasks import METRICS, Example, Task, answer_in
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """An example as token ids that fit the model.
+    """A tokenized example that fits the model.
 
     Attributes:
-        example: it.
-        prompt: ids, a BOS included, pauses not.
-        choices: ids of each choice; none if the task is only decoded.
-        cut: tokens taken away from the left of the prompt.
+        example: The source example.
+        prompt: Token ids of the prompt, with a BOS and without pauses.
+        choices: Token ids of each choice; empty if the task is only decoded.
+        cut: Tokens cut from the left of the prompt.
     """
 
     example: Example
@@ -37,31 +37,30 @@ class Prepared:
     cut: int
 
 
-@dataclass
-class Cost:
-    """What a batch cost: calls of the model, token positions computed (padding not), seconds."""
+@dataclass(frozen=True)
+class Answer:
+    """A decoded answer.
 
-    forward_passes: int = 0
-    positions: int = 0
-    seconds: float = field(default=0.0, compare=False)
+    Attributes:
+        text: The generated text.
+        tokens: Number of generated tokens.
+    """
 
-    def add(self, cost: Any) -> None:
-        """Add the cost of a call of the generator."""
-        self.forward_passes += cost.forward_passes
-        self.positions += cost.positions
+    text: str
+    tokens: int
 
 
 class Scorer:
-    """Asks one task's examples of one model under one setting.
+    """Scores examples of one task with one model under one setting.
 
     Args:
-        generator: the model.
-        task: what is asked, how it is decoded and measured.
-        settings: pauses and the like.
-        batch_size: rows of a forward pass at most.
+        generator: The model.
+        task: The task; it gives decoding and metrics.
+        settings: Pauses and dtype.
+        batch_size: Largest number of rows of a forward pass.
 
     Raises:
-        ConfigError: the settings do not fit the model, or leave no room for a prompt.
+        ConfigError: The settings do not fit the model, or leave no room for a prompt.
     """
 
     def __init__(self, generator: PauseGenerator, task: Task, settings: Settings, batch_size: int) -> None:
@@ -74,12 +73,12 @@ class Scorer:
         check_settings(generator, settings)
 
     def prepare(self, examples: Sequence[Example]) -> list[Prepared]:
-        """Encode the examples. The longest come first, so that the rows of a batch need little padding.
+        """Tokenize the examples and sort them, longest prompt first, so that batches need little padding.
 
-        The order depends on nothing but examples, model and settings.
+        The order depends on examples, model and settings only.
 
         Raises:
-            DataError: an example that cannot be asked, or an id that occurs twice.
+            DataError: An example does not fit the model, or an id occurs twice.
         """
         seen: dict[str, int] = {}
         for index, example in enumerate(examples):
@@ -88,22 +87,29 @@ class Scorer:
         return sorted((self._fit(example) for example in examples), key=lambda item: -len(item.prompt))
 
     def batches(self, prepared: Sequence[Prepared]) -> Iterator[Sequence[Prepared]]:
-        """Prepared examples, as many at a time as fill a forward pass."""
+        """Yield batches of prepared examples, each as large as a forward pass allows."""
         widest = max((len(item.choices) for item in prepared), default=0)
         size = self._batch_size if self._decodes else max(1, self._batch_size // max(widest, 1))
         return (prepared[start : start + size] for start in range(0, len(prepared), size))
 
-    def ask(self, batch: Sequence[Prepared]) -> tuple[list[Record], dict[str, Any]]:
-        """Outcomes of a batch, and its cost."""
-        begun, cost = time.perf_counter(), Cost()
-        answers = self._decode(batch, cost) if self._decodes else [None] * len(batch)
-        likelihoods = self._choose(batch, cost) if self._chooses else [None] * len(batch)
-        records = [self._record(*row) for row in zip(batch, answers, likelihoods, strict=True)]
-        cost.seconds = time.perf_counter() - begun
-        return records, vars(cost)
+    def score(self, batch: Sequence[Prepared]) -> tuple[list[Sample], BatchCost]:
+        """Return the outcomes of a batch, and its cost."""
+        start = time.perf_counter()
+        costs: list[Cost] = []
+        answers: Sequence[Answer | None] = self._decode(batch, costs) if self._decodes else [None] * len(batch)
+        likelihoods: Sequence[list[float] | None] = (
+            self._log_likelihoods(batch, costs) if self._chooses else [None] * len(batch)
+        )
+        samples = [self._sample(*row) for row in zip(batch, answers, likelihoods, strict=True)]
+        return samples, BatchCost(
+            records=len(batch),
+            forward_passes=sum(cost.forward_passes for cost in costs),
+            positions=sum(cost.positions for cost in costs),
+            seconds=time.perf_counter() - start,
+        )
 
     def _fit(self, example: Example) -> Prepared:
-        """Encode an example; where it is too long for the model, cut its prompt from the left, behind a BOS."""
+        """Tokenize an example; a prompt that is too long for the model is cut from the left, after a BOS."""
         encoder = self._generator.encoder
         where = f"{self.task.name}: record {example.id!r}"
         if self._chooses and not all(example.choices):
@@ -119,32 +125,32 @@ class Scorer:
         if not kept and not (self.settings.pauses and not prompt):
             raise DataError(
                 f"{where}: prompt: expected room for at least one token, but {self.settings.pauses} pauses and {new} "
-                f"new tokens leave {room} positions, of {len(prompt)} that it has"
+                f"new tokens leave {room} positions for its {len(prompt)} tokens"
             )
         return Prepared(example, kept, choices, len(prompt) - len(kept))
 
-    def _decode(self, batch: Sequence[Prepared], cost: Cost) -> list[tuple[str, int]]:
-        """Text and number of new tokens of each answer."""
+    def _decode(self, batch: Sequence[Prepared], costs: list[Cost]) -> list[Answer]:
+        """Return the answer of each record, and append the cost."""
         generation = self._generator.generate(
             [item.prompt for item in batch],
             max_new_tokens=self.task.decoding.max_new_tokens,
             limits=Limits(stop=self.task.decoding.stop),
             **_options(self.settings),
         )
-        cost.add(generation.cost)
-        return [(completion.text, len(completion.ids)) for completion in generation.completions]
+        costs.append(generation.cost)
+        return [Answer(completion.text, len(completion.ids)) for completion in generation.completions]
 
-    def _choose(self, batch: Sequence[Prepared], cost: Cost) -> list[list[float]]:
-        """Log-likelihood of every choice of each record, in nats."""
+    def _log_likelihoods(self, batch: Sequence[Prepared], costs: list[Cost]) -> list[list[float]]:
+        """Return the log-likelihood of every choice of each record in nats, and append the costs."""
         rows = [(item.prompt, choice) for item in batch for choice in item.choices]
         sums: list[float] = []
         for start in range(0, len(rows), self._batch_size):
             prompts, choices = zip(*rows[start : start + self._batch_size], strict=True)
-            scores, spent = self._generator.score(prompts, choices, **_options(self.settings))
+            scores, cost = self._generator.score(prompts, choices, **_options(self.settings))
             sums += [score.log_likelihood for score in scores]
-            cost.add(spent)
-        found = iter(sums)
-        likelihoods = [[next(found) for _ in item.choices] for item in batch]
+            costs.append(cost)
+        remaining = iter(sums)
+        likelihoods = [[next(remaining) for _ in item.choices] for item in batch]
         for item, values in zip(batch, likelihoods, strict=True):
             if not all(map(math.isfinite, values)):
                 raise DataError(
@@ -153,24 +159,27 @@ class Scorer:
                 )
         return likelihoods
 
-    def _record(self, item: Prepared, answer: tuple[str, int] | None, likelihoods: list[float] | None) -> Record:
-        """What stands in the samples file."""
+    def _sample(self, item: Prepared, answer: Answer | None, likelihoods: list[float] | None) -> Sample:
+        """Return the line of the samples file."""
         example = item.example
-        record: Record = {"id": example.id}
-        if answer is not None:
-            record["prediction"] = answer_in(answer[0], self.task.decoding.stop)
-        if likelihoods is not None:
-            record["log_likelihoods"] = likelihoods
-        of_text = (record.get("prediction"), example.references)
-        of_choices = (likelihoods, example.choices, example.gold)
-        record["scores"] = {
-            name: METRICS[name].per_record(*(of_text if METRICS[name].reads == "text" else of_choices))
-            for name in self.task.metrics
-        }
-        new = sum(map(len, item.choices)) + (0 if answer is None else answer[1])
-        record["tokens"] = {"prompt": len(item.prompt), "pauses": self.settings.pauses, "new": new}
-        record["cut"] = item.cut
-        return record
+        prediction = None if answer is None else answer_in(answer.text, self.task.decoding.stop)
+        text_arguments = (prediction, example.references)
+        choice_arguments = (likelihoods, example.choices, example.gold)
+        outcome = {"prediction": prediction, "log_likelihoods": likelihoods}
+        return Sample(
+            id=example.id,
+            **{name: value for name, value in outcome.items() if value is not None},
+            scores={
+                name: METRICS[name].per_record(*(text_arguments if METRICS[name].reads == "text" else choice_arguments))
+                for name in self.task.metrics
+            },
+            tokens=TokenCounts(
+                prompt=len(item.prompt),
+                pauses=self.settings.pauses,
+                new=sum(map(len, item.choices)) + (0 if answer is None else answer.tokens),
+            ),
+            cut=item.cut,
+        )
 
 
 def own_settings(
@@ -182,10 +191,15 @@ def own_settings(
     prefix_attention: str | None = None,
     seed: int = 0,
 ) -> Settings:
-    """Settings in which what is None is the model's own: what it was finetuned with, as its config.json says.
+    """Return settings in which the model's own value (`pause` in its config.json) replaces each None.
 
     Args:
-        filler: "" asks for pauses, whatever the model's own filler.
+        generator: The model.
+        pauses: Number of pauses, M.
+        location: "append" or "prepend".
+        filler: Text of the token that replaces `<pause>`; "" asks for pauses even if the model has a filler.
+        prefix_attention: "causal" or "bidirectional".
+        seed: Label of the results.
     """
     prompting = generator.pause.override(location=location, filler=filler, prefix_attention=prefix_attention)
     dtypes = {dtype: name for name, dtype in DTYPES.items()}
@@ -199,34 +213,41 @@ def own_settings(
     )
 
 
-def _options(settings: Settings) -> dict[str, Any]:
-    """Settings as the generator takes them."""
+class _Options(TypedDict):
+    """The generator's keyword arguments for the pauses."""
+
+    pauses: int
+    prompting: Prompting
+
+
+def _options(settings: Settings) -> _Options:
+    """Return the settings as keyword arguments of the generator."""
     prompting = Prompting(settings.location, settings.filler, settings.prefix_attention)
     return {"pauses": settings.pauses, "prompting": prompting}
 
 
 def check_settings(generator: PauseGenerator, settings: Settings) -> None:
-    """Check what can be checked without an example, by one token behind a short prompt.
+    """Check settings against the model by decoding one token after a short prompt.
 
     Raises:
-        ConfigError: pauses for a model that has none, a filler of several tokens, more pauses than positions.
+        ConfigError: The model has no pause token, the filler is several tokens, or the pauses exceed the positions.
     """
     generator.generate(["a"], max_new_tokens=1, **_options(settings))
 
 
 def room_for_prompt(generator: PauseGenerator, pauses: int, new: int) -> int:
-    """Positions that pauses and new tokens leave for a prompt; a very large number where the model names no limit."""
+    """Return the positions that pauses and new tokens leave for a prompt; very large for a model without a limit."""
     available = getattr(generator.model.config, "max_position_embeddings", None)
     return 1 << 40 if available is None else available - pauses - new
 
 
 def cut_left(ids: list[int], leading: list[int], room: int) -> list[int]:
-    """The right end of a prompt's ids, behind what the tokenizer puts before every text (a BOS).
+    """Return the right end of a prompt's ids, after the tokens that the tokenizer puts before every text (a BOS).
 
     Args:
-        ids: [tokens].
-        leading: what the tokenizer puts before a text; kept where the prompt has it and there is room for text too.
-        room: positions, which may be negative.
+        ids: Token ids of the prompt, [tokens].
+        leading: Token ids that the tokenizer puts before a text. They are kept if there is room for text too.
+        room: Available positions; may be negative.
     """
     if len(ids) <= room:
         return ids

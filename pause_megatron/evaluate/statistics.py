@@ -1,7 +1,7 @@
-"""What a set of per-record scores says, and how sure one may be of it.
+"""Means, standard errors and the paired bootstrap of per-record scores.
 
-A score is a number for each record: 0 or 1 (exact match, accuracy) or a fraction (F1). Two models that answered the
-same records are compared record by record: what is hard for both cancels out, which no comparison of two means sees.
+A score is 0 or 1 (exact match, accuracy) or a fraction (F1). Two models with answers to the same records are compared
+record by record: the difficulty of a record, which both share, then cancels.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _BLOCK = 1 << 22
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean and how far it may be off.
+    """A mean and its standard error.
 
     Attributes:
-        value: the mean.
-        standard_error: sample standard deviation (n - 1) / sqrt(n). For scores of 0 and 1 that is the binomial one,
-            sqrt(p (1 - p) / (n - 1)). None for a single score, which says nothing of its spread.
-        n: scores.
+        value: The mean.
+        standard_error: Sample standard deviation (n - 1) / sqrt(n). For scores of 0 and 1 it is the binomial one,
+            sqrt(p (1 - p) / (n - 1)). None for a single score.
+        n: Number of scores.
     """
 
     value: float
@@ -35,15 +35,16 @@ class Mean:
 
 @dataclass(frozen=True)
 class Difference:
-    """How much better a is than b on the same records.
+    """The difference of two means over the same records, with its interval.
 
     Attributes:
-        value: mean of a - b.
-        low, high: ends of the percentile interval.
-        confidence: of the interval, 0..1.
-        n: records.
-        resamples: that the interval was read from.
-        seed: of the resampling.
+        value: Mean of a - b.
+        low: Lower end of the percentile interval.
+        high: Upper end of the percentile interval.
+        confidence: Confidence level, 0..1.
+        n: Number of records.
+        resamples: Number of resamples.
+        seed: Seed of the resampling.
     """
 
     value: float
@@ -56,10 +57,10 @@ class Difference:
 
 
 def mean(scores: Sequence[float]) -> Mean:
-    """Mean and standard error of per-record scores. Seeds are aggregated with it too: one score for each seed.
+    """Return mean and standard error of scores, one for each record or one for each seed.
 
     Raises:
-        DataError: no scores.
+        DataError: There are no scores.
     """
     if not len(scores):
         raise DataError("mean: expected at least one score, got none")
@@ -76,20 +77,21 @@ def paired_bootstrap(
     resamples: int = 10_000,
     confidence: float = 0.95,
 ) -> Difference:
-    """Difference of two means over the same records, with a bootstrap interval: records are drawn, not scores.
+    """Return the difference of two means over the same records, with a bootstrap interval over records.
 
-    The percentile interval of Efron & Tibshirani, "An Introduction to the Bootstrap", chapter 13. Differences of a few
-    distinct values (0/1 scores: -1, 0, 1) are resampled as counts, which is the same distribution and needs no table of
-    records x resamples.
+    The percentile interval of Efron & Tibshirani, "An Introduction to the Bootstrap", chapter 13. Differences with few
+    distinct values (0/1 scores: -1, 0, 1) are resampled as counts. The distribution is the same, and no table of
+    records x resamples is needed.
 
     Args:
-        a, b: score of each record, by the record's id.
-        seed: of the resampling; the same seed gives the same interval.
-        resamples: how many; 10,000 settle the ends of a 95 % interval to about 2 % of its width.
-        confidence: between 0 and 1.
+        a: Score of each record by record id.
+        b: Scores of the other model on the same records.
+        seed: Seed of the resampling; the same seed gives the same interval.
+        resamples: Number of resamples; 10,000 fix the ends of a 95 % interval to about 2 % of its width.
+        confidence: Confidence level, between 0 and 1.
 
     Raises:
-        DataError: the ids differ, or there are none; a value out of its range.
+        DataError: The ids differ, there are no records, or an argument is out of range.
     """
     if resamples < 1 or not 0 < confidence < 1:
         raise DataError(
@@ -98,12 +100,12 @@ def paired_bootstrap(
     if a.keys() != b.keys():
         only = [sorted(set(one) - set(other)) for one, other in ((a, b), (b, a))]
         raise DataError(
-            f"paired bootstrap: expected scores of the same records; {len(only[0])} ids stand only on the left side "
-            f"(such as {only[0][:2]}), {len(only[1])} only on the right (such as {only[1][:2]})"
+            f"paired bootstrap: expected scores of the same records, got {len(only[0])} ids only on the left "
+            f"(such as {only[0][:2]}) and {len(only[1])} only on the right (such as {only[1][:2]})"
         )
     if not a:
         raise DataError("paired bootstrap: expected at least one record, got none")
-    ids = sorted(a)  # the interval does not depend on the order in which records come
+    ids = sorted(a)  # the interval does not depend on the order of records
     differences = np.array([a[record] - b[record] for record in ids], dtype=np.float64)
     means = _resampled_means(differences, np.random.default_rng(seed), resamples)
     tail = (1 - confidence) / 2
@@ -112,7 +114,7 @@ def paired_bootstrap(
 
 
 def _resampled_means(differences: np.ndarray, rng: np.random.Generator, resamples: int) -> np.ndarray:
-    """Means of samples with replacement, fp64 [resamples]."""
+    """Return the means of samples with replacement, fp64 [resamples]."""
     values, counts = np.unique(differences, return_counts=True)
     n = differences.size
     if values.size <= 64:

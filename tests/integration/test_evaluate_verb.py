@@ -73,18 +73,16 @@ def test_tasks_and_numbers_of_pauses_in_one_call(evaluate, tmp_path, monkeypatch
     assert out.splitlines()[0].split() == ["task", "metric", "M", "value", "+-", "s.e.", "n"]
     assert "prompts cut from the left to fit the model: squad M=0: 5, squad M=2: 5" in out
     entries = read_results(tmp_path / "results")
-    assert {(entry["task"], entry["pauses"]) for entry in entries if entry["primary"]} == {
+    assert {(entry.task, entry.pauses) for entry in entries if entry.primary} == {
         (task, count) for task in ("squad", "piqa", "lambada") for count in (0, 2)
     }
-    assert {entry["n"] for entry in entries} == {5} and len({entry["model"] for entry in entries}) == 1
-    assert len({(entry["task"], entry["data"]) for entry in entries}) == 3
+    assert {entry.n for entry in entries} == {5} and len({entry.model for entry in entries}) == 1
+    assert len({(entry.task, entry.data) for entry in entries}) == 3
     for entry in entries:
-        samples = read_samples(
-            tmp_path / "results" / "samples" / f"{entry['task']}-m{entry['pauses']}-append-seed0.jsonl"
-        )
-        scores = [record["scores"][entry["metric"]] for record in samples.values()]
-        assert entry["value"] == pytest.approx(sum(scores) / 5)
-        assert entry["tokens"]["pauses"] == 5 * entry["pauses"] and entry["forward_passes"] > 0
+        samples = read_samples(tmp_path / "results" / "samples" / f"{entry.task}-m{entry.pauses}-append-seed0.jsonl")
+        scores = [sample.scores[entry.metric] for sample in samples.values()]
+        assert entry.value == pytest.approx(sum(scores) / 5)
+        assert entry.tokens.pauses == 5 * entry.pauses and entry.forward_passes > 0
     code, out, err = evaluate("--tasks", "piqa", "--limit", "5", "--filler", ".", "--location", "prepend")
     assert code == 0 and "pauses: 3 (the model was finetuned with them)" in err
     assert len(read_results(tmp_path / "results")) == len(entries) + len(load_task("piqa").metrics)
@@ -123,7 +121,8 @@ def test_a_killed_evaluation_goes_on(evaluate, folder, task_records, tmp_path, c
 
 
 def timeless(found):
-    """Without what a clock measured."""
+    """As JSON, without measured times."""
+    found = found.as_json() if hasattr(found, "as_json") else found
     if isinstance(found, dict):
         return {key: timeless(value) for key, value in found.items() if key != "seconds"}
     return [timeless(item) for item in found] if isinstance(found, list) else found
@@ -133,7 +132,7 @@ def timeless(found):
     ("options", "message"),
     [
         (["--tasks", "gsm9k"], "got 'gsm9k'. Did you mean 'gsm8k'?"),
-        (["--tasks", "lm_eval/piqaa"], "lm-eval has no task 'piqaa'"),
+        (["--tasks", "lm_eval/piqaa"], "expected a task of lm-eval or --include-path, got 'piqaa'"),
         (["--tasks", "piqa", "--pauses", "2,some"], "--pauses: expected numbers, 0 or more, with commas between them"),
         (["--tasks", "piqa", "--pauses", "-1"], "--pauses: expected numbers, 0 or more"),
         (["--tasks", "piqa", "--pauses", "300"], "max_position_embeddings"),
@@ -142,7 +141,7 @@ def timeless(found):
         (["--tasks", "piqa", "--seed", "x"], "--seed: expected a number, 0 or more, got 'x'"),
         (
             ["--tasks", "piqa", "--task-path", "nowhere"],
-            "--task-path nowhere: expected the folder piqa with the records of piqa there",
+            "--task-path nowhere: expected the folder piqa with the records of piqa, got none",
         ),
         (["--tasks", "piqa", "--model", "nowhere"], "model 'nowhere': expected a folder as export-hf writes it"),
         (["--tasks", "lm_eval/piqa", "--prefix-attention", "bidirectional"], "expected --prefix-attention causal"),
@@ -312,14 +311,12 @@ def test_one_answer_four_ways(trained, task_records, tmp_path, monkeypatch, caps
             output = model.generate(inputs, attention_mask=mask, max_new_tokens=NEW_TOKENS, do_sample=False)
             assert output[0, inputs.shape[1] :].tolist() == ids
             text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-            assert ours[str(index + 1)]["prediction"] == text
-            assert decoded[f"reading_decode/{index}"]["prediction"][0].strip() == text
+            assert ours[str(index + 1)].prediction == text
+            assert decoded[f"reading_decode/{index}"].prediction[0].strip() == text
             likelihoods = [by_transformers(model, rows[at], option) for option in wanted[at]]
             assert likelihoods == pytest.approx(sums, abs=1e-4)
-            assert ours[str(index + 1)]["log_likelihoods"] == pytest.approx(sums, abs=1e-4)
-            assert [value for value, _ in chosen[f"reading_choice/{index}"]["prediction"]] == pytest.approx(
-                sums, abs=1e-4
-            )
+            assert ours[str(index + 1)].log_likelihoods == pytest.approx(sums, abs=1e-4)
+            assert [value for value, _ in chosen[f"reading_choice/{index}"].prediction] == pytest.approx(sums, abs=1e-4)
             said.add((text, *sums))
     assert len(said) == RECORDS * len(COUNTS)  # every number of pauses was heard
     assert not list((results / "lm_eval").iterdir())

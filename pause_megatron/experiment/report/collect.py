@@ -9,7 +9,7 @@ from typing import Any
 
 from pause_megatron.errors import DataError
 from pause_megatron.evaluate.journal import read_samples
-from pause_megatron.evaluate.results import Settings, read_results
+from pause_megatron.evaluate.results import read_results
 from pause_megatron.experiment.cell import PRODUCT, read_json
 from pause_megatron.experiment.execute import is_done
 from pause_megatron.experiment.folder import read_plan
@@ -119,24 +119,23 @@ def _facts(folder: Path) -> CellFacts:
 def _scores(folder: Path, point: Mapping[str, Any]) -> Iterator[Score]:
     """One score for every number of pauses of an evaluation."""
     results = folder / PRODUCT["evaluate"]
-    entries = [entry for entry in read_results(results) if entry.get("primary", True)]
+    entries = [entry for entry in read_results(results) if entry.primary]
     if not entries:
         raise DataError(f"{results / 'results.json'}: expected an entry of a primary metric, got none")
     for entry in entries:
-        settings = Settings(**{name: entry[name] for name in Settings.__dataclass_fields__})
-        samples = results / "samples" / f"{settings.name(entry['task'])}.jsonl"
-        records = read_samples(samples) if samples.exists() else {}
+        path = results / "samples" / f"{entry.settings.name(entry.task)}.jsonl"
+        samples = read_samples(path) if path.exists() else {}
         yield Score(
             variant=point["variant"],
             task=point["task"],
             m_ft=point["m_ft"],
-            m_inf=entry["pauses"],
+            m_inf=entry.pauses,
             seed=point["seed"],
-            own=entry["pauses"] in point["m_inf"],
-            metric=entry["metric"],
-            value=entry["value"],
-            standard_error=entry["standard_error"],
-            n=entry["n"],
-            records={key: record["scores"][entry["metric"]] for key, record in records.items()},
+            own=entry.pauses in point["m_inf"],
+            metric=entry.metric,
+            value=entry.value,
+            standard_error=entry.standard_error,
+            n=entry.n,
+            records={name: sample.scores[entry.metric] for name, sample in samples.items()},
             cell=folder.name,
         )

@@ -5,28 +5,30 @@ from __future__ import annotations
 import pytest
 
 from pause_megatron.errors import DataError
-from pause_megatron.evaluate import read_samples
+from pause_megatron.evaluate import Sample, read_samples
 from pause_megatron.evaluate.journal import Journal
+from pause_megatron.evaluate.stored import BatchCost
 
 IDENTITY = {"task": "t", "model": "m", "settings": {"pauses": 2}}
 ORDER = [str(number) for number in range(6)]
 COST = {"forward_passes": 1, "positions": 9, "seconds": 0.5}
 
 
-def record(name: str) -> dict:
-    return {
+def record(name: str) -> Sample:
+    fields = {
         "id": name,
         "prediction": f"ä{name}",
         "scores": {"exact_match": 1.0},
         "tokens": {"prompt": 3, "pauses": 2, "new": 1},
         "cut": 0,
     }
+    return Sample.model_validate(fields)
 
 
 def fill(path, batches) -> None:
     with Journal(path, IDENTITY, ORDER) as journal:
         for batch in batches:
-            journal.append([record(name) for name in batch], COST)
+            journal.append([record(name) for name in batch], BatchCost(records=len(batch), **COST))
 
 
 @pytest.fixture
@@ -42,18 +44,18 @@ def test_a_file_cut_anywhere_goes_on_and_ends_the_same(path):
     for length in sorted({*range(0, len(whole), 11), *ends, *(end - 1 for end in ends[1:])}):
         path.write_bytes(whole[:length])
         with Journal(path, IDENTITY, ORDER) as journal:
-            done = len(journal.records)
+            done = len(journal.samples)
             assert done == 2 * sum(ends[2 * batch] <= length for batch in (1, 2, 3))
             for start in range(done, 6, 2):
-                journal.append([record(name) for name in ORDER[start : start + 2]], COST)
+                journal.append([record(name) for name in ORDER[start : start + 2]], BatchCost(records=2, **COST))
         assert path.read_bytes() == whole
 
 
 def test_records_read_back_are_those_written(path):
     fill(path, [ORDER[:4], ORDER[4:]])
     assert list(read_samples(path)) == ORDER
-    assert read_samples(path)["3"]["batch"] == {"records": 4, **COST}
-    assert read_samples(path)["0"]["prediction"] == "ä0"
+    assert read_samples(path)["3"].batch == BatchCost(records=4, **COST)
+    assert read_samples(path)["0"].prediction == "ä0"
 
 
 @pytest.mark.parametrize(
@@ -64,7 +66,10 @@ def test_records_read_back_are_those_written(path):
         (lambda lines: [*lines, lines[0]], r"t.jsonl: line 7: id: expected 'no further record', got '0'"),
         (lambda lines: ["[1]", *lines], r"t.jsonl: line 1: damaged: expected a JSON object"),
         (lambda lines: [lines[0].replace('"of": "', '"of": "f'), *lines[1:]], r"line 1: of: expected .* got 'f"),
-        (lambda lines: [lines[0].replace("scores", "score"), *lines[1:]], r"line 1: scores: expected an object"),
+        (
+            lambda lines: [lines[0].replace("scores", "score"), *lines[1:]],
+            r"line 1: scores: expected a value, got none",
+        ),
     ],
 )
 def test_damage_is_named_and_refused(path, change, message):
@@ -82,7 +87,7 @@ def test_damage_is_named_and_refused(path, change, message):
         ({**IDENTITY, "model": "x"}, r"t.json: model: expected 'x' \(this run\), got 'm'"),
         ({**IDENTITY, "settings": {"pauses": 3}}, r"t.json: settings.pauses: expected 3 \(this run\), got 2"),
         ({**IDENTITY, "more": 1}, r"t.json: more: expected 1 \(this run\), got None"),
-        ({"task": "t", "model": "m"}, r"t.json: settings: expected None \(this run\), came"),
+        ({"task": "t", "model": "m"}, r"t.json: settings: expected None \(this run\), got"),
     ],
 )
 def test_outcomes_of_something_else_are_never_mixed(path, other, message):

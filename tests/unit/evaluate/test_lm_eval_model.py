@@ -91,7 +91,7 @@ def test_what_does_not_fit_is_cut_from_the_text(generator, location):
     ids, mask = model.tok_batch_encode([request.args[0], model._paused(asked("", [("a", NEW)]))[0].args[0]], "left", 40)
     assert ids.shape == mask.shape == (2, 40) and mask[0].all() and int((ids[0] == pause).sum()) == 10
     assert int(mask[1].sum()) == 11 + len(generator.encoder.leading) and mask[1, -1]
-    with pytest.raises(ConfigError, match="expected room for text beside 10 pauses"):
+    with pytest.raises(ConfigError, match="expected room for text beside 10 pauses, got 10 positions"):
         model.tok_batch_encode([request.args[0]], "left", 10)
 
 
@@ -137,7 +137,7 @@ def test_text_that_spells_a_pause_is_refused(generator):
         ("generate_until", ("<pause>", NEW)),
         ("loglikelihood_rolling", ("a <pause> b",)),
     ):
-        with pytest.raises(DataError, match="a request spells <pause>"):
+        with pytest.raises(DataError, match="a request: expected text without <pause>"):
             getattr(model, kind)(asked(kind, [pair]))
 
 
@@ -147,7 +147,7 @@ def test_settings_that_cannot_be_are_refused(generator, without_pause):
     with pytest.raises(ConfigError, match="filler: expected the text of one token"):
         PauseLM(without_pause, pauses=1, filler="two words")
     prefix = replace(generator.pause, prompting=Prompting(prefix_attention="bidirectional"))
-    with pytest.raises(ConfigError, match="this one has a bidirectional prefix"):
+    with pytest.raises(ConfigError, match="got one that has a bidirectional prefix"):
         PauseLM(PauseGenerator(generator.model, generator.encoder.tokenizer, prefix), pauses=1)
 
 
@@ -178,6 +178,6 @@ def test_lm_evals_store_of_answers_survives_and_knows_its_pauses(without_pause, 
     assert CachingLM(second, store).loglikelihood(requests) == [pytest.approx(pair) for pair in expected]
     assert second.calls == batches.calls - 3
     with pytest.raises(
-        DataError, match=r"use_cache: expected answers with 3 x append '\.\.\.', got a store of answers"
+        DataError, match=r"use_cache: expected answers with 3 x append '\.\.\.', got a cache of answers"
     ):
         CachingLM(PauseLM(without_pause, **{**options, "pauses": 3}), store)

@@ -5,27 +5,38 @@ from __future__ import annotations
 import pytest
 
 from pause_megatron.errors import DataError
-from pause_megatron.evaluate import Identity, ResultsFolder, Settings, opened, read_results
+from pause_megatron.evaluate import (
+    Identity,
+    OwnDecoding,
+    ResultEntry,
+    ResultsFolder,
+    Sample,
+    Settings,
+    opened,
+    read_results,
+)
+from pause_megatron.evaluate.stored import BatchCost
 
 ORDER = [str(number) for number in range(6)]
-COST = {"forward_passes": 1, "positions": 9, "seconds": 0.5}
+COST = BatchCost(records=6, forward_passes=1, positions=9, seconds=0.5)
+DECODING = OwnDecoding(max_new_tokens=4, stop=(), metrics=("exact_match", "f1"))
 
 
 def identity(**changes) -> Identity:
-    values = {"task": "t", "model": "m", "data": "d", "settings": Settings(pauses=2), "decoding": {}}
+    values = {"task": "t", "model": "m", "data": "d", "settings": Settings(pauses=2), "decoding": DECODING}
     return Identity(**{**values, **changes})
 
 
-def record(name: str) -> dict:
+def record(name: str) -> Sample:
     scores, tokens = {"exact_match": 1.0, "f1": 0.5}, {"prompt": 3, "pauses": 2, "new": 1}
-    return {"id": name, "scores": scores, "tokens": tokens, "cut": 0}
+    return Sample.model_validate({"id": name, "scores": scores, "tokens": tokens, "cut": 0})
 
 
-def finish(folder: ResultsFolder, of: Identity) -> list[dict]:
+def finish(folder: ResultsFolder, of: Identity) -> list[ResultEntry]:
     with folder.journal(of, ORDER) as journal:
-        if len(journal.records) < len(ORDER):
+        if len(journal.samples) < len(ORDER):
             journal.append([record(name) for name in ORDER], COST)
-        entries = folder.summarise(of, journal.records, "f1")
+        entries = folder.summarise(of, journal.samples, "f1")
     folder.add(entries)
     return entries
 
@@ -37,13 +48,13 @@ def test_results_hold_every_task_metric_and_setting_once(tmp_path):
     again = ResultsFolder(tmp_path, "m", "out")
     finish(again, identity())
     entries = read_results(tmp_path)
-    assert [(entry["metric"], entry["pauses"]) for entry in entries] == [
+    assert [(entry.metric, entry.pauses) for entry in entries] == [
         ("exact_match", 2),
         ("exact_match", 5),
         ("f1", 2),
         ("f1", 5),
     ]
-    assert entries[2] == {
+    assert entries[2].as_json() == {
         **{"task": "t", "metric": "f1", "primary": True, "value": 0.5, "standard_error": 0.0, "n": 6},
         **{"pauses": 2, "location": "append", "filler": None, "prefix_attention": "causal", "seed": 0, "dtype": "fp32"},
         **{"model": "m", "model_path": "out", "data": "d", "harness": "pause-megatron", "cut": 0, "seconds": 0.5},
@@ -69,8 +80,10 @@ def test_another_model_or_other_data_is_refused_even_where_samples_are_gone(tmp_
     [
         ("{", "damaged"),
         ('{"version": 2, "results": []}', "version: expected 1, got 2"),
-        ('{"version": 1}', r"results\[0\]: expected an object"),
-        ('{"version": 1, "results": [{"task": "t"}]}', r"results\[0\]: expected an object with"),
+        ('{"version": 1}', r"results: expected a list, got None"),
+        ('{"version": 1, "results": [1]}', r"results\[0\]: expected"),
+        ('{"version": 1, "results": [{"task": 1}]}', r"results\[0\]: task: expected a text, got 1"),
+        ('{"version": 1, "results": [{"task": "t"}]}', r"results\[0\]: metric: expected a value, got none"),
     ],
 )
 def test_damaged_results_are_named(tmp_path, content, message):

@@ -92,7 +92,7 @@ def test_the_two_ways_of_resampling_have_one_distribution():
 @pytest.mark.parametrize(
     ("a", "b", "options", "message"),
     [
-        ({"1": 1.0, "2": 0.0}, {"1": 1.0, "3": 0.0}, {}, r"1 ids stand only on the left side \(such as \['2'\]\)"),
+        ({"1": 1.0, "2": 0.0}, {"1": 1.0, "3": 0.0}, {}, r"got 1 ids only on the left \(such as \['2'\]\)"),
         ({}, {}, {}, "at least one record"),
         ({"1": 1.0}, {"1": 1.0}, {"resamples": 0}, "1 resample or more"),
         ({"1": 1.0}, {"1": 1.0}, {"confidence": 95}, "0 < confidence < 1"),
