@@ -15,7 +15,7 @@ from pause_megatron.checkpoint.verify import Report
 from pause_megatron.config.batching import pause_range
 from pause_megatron.errors import CheckpointError
 from pause_megatron.files.durable import sync_file, sync_folder
-from pause_megatron.hf.appearing import appearing, new_folder
+from pause_megatron.hf.atomic_dir import appearing, new_folder
 from pause_megatron.hf.architecture import config_json
 from pause_megatron.hf.checkpoint import NativeCheckpoint, open_checkpoint
 from pause_megatron.hf.model_card import model_card

@@ -23,7 +23,7 @@ from pause_megatron.data.tokenizer.companions import CONFIG, GENERATION, TEMPLAT
 from pause_megatron.data.tokenizer.tokenizer import PAUSE_TOKEN, Tokenizer, load_tokenizer
 from pause_megatron.errors import CheckpointError, DataError
 from pause_megatron.files.durable import sync_folder, write_whole
-from pause_megatron.hf.appearing import appearing, new_folder
+from pause_megatron.hf.atomic_dir import appearing, new_folder
 from pause_megatron.hf.architecture import Architecture, read_architecture
 from pause_megatron.hf.checkpoint import open_checkpoint
 from pause_megatron.hf.folder import SourceFolder, SourceWeights

@@ -137,7 +137,7 @@ def test_without_slurm_a_script_is_written_and_what_was_not_checked_is_said(opti
     unchecked = (
         "the site is not checked (partition, its GPUs, CPUs, memory, nodes and time limit): sinfo: not found on PATH"
     )
-    assert f"pause-megatron launch: {unchecked}, SLURM is not installed here\n" in err
+    assert f"pause-megatron: {unchecked}, SLURM is not installed here\n" in err
 
 
 def test_a_user_says_what_a_job_takes_of_a_node(capsys):
