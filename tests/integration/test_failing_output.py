@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 from support.file_calls import Delay, FileCall, available
 from support.forked_ranks import STEPS, final_state, finish, run_config, start
+from support.log_lines import log_lines
 
 from pause_megatron.checkpoint import Store
 from pause_megatron.config.load import dump
@@ -54,7 +55,7 @@ def test_lines_that_find_no_room_are_counted_and_the_others_are_whole(corpus, tm
     finish(start(run_config(corpus, folder, 1), log, Failing(folder)), log)
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == [step for step in range(1, STEPS + 1) if step not in (6, 7, 8)]
-    said = log.read_text().splitlines()
+    said = log_lines(log.read_text())
     full = f"{folder}/metrics.jsonl: cannot be written: No space left on device; training goes on, and each time "
     assert [line for line in said if line.startswith(full)] == [full + "it is tried again"]
     assert f"{folder}/metrics.jsonl: 3 of {STEPS} lines could not be written (No space left on device)" in said
@@ -92,13 +93,13 @@ def test_a_run_all_of_whose_output_fails_trains_saves_and_stops_as_any_other(cor
     assert final_state(folder) == final_state(straight)
 
 
-def test_whatever_ends_a_run_after_a_save_does_not_hide_it(tmp_path, capsys):
+def test_whatever_ends_a_run_after_a_save_does_not_hide_it(tmp_path, caplog):
     store = Store(tmp_path / "checkpoints", 0, 1)
     saver = CheckpointSaver(None, None, None, store, SimpleNamespace(rank=0), None, None)
     for saver.newest in (None, 8):
         with pytest.raises(RuntimeError, match="of the loader"), saver.naming_the_newest():
             raise RuntimeError("of the loader")
-    assert capsys.readouterr().err == f"step 8 was saved to {store.path(8)}: the same command goes on from there\n"
+    assert caplog.messages == [f"step 8 was saved to {store.path(8)}: the same command resumes from there"]
 
 
 def ended_on_a_terminal_that_closes(command: list[str], ready: Path, seconds: float) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from support.file_calls import Delay, FileCall, available
 from support.forked_ranks import STEPS, assert_same, finish, metrics, run_config, start
+from support.log_lines import log_lines
 
 from pause_megatron.checkpoint import Store
 from pause_megatron.train.run import EXIT_STOPPED
@@ -45,7 +46,7 @@ def test_a_signal_to_one_rank_stops_all_and_loses_no_step(corpus, straight, tmp_
     done = metrics(tmp_path)[-1]["step"]
     assert 3 <= done < STEPS
     assert Store(tmp_path / "checkpoints").steps()[-1] == done
-    (end,) = [line for line in output.read_text().splitlines() if line.startswith(f"stopped after step {done}")]
+    (end,) = [line for line in log_lines(output.read_text()) if line.startswith(f"stopped after step {done}")]
     assert end.endswith(f"; saved in {Store(tmp_path / 'checkpoints').path(done)}: the same command goes on")
 
     finish(start(run_config(corpus, tmp_path, 1), output), output)
@@ -56,5 +57,5 @@ def test_a_signal_to_one_rank_stops_all_and_loses_no_step(corpus, straight, tmp_
 def test_a_complete_run_says_so(corpus, straight):
     output = straight / "log"
     finish(start(run_config(corpus, straight, 1), output), output)
-    end = output.read_text().splitlines()[-1]
+    end = log_lines(output.read_text())[-1]
     assert end.startswith(f"complete after step {STEPS}") and end.endswith(f"/checkpoints/step-{STEPS:08d}")
