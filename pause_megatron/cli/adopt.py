@@ -1,20 +1,24 @@
-"""pause-megatron adopt: a corpus that Megatron-LM's preprocess_data.py made becomes one of ours."""
+"""The verb `adopt`: check a corpus of Megatron-LM's preprocess_data.py and write its manifest."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import sys
+from typing import TYPE_CHECKING
 
 from pause_megatron.files.paths import path_option, prefix_option
 
 log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from pause_megatron.data.adopt.adopt import Adopted
+    from pause_megatron.data.adopt.tokenizer_check import Agreement
 
 HELP = "check a corpus that Megatron-LM's preprocess_data.py made, and write its manifest"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Define the options."""
+    """Declare the options."""
     parser.epilog = (
         "example:\n"
         "  pause-megatron adopt data/theirs_text_document --tokenizer tok.model\n\n"
@@ -28,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=path_option,
         required=True,
         metavar="PATH",
-        help="that they were made with: SentencePiece .model, tokenizer.json, folder, or hf:NAME",
+        help="tokenizer that encoded the corpus: SentencePiece .model, tokenizer.json, folder, or hf:NAME",
     )
     parser.add_argument(
         "--eod-token", metavar="PIECE", help="piece that ends their documents (default: the tokenizer's eos)"
@@ -37,8 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pause-id",
         type=int,
         metavar="ID",
-        help="reserved id to use for <pause>, which the corpus does not hold (default: the tokenizer's <pause>, else "
-        "the first id after the vocabulary)",
+        help="reserved id to use for <pause>, which must not occur in the corpus (default: the tokenizer's <pause>, "
+        "else the first id after the vocabulary)",
     )
     parser.add_argument(
         "--missing-eod",
@@ -51,10 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--min-agreement",
         type=_fraction,
         metavar="F",
-        help="share of the ids of 200 documents that must come back when their text is encoded again; less is taken "
-        "for another tokenizer's (default: 0.9, or more where much comes back by chance)",
+        help="minimal share of the ids of 200 documents that decoding and encoding must reproduce; less means "
+        "another tokenizer (default: 0.9, or more where much is reproduced by chance)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a manifest that is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing manifest")
     parser.add_argument(
         "--cache",
         type=path_option,
@@ -65,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Adopt the corpus."""
+    """Adopt the corpus and print a summary."""
     from pause_megatron.data.adopt.adopt import adopt
     from pause_megatron.data.corpus.corpus import open_corpus
     from pause_megatron.data.corpus.first_use import record_as_read
@@ -83,42 +87,42 @@ def run(args: argparse.Namespace) -> int:
             report=progress.report,
         )
     if adopted.agreement is None:
-        print(f"corpus {args.prefix} was adopted already: nothing to do")
+        print(f"corpus {args.prefix}: already adopted, nothing to do")
         return 0
     record_as_read(open_corpus(args.prefix), args.cache, warn=log.warning)
-    print(_summary(args.prefix, adopted))
-    if not adopted.agreement.tells:
+    print(_summary(args.prefix, adopted, adopted.agreement))
+    if not adopted.agreement.conclusive:
         log.warning(
-            "this kind of tokenizer gives almost any ids back, so another one's would not have been noticed: see above "
-            "whether the text reads well"
+            "this kind of tokenizer reproduces almost any ids, so those of another one would not be detected: check "
+            "that the text above reads well"
         )
     return 0
 
 
-def _summary(prefix: str, adopted) -> str:
-    manifest, agreement = adopted.manifest, adopted.agreement
-    counts, record, adoption = manifest.counts, manifest.tokenizer, manifest.adoption
+def _summary(prefix: str, adopted: Adopted, agreement: Agreement) -> str:
+    manifest = adopted.manifest
+    counts, record = manifest.counts, manifest.tokenizer
     size = sum(file.bytes for file in manifest.files.values()) / 1e6
-    ended = counts.documents - adoption.without_eod
+    ended = counts.documents - manifest.without_eod
     lines = [
         f"corpus {prefix}: {counts.documents:,} documents, {counts.tokens:,} tokens ({manifest.dtype}); "
         f"{ended:,} end with EOD {record.eod}",
-        f"tokenizer: {record.kind}, {record.vocab_size:,} ids, <pause> reserved as {record.pause_id}, which stands "
-        "nowhere in it",
-        f"agreement: {agreement.share:.1%} of the ids of {agreement.documents:,} documents come back when their text "
-        f"is encoded again ({agreement.by_chance:.1%} by chance, in an arbitrary order)",
+        f"tokenizer: {record.kind}, {record.vocab_size:,} ids, <pause> reserved as {record.pause_id}, which does "
+        "not occur in it",
+        f"agreement: {agreement.share:.1%} of the ids of {agreement.documents:,} documents are reproduced by decoding "
+        f"and encoding ({agreement.by_chance:.1%} by chance, in random order)",
         f"it begins: {agreement.text!r}",
         f"time: {adopted.seconds:,.1f} s ({size / adopted.seconds:,.0f} MB/s)",
     ]
-    if adoption.eod > ended:
+    if manifest.eod_count > ended:
         lines.insert(
             1,
-            f"EOD inside documents: {adoption.eod - ended:,}; each ends a document with data.intra_document_masking",
+            f"EOD inside documents: {manifest.eod_count - ended:,}; each ends a document with data.intra_document_masking",
         )
     if adopted.special:
         shown = [f"{token!r} {count:,} times" for token, count in list(adopted.special.items())[:_SHOWN]]
         more = f", and {len(adopted.special) - _SHOWN:,} others" if len(adopted.special) > _SHOWN else ""
-        lines.insert(-1, f"special tokens in the text: {', '.join(shown)}{more}; does the corpus hold these?")
+        lines.insert(-1, f"special tokens in the text: {', '.join(shown)}{more}; check that they belong there")
     return "\n".join(lines)
 
 

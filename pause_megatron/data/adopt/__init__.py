@@ -1,4 +1,4 @@
-"""Corpora that Megatron-LM's preprocess_data.py wrote: checked, scanned and given a manifest."""
+"""The `adopt` step: checks of a corpus of Megatron-LM's preprocess_data.py, and its manifest."""
 
 from __future__ import annotations
 

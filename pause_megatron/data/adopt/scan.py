@@ -1,4 +1,4 @@
-"""One pass over the ids of a `.bin` that others wrote: digests, and the ids that a corpus of ours must not hold."""
+"""One pass over the ids of a `.bin` of another program: digests, and ids that a corpus must not contain."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from pause_megatron.errors import DataError
 from pause_megatron.files.durable import BlockDigests
 
 SHOWN = 5
-"""Places of a kind that are named."""
+"""Number of locations that a message lists."""
 
 READ_BYTES = 4 << 20
 
 
 @dataclass
-class Sightings:
-    """Where something stands that should not.
+class Occurrences:
+    """Occurrences of ids that a corpus must not contain.
 
     Attributes:
-        count: of it.
-        ids: smallest and largest of those that stand there; None where nothing was seen.
-        places: the first few: document, and offset in it in tokens, both from 0.
+        count: Number of occurrences.
+        ids: Smallest and largest id; None if there is no occurrence.
+        places: The first `SHOWN` locations as (document, offset in tokens), both from 0.
     """
 
     count: int = 0
@@ -37,7 +37,13 @@ class Sightings:
     places: list[tuple[int, int]] = field(default_factory=list)
 
     def add(self, ids: np.ndarray, documents: np.ndarray, offsets: np.ndarray) -> None:
-        """Count what was seen: ids, documents and offsets int64 [n]."""
+        """Count occurrences.
+
+        Args:
+            ids: The ids, int64 [n].
+            documents: Number of the document of each id, int64 [n].
+            offsets: Offset of each id in its document, in tokens, int64 [n].
+        """
         if not ids.size:
             return
         low, high = self.ids or (int(ids[0]), int(ids[0]))
@@ -53,25 +59,27 @@ class Sightings:
 
 @dataclass(frozen=True)
 class Scan:
-    """What a `.bin` holds.
+    """The result of `scan`.
 
     Attributes:
-        file, blocks: digests, as a manifest has them.
-        tokens, eod: ids, and EODs among them.
-        pauses: the pause id.
-        outside: ids that the tokenizer does not have.
-        without_eod: last tokens of documents that are not EOD; a document without tokens counts, at token 0.
-        free_pause_ids: how many ids from the pause id on stand nowhere; None: all of them.
-        special: how often each special token stands there that is neither EOD nor pause, by its id.
+        file: Size and digest of the `.bin`.
+        blocks: Digests of its blocks.
+        tokens: Number of ids.
+        eod: Number of EODs.
+        pauses: Occurrences of the pause id.
+        outside: Occurrences of ids outside the tokenizer's vocabulary.
+        without_eod: Last tokens of documents that are not EOD; a document without tokens counts, at token 0.
+        free_pause_ids: Number of ids, from the pause id on, that do not occur; None if none occurs.
+        special: Number of occurrences by id of each special token, without EOD and pause.
     """
 
     file: FileRecord
     blocks: BlockRecord
     tokens: int
     eod: int
-    pauses: Sightings
-    outside: Sightings
-    without_eod: Sightings
+    pauses: Occurrences
+    outside: Occurrences
+    without_eod: Occurrences
     free_pause_ids: int | None
     special: dict[int, int]
 
@@ -80,17 +88,18 @@ def scan(prefix: str | Path, header: IndexHeader, tokenizer: Tokenizer, report: 
     """Read a `.bin` whole, in constant memory.
 
     Args:
-        prefix: of the corpus; `header` of its index, whose entries were checked.
-        tokenizer: with its EOD and pause ids.
-        report: called after every 4 MiB.
+        prefix: PREFIX of the corpus.
+        header: Header of its `.idx`, whose entries have been checked.
+        tokenizer: Tokenizer with its EOD and pause ids.
+        report: Called after every 4 MiB.
 
     Raises:
-        DataError: the file has become shorter or longer meanwhile.
+        DataError: The file has become shorter or longer in the meantime.
     """
     path = path_of(prefix, "bin")
     whole, blocks = xxhash.xxh3_128(), BlockDigests(BLOCK_BYTES)
     documents = _Documents(read_lengths(path_of(prefix, "idx"), header.documents))
-    watch = _Watch(tokenizer)
+    finder = _IdFinder(tokenizer)
     done, itemsize = 0, np.dtype(header.dtype).itemsize
     for data in _pieces(path):
         if len(data) % itemsize:
@@ -98,27 +107,35 @@ def scan(prefix: str | Path, header: IndexHeader, tokenizer: Tokenizer, report: 
         whole.update(data)
         blocks.update(data)
         ids = np.frombuffer(data, dtype=header.dtype)
-        documents.go_to(done // itemsize + ids.size)
-        watch.look(ids, done // itemsize, documents)
+        documents.advance(done // itemsize + ids.size)
+        finder.check(ids, done // itemsize, documents)
         done += len(data)
         report(f"scan {Path(prefix).name}", done, header.bin_bytes)
     if done != header.bin_bytes:
-        raise DataError(f"{path} was written to while it was read: expected {header.bin_bytes:,} bytes, got {done:,}")
+        raise DataError(
+            f"{path}: expected {header.bin_bytes:,} bytes, got {done:,}: it was written to while it was read"
+        )
     return Scan(
         file=FileRecord(bytes=done, digest=f"xxh3_128:{whole.hexdigest()}"),
         blocks=BlockRecord(bytes=BLOCK_BYTES, digests=blocks.digests),
         tokens=done // itemsize,
-        eod=watch.eod_count,
-        pauses=watch.pauses,
-        outside=watch.outside,
-        without_eod=watch.without_eod,
-        free_pause_ids=watch.first_used - tokenizer.pause_id if watch.first_used is not None else None,
-        special={token: int(watch.special_counts[token]) for token in np.flatnonzero(watch.special_counts).tolist()},
+        eod=finder.eod_count,
+        pauses=finder.pauses,
+        outside=finder.outside,
+        without_eod=finder.without_eod,
+        free_pause_ids=finder.first_used - tokenizer.pause_id if finder.first_used is not None else None,
+        special={token: int(finder.special_counts[token]) for token in np.flatnonzero(finder.special_counts).tolist()},
     )
 
 
-def digested(path: Path, stage: str, report: Report) -> FileRecord:
-    """Size and digest of a file, its reading reported as `stage`."""
+def digest_file(path: Path, stage: str, report: Report) -> FileRecord:
+    """Return the size and the digest of a file.
+
+    Args:
+        path: Path of the file.
+        stage: Name of the stage for `report`.
+        report: Progress callback.
+    """
     size, done, digest = path.stat().st_size, 0, xxhash.xxh3_128()
     for data in _pieces(path):
         digest.update(data)
@@ -128,7 +145,7 @@ def digested(path: Path, stage: str, report: Report) -> FileRecord:
 
 
 def pause_slots(tokenizer: Tokenizer) -> range:
-    """Ids of the vocabulary, from the pause id on, that a run with pause.embeddings=K could use as pauses."""
+    """Return the ids of the vocabulary, from the pause id on, that pause.embeddings=K could use as pauses."""
     stop = tokenizer.pause_id
     while stop < tokenizer.vocab_size:
         try:
@@ -139,8 +156,8 @@ def pause_slots(tokenizer: Tokenizer) -> range:
     return range(tokenizer.pause_id, stop)
 
 
-class _Watch:
-    """Looks at ids piece by piece and remembers those that should not be there."""
+class _IdFinder:
+    """A checker of ids, piece by piece, that records those that a corpus must not contain."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._eod, self._pause_id, self._size = tokenizer.eod, tokenizer.pause_id, tokenizer.vocab_size
@@ -151,56 +168,56 @@ class _Watch:
         self.special_counts = np.zeros(self._size, dtype=np.int64)
         self.eod_count = 0
         self.first_used: int | None = None
-        self.pauses, self.outside, self.without_eod = Sightings(), Sightings(), Sightings()
+        self.pauses, self.outside, self.without_eod = Occurrences(), Occurrences(), Occurrences()
 
-    def look(self, ids: np.ndarray, start: int, documents: _Documents) -> None:
-        """Look at the ids [n] of a piece that begins at token `start`; `documents` has come to its end."""
+    def check(self, ids: np.ndarray, start: int, documents: _Documents) -> None:
+        """Check the ids [n] of a piece that begins at token `start`; `documents` is advanced to its end."""
         self.eod_count += int(np.count_nonzero(ids == self._eod))
         inside = ids
         if ids.min() < 0 or ids.max() >= self._size:
             outside = (ids < 0) | (ids >= self._size)
-            self._see(self.outside, ids, outside, start, documents)
+            self._record(self.outside, ids, outside, start, documents)
             inside = ids[~outside]
         self.special_counts += np.bincount(inside[self._special[inside]], minlength=self._size)
         if self._slots:
-            self._see(self.pauses, ids, ids == self._pause_id, start, documents)
+            self._record(self.pauses, ids, ids == self._pause_id, start, documents)
             used = ids[(ids > self._pause_id) & (ids < self._slots.stop)]
             if used.size:
                 self.first_used = min(int(used.min()), self.first_used or self._size)
-        self._look_at_ends(ids, start, documents)
+        self._check_ends(ids, start, documents)
 
-    def _look_at_ends(self, ids: np.ndarray, start: int, documents: _Documents) -> None:
+    def _check_ends(self, ids: np.ndarray, start: int, documents: _Documents) -> None:
         lengths = np.diff(documents.bounds)
-        last = np.maximum(documents.bounds[1:] - 1 - start, 0)  # that of an empty document is not looked at
+        last = np.maximum(documents.bounds[1:] - 1 - start, 0)  # ignored for an empty document
         missing = np.flatnonzero((lengths == 0) | (ids[last] != self._eod))
         self.without_eod.add(
             ids[last[missing]].astype(np.int64), documents.first + missing, np.maximum(lengths[missing] - 1, 0)
         )
 
     @staticmethod
-    def _see(sightings: Sightings, ids: np.ndarray, mask: np.ndarray, start: int, documents: _Documents) -> None:
+    def _record(occurrences: Occurrences, ids: np.ndarray, mask: np.ndarray, start: int, documents: _Documents) -> None:
         found = np.flatnonzero(mask)
         if found.size:
-            sightings.add(ids[found].astype(np.int64), *documents.locate(start + found))
+            occurrences.add(ids[found].astype(np.int64), *documents.locate(start + found))
 
 
 class _Documents:
-    """Which document a token is in, going through the lengths once.
+    """A map from token positions to documents, which reads the lengths once.
 
     Attributes:
-        first: number of the first document that ends in the piece.
-        bounds: int64 [n + 1], where that document begins, and where the n documents that end in the piece end.
+        first: Number of the first document that ends in the piece.
+        bounds: Start of that document, and ends of the n documents that end in the piece, in tokens, int64 [n + 1].
     """
 
     def __init__(self, lengths: Iterable[np.ndarray]) -> None:
         self._lengths = iter(lengths)
-        self._ahead = np.zeros(0, dtype=np.int64)  # ends that are read and not passed
+        self._ahead = np.zeros(0, dtype=np.int64)  # ends that were read but not passed yet
         self._read_to = 0
         self.first = 0
         self.bounds = np.zeros(1, dtype=np.int64)
 
-    def go_to(self, token: int) -> None:
-        """Take the documents that end at `token` or before it, and were not taken yet."""
+    def advance(self, token: int) -> None:
+        """Advance to the documents that end at `token` or before it, and after the previous call's."""
         while self._read_to <= token and (chunk := next(self._lengths, None)) is not None:
             stops = self._read_to + np.cumsum(chunk, dtype=np.int64)
             self._ahead = np.concatenate([self._ahead, stops])
@@ -211,7 +228,7 @@ class _Documents:
         self._ahead = self._ahead[passed:]
 
     def locate(self, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Documents int64 [n], and offsets in them, of tokens of the piece."""
+        """Return the document and the offset in it of each token position of the piece, both int64 [n]."""
         number = self.bounds[1:].searchsorted(tokens, side="right")
         return self.first + number, tokens - self.bounds[number]
 

@@ -228,6 +228,11 @@ class Manifest(FrozenModel):
         return self.counts.documents if self.adoption is None else self.adoption.eod
 
     @property
+    def without_eod(self) -> int:
+        """Number of documents that do not end with EOD: none if `prepare` wrote the corpus."""
+        return 0 if self.adoption is None else self.adoption.without_eod
+
+    @property
     def spec(self) -> CorpusSpec | None:
         """The spec of a corpus that `prepare` wrote; None for an adopted corpus."""
         if self.text_key is None or self.damaged_shards is None:

@@ -136,7 +136,7 @@ def test_again_is_nothing_to_do_and_otherwise_needs_overwrite(theirs: Path, fold
     assert main(command) == 0 and "nothing to do" in capsys.readouterr().out
     assert Path(f"{theirs}.manifest.json").stat().st_ino == before
     assert main([*command, "--pause-id", "700"]) == 2
-    assert "has a manifest already, adopted with" in capsys.readouterr().err
+    assert "got a corpus that was adopted with" in capsys.readouterr().err
     assert open_corpus(theirs).tokenizer.pause_id == 600
     assert main([*command, "--pause-id", "700", "--overwrite"]) == 0
     assert open_corpus(theirs).tokenizer.pause_id == 700
@@ -150,13 +150,13 @@ def test_prepare_and_adopt_leave_each_others_corpora_alone(theirs: Path, folder:
     with pytest.raises(DataError, match="got an adopted corpus"):
         prepare([f"{folder}/shards/*"], tokenizer, theirs, workers=1)
     prepare([f"{folder}/shards/*"], tokenizer, theirs, workers=1, overwrite=True)
-    assert "has a manifest already, made by `pause-megatron prepare`" in refusal(theirs, tokenizer)
+    assert "got a corpus that was prepared with" in refusal(theirs, tokenizer)
     Path(f"{theirs}.manifest.json").unlink()
     Path(f"{theirs}.parts").mkdir()
-    assert "an unfinished preparation is at" in refusal(theirs, tokenizer)
+    assert "got an unfinished preparation" in refusal(theirs, tokenizer)
 
 
-def test_who_has_no_manifest_is_told_the_command(theirs: Path, capsys) -> None:
+def test_a_missing_manifest_names_the_command(theirs: Path, capsys) -> None:
     assert main(["verify", str(theirs)]) == 2
     said = capsys.readouterr().out
     assert said.startswith(f"UNKNOWN  {theirs}\n") and f"`pause-megatron adopt {theirs} --tokenizer T`" in said
@@ -223,7 +223,7 @@ def with_pause(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_hugging_face(tmp_path_factory.mktemp("special") / "hf", special=("</s>", "<pause>", "<a>", "<b>"))
 
 
-def test_literal_pauses_are_found_and_what_to_do_is_said(with_pause: Path, tmp_path: Path, capsys) -> None:
+def test_literal_pauses_are_found_with_a_remedy(with_pause: Path, tmp_path: Path, capsys) -> None:
     texts = [*TEXTS[:7], "One <pause>two <pause> three", *TEXTS[7:], "<pause>"]
     prefix = preprocess(tmp_path / "c", texts, *megatron_tokenizer(with_pause))
     tokenizer = load_tokenizer(with_pause)
@@ -267,7 +267,7 @@ def test_ids_out_of_range(folder: Path, tokenizer: Tokenizer, tmp_path: Path) ->
     ids=st.lists(st.lists(st.sampled_from([1, 2, 5, 6, 599, 600, 650]), max_size=7), min_size=1, max_size=12),
     piece=st.integers(1, 9),
 )
-def test_scan_finds_what_a_look_at_each_document_finds(tmp_path_factory, folder: Path, ids, piece: int) -> None:
+def test_scan_finds_what_a_loop_over_documents_finds(tmp_path_factory, folder: Path, ids, piece: int) -> None:
     """Wherever the pieces are cut, and with documents without tokens anywhere."""
     prefix = write_ids(tmp_path_factory.mktemp("scan") / "c", ids)
     tokenizer = load_tokenizer(folder / "tok.model")
@@ -297,25 +297,25 @@ LOSSY = {"model_type": "unigram", "byte_fallback": False, "normalization_rule_na
 def test_wrong_tokenizers(theirs: Path, tmp_path: Path, settings: dict) -> None:
     """Each has an id for whatever stands in the corpus."""
     said = refusal(theirs, load_tokenizer(train_model(tmp_path / "wrong.model", **settings)))
-    assert "another tokenizer made it. With this one it begins: " in said
+    assert "another tokenizer encoded it. With this one it begins: " in said
 
 
-def test_a_tokenizer_that_gives_everything_back_is_said_to(theirs: Path, tmp_path: Path, capsys) -> None:
+def test_a_tokenizer_that_reproduces_everything_is_a_warning(theirs: Path, tmp_path: Path, capsys) -> None:
     """A unigram model may cut any text that is made of its pieces into these pieces. Then people must look."""
     wrong = train_model(tmp_path / "wrong.model", **LOSSY, remove_extra_whitespaces=True)
     assert main(["adopt", str(theirs), "--tokenizer", str(wrong)]) == 0
     out, err = capsys.readouterr()
-    assert "another one's would not have been noticed: see above whether the text reads well" in err
+    assert "those of another one would not be detected: check that the text above reads well" in err
     assert re.search(r"it begins: '.*'", out)
 
 
-def test_right_tokenizers_are_told_from_ids_in_no_order(folder: Path, tmp_path: Path) -> None:
+def test_right_tokenizers_agree_more_than_random_order(folder: Path, tmp_path: Path) -> None:
     """Also a lossy one, which makes lower case of everything and does not know some characters."""
     lossy = train_model(tmp_path / "lossy.model", **LOSSY, vocab_size=1000, remove_extra_whitespaces=True)
     for place in (folder / "tok.model", folder / "hf", lossy):
         prefix = preprocess(tmp_path / place.stem / "c", TEXTS, *megatron_tokenizer(place))
         found = agreement_of(load_tokenizer(place), sample_documents(prefix, read_header(f"{prefix}.idx")))
-        assert found.tells and found.by_chance < 0.8 and found.needed < 0.91 <= found.share
+        assert found.conclusive and found.by_chance < 0.8 and found.needed < 0.91 <= found.share
         assert found.text.lower().split()[:5] == TEXTS[0].lower().split()[:5]
         assert (found.share == 1) == (place != lossy)
 
@@ -345,7 +345,7 @@ def test_special_tokens_in_the_text_are_shown(folder: Path, tmp_path: Path, caps
     prefix = write_ids(tmp_path / "c", rows)
     assert main(["adopt", str(prefix), "--tokenizer", str(folder / "tok.model")]) == 0
     assert (
-        f"special tokens in the text: '<s>' {len(rows)} times; does the corpus hold these?" in capsys.readouterr().out
+        f"special tokens in the text: '<s>' {len(rows)} times; check that they belong there" in capsys.readouterr().out
     )
 
 
@@ -353,7 +353,7 @@ def test_an_eod_that_a_legacy_tokenizer_added(folder: Path, tokenizer: Tokenizer
     encode, _, size = megatron_tokenizer(folder / "tok.model")
     prefix = preprocess(tmp_path / "c", TEXTS, encode, size + 2, size + 5)
     said = refusal(prefix, tokenizer)
-    assert "100% of the sampled documents end with 602: an EOD that the tokenizer's file does not have" in said
+    assert "100% of the sampled documents end with 602: an EOD that the tokenizer's file does not have." in said
     assert "--legacy-tokenizer" in said
 
 
@@ -409,7 +409,7 @@ def test_files_that_are_cut_missing_or_something_else(theirs: Path, tokenizer: T
         return said
 
     for content in (b"", whole["bin"][:-1], whole["bin"][:-2], whole["bin"] + b"\0"):
-        assert f"c.bin: expected {size:,} bytes, which c.idx says, got {len(content):,}" in changed("bin", content)
+        assert f"c.bin: expected {size:,} bytes, the size in c.idx, got {len(content):,}" in changed("bin", content)
     for cut in (0, 5, 33, 34, 500, len(whole["idx"]) - 1):
         assert re.search(
             r"c\.idx: (expected a Megatron index|.*the file was truncated)", changed("idx", whole["idx"][:cut])
@@ -418,7 +418,7 @@ def test_files_that_are_cut_missing_or_something_else(theirs: Path, tokenizer: T
         (0, "<B", 0, "magic bytes"),
         (9, "<Q", 2, "got version 2 with 8"),
         (17, "<B", 7, r"expected version 1 with a dtype code of 1 \(uint8\), .*, got version 1 with 7"),
-        (17, "<B", 4, "expected .* bytes, which c.idx says"),
+        (17, "<B", 4, "expected .* bytes, the size in c.idx"),
         (34 + 4, "<i", -3, "sequence 1: expected 0 or more tokens at byte"),
         (34 + 4 * 80 + 8 * 5, "<q", 0, "sequence 5: expected 0 or more tokens at byte .* got .* at byte 0"),
         (34 + 12 * 80 + 8 * 9, "<q", 40, "document 8: expected one sequence per document"),
@@ -431,7 +431,8 @@ def test_files_that_are_cut_missing_or_something_else(theirs: Path, tokenizer: T
     Path(f"{theirs}.idx").unlink()
     said = refusal(theirs, tokenizer)
     assert (
-        f"{theirs}.idx: expected the .idx file of a corpus, got no such file; preprocess_data.py writes it when" in said
+        f"{theirs}.idx: expected the .idx file of a corpus, got no such file; preprocess_data.py writes it at its end"
+        in said
     )
 
 
@@ -444,7 +445,7 @@ def test_the_name_of_a_file_or_half_a_name(theirs: Path, tokenizer: Tokenizer) -
 
 @pytest.mark.parametrize("documents", [[], [[]], [[], []]])
 def test_empty_corpora(tokenizer: Tokenizer, tmp_path: Path, documents: Sequence[list[int]]) -> None:
-    assert "c.idx: expected documents, got none with a token in it" in refusal(
+    assert "c.idx: expected documents, got none with a token" in refusal(
         write_ids(tmp_path / "c", documents), tokenizer
     )
 
@@ -499,7 +500,7 @@ def test_a_folder_that_cannot_be_written_and_the_way_round_it(
             os.seteuid(65534)  # the superuser may write anywhere
         try:
             said = refusal(folder / "c", tokenizer)
-            assert "Permission denied. The manifest lies beside the corpus: make links" in said
+            assert "Permission denied. The manifest is written beside the corpus: create links" in said
             assert f"`ln -s {folder}/c.bin {folder}/c.idx .`" in said
             for extension in ("bin", "idx"):
                 (mine / f"c.{extension}").symlink_to(folder / f"c.{extension}")
@@ -514,7 +515,7 @@ def test_a_folder_that_cannot_be_written_and_the_way_round_it(
 def test_a_folder_in_the_tokenizers_place(theirs: Path, tokenizer: Tokenizer) -> None:
     Path(f"{theirs}.tokenizer").mkdir()
     Path(f"{theirs}.tokenizer", "precious").touch()
-    assert "is in the place of the corpus's tokenizer" in refusal(theirs, tokenizer)
+    assert "expected the corpus's tokenizer or no such folder, got one of another program" in refusal(theirs, tokenizer)
     assert Path(f"{theirs}.tokenizer", "precious").exists()
 
 
