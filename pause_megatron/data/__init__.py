@@ -1,1 +1,1 @@
-"""Text to micro-batches: the folders are named after the steps of the way, see README.md."""
+"""Text to micro-batches: a folder for each step of the way, as README.md lists them."""
