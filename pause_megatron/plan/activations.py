@@ -92,7 +92,7 @@ def _attention(layout: Layout, device: Device) -> int:
     keys = queries * model.kv_heads // model.heads
     kept = 2 * queries + keys + tokens * qkv_width(model, tensor)
     rotations = 0 if layout.fused_on(device) else 4 * _angles(layout)  # cosine, sine; queries, keys
-    if layout.by_spans:
+    if layout.variable_length:
         if layout.batch.micro_size > 1:
             kept = 3 * queries + 2 * keys  # the three sample by sample, the result in both orders
         elif device == "cpu" or layout.element == 4:
@@ -102,7 +102,7 @@ def _attention(layout: Layout, device: Device) -> int:
 
 def _angles(layout: Layout) -> int:
     """Tokens x channels of a head: positions are each window's own where its texts do not see each other."""
-    windows = layout.batch.micro_size if layout.by_spans else 1
+    windows = layout.batch.micro_size if layout.variable_length else 1
     return windows * layout.batch.sequence_length * (layout.model.hidden // layout.model.heads)
 
 

@@ -119,7 +119,7 @@ class Layout:
         return self.batch.target_rows
 
     @property
-    def by_spans(self) -> bool:
+    def variable_length(self) -> bool:
         """Whether attention goes by spans: windows of texts that do not see each other, or a prefix-LM."""
         finetune = self.config.finetune
         if self.config.task.name is None:

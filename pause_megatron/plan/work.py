@@ -110,7 +110,7 @@ def _copies(layout: Layout) -> tuple[Work, Work]:
     keys = queries * model.kv_heads // model.heads
     grouped = model.kv_heads < model.heads  # queries of a group lie between its keys
     forward = Work(bytes=2 * queries * grouped, kernels=int(grouped))
-    if not layout.by_spans:
+    if not layout.variable_length:
         return forward, Work()
     if layout.batch.micro_size == 1:  # positions first is samples first
         return forward + Work(kernels=1), Work(kernels=1)
@@ -128,7 +128,7 @@ def _rotation(layout: Layout) -> tuple[Work, Work]:
     channels = model.hidden // model.heads
     queries = element * layout.tokens * model.hidden // layout.tensor
     both = queries + queries * model.kv_heads // model.heads
-    angles = element * layout.batch.sequence_length * channels * (layout.batch.micro_size if layout.by_spans else 1)
+    angles = element * layout.batch.sequence_length * channels * (layout.batch.micro_size if layout.variable_length else 1)
     if layout.fused:
         return Work(bytes=2 * both + 4 * angles, kernels=2), Work(bytes=2 * both + 4 * angles, kernels=2)
     # Half of a tensor turned, put together, two products, their sum, a copy; cosine and sine each layer anew, in fp32.
