@@ -1,4 +1,4 @@
-"""Memory, communication and time of a run before it is submitted: arithmetic only, so that it is instant. No torch."""
+"""Estimates of memory, communication and time of a run before it is submitted. Arithmetic only, no torch."""
 
 from __future__ import annotations
 

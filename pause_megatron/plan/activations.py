@@ -1,7 +1,7 @@
-"""Bytes that a forward pass keeps for the backward pass, and the workspace of head and layers. No torch.
+"""Bytes of activations that a forward pass keeps, and the workspace of LM head and layers. No torch.
 
-Korthikanti et al. 2022 (section 4), counted anew for this model: RMSNorm, SwiGLU, no dropout, attention that keeps its
-output and one number a row instead of the scores, a head that keeps nothing but its gradients.
+Korthikanti et al. 2022 (section 4), for this model: RMSNorm, SwiGLU, no dropout, attention that keeps its output and
+one number a row instead of the scores, an LM head that keeps its gradients only.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ class Activations:
     """Bytes of one micro-batch on one rank.
 
     Attributes:
-        attention: what the attention half of a layer keeps when it is not recomputed
-        feed_forward: what its other half keeps
-        angles: cosines and sines (fp32, half of the channels each) that all layers share, if that kernel is fused
-        layer_input: the residual stream at one place
-        final_norm: what the last norm keeps
-        layer_workspace: most that the backward pass of a layer adds to what the layer keeps
-        norm_workspace: most that the backward pass of the last norm adds to what it keeps
-        head_rows: the rows that reach the head, their gradients, and the states that they are taken from
-        head_chunk: most that logits and the weight gradient take while the head works through its chunks
-        head_gradient: weight gradient that the head hands to the backward pass
-        gather_buffer: megatron-core's buffer for gathered sequences, which lives for good
+        attention: Activations of the attention half of a layer, without recomputation.
+        feed_forward: Activations of its feed-forward half.
+        angles: Cosines and sines (fp32, half of the channels each) that all layers share, if that kernel is fused.
+        layer_input: Residual stream at one place.
+        final_norm: Activations of the last norm.
+        layer_workspace: Maximum of temporaries in the backward pass of a layer.
+        norm_workspace: Maximum of temporaries in the backward pass of the last norm.
+        head_rows: Rows that reach the LM head, their gradients, and the hidden states they are gathered from.
+        head_chunk: Maximum of logits and weight gradient while the head processes its chunks.
+        head_gradient: Weight gradient that the head passes to the backward pass.
+        gather_buffer: megatron-core's buffer for gathered sequences, allocated for the whole run.
     """
 
     attention: int
@@ -45,23 +45,23 @@ class Activations:
 
     @property
     def layer(self) -> int:
-        """What a layer keeps when it is not recomputed."""
+        """Activations of a layer, without recomputation."""
         return self.attention + self.feed_forward
 
 
 def activations(layout: Layout, device: Device) -> Activations:
-    """Counts a micro-batch.
+    """Return the activations of a micro-batch.
 
     Args:
-        layout: the run
-        device: "cuda" has a fused norm; on a "cpu" torch composes it of fp32 pieces, all of which are kept
+        layout: A run on its ranks.
+        device: "cuda" has a fused norm; on "cpu" torch composes it of fp32 operators, whose inputs are kept.
     """
     element, tokens, hidden = layout.element, layout.tokens, layout.model.hidden
     residual = tokens * hidden // layout.sequence_split
     inner = tokens * layout.model.ffn // layout.tensor
     gathered = element * tokens * hidden if layout.config.parallel.sequence else 0
     norm = _norm(layout, device, residual)
-    norm_and_input = norm + element * residual  # of the linear layer behind it
+    norm_and_input = norm + element * residual  # input of the linear layer that follows
     rows = 2 * element * layout.target_rows * hidden
     return Activations(
         attention=_attention(layout, device) + norm_and_input,
@@ -80,13 +80,13 @@ def activations(layout: Layout, device: Device) -> Activations:
 
 
 def _norm(layout: Layout, device: Device, residual: int) -> int:
-    """The input and a number a row; composed, the input and the normalised input in fp32."""
+    """Return what a norm keeps: its input and a number a row; composed, input and normalised input in fp32."""
     row = 4 * layout.tokens // layout.sequence_split
     return row + (8 * residual if device == "cpu" else layout.element * residual)
 
 
 def _attention(layout: Layout, device: Device) -> int:
-    """Queries, keys, the layer's whole output (values are a view of it), the result, and a number a row and head."""
+    """Return what attention keeps: queries, keys, the qkv output (with the values), the result, and row sums."""
     model, tokens, tensor = layout.model, layout.tokens, layout.tensor
     queries = tokens * model.hidden // tensor
     keys = queries * model.kv_heads // model.heads
@@ -94,22 +94,22 @@ def _attention(layout: Layout, device: Device) -> int:
     rotations = 0 if layout.fused_on(device) else 4 * _angles(layout)  # cosine, sine; queries, keys
     if layout.variable_length:
         if layout.batch.micro_size > 1:
-            kept = 3 * queries + 2 * keys  # the three sample by sample, the result in both orders
+            kept = 3 * queries + 2 * keys  # queries, keys and values packed, the result in both layouts
         elif device == "cpu" or layout.element == 4:
-            kept += queries  # results of the spans, and these in one piece
+            kept += queries  # results of the sequences, and their concatenation
     return layout.element * (kept + rotations) + 4 * tokens * model.heads // tensor
 
 
 def _angles(layout: Layout) -> int:
-    """Tokens x channels of a head: positions are each window's own where its texts do not see each other."""
+    """Return tokens x channels of a head; with variable-length attention each window has its own positions."""
     windows = layout.batch.micro_size if layout.variable_length else 1
     return windows * layout.batch.sequence_length * (layout.model.hidden // layout.model.heads)
 
 
 def _head_chunk(layout: Layout, device: Device) -> int:
-    """`model/head.py`: a chunk's logits, in both types and with their gradient; the weight gradient, summed in fp32.
+    """Return the maximum while `model/head.py` processes a chunk: logits, their gradient, the fp32 weight gradient.
 
-    A fused cross-entropy keeps neither the fp32 logits nor their gradient, which takes the place of the logits.
+    A fused cross-entropy has no fp32 logits, and writes their gradient in place.
     """
     rows = head_chunk_rows(layout.model.head_chunk, columns=layout.rows, element=layout.element, device=device)
     chunk = min(rows, layout.target_rows)
@@ -121,6 +121,6 @@ def _head_chunk(layout: Layout, device: Device) -> int:
         return (2 if chunks == 1 else 6) * matrix + 2 * logits
     if chunks == 1:
         return max(8 * logits, 4 * logits + 2 * matrix)
-    # From the second chunk on there is the fp32 sum, and the gradient of the chunk before is still there when the next
-    # logits are made. At the end the sum is rounded.
+    # From the second chunk on, the fp32 sum exists, and the last chunk's gradient while the next logits are computed.
+    # At the end the sum is rounded.
     return max(4 * matrix + 10 * logits, 6 * matrix + 4 * logits)

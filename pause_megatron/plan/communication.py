@@ -1,7 +1,7 @@
-"""The collectives of one optimizer step, by what they are for: exact bytes. No torch.
+"""Exact bytes of the collectives of one optimizer step, by purpose. No torch.
 
-Counted are the collectives that carry parameters, gradients, activations and token losses. Not counted: a handful of
-scalars a step (gradient norms, overflow flags, token counts).
+Counted are parameters, gradients, activations and token losses. Not counted are a few scalars a step (gradient norms,
+overflow flags, token counts).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ class Traffic:
     """Collectives of one kind over one optimizer step.
 
     Attributes:
-        purpose: what is sent
-        operation: which collective
-        group: over the data-parallel or over the tensor-parallel ranks
-        ranks: size of that group
-        bytes: of the whole tensors (the input of an all-reduce or reduce-scatter, the output of an all-gather)
+        purpose: Tensors that are communicated.
+        operation: Kind of collective.
+        group: Data-parallel or tensor-parallel group.
+        ranks: Size of that group.
+        bytes: Bytes of the whole tensors (input of an all-reduce or reduce-scatter, output of an all-gather).
     """
 
     purpose: str
@@ -38,14 +38,18 @@ class Traffic:
 
     @property
     def wire_bytes(self) -> float:
-        """What one rank sends with a ring: 2 (n-1)/n of the bytes for an all-reduce, (n-1)/n for the others."""
+        """Bytes that one rank sends in a ring: 2 (n-1)/n of them for an all-reduce, (n-1)/n for the others."""
         return _ROUNDS[self.operation] * (self.ranks - 1) / self.ranks * self.bytes
 
 
 def step_traffic(layout: Layout) -> tuple[Traffic, ...]:
-    """All collectives of an optimizer step; none for groups of one rank."""
-    found = [*_data_parallel(layout), *_tensor_parallel(layout)]
-    return tuple(t for t in found if t.ranks > 1 and t.bytes > 0)
+    """Return the collectives of an optimizer step, without groups of one rank.
+
+    Args:
+        layout: A run on its ranks.
+    """
+    collectives = [*_data_parallel(layout), *_tensor_parallel(layout)]
+    return tuple(each for each in collectives if each.ranks > 1 and each.bytes > 0)
 
 
 def _data_parallel(layout: Layout) -> list[Traffic]:
@@ -62,15 +66,15 @@ def _data_parallel(layout: Layout) -> list[Traffic]:
     if stage == 2:
         gradients = layout.communication_bytes * layout.numel * accumulation
         operation: Operation = "all_reduce" if _reduces_whole(layout) else "reduce"
-        found = [traffic("gradients", operation, gradients)]
+        collectives = [traffic("gradients", operation, gradients)]
     elif stage == 1 and layout.element != layout.accumulation_bytes:
-        # DeepSpeed's bf16 optimizer sums its flat fp32 groups, alignment included.
-        found = [traffic("gradients", "all_reduce", layout.communication_bytes * layout.flat_numel)]
+        # DeepSpeed's bf16 optimizer reduces its flat fp32 groups, padding included.
+        collectives = [traffic("gradients", "all_reduce", layout.communication_bytes * layout.flat_numel)]
     else:
-        found = [traffic("gradients", "all_reduce", layout.communication_bytes * layout.numel)]
+        collectives = [traffic("gradients", "all_reduce", layout.communication_bytes * layout.numel)]
     if stage > 0:
-        found.append(traffic("parameters", "all_gather", layout.element * layout.flat_numel))
-    return found
+        collectives.append(traffic("parameters", "all_gather", layout.element * layout.flat_numel))
+    return collectives
 
 
 def _reduces_whole(layout: Layout) -> bool:
@@ -78,7 +82,7 @@ def _reduces_whole(layout: Layout) -> bool:
 
 
 def _tensor_parallel(layout: Layout) -> list[Traffic]:
-    """Per layer and pass: Megatron's f and g (Shoeybi et al. 2019), or their split form (Korthikanti et al. 2022)."""
+    """Return the collectives of tensor (Shoeybi et al. 2019) and sequence parallelism (Korthikanti et al. 2022)."""
     ranks, layers, passes = layout.tensor, layout.model.layers, layout.batch.accumulation
     hidden = layout.element * layout.model.hidden
     whole, targets = layout.tokens * hidden, layout.target_rows * hidden

@@ -1,8 +1,8 @@
-"""Whether a run fits on a GPU, the largest micro-batch that does, and what else would make it fit. No torch."""
+"""Fit of a run into a GPU's memory, the largest micro-batch that fits, and remedies where none does. No torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from pause_megatron.config.deepspeed import ds_config_names
@@ -17,13 +17,13 @@ from pause_megatron.plan.memory import RankMemory, rank_memory
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of one GPU.
+    """Memory of one GPU in bytes.
 
     Attributes:
-        tensors: the largest sum of tensors in a step, corrected by what was measured
-        margin: for fragmentation
-        base: context, libraries, NCCL
-        capacity: of the GPU
+        tensors: Peak of tensors in a step, times the measured ratio.
+        margin: Margin for fragmentation.
+        base: CUDA context, libraries, NCCL.
+        capacity: Memory of the GPU.
     """
 
     tensors: int
@@ -33,25 +33,36 @@ class Footprint:
 
     @property
     def total(self) -> float:
-        """What must be there."""
+        """Memory that the run needs."""
         return self.tensors + self.margin + self.base
 
     @property
     def fits(self) -> bool:
-        """Whether it is there."""
+        """Whether it is within the capacity."""
         return self.total <= self.capacity
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """Keys that make a run fit, and the bytes that it then takes."""
+    """A change that makes a run fit.
+
+    Attributes:
+        overrides: `KEY=VALUE` texts.
+        total: Bytes of a GPU with them.
+    """
 
     overrides: tuple[str, ...]
     total: float
 
 
 def footprint(memory: RankMemory, cluster: Cluster, assumptions: Assumptions) -> Footprint:
-    """Tensors, margin and base against the GPU's memory."""
+    """Return the memory of a GPU against its capacity.
+
+    Args:
+        memory: Tensors of a rank.
+        cluster: Nodes and GPUs.
+        assumptions: Fragmentation margin, base and measured ratio.
+    """
     tensors = memory.peak_bytes
     if assumptions.memory_ratio is not None:
         tensors = round(tensors * assumptions.memory_ratio.value)
@@ -63,19 +74,66 @@ def footprint(memory: RankMemory, cluster: Cluster, assumptions: Assumptions) ->
     )
 
 
+@dataclass(frozen=True)
+class _Trial:
+    """The vocabulary, cluster and assumptions with which variants of a configuration are tried."""
+
+    text_size: int
+    cluster: Cluster
+    assumptions: Assumptions
+
+    def total_bytes(self, config: ResolvedConfig) -> float | None:
+        """Return the memory of a GPU; None where the configuration is refused or does not fit."""
+        try:
+            check(config)
+            layout = Layout.of(config, self.cluster.ranks, self.text_size)
+        except ConfigError:
+            return None
+        size = footprint(rank_memory(layout), self.cluster, self.assumptions)
+        return size.total if size.fits else None
+
+    def remedy(self, config: ResolvedConfig, changes: Mapping[str, object]) -> Remedy | None:
+        """Return changes as a remedy; None where the run does not fit with them."""
+        total = self.total_bytes(_changed(config, changes))
+        if total is None:
+            return None
+        values = {path: str(value).lower() if isinstance(value, bool) else value for path, value in changes.items()}
+        return Remedy(tuple(f"{path}={value}" for path, value in values.items()), total)
+
+
 def largest_micro_size(
     config: ResolvedConfig, text_size: int, cluster: Cluster, assumptions: Assumptions
 ) -> int | None:
-    """Largest batch.micro_size that divides this rank's share of the global batch and fits; None: not even 1."""
+    """Return the largest batch.micro_size that fits and divides a rank's share of the global batch.
+
+    Args:
+        config: Resolved configuration.
+        text_size: Ids of the text vocabulary.
+        cluster: Nodes and GPUs.
+        assumptions: Assumed numbers.
+
+    Returns:
+        Windows of a micro-batch; None where not even one fits.
+    """
+    trial = _Trial(text_size, cluster, assumptions)
     share = config.batch.global_size * config.parallel.tensor // cluster.ranks
     for micro in (size for size in range(share, 0, -1) if share % size == 0):
-        if _fits(_changed(config, {"batch": {"micro_size": micro}}), text_size, cluster, assumptions):
+        if trial.total_bytes(_changed(config, {"batch.micro_size": micro})) is not None:
             return micro
     return None
 
 
 def memory_micro_size(layout: Layout, cluster: Cluster, assumptions: Assumptions) -> int:
-    """Largest micro-batch that memory allows where a step has one of them, of any size; 0: not even one window."""
+    """Return the largest micro-batch that fits without gradient accumulation, with any global batch.
+
+    Args:
+        layout: A run on its ranks.
+        cluster: Nodes and GPUs.
+        assumptions: Assumed numbers.
+
+    Returns:
+        Windows of a micro-batch; 0 where not even one fits.
+    """
 
     def fits(micro: int) -> bool:
         batch = replace(layout.batch, micro_size=micro, accumulation=1, global_size=micro * layout.data_parallel)
@@ -92,19 +150,30 @@ def memory_micro_size(layout: Layout, cluster: Cluster, assumptions: Assumptions
 
 
 def remedies(config: ResolvedConfig, text_size: int, cluster: Cluster, assumptions: Assumptions) -> list[Remedy]:
-    """Changes that make a run fit, one key at first, then with a micro-batch of 1 on top; cheapest for speed first."""
-    found: list[Remedy] = []
+    """Return changes that make a run fit, those that cost least speed first.
+
+    One change is tried at a time; if none fits, each with a micro-batch of 1, and with recomputation as well.
+
+    Args:
+        config: Resolved configuration.
+        text_size: Ids of the text vocabulary.
+        cluster: Nodes and GPUs.
+        assumptions: Assumed numbers.
+    """
+    trial = _Trial(text_size, cluster, assumptions)
     micro = largest_micro_size(config, text_size, cluster, assumptions)
-    singles = [{"batch.micro_size": micro}] if micro else []
-    singles += list(_alternatives(config, cluster))
-    for changes in singles:
-        _try(config, changes, text_size, cluster, assumptions, found)
-    if not found:
-        for changes in _alternatives(config, cluster):
-            combined = {**changes, "batch.micro_size": 1}
-            _try(config, combined, text_size, cluster, assumptions, found)
-            _try(config, {**combined, "parallel.recompute": "full"}, text_size, cluster, assumptions, found)
-    return sorted(found, key=lambda remedy: len(remedy.overrides))
+    smaller: list[dict[str, object]] = [{"batch.micro_size": micro}] if micro else []
+    alternatives = list(_alternatives(config, cluster))
+    fitting = [remedy for changes in [*smaller, *alternatives] if (remedy := trial.remedy(config, changes))]
+    if not fitting:
+        one = {"batch.micro_size": 1}
+        fitting = [
+            remedy
+            for changes in alternatives
+            for more in (one, {**one, "parallel.recompute": "full"})
+            if (remedy := trial.remedy(config, {**changes, **more}))
+        ]
+    return sorted(fitting, key=lambda remedy: len(remedy.overrides))
 
 
 def _alternatives(config: ResolvedConfig, cluster: Cluster) -> Iterator[dict[str, object]]:
@@ -119,48 +188,23 @@ def _alternatives(config: ResolvedConfig, cluster: Cluster) -> Iterator[dict[str
 
 
 def _with_file(config: ResolvedConfig, name: str) -> Iterator[dict[str, object]]:
-    """Another shipped DeepSpeed file, in place of a shipped one only; its stage too, where the run names one."""
+    """Yield another shipped DeepSpeed file in place of a shipped one, with its stage where the run gives one."""
     engine = config.engine
     if not engine.ds_config or engine.ds_config in ds_config_names():
-        stage = {} if engine.zero_stage is None else {"engine.zero_stage": int(name.removeprefix("zero")[0])}
-        yield {"engine.ds_config": name} | stage
+        changes: dict[str, object] = {"engine.ds_config": name}
+        if engine.zero_stage is not None:
+            changes["engine.zero_stage"] = int(name.removeprefix("zero")[0])
+        yield changes
 
 
-def _try(
-    config: ResolvedConfig,
-    changes: dict[str, object],
-    text_size: int,
-    cluster: Cluster,
-    assumptions: Assumptions,
-    found: list[Remedy],
-) -> None:
+def _changed(config: ResolvedConfig, changes: Mapping[str, object]) -> ResolvedConfig:
+    """Return a configuration with other values, by the dotted paths of their keys."""
     nested: dict[str, dict[str, object]] = {}
     for path, value in changes.items():
         section, name = path.split(".")
         nested.setdefault(section, {})[name] = value
-    size = _fits(_changed(config, nested), text_size, cluster, assumptions)
-    if size:
-        keys = tuple(
-            f"{path}={str(value).lower() if isinstance(value, bool) else value}" for path, value in changes.items()
-        )
-        found.append(Remedy(keys, size))
-
-
-def _changed(config: ResolvedConfig, changes: dict[str, dict[str, object]]) -> ResolvedConfig:
-    sections = {
-        section: type(old)(**{**old.model_dump(), **values})
-        for section, values in changes.items()
-        for old in [getattr(config, section)]
-    }
+    sections = {}
+    for section, values in nested.items():
+        old = getattr(config, section)
+        sections[section] = type(old)(**{**old.model_dump(), **values})
     return config.model_copy(update=sections)
-
-
-def _fits(config: ResolvedConfig, text_size: int, cluster: Cluster, assumptions: Assumptions) -> float:
-    """Bytes in all where the run can be laid out and fits, else 0."""
-    try:
-        check(config)
-        layout = Layout.of(config, cluster.ranks, text_size)
-    except ConfigError:
-        return 0.0
-    size = footprint(rank_memory(layout), cluster, assumptions)
-    return size.total if size.fits else 0.0

@@ -1,4 +1,4 @@
-"""The sizes that memory, communication and time are worked out from: one run on one rank. No torch."""
+"""Sizes of a run on one rank, from which memory, communication and time follow. No torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pause_megatron.config.deepspeed import deepspeed_config
 from pause_megatron.config.schema import ResolvedConfig, ResolvedModel
 from pause_megatron.plan.shapes import Parameter, padded_vocabulary, rank_parameters
 
-FALLBACK_BUCKET = 500_000_000  # elements that DeepSpeed sums at a time where no reduce_bucket_size applies
+FALLBACK_BUCKET = 500_000_000  # elements of a DeepSpeed reduction where no reduce_bucket_size applies
 Device = Literal["cuda", "cpu"]
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 
@@ -21,10 +21,10 @@ class Layout:
     """A configuration on a number of ranks.
 
     Attributes:
-        config: resolved
-        batch: its batches on these ranks
-        engine: its complete DeepSpeed dictionary
-        vocabulary: live rows, text and pauses
+        config: Resolved configuration.
+        batch: Its batches on these ranks.
+        engine: Its complete DeepSpeed dictionary.
+        vocabulary: Live rows of the vocabulary, text and pauses.
     """
 
     config: ResolvedConfig
@@ -34,10 +34,15 @@ class Layout:
 
     @classmethod
     def of(cls, config: ResolvedConfig, world_size: int, text_size: int) -> Layout:
-        """Lays a run out.
+        """Return the layout of a configuration.
+
+        Args:
+            config: Resolved configuration.
+            world_size: Ranks in all.
+            text_size: Ids of the text vocabulary.
 
         Raises:
-            ConfigError: the ranks or the batch do not divide, or the DeepSpeed file cannot be used.
+            ConfigError: The ranks or the batch do not divide, or the DeepSpeed file cannot be used.
         """
         batch = batch_plan(config, world_size)
         engine = deepspeed_config(config, data_parallel=batch.data_parallel)
@@ -45,26 +50,27 @@ class Layout:
 
     @property
     def model(self) -> ResolvedModel:
+        """The model section of the configuration."""
         return self.config.model
 
     @property
     def tensor(self) -> int:
-        """Tensor-parallel ranks."""
+        """Tensor-parallel size."""
         return self.batch.tensor
 
     @property
     def data_parallel(self) -> int:
-        """Ranks that see different windows."""
+        """Data-parallel size."""
         return self.batch.data_parallel
 
     @property
     def sequence_split(self) -> int:
-        """Parts into which norms and residuals are cut along the sequence."""
+        """Parts into which sequence parallelism splits norms and residuals."""
         return self.tensor if self.config.parallel.sequence else 1
 
     @property
     def recompute(self) -> bool:
-        """Whether layers run again in the backward pass."""
+        """Whether the backward pass recomputes each layer."""
         return self.config.parallel.recompute == "full"
 
     @property
@@ -74,23 +80,27 @@ class Layout:
 
     @property
     def fused(self) -> bool:
-        """Whether rotary embedding, SwiGLU and cross-entropy are a kernel each on a GPU."""
+        """Whether rotary embedding, SwiGLU and cross-entropy are one fused kernel each on a GPU."""
         return self.fused_on("cuda")
 
     def fused_on(self, device: Device) -> bool:
-        """Whether they are on a device: `engine.kernels` means the fused ones on a GPU only, if it is auto."""
+        """Return whether these kernels are fused on a device; `engine.kernels=auto` fuses them on a GPU only.
+
+        Args:
+            device: Kind of device.
+        """
         kernels = self.config.engine.kernels
         return device == "cuda" if kernels == "auto" else kernels != "plain"
 
     @property
-    def adds_at_once(self) -> bool:
-        """Whether a gradient is let go of as soon as it is in the fp32 sum (DeepSpeed's bf16 optimizer, stage 1)."""
+    def frees_gradients(self) -> bool:
+        """Whether a gradient is freed as soon as it is added to the fp32 sum (DeepSpeed's bf16 optimizer, stage 1)."""
         held = not self.engine["bf16"].get("immediate_grad_update", False)
         return self.stage == 1 and self.element < self.accumulation_bytes and not held
 
     @property
     def zero(self) -> dict[str, Any]:
-        """The "zero_optimization" group."""
+        """The "zero_optimization" group of the DeepSpeed dictionary."""
         return self.engine["zero_optimization"]
 
     @property
@@ -100,12 +110,12 @@ class Layout:
 
     @property
     def accumulation_bytes(self) -> int:
-        """Bytes of an element in which gradients are summed over micro-batches."""
+        """Bytes of an element of the gradient sum over micro-batches."""
         return ELEMENT_BYTES[self.engine["data_types"]["grad_accum_dtype"]]
 
     @property
     def communication_bytes(self) -> int:
-        """Bytes of an element in which gradients are summed over ranks."""
+        """Bytes of an element of the gradient sum over ranks."""
         return ELEMENT_BYTES[self.engine["communication_data_type"]]
 
     @property
@@ -115,12 +125,12 @@ class Layout:
 
     @property
     def target_rows(self) -> int:
-        """Rows of a micro-batch that reach the head."""
+        """Rows of a micro-batch that reach the LM head."""
         return self.batch.target_rows
 
     @property
     def variable_length(self) -> bool:
-        """Whether attention goes by spans: windows of texts that do not see each other, or a prefix-LM."""
+        """Whether attention is of variable length: windows of several masked texts, or a prefix LM."""
         finetune = self.config.finetune
         if self.config.task.name is None:
             return self.config.data.intra_document_masking
@@ -143,25 +153,34 @@ class Layout:
 
     @cached_property
     def group_numels(self) -> tuple[int, int]:
-        """Elements with and without weight decay: DeepSpeed flattens each group for itself."""
+        """Elements with and without weight decay; DeepSpeed flattens each group separately."""
         decaying = sum(p.numel for p in self.parameters if p.decays)
         return decaying, self.numel - decaying
 
     @cached_property
     def flat_numel(self) -> int:
-        """Elements of the flat groups of stages 1 and 2: each upwards to a multiple of 2 x data-parallel ranks."""
+        """Elements of the flat groups of stages 1 and 2, each padded to a multiple of 2 x data-parallel size."""
         return sum(padded(numel, 2 * self.data_parallel) for numel in self.group_numels)
 
     @cached_property
     def partitioned_numel(self) -> int:
-        """Elements at stage 3 over all data-parallel ranks: each parameter upwards to a multiple of them."""
+        """Elements at stage 3 over all data-parallel ranks, each parameter padded to a multiple of their number."""
         return sum(padded(p.numel, self.data_parallel) for p in self.parameters)
 
-    def offloaded(self, what: str) -> bool:
-        """Whether "offload_optimizer" or "offload_param" moves its state to the host."""
-        return self.zero.get(what, {}).get("device", "none") != "none"
+    def offloaded(self, group: Literal["offload_optimizer", "offload_param"]) -> bool:
+        """Return whether a state is offloaded to the host.
+
+        Args:
+            group: Key of "zero_optimization".
+        """
+        return self.zero.get(group, {}).get("device", "none") != "none"
 
 
 def padded(numel: int, multiple: int) -> int:
-    """Upwards to a multiple."""
+    """Return a number of elements, rounded up to a multiple.
+
+    Args:
+        numel: The number.
+        multiple: The multiple.
+    """
     return -(-numel // multiple) * multiple

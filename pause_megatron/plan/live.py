@@ -1,8 +1,8 @@
-"""Which parameters ZeRO stage 3 gathers how often, and how many exist at one time. No torch.
+"""Parameters that ZeRO stage 3 gathers: how many per micro-batch, and how many are live at one time. No torch.
 
-DeepSpeed frees a gathered parameter after the module that used it, unless a module within
-`stage3_max_reuse_distance` elements of parameters uses it again (partitioned_param_coordinator.py). Parameters up to
-`stage3_param_persistence_threshold` elements are never split. Everything else is freed at the end of a micro-batch.
+DeepSpeed frees a gathered parameter after the module that used it, unless a module within `stage3_max_reuse_distance`
+elements uses it again (partitioned_param_coordinator.py). Parameters of at most `stage3_param_persistence_threshold`
+elements are never partitioned. All others are freed at the end of a micro-batch.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from itertools import accumulate
 from pause_megatron.plan.layout import Layout, padded
 from pause_megatron.plan.shapes import Parameter
 
-# The modules of a layer in the order in which they run, with their parameters.
+# Parameters of the modules of a layer, in the order of the forward pass.
 _CALL_ORDER = (
     ("input_layernorm.weight",),
     ("self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias"),
@@ -27,12 +27,12 @@ _CALL_ORDER = (
 
 @dataclass(frozen=True)
 class Live:
-    """What a micro-batch gathers.
+    """Elements that a micro-batch gathers.
 
     Attributes:
-        gathered_numel: elements that a micro-batch gathers, padding included
-        persistent_numel: elements that are whole on every rank at all times, gathered once a step
-        peak_numel: largest number of split elements that exist whole at one time
+        gathered_numel: Elements gathered in a micro-batch, padding included.
+        persistent_numel: Elements that are never partitioned, gathered once a step.
+        peak_numel: Maximum of partitioned elements that are live at one time.
     """
 
     gathered_numel: int
@@ -41,30 +41,34 @@ class Live:
 
 
 def live_parameters(layout: Layout) -> Live:
-    """Follows a micro-batch through its modules."""
+    """Return the gathered elements, following a micro-batch through its modules.
+
+    Args:
+        layout: A run on its ranks.
+    """
     threshold = layout.zero.get("stage3_param_persistence_threshold", 100_000)
     reuse = layout.zero.get("stage3_max_reuse_distance", 1_000_000_000)
     persistent = sum(padded(p.numel, layout.data_parallel) for p in layout.parameters if p.numel <= threshold)
     gathered = held = peak = 0
-    available: set[str] = set()
+    whole: set[str] = set()
     visits = _visits(layout)
     kept = _kept(visits, reuse)
     for index, module in enumerate(visits):
         for parameter in module:
-            if parameter.numel > threshold and parameter.name not in available:
-                available.add(parameter.name)
+            if parameter.numel > threshold and parameter.name not in whole:
+                whole.add(parameter.name)
                 held += parameter.numel
                 gathered += padded(parameter.numel, layout.data_parallel)
         peak = max(peak, held)
         for parameter in module:
-            if parameter.name in available and (index, parameter.name) not in kept:
-                available.remove(parameter.name)
+            if parameter.name in whole and (index, parameter.name) not in kept:
+                whole.remove(parameter.name)
                 held -= parameter.numel
     return Live(gathered, persistent, peak)
 
 
 def _kept(visits: Sequence[tuple[Parameter, ...]], distance: int) -> set[tuple[int, str]]:
-    """(module, parameter) after which the parameter is kept: its next use is fewer than `distance` elements away."""
+    """Return (module, parameter) after which the parameter stays live: its next use is within `distance` elements."""
     passed = [0, *accumulate(sum(parameter.numel for parameter in module) for module in visits)]
     next_use: dict[str, int] = {}
     kept = set()
@@ -78,14 +82,14 @@ def _kept(visits: Sequence[tuple[Parameter, ...]], distance: int) -> set[tuple[i
 
 
 def _visits(layout: Layout) -> list[tuple[Parameter, ...]]:
-    """The parameters of each module, in the order in which a forward and a backward pass use them."""
+    """Return the parameters of each module, in the order of a forward and a backward pass."""
     by_name = {p.name: p for p in layout.parameters}
     embedding = (by_name["embedding.word_embeddings.weight"],)
     norm = (by_name["decoder.final_layernorm.weight"],)
     output = (by_name["output_layer.weight"],) if "output_layer.weight" in by_name else embedding
     layers = [_layer(by_name, index) for index in range(layout.model.layers)]
-    forward = [embedding, *(module for layer in layers for module in layer), norm, output]
-    backward = [output, norm]
+    forward: list[tuple[Parameter, ...]] = [embedding, *(module for layer in layers for module in layer), norm, output]
+    backward: list[tuple[Parameter, ...]] = [output, norm]
     for layer in reversed(layers):
         backward += [*(layer if layout.recompute else ()), *reversed(layer)]
     return [*forward, *backward, embedding]

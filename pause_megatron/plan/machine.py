@@ -1,4 +1,4 @@
-"""What is assumed about a cluster, each number with its unit and source. No torch."""
+"""Assumptions about a cluster, each with its unit and source. No torch."""
 
 from __future__ import annotations
 
@@ -8,27 +8,34 @@ from pause_megatron.config.gpus import Gpu
 from pause_megatron.config.spelling import nearest
 from pause_megatron.errors import ConfigError
 
-# What an A100 reaches of its peaks, where it is more than of an H100, whose peak is three times as high.
+# Efficiencies of an A100 where they exceed those of an H100, whose peak is three times as high.
 _A100 = {"product_efficiency": 0.85, "attention_efficiency": 0.7}
 
 
 @dataclass(frozen=True)
 class Assumption:
-    """A number that nothing here can know, with its unit and where it comes from."""
+    """An assumed number.
+
+    Attributes:
+        value: The number.
+        unit: Its unit.
+        source: Paper, data sheet or file it comes from.
+        ranks: World size of the run in which it was measured, communication and recomputation included; None: assumed.
+    """
 
     value: float
     unit: str
     source: str
-    ranks: int | None = None  # of the run in whose whole steps it was measured, with what they send and compute again
+    ranks: int | None = None
 
 
-# What a plan works out itself, unless it is given or was measured.
+# Numbers that a plan computes itself, unless they are given or measured.
 OPTIONAL = {
     "mfu": Assumption(0.0, "model FLOPs / peak FLOPs while computing", "given"),
     "memory_ratio": Assumption(1.0, "of the tensors that are counted", "given"),
 }
 
-# What the seconds of computing follow from; an MFU that is given or measured takes their place.
+# Assumptions that give the seconds of computing; a given or measured MFU replaces them.
 SPEEDS = frozenset(
     {
         *("product_efficiency", "product_half_width", "attention_efficiency", "attention_half_width"),
@@ -43,7 +50,7 @@ SHARES = frozenset(
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What a plan takes for granted. `--assume NAME=VALUE` replaces a value."""
+    """Assumptions of a plan; `--assume NAME=VALUE` replaces one."""
 
     mfu: Assumption | None = None
     memory_ratio: Assumption | None = None
@@ -83,7 +90,7 @@ class Assumptions:
         0.8, "of the link's speed", "what NCCL's bandwidth tests reach on large messages"
     )
     overlap: Assumption = Assumption(
-        0.7, "of the traffic hides behind computing", "with overlap_comm, as far as there is computing to hide behind"
+        0.7, "of the traffic overlaps with computing", "with overlap_comm, as far as there is computing to overlap with"
     )
     host_adam_bytes: Assumption = Assumption(
         200e9, "bytes/s a node", "memory bandwidth of the host that an optimizer step on the CPU reaches (offload)"
@@ -99,15 +106,22 @@ class Assumptions:
 
     @classmethod
     def of(cls, gpu: Gpu) -> Assumptions:
-        """Those for a kind of GPU."""
+        """Return the assumptions for a kind of GPU.
+
+        Args:
+            gpu: The GPU.
+        """
         better = _A100 if gpu.name.startswith(("a100", "a800")) else {}
         return cls(**{name: replace(getattr(cls, name), value=value) for name, value in better.items()})
 
     def with_values(self, changes: dict[str, float]) -> Assumptions:
-        """The same with other values, marked as given.
+        """Return the assumptions with other values, marked as given.
+
+        Args:
+            changes: Values by name.
 
         Raises:
-            ConfigError: no assumption of that name, or a value that is not positive.
+            ConfigError: No assumption has that name, a value is not positive, or a share is above 1.
         """
         names = [field.name for field in fields(self)]
         replaced = {}
@@ -125,7 +139,13 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Nodes of one kind of GPU."""
+    """Nodes with one kind of GPU.
+
+    Attributes:
+        gpu: Kind of GPU.
+        nodes: Number of nodes.
+        gpus_per_node: GPUs per node.
+    """
 
     gpu: Gpu
     nodes: int

@@ -1,4 +1,4 @@
-"""What `pause-megatron benchmark` measured, in the place of what is assumed. No torch."""
+"""Measurements of `pause-megatron benchmark` in place of assumptions. No torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pause_megatron.errors import ConfigError
 from pause_megatron.plan.machine import OPTIONAL, Assumptions, Cluster
 
 FORMAT, VERSION = "pause-megatron benchmark", 1
-# Where one of these differs, a step does other work: its MFU says nothing.
+# Keys that decide the work of a step: a benchmark with another value has another MFU.
 SHAPE = (
     *(f"model.{name}" for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "tied", "qkv_bias", "attention")),
     *("data.sequence_length", "data.intra_document_masking", "batch.micro_size", "engine.precision"),
@@ -27,38 +27,39 @@ SHAPE = (
 def measured_values(
     path: str, config: ResolvedConfig, cluster: Cluster, assumptions: Assumptions, *, text_size: int
 ) -> Assumptions:
-    """Return assumptions with a benchmark's MFU and its memory against what was planned.
+    """Return assumptions with the MFU of a benchmark, and with its ratio of measured to planned memory.
 
     Args:
         path: JSON of `pause-megatron benchmark`.
-        config: resolved; of the run that is planned.
-        cluster: where it will run.
-        assumptions: what else is taken for granted.
-        text_size: ids of the text vocabulary.
+        config: Resolved configuration of the planned run.
+        cluster: Nodes and GPUs of the planned run.
+        assumptions: Assumptions to update.
+        text_size: Ids of the text vocabulary.
 
     Raises:
-        ConfigError: not such a file, or it measured another GPU, model or micro-batch.
+        ConfigError: The file is not such a JSON, or it measured another GPU, model or micro-batch.
     """
     record = _read(path)
     machine, memory = _part(record, "machine", path), _part(record, "memory", path)
-    if _number(record, "mfu", path, none=True) is None:
+    if record.get("mfu") is None:
         where = machine.get("cuda_name") or machine.get("device")
         raise ConfigError(
             f"--measured {path}: expected an MFU, got none: {where} has no known peak; measure again with "
             "log.peak_tflops=TFLOPS"
         )
-    if record["mfu"] > 1:
-        raise ConfigError(f"--measured {path}: mfu: expected a share, 0 to 1, got {record['mfu']}")
+    mfu = _number(record, "mfu", path)
+    if mfu > 1:
+        raise ConfigError(f"--measured {path}: mfu: expected a share, 0 to 1, got {mfu}")
     different = list(_differences(record, path, config, cluster, text_size + config.pause.embeddings))
     if different:
         raise ConfigError(f"--measured {path}: it measured another run: {'; '.join(different)}")
     ratio = _number(memory, "peak_bytes", path) / _number(memory, "planned_bytes", path)
     if not 0.1 < ratio < 10:
-        raise ConfigError(f"--measured {path}: expected memory about as planned, got {ratio:g} times as much")
-    source = f"measured: {path}, {machine.get('ranks')} ranks of {machine.get('cuda_name')}, with what they send"
+        raise ConfigError(f"--measured {path}: expected 0.1 to 10 times the planned memory, got {ratio:g} times")
+    source = f"measured: {path}, {machine.get('ranks')} ranks of {machine.get('cuda_name')}, with communication"
     return replace(
         assumptions,
-        mfu=replace(OPTIONAL["mfu"], value=_number(record, "mfu", path), source=source, ranks=machine.get("ranks")),
+        mfu=replace(OPTIONAL["mfu"], value=mfu, source=source, ranks=machine.get("ranks")),
         memory_ratio=replace(OPTIONAL["memory_ratio"], value=ratio, source=f"measured: {path}"),
     )
 
@@ -70,8 +71,8 @@ def _read(path: str) -> dict[str, Any]:
         reason = error.strerror if isinstance(error, OSError) else "not JSON"
         raise ConfigError(f"--measured {path}: cannot be read: {reason}") from None
     if not isinstance(record, dict) or record.get("format") != FORMAT:
-        found = f'"format": {json.dumps(record.get("format"))}' if isinstance(record, dict) else "no object"
-        raise ConfigError(f"--measured {path}: expected the JSON of `{FORMAT}`, got {found}")
+        got = f'"format": {json.dumps(record.get("format"))}' if isinstance(record, dict) else "no object"
+        raise ConfigError(f"--measured {path}: expected the JSON of `{FORMAT}`, got {got}")
     if record.get("version") != VERSION:
         raise ConfigError(f"--measured {path}: expected version {VERSION}, got {record.get('version')!r}")
     return record
@@ -83,10 +84,8 @@ def _part(record: dict[str, Any], name: str, path: str) -> dict[str, Any]:
     return record[name]
 
 
-def _number(record: dict[str, Any], name: str, path: str, *, none: bool = False) -> float | None:
+def _number(record: dict[str, Any], name: str, path: str) -> float:
     value = record.get(name)
-    if none and value is None:
-        return None
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 2**63:
         raise ConfigError(f"--measured {path}: {name}: expected a number > 0, got {repr(value)[:40]}")
     return value
@@ -95,19 +94,19 @@ def _number(record: dict[str, Any], name: str, path: str, *, none: bool = False)
 def _differences(
     record: dict[str, Any], path: str, config: ResolvedConfig, cluster: Cluster, vocabulary: int
 ) -> Iterator[str]:
-    """What was measured and what is planned, where they are not the same."""
+    """Yield the measured and the planned value where they differ."""
     gpu = record["machine"].get("gpu")
     if gpu != cluster.gpu.name:
         yield f"GPU {gpu}, planned {cluster.gpu.name}"
     if record.get("vocabulary") != vocabulary:
         yield f"a vocabulary of {record.get('vocabulary')} ids, pauses included, planned {vocabulary}"
-    measured, planned = _part(record, "config", path), config.model_dump(mode="json")
+    stored, planned = _part(record, "config", path), config.model_dump(mode="json")
     for key in SHAPE:
         section, name = key.split(".")
-        _part(measured, section, path)
-        then, now = stored_value(measured, key), planned[section][name]
-        if then != now:
-            yield f"{key}={then}, planned {now}"
+        _part(stored, section, path)
+        measured, now = stored_value(stored, key), planned[section][name]
+        if measured != now:
+            yield f"{key}={measured}, planned {now}"
     fused = planned["engine"]["kernels"] != "plain"
     if (record.get("kernels") != "plain") != fused:
         yield f"engine.kernels={record.get('kernels')}, planned {planned['engine']['kernels']}"

@@ -115,6 +115,6 @@ def _costliest_reduction(layout: Layout, states: TrainingStates, kept: Activatio
 
 
 def _start_up(layout: Layout) -> int:
-    """Return the bytes at start-up: the whole model, before stage 3 partitions it, and a flat copy at stages 1 and 2."""
+    """Return the bytes at start-up: the whole model, and a flat copy of a group at stages 1 and 2."""
     copied = max(layout.group_numels) if layout.stage in (1, 2) else 0
     return layout.element * (layout.numel + copied)

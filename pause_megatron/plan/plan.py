@@ -1,4 +1,4 @@
-"""A run on one kind of GPU, from configuration to days and GPU-hours. No torch."""
+"""Plan a run on one kind of GPU, from its configuration to days and GPU-hours. No torch."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from pause_megatron.plan.timing import StepTime, Wire, step_time
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run needs and takes.
+    """Memory, communication and time of a run.
 
     Attributes:
-        layout: the run on its ranks
-        cluster: where
-        assumptions: what was taken for granted
-        memory: tensors of a rank by phase and kind
-        footprint: these and what comes on top, against the GPU
-        time: of a step
-        wires: its traffic
-        saving: the best checkpoint interval
-        largest_micro_size: that fits and divides a rank's share of the global batch; None: none does
-        memory_micro_size: that memory allows, were the global batch made of it; 0: none
-        remedies: changes with which it fits, where it does not
-        warnings: what is allowed but unwise
+        layout: The run on its ranks.
+        cluster: Nodes and GPUs.
+        assumptions: Assumed numbers.
+        memory: Tensors of a rank by phase and kind.
+        footprint: Memory of a GPU, with fragmentation and libraries, against its capacity.
+        time: Time of a step.
+        wires: Communication of a step.
+        saving: Best checkpoint interval.
+        largest_micro_size: Largest micro-batch that fits and divides a rank's share of the global batch; None for none.
+        memory_micro_size: Largest micro-batch that fits with any global batch; 0 for none.
+        remedies: Changes with which the run fits, where it does not.
+        warnings: Settings that are allowed but slow.
     """
 
     layout: Layout
@@ -53,7 +53,7 @@ class Plan:
 
     @property
     def mfu(self) -> float:
-        """Model FLOPs over peak FLOPs for the whole step, communication and recomputation included."""
+        """Model FLOPs over peak FLOPs of the whole step, communication and recomputation included."""
         return self.time.model_flops / (self.time.seconds * self.cluster.ranks * self.cluster.gpu.peak_flops)
 
     @property
@@ -63,7 +63,7 @@ class Plan:
 
     @property
     def run_seconds(self) -> float | None:
-        """Of all steps and what saves and failures cost; None without a budget."""
+        """Seconds of all steps, saves and failures; None where the number of steps is not known."""
         steps = self.layout.batch.steps
         return None if steps is None else steps * self.time.seconds / max(1 - self.saving.lost, 0.01)
 
@@ -71,16 +71,16 @@ class Plan:
 def make_plan(
     config: ResolvedConfig, cluster: Cluster, *, text_size: int, assumptions: Assumptions | None = None
 ) -> Plan:
-    """Plans a run.
+    """Plan a run.
 
     Args:
-        config: resolved
-        cluster: nodes, GPUs a node, kind of GPU
-        text_size: ids of the text vocabulary
-        assumptions: default: those of `machine.py` for the GPU
+        config: Resolved configuration.
+        cluster: Nodes and GPUs.
+        text_size: Ids of the text vocabulary.
+        assumptions: Assumed numbers; None for those of `Assumptions.of` the GPU.
 
     Raises:
-        ConfigError: the ranks or the batch do not divide, or the DeepSpeed file cannot be used.
+        ConfigError: The ranks or the batch do not divide, or the DeepSpeed file cannot be used.
     """
     assumptions = assumptions or Assumptions.of(cluster.gpu)
     layout = Layout.of(config, cluster.ranks, text_size)
@@ -104,27 +104,28 @@ def make_plan(
 
 
 def _warnings(layout: Layout, cluster: Cluster) -> list[str]:
-    found = []
+    warnings = []
     if layout.tensor > cluster.gpus_per_node:
-        found.append(
-            f"parallel.tensor={layout.tensor} spans nodes of {cluster.gpus_per_node} GPUs: every layer then waits for "
-            f"the network; use at most {cluster.gpus_per_node}, and a higher ZeRO stage or recomputation for memory"
+        warnings.append(
+            f"parallel.tensor={layout.tensor} spans nodes of {cluster.gpus_per_node} GPUs: every layer then "
+            f"communicates over the network; use at most {cluster.gpus_per_node}, and a higher ZeRO stage or "
+            "recomputation for memory"
         )
     elif cluster.gpus_per_node % layout.tensor:
-        found.append(
+        warnings.append(
             f"parallel.tensor={layout.tensor} does not divide the {cluster.gpus_per_node} GPUs of a node: some "
             "tensor-parallel groups span nodes"
         )
     if layout.stage == 2 and layout.batch.accumulation > 1:
-        found.append(
-            f"ZeRO stage 2 sums gradients after each of {layout.batch.accumulation} micro-batches, stages 0 and 1 once "
-            "a step: prefer stage 1, or a larger batch.micro_size, where memory allows"
+        warnings.append(
+            f"ZeRO stage 2 reduces gradients after each of {layout.batch.accumulation} micro-batches, stages 0 and 1 "
+            "once a step: prefer stage 1, or a larger batch.micro_size, where memory allows"
         )
     if layout.config.task.name is not None and layout.config.model.from_ is None:
-        found.append(
+        warnings.append(
             f"model.from is not given: these are the sizes of model.preset={layout.config.model.preset}, not of the "
             "model that will be finetuned"
         )
     if layout.config.engine.precision == "fp32":
-        found.append("engine.precision=fp32 is far below the bf16 peak that times are worked out with")
-    return found
+        warnings.append("engine.precision=fp32 is far below the bf16 peak from which times are estimated")
+    return warnings

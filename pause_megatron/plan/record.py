@@ -1,4 +1,4 @@
-"""Plans as JSON. No torch."""
+"""Plans as JSON records. No torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from pause_megatron.plan.plan import Plan
 
 
 def as_json(plans: Sequence[Plan]) -> list[dict[str, Any]]:
-    """Everything of the table and more, in bytes, seconds and FLOPs."""
+    """Return plans as records for `json.dumps`, in bytes, seconds and FLOPs.
+
+    Args:
+        plans: Plans of one run, one for each kind of GPU.
+    """
     return [_record(plan) for plan in plans]
 
 

@@ -1,4 +1,4 @@
-"""When the gradients of a backward pass are summed over the data-parallel ranks, bucket by bucket. No torch."""
+"""Reductions of a backward pass over the data-parallel ranks, bucket by bucket. No torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pause_megatron.plan.activations import Activations
 from pause_megatron.plan.layout import Layout
 
-# In the order in which a layer's backward pass finishes them, with the halves of the layer that are then still there.
+# Gradients in the order of a layer's backward pass, with the halves of the layer whose activations are still kept.
 _BACKWARD = (
     ("mlp.linear_fc2.weight", "both"),
     ("mlp.linear_fc1.weight", "attention"),
@@ -22,13 +22,13 @@ _BACKWARD = (
 
 @dataclass(frozen=True)
 class Reduction:
-    """A bucket of gradients at the moment it is summed.
+    """A bucket of gradients when it is reduced.
 
     Attributes:
-        numel: its elements
-        oversized: it is one gradient that is larger than a bucket, and lies outside of it
-        done: elements of this gradient and of all before it
-        activation_bytes: what the layers before it still keep
+        numel: Elements of the bucket.
+        oversized: Whether it is one gradient larger than a bucket, reduced in place.
+        done: Elements of this gradient and of all before it.
+        activation_bytes: Activations that earlier layers still keep.
     """
 
     numel: int
@@ -38,20 +38,26 @@ class Reduction:
 
 
 def reductions(layout: Layout, kept: Activations, bucket: int) -> list[Reduction]:
-    """The buckets of a backward pass, in order: a bucket is summed when the next gradient does not fit in."""
-    found: list[Reduction] = []
+    """Return the reductions of a backward pass in order; a bucket is reduced when the next gradient does not fit.
+
+    Args:
+        layout: A run on its ranks.
+        kept: Activations of a micro-batch.
+        bucket: Elements of a bucket.
+    """
+    buckets: list[Reduction] = []
     filled = done = 0
     for numel, left in _gradients(layout, kept):
         if filled and filled + numel > bucket:
-            found.append(Reduction(filled, filled > bucket, done, left))
+            buckets.append(Reduction(filled, filled > bucket, done, left))
             filled = 0
         filled += numel
         done += numel
-    return [*found, Reduction(filled, filled > bucket, done, 0)]
+    return [*buckets, Reduction(filled, filled > bucket, done, 0)]
 
 
 def _gradients(layout: Layout, kept: Activations) -> Iterator[tuple[int, int]]:
-    """Elements of each gradient in the order of the backward pass, and the activations that then still exist."""
+    """Yield elements of each gradient in the order of the backward pass, and the activations that still exist."""
     numels = {p.name: p.numel for p in layout.parameters}
     layer = kept.layer_input if layout.recompute else kept.layer
     halves = {"both": kept.layer, "attention": kept.attention, "none": 0}

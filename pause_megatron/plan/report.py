@@ -1,4 +1,4 @@
-"""Plans as a table, one column for each kind of GPU. No torch."""
+"""Plans as a table with one column for each kind of GPU. No torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pause_megatron.plan.plan import Plan
 
 MIB = 2**20
 Row = tuple[str, Callable[[Plan], str]]
-# The parts of a rank's memory, as `RankMemory.phases` and as the table names them.
+# Kinds of `RankMemory.phases` and their names in the table.
 _KINDS = {
     "weights": "weights",
     "gathered parameters": "gathered parameters",
@@ -26,7 +26,11 @@ _KINDS = {
 
 
 def as_table(plans: Sequence[Plan]) -> str:
-    """Lay out plans of one run on several kinds of GPU side by side, then traffic, assumptions, and what would fit."""
+    """Return plans side by side, then communication, assumptions, warnings and remedies.
+
+    Args:
+        plans: Plans of one run, one for each kind of GPU.
+    """
     lines = _aligned([(name, *(cell(plan) for plan in plans)) for name, cell in _rows(plans)])
     lines += ["", *_traffic(plans[0]), "", *_assumptions(plans), ""]
     lines += [f"warning: {text}" for text in plans[0].warnings]
@@ -36,7 +40,7 @@ def as_table(plans: Sequence[Plan]) -> str:
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Lines of cells: the first one to the left, all others to the right."""
+    """Return rows as lines, the first column aligned left and the others right."""
     first, *others = ([len(cell) for cell in column] for column in zip(*rows, strict=True))
     widths = [max(column) for column in others]
     return [
@@ -99,11 +103,12 @@ def _memory_rows(plans: Sequence[Plan], offloads: bool) -> list[Row]:
 
 
 def _ratio(plan: Plan) -> str:
-    return f"x {plan.assumptions.memory_ratio.value:.3f}"
+    ratio = plan.assumptions.memory_ratio
+    return "-" if ratio is None else f"x {ratio.value:.3f}"
 
 
 def _computing_rows(plans: Sequence[Plan]) -> list[Row]:
-    """Computing by kinds of kernels; nothing where an MFU stands in their place."""
+    """Return the time of computing by kind of kernel; no rows where an MFU was given or measured."""
     if any(plan.time.parts is None for plan in plans):
         return []
     shown = {
@@ -113,10 +118,11 @@ def _computing_rows(plans: Sequence[Plan]) -> list[Row]:
         "sums of gradients, optimizer": "update",
         "waiting for the host": "waiting",
     }
-    return [
-        (f"    {name}", lambda plan, field=field: _duration(getattr(plan.time.parts, field)))
-        for name, field in shown.items()
-    ]
+
+    def part(field: str) -> Callable[[Plan], str]:
+        return lambda plan: _duration(getattr(plan.time.parts, field))
+
+    return [(f"    {name}", part(field)) for name, field in shown.items()]
 
 
 def _run_rows(plans: Sequence[Plan]) -> list[Row]:
@@ -157,12 +163,12 @@ def _gpu_hours(plan: Plan) -> str:
 
 
 def _bytes(size: float) -> str:
-    """GiB; MiB where that would show as next to nothing."""
+    """Return a size in GiB, or in MiB below 0.01 GiB."""
     return f"{size / MIB:,.2f} MiB" if 0 < size < 0.01 * GIB else f"{size / GIB:,.2f} GiB"
 
 
 def _duration(seconds: float) -> str:
-    """In the unit that reads best."""
+    """Return a duration in days, hours, minutes, seconds or milliseconds."""
     for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:,.1f} {unit}"
@@ -221,7 +227,7 @@ def _assumptions(plans: Sequence[Plan]) -> list[str]:
 
 
 def _number(value: float) -> str:
-    """200e9 instead of 2e+11, as `--assume` takes it."""
+    """Return a number as `--assume` takes it: 200e9, not 2e+11."""
     return f"{value / 1e9:g}e9" if value >= 1e9 else f"{value:g}"
 
 
@@ -232,11 +238,19 @@ def _verdict(plan: Plan) -> list[str]:
 
 
 def needed(plan: Plan) -> str:
-    """Memory that a GPU must have, of what it has."""
+    """Return the memory that a run needs of a GPU, and its capacity.
+
+    Args:
+        plan: Plan of the run.
+    """
     return f"{plan.footprint.total / GIB:.1f} GiB of {plan.footprint.capacity / GIB:.1f} GiB"
 
 
 def remedy_lines(plan: Plan) -> list[str]:
-    """What would make a run fit, a line for each."""
+    """Return the remedies of a run that does not fit, one a line.
+
+    Args:
+        plan: Plan of the run.
+    """
     lines = [f"  {' '.join(remedy.overrides)}  ({remedy.total / GIB:.1f} GiB)" for remedy in plan.remedies]
     return lines or ["  nothing that was tried; use more nodes, larger GPUs or a smaller model"]

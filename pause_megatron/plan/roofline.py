@@ -1,4 +1,4 @@
-"""Seconds of computing in a step, from the work of a GPU and the speeds that it is assumed to reach. No torch."""
+"""Seconds of computing in a step, from the work of a GPU and its assumed speeds (roofline model). No torch."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pause_megatron.plan.work import Work, step_work
 
 @dataclass(frozen=True)
 class Computing:
-    """Seconds of a step on one GPU, communication not among them.
+    """Seconds of a step on one GPU, without communication.
 
     Attributes:
-        products: matrix products
-        attention: attention
-        memory: memory-bound kernels of forward and backward passes
-        update: sums and copies of gradients, their norm, the optimizer, new weights
-        waiting: for the host, where it launches kernels more slowly than they run
+        products: Matrix products.
+        attention: Attention.
+        memory: Memory-bound kernels of forward and backward passes.
+        update: Sums and copies of gradients, their norm, the optimizer, new weights.
+        waiting: Waiting for the host, where it launches kernels more slowly than they run.
     """
 
     products: float
@@ -30,12 +30,18 @@ class Computing:
 
     @property
     def seconds(self) -> float:
-        """All of it."""
+        """Seconds of all kinds."""
         return self.products + self.attention + self.memory + self.update + self.waiting
 
 
 def computing(layout: Layout, gpu: Gpu, assumptions: Assumptions) -> Computing:
-    """Work out a step; kernels run one after another, each at the speed that bounds it."""
+    """Return the seconds of a step; kernels run one after another, each at the speed that bounds it.
+
+    Args:
+        layout: A run on its ranks.
+        gpu: Kind of GPU.
+        assumptions: Efficiencies and launch time.
+    """
     work = step_work(layout)
     micro, times = _kernels(work.micro_batch, layout, gpu, assumptions), work.micro_batches
     update = _kernels(work.gradients + work.update, layout, gpu, assumptions)
@@ -47,7 +53,7 @@ def computing(layout: Layout, gpu: Gpu, assumptions: Assumptions) -> Computing:
 
 
 def _kernels(work: Work, layout: Layout, gpu: Gpu, assumptions: Assumptions) -> tuple[float, float, float]:
-    """Seconds of matrix products, of attention, of all else."""
+    """Return the seconds of matrix products, of attention, and of memory-bound kernels."""
     model = layout.model
     width, channels = model.hidden / layout.tensor, model.hidden / model.heads
     products = assumptions.product_efficiency.value * width / (width + assumptions.product_half_width.value)

@@ -1,4 +1,4 @@
-"""How often to save. No torch.
+"""The best checkpoint interval, from the time of a save and of a failure. No torch.
 
 With d seconds a save and M seconds between failures, saving every T seconds loses about d / T to saves and T / 2M to
 steps (a failure loses half an interval on average). The sum is least at T = sqrt(2 d M): Young 1974, "A first order
@@ -22,13 +22,13 @@ class SavePlan:
     """Checkpoints of a run.
 
     Attributes:
-        bytes: of one checkpoint
-        seconds: of one save, during which training stands still
-        mtbf_seconds: between failures of the job
-        interval_seconds: sqrt(2 x seconds x MTBF)
-        every: the same in steps
-        lost: expected share of time that goes to saves, to steps that are lost, and to restarts, at that interval
-        lost_as_configured: the same at checkpoint.every
+        bytes: Bytes of a checkpoint.
+        seconds: Seconds of a save, during which training waits.
+        mtbf_seconds: Mean time between failures of the job.
+        interval_seconds: Best interval, sqrt(2 x seconds x MTBF).
+        every: Best interval in steps.
+        lost: Expected share of time for saves, lost steps and restarts at that interval.
+        lost_as_configured: The same at `checkpoint.every`.
     """
 
     bytes: int
@@ -41,7 +41,14 @@ class SavePlan:
 
 
 def save_plan(layout: Layout, cluster: Cluster, step_seconds: float, assumptions: Assumptions) -> SavePlan:
-    """Finds the interval that loses least time."""
+    """Return the checkpoint interval that loses least time.
+
+    Args:
+        layout: A run on its ranks.
+        cluster: Nodes and GPUs.
+        step_seconds: Seconds of a step.
+        assumptions: File system speed, failure rate and restart time.
+    """
     size = STATE_BYTES * layout.numel * layout.tensor
     speed = min(assumptions.write_bytes.value * cluster.nodes, assumptions.write_limit_bytes.value)
     seconds = size / speed

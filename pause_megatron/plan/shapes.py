@@ -1,4 +1,4 @@
-"""Every parameter of one tensor-parallel rank: name, shape, group. No torch."""
+"""Name, shape and optimizer group of each parameter of a tensor-parallel rank. No torch."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pause_megatron.config.schema import ResolvedModel
 
 @dataclass(frozen=True)
 class Parameter:
-    """A parameter as one rank holds it.
+    """A parameter on one rank.
 
     Attributes:
-        name: as `PauseGPTModel.named_parameters()` says it
-        shape: of this rank's shard
-        decays: whether it is in the optimizer's group with weight decay (`pause_megatron.model.decay`)
-        replicated: whether every tensor-parallel rank holds all of it
+        name: Name in `PauseGPTModel.named_parameters()`.
+        shape: Shape of this rank's shard.
+        decays: Whether it is in the optimizer's group with weight decay (`pause_megatron.model.decay`).
+        replicated: Whether each tensor-parallel rank holds all of it.
     """
 
     name: str
@@ -31,28 +31,34 @@ class Parameter:
 
 
 def padded_vocabulary(model: ResolvedModel, vocabulary: int, tensor: int) -> int:
-    """Rows of the vocabulary matrices over all ranks: upwards to a multiple of model.vocab_multiple x tensor."""
+    """Return the rows of the vocabulary matrices over all ranks, padding included.
+
+    Args:
+        model: Resolved sizes.
+        vocabulary: Live rows, text and pauses.
+        tensor: Tensor-parallel size; rows are padded to a multiple of it times `model.vocab_multiple`.
+    """
     step = model.vocab_multiple * tensor
     return -(-vocabulary // step) * step
 
 
 def rank_parameters(model: ResolvedModel, vocabulary: int, tensor: int) -> tuple[Parameter, ...]:
-    """This rank's parameters in the order of `PauseGPTModel.named_parameters()`; the same on every rank.
+    """Return a rank's parameters in the order of `PauseGPTModel.named_parameters()`; every rank has the same.
 
     Args:
-        model: with all sizes filled in
-        vocabulary: live rows, text and pauses
-        tensor: tensor-parallel ranks
+        model: Resolved sizes.
+        vocabulary: Live rows, text and pauses.
+        tensor: Tensor-parallel size.
     """
     hidden = model.hidden
     rows = padded_vocabulary(model, vocabulary, tensor) // tensor
-    found = [Parameter("embedding.word_embeddings.weight", (rows, hidden), decays=False)]
+    parameters = [Parameter("embedding.word_embeddings.weight", (rows, hidden), decays=False)]
     for layer in range(model.layers):
-        found += _layer(model, tensor, f"decoder.layers.{layer}.")
-    found.append(Parameter("decoder.final_layernorm.weight", (hidden,), decays=False, replicated=True))
+        parameters += _layer(model, tensor, f"decoder.layers.{layer}.")
+    parameters.append(Parameter("decoder.final_layernorm.weight", (hidden,), decays=False, replicated=True))
     if not model.tied:
-        found.append(Parameter("output_layer.weight", (rows, hidden), decays=False))
-    return tuple(found)
+        parameters.append(Parameter("output_layer.weight", (rows, hidden), decays=False))
+    return tuple(parameters)
 
 
 def _layer(model: ResolvedModel, tensor: int, prefix: str) -> list[Parameter]:
@@ -73,5 +79,10 @@ def _layer(model: ResolvedModel, tensor: int, prefix: str) -> list[Parameter]:
 
 
 def qkv_width(model: ResolvedModel, tensor: int) -> int:
-    """Channels of queries, keys and values on one rank."""
+    """Return the channels of queries, keys and values on one rank.
+
+    Args:
+        model: Resolved sizes.
+        tensor: Tensor-parallel size.
+    """
     return (model.hidden + 2 * model.kv_heads * (model.hidden // model.heads)) // tensor

@@ -96,7 +96,7 @@ def _bf16_stage1(layout: Layout) -> TrainingStates:
     flat = layout.flat_numel
     decaying = padded(layout.group_numels[0], 2 * layout.data_parallel)
     together = flat if decaying <= FALLBACK_BUCKET else 0  # a group alone in its bucket is reduced in place
-    half = 0 if layout.adds_at_once else layout.element * layout.numel
+    half = 0 if layout.frees_gradients else layout.element * layout.numel
     held = half if layout.batch.accumulation > 1 else 0
     return TrainingStates(
         weights=layout.element * flat,

@@ -1,4 +1,4 @@
-"""Seconds of a step: computing, and communication that nothing hides. No torch."""
+"""Seconds of a step: computing, and communication that does not overlap with it. No torch."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Wire:
     """Traffic on the links of a cluster.
 
     Attributes:
-        traffic: what is sent
-        crosses_nodes: whether its group spans nodes
-        inter_node_bytes: of what one rank sends, the share that leaves its node (on average over the ring)
-        seconds: of one step, at the slowest link of the ring
-        exposed_seconds: of these, what computing does not hide
+        traffic: Collectives of one kind.
+        crosses_nodes: Whether their group spans nodes.
+        inter_node_bytes: Bytes of a rank that leave its node, averaged over the ring.
+        seconds: Seconds of a step, at the slowest link of the ring.
+        exposed_seconds: Seconds that do not overlap with computing.
     """
 
     traffic: Traffic
@@ -32,15 +32,15 @@ class Wire:
 
 @dataclass(frozen=True)
 class StepTime:
-    """One optimizer step.
+    """Time of one optimizer step.
 
     Attributes:
-        model_flops: of the rows that are computed (`config.presets.step_flops`), over all ranks
-        executed_flops: with layers that run again
-        compute_seconds: of the kernels (`parts`), or of the executed FLOPs at an MFU that was given or measured
-        parts: computing by kinds of kernels; None: an MFU was given or measured
-        exposed_seconds: communication that nothing hides
-        offload_seconds: transfers to the host and the optimizer step there
+        model_flops: FLOPs of the rows that are computed (`config.presets.step_flops`), over all ranks.
+        executed_flops: FLOPs with recomputation.
+        compute_seconds: Seconds of the kernels (`parts`), or of the executed FLOPs at a given or measured MFU.
+        parts: Computing by kind of kernel; None where an MFU was given or measured.
+        exposed_seconds: Communication that does not overlap with computing.
+        offload_seconds: Transfers to the host and the optimizer step there.
     """
 
     model_flops: int
@@ -52,20 +52,23 @@ class StepTime:
 
     @property
     def seconds(self) -> float:
-        """All of it."""
+        """Seconds of the whole step."""
         return self.compute_seconds + self.exposed_seconds + self.offload_seconds
 
 
 def step_time(
     layout: Layout, traffic: tuple[Traffic, ...], cluster: Cluster, assumptions: Assumptions
 ) -> tuple[StepTime, tuple[Wire, ...]]:
-    """Estimates a step.
+    """Estimate the time of a step.
 
     Args:
-        layout: the run
-        traffic: its collectives (`step_traffic`)
-        cluster: where it runs; consecutive ranks of a node are tensor parallel
-        assumptions: efficiencies of kernels and links, overlap
+        layout: A run on its ranks.
+        traffic: Its collectives (`step_traffic`).
+        cluster: Nodes and GPUs; consecutive ranks of a node are tensor parallel.
+        assumptions: Efficiencies of kernels and links, overlap.
+
+    Returns:
+        The time, and the communication it contains.
     """
     batch, parts = layout.batch, None
     model_flops = step_flops(
@@ -79,7 +82,7 @@ def step_time(
     if assumptions.mfu is None:
         parts = computing(layout, cluster.gpu, assumptions)
         compute = parts.seconds
-    else:  # one that was measured counts no recomputation
+    else:  # a measured MFU counts model FLOPs only
         flops = executed if assumptions.mfu.ranks is None else model_flops
         compute = flops / (cluster.ranks * cluster.gpu.peak_flops * assumptions.mfu.value)
     seconds = [_seconds(t, layout, cluster, assumptions) for t in traffic]
@@ -89,14 +92,14 @@ def step_time(
         _wire(t, s, hidden if _hides(t, layout) else 0.0, layout, cluster)
         for t, s in zip(traffic, seconds, strict=True)
     )
-    # Measured on as many ranks, the traffic is in the MFU already.
+    # An MFU that was measured on as many ranks includes the communication.
     counted = assumptions.mfu is not None and assumptions.mfu.ranks == cluster.ranks
     exposed = 0.0 if counted else sum(wire.exposed_seconds for wire in wires)
     return StepTime(model_flops, executed, compute, parts, exposed, _offload(layout, cluster, assumptions)), wires
 
 
 def _forward_flops(layout: Layout) -> int:
-    """A layer's forward pass is a third of its 6 N + 12 d T."""
+    """Return the FLOPs per token of a forward pass, a third of 6 N + 12 d T of each layer."""
     model = layout.model
     return model.layers * (2 * layer_parameters(model) + 4 * model.hidden * layout.batch.sequence_length)
 
@@ -107,13 +110,13 @@ def _seconds(traffic: Traffic, layout: Layout, cluster: Cluster, assumptions: As
     if members > 1:
         bandwidth = gpu.link_bytes if members <= gpu.link_ranks else gpu.host_link_bytes
     if members < traffic.ranks:
-        # Every member on a node has an adapter, and NCCL runs a ring through each.
+        # Each member on a node has a network adapter, and NCCL runs a ring over each.
         bandwidth = min(bandwidth, gpu.network_bytes * members)
     return traffic.wire_bytes / (bandwidth * assumptions.link_efficiency.value)
 
 
 def _hides(traffic: Traffic, layout: Layout) -> bool:
-    """Stages 2 and 3 can reduce while the backward pass goes on; stage 3 gathers ahead. Nothing else overlaps."""
+    """Return whether traffic overlaps with computing: reductions at stages 2 and 3, and stage 3's prefetch."""
     overlaps = layout.zero.get("overlap_comm") and traffic.group == "data"
     return bool(overlaps) and (layout.stage == 3 or (layout.stage == 2 and traffic.purpose == "gradients"))
 
@@ -136,7 +139,7 @@ def _offload(layout: Layout, cluster: Cluster, assumptions: Assumptions) -> floa
     seconds = 0.0
     if layout.offloaded("offload_optimizer"):
         transfers = (layout.accumulation_bytes + layout.element) * share / cluster.gpu.host_link_bytes
-        # AdamW reads gradient, master and moments and writes the latter three: 28 bytes an element.
+        # AdamW reads gradient, master weight and moments and writes the latter three: 28 bytes an element.
         seconds += transfers + 28 * share * cluster.gpus_per_node / assumptions.host_adam_bytes.value
     if layout.offloaded("offload_param"):
         passes = 2 * layout.batch.accumulation

@@ -1,8 +1,8 @@
-"""What a GPU does in a step: FLOPs of products and of attention, bytes of everything else, kernels. No torch.
+"""Work of a GPU in a step: FLOPs of matrix products and attention, bytes of other kernels, kernel launches. No torch.
 
-Matrix products and attention are bound by computing; all other kernels by memory: they read each input once and write
-each output once. The numbers are those of the real model on fake CUDA tensors (`tests/support/counting.py`); a test
-compares with these formulas; the bytes of accumulation and optimizer are those of DeepSpeed's operators.
+Matrix products and attention are compute-bound. All other kernels are memory-bound: they read each input once and write
+each output once. A test compares these formulas with the real model on fake CUDA tensors (`tests/support/counting.py`).
+The bytes of accumulation and optimizer are those of DeepSpeed's operators.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ class Work:
     """Work of one GPU.
 
     Attributes:
-        products: FLOPs of matrix products
-        attention: FLOPs of attention, its causal half, with the scores that the backward pass computes anew
-        bytes: that memory-bound kernels read and write
-        kernels: launches of all kinds, collectives not among them
+        products: FLOPs of matrix products.
+        attention: FLOPs of causal attention, with the scores that the backward pass recomputes.
+        bytes: Bytes that memory-bound kernels read and write.
+        kernels: Kernel launches, without collectives.
     """
 
     products: int = 0
@@ -39,15 +39,15 @@ class Work:
 
 @dataclass(frozen=True)
 class StepWork:
-    """Work of an optimizer step on one GPU, by where it is done.
+    """Work of an optimizer step on one GPU, by part of the model.
 
     Attributes:
-        layers: forward and backward pass of all layers, recomputation included, one micro-batch
-        head: of the LM head, one micro-batch
-        ends: of embedding and last norm, one micro-batch
-        gradients: what DeepSpeed does with the gradients of all micro-batches
-        update: gradient norm, AdamW, new bf16 weights
-        micro_batches: of a step
+        layers: Forward and backward pass of all layers, with recomputation, for one micro-batch.
+        head: LM head, for one micro-batch.
+        ends: Embedding and last norm, for one micro-batch.
+        gradients: DeepSpeed's operations on the gradients of all micro-batches.
+        update: Gradient norm, AdamW, new bf16 weights.
+        micro_batches: Micro-batches of a step.
     """
 
     layers: Work
@@ -59,12 +59,16 @@ class StepWork:
 
     @property
     def micro_batch(self) -> Work:
-        """Forward and backward pass of one micro-batch."""
+        """Work of forward and backward pass of one micro-batch."""
         return self.layers + self.head + self.ends
 
 
 def step_work(layout: Layout) -> StepWork:
-    """Work out a step of a run."""
+    """Return the work of an optimizer step.
+
+    Args:
+        layout: A run on its ranks.
+    """
     forward, backward = layer_work(layout)
     layer = forward + backward + (forward if layout.recompute else Work())
     return StepWork(
@@ -78,21 +82,25 @@ def step_work(layout: Layout) -> StepWork:
 
 
 def layer_work(layout: Layout) -> tuple[Work, Work]:
-    """Work of one layer: forward pass, backward pass."""
+    """Return the work of one layer's forward pass and of its backward pass.
+
+    Args:
+        layout: A run on its ranks.
+    """
     model, element = layout.model, layout.element
     tokens, tensor = layout.tokens, layout.tensor
     residual = element * tokens * model.hidden // layout.sequence_split
-    rows = 4 * tokens // layout.sequence_split  # a number a row that a norm keeps
+    rows = 4 * tokens // layout.sequence_split  # one fp32 number a row that a norm keeps
     weight = element * model.hidden
     width = qkv_width(model, tensor)
     matrices = model.hidden * (width + model.hidden // tensor + 3 * model.ffn // tensor)
     scores = _scores(layout) * model.hidden // tensor
     products = 2 * tokens * matrices
-    # Twice: a norm, and what its half adds to the residual stream.
+    # Two halves, each with a norm and an addition to the residual stream.
     forward = Work(products, 4 * scores, 2 * (2 * residual + rows + weight) + 6 * residual, 4 + 1 + 2 + 2)
     norms = 2 * (5 * residual + 2 * rows + 2 * weight)
     biases = element * (tokens * width + width) if model.qkv_bias else 0
-    split = 2 * element * tokens * width  # gradients of queries, keys and values put together
+    split = 2 * element * tokens * width  # gradients of queries, keys and values concatenated
     backward = Work(2 * products, 10 * scores, norms + 6 * residual + split + biases, 8 + 3 + 4 + 2 + 1 + bool(biases))
     for piece in (_rotation(layout), _swiglu(layout), _copies(layout)):
         forward, backward = forward + piece[0], backward + piece[1]
@@ -104,38 +112,41 @@ def layer_work(layout: Layout) -> tuple[Work, Work]:
 
 
 def _copies(layout: Layout) -> tuple[Work, Work]:
-    """Tensors that are put in order for attention."""
+    """Return the copies that bring tensors into the layout of the attention core."""
     model = layout.model
     queries = layout.element * layout.tokens * model.hidden // layout.tensor
     keys = queries * model.kv_heads // model.heads
-    grouped = model.kv_heads < model.heads  # queries of a group lie between its keys
+    grouped = model.kv_heads < model.heads  # queries of a group are interleaved with its keys
     forward = Work(bytes=2 * queries * grouped, kernels=int(grouped))
     if not layout.variable_length:
         return forward, Work()
-    if layout.batch.micro_size == 1:  # positions first is samples first
+    if layout.batch.micro_size == 1:  # sequence-first is batch-first
         return forward + Work(kernels=1), Work(kernels=1)
     return forward + Work(bytes=4 * (queries + keys), kernels=5), Work(bytes=2 * queries, kernels=2)
 
 
 def _scores(layout: Layout) -> int:
-    """Pairs of tokens of which the later one sees the earlier: half of the square of the window."""
+    """Return the unmasked pairs of tokens of causal attention: half of the square of the window."""
     return layout.tokens * layout.batch.sequence_length // 2
 
 
 def _rotation(layout: Layout) -> tuple[Work, Work]:
-    """Rotary embedding of queries and keys."""
+    """Return the work of the rotary embedding of queries and keys, forward and backward."""
     model, element = layout.model, layout.element
     channels = model.hidden // model.heads
     queries = element * layout.tokens * model.hidden // layout.tensor
     both = queries + queries * model.kv_heads // model.heads
-    angles = element * layout.batch.sequence_length * channels * (layout.batch.micro_size if layout.variable_length else 1)
+    angles = (
+        element * layout.batch.sequence_length * channels * (layout.batch.micro_size if layout.variable_length else 1)
+    )
     if layout.fused:
         return Work(bytes=2 * both + 4 * angles, kernels=2), Work(bytes=2 * both + 4 * angles, kernels=2)
-    # Half of a tensor turned, put together, two products, their sum, a copy; cosine and sine each layer anew, in fp32.
+    # Half of a tensor rotated, concatenated, two products, their sum, a copy; cosine and sine in fp32.
     return Work(bytes=12 * both + 48 * angles, kernels=24), Work(bytes=14 * both + 4 * angles, kernels=14)
 
 
 def _swiglu(layout: Layout) -> tuple[Work, Work]:
+    """Return the work of SwiGLU, forward and backward."""
     inner = layout.element * layout.tokens * layout.model.ffn // layout.tensor
     if layout.fused:
         return Work(bytes=3 * inner, kernels=1), Work(bytes=5 * inner, kernels=1)
@@ -144,7 +155,11 @@ def _swiglu(layout: Layout) -> tuple[Work, Work]:
 
 
 def head_work(layout: Layout) -> Work:
-    """Work of the LM head: a chunk of rows at a time, forward and backward."""
+    """Return the work of the LM head, forward and backward, a chunk of rows at a time.
+
+    Args:
+        layout: A run on its ranks.
+    """
     element, hidden, columns = layout.element, layout.model.hidden, layout.rows
     rows = layout.target_rows
     chunk = head_chunk_rows(layout.model.head_chunk, columns=columns, element=element, device="cuda")
@@ -152,29 +167,29 @@ def head_work(layout: Layout) -> Work:
     logits, matrix = rows * columns, columns * hidden
     stream = element * layout.tokens * hidden
     picked = element * rows * hidden
-    # Rows are picked, their gradients put back among zeros; both gradients are scaled by the loss's.
+    # Rows are gathered, their gradients scattered into zeros; both gradients are scaled by that of the loss.
     around = 2 * picked + stream + 3 * picked + 2 * picked + 2 * element * matrix
     if chunks > 1 and element < 4:
         around += (4 + element) * matrix  # the fp32 sum becomes the gradient
     products = 6 * logits * hidden
     if layout.fused:
-        # Read twice where ranks tell each other of their columns; else the second time comes from the cache.
+        # Read twice where tensor-parallel ranks exchange maxima; else the second read comes from the cache.
         reads, kernels = (2, 16 * chunks) if layout.tensor > 1 else (1, 13 * chunks // 2)
         return Work(products, 0, (1 + reads) * element * logits + around, kernels + 14)
     # Maximum 4, difference 8, exponential 8, sum 4, softmax 8, scale 8; conversions to fp32 and back.
-    a_logit = 40 + (12 if element < 4 else 0)
-    return Work(products, 0, a_logit * logits + around, 33 * chunks + 13)
+    bytes_per_logit = 40 + (12 if element < 4 else 0)
+    return Work(products, 0, bytes_per_logit * logits + around, 33 * chunks + 13)
 
 
 def _ends(layout: Layout) -> Work:
-    """Embedding and last norm."""
+    """Return the work of embedding and last norm, forward and backward."""
     element, hidden = layout.element, layout.model.hidden
     stream = element * layout.tokens * hidden
     residual = stream // layout.sequence_split
     table = element * layout.rows * hidden
     norm = 7 * residual + 12 * layout.tokens // layout.sequence_split + 3 * element * hidden
-    # Rows are looked up and put in sequence-first order; backward, the table's gradient is written whole.
-    masks = 4 * stream if layout.tensor > 1 else 0  # tokens whose row is on another rank
+    # Rows are looked up and transposed to sequence-first; backward, the whole gradient of the table is written.
+    masks = 4 * stream if layout.tensor > 1 else 0  # tokens whose row lies on another rank
     twice = 3 * table if layout.model.tied else 0  # both gradients of one table are added
     scattered = 2 * residual if layout.sequence_split > 1 else 0
     kernels = 3 + 1 + 1 + 8 + 2 * bool(masks) + bool(twice) + bool(scattered)
@@ -182,10 +197,10 @@ def _ends(layout: Layout) -> Work:
 
 
 def _gradients(layout: Layout) -> Work:
-    """What DeepSpeed does with the gradients of all micro-batches: sums, copies into buckets and out of them.
+    """Return DeepSpeed's work on the gradients of all micro-batches: sums, copies into buckets and out of them.
 
-    Bytes an element, as its operators move them. Stage 1 in bf16: 6 to convert and 12 to add to the fp32 sum; without
-    `immediate_grad_update` 2 to zero and 6 to add to a bf16 gradient before, from the second micro-batch on.
+    The factors are bytes per element of its operators. Stage 1 in bf16: 6 to convert and 12 to add to the fp32 sum.
+    Without `immediate_grad_update`, from the second micro-batch on, 2 to zero and 6 to add to a bf16 gradient.
     """
     ranks, times = layout.data_parallel, layout.batch.accumulation
     several, half = ranks > 1, layout.element < 4
@@ -196,7 +211,7 @@ def _gradients(layout: Layout) -> Work:
     elif layout.stage == 1 and not half:
         total = (times - 1) * 12 + 28 + 8 / ranks
     elif layout.stage == 1:
-        held = 0 if layout.adds_at_once else 8
+        held = 0 if layout.frees_gradients else 8
         bucket = 16 if layout.group_numels[0] <= FALLBACK_BUCKET else 8
         total = times * 18 + (times - 1) * held + bucket + 8 * several
     else:
@@ -205,12 +220,12 @@ def _gradients(layout: Layout) -> Work:
 
 
 def _update(layout: Layout) -> Work:
-    """Norm, AdamW (28 bytes an element), new bf16 weights (6), gradients zeroed; at stages 2 and 3 of a share."""
+    """Return the work of gradient norm, AdamW (28 bytes an element), new bf16 weights (6) and zeroed gradients."""
     if layout.offloaded("offload_optimizer"):
         return Work()
     ranks, half = layout.data_parallel, layout.element < 4
     if layout.stage == 1 and half:
-        total = 8 + 34 / ranks  # the norm is that of whole gradients
+        total = 8 + 34 / ranks  # the norm covers the whole gradient
     elif layout.stage:
         total = (50 if half else 48) / ranks
     else:
