@@ -95,6 +95,7 @@ MOVED = {
     "cli.inspect_figure": "cli.support.inspect_figure",
     "cli.packages": "cli.support.packages",
     "cli.finding": "cli.support.finding",
+    "hf.appearing": "hf.atomic_dir",
     "config.initial": "config.model_from",
     "config.plan": "config.batching",
     "durable": "files.durable",

@@ -1,6 +1,6 @@
-"""To and from Hugging Face: weights, configuration and tokenizer of Llama-like models, with pauses.
+"""Export to and import from Hugging Face: weights, configuration and tokenizer of Llama-family models with pauses.
 
-`export` writes a checkpoint as a folder that `transformers`, vLLM and others load without this package, and proves that
-it computes the same. `import_folder` makes a checkpoint of a Llama-family folder, with rows for the pauses. Nothing is
-unpickled on either way, and no code that comes with a folder is run.
+`export` converts a checkpoint to a folder that transformers, vLLM and others load without this package, and checks that
+both compute the same logits. `import_folder` converts a Llama-family folder to a checkpoint with rows for the pauses.
+Neither unpickles anything or runs code of a folder.
 """

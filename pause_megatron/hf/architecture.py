@@ -1,4 +1,4 @@
-"""Configurations: a native model as a Hugging Face `config.json`, and the other way round, refusing what differs."""
+"""Model configurations: a native model to a Hugging Face `config.json`, and back with a check of every option."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pause_megatron.config.schema import ModelSection
+from pause_megatron.config.schema import ResolvedModel
 from pause_megatron.errors import CheckpointError
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -16,8 +16,8 @@ FAMILIES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
 }
-"""Model types that are this project's decoder: RMSNorm, SwiGLU, rotary halves; Qwen2 with biases on queries, keys and
-values. TinyLlama and SmolLM are of type llama."""
+"""Model types with the native decoder: RMSNorm, SwiGLU, rotary halves; Qwen2 with biases on queries, keys and values.
+TinyLlama and SmolLM are of type llama."""
 
 _READ = frozenset(
     {
@@ -26,24 +26,24 @@ _READ = frozenset(
         *("attention_bias", "mlp_bias", "initializer_range", "sliding_window", "use_sliding_window"),
     }
 )
-"""Keys that decide what a model computes and for how many tokens. One that is missing has transformers' own default."""
+"""Keys that decide what a model computes and for how many tokens. A missing key has the default of transformers."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a `config.json` says, in native terms.
+    """Content of a `config.json` in native terms.
 
     Attributes:
-        family: "llama", "mistral" or "qwen2"
-        model: sizes
-        rows: of the embedding
-        sequence_length: longest window for which the native model computes the same
-        pause: the folder's own "pause" record, if an export of this package wrote one
-        dtype: of its weights, "fp32", "bf16" or "fp16"; None if it does not say
+        family: "llama", "mistral" or "qwen2".
+        model: Sizes of the model.
+        rows: Rows of the embedding.
+        sequence_length: Longest window for which the native model computes the same.
+        pause: The folder's "pause" entry, which exports of this package have; None without one.
+        dtype: Type of the weights, "fp32", "bf16" or "fp16"; None without the key.
     """
 
     family: str
-    model: ModelSection
+    model: ResolvedModel
     rows: int
     sequence_length: int
     pause: Mapping[str, Any] | None
@@ -51,7 +51,7 @@ class Architecture:
 
 
 def config_json(
-    model: ModelSection,
+    model: ResolvedModel,
     *,
     family: str,
     live_rows: int,
@@ -60,16 +60,16 @@ def config_json(
     special_ids: Mapping[str, int | list[int] | None],
     pause: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """`config.json` of a plain LlamaForCausalLM or Qwen2ForCausalLM.
+    """Return the `config.json` of a plain LlamaForCausalLM or Qwen2ForCausalLM.
 
     Args:
-        model: resolved sizes
-        family: "llama" or "qwen2"
-        live_rows: rows of the embedding: text and pauses, no padding
-        sequence_length: becomes max_position_embeddings
-        dtype: "fp32", "bf16" or "fp16"
-        special_ids: ids by role: "eos" (or several of it), and "bos", "pad" where there are any
-        pause: what the folder says about its pauses; transformers keeps keys that it does not know
+        model: Sizes of the model.
+        family: "llama" or "qwen2".
+        live_rows: Rows of the embedding: text and pauses, no padding.
+        sequence_length: Becomes max_position_embeddings.
+        dtype: "fp32", "bf16" or "fp16".
+        special_ids: Ids by role: "eos" (one or several), and "bos" and "pad" where they exist.
+        pause: The "pause" entry; transformers keeps keys that it does not know.
     """
     config: dict[str, Any] = {
         "architectures": [FAMILIES[family]],
@@ -88,7 +88,7 @@ def config_json(
         "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_base},
         "attention_dropout": 0.0,
         "initializer_range": model.init_std,
-        "tie_word_embeddings": bool(model.tied),
+        "tie_word_embeddings": model.tied,
         "use_cache": True,
         "dtype": DTYPES[dtype],
         "torch_dtype": DTYPES[dtype],
@@ -103,22 +103,22 @@ def config_json(
 
 
 def read_architecture(config: Mapping[str, Any], where: str, sequence_length: int | None = None) -> Architecture:
-    """The native model that computes what a `config.json` describes.
+    """Return the native model that computes what a `config.json` describes.
 
     Args:
-        config: its content
-        where: the file, for messages
-        sequence_length: longest window wanted; default: max_position_embeddings
+        config: Content of the file.
+        where: Names the file in messages.
+        sequence_length: Longest window; None for max_position_embeddings.
 
     Raises:
-        CheckpointError: code of its own, another architecture, or an option that the native model does not have; the
-            key is named, with what was expected and what came.
+        CheckpointError: Custom code, another architecture, or an option that the native model lacks. The message has
+            the key, the expected and the actual value.
     """
     return _ConfigReader(config, where).read(sequence_length)
 
 
 class _ConfigReader:
-    """One config.json, key by key."""
+    """Reader of one config.json, key by key."""
 
     def __init__(self, config: Mapping[str, Any], where: str) -> None:
         self._config, self._where = config, where
@@ -137,7 +137,7 @@ class _ConfigReader:
         kv_heads = self._size("num_key_value_heads", heads)
         if heads % kv_heads:
             raise self._wrong("num_key_value_heads", f"a divisor of num_attention_heads = {heads}", kv_heads)
-        model = ModelSection(
+        model = ResolvedModel(
             preset=None,
             layers=self._size("num_hidden_layers"),
             hidden=hidden,
@@ -152,9 +152,8 @@ class _ConfigReader:
         )
         length = self._size("max_position_embeddings") if sequence_length is None else sequence_length
         self._check_window(family, length)
-        dtype = {name: key for key, name in DTYPES.items()}.get(
-            self._config.get("dtype") or self._config.get("torch_dtype")
-        )
+        native_dtypes = {name: key for key, name in DTYPES.items()}
+        dtype = native_dtypes.get(str(self._config.get("dtype") or self._config.get("torch_dtype")))
         pause = self._config.get("pause")
         pause = pause if isinstance(pause, Mapping) else None
         return Architecture(family, model, self._size("vocab_size"), length, pause, dtype)
@@ -163,8 +162,8 @@ class _ConfigReader:
         for key in ("auto_map", "custom_generate", "trust_remote_code"):
             if self._config.get(key):
                 raise CheckpointError(
-                    f"{self._where}: {key} asks for code that comes with the folder, which is never run here; if the "
-                    "model is a plain Llama, Mistral or Qwen2, take the key out"
+                    f"{self._where}: {key} asks for code of the folder, which is never run here. "
+                    "If the model is a plain Llama, Mistral or Qwen2, remove the key"
                 )
         family = self._config.get("model_type")
         if family not in FAMILIES:
@@ -189,7 +188,7 @@ class _ConfigReader:
                 raise self._wrong(key, "a group of keys, or null", record)
             kind = record.get("rope_type", record.get("type", "default"))
             if kind != "default" or record.get("partial_rotary_factor", 1) != 1:
-                raise self._wrong(key, "plain rotary positions (type default): the native model scales none", record)
+                raise self._wrong(key, "plain rotary positions (type default): the native model has no scaling", record)
             parameters |= record
         return self._number("rope_theta", 10000.0, parameters.get("rope_theta", self._config.get("rope_theta")))
 
@@ -197,32 +196,30 @@ class _ConfigReader:
         positions, window = self._size("max_position_embeddings"), self._config.get("sliding_window")
         if not 8 <= length <= positions:
             raise self._wrong(
-                "max_position_embeddings", f"at least the {length} positions asked for (8 or more)", positions
+                "max_position_embeddings", f"at least the {length} positions requested (8 or more)", positions
             )
         if family == "qwen2" and not self._flag("use_sliding_window"):
             window = None
         if family != "llama" and window is not None:
             window = self._size("sliding_window")
             if window < length:
-                assumed = (
-                    ", which transformers takes where the key is missing" if "sliding_window" in self._assumed else ""
-                )
+                assumed = ", the default of transformers for a missing key" if "sliding_window" in self._assumed else ""
                 raise CheckpointError(
                     f"{self._where}: sliding_window: expected null or at least {length} (the native model attends to "
-                    f"the whole window), came {window}{assumed}. Windows of up to {window} tokens compute the same: "
-                    f"give --sequence-length {window}"
+                    f"the whole window), got {window}{assumed}. For windows of up to {window} tokens, pass "
+                    f"--sequence-length {window}"
                 )
         kinds = self._config.get("layer_types") or []
         if not isinstance(kinds, (list, tuple)):
-            raise self._wrong("layer_types", "a list of the layers' kinds, or null", kinds)
+            raise self._wrong("layer_types", "a list of layer types, or null", kinds)
         others = [kind for kind in kinds if kind != "full_attention" and (kind != "sliding_attention" or not window)]
         layers = self._size("num_hidden_layers")
         if others or len(kinds or range(layers)) != layers:
             raise self._wrong("layer_types", f"full_attention in each of num_hidden_layers = {layers}", kinds)
 
-    def _expect(self, key: str, came: Any, allowed: tuple) -> None:
-        if came not in allowed:
-            raise self._wrong(key, " or ".join(map(repr, allowed)), came)
+    def _expect(self, key: str, value: Any, allowed: tuple[Any, ...]) -> None:
+        if value not in allowed:
+            raise self._wrong(key, " or ".join(map(repr, allowed)), value)
 
     def _size(self, key: str, default: int | None = None) -> int:
         value = self._config.get(key)
@@ -244,20 +241,24 @@ class _ConfigReader:
             raise self._wrong(key, "true or false", value)
         return value
 
-    def _wrong(self, key: str, expected: str, came: Any) -> CheckpointError:
-        return CheckpointError(f"{self._where}: {key}: expected {expected}, came {str(came)[:200]!r}")
+    def _wrong(self, key: str, expected: str, value: Any) -> CheckpointError:
+        return CheckpointError(f"{self._where}: {key}: expected {expected}, got {str(value)[:200]!r}")
 
 
 def _defaults(family: str) -> dict[str, Any]:
-    """What transformers takes for keys that a config.json leaves out: the defaults of its own configuration class.
+    """Defaults of transformers' configuration class, for keys that a config.json leaves out.
 
-    None among them are values that follow from others (num_key_value_heads, head_dim), here as there.
+    A default of None follows from other keys (num_key_value_heads, head_dim).
     """
     import transformers
 
     cls = getattr(transformers, FAMILIES[family].replace("ForCausalLM", "Config"))
-    given = {name: entry.default for name, entry in inspect.signature(cls.__init__).parameters.items()}
-    found = {name: value for name, value in given.items() if name in _READ and value is not inspect.Parameter.empty}
-    made = cls().to_dict()
-    theta = (made.get("rope_parameters") or made).get("rope_theta")
-    return {**found, **({} if theta is None else {"rope_theta": theta})}
+    parameters = inspect.signature(cls.__init__).parameters.items()
+    defaults = {
+        name: parameter.default
+        for name, parameter in parameters
+        if name in _READ and parameter.default is not inspect.Parameter.empty
+    }
+    default_config = cls().to_dict()
+    theta = (default_config.get("rope_parameters") or default_config).get("rope_theta")
+    return {**defaults, **({} if theta is None else {"rope_theta": theta})}

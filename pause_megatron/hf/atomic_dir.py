@@ -1,4 +1,4 @@
-"""An output folder that is there only when it is complete."""
+"""Output folders that are written atomically: a hidden staging folder that is renamed once it is complete."""
 
 from __future__ import annotations
 
@@ -12,39 +12,45 @@ from pause_megatron.errors import CheckpointError
 from pause_megatron.files.durable import sync_folder
 
 
-def new_folder(path: str | Path) -> Path:
-    """The absolute path of a folder to write.
+def output_folder(path: str | Path) -> Path:
+    """Return the absolute path of an output folder, which must be new or empty.
+
+    Args:
+        path: Path of the folder.
 
     Raises:
-        CheckpointError: there is something that a new folder would replace.
+        CheckpointError: The path is a link or a file, or the folder holds files.
     """
     folder = Path(os.path.abspath(path))
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise CheckpointError(f"{folder}: expected a new or an empty folder, found something else")
+        raise CheckpointError(f"{folder}: expected a new or an empty folder, got something else")
     if folder.is_dir() and any(folder.iterdir()):
-        raise CheckpointError(f"{folder}: expected a new or an empty folder, this one holds files; name another one")
+        raise CheckpointError(f"{folder}: expected a new or an empty folder, got one that holds files; name another")
     return folder
 
 
 @contextmanager
-def appearing(folder: Path) -> Iterator[Path]:
-    """A hidden folder beside `folder`, which takes its name when the body is done, and goes when the body fails.
+def atomic_dir(folder: Path) -> Iterator[Path]:
+    """Open a hidden staging folder beside `folder`; rename it when the body ends, remove it when the body fails.
 
     Args:
-        folder: as `new_folder` gives it. The body brings what it writes to the disk.
+        folder: Path from `output_folder`.
+
+    Yields:
+        The staging folder. The body must fsync what it writes there.
 
     Raises:
-        CheckpointError: it cannot be written, or something has come into `folder` in between.
+        CheckpointError: The folder cannot be written, or `folder` is no longer empty.
     """
-    hidden = folder.with_name(f".{folder.name}.incoming")
-    shutil.rmtree(hidden, ignore_errors=True)
+    staging = folder.with_name(f".{folder.name}.incoming")
+    shutil.rmtree(staging, ignore_errors=True)
     try:
-        hidden.mkdir(parents=True)
-        yield hidden
-        new_folder(folder)
-        os.rename(hidden, folder)
+        staging.mkdir(parents=True)
+        yield staging
+        output_folder(folder)
+        os.rename(staging, folder)
         sync_folder(folder.parent)
     except OSError as error:
         raise CheckpointError(f"{folder}: cannot be written: {error.strerror or error}") from None
     finally:
-        shutil.rmtree(hidden, ignore_errors=True)
+        shutil.rmtree(staging, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""A native checkpoint as a whole: configuration, tokenizer, vocabulary and weights, checked to belong together."""
+"""A native checkpoint opened for export: configuration, tokenizer, vocabulary and weights, checked for consistency."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from pause_megatron.model import Vocabulary
 
 @dataclass(frozen=True)
 class NativeCheckpoint:
-    """A checkpoint whose files are as they were written and fit each other.
+    """A verified checkpoint.
 
     Attributes:
-        folder: resolved
-        config: of the run that wrote it
-        tokenizer: its own
-        vocabulary: which rows are text and pauses
-        reader: of its weights
+        folder: Resolved path of the checkpoint.
+        config: Configuration of the run that wrote it.
+        tokenizer: Tokenizer of the checkpoint.
+        vocabulary: Text rows and pause rows of the embedding.
+        reader: Reader of the merged weights.
     """
 
     folder: Path
@@ -42,20 +42,20 @@ class NativeCheckpoint:
 
 
 def open_checkpoint(path: str | Path, report: Report) -> NativeCheckpoint:
-    """Opens a checkpoint after reading all of it once, to compare digests.
+    """Open a checkpoint and verify the digests of all its files.
 
     Args:
-        path: a checkpoint, `.../latest`, `RUN/checkpoints` or `RUN`
-        report: told how far the digests are
+        path: A checkpoint, `.../latest`, `RUN/checkpoints` or `RUN`.
+        report: Progress callback.
 
     Raises:
-        CheckpointError: missing, damaged or altered; or its parts do not belong together.
+        CheckpointError: The checkpoint is missing, damaged or modified, or its parts are inconsistent.
     """
-    found = open_newest(path, report=report)
-    folder, manifest = found.folder, found.manifest
+    newest = open_newest(path, report=report)
+    folder, manifest = newest.folder, newest.manifest
     for name in ("config.yaml", "tokenizer/pause_tokenizer.json"):
         if name not in manifest.files:
-            raise CheckpointError(f"{folder}: expected a file {name}, its manifest names none")
+            raise CheckpointError(f"{folder}: expected a file {name}, got none in its manifest")
     try:
         read_config_text(folder / "config.yaml")  # refuses one that is too large
         config = load(folder / "config.yaml")
@@ -71,12 +71,12 @@ def open_checkpoint(path: str | Path, report: Report) -> NativeCheckpoint:
 
 
 def _check_parameters(config: ResolvedConfig, vocabulary: Vocabulary, reader: MergedReader) -> None:
-    """The manifest's parameters are those of the configuration's model, before anything of their size is allocated."""
-    found = reader.manifest.parameters
-    if config.model.layers > len(found):
+    """Compare the manifest's parameters with the configuration's model, before memory is allocated for them."""
+    parameters = reader.manifest.parameters
+    if config.model.layers > len(parameters):
         raise CheckpointError(
-            f"{reader.folder}: config.yaml says {config.model.layers:,} layers, the manifest has "
-            f"{len(found):,} parameters"
+            f"{reader.folder}: expected parameters of {config.model.layers:,} layers (config.yaml), the manifest has "
+            f"{len(parameters):,} parameters"
         )
     padded = vocabulary.padded(config.model.vocab_multiple, reader.manifest.tensor_parallel)
     expected = native_shapes(config.model, padded)
@@ -84,7 +84,9 @@ def _check_parameters(config: ResolvedConfig, vocabulary: Vocabulary, reader: Me
         if reader.shape(name) != shape:
             raise CheckpointError(
                 f"{reader.folder}: parameter {name}: expected shape {shape} (config.yaml, a vocabulary of "
-                f"{vocabulary.size:,} padded to {padded:,}), the manifest says {reader.shape(name)}"
+                f"{vocabulary.size:,} padded to {padded:,}), got {reader.shape(name)} in the manifest"
             )
-    if len(found) != len(expected):
-        raise CheckpointError(f"{reader.folder}: expected {len(expected)} parameters, the manifest has {len(found)}")
+    if len(parameters) != len(expected):
+        raise CheckpointError(
+            f"{reader.folder}: expected {len(expected)} parameters, got {len(parameters)} in the manifest"
+        )

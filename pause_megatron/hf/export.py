@@ -1,4 +1,4 @@
-"""A checkpoint as a Hugging Face folder: streamed, proven, and there only when it is complete."""
+"""Export of a checkpoint to a Hugging Face folder: streamed, checked against the native model, written atomically."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pause_megatron.checkpoint.verify import Report
 from pause_megatron.config.batching import pause_range
 from pause_megatron.errors import CheckpointError
 from pause_megatron.files.durable import sync_file, sync_folder
-from pause_megatron.hf.atomic_dir import appearing, new_folder
 from pause_megatron.hf.architecture import config_json
+from pause_megatron.hf.atomic_dir import atomic_dir, output_folder
 from pause_megatron.hf.checkpoint import NativeCheckpoint, open_checkpoint
 from pause_megatron.hf.model_card import model_card
-from pause_megatron.hf.parity import Parity, prove, tokenizer_agrees
+from pause_megatron.hf.parity import Parity, check_export, tokenizer_agrees
 from pause_megatron.hf.safetensors_file import Entry, SafetensorsWriter, split_into_files
 from pause_megatron.hf.tokenizer import HFTokenizer, convert_tokenizer, pause_entry
 from pause_megatron.hf.tokenizer_files import generation_config, names_class, write_tokenizer
@@ -32,13 +32,13 @@ INDEX = "model.safetensors.index.json"
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export made.
+    """Result of an export.
 
     Attributes:
-        folder: the Hugging Face folder
-        files: number of safetensors files
-        bytes: of the weights
-        parity: what the comparison with the native model found
+        folder: The Hugging Face folder.
+        files: Number of safetensors files.
+        bytes: Size of the weights, in bytes.
+        parity: Result of the comparison with the native model.
     """
 
     folder: Path
@@ -56,35 +56,38 @@ def export(
     finetuned_pauses: int | None = None,
     report: Report = lambda stage, done, total: None,
 ) -> Exported:
-    """Writes a checkpoint of any tensor-parallel size and ZeRO stage as a plain LlamaForCausalLM folder.
+    """Export a checkpoint of any tensor-parallel size and ZeRO stage to a plain LlamaForCausalLM folder.
 
-    (Qwen2ForCausalLM where the model has biases on queries, keys and values, and Qwen2's tokenizer.) Digests are
-    checked first; the weights are streamed, so that memory holds a few rows; then `transformers` loads the folder and
-    its logits and ids are compared with the native ones. The folder appears only after that.
+    A model with biases on queries, keys and values and Qwen2's tokenizer becomes a Qwen2ForCausalLM. The checkpoint's
+    digests are verified first. The weights are streamed, with a few rows in memory. Then transformers loads the folder,
+    and its logits and token ids are compared with the native ones. The folder is renamed into place only after that.
 
     Args:
-        source: checkpoint, `.../latest`, or run folder
-        output: must not exist, or be empty
-        dtype: "fp32", "bf16" or "fp16"
-        max_shard_size: bytes of one safetensors file; a larger tensor has a file of its own
-        finetuned_pauses: M_ft, the pauses that the model was finetuned with; None: as the run's configuration says
-        report: told what is being done, bytes done and bytes in all
+        source: A checkpoint, `.../latest`, or a run folder.
+        output: The Hugging Face folder; new or empty.
+        dtype: "fp32", "bf16" or "fp16".
+        max_shard_size: Maximum size of a safetensors file, in bytes; a larger tensor gets a file of its own.
+        finetuned_pauses: M_ft, the number of pauses in finetuning; None for that of the run's configuration.
+        report: Progress callback: (stage, bytes done, bytes in all).
+
+    Returns:
+        The folder and the result of the comparison.
 
     Raises:
-        CheckpointError: a checkpoint that is damaged or has no exact counterpart, an output that is not empty, or an
+        CheckpointError: A checkpoint that is damaged or has no exact counterpart, an output that is not empty, or an
             export that does not compute the same.
     """
-    output = new_folder(output)
+    output = output_folder(output)
     checkpoint = open_checkpoint(source, report)
     tokenizer = convert_tokenizer(checkpoint.folder / "tokenizer", checkpoint.tokenizer, checkpoint.pause_ids)
-    with appearing(output) as hidden:
-        family = _write_descriptions(checkpoint, tokenizer, hidden, dtype, finetuned_pauses)
-        files = write_weights(checkpoint, hidden, TORCH_DTYPES[dtype], max_shard_size, report, family)
-        for path in hidden.iterdir():
+    with atomic_dir(output) as staging:
+        family = _write_metadata(checkpoint, tokenizer, staging, dtype, finetuned_pauses)
+        files = write_weights(checkpoint, staging, TORCH_DTYPES[dtype], max_shard_size, report, family)
+        for path in staging.iterdir():
             sync_file(path)
-        sync_folder(hidden)
+        sync_folder(staging)
         report("comparing with transformers", 0, 1)
-        parity = prove(checkpoint, hidden, TORCH_DTYPES[dtype])
+        parity = check_export(checkpoint, staging, TORCH_DTYPES[dtype])
         report("comparing with transformers", 1, 1)
     total = sum((output / name).stat().st_size for name in files)
     return Exported(output, len(files), total, parity)
@@ -98,10 +101,21 @@ def write_weights(
     report: Report,
     family: str = "llama",
 ) -> list[str]:
-    """Streams all tensors into safetensors files; with an index where there are several.
+    """Stream all tensors into safetensors files, with an index if there are several.
+
+    Args:
+        checkpoint: The checkpoint to export.
+        folder: The Hugging Face folder.
+        dtype: Type of the weights.
+        max_shard_size: Maximum size of a file, in bytes.
+        report: Progress callback.
+        family: "llama" or "qwen2".
 
     Returns:
         The names of the files.
+
+    Raises:
+        CheckpointError: Values beyond the range of fp16.
     """
     tensors = hf_tensors(checkpoint.config.model, checkpoint.vocabulary.size, family)
     by_name = {tensor.name: tensor for tensor in tensors}
@@ -132,14 +146,14 @@ def _stream(tensor: HFTensor, reader: MergedReader, writer: SafetensorsWriter, d
         for start in range(rows.start, stop, block):
             values = reader.rows(rows.name, start, min(start + block, stop)).to(dtype)
             if dtype == torch.float16 and not torch.isfinite(values).all():
-                raise CheckpointError(f"{tensor.name}: values beyond the range of fp16; export as bf16 or fp32")
+                raise CheckpointError(f"{tensor.name}: expected values in the range of fp16; export as bf16 or fp32")
             writer.write(values)
 
 
-def _write_descriptions(
+def _write_metadata(
     checkpoint: NativeCheckpoint, tokenizer: HFTokenizer, folder: Path, dtype: str, finetuned_pauses: int | None
 ) -> str:
-    """Writes everything but the weights, and compares the tokenizer. Returns the model family."""
+    """Write everything but the weights, and compare the tokenizer. Return the model family."""
     config, manifest = checkpoint.config, checkpoint.reader.manifest
     length, live_rows = config.data.sequence_length, checkpoint.vocabulary.size
     pause = pause_record(checkpoint, tokenizer.pauses, finetuned_pauses)
@@ -165,23 +179,31 @@ def _write_descriptions(
         config, progress=manifest.progress, pause=pause, step=manifest.step, live_rows=live_rows, dtype=dtype
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
-    # transformers reads the tokenizer of any folder of type qwen2 as Qwen2's own, whatever its files say. Where that
-    # gives other ids, the model is a Llama with attention biases. Classes named after models rebuild parts of a
-    # tokenizer.json: where the source's does so in another way, the file is read as it stands.
+    # transformers reads the tokenizer of any folder of type qwen2 as Qwen2's, whatever its files contain. Where that
+    # gives other ids, the model becomes a Llama with attention biases. Classes named after models rebuild parts of a
+    # tokenizer.json: where that gives other ids, the class that reads the file unchanged is used.
     families = ("qwen2", "llama") if config.model.qkv_bias else ("llama",)
-    ways = [(family, plain) for family in families for plain in ((False, True) if names_class(companions) else (True,))]
-    for family, plain in ways:
+    *preferred, last = [
+        (f, plain) for f in families for plain in ((False, True) if names_class(companions) else (True,))
+    ]
+    for family, plain in preferred:
         write_as(family, plain)
-        if (family, plain) == ways[-1] or tokenizer_agrees(checkpoint, folder):  # the last one's faults are said later
+        if tokenizer_agrees(checkpoint, folder):
             return family
-    raise AssertionError("there is always a way")
+    write_as(*last)  # compared at the end of the export, which raises
+    return last[0]
 
 
 def pause_record(checkpoint: NativeCheckpoint, names: Sequence[str], finetuned_pauses: int | None) -> dict[str, Any]:
-    """What config.json says about pauses: the token, its ids, how it was trained, and how it wants to be prompted.
+    """Return the "pause" entry of config.json: tokens, ids, training settings and defaults of inference.
 
-    `m_ft`, `location`, `filler` and `prefix_attention` are those of the finetuning, and inference's defaults; m_ft
-    is the upper end of a range. `realised_rate` is of a pretraining.
+    `m_ft`, `location`, `filler` and `prefix_attention` are those of the finetuning, and the defaults of inference. m_ft
+    is the upper end of a range. `realised_rate` is that of a pretraining.
+
+    Args:
+        checkpoint: The checkpoint to export.
+        names: Names of the pause tokens.
+        finetuned_pauses: M_ft; None for that of the run's configuration.
     """
     config, progress = checkpoint.config, checkpoint.reader.manifest.progress
     pause, finetune, finetuned = config.pause, config.finetune, config.task.name is not None

@@ -1,4 +1,4 @@
-"""Reading a Hugging Face folder that somebody else made: plain files inside it, JSON of bounded size, safetensors."""
+"""Reader of an untrusted Hugging Face folder: plain files inside it, JSON of bounded size, safetensors."""
 
 from __future__ import annotations
 
@@ -20,92 +20,104 @@ INDEX = "model.safetensors.index.json"
 
 
 class SourceFolder:
-    """A folder of which no file is trusted.
+    """An untrusted folder.
 
     Args:
-        path: the folder
+        path: Path of the folder.
 
     Raises:
-        CheckpointError: no such folder.
+        CheckpointError: No such folder.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
             raise CheckpointError(
-                f"{self.path}: expected a Hugging Face folder, found none (names of a Hub are not taken)"
+                f"{self.path}: expected a Hugging Face folder, got none (Hub names are not supported)"
             )
         self._root = self.path.resolve()
 
     def has(self, name: str) -> bool:
-        """Whether a file of that name is there."""
+        """Return whether the folder has a file of that name."""
         return (self.path / name).exists() or (self.path / name).is_symlink()
 
     def file(self, name: str) -> Path:
-        """Path of a file of the folder.
+        """Return the path of a file of the folder.
+
+        Links into the `blobs` of a Hugging Face cache are followed, since the cache consists of them.
+
+        Args:
+            name: Name of the file.
 
         Raises:
-            CheckpointError: it is missing, not a plain file, or lies elsewhere (by its name or as a link). Links into
-                the `blobs` of a Hugging Face cache are the way that cache is made, and followed.
+            CheckpointError: The file is missing, not a plain file, or outside the folder (by its name or as a link).
         """
         if not isinstance(name, str) or not name or Path(name).name != name or name in (".", "..") or "\\" in name:
-            raise CheckpointError(f"{self.path}: expected names of files in this folder, came {str(name)[:200]!r}")
+            raise CheckpointError(f"{self.path}: expected names of files in this folder, got {str(name)[:200]!r}")
         return self._inside(self.path / name, self._root)
 
     def files_in(self, name: str) -> list[Path]:
-        """Paths of the files of a folder inside the folder; none where it is not there.
+        """Return the paths of the files of a subfolder; empty without it.
+
+        Args:
+            name: Name of the subfolder.
 
         Raises:
-            CheckpointError: it or one of them lies elsewhere, or is no file.
+            CheckpointError: The subfolder or one of its entries is a link out of the folder, or not a file.
         """
         inner = self.path / name
         if not self.has(name):
             return []
         if inner.is_symlink() or not inner.is_dir():
-            raise CheckpointError(f"{inner}: expected a folder")
+            raise CheckpointError(f"{inner}: expected a folder, got something else")
         return [self._inside(path, self._root / name) for path in sorted(inner.iterdir())]
 
     def _inside(self, path: Path, parent: Path) -> Path:
         if not path.is_file():
-            raise CheckpointError(f"{path}: expected a file, found none")
+            raise CheckpointError(f"{path}: expected a file, got none")
         target = path.resolve()
         blobs = self._root.parent.parent / "blobs"
         in_cache = self._root.parent.name == "snapshots" and target.parent == blobs
         if target.parent != parent and not in_cache:
-            raise CheckpointError(f"{path}: a link out of the folder, to {target}; copy the file in its place")
+            raise CheckpointError(
+                f"{path}: expected a file of the folder, got a link out of the folder, to {target}; copy it"
+            )
         return path
 
     def json(self, name: str) -> dict[str, Any]:
-        """Content of a JSON file that holds one object.
+        """Return the content of a JSON file that holds one object.
+
+        Args:
+            name: Name of the file.
 
         Raises:
-            CheckpointError: as `file`, or not JSON, too large or too deep.
+            CheckpointError: As for `file`, or not JSON, too large or too deep.
         """
         path = self.file(name)
         if path.stat().st_size > _JSON_BYTES:
-            raise CheckpointError(f"{path}: expected at most {_JSON_BYTES:,} bytes, found {path.stat().st_size:,}")
+            raise CheckpointError(f"{path}: expected at most {_JSON_BYTES:,} bytes, got {path.stat().st_size:,}")
         try:
             record = json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
-            raise CheckpointError(f"{path}: expected JSON: {str(error)[:200]}") from None
+            raise CheckpointError(f"{path}: expected JSON, got {str(error)[:200]}") from None
         if not isinstance(record, dict):
-            raise CheckpointError(f"{path}: expected a JSON object, found {type(record).__name__}")
+            raise CheckpointError(f"{path}: expected a JSON object, got {type(record).__name__}")
         return record
 
     def weight_files(self) -> list[str]:
-        """Names of the safetensors files.
+        """Return the names of the safetensors files.
 
         Raises:
-            CheckpointError: there are none, or only pickles.
+            CheckpointError: There are none, or only pickles.
         """
         if self.has(INDEX):
             weight_map = self.json(INDEX).get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-                raise CheckpointError(f"{self.path / INDEX}: expected a weight_map of tensors to files, found none")
+                raise CheckpointError(f"{self.path / INDEX}: expected a weight_map of tensors to files, got none")
             names = dict.fromkeys(weight_map.values())
             for name in names:
                 if self.file(name).suffix != ".safetensors":
-                    raise CheckpointError(f"{self.path / INDEX}: expected names of .safetensors files, came {name!r}")
+                    raise CheckpointError(f"{self.path / INDEX}: expected names of .safetensors files, got {name!r}")
             return list(names)
         if self.has("model.safetensors"):
             return ["model.safetensors"]
@@ -113,63 +125,65 @@ class SourceFolder:
         if pickles:
             command = f"M.from_pretrained('{self.path}').save_pretrained('CONVERTED')"
             raise CheckpointError(
-                f"{self.path}: its weights are pickles ({', '.join(pickles[:3])}), which can run any code when they "
-                "are opened, and are not. If you trust whoever made them, convert them once: python -c "
+                f"{self.path}: expected safetensors, got pickles ({', '.join(pickles[:3])}), which can run any code "
+                "when they are opened, and are not opened. If you trust their source, convert them once: python -c "
                 f'"from transformers import AutoModelForCausalLM as M; {command}"'
             )
-        raise CheckpointError(f"{self.path}: expected model.safetensors or {INDEX}, found neither")
+        raise CheckpointError(f"{self.path}: expected model.safetensors or {INDEX}, got neither")
 
 
 class SourceWeights:
-    """The tensors of a folder's safetensors files, a few rows at a time.
+    """Tensors of a folder's safetensors files, read a few rows at a time.
 
     Args:
-        folder: where
+        folder: The folder.
 
     Raises:
-        CheckpointError: a file that is not safetensors; a tensor that is there twice or of another type.
+        CheckpointError: A file that is not safetensors, or a tensor that occurs twice or is of another type.
     """
 
     def __init__(self, folder: SourceFolder) -> None:
         self._folder = folder
         self._open: dict[Path, Any] = {}
         self._mapped = 0
-        self._where: dict[str, Path] = {}
+        self._file_of: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         for name in folder.weight_files():
             self._index(folder.file(name))
 
     def __contains__(self, name: str) -> bool:
-        return name in self._where
+        return name in self._file_of
 
     def __len__(self) -> int:
-        return len(self._where)
+        return len(self._file_of)
 
     def check(self, shapes: dict[str, tuple[int, ...]], unused: tuple[str, ...] = ()) -> None:
-        """Compares names and shapes.
+        """Compare names and shapes.
 
         Args:
-            shapes: of every tensor that must be there
-            unused: ends of names that may be there besides, and are not read
+            shapes: Shape of every expected tensor, by name.
+            unused: Suffixes of names that may occur too, and are not read.
 
         Raises:
-            CheckpointError: a tensor that is missing, unknown, or of another shape.
+            CheckpointError: A tensor that is missing, unknown, or of another shape.
         """
-        for name, path in self._where.items():
+        for name, path in self._file_of.items():
             if name not in shapes and not name.endswith(unused):
-                raise CheckpointError(f"{path}: a tensor {name[:200]!r}, which the model of config.json does not have")
+                raise CheckpointError(
+                    f"{path}: expected tensors of config.json's model only, got a tensor {name[:200]!r}"
+                )
             if name in shapes and self._shapes[name] != shapes[name]:
                 raise CheckpointError(
-                    f"{path}: tensor {name}: expected shape {shapes[name]} by config.json, found {self._shapes[name]}"
+                    f"{path}: tensor {name}: expected shape {shapes[name]} by config.json, got {self._shapes[name]}"
                 )
-        if missing := sorted(shapes.keys() - self._where.keys()):
+        if missing := sorted(shapes.keys() - self._file_of.keys()):
             raise CheckpointError(
-                f"{self._folder.path}: expected a tensor {missing[0]} (and {len(missing) - 1} more), found none"
+                f"{self._folder.path}: expected a tensor {missing[0]} (and {len(missing) - 1} more), got none"
             )
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows of a tensor, fp32 [stop - start, ...]; exact, whatever the type."""
-        path = self._where[name]
+        """Return rows `[start, stop)` of a tensor, fp32 [stop - start, ...]; the conversion is exact for every type."""
+        path = self._file_of[name]
         piece = self._file(path).get_slice(name)[start:stop]
         self._mapped += piece.numel() * piece.element_size()
         values = piece.to(torch.float32, copy=True)
@@ -181,14 +195,14 @@ class SourceWeights:
     def _index(self, path: Path) -> None:
         file = self._file(path)
         for name in file.keys():  # noqa: SIM118 (not a dict)
-            if name in self._where:
-                raise CheckpointError(f"{path}: tensor {name} is in {self._where[name].name} too")
+            if name in self._file_of:
+                raise CheckpointError(
+                    f"{path}: tensor {name}: expected it once, got it in {self._file_of[name].name} too"
+                )
             entry = file.get_slice(name)
             if entry.get_dtype() not in _TYPES:
-                raise CheckpointError(
-                    f"{path}: tensor {name}: expected {' or '.join(_TYPES)}, found {entry.get_dtype()}"
-                )
-            self._where[name] = path
+                raise CheckpointError(f"{path}: tensor {name}: expected {' or '.join(_TYPES)}, got {entry.get_dtype()}")
+            self._file_of[name] = path
             self._shapes[name] = tuple(entry.get_shape())
 
     def _file(self, path: Path) -> Any:

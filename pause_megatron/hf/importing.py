@@ -1,10 +1,11 @@
-"""A Hugging Face folder of the Llama family as a checkpoint of any tensor-parallel size, with rows for pauses."""
+"""Import of a Hugging Face folder of the Llama family to a checkpoint of any tensor-parallel size, with pause rows."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -17,18 +18,19 @@ from pause_megatron.config.schema import (
     ParallelSection,
     PauseSection,
     ResolvedConfig,
+    RunConfig,
 )
 from pause_megatron.data.tokenizer.backends import HuggingFaceBackend, open_backend
 from pause_megatron.data.tokenizer.companions import CONFIG, GENERATION, TEMPLATE, TEMPLATES, companions_of
 from pause_megatron.data.tokenizer.tokenizer import PAUSE_TOKEN, Tokenizer, load_tokenizer
 from pause_megatron.errors import CheckpointError, DataError
 from pause_megatron.files.durable import sync_folder, write_whole
-from pause_megatron.hf.atomic_dir import appearing, new_folder
 from pause_megatron.hf.architecture import Architecture, read_architecture
+from pause_megatron.hf.atomic_dir import atomic_dir, output_folder
 from pause_megatron.hf.checkpoint import open_checkpoint
 from pause_megatron.hf.folder import SourceFolder, SourceWeights
 from pause_megatron.hf.native_writer import PauseRows, write_native
-from pause_megatron.hf.parity import prove_import
+from pause_megatron.hf.parity import check_import
 from pause_megatron.hf.tokenizer import with_pauses
 from pause_megatron.hf.weights import HFTensor, hf_tensors
 from pause_megatron.model import Vocabulary
@@ -40,15 +42,15 @@ _BLOCK_ROWS = 4096
 
 @dataclass(frozen=True)
 class Imported:
-    """What an import made.
+    """Result of an import.
 
     Attributes:
-        folder: the checkpoint
-        family: "llama", "mistral" or "qwen2"
-        rows: vocabulary rows of the source
-        pause_ids: where the pauses are
-        how: "kept" (the source had them), "free slot" or "grown vocabulary"
-        largest_difference: of any logit from transformers' own
+        folder: The checkpoint.
+        family: "llama", "mistral" or "qwen2".
+        rows: Vocabulary rows of the source.
+        pause_ids: The K pause ids.
+        how: Origin of the pause rows: "kept" (of the source), "free slot" or "grown vocabulary".
+        largest_difference: Largest difference of a logit from that of transformers.
     """
 
     folder: Path
@@ -69,41 +71,46 @@ def import_folder(
     seed: int = 1234,
     report: Report = lambda stage, done, total: None,
 ) -> Imported:
-    """Writes a checkpoint that `pretrain model.from=...` begins with.
+    """Import a folder as a checkpoint for `pretrain model.from=...`.
 
-    Weights are streamed, optimizer moments are zero, the step is 0. Before the checkpoint appears its logits are
-    compared with those that transformers computes from the source.
+    Weights are streamed, optimizer moments are zero, the step is 0. Before the checkpoint is renamed into place, its
+    logits are compared with those that transformers computes from the source.
 
     Args:
-        source: folder with config.json, safetensors and a tokenizer
-        output: must not exist, or be empty
-        pause_token: a special token of the tokenizer that serves as pause; `<pause>` is added where there is none
-        tensor_parallel: ranks that the checkpoint is cut for; `model.from` reads any
-        sequence_length: longest window; default: the source's max_position_embeddings
-        seed: of the pause rows
-        report: told what is being done, bytes done and bytes in all
+        source: Folder with config.json, safetensors and a tokenizer.
+        output: The checkpoint; new or empty.
+        pause_token: A special token of the tokenizer that serves as pause; `<pause>` is added if missing.
+        tensor_parallel: Tensor-parallel size of the checkpoint; `model.from` reads any.
+        sequence_length: Longest window; None for the source's max_position_embeddings.
+        seed: Seed of the pause rows.
+        report: Progress callback: (stage, bytes done, bytes in all).
+
+    Returns:
+        The checkpoint, its pause ids and the result of the comparison.
 
     Raises:
-        CheckpointError: another architecture or an option that the native model lacks, weights that are pickles or do
-            not fit config.json, a tokenizer that cannot be used, an output that is not empty, or logits that differ.
-        ConfigError: the sizes cannot be cut for `tensor_parallel`.
+        CheckpointError: Another architecture or an option that the native model lacks, weights that are pickles or do
+            not fit config.json, an unusable tokenizer, an output that is not empty, or logits that differ.
+        ConfigError: The sizes cannot be sharded for `tensor_parallel`.
     """
-    output = new_folder(output)
+    output = output_folder(output)
     folder = SourceFolder(source)
     config_json = folder.json("config.json")
     architecture = read_architecture(config_json, str(folder.path / "config.json"), sequence_length)
     if folder.has("adapter_config.json"):
-        raise CheckpointError(f"{folder.path}: holds a PEFT adapter; merge it into the model first (merge_and_unload)")
+        raise CheckpointError(
+            f"{folder.path}: expected a whole model, this one holds a PEFT adapter; merge it first (merge_and_unload)"
+        )
     weights, tensors = _weights(folder, architecture)
     tokenizer = _tokenizer(folder, architecture, pause_token)
     pause_ids = tuple(tokenizer.pause_ids)
     config = _config(architecture, len(pause_ids), tensor_parallel)
     new_rows = () if tokenizer.kept else pause_ids
-    with appearing(output) as hidden:
-        write_whole(hidden / "config.yaml", dump(config).encode())
-        tokenizer.native.save(hidden / "tokenizer")
+    with atomic_dir(output) as staging:
+        write_whole(staging / "config.yaml", dump(config).encode())
+        tokenizer.native.save(staging / "tokenizer")
         write_native(
-            hidden,
+            staging,
             config,
             tensors,
             weights,
@@ -112,18 +119,18 @@ def import_folder(
             corpus=f"imported:{tokenizer.native.fingerprint}",
             report=report,
         )
-        sync_folder(hidden)
+        sync_folder(staging)
         report("comparing with transformers", 0, 1)
-        difference = prove_import(open_checkpoint(hidden, report), folder.path, architecture.rows, new_rows)
+        difference = check_import(open_checkpoint(staging, report), folder.path, architecture.rows, new_rows)
         report("comparing with transformers", 1, 1)
     how = "kept" if tokenizer.kept else "free slot" if pause_ids[0] < architecture.rows else "grown vocabulary"
     return Imported(output, architecture.family, architecture.rows, pause_ids, how, difference)
 
 
 def _config(architecture: Architecture, embeddings: int, tensor_parallel: int) -> ResolvedConfig:
-    precision = "fp32" if architecture.dtype == "fp32" else "bf16"
+    precision: Literal["fp32", "bf16"] = "fp32" if architecture.dtype == "fp32" else "bf16"
     config = resolve(
-        ResolvedConfig(
+        RunConfig(
             data=DataSection(sequence_length=architecture.sequence_length),
             model=architecture.model,
             pause=PauseSection(rate=0.0, embeddings=embeddings),
@@ -136,8 +143,15 @@ def _config(architecture: Architecture, embeddings: int, tensor_parallel: int) -
 
 
 @dataclass(frozen=True)
-class _Tokenizer:
-    """The native tokenizer, where its pauses are, whether the source has rows for them, and the source's own ids."""
+class _ImportedTokenizer:
+    """The native tokenizer of an import.
+
+    Attributes:
+        native: The tokenizer, with its pauses.
+        pause_ids: The K pause ids.
+        kept: Whether the source has rows for them.
+        text_size: Number of the source's own ids.
+    """
 
     native: Tokenizer
     pause_ids: range
@@ -145,16 +159,16 @@ class _Tokenizer:
     text_size: int
 
 
-def _tokenizer(folder: SourceFolder, architecture: Architecture, token: str) -> _Tokenizer:
+def _tokenizer(folder: SourceFolder, architecture: Architecture, token: str) -> _ImportedTokenizer:
     for name in _TOKENIZER_JSON:
         if folder.has(name) and folder.json(name).get("auto_map"):
             raise CheckpointError(
-                f"{folder.path / name}: auto_map asks for code that comes with the folder, which is never run here"
+                f"{folder.path / name}: auto_map asks for code of the folder, which is never run here; remove the key"
             )
     names = [name for name in ("tokenizer.json", "tokenizer.model") if folder.has(name)]
     if not names:
         raise CheckpointError(
-            f"{folder.path}: expected tokenizer.json or tokenizer.model, found neither; save the tokenizer there with "
+            f"{folder.path}: expected tokenizer.json or tokenizer.model, got neither; save the tokenizer there with "
             "transformers (AutoTokenizer.from_pretrained(...).save_pretrained)"
         )
     path = folder.file(names[0])
@@ -174,18 +188,18 @@ def _tokenizer(folder: SourceFolder, architecture: Architecture, token: str) -> 
     except DataError as error:
         raise CheckpointError(f"{folder.path}: its tokenizer cannot be used: {error}") from None
     text_size = min(open_backend(str(path)).vocab_size, architecture.rows)
-    return _Tokenizer(native, ids, existing is not None and ids.stop <= architecture.rows, text_size)
+    return _ImportedTokenizer(native, ids, existing is not None and ids.stop <= architecture.rows, text_size)
 
 
 def _companions(folder: SourceFolder, rows: int) -> dict[str, bytes]:
-    """Chat templates, roles of tokens, and where answers end; as bytes, after a look at where they lie."""
+    """Chat templates, special tokens and end-of-answer ids, as bytes; checked to be files of the folder."""
     for name in (*_TOKENIZER_JSON, TEMPLATE, GENERATION):
         if folder.has(name):
             folder.file(name)
     folder.files_in(TEMPLATES)
-    found = companions_of(folder.path, generation=True)
+    companions = companions_of(folder.path, generation=True)
     ends = folder.json(GENERATION) if folder.has(GENERATION) else {}
-    if "eos_token_id" not in ends:  # transformers then takes the model's own
+    if "eos_token_id" not in ends:  # transformers then uses that of the model
         config = folder.json("config.json")
         keys = ("bos_token_id", "eos_token_id", "pad_token_id")
         ends = {key: config[key] for key in keys if config.get(key) is not None} | ends
@@ -197,12 +211,12 @@ def _companions(folder: SourceFolder, rows: int) -> dict[str, bytes]:
                 f"{rows} rows of the embedding, got {str(index)[:60]!r}"
             )
     if ends:
-        found[GENERATION] = json.dumps(ends, indent=2).encode()
-    return found
+        companions[GENERATION] = json.dumps(ends, indent=2).encode()
+    return companions
 
 
 def _refuse_added_tokens(folder: SourceFolder, pieces: int) -> None:
-    """A SentencePiece model knows nothing of tokens that were added behind its pieces: their ids would be lost."""
+    """Refuse tokens that were added after the pieces of a SentencePiece model, which does not contain them."""
     added = {}
     if folder.has(CONFIG):
         entries = folder.json(CONFIG).get("added_tokens_decoder")
@@ -212,7 +226,7 @@ def _refuse_added_tokens(folder: SourceFolder, pieces: int) -> None:
     beyond = [index for index in added if index.isdecimal() and int(index) >= pieces]
     if beyond:
         raise CheckpointError(
-            f"{folder.path}: expected tokenizer.json, as tokens were added behind the {pieces:,} pieces of "
+            f"{folder.path}: expected tokenizer.json, as tokens were added after the {pieces:,} pieces of "
             f"tokenizer.model (id {beyond[0]} and {len(beyond) - 1} more); save it there with transformers "
             "(AutoTokenizer.from_pretrained(...).save_pretrained)"
         )
@@ -221,17 +235,17 @@ def _refuse_added_tokens(folder: SourceFolder, pieces: int) -> None:
 def _pause_ids(
     existing: int | None, vocab_size: int, architecture: Architecture, folder: SourceFolder, token: str
 ) -> range:
-    """The token's own id; else the last row if the tokenizer leaves rows unused; else the row after the last."""
+    """Ids of the token if it exists; otherwise the last row if the tokenizer does not use it, or a new row after it."""
     rows = architecture.rows
     if vocab_size > rows + (existing == rows):
         raise CheckpointError(
-            f"{folder.path}: the tokenizer has ids up to {vocab_size - 1}, the embedding only {rows} rows (vocab_size)"
+            f"{folder.path}: expected ids below vocab_size={rows} in the tokenizer, got up to {vocab_size - 1}"
         )
     if existing is None:
         if token != PAUSE_TOKEN:
             raise CheckpointError(
-                f"--pause-token {token}: the tokenizer of {folder.path} has no such token; name one of its special "
-                f"tokens, or leave it out to add {PAUSE_TOKEN}"
+                f"--pause-token {token}: expected a special token of the tokenizer, {folder.path} has no such token; "
+                f"name another, or omit the option to add {PAUSE_TOKEN}"
             )
         first = rows - 1 if vocab_size < rows else rows
         return range(first, first + 1)
@@ -239,18 +253,18 @@ def _pause_ids(
     if ids != list(range(existing, existing + len(ids))):
         raise CheckpointError(
             f"{folder.path / 'config.json'}: pause.ids: expected consecutive ids from {existing} (the tokenizer's "
-            f"{token}), came {str(ids)[:80]}"
+            f"{token}), got {str(ids)[:80]}"
         )
     return range(existing, existing + len(ids))
 
 
 def _weights(folder: SourceFolder, architecture: Architecture) -> tuple[SourceWeights, list[HFTensor]]:
-    """The folder's tensors and what they should be, compared before anything of their size is made."""
+    """Open the folder's tensors and compare them with the expected ones, before memory is allocated for them."""
     model, weights = architecture.model, SourceWeights(folder)
     if model.layers > len(weights):
         raise CheckpointError(
             f"{folder.path / 'config.json'}: num_hidden_layers: expected at most the {len(weights)} tensors that the "
-            f"files hold, came {model.layers}"
+            f"files hold, got {model.layers}"
         )
     tensors = hf_tensors(model, architecture.rows, architecture.family)
     unused = (*_UNUSED, "lm_head.weight") if model.tied else _UNUSED
@@ -259,18 +273,18 @@ def _weights(folder: SourceFolder, architecture: Architecture) -> tuple[SourceWe
         _check_tied(weights, architecture.rows, folder)
     for tensor in tensors:
         if not tensor.rows and weights.rows(tensor.name, 0, tensor.shape[0]).any():
-            raise CheckpointError(f"{folder.path}: {tensor.name} is not zero; the native model has no such bias")
+            raise CheckpointError(f"{folder.path}: {tensor.name}: expected zeros, as the native model has no such bias")
     return weights, tensors
 
 
 def _check_tied(weights: SourceWeights, rows: int, folder: SourceFolder) -> None:
-    """A tied model may keep its output layer besides; then it must be the embedding."""
+    """Check that the output layer of a tied model, if its files have one, equals the embedding."""
     for start in range(0, rows, _BLOCK_ROWS):
         stop = min(start + _BLOCK_ROWS, rows)
         if not torch.equal(
             weights.rows("lm_head.weight", start, stop), weights.rows("model.embed_tokens.weight", start, stop)
         ):
             raise CheckpointError(
-                f"{folder.path}: config.json says tie_word_embeddings, but lm_head.weight differs from the embedding "
-                f"in rows {start} to {stop}; set it to false if the model has an output layer of its own"
+                f"{folder.path}: lm_head.weight: expected the embedding (config.json: tie_word_embeddings), got other "
+                f"values in rows {start} to {stop}; set the key to false if the model has an untied output layer"
             )

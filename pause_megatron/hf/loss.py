@@ -1,4 +1,4 @@
-"""The loss that skips pauses, on the logits of any PyTorch model, in Hugging Face's convention for labels."""
+"""Pause-aware cross-entropy on the logits of any PyTorch model, with labels in Hugging Face's convention."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from torch import Tensor
 from pause_megatron.errors import ConfigError
 
 IGNORED = -100
-"""The label of a position that is no target, as torch's cross-entropy and transformers have it."""
+"""The label of a position without a target, the ignore_index of torch and transformers."""
 
 
 class PauseLoss:
-    """Sum token losses over every target that is text (Goyal et al., ICLR 2024, section 3.1).
+    """Cross-entropy over text targets, which ignores pauses (Goyal et al., ICLR 2024, section 3.1).
 
-    A plain loop takes `sum`; `Trainer(compute_loss_func=PauseLoss(...))` calls the object itself. The own loss of a
-    transformers model is the same with softmax="keep" and a vocabulary without unused rows, if the labels are those of
+    A training loop calls `sum`; `Trainer(compute_loss_func=PauseLoss(...))` calls the object itself. The built-in loss
+    of a transformers model is the same with softmax="keep" and no padded vocabulary rows, if the labels are those of
     `pause_windows` or `PauseTransform`.
 
     Args:
-        pause_ids: The K pause ids. Labels that are among them are ignored, so a batch's input_ids serve as labels too.
-        softmax: "keep", or "exclude" the pause logits from the denominator.
-        rows: Ids that the model has a use for, pauses included: rows of the matrices behind them are padding and take
-            no part in the softmax. None: all of them do.
+        pause_ids: The K pause ids. Labels among them are ignored, so input_ids can serve as labels.
+        softmax: "keep" or "exclude" the pause logits in the softmax.
+        rows: Number of vocabulary rows in use, pauses included; later rows are padding and take no part in the softmax.
+            None for all rows.
 
     Raises:
-        ConfigError: softmax is neither, or rows that leave a pause out.
+        ConfigError: Another value of softmax, or rows that do not include the pauses.
     """
 
     def __init__(
@@ -40,14 +40,14 @@ class PauseLoss:
         self.pause_ids, self.softmax, self.rows = pause_ids, softmax, rows
 
     def sum(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Add up the losses of a batch.
+        """Sum the losses of a batch.
 
-        Divide by the number of targets of the whole optimizer step, over micro-batches and ranks: these numbers differ,
-        and a mean of means weights targets unequally.
+        Divide by the number of targets of the whole optimizer step, over micro-batches and ranks. These numbers differ,
+        and a mean of means would weight targets unequally.
 
         Args:
-            logits: [batch, seq, rows], any floating type; the softmax is taken in fp32.
-            labels: int64 [batch, seq], the token at each position, not shifted; -100 and pause ids are no targets.
+            logits: Logits of any floating type, [batch, seq, rows]; the softmax is computed in fp32.
+            labels: Token at each position, not shifted, int64 [batch, seq]; -100 and pause ids are ignored.
 
         Returns:
             The sum in nats, scalar fp32, and the number of targets, scalar int64.
@@ -63,7 +63,13 @@ class PauseLoss:
         return total, (targets != IGNORED).sum()
 
     def __call__(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Give Trainer its loss, scalar fp32: the sum over `num_items_in_batch`, the step's targets as Trainer counts
-        them; over the targets of this batch where it does not say."""
+        """Return the loss for `Trainer`, scalar fp32.
+
+        Args:
+            outputs: The model's output, with "logits".
+            labels: As for `sum`.
+            num_items_in_batch: Number of targets of the optimizer step, as `Trainer` counts them; None for the number
+                of targets of this batch.
+        """
         total, count = self.sum(outputs["logits"], labels)
         return total / (count if num_items_in_batch is None else num_items_in_batch)

@@ -1,4 +1,4 @@
-"""README.md of an exported folder: the recipe, the realised pause rate, M_ft, and how to prompt."""
+"""Model card of an exported folder (README.md): recipe, realised pause rate, M_ft and usage."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pause_megatron.config.presets import parameters
 from pause_megatron.config.schema import ResolvedConfig
 
 DEFAULT_PAUSES = 10
-"""Pauses that the card's example appends where no M_ft is known: the paper's better choice on most tasks."""
+"""M of the card's example where M_ft is unknown: the better choice on most tasks of the paper."""
 
 
 def model_card(
@@ -21,15 +21,15 @@ def model_card(
     live_rows: int,
     dtype: str,
 ) -> str:
-    """The card's text.
+    """Return the text of the card.
 
     Args:
-        config: of the run that made the weights
-        progress: the run's counters
-        pause: the "pause" record of config.json
-        step: optimizer steps taken
-        live_rows: rows of the embedding
-        dtype: "fp32", "bf16" or "fp16"
+        config: Configuration of the run that trained the weights.
+        progress: Counters of the run.
+        pause: The "pause" entry of config.json.
+        step: Optimizer steps.
+        live_rows: Rows of the embedding.
+        dtype: "fp32", "bf16" or "fp16".
     """
     count = pause["m_ft"] or DEFAULT_PAUSES
     sections = [

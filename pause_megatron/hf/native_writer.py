@@ -1,4 +1,4 @@
-"""Writing a native checkpoint from Hugging Face tensors: one state file for each tensor-parallel rank, streamed."""
+"""Streaming writer of a native checkpoint from Hugging Face tensors: a state file for each tensor-parallel rank."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _BLOCK_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class PauseRows:
-    """Rows that the source lacks.
+    """New pause rows, which the source lacks.
 
     Attributes:
-        ids: where; empty where the source has them
-        text_rows: rows of the source that are text, whose statistics the new rows are drawn from
-        seed: of the draw
+        ids: Ids of the new rows; empty if the source has them.
+        text_rows: Text rows of the source, whose mean and standard deviation the new rows are drawn with.
+        seed: Seed of the draw.
     """
 
     ids: tuple[int, ...]
@@ -50,21 +50,21 @@ def write_native(
     corpus: str,
     report: Report,
 ) -> None:
-    """Writes the state files and, last, the manifest over everything in the folder.
+    """Write the state files and, last, the manifest of everything in the folder.
 
     Args:
-        folder: holds config.yaml and tokenizer/ already
-        config: resolved; `parallel.tensor` is the number of state files
-        tensors: the source's, with its own number of vocabulary rows
-        weights: their values
-        vocabulary: of the native model
-        pauses: rows to make
-        corpus: what the manifest says about the data
-        report: told how far it is
+        folder: The checkpoint, which has config.yaml and tokenizer/ already.
+        config: Configuration of the checkpoint; `parallel.tensor` is the number of state files.
+        tensors: Tensors of the source, with its number of vocabulary rows.
+        weights: Values of the tensors.
+        vocabulary: Vocabulary of the native model.
+        pauses: New pause rows.
+        corpus: The manifest's fingerprint of the data.
+        report: Progress callback.
     """
     ranks = config.parallel.tensor
     shapes = native_shapes(config.model, vocabulary.padded(config.model.vocab_multiple, ranks))
-    source = _Source(native_rows(list(tensors)), weights, shapes, pauses)
+    source = _MergedRows(native_rows(list(tensors)), weights, shapes, pauses)
     total, done = 4 * ranks * sum(_numel(shard_shape(name, shape, ranks)) for name, shape in shapes.items()), 0
     for rank in range(ranks):
         entries = {}
@@ -84,8 +84,8 @@ def write_native(
     _write_manifest(folder, config, shapes, corpus)
 
 
-class _Source:
-    """Merged rows of native parameters, out of Hugging Face tensors."""
+class _MergedRows:
+    """Rows of merged native parameters, from Hugging Face tensors."""
 
     def __init__(
         self,
@@ -95,37 +95,37 @@ class _Source:
         pauses: PauseRows,
     ) -> None:
         self._pieces, self._weights, self._shapes = pieces, weights, shapes
-        self._made = {name: self._pause_rows(name, pauses) for name in VOCABULARY if name in shapes}
+        self._new_rows = {name: self._pause_rows(name, pauses) for name in VOCABULARY if name in shapes}
 
     def shard(self, name: str, rank: int, ranks: int) -> Iterator[Tensor]:
-        """One rank's shard, fp32, block after block of rows."""
+        """Yield one rank's shard in blocks of rows, fp32."""
         shape = self._shapes[name]
-        cut = partition_dim(name)
+        dim = partition_dim(name)
         columns = slice(None)
-        if cut == 1:
+        if dim == 1:
             width = shape[1] // ranks
             columns = slice(rank * width, (rank + 1) * width)
         block = max(_BLOCK_BYTES // (4 * _numel(shape[1:])), 1)
         for span in row_spans(name, shape[0], ranks):
-            if cut != 0 or span.rank == rank:
+            if dim != 0 or span.rank == rank:
                 for start in range(span.start, span.start + span.count, block):
                     values = self._rows(name, start, min(start + block, span.start + span.count))
-                    yield values if cut != 1 else values[:, columns]
+                    yield values if dim != 1 else values[:, columns]
 
     def _rows(self, name: str, start: int, stop: int) -> Tensor:
-        values = torch.zeros(stop - start, *self._shapes[name][1:])  # rows that nobody has are padding
+        values = torch.zeros(stop - start, *self._shapes[name][1:])  # other rows are padding
         for piece in self._pieces[name]:
             low, high = max(start, piece.native), min(stop, piece.native + piece.count)
             if low < high:
                 offset = piece.start - piece.native
                 values[low - start : high - start] = self._weights.rows(piece.name, low + offset, high + offset)
-        for row, made in self._made.get(name, {}).items():
+        for row, new in self._new_rows.get(name, {}).items():
             if start <= row < stop:
-                values[row - start] = made
+                values[row - start] = new
         return values
 
     def _pause_rows(self, name: str, pauses: PauseRows) -> dict[int, Tensor]:
-        """Normal with the mean and standard deviation of the text rows, per channel, in two passes over them."""
+        """Draw pause rows with the mean and standard deviation of the text rows, per channel, in two passes."""
         if not pauses.ids:
             return {}
         (piece,) = self._pieces[name]
@@ -136,10 +136,11 @@ class _Source:
                 stop = min(start + block, pauses.text_rows)
                 yield self._weights.rows(piece.name, start, stop).double()
 
-        mean = sum(rows.sum(dim=0) for rows in blocks()) / pauses.text_rows
-        spread = (sum((rows - mean).square().sum(dim=0) for rows in blocks()) / pauses.text_rows).sqrt()
+        zero = torch.zeros(self._shapes[name][1:], dtype=torch.float64)
+        mean = sum((rows.sum(dim=0) for rows in blocks()), zero) / pauses.text_rows
+        variance = sum(((rows - mean).square().sum(dim=0) for rows in blocks()), zero) / pauses.text_rows
         return {
-            row: pause_row(pauses.seed, name, index, mean.float(), spread.float())
+            row: pause_row(pauses.seed, name, index, mean.float(), variance.sqrt().float())
             for index, row in enumerate(pauses.ids)
         }
 

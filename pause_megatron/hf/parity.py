@@ -1,4 +1,4 @@
-"""Proof of an export: `transformers` alone, given the folder, computes the native model's logits and the native ids."""
+"""Parity check of exports and imports: logits on windows with pauses and token ids, native and by transformers."""
 
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ SENTENCES = (
     "http://example.org/a/b?c=d&e=f#g is a link; user.name+tag@example.com is an address.",
     "Supercalifragilisticexpialidocious antidisestablishmentarianism, pneumonoultramicroscopicsilicovolcanoconiosis!",
 )
-"""Text for folders whose corpus is gone: digits, punctuation, code, other scripts, runs of spaces."""
+"""Text for checkpoints without their corpus: digits, punctuation, code, other scripts, runs of spaces."""
 
 
 @dataclass(frozen=True)
 class Parity:
-    """What the comparison found.
+    """Result of a comparison.
 
     Attributes:
-        largest_difference: of any logit
-        tolerance: what was allowed
-        rounding: how far rounding the weights to the folder's type moved any logit, in the native model itself
-        windows: windows compared, and how long they are
-        lines: texts that gave identical ids
-        source: "corpus" or "built-in sentences"
+        largest_difference: Largest difference of a logit.
+        tolerance: Largest difference allowed.
+        rounding: Largest change of a native logit when the weights are rounded to the folder's type.
+        windows: Number and length of the windows compared.
+        lines: Number of texts with identical ids.
+        source: "corpus" or "built-in sentences".
     """
 
     largest_difference: float
@@ -67,19 +67,19 @@ class Parity:
     source: str
 
 
-def prove(checkpoint: NativeCheckpoint, folder: Path, dtype: torch.dtype) -> Parity:
-    """Compares ids, then logits.
+def check_export(checkpoint: NativeCheckpoint, folder: Path, dtype: torch.dtype) -> Parity:
+    """Compare the token ids and the logits of an export with the native ones.
 
-    The native model is given weights rounded to the folder's type and both compute in fp32, so that nothing but the
-    conversion is compared, whatever the type. The two models are in memory one after the other.
+    The native model gets weights rounded to the folder's type, and both models compute in fp32, so only the conversion
+    is compared. The two models are in memory one after the other.
 
     Args:
-        checkpoint: what was exported
-        folder: the export
-        dtype: type of its weights
+        checkpoint: The checkpoint that was exported.
+        folder: The export.
+        dtype: Type of the export's weights.
 
     Raises:
-        CheckpointError: something differs: the largest difference and where, or the text and its ids.
+        CheckpointError: Logits or ids differ. The message has the largest difference and its place, or the text.
     """
     tokens, source = corpus_tokens(checkpoint)
     lines = compare_tokenizers(checkpoint, folder, _lines(checkpoint, tokens))
@@ -87,23 +87,23 @@ def prove(checkpoint: NativeCheckpoint, folder: Path, dtype: torch.dtype) -> Par
     native, rounding = native_logits(checkpoint, windows, dtype)
     exported = exported_logits(folder, windows)
     difference, tolerance = compare_logits(native, exported, windows)
-    return Parity(difference, tolerance, rounding, tuple(windows.shape), lines, source)
+    return Parity(difference, tolerance, rounding, (windows.shape[0], windows.shape[1]), lines, source)
 
 
-def prove_import(checkpoint: NativeCheckpoint, source: Path, rows: int, new_rows: Sequence[int]) -> float:
-    """Compares the logits of an imported checkpoint with those that transformers computes from the source, on text.
+def check_import(checkpoint: NativeCheckpoint, source: Path, rows: int, new_rows: Sequence[int]) -> float:
+    """Compare the logits of an imported checkpoint with those that transformers computes from the source, on text.
 
     Args:
-        checkpoint: what was imported
-        source: the folder it is from
-        rows: vocabulary rows of the source
-        new_rows: those that the import made, whose logits are not compared
+        checkpoint: The imported checkpoint.
+        source: The source folder.
+        rows: Vocabulary rows of the source.
+        new_rows: Rows that the import added, whose logits are not compared.
 
     Returns:
         The largest difference of a logit.
 
     Raises:
-        CheckpointError: they differ; see `compare_logits`.
+        CheckpointError: Logits differ; see `compare_logits`.
     """
     config = checkpoint.config
     tokens, _ = corpus_tokens(checkpoint)
@@ -117,26 +117,29 @@ def prove_import(checkpoint: NativeCheckpoint, source: Path, rows: int, new_rows
 
 
 def corpus_tokens(checkpoint: NativeCheckpoint) -> tuple[np.ndarray, str]:
-    """Text tokens to look at, int64, and where they are from: the corpus of the run if it is still there."""
-    wanted = _TOKENS
+    """Return text tokens, int64 [tokens], and their source: the corpus of the run if it exists.
+
+    Args:
+        checkpoint: A checkpoint of the run.
+    """
     try:
         corpora = open_corpora(checkpoint.config.data, checkpoint.config.pause.embeddings)
         if corpora.corpora and corpora.fingerprint == checkpoint.reader.manifest.corpus:
             corpus = corpora.corpora[0]
             tokens = np.memmap(path_of(corpus.prefix, "bin"), dtype=corpus.manifest.dtype, mode="r")
-            return np.array(tokens[:wanted], dtype=np.int64), "corpus"
+            return np.array(tokens[:_TOKENS], dtype=np.int64), "corpus"
     except (PauseMegatronError, OSError, ValueError):
-        pass  # moved, gone, or never there: an imported model has none
+        pass  # moved or removed; an imported model has none
     ids = [i for text in checkpoint.tokenizer.encode_batch(SENTENCES) for i in (*text, checkpoint.tokenizer.eod)]
     return np.tile(np.array(ids, dtype=np.int64), -(-WINDOWS * (_LONGEST_WINDOW + 1) // len(ids))), "built-in sentences"
 
 
 def tokenizer_agrees(checkpoint: NativeCheckpoint, folder: Path) -> bool:
-    """Whether transformers, which reads a tokenizer by the model type in config.json, gives the native ids.
+    """Return whether transformers, which loads a tokenizer by the model type in config.json, gives the native ids.
 
     Args:
-        checkpoint: what is exported
-        folder: config.json and the tokenizer's files
+        checkpoint: The checkpoint that is exported.
+        folder: Folder with config.json and the tokenizer's files.
     """
     try:
         compare_tokenizers(checkpoint, folder, _lines(checkpoint, corpus_tokens(checkpoint)[0]))
@@ -146,50 +149,60 @@ def tokenizer_agrees(checkpoint: NativeCheckpoint, folder: Path) -> bool:
 
 
 def compare_tokenizers(checkpoint: NativeCheckpoint, folder: Path, lines: Sequence[str]) -> int:
-    """Encodes lines with the native tokenizer and with the folder's, plain and with pauses appended.
+    """Compare the native tokenizer with the folder's on lines of text, plain and with pauses appended.
+
+    Args:
+        checkpoint: The checkpoint with the native tokenizer.
+        folder: The export.
+        lines: Lines of text.
 
     Returns:
-        How many lines were compared.
+        Number of lines compared.
 
     Raises:
-        CheckpointError: a line whose ids differ, both lists, and how many lines differ.
+        CheckpointError: Ids differ. The message has the first such line, both lists, and the number of such lines.
     """
     from transformers import AutoTokenizer
 
-    theirs = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    # The name of a special token is that token in Hugging Face, and text in a corpus.
-    names = [token.content for token in theirs.added_tokens_decoder.values()]
+    exported = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    # Hugging Face encodes the name of a special token as that token; in a corpus it is text.
+    names = [token.content for token in exported.added_tokens_decoder.values()]
     lines = [line for line in lines if not any(name in line for name in names)]
     expected = checkpoint.tokenizer.encode_batch(lines)
-    found = theirs(lines, add_special_tokens=False, verbose=False)["input_ids"]
-    wrong = [number for number in range(len(lines)) if list(expected[number]) != list(found[number])]
-    if wrong:
-        first = wrong[0]
+    actual = exported(lines, add_special_tokens=False, verbose=False)["input_ids"]
+    different = [number for number in range(len(lines)) if list(expected[number]) != list(actual[number])]
+    if different:
+        first = different[0]
         raise CheckpointError(
-            f"the converted tokenizer gives other ids for {len(wrong)} of {len(lines)} lines, for example "
-            f"{lines[first][:200]!r}: expected {list(expected[first])[:40]}, came {list(found[first])[:40]}"
+            f"the converted tokenizer gives other ids for {len(different)} of {len(lines)} lines, for example "
+            f"{lines[first][:200]!r}: expected {list(expected[first])[:40]}, got {list(actual[first])[:40]}"
         )
-    whole, alone = theirs("a")["input_ids"], theirs("a", add_special_tokens=False)["input_ids"]
+    whole, alone = exported("a")["input_ids"], exported("a", add_special_tokens=False)["input_ids"]
     if (leading := ids_before(whole, alone)) != checkpoint.tokenizer.leading:
         raise CheckpointError(f"before a text: expected the ids {checkpoint.tokenizer.leading}, got {leading}")
     pauses = list(checkpoint.pause_ids)
-    text = theirs.convert_ids_to_tokens(pauses)
+    text = exported.convert_ids_to_tokens(pauses)
     for line, ids in zip(lines[:10], expected[:10], strict=True):
-        came = theirs(line + "".join(text) + text[0] * 2, add_special_tokens=False, verbose=False)["input_ids"]
-        if came != [*ids, *pauses, pauses[0], pauses[0]]:
+        with_pauses = exported(line + "".join(text) + text[0] * 2, add_special_tokens=False, verbose=False)["input_ids"]
+        if with_pauses != [*ids, *pauses, pauses[0], pauses[0]]:
             raise CheckpointError(
-                f"pauses after {line[:80]!r}: expected the ids {pauses} after its own, came {came[-40:]}"
+                f"pauses after {line[:80]!r}: expected the ids {pauses} after its own, got {with_pauses[-40:]}"
             )
-    if theirs.eos_token_id != checkpoint.tokenizer.eod:
-        raise CheckpointError(f"end of sequence: expected id {checkpoint.tokenizer.eod}, came {theirs.eos_token_id}")
+    if exported.eos_token_id != checkpoint.tokenizer.eod:
+        raise CheckpointError(f"end of sequence: expected id {checkpoint.tokenizer.eod}, got {exported.eos_token_id}")
     return len(lines)
 
 
 def native_logits(checkpoint: NativeCheckpoint, windows: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], float]:
-    """Logits of the native model at tensor-parallel size 1, its weights rounded to `dtype`, computed in fp32.
+    """Compute logits of the native model at tensor-parallel size 1 in fp32, with weights rounded to `dtype`.
+
+    Args:
+        checkpoint: The checkpoint.
+        windows: Token ids, int64 [windows, seq].
+        dtype: Type that the weights are rounded to.
 
     Returns:
-        One fp32 [length, live ids] for each window, and how far the rounding moved any of them.
+        Logits of each window, fp32 [seq, live ids], and the largest change of a logit by the rounding.
     """
     config = checkpoint.config
     with initialize(ParallelSection(), ranks=Ranks(0, 0, 1, "127.0.0.1", 0, "alone")) as context:
@@ -220,8 +233,16 @@ def native_logits(checkpoint: NativeCheckpoint, windows: Tensor, dtype: torch.dt
 
 
 def exported_logits(folder: Path, windows: Tensor) -> Iterator[Tensor]:
-    """Logits of a folder as transformers computes them in fp32, one [length, vocab_size] for each window."""
-    gc.collect()  # the native model
+    """Yield the logits that transformers computes from a folder in fp32.
+
+    Args:
+        folder: A transformers folder.
+        windows: Token ids, int64 [windows, seq].
+
+    Yields:
+        Logits of each window, fp32 [seq, vocab_size].
+    """
+    gc.collect()  # frees the native model
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = load_with_transformers(folder).to(device)
     with torch.no_grad():
@@ -230,50 +251,62 @@ def exported_logits(folder: Path, windows: Tensor) -> Iterator[Tensor]:
 
 
 def load_with_transformers(folder: Path) -> Any:
-    """The folder's model in fp32, for evaluation; no code of the folder's runs."""
+    """Load the folder's model in fp32 and eval mode, without running code of the folder."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
+    enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         return AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, trust_remote_code=False, local_files_only=True, use_safetensors=True
         ).eval()
     finally:
-        if shown:
+        if enabled:
             logging.enable_progress_bar()
 
 
 def compare_logits(native: list[Tensor], exported: Iterator[Tensor], windows: Tensor) -> tuple[float, float]:
-    """Largest difference of any logit, and what is allowed: 1e-5 of the largest logit, and of 1 where that is smaller.
+    """Compare logits: a difference of 1e-5 of the largest logit, or of 1 if that is smaller, is allowed.
+
+    Args:
+        native: Logits of each window, fp32 [seq, ids].
+        exported: Logits of each window, fp32 [seq, ids].
+        windows: Token ids, int64 [windows, seq].
+
+    Returns:
+        The largest difference and the allowed one.
 
     Raises:
-        CheckpointError: more than that; the window, position and id of the largest difference are named.
+        CheckpointError: A larger difference. The message has its window, position and id.
     """
-    largest, place = 0.0, (0, 0, 0)
+    largest, where = 0.0, (0, 0, 0)
     tolerance = _RELATIVE_TOLERANCE * max(1.0, max(float(logits.abs().max()) for logits in native))
-    for number, (ours, theirs) in enumerate(zip(native, exported, strict=True)):
-        if ours.shape != theirs.shape:
-            raise CheckpointError(f"logits: expected {ours.shape[1]} ids, the folder's model gives {theirs.shape[1]}")
-        difference = (ours - theirs).abs().nan_to_num(nan=float("inf"))
+    for number, (expected, actual) in enumerate(zip(native, exported, strict=True)):
+        if expected.shape != actual.shape:
+            raise CheckpointError(
+                f"logits: expected {expected.shape[1]} ids, got {actual.shape[1]} of the folder's model"
+            )
+        difference = (expected - actual).abs().nan_to_num(nan=float("inf"))
         highest = float(difference.max())
         if highest >= largest:
-            position, token = divmod(int(difference.argmax()), ours.shape[1])
-            largest, place = highest, (number, position, token)
+            position, token = divmod(int(difference.argmax()), expected.shape[1])
+            largest, where = highest, (number, position, token)
     if largest > tolerance:
-        number, position, token = place
+        number, position, token = where
         raise CheckpointError(
-            f"the exported model computes something else: largest difference of a logit {largest:.3g} (allowed "
-            f"{tolerance:.3g}), in window {number} at position {position} (input id {int(windows[number, position])}) "
+            f"the exported model computes something else: expected logits within {tolerance:.3g}, got a difference of "
+            f"{largest:.3g}, in window {number} at position {position} (input id {int(windows[number, position])}) "
             f"for id {token}"
         )
     return largest, tolerance
 
 
 def _windows(checkpoint: NativeCheckpoint, tokens: np.ndarray) -> Tensor:
-    """Real windows with pauses, int64 [windows, length]. Never by the configuration's own placement policy: a
-    checkpoint could name any module there."""
+    """Windows of text with pauses, int64 [windows, seq].
+
+    They use the default placement policy, since the configuration of an untrusted checkpoint could name any module.
+    """
     config = checkpoint.config
     length = min(config.data.sequence_length, _LONGEST_WINDOW)
     plan = PausePlan(length, config.pause.rate or _DEFAULT_RATE)
@@ -283,7 +316,7 @@ def _windows(checkpoint: NativeCheckpoint, tokens: np.ndarray) -> Tensor:
 
 
 def _lines(checkpoint: NativeCheckpoint, tokens: np.ndarray) -> list[str]:
-    """Lines of text: the built-in sentences and the corpus's own."""
+    """Lines of text: the built-in sentences and those of the corpus."""
     documents = np.split(tokens, np.flatnonzero(tokens == checkpoint.tokenizer.eod) + 1)
-    text = "\n".join(checkpoint.tokenizer.decode(document) for document in documents)
+    text = "\n".join(checkpoint.tokenizer.decode(document.tolist()) for document in documents)
     return [*SENTENCES, *(f" {text}" for text in SENTENCES), *filter(None, text.split("\n"))][:_LINES]

@@ -1,4 +1,4 @@
-"""`<pause>` for a transformers model and its tokenizer, before it is trained with pauses."""
+"""Adding `<pause>` to a transformers model and its tokenizer, before training with pauses."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from pause_megatron.model.init import pause_row
 
 
 def add_pause_token(tokenizer: Any, model: Any, *, embeddings: int = 1, seed: int = 1234) -> range:
-    """Give a tokenizer `<pause>` and a causal language model the rows for it.
+    """Add `<pause>` to a tokenizer and its rows to a causal language model.
 
-    A new row is normal with the mean and standard deviation of the text rows, per channel, in the embedding and in an
-    untied output layer, as `import-hf` makes it. A token that the tokenizer has and the model has a row for is left
-    alone. The model's configuration says where the pauses are, so that `pause-megatron generate` and `evaluate` know,
-    and its generation configuration suppresses them. Call it before Trainer, PEFT or an optimizer get the model.
+    A new row is drawn from a normal distribution with the mean and standard deviation of the text rows, per channel, in
+    the embedding and in an untied output layer, as by `import-hf`. A token with a row in the model is not changed. The
+    model's configuration gets a "pause" entry, which `pause-megatron generate` and `evaluate` read. Its generation
+    configuration suppresses the pauses. Call this before Trainer, PEFT or an optimizer wrap the model.
 
     Args:
-        tokenizer: a transformers tokenizer; changed in place
-        model: a transformers model; changed in place
-        embeddings: K, distinct pause vectors, used in turn within a run of pauses
-        seed: of the new rows
+        tokenizer: A transformers tokenizer; changed in place.
+        model: A transformers model; changed in place.
+        embeddings: Number of distinct pause vectors, K, used in turn within a run of pauses.
+        seed: Seed of the new rows.
 
     Returns:
         The K pause ids.
 
     Raises:
-        ConfigError: the tokenizer has a `<pause>` that ordinary text is encoded to, the ids do not follow each other,
-            or the model's matrices are not whole in this process (ZeRO-3, the meta device).
+        ConfigError: Ordinary text is encoded to the tokenizer's `<pause>`, the ids are not consecutive, or the model's
+            matrices are sharded or empty in this process (ZeRO-3, the meta device).
     """
     if embeddings < 1:
         raise ConfigError(f"embeddings: expected 1 or more, got {embeddings}")
@@ -52,14 +52,14 @@ def add_pause_token(tokenizer: Any, model: Any, *, embeddings: int = 1, seed: in
 def _check_whole(weight: Tensor) -> None:
     if weight.is_meta or not weight.numel() or hasattr(weight, "ds_id"):
         raise ConfigError(
-            "model: expected its embedding whole in this process, got one that is empty or cut into pieces (meta "
-            "device, ZeRO-3). Add the token first: load the model without a DeepSpeed configuration, call "
-            "add_pause_token, save model and tokenizer, and train from that folder"
+            "model: expected its whole embedding in this process, got one that is empty or sharded (meta device, "
+            "ZeRO-3). Add the token first: load the model without a DeepSpeed configuration, call add_pause_token, "
+            "save model and tokenizer, and train from that folder"
         )
 
 
 def _token_ids(tokenizer: Any, names: tuple[str, ...]) -> tuple[range, list[int]]:
-    """Ids of the pause tokens, added where they are missing, and the ids of those that were added."""
+    """Ids of the pause tokens, which are added where missing, and ids of the added ones."""
     from transformers import AddedToken
 
     known = tokenizer.get_vocab()
@@ -68,7 +68,7 @@ def _token_ids(tokenizer: Any, names: tuple[str, ...]) -> tuple[range, list[int]
         if name in known and name not in special:
             raise ConfigError(
                 f"tokenizer: expected its token {name!r} (id {known[name]}) to be special, got one that ordinary text "
-                f"is encoded to: text that spells {name} would be full of pauses. Add it with special=True"
+                f"is encoded to: text that spells {name} would turn into pauses. Add it with special=True"
             )
     missing = [name for name in names if name not in known]
     added = [AddedToken(name, special=True, normalized=False) for name in missing]
@@ -87,7 +87,7 @@ def _fill_rows(model: Any, pause_ids: range, new: set[int], *, text_rows: int, s
     matrices = [layer.weight for layer in layers if layer is not None]
     if len(matrices) == 2 and matrices[0] is matrices[1]:
         matrices.pop()
-    # Under import-hf's names of the two, so that a seed gives the rows that it gives there.
+    # Named as by import-hf, so that a seed gives the same rows.
     for name, matrix in zip(VOCABULARY, matrices, strict=False):
         variance, mean = torch.var_mean(matrix[:text_rows].float(), dim=0, correction=0)
         for index, row in enumerate(pause_ids):
@@ -96,7 +96,7 @@ def _fill_rows(model: Any, pause_ids: range, new: set[int], *, text_rows: int, s
 
 
 def _describe(model: Any, tokenizer: Any, pause_ids: range) -> None:
-    """What an export's config.json and generation_config.json say of the tokens."""
+    """Set the entries for pauses that an export has in config.json and generation_config.json."""
     names = tokenizer.convert_ids_to_tokens(list(pause_ids))
     known = getattr(model.config, "pause", None) or {"m_ft": None}
     model.config.pause = {**known, **pause_entry(names, pause_ids)}

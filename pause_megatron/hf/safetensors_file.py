@@ -1,7 +1,7 @@
-"""Writing a safetensors file a few rows at a time: the header first, from names, types and shapes alone.
+"""Streaming writer of safetensors files: the header first, from names, types and shapes, then blocks of rows.
 
-`safetensors.torch.save_file` wants all tensors of a file in memory. The format (8 bytes of header length, a JSON
-header, the tensors end to end) lets a writer that knows the shapes beforehand hold a block of rows only.
+`safetensors.torch.save_file` needs all tensors of a file in memory. The format is 8 bytes of header length, a JSON
+header, and the tensors one after the other. A writer that knows the shapes can hold a few rows only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _ALIGNMENT = 8
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor of a file to be."""
+    """Name, shape and type of one tensor of a file."""
 
     name: str
     shape: tuple[int, ...]
@@ -31,20 +31,20 @@ class Entry:
 
     @property
     def bytes(self) -> int:
-        """Size of its data."""
+        """Size of the data."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 class SafetensorsWriter:
-    """Writes one file, its tensors in the order announced, each in as many pieces as the caller likes.
+    """Writer of one file: the tensors in the order of the header, each in any number of pieces.
 
     Args:
-        path: must not exist
-        entries: the tensors
+        path: Path of the file, which must not exist.
+        entries: The tensors.
     """
 
     def __init__(self, path: Path, entries: Sequence[Entry]) -> None:
-        header: dict = {"__metadata__": {"format": "pt"}}
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for entry in entries:
             header[entry.name] = {
@@ -60,11 +60,16 @@ class SafetensorsWriter:
         self._write(memoryview(struct.pack("<Q", len(text)) + text))
 
     def write(self, values: Tensor) -> None:
-        """Appends values, contiguous in memory once moved to the CPU."""
-        self._write(memoryview(values.detach().contiguous().view(-1).view(torch.uint8).numpy()))
+        """Append values, in row-major order."""
+        self._write(memoryview(values.detach().contiguous().view(-1).view(torch.uint8).numpy().data))
 
     def zeros(self, count: int, dtype: torch.dtype = torch.float32) -> None:
-        """Appends zeros, as a hole in the file where the file system has such."""
+        """Append zeros, as a hole where the file system supports sparse files.
+
+        Args:
+            count: Number of elements.
+            dtype: Their type.
+        """
         self._file.seek(count * dtype.itemsize, 1)
 
     def __enter__(self) -> SafetensorsWriter:
@@ -76,17 +81,24 @@ class SafetensorsWriter:
         written = self._file.tell()
         if kind is None:
             if written != self._end:
-                raise AssertionError(f"{self._file.name}: {written} bytes written, {self._end} announced")
+                raise AssertionError(
+                    f"{self._file.name}: expected {self._end} bytes, as announced in the header, got {written}"
+                )
             self._file.truncate(self._end)
         self._file.close()
 
     def _write(self, data: memoryview) -> None:
-        while data.nbytes:  # a raw file may take less than it is given
+        while data.nbytes:  # a raw file may write less than requested
             data = data[self._file.write(data) :]
 
 
 def split_into_files(entries: Iterable[Entry], largest: int) -> list[list[Entry]]:
-    """Consecutive tensors to a file, at most `largest` bytes each; a tensor that is larger has a file of its own."""
+    """Group consecutive tensors into files; a tensor larger than `largest` gets a file of its own.
+
+    Args:
+        entries: The tensors, in order.
+        largest: Maximum size of a file, in bytes.
+    """
     files: list[list[Entry]] = []
     size = 0
     for entry in entries:

@@ -1,9 +1,9 @@
-"""A SentencePiece BPE model as a Hugging Face `tokenizer.json` that gives the same ids.
+"""Conversion of a SentencePiece BPE model to a Hugging Face `tokenizer.json` that gives the same ids.
 
-transformers' own conversion also accepts what it cannot convert (a Unigram model loads, and encodes nearly every line
-differently) and treats text after a special token as the start of a sentence, so that an answer after `<pause>` would
-begin with a doubled space. This one takes what it can do exactly, refuses the rest, and is checked on real text at
-every export (`hf.parity`).
+The conversion of transformers also accepts models that it does not convert exactly: a Unigram model loads, but encodes
+nearly every line differently. It treats text after a special token as the start of a sentence, so an answer after
+`<pause>` would begin with a doubled space. This conversion is exact or raises. Every export checks it on real text
+(`hf.parity`).
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ from pause_megatron.errors import CheckpointError, DataError
 
 
 def convert_bpe(content: bytes, where: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Translates a `.model` file.
+    """Convert a `.model` file.
 
     Args:
-        content: its bytes
-        where: its name, for messages
+        content: Bytes of the file.
+        where: Names the file in messages.
 
     Returns:
-        The content of tokenizer.json, and the names of the "unk", "bos", "eos" and "pad" pieces that it has.
+        The content of tokenizer.json, and the names of its "unk", "bos", "eos" and "pad" pieces by role.
 
     Raises:
-        CheckpointError: not a SentencePiece model, or of a kind that Hugging Face tokenizers cannot imitate exactly.
+        CheckpointError: Not a SentencePiece model, or of a type that Hugging Face tokenizers do not reproduce exactly.
     """
     model = _parse(content, where)
     pieces = list(model.pieces)
@@ -80,17 +80,17 @@ def _parse(content: bytes, where: str) -> Any:
     kind = model.trainer_spec.model_type
     if kind != BPE:
         raise CheckpointError(
-            f"{where}: expected a SentencePiece model of type BPE, came {MODEL_TYPES.get(kind, kind)}. Hugging Face "
-            "tokenizers do not give a Unigram, word or char model's ids exactly; train BPE (pause-megatron "
+            f"{where}: expected a SentencePiece model of type BPE, got {MODEL_TYPES.get(kind, kind)}. Hugging Face "
+            "tokenizers do not reproduce the ids of a Unigram, word or char model; train BPE (pause-megatron "
             "train-tokenizer does)"
         )
-    for name, wrong in (
+    for name, present in (
         ("treat_whitespace_as_suffix", model.trainer_spec.treat_whitespace_as_suffix),
         ("escape_whitespaces=false", not model.normalizer_spec.escape_whitespaces),
         ("unused pieces", any(piece.type == UNUSED for piece in model.pieces)),
     ):
-        if wrong:
-            raise CheckpointError(f"{where}: a SentencePiece model with {name}, which has no exact counterpart")
+        if present:
+            raise CheckpointError(f"{where}: expected a SentencePiece model that converts exactly, got one with {name}")
     return model
 
 
@@ -108,12 +108,12 @@ def _normalizer(norm: Any) -> dict[str, Any]:
 
 
 def _pre_tokenizer(norm: Any) -> dict[str, Any] | None:
-    """The space that SentencePiece puts before a text: at the start of the text only, not after a special token."""
+    """Return the step that adds SentencePiece's space before a text: at its start only, not after special tokens."""
     if not norm.add_dummy_prefix:
         return None
     if norm.remove_extra_whitespaces:
-        return _metaspace(SPACE, "first")  # puts none before a space: as if it had been stripped and put again
-    # The first step looks for a plain space, of which the normalizer left none, so it always adds one.
+        return _metaspace(SPACE, "first")  # adds none before a space: as if stripped and added again
+    # The first step looks for a plain space. The normalizer has replaced all of them, so it always adds one.
     steps = [_metaspace(" ", "first"), _metaspace(SPACE, "never")]
     return {"type": "Sequence", "pretokenizers": steps}
 

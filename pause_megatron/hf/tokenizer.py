@@ -1,4 +1,4 @@
-"""The tokenizer of an exported folder: the native ids, and `<pause>` as a special token at exactly the pause id."""
+"""Tokenizer of an exported folder: the native ids, and `<pause>` as a special token at exactly the pause id."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ _FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": 
 
 @dataclass(frozen=True)
 class HFTokenizer:
-    """Attributes:
-    document: content of tokenizer.json
-    special: names of the "eos" token and, where there are any, of "bos", "unk" and "pad"
-    special_ids: their ids
-    pauses: names of the pause tokens, in the order of their ids
+    """A converted tokenizer.
+
+    Attributes:
+        document: Content of tokenizer.json.
+        special: Names of the special tokens by role: "eos", and "bos", "unk" and "pad" where they exist.
+        special_ids: Ids of the special tokens by role.
+        pauses: Names of the pause tokens, in the order of their ids.
     """
 
     document: dict[str, Any]
@@ -31,15 +33,15 @@ class HFTokenizer:
 
 
 def convert_tokenizer(folder: Path, tokenizer: Tokenizer, pause_ids: Sequence[int]) -> HFTokenizer:
-    """Translates the tokenizer of a checkpoint.
+    """Convert the tokenizer of a checkpoint.
 
     Args:
-        folder: the checkpoint's `tokenizer/`
-        tokenizer: what `load_tokenizer` made of it
-        pause_ids: the K pause ids
+        folder: The checkpoint's `tokenizer/`.
+        tokenizer: The loaded tokenizer.
+        pause_ids: The K pause ids.
 
     Raises:
-        CheckpointError: it has no exact counterpart, or a pause id cannot be what `<pause>` encodes to.
+        CheckpointError: The tokenizer has no exact counterpart, or `<pause>` cannot have the pause id.
     """
     if tokenizer.kind == "sentencepiece":
         path = folder / "tokenizer.model"
@@ -52,53 +54,52 @@ def convert_tokenizer(folder: Path, tokenizer: Tokenizer, pause_ids: Sequence[in
 
 
 def pause_names(count: int) -> tuple[str, ...]:
-    """Names of the pause tokens: "<pause>", "<pause_1>", "<pause_2>", ..."""
+    """Return the names of `count` pause tokens: "<pause>", "<pause_1>", "<pause_2>", ..."""
     return (PAUSE_TOKEN, *(f"{PAUSE_TOKEN[:-1]}_{number}{PAUSE_TOKEN[-1]}" for number in range(1, count)))
 
 
 def pause_entry(names: Sequence[str], ids: Sequence[int]) -> dict[str, Any]:
-    """How config.json's "pause" entry begins: the token, all of them where there are several, and their ids."""
+    """Return the tokens and their ids as the "pause" entry of config.json has them."""
     return {"token": names[0], "tokens": list(names), "ids": list(ids)}
 
 
 def with_pauses(
     document: Mapping[str, Any], special: Mapping[str, str], pause_ids: Sequence[int], *, eod: int, where: str
 ) -> HFTokenizer:
-    """Puts pause tokens at exactly these ids, filling gaps below them with special tokens that nothing uses.
+    """Add pause tokens at exactly these ids, and unused special tokens at gaps below them.
 
     Args:
-        document: content of a tokenizer.json
-        special: names of special tokens by role
-        pause_ids: where
-        eod: id that ends a document; becomes the end-of-sequence token
-        where: the tokenizer, for messages
+        document: Content of a tokenizer.json.
+        special: Names of special tokens by role.
+        pause_ids: The K pause ids.
+        eod: Id of the end-of-document token, which becomes the end-of-sequence token.
+        where: Names the tokenizer in messages.
 
     Raises:
-        CheckpointError: not a tokenizer.json, or the ids do not come out as they must.
+        CheckpointError: Not a tokenizer.json, or tokens do not get the expected ids.
     """
     try:
-        document = json.loads(json.dumps(document))  # a copy
-        names = _names(document)
-        wanted = _place(document, names, pause_ids)
-        made = _open(document, where)
+        extended: dict[str, Any] = json.loads(json.dumps(document))  # a copy
+        expected = _add_pauses(extended, _names(extended), pause_ids)
+        tokenizer = _open(extended, where)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{where}: not a tokenizer.json ({type(error).__name__}: {error})") from None
-    vocabulary = made.get_vocab(with_added_tokens=True)
-    different = [name for name in wanted if vocabulary.get(name) != wanted[name]]
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    different = [name for name in expected if vocabulary.get(name) != expected[name]]
     if different or len(set(vocabulary.values())) != len(vocabulary):
         name = different[0] if different else "(two of one id)"
         raise CheckpointError(
-            f"{where}: expected {name!r} to have id {wanted.get(name)}, Hugging Face tokenizers give it "
-            f"{vocabulary.get(name)}: ids with holes cannot be extended; reserve another pause id"
+            f"{where}: expected {name!r} to have id {expected.get(name)}, got {vocabulary.get(name)} from Hugging Face "
+            "tokenizers: ids with gaps cannot be extended; reserve another pause id"
         )
     by_id = {index: name for name, index in vocabulary.items()}
     roles = {role: name for role, name in special.items() if name in vocabulary}
     if eod not in by_id:
-        raise CheckpointError(f"{where}: the end-of-document id {eod} is no token of the tokenizer")
+        raise CheckpointError(f"{where}: expected a token with the end-of-document id {eod}, got none")
     roles["eos"] = by_id[eod]
     roles.setdefault("pad", roles["eos"])
     return HFTokenizer(
-        document,
+        extended,
         roles,
         {role: vocabulary[name] for role, name in roles.items()},
         tuple(by_id[index] for index in pause_ids),
@@ -106,7 +107,7 @@ def with_pauses(
 
 
 def _names(document: Mapping[str, Any]) -> dict[int, str]:
-    """Token by id, of the vocabulary and of the added tokens."""
+    """Tokens by id, of the vocabulary and of the added tokens."""
     vocabulary = document["model"]["vocab"]
     if isinstance(vocabulary, list):  # Unigram
         names = {index: str(entry[0]) for index, entry in enumerate(vocabulary)}
@@ -115,13 +116,13 @@ def _names(document: Mapping[str, Any]) -> dict[int, str]:
     return names | {int(entry["id"]): str(entry["content"]) for entry in document["added_tokens"]}
 
 
-def _place(document: dict[str, Any], names: dict[int, str], pause_ids: Sequence[int]) -> dict[str, int]:
-    """Adds and renames tokens in the document; returns all of them with the ids that they must have."""
+def _add_pauses(document: dict[str, Any], names: dict[int, str], pause_ids: Sequence[int]) -> dict[str, int]:
+    """Add and rename tokens in the document. Return the expected id of every token."""
     added = {int(entry["id"]): entry for entry in document["added_tokens"]}
     for index, name in zip(pause_ids, pause_names(len(pause_ids)), strict=True):
         if names.get(index) != name:
             if name in names.values():
-                raise ValueError(f"{name!r} is there already, and not at the pause id {index}")
+                raise ValueError(f"expected {name!r} at the pause id {index}, got it at another id")
             _rename(document, names.get(index), name)
         names[index] = name
         added[index] = {"id": index, "content": name, **_FLAGS}
@@ -134,7 +135,7 @@ def _place(document: dict[str, Any], names: dict[int, str], pause_ids: Sequence[
 
 
 def _rename(document: dict[str, Any], old: str | None, new: str) -> None:
-    """Gives a reserved slot of the vocabulary (which no text reaches, so no merge names it) its new name."""
+    """Rename a reserved slot of the vocabulary. No text is encoded to it, so no merge has its name."""
     vocabulary = document["model"]["vocab"]
     if isinstance(vocabulary, dict) and old in vocabulary:
         vocabulary[new] = vocabulary.pop(old)
@@ -148,4 +149,4 @@ def _open(document: Mapping[str, Any], where: str) -> Any:
     try:
         return tokenizers.Tokenizer.from_str(json.dumps(document, ensure_ascii=False))
     except Exception as error:  # the Rust library raises bare Exception
-        raise CheckpointError(f"{where}: Hugging Face tokenizers do not take it ({error})") from None
+        raise CheckpointError(f"{where}: Hugging Face tokenizers cannot load it ({error})") from None

@@ -1,4 +1,4 @@
-"""Files beside tokenizer.json in an export: the source's own, equal but for the pauses, or plain ones of our making."""
+"""Tokenizer and generation files of an export: copies of the source's with the pauses added, or plain new ones."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from pause_megatron.data.tokenizer.companions import CONFIG, GENERATION, SPECIAL
 from pause_megatron.errors import CheckpointError
 from pause_megatron.hf.tokenizer import HFTokenizer
 
-# Reads tokenizer.json as it stands; the classes named after models rebuild parts of it.
+# Reads tokenizer.json unchanged; the classes named after models rebuild parts of it.
 PLAIN_CLASS = "PreTrainedTokenizerFast"
-_CLASSES_OF_ONE_RELEASE = ("TokenizersBackend",)  # what transformers 5 calls it, which 4 does not know
+_CLASSES_OF_ONE_RELEASE = ("TokenizersBackend",)  # the name in transformers 5, unknown to 4
 _LISTS = ("additional_special_tokens", "extra_special_tokens")
 
 
 def write_tokenizer(
     folder: Path, tokenizer: HFTokenizer, companions: Mapping[str, bytes], *, sequence_length: int, plain: bool
 ) -> None:
-    """Writes tokenizer.json, tokenizer_config.json, special_tokens_map.json and chat templates.
+    """Write tokenizer.json, tokenizer_config.json, special_tokens_map.json and chat templates.
 
     Args:
-        folder: the export
-        tokenizer: with its pauses
-        companions: the source's own files, see `data/tokenizer/companions.py`; may be none
-        sequence_length: model_max_length where the source says none
-        plain: let transformers read tokenizer.json as it stands, whatever class the source names
+        folder: The export.
+        tokenizer: The converted tokenizer with its pauses.
+        companions: The source's files by name, see `data/tokenizer/companions.py`; may be empty.
+        sequence_length: model_max_length where the source has none.
+        plain: Use the class that reads tokenizer.json unchanged, whatever class the source names.
 
     Raises:
-        CheckpointError: a companion that is no JSON object.
+        CheckpointError: A companion that is not a JSON object.
     """
     _write(folder / "tokenizer.json", tokenizer.document, indent=None)
     names = {f"{role}_token": name for role, name in tokenizer.special.items()}
@@ -44,7 +44,7 @@ def write_tokenizer(
     special = names if special is None else special
     for record in (config, special):
         _set_end(record, tokenizer.special["eos"])
-    config.pop("auto_map", None)  # code; an import refuses it, a corpus's tokenizer has no use for it
+    config.pop("auto_map", None)  # asks for code; an import refuses it, a corpus's tokenizer does not need it
     if plain:
         config["tokenizer_class"] = PLAIN_CLASS
     _add_names(config, tokenizer.pauses, otherwise="extra_special_tokens")
@@ -62,7 +62,7 @@ def write_tokenizer(
 
 
 def names_class(companions: Mapping[str, bytes]) -> bool:
-    """Whether the source's tokenizer is of a class named after a model, or leaves the class to the model's type."""
+    """Return whether the source's tokenizer class is named after a model, or follows from the model type."""
     config = _object(companions, CONFIG)
     return config is not None and config.get("tokenizer_class") not in (PLAIN_CLASS, *_CLASSES_OF_ONE_RELEASE)
 
@@ -70,25 +70,28 @@ def names_class(companions: Mapping[str, bytes]) -> bool:
 def generation_config(
     companions: Mapping[str, bytes], special_ids: Mapping[str, int], pause_ids: Sequence[int], eod: int
 ) -> dict[str, Any]:
-    """generation_config.json: the source's own, every end of an answer among it, with the pauses suppressed.
+    """Return generation_config.json: the source's, with the end-of-document id added and the pauses suppressed.
 
     Args:
-        companions: the source's own files; may be none
-        special_ids: ids by role, where the source says none
-        pause_ids: what must not be emitted
-        eod: id that ended documents and answers in training
+        companions: The source's files by name; may be empty.
+        special_ids: Ids by role, used where the source has none.
+        pause_ids: Ids that must not be emitted.
+        eod: Id that ended documents and answers in training.
+
+    Raises:
+        CheckpointError: The source's file is not a JSON object.
     """
-    found = _object(companions, GENERATION) or {}
-    found.pop("_from_model_config", None)
+    source = _object(companions, GENERATION) or {}
+    source.pop("_from_model_config", None)
     ids = {f"{role}_token_id": index for role, index in special_ids.items() if role != "unk"}
-    ends = found.get("eos_token_id")
+    ends = source.get("eos_token_id")
     ends = list(ends) if isinstance(ends, list) else [] if ends is None else [ends]
     ends += [eod] if eod not in ends else []
-    suppressed = found.get("suppress_tokens")
+    suppressed = source.get("suppress_tokens")
     suppressed = suppressed if isinstance(suppressed, list) else []
     return {
-        **(ids if not found else {}),
-        **found,
+        **(ids if not source else {}),
+        **source,
         "eos_token_id": ends if len(ends) > 1 else ends[0],
         "suppress_tokens": sorted({*suppressed, *pause_ids}),
     }
@@ -98,16 +101,16 @@ def _object(companions: Mapping[str, bytes], name: str) -> dict[str, Any] | None
     if name not in companions:
         return None
     try:
-        found = json.loads(companions[name])
+        content = json.loads(companions[name])
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"tokenizer/{name}: expected JSON: {str(error)[:200]}") from None
-    if not isinstance(found, dict):
-        raise CheckpointError(f"tokenizer/{name}: expected a JSON object, got {type(found).__name__}")
-    return found
+        raise CheckpointError(f"tokenizer/{name}: expected JSON, got {str(error)[:200]}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"tokenizer/{name}: expected a JSON object, got {type(content).__name__}")
+    return content
 
 
 def _set_end(record: dict[str, Any], name: str) -> None:
-    """The token that ended documents in training is the end of sequence, in the form that the source has."""
+    """Make the end-of-document token of training the eos_token; keep the source's form of the same token."""
     known = record.get("eos_token")
     if (known.get("content") if isinstance(known, dict) else known) != name:
         record["eos_token"] = name
@@ -115,7 +118,7 @@ def _set_end(record: dict[str, Any], name: str) -> None:
 
 def _add_names(record: dict[str, Any], pauses: Sequence[str], *, otherwise: str) -> None:
     key = next((key for key in _LISTS if isinstance(record.get(key), list)), None)
-    if key is None:  # a dictionary there has names for some tokens: it stays
+    if key is None:  # a dictionary there names tokens by role: it is kept
         key = otherwise if otherwise not in record else next(key for key in _LISTS if key != otherwise)
         record[key] = []
     known = [token.get("content") if isinstance(token, dict) else token for token in record[key]]

@@ -1,8 +1,9 @@
-"""Pauses in blocks of token ids that are cut already: a transform of a Hugging Face dataset, keyed by row number."""
+"""Pause insertion into blocks of token ids: a transform for Hugging Face datasets, and a padding collator."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,28 +17,30 @@ from pause_megatron.errors import ConfigError, DataError
 from pause_megatron.hf.loss import IGNORED
 
 COLUMNS = ("input_ids", "labels", "attention_mask")
+_ANY_LENGTH = 2**16
 
 
 class PauseTransform:
-    """Put pauses into a block of token ids, at places that depend on (seed, dataset, split, number) alone.
+    """Inserts pauses into a block of token ids, at positions that depend on (seed, dataset, split, number) alone.
 
-    It is called with a block and its number, as `datasets` does with `map(transform, with_indices=True)`, of a dataset
-    in memory or on disk, or of one that is streamed by one reader. (Several workers of a DataLoader, or ranks of
-    `split_dataset_by_node`, each count their own part of a stream from 0; workers are refused.) So it is no collator: a
-    collator does not know which samples it was given, and would draw by what came before, differently for another
-    batch size, worker count or after a resume. For another epoch with other places, use another seed.
+    `datasets` calls it with a block and its number: `map(transform, with_indices=True)`. The dataset may be in memory,
+    on disk, or streamed by one reader. Workers of a DataLoader and ranks of `split_dataset_by_node` each count their
+    part of a stream from 0; several workers are refused. It is not a collator, since a collator does not know the
+    numbers of its samples: its draws would change with the batch size, the number of workers or a resume. For another
+    epoch with other positions, use another seed.
 
     Args:
         pause_ids: The K pause ids, used in turn within a run of pauses.
         rate: Pauses inserted, as a fraction of the block with its pauses; 0 <= rate < 1.
-        window: "exact": the block grows by its pauses and loses nothing (cut text into blocks of `text_length`);
-            "trim": it keeps its length, what does not fit is cut off (the paper's).
+        window: "exact": the block grows by its pauses and keeps all text (use blocks of `text_length`); "trim": it
+            keeps its length, and text that does not fit is cut off (as in the paper).
         placement: A name in `pause_megatron.data.windows.pause.POLICIES`, or 'module:attribute'.
-        seed: Seed of the places.
-        dataset, split: Names of what the blocks are of; others draw other places.
+        seed: Seed of the positions.
+        dataset: Name of the dataset; other names give other positions.
+        split: Name of the split; other names give other positions.
 
     Raises:
-        ConfigError: see PausePlan.
+        ConfigError: As for PausePlan.
     """
 
     def __init__(
@@ -52,29 +55,29 @@ class PauseTransform:
         split: str = "train",
     ) -> None:
         self.pause_ids, self._address = pause_ids, (dataset, split)
-        self._settings = {"rate": rate, "window": window, "placement": placement, "seed": seed}
-        PausePlan(_ANY_LENGTH, **self._settings)  # refused now and not in the middle of the data
+        # Checked now rather than in the middle of the data. A block's plan is this one with its length.
+        self._plan = PausePlan(_ANY_LENGTH, rate, window, placement, seed)
 
     def text_length(self, length: int) -> int:
-        """Tokens that a block must have to be `length` tokens long with its pauses."""
-        return PausePlan(length - 1, **self._settings).text_length
+        """Return the text tokens of a block that has `length` tokens with its pauses."""
+        return replace(self._plan, sequence_length=length - 1).text_length
 
     def __call__(self, block: Mapping[str, Any], number: int) -> dict[str, list[int]]:
-        """Put its pauses into one block.
+        """Insert the pauses into one block.
 
         Args:
-            block: input_ids; may have labels (not shifted; default: the input_ids) and an attention_mask whose zeros
-                are padding, which is taken away.
-            number: Of the block in its dataset, 0 or more.
+            block: input_ids; optionally labels (not shifted; default: the input_ids) and an attention_mask, whose zeros
+                mark padding, which is removed.
+            number: Number of the block in its dataset, 0 or more.
 
         Returns:
             input_ids, labels and attention_mask (all ones). A label is -100 at a pause and at the first token, which
-            nothing predicts.
+            is not predicted.
 
         Raises:
-            ConfigError: called with a batch of blocks, or in one of several workers that share a stream.
-            DataError: a pause id in the text, fewer than two tokens, labels or a mask of another length, or a column of
-                the block that has a value for each token and would no longer fit; the block is named.
+            ConfigError: Called with a batch of blocks, or in one of several workers that share a stream.
+            DataError: A pause id in the text, fewer than two tokens, labels or a mask of another length, or another
+                column with a value for each token. The message names the block.
         """
         if not isinstance(number, (int, np.integer)):
             raise ConfigError(
@@ -83,7 +86,7 @@ class PauseTransform:
             )
         _refuse_shared_stream()
         text, labels = self._text(block, number)
-        plan = PausePlan(self._length(text.size) - 1, **self._settings)
+        plan = replace(self._plan, sequence_length=self._length(text.size) - 1)
         window = PauseInjector(plan, self.pause_ids, *self._address)(text, number)
         labels_with_pauses = np.full(window.tokens.size, IGNORED)
         labels_with_pauses[window.is_text] = labels[: window.tokens.size - window.places.size]
@@ -107,7 +110,7 @@ class PauseTransform:
         if other:
             raise DataError(
                 f"block {number}: column {other[0]!r}: expected no column besides {', '.join(COLUMNS)} with a value "
-                f"for each token, got one of {size} values, which pauses would shift. Take it out with remove_columns"
+                f"for each token, got one of {size} values, which pauses would shift. Remove it with remove_columns"
             )
         for name, values in columns.items():
             if values.shape != (size,):
@@ -123,20 +126,20 @@ class PauseTransform:
                 "blocks out, or join texts before they are cut into blocks"
             )
         for values in (text, labels):
-            found = (values >= self.pause_ids.start) & (values < self.pause_ids.stop)
-            if found.any():
+            is_pause = (values >= self.pause_ids.start) & (values < self.pause_ids.stop)
+            if is_pause.any():
                 raise DataError(
-                    f"block {number}: expected text only, got the pause id {values[found][0]}. Text that spells "
+                    f"block {number}: expected text only, got the pause id {values[is_pause][0]}. Text that spells "
                     "<pause> must stay text: tokenize with split_special_tokens=True"
                 )
         return text, labels
 
     def _length(self, text_length: int) -> int:
-        """Tokens of a block with its pauses: the least whose plan draws this much text."""
+        """Tokens of a block with its pauses: the smallest number whose plan has this much text."""
         length = text_length
-        if self._settings["window"] == "exact":
-            # A token more draws one text token more, or none: a step as long as what is missing never goes too far.
-            while missing := text_length - length + pauses_per_window(self._settings["rate"], length - 1):
+        if self._plan.window == "exact":
+            # One more token adds one text token or none, so a step of the missing number of tokens never overshoots.
+            while missing := text_length - length + pauses_per_window(self._plan.rate, length - 1):
                 length += missing
         return length
 
@@ -146,22 +149,19 @@ def _refuse_shared_stream() -> None:
     if worker is not None and worker.num_workers > 1 and isinstance(worker.dataset, IterableDataset):
         raise ConfigError(
             f"PauseTransform: expected one worker to read a stream, got num_workers={worker.num_workers}: each counts "
-            "its blocks from 0, so that blocks of different workers would have the same places. Use num_workers of 0 "
-            "or 1, or map a dataset that is not streamed"
+            "its blocks from 0, so blocks of different workers would have the same positions. Use num_workers of 0 or "
+            "1, or map a dataset that is not streamed"
         )
-
-
-_ANY_LENGTH = 2**16
 
 
 def pad_batch(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
     """Stack samples of different lengths, padded on the right: a `data_collator` for Trainer and DataLoader.
 
     Args:
-        samples: input_ids and labels [length of the sample], lists or tensors; other entries are left out.
+        samples: input_ids and labels [seq], lists or tensors; other entries are ignored.
 
     Returns:
-        input_ids (padded with 0), labels (with -100) and attention_mask (with 0), int64 [samples, longest].
+        input_ids (padded with 0), labels (with -100) and attention_mask (with 0), int64 [batch, longest seq].
     """
     size = (len(samples), max(len(sample["input_ids"]) for sample in samples))
     batch = {

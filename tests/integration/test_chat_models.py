@@ -223,5 +223,5 @@ def test_tokens_added_behind_a_sentencepiece_model_are_not_lost_in_silence(tmp_p
     added = {"<|im_end|>": 451} if where == "added_tokens.json" else {"added_tokens_decoder": {"451": {"content": "x"}}}
     for name in ("tokenizer_config.json", "added_tokens.json"):
         (source / name).write_text(json.dumps(added if name == where else {}))
-    with pytest.raises(CheckpointError, match=r"expected tokenizer\.json, as tokens were added behind the 450 pieces"):
+    with pytest.raises(CheckpointError, match=r"expected tokenizer\.json, as tokens were added after the 450 pieces"):
         import_folder(source, tmp_path / "native")

@@ -191,7 +191,8 @@ def gate_and_up_exchanged(model, rows: int, family: str) -> list:
 def test_a_wrong_conversion_is_found_and_leaves_nothing(run, tmp_path, monkeypatch, module, name, wrong):
     monkeypatch.setattr(module, name, wrong)
     with pytest.raises(
-        CheckpointError, match=r"computes something else: largest difference .* in window \d at position"
+        CheckpointError,
+        match=r"computes something else: expected logits within .*, got a difference of .* in window \d at position",
     ):
         export(run, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -263,14 +263,14 @@ def edit(folder: Path, **changes: object) -> None:
         ),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"num_hidden_layers": 3}, r"expected a tensor model\.layers\.2"),
-        ({"num_hidden_layers": 1}, r"model\.layers\.1.*does not have"),
+        ({"num_hidden_layers": 1}, r"config\.json's model only, got a tensor 'model\.layers\.1"),
         ({"intermediate_size": 100}, r"expected shape \(64, 100\)"),
         ({"vocab_size": 590}, r"expected shape \(590, 64\)"),
         ({"attention_bias": True}, r"expected a tensor .*bias"),
         ({"num_hidden_layers": 10**12}, "num_hidden_layers"),
         ({"hidden_size": 2**31}, "hidden_size"),
         ({"rms_norm_eps": "1e-5"}, "rms_norm_eps: expected a number above 0"),
-        ({"tie_word_embeddings": True}, "lm_head.weight differs from the embedding"),
+        ({"tie_word_embeddings": True}, "lm_head.weight: expected the embedding"),
         ({"auto_map": {"AutoModelForCausalLM": "evil.Model"}}, "auto_map asks for code"),
     ],
 )
@@ -307,7 +307,7 @@ def test_with_a_key_left_out_the_logits_are_those_of_transformers_or_it_is_refus
 
 def test_a_tokenizer_with_more_ids_than_rows_is_refused(tokenizers, tmp_path):
     source = write_model(tmp_path / "hf", "Llama", tokenizers["sentencepiece"], rows=590)
-    with pytest.raises(CheckpointError, match=r"ids up to 599, the embedding only 590 rows"):
+    with pytest.raises(CheckpointError, match=r"expected ids below vocab_size=590 in the tokenizer, got up to 599"):
         import_folder(source, tmp_path / "native")
 
 
@@ -320,7 +320,7 @@ def test_a_mistral_with_a_sliding_window_is_imported_up_to_it(tokenizers, tmp_pa
 
 def test_llama_with_attention_biases_needs_a_zero_output_bias(tokenizers, tmp_path):
     source = write_model(tmp_path / "hf", "Llama", tokenizers["sentencepiece"], attention_bias=True)
-    with pytest.raises(CheckpointError, match=r"o_proj\.bias is not zero"):
+    with pytest.raises(CheckpointError, match=r"o_proj\.bias: expected zeros"):
         import_folder(source, tmp_path / "native")
     for path in source.glob("*.safetensors"):
         content = {k: v * 0 if k.endswith("o_proj.bias") else v for k, v in load_file(path).items()}

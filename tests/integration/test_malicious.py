@@ -130,7 +130,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: torch_saved(f / "model.safetensors"),
         "expected a safetensors file",
     ),
-    "pickled weights": (only_pickle, "its weights are pickles"),
+    "pickled weights": (only_pickle, "expected safetensors, got pickles"),
     "an index of pickles": (
         lambda f: (torch_saved(f / "x.pt"), index(f, "x.pt")),
         "expected names of .safetensors files",

@@ -87,7 +87,7 @@ def test_a_mistral_that_says_no_window_has_one_of_4096(positions):
     if positions > 4096:
         with pytest.raises(CheckpointError) as caught:
             read_architecture(config, "x")
-        message = "came 4096, which transformers takes where the key is missing"
+        message = "got 4096, the default of transformers for a missing key"
         assert message in str(caught.value) and "give --sequence-length 4096" in str(caught.value)
     assert read_architecture(config | {"sliding_window": None}, "x").sequence_length == positions
 
@@ -95,25 +95,25 @@ def test_a_mistral_that_says_no_window_has_one_of_4096(positions):
 @pytest.mark.parametrize(
     ("family", "changes", "expected"),
     [
-        ("llama", {"head_dim": 16}, r"head_dim: expected None or 8, came '16'"),
-        ("mistral", {"head_dim": 128}, r"head_dim: expected None or 8, came '128'"),
+        ("llama", {"head_dim": 16}, r"head_dim: expected None or 8, got '16'"),
+        ("mistral", {"head_dim": 128}, r"head_dim: expected None or 8, got '128'"),
         ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, r"rope_scaling: expected .*'llama3'"),
         ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, r"rope_parameters: expected .*'yarn'"),
         ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, r"rope_scaling: expected .*'dynamic'"),
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, r"rope_parameters: expected .*0\.5"),
-        ("llama", {"partial_rotary_factor": 0.5}, r"partial_rotary_factor: expected 1, came '0\.5'"),
-        ("llama", {"hidden_act": "gelu"}, r"hidden_act: expected 'silu' or 'swish', came 'gelu'"),
-        ("llama", {"mlp_bias": True}, r"mlp_bias: expected False, came 'True'"),
-        ("llama", {"num_key_value_heads": 3}, r"num_key_value_heads: expected a divisor of .* = 8, came '3'"),
+        ("llama", {"partial_rotary_factor": 0.5}, r"partial_rotary_factor: expected 1, got '0\.5'"),
+        ("llama", {"hidden_act": "gelu"}, r"hidden_act: expected 'silu' or 'swish', got 'gelu'"),
+        ("llama", {"mlp_bias": True}, r"mlp_bias: expected False, got 'True'"),
+        ("llama", {"num_key_value_heads": 3}, r"num_key_value_heads: expected a divisor of .* = 8, got '3'"),
         (
             "qwen2",
             {"use_sliding_window": True, "sliding_window": 32},
-            r"sliding_window: expected null or at least 64 .*, came 32",
+            r"sliding_window: expected null or at least 64 .*, got 32",
         ),
         ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, r"layer_types: expected full_attention"),
         ("qwen2", {"layer_types": ["full_attention", "chunked_attention"]}, r"layer_types: .*chunked_attention"),
-        ("llama", {"model_type": "qwen3"}, r"model_type: expected one of llama, mistral, qwen2, came 'qwen3'"),
-        ("llama", {"model_type": None}, r"model_type: expected one of llama, mistral, qwen2, came 'None'"),
+        ("llama", {"model_type": "qwen3"}, r"model_type: expected one of llama, mistral, qwen2, got 'qwen3'"),
+        ("llama", {"model_type": None}, r"model_type: expected one of llama, mistral, qwen2, got 'None'"),
     ],
 )
 def test_what_is_not_supported_names_its_key_and_value(family, changes, expected):

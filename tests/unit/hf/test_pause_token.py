@@ -100,9 +100,9 @@ def test_lora_learns_the_row_if_it_is_told_to(tokenizer, tied):
 
 def test_what_would_go_wrong_later_is_refused(tokenizer):
     tokenizer.add_tokens([AddedToken("<pause>", special=False)])
-    with pytest.raises(ConfigError, match=r"expected its token '<pause>' \(id 600\) to be special.*full of pauses"):
+    with pytest.raises(ConfigError, match=r"expected its token '<pause>' \(id 600\) to be special.*turn into pauses"):
         add_pause_token(tokenizer, llama(601, pauses=0))
-    with pytest.raises(ConfigError, match=r"whole in this process, got one that is empty.*ZeRO-3"):
+    with pytest.raises(ConfigError, match=r"whole embedding in this process, got one that is empty.*ZeRO-3"):
         add_pause_token(tokenizer, llama(601, pauses=0).to("meta"))
     with pytest.raises(ConfigError, match="embeddings: expected 1 or more, got 0"):
         add_pause_token(tokenizer, llama(601, pauses=0), embeddings=0)

@@ -101,7 +101,7 @@ def test_other_models_are_refused_with_the_reason(tmp_path, kind):
     path = train_model(
         tmp_path / "tokenizer.model", model_type=kind, byte_fallback=False, hard_vocab_limit=False, **settings
     )
-    with pytest.raises(CheckpointError, match=r"expected a SentencePiece model of type BPE, came \w+\. Hugging Face"):
+    with pytest.raises(CheckpointError, match=r"expected a SentencePiece model of type BPE, got \w+\. Hugging Face"):
         converted(tmp_path, path)
 
 
@@ -128,5 +128,5 @@ def test_a_reserved_slot_becomes_the_pause(tmp_path):
 def test_the_name_elsewhere_is_refused(tmp_path):
     folder = train_hugging_face(tmp_path / "source", special=("</s>", "<pause>"))
     own = load_tokenizer(folder).pause_id
-    with pytest.raises(CheckpointError, match=r"'<pause>' is there already, and not at the pause id"):
+    with pytest.raises(CheckpointError, match=r"expected '<pause>' at the pause id \d+, got it at another id"):
         converted(tmp_path, folder, pause_id=own + 7)
