@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 from pause_megatron.files.paths import path_option, prefix_option
 
-log = logging.getLogger(__name__)
 if TYPE_CHECKING:
     from pause_megatron.data.adopt.adopt import Adopted
     from pause_megatron.data.adopt.tokenizer_check import Agreement
+
+log = logging.getLogger(__name__)
 
 HELP = "check a corpus that Megatron-LM's preprocess_data.py made, and write its manifest"
 
