@@ -1,4 +1,4 @@
-"""`pause-megatron export-hf`: a checkpoint in, a Hugging Face folder out, proven to compute the same."""
+"""`pause-megatron export-hf`: export a checkpoint to a Hugging Face folder that computes the same logits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 from pause_megatron.cli import at_least
 from pause_megatron.files.paths import path_option
 
-HELP = "turn a checkpoint into a Hugging Face folder that transformers and vLLM load"
+HELP = "export a checkpoint to a Hugging Face folder for transformers and vLLM"
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -19,23 +19,27 @@ _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "M
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("checkpoint", type=path_option, help="a checkpoint, RUN/checkpoints/latest, or RUN")
-    parser.add_argument("output", type=path_option, help="the folder; new or empty")
+    parser.add_argument("output", type=path_option, help="the Hugging Face folder; new or empty")
     parser.add_argument(
-        "--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the weights (default: fp32)"
+        "--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="type of the weights (default: fp32)"
     )
     parser.add_argument(
-        "--max-shard-size", type=size_in_bytes, default="5GB", metavar="SIZE", help="of one weight file (default: 5GB)"
+        "--max-shard-size",
+        type=size_in_bytes,
+        default="5GB",
+        metavar="SIZE",
+        help="maximum size of a weight file (default: 5GB)",
     )
     parser.add_argument(
         "--finetuned-pauses",
-        type=at_least(1),
+        type=at_least(0),
         metavar="M",
-        help="M_ft to write into config.json (default: the finetuning's own)",
+        help="M_ft for config.json (default: M of the finetuning)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Export and say what was found."""
+    """Export, and print the result of the comparison with the native model."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # one process on the CPU; set before torch is imported
     from pause_megatron.cli.pretrain import silence_imports
     from pause_megatron.terminal.progress import StageProgress
@@ -43,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     silence_imports()
     from pause_megatron.hf.export import export
 
-    begun = time.perf_counter()
+    start = time.perf_counter()
     with StageProgress(sys.stderr) as progress:
         done = export(
             args.checkpoint,
@@ -56,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     parity = done.parity
     print(
         f"{args.output}: {done.bytes / 1e6:,.1f} MB of {args.dtype} weights in {done.files} file"
-        f"{'s' if done.files > 1 else ''}, {time.perf_counter() - begun:.1f} s\n"
+        f"{'s' if done.files > 1 else ''}, {time.perf_counter() - start:.1f} s\n"
         f"logits: largest difference from the native model {parity.largest_difference:.2g} (allowed "
         f"{parity.tolerance:.2g}) on {parity.windows[0]} windows of {parity.windows[1]} tokens with pauses "
         f"({parity.source})"
@@ -67,10 +71,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def size_in_bytes(text: str) -> int:
-    """ "5GB", "200MiB", "1000000" -> bytes."""
+    """Return a size in bytes.
+
+    Args:
+        text: A number with an optional unit, such as "5GB", "200MiB" or "1000000".
+
+    Raises:
+        argparse.ArgumentTypeError: Another text, or less than one byte.
+    """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?i?B?)", text.strip(), re.IGNORECASE)
     unit = match.group(2).upper() if match else ""
     factor = _UNITS.get(unit) or _UNITS.get(f"{unit}B")
     if not match or not factor or float(match.group(1)) * factor < 1:
-        raise argparse.ArgumentTypeError(f"expected a size such as 5GB or 200MB, came {text!r}")
+        raise argparse.ArgumentTypeError(f"expected a size such as 5GB or 200MB, got {text!r}")
     return int(float(match.group(1)) * factor)

@@ -1,4 +1,4 @@
-"""`pause-megatron import-hf`: a Hugging Face folder of the Llama family in, a checkpoint with pause rows out."""
+"""`pause-megatron import-hf`: import a Hugging Face folder of the Llama family as a checkpoint with pause rows."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 
 from pause_megatron.files.paths import path_option
 
-HELP = "turn a Hugging Face folder of the Llama family into a checkpoint with pauses"
+HELP = "import a Hugging Face folder of the Llama family as a checkpoint with pauses"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,19 +23,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pause-token",
         default="<pause>",
         metavar="NAME",
-        help="a special token of the tokenizer to pause with, whose row is kept (default: <pause>, added if missing)",
+        help="special token of the tokenizer that serves as pause; its row is kept (default: <pause>, added if missing)",
     )
     parser.add_argument(
-        "--tensor-parallel", type=_positive, default=1, metavar="N", help="ranks to cut the weights for (default: 1)"
+        "--tensor-parallel",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="tensor-parallel size of the checkpoint (default: 1)",
     )
     parser.add_argument(
         "--sequence-length", type=_positive, metavar="N", help="longest window (default: max_position_embeddings)"
     )
-    parser.add_argument("--seed", type=_positive, default=1234, metavar="N", help="of the pause row (default: 1234)")
+    parser.add_argument(
+        "--seed", type=_positive, default=1234, metavar="N", help="seed of the pause row (default: 1234)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Import and say what was found and how to go on."""
+    """Import, and print the result of the comparison with transformers and the next commands."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # one process on the CPU; set before torch is imported
     from pause_megatron.cli.pretrain import silence_imports
     from pause_megatron.terminal.progress import StageProgress
@@ -43,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     silence_imports()
     from pause_megatron.hf.importing import import_folder
 
-    begun = time.perf_counter()
+    start = time.perf_counter()
     with StageProgress(sys.stderr) as progress:
         done = import_folder(
             args.folder,
@@ -57,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     ids = ", ".join(map(str, done.pause_ids))
     print(
         f"{args.checkpoint}: {done.family}, {done.rows:,} vocabulary rows in the source, pause id {ids} ({done.how}), "
-        f"tensor parallel {args.tensor_parallel}, {time.perf_counter() - begun:.1f} s\n"
+        f"tensor parallel {args.tensor_parallel}, {time.perf_counter() - start:.1f} s\n"
         f"logits: largest difference from transformers {done.largest_difference:.2g}\n"
         f"next: pause-megatron prepare --tokenizer {shlex.quote(os.path.join(args.checkpoint, 'tokenizer'))} ..., then "
         f"pause-megatron pretrain {shlex.quote(f'model.from={args.checkpoint}')} ..."
@@ -67,5 +73,5 @@ def run(args: argparse.Namespace) -> int:
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer >= 1, came {text!r}")
+        raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text!r}")
     return int(text)

@@ -88,7 +88,7 @@ def test_a_mistral_that_says_no_window_has_one_of_4096(positions):
         with pytest.raises(CheckpointError) as caught:
             read_architecture(config, "x")
         message = "got 4096, the default of transformers for a missing key"
-        assert message in str(caught.value) and "give --sequence-length 4096" in str(caught.value)
+        assert message in str(caught.value) and "pass --sequence-length 4096" in str(caught.value)
     assert read_architecture(config | {"sliding_window": None}, "x").sequence_length == positions
 
 
