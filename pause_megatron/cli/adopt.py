@@ -118,7 +118,7 @@ def _summary(prefix: str, adopted: Adopted, agreement: Agreement) -> str:
     if manifest.eod_count > ended:
         lines.insert(
             1,
-            f"EOD inside documents: {manifest.eod_count - ended:,}; each ends a document with data.intra_document_masking",
+            f"EOD inside documents: {manifest.eod_count - ended:,}; each is a boundary for data.intra_document_masking",
         )
     if adopted.special:
         shown = [f"{token!r} {count:,} times" for token, count in list(adopted.special.items())[:_SHOWN]]
