@@ -176,11 +176,11 @@ PAGES = (*TOP_PAGES, *(path for depth in ("*", "*/*", "*/*/*") for path in sorte
 
 
 def shell_lines(text: str) -> list[str]:
-    """The lines of a page's shell blocks, continued lines joined, comments and VARIABLE=value in front cut off."""
+    """The lines of a page's shell blocks, continued lines joined; comments, VARIABLE=value and srun are cut off."""
     found = re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     blocks = [block for language, block in found if language in ("", "bash", "sh")]
     lines = [line.partition(" #")[0].strip() for block in blocks for line in re.sub(r"\\\n\s*", "", block).splitlines()]
-    return [re.sub(r"^(\w+=\S* )+", "", line) for line in lines if line and not line.startswith("#")]
+    return [re.sub(r"^(\w+=\S* )+|^srun .*?(?=pause-megatron )", "", line) for line in lines if line and not line.startswith("#")]
 
 
 def commands(text: str) -> list[str]:
