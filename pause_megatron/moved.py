@@ -98,6 +98,8 @@ MOVED = {
     "hf.appearing": "hf.atomic_dir",
     "config.initial": "config.model_from",
     "config.plan": "config.batching",
+    "distributed.meeting": "distributed.rendezvous",
+    "model.spans": "model.variable_length",
     "durable": "files.durable",
     "holding": "files.locks",
     "paths": "files.paths",

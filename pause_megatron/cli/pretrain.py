@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pause_megatron.cli import at_least, note
-from pause_megatron.distributed.agreement import failing_together, show_up
+from pause_megatron.distributed.agreement import check_same_verb, failing_together
 from pause_megatron.distributed.ranks import discover
 from pause_megatron.errors import ConfigError
 from pause_megatron.files.paths import path_option
@@ -105,14 +105,14 @@ def only_shown(
     if args.print_config:
         if ranks.rank == 0:
             print(dump(config), end="")
-        show_up("--print-config")
+        check_same_verb("--print-config")
         return True
     plan = batch_plan(config, args.world_size or ranks.world_size)
     engine = deepspeed_config(config, data_parallel=plan.data_parallel)
     if args.dry_run and ranks.rank == 0:
         print(describe(plan, engine), flush=True)
     if args.dry_run:
-        show_up("--dry-run")
+        check_same_verb("--dry-run")
     return args.dry_run
 
 

@@ -1,4 +1,4 @@
-"""Ranks, process groups, and what megatron-core and DeepSpeed want to know about them."""
+"""Rank discovery, rendezvous and process groups for torch.distributed, megatron-core and DeepSpeed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["ParallelContext", "Ranks", "discover", "initialize"]
 
 
 def __getattr__(name: str) -> Any:
-    # On demand: whoever only asks for its rank needs no torch.
+    # On demand: rank discovery alone needs no torch.
     if name not in ("ParallelContext", "initialize"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from pause_megatron.distributed import context

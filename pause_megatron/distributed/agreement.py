@@ -1,8 +1,8 @@
-"""Whether all ranks are of one run: what decides it is compared before the first step, and one rank's failure is told.
+"""Comparing ranks before the first step, and turning one rank's failure into the same error on every rank.
 
-A rank that has another learning rate, corpus or version trains without a word, and wrongly, or waits for ever in a
-collective operation. So each rank makes a record of what must be the same, and its digest goes through the store at
-MASTER_ADDR. Only where digests differ, or a rank has failed, are the records read, and all ranks end with one message.
+A rank with another learning rate, corpus or version would train silently wrong, or hang in a collective. So each rank
+makes a record of what must be the same, and its digest goes through the store at MASTER_ADDR. Only where digests
+differ, or a rank has failed, are the records read, and all ranks end with one message.
 """
 
 from __future__ import annotations
@@ -25,29 +25,30 @@ from pause_megatron.terminal.log import EVERY_RANK
 log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
-    import torch.distributed as dist
+    from torch.distributed import Store
 
 _SHOWN = 5  # differences of a message
 _LONGEST = 120  # characters of a value
 _LEAVE_SECONDS = 5.0
-_QUIET_SECONDS = 10.0  # that a rank which failed waits for the others before it says so itself
-_met = threading.Event()
+_QUIET_SECONDS = 10.0  # after which a failed rank that waits for the others logs its error
+_rendezvous_begun = threading.Event()
 
 
-def same_on_every_rank(keys: dist.Store, ranks: Ranks, record: Mapping[str, str], failure: str = "") -> None:
-    """Compare what must be the same. Every rank calls this, also one that cannot go on.
+def same_on_every_rank(keys: Store, ranks: Ranks, record: Mapping[str, str], failure: str = "") -> None:
+    """Check that a record is the same on every rank. Every rank calls this, also one that has failed.
 
-    A rank's share is a digest and a few messages, however many ranks there are and however long the record is.
+    A rank sends a digest and a few messages, however many ranks there are and however long the record is.
 
     Args:
-        keys: that nobody else uses.
-        record: name -> value, in the order of a message.
-        failure: why this rank cannot go on; "": it can.
+        keys: Keys of the store that nothing else uses.
+        ranks: Rank and world size of this process.
+        record: Name -> value of what must be the same, in the order of a message.
+        failure: Why this rank cannot take part; "": it can.
 
     Raises:
-        SharedError: it names what differs, or who cannot go on. The same on every rank.
+        SharedError: Names what differs, or the ranks that failed. The same message on every rank.
     """
-    text = json.dumps({"record": dict(record), "failure": failure, "host": socket.gethostname()})
+    own = json.dumps({"record": dict(record), "failure": failure, "host": socket.gethostname()})
     digest = xxhash.xxh3_128_hexdigest(json.dumps(dict(record)).encode())
     first = keys.compare_set("digest", "", digest).decode()
     if failure or digest != first:
@@ -58,56 +59,65 @@ def same_on_every_rank(keys: dist.Store, ranks: Ranks, record: Mapping[str, str]
     if verdict == "same":
         return
     if verdict == "differ":
-        keys.set(f"record/{ranks.rank}", text)
+        keys.set(f"record/{ranks.rank}", own)
         if ranks.rank == 0:
-            everyone = [json.loads(keys.get(f"record/{rank}")) for rank in range(ranks.world_size)]
-            keys.set("message", _message(everyone))
+            by_rank = [json.loads(keys.get(f"record/{rank}")) for rank in range(ranks.world_size)]
+            keys.set("message", _message(by_rank))
         verdict = keys.get("message").decode()
-    _leave(keys, ranks)
+    leave_store(keys, ranks, wait=True)
     raise SharedError(verdict)
 
 
-def refuse(keys: dist.Store, text: str) -> None:
-    """End a comparison that is under way, for a process that is none of its ranks."""
+def abort_comparison(keys: Store, text: str) -> None:
+    """End a comparison on all of its ranks, from a process that is not one of them.
+
+    Args:
+        keys: Keys of the comparison.
+        text: Message of the error that each of its ranks raises.
+    """
     keys.compare_set("verdict", "", text)
     keys.add("left", 1)
 
 
 @contextmanager
 def failing_together(verb: str, seconds: float = 600) -> Iterator[None]:
-    """What fails in the body on this rank alone, before ranks have met, becomes the error of all of them.
+    """Raise what fails in the body on one rank, before the rendezvous, on every rank.
 
     Args:
-        verb: that this rank runs.
-        seconds: to wait for the others.
+        verb: The verb that this rank runs.
+        seconds: Timeout of the rendezvous in which the others learn of the failure.
 
     Raises:
-        SharedError: in place of an error that the user can cause. On every rank, in the same words.
+        SharedError: In place of an error that the user can cause. The same message on every rank.
     """
-    _met.clear()
+    _rendezvous_begun.clear()
     try:
         yield
     except Exception as error:
-        if not _met.is_set() and not isinstance(error, SharedError):
-            _tell(verb, seconds, error)
+        if not _rendezvous_begun.is_set() and not isinstance(error, SharedError):
+            _share_failure(verb, seconds, error)
         raise
 
 
-def has_met() -> None:
-    """From here on the others know this rank."""
-    _met.set()
+def mark_rendezvous() -> None:
+    """Note that the rendezvous has begun: from here on a failure of this rank reaches the others through it."""
+    _rendezvous_begun.set()
 
 
-def show_up(verb: str, seconds: float = 30) -> None:
-    """Tell others that this rank does something else than they do, if they come.
+def check_same_verb(verb: str, seconds: float = 30) -> None:
+    """Check that the other ranks, if any are there, run the same verb. For a rank that does not train.
+
+    Args:
+        verb: The verb that this rank runs.
+        seconds: Timeout of the rendezvous.
 
     Raises:
-        SharedError: they do something else, or cannot go on.
+        SharedError: Another rank runs another verb, or failed.
     """
     ranks = discover()
     if ranks.world_size > 1:
         try:
-            _meet(ranks, seconds, {"verb": verb})
+            _rendezvous(ranks, seconds, {"verb": verb})
         except SharedError:
             raise
         except PauseMegatronError:
@@ -115,7 +125,7 @@ def show_up(verb: str, seconds: float = 30) -> None:
 
 
 def ranks_of(numbers: Sequence[int]) -> str:
-    """[0, 2, 3] -> "ranks 0, 2-3"."""
+    """Return ranks as text: [0, 2, 3] -> "ranks 0, 2-3"."""
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][-1] + 1:
@@ -127,93 +137,103 @@ def ranks_of(numbers: Sequence[int]) -> str:
 
 
 def difference(records: Sequence[Mapping[str, str]]) -> str:
-    """What differs between the ranks' records, one line, or some lines; "" where nothing does."""
+    """Return what differs between the ranks' records, as one or several lines; "" where nothing does.
+
+    Args:
+        records: Name -> value, one record a rank.
+    """
     names = dict.fromkeys(name for record in records for name in record)
-    # One that does something else says less.
+    # The record of a rank that runs another verb is shorter.
     absent = "not set" if len({record.get("verb") for record in records}) == 1 else None
-    found = []
+    differences = []
     for name in names:
         values: dict[str, list[int]] = {}
         for rank, record in enumerate(records):
             if (value := record.get(name, absent)) is not None:
                 values.setdefault(value, []).append(rank)
         if len(values) > 1:
-            found.append(
+            differences.append(
                 f"{name} is " + " and ".join(f"{_cut(value)} on {ranks_of(on)}" for value, on in values.items())
             )
-    if not found:
+    if not differences:
         return ""
-    start, more = "expected the same run on every rank:", len(found) - _SHOWN
-    if len(found) == 1:
-        return f"{start} {found[0]}"
-    lines = [start, *found[:_SHOWN], *([f"(and {more} more)"] if more > 0 else [])]
+    start, more = "expected the same run on every rank:", len(differences) - _SHOWN
+    if len(differences) == 1:
+        return f"{start} {differences[0]}"
+    lines = [start, *differences[:_SHOWN], *([f"(and {more} more)"] if more > 0 else [])]
     return "\n  ".join(lines)
 
 
-def _message(everyone: Sequence[Mapping]) -> str:
+def _message(by_rank: Sequence[Mapping]) -> str:
     failures: dict[str, list[int]] = {}
-    for rank, one in enumerate(everyone):
+    for rank, one in enumerate(by_rank):
         if one["failure"]:
             failures.setdefault(one["failure"], []).append(rank)
     if not failures:
-        return difference([one["record"] for one in everyone])
-    said = []
+        return difference([one["record"] for one in by_rank])
+    lines = []
     for text, on in list(failures.items())[:_SHOWN]:
-        host = f" on {everyone[on[0]]['host']}" if len(on) == 1 else ""
-        said.append(text if len(on) == len(everyone) else f"{ranks_of(on)}{host}: {text}")
+        host = f" on {by_rank[on[0]]['host']}" if len(on) == 1 else ""
+        lines.append(text if len(on) == len(by_rank) else f"{ranks_of(on)}{host}: {text}")
     more = f"\n(and {len(failures) - _SHOWN} more)" if len(failures) > _SHOWN else ""
-    return "\n".join(said) + more
+    return "\n".join(lines) + more
 
 
 def _cut(value: str) -> str:
     return value if len(value) <= _LONGEST else f"{value[:_LONGEST]}..."
 
 
-def _leave(keys: dist.Store, ranks: Ranks) -> None:
-    """The store may live in rank 0's process: before it ends, the others have read why."""
-    import torch.distributed as dist
+def leave_store(keys: Store, ranks: Ranks, *, wait: bool) -> None:
+    """Count this rank among those that have read the outcome. Every rank calls this.
+
+    Args:
+        keys: Keys of the store that nothing else uses.
+        ranks: Rank and world size of this process.
+        wait: Whether rank 0, in whose process the store may live, waits until every rank has.
+    """
+    from torch.distributed import DistError
 
     if keys.add("left", 1) >= ranks.world_size:
         keys.set("empty", "")
-    if ranks.rank == 0:
+    if wait and ranks.rank == 0:
         try:
             keys.wait(["empty"], timedelta(seconds=_LEAVE_SECONDS))
-        except dist.DistError:
+        except DistError:
             return
 
 
-def _tell(verb: str, seconds: float, error: Exception) -> None:
-    """Raises SharedError once all know of a failure that the user can cause; returns where the error says enough."""
+def _share_failure(verb: str, seconds: float, error: Exception) -> None:
+    """Raise SharedError once every rank knows of a failure that the user can cause; return for any other failure."""
     try:
         ranks = discover_task()
-    except ConfigError:  # it does not know where the others are
+    except ConfigError:  # the other ranks' address is not known
         return
     if ranks.world_size == 1:
         return
-    mine = isinstance(error, PauseMegatronError)
-    text = str(error) if mine else f"{type(error).__name__}: {error}"
-    said = threading.Timer(
-        _QUIET_SECONDS, log.warning, (f"waiting to tell the other ranks: {text}",), {"extra": EVERY_RANK}
+    user_error = isinstance(error, PauseMegatronError)
+    text = str(error) if user_error else f"{type(error).__name__}: {error}"
+    timer = threading.Timer(
+        _QUIET_SECONDS, log.warning, (f"waiting to report to the other ranks: {text}",), {"extra": EVERY_RANK}
     )
-    said.daemon = True
-    said.start()
+    timer.daemon = True
+    timer.start()
     try:
-        _meet(ranks, seconds, {"verb": verb}, text)
+        _rendezvous(ranks, seconds, {"verb": verb}, text)
     except SharedError:
-        if mine:
+        if user_error:
             raise
     except (PauseMegatronError, ImportError):
-        pass  # nobody came, or there is no torch here: this rank's error is what there is to say
+        pass  # no other rank is there, or no torch: this rank's own error is the message
     finally:
-        said.cancel()
+        timer.cancel()
 
 
-def _meet(ranks: Ranks, seconds: float, record: Mapping[str, str], failure: str = "") -> None:
+def _rendezvous(ranks: Ranks, seconds: float, record: Mapping[str, str], failure: str = "") -> None:
     import torch.distributed as dist
 
-    from pause_megatron.distributed.meeting import meet, meet_in_world
+    from pause_megatron.distributed.rendezvous import compare_in_world, rendezvous
 
     if dist.is_initialized():
-        meet_in_world(record, failure)
+        compare_in_world(record, failure)
     else:
-        meet(ranks, "gloo", seconds, record, failure)
+        rendezvous(ranks, "gloo", seconds, record, failure)

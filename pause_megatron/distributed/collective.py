@@ -1,4 +1,4 @@
-"""Small objects between ranks. Each function is also right in a process that is alone."""
+"""Collectives on small objects and numbers. Without torch.distributed each returns its own value."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 
 def gather_objects(value: T) -> list[T]:
-    """What every rank passed, in rank order, on every rank. Small picklable values only."""
+    """All-gather a small picklable value; return the values in rank order."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return [value]
     values: list[T] = [value] * dist.get_world_size()
@@ -23,7 +23,7 @@ def gather_objects(value: T) -> list[T]:
 
 
 def broadcast_object(value: T) -> T:
-    """What rank 0 passed, on every rank."""
+    """Broadcast rank 0's small picklable value; return it on every rank."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return value
     box = [value]
@@ -34,12 +34,17 @@ def broadcast_object(value: T) -> T:
 def barrier() -> None:
     """Wait for every rank."""
     if dist.is_initialized() and dist.get_world_size() > 1:
-        # Named, since the world is not bound to a device: torch else warns, and might choose another rank's.
+        # The world is not bound to a device: without device_ids torch warns, and may choose another rank's device.
         dist.barrier(device_ids=[torch.cuda.current_device()] if dist.get_backend() == "nccl" else None)
 
 
 def sum_over_ranks(values: Sequence[float], context: ParallelContext) -> list[float]:
-    """Sum of each number over all ranks, in float64: whole numbers stay exact up to 2**53."""
+    """Return the sum of each number over all ranks, in float64: integers are exact up to 2**53.
+
+    Args:
+        values: One number a sum, the same count on every rank.
+        context: Process groups of this rank.
+    """
     tensor = torch.tensor(values, dtype=torch.float64, device=context.device)
     if context.world_size > 1:
         dist.all_reduce(tensor)

@@ -1,4 +1,4 @@
-"""Process groups: torch.distributed, DeepSpeed's view of it, and megatron-core's tensor/data-parallel split."""
+"""Process groups: torch.distributed, DeepSpeed's communication backend, megatron-core's tensor/data-parallel split."""
 
 from __future__ import annotations
 
@@ -10,30 +10,38 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
+from torch.distributed import HashStore, PrefixStore, Store
 
 from pause_megatron.config.schema import ParallelSection
 from pause_megatron.distributed.cpu import use_cpu_without_cuda
 from pause_megatron.distributed.devices import take_device
 from pause_megatron.distributed.groups import make_groups
-from pause_megatron.distributed.meeting import meet, meet_in_world
 from pause_megatron.distributed.mpu import MPU
 from pause_megatron.distributed.ranks import Ranks, discover
+from pause_megatron.distributed.rendezvous import compare_in_world, rendezvous
 from pause_megatron.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class ParallelContext:
-    """This rank's place in the run's process groups.
+    """The process groups of a run, and this rank's position in them.
 
-    Tensor-parallel ranks are neighbours (0 1 | 2 3 for tensor = 2), so that they share a machine; data-parallel ranks
+    Tensor-parallel ranks are neighbours (0 1 | 2 3 for tensor = 2), so that they share a host; data-parallel ranks
     hold the same shard of the model and see different windows.
 
     Attributes:
-        rank, world_size, local_rank: among all processes, and on this machine as the launcher counts.
-        tp_rank, tp_size, tp_group: the ranks that share one replica of the model.
-        dp_rank, dp_size, dp_group: the ranks that hold the same shard.
-        device: where this rank computes.
-        mpu: what `deepspeed.initialize(mpu=...)` is given.
+        rank: Global rank.
+        world_size: Number of ranks.
+        local_rank: Rank on this host, as the launcher counts.
+        tp_rank: Rank in the tensor-parallel group.
+        tp_size: Tensor-parallel size.
+        dp_rank: Rank in the data-parallel group.
+        dp_size: Data-parallel size.
+        tp_group: The ranks that share one replica of the model.
+        dp_group: The ranks that hold the same shard.
+        device: Device of this rank.
+        mpu: Argument of `deepspeed.initialize(mpu=...)`.
+        owns_world: Whether `close` destroys the torch.distributed world.
     """
 
     rank: int
@@ -52,9 +60,9 @@ class ParallelContext:
     _environment: Mapping[str, str | None] = field(repr=False)
 
     def close(self) -> None:
-        """Tear down what `initialize` made, so that another topology can be made in this process.
+        """Destroy the process groups, so that another topology can be initialized in this process.
 
-        The environment is as it was, too: jobs that are submitted from here inherit it, and would take it for theirs.
+        Environment variables are restored, too: a job that is submitted from here would inherit them.
         """
         parallel_state.destroy_model_parallel()
         _forget_deepspeed_groups()
@@ -85,26 +93,26 @@ def initialize(
     ranks: Ranks | None = None,
     same: Mapping[str, str] | None = None,
 ) -> ParallelContext:
-    """Join the other ranks and split them into tensor- and data-parallel groups.
+    """Initialize torch.distributed and DeepSpeed, and split the ranks into tensor- and data-parallel groups.
 
-    A torch.distributed world that exists already is used, and left standing by `close()`.
+    A torch.distributed world that exists already is used, and not destroyed by `close()`.
 
     Args:
-        parallel: tensor-parallel size and sequence parallelism.
+        parallel: Tensor-parallel size and sequence parallelism.
         device: "cpu" or "cuda"; default: cuda where there is one.
-        timeout: of a collective operation.
-        connect_seconds: to wait for the other ranks.
-        ranks: default: what `discover()` finds.
-        same: name -> value of what must be the same on every rank, in the order in which a message names it.
+        timeout: Timeout of a collective.
+        connect_seconds: Timeout of the rendezvous in seconds.
+        ranks: Rank and world size; default: what `discover()` returns.
+        same: Name -> value of what must be the same on every rank, in the order of a message.
 
     Raises:
-        ConfigError: parallel.tensor does not divide the number of ranks, the device is not there, two ranks have one
-            GPU, ranks do not reach each other, or are not of one run. On every rank, whichever it is that fails.
+        ConfigError: parallel.tensor does not divide the number of ranks, there is no such device, two ranks have one
+            GPU, ranks do not reach each other, or are not of one run. On every rank, whichever fails.
     """
     ranks = discover() if ranks is None else ranks
     owns_world = not dist.is_initialized()
     world_size = ranks.world_size if owns_world else dist.get_world_size()
-    kind, failure = _place(parallel, device, world_size)
+    kind, failure = _checked_device(parallel, device, world_size)
     record = {**(same or {}), "device": kind, "launcher": ranks.launcher}
 
     use_cpu_without_cuda()
@@ -112,9 +120,9 @@ def initialize(
     store = None
     if owns_world:
         os.environ.update(ranks.environment())
-        store = _meet(ranks, "nccl" if kind == "cuda" else "gloo", timeout, connect_seconds, record, failure)
+        store = _open_store(ranks, "nccl" if kind == "cuda" else "gloo", timeout, connect_seconds, record, failure)
     elif same and world_size > 1:
-        meet_in_world(record, failure)
+        compare_in_world(record, failure)
     elif failure:
         raise ConfigError(failure)
     target = torch.device("cpu")
@@ -126,9 +134,9 @@ def initialize(
     earlier = frozenset(_groups())
     _join_deepspeed(timeout)
     make_groups(parallel.tensor, timeout)
-    # Nothing here draws from the device's own generator (no dropout, weights have generators of their own), but
-    # megatron-core enters the tracker where it allocates weights and under sequence parallelism: the one for inference
-    # has a fork() that does nothing.
+    # Nothing draws from the device's default generator (no dropout; weights have generators of their own). But
+    # megatron-core forks its RNG tracker where it allocates weights and under sequence parallelism. The tracker for
+    # inference has a fork() that does nothing.
     tensor_parallel.random.initialize_rng_tracker(inference_rng_tracker=True, force_reset=True)
     return ParallelContext(
         rank=dist.get_rank(),
@@ -149,7 +157,7 @@ def initialize(
 
 
 def started_ranks() -> int:
-    """Ranks in all: of the world that there is already, else by the launcher's word."""
+    """Return the world size: that of torch.distributed if it is initialized, else the launcher's."""
     return dist.get_world_size() if dist.is_initialized() else discover().world_size
 
 
@@ -159,7 +167,7 @@ def _device_kind(device: str | torch.device | None) -> str:
     if kind not in ("cpu", "cuda"):
         raise ConfigError(f"device: expected 'cpu' or 'cuda', got {kind!r}")
     if kind == "cuda" and not available:
-        raise ConfigError("device: expected a CUDA device, but torch finds none on this machine")
+        raise ConfigError("device: expected a CUDA device, but torch finds none on this host")
     if kind == "cpu" and available:
         raise ConfigError("device: 'cpu' on a machine with CUDA: start the program with CUDA_VISIBLE_DEVICES= (empty)")
     return kind
@@ -179,8 +187,8 @@ def _check_split(parallel: ParallelSection, world_size: int) -> None:
         raise ConfigError("parallel.sequence: true needs parallel.tensor of 2 or more, got 1")
 
 
-def _place(parallel: ParallelSection, device: str | torch.device | None, world_size: int) -> tuple[str, str]:
-    """Kind of this rank's device, and why it cannot take part; "": it can."""
+def _checked_device(parallel: ParallelSection, device: str | torch.device | None, world_size: int) -> tuple[str, str]:
+    """Return the kind of this rank's device, and why the rank cannot take part; "": it can."""
     kind = "unknown"
     try:
         kind = _device_kind(device)
@@ -190,43 +198,43 @@ def _place(parallel: ParallelSection, device: str | torch.device | None, world_s
     return kind, ""
 
 
-def _meet(
+def _open_store(
     ranks: Ranks,
     backend: str,
     timeout: timedelta,
     connect_seconds: float,
     record: Mapping[str, str],
     failure: str,
-) -> dist.Store:
+) -> Store:
     if ranks.launcher != "alone":
-        store = meet(ranks, backend, connect_seconds, record, failure)
+        store = rendezvous(ranks, backend, connect_seconds, record, failure)
     elif failure:
         raise ConfigError(failure)
     else:
-        store = dist.HashStore()
+        store = HashStore()
     store.set_timeout(timeout)
     return store
 
 
-def _start_world(ranks: Ranks, store: dist.Store, backend: str, timeout: timedelta) -> None:
+def _start_world(ranks: Ranks, store: Store, backend: str, timeout: timedelta) -> None:
     dist.init_process_group(
         backend,
         timeout=timeout,
         rank=ranks.rank,
         world_size=ranks.world_size,
-        store=dist.PrefixStore("default_pg", store),
+        store=PrefixStore("default_pg", store),
     )
 
 
 def _join_deepspeed(timeout: timedelta) -> None:
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it says at length that it finds none
-    # Imported here: the package serves people without DeepSpeed too, and the import takes seconds.
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # avoids a long log line about a missing accelerator
+    # Imported here: DeepSpeed is optional for other uses of the package, and its import takes seconds.
     import deepspeed.comm
     from deepspeed.ops import __compatible_ops__
 
-    # A shared-memory all-reduce for inference on a CPU. Training never calls it, but DeepSpeed compiles it at the first
-    # start, and a process that is killed meanwhile leaves a lock behind on which every later start waits.
+    # A shared-memory all-reduce for inference on CPUs. Training never calls it, but DeepSpeed compiles it at the first
+    # start. A process that is killed meanwhile leaves a stale lock, on which every later start would wait.
     __compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.comm.init_distributed(
         dist_backend=dist.get_backend(), auto_mpi_discovery=False, timeout=timeout, verbose=False

@@ -1,4 +1,4 @@
-"""What megatron-core needs on a machine without CUDA: nothing but a current device."""
+"""Running megatron-core on a host without CUDA: a current device for it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ def _cpu_device() -> torch.device:
 
 
 def use_cpu_without_cuda() -> None:
-    """Let `torch.cuda.current_device()` answer `cpu` where there is no CUDA; elsewhere do nothing.
+    """Make `torch.cuda.current_device()` return `cpu` where there is no CUDA; elsewhere do nothing.
 
-    megatron-core (0.16) passes that call's answer as `device=` to the tensors that it allocates in rotary embeddings,
-    tensor-parallel mappings and the sequence-parallel linear layer. It is its only obstacle to running on a CPU with
+    megatron-core (0.16) passes the result as `device=` to the tensors that it allocates in rotary embeddings,
+    tensor-parallel mappings and the sequence-parallel linear layer. Nothing else keeps it from running on CPUs with
     gloo.
     """
     if not torch.cuda.is_available():
-        torch.cuda.current_device = _cpu_device  # type: ignore[assignment]
+        torch.cuda.current_device = _cpu_device  # type: ignore[assignment]  # torch declares an int

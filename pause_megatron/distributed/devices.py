@@ -1,4 +1,4 @@
-"""Which GPU a rank computes on, in every way that SLURM and torchrun hand them out: one rank for each.
+"""Device assignment: which GPU a rank uses under SLURM and torchrun, one rank a GPU.
 
 A task either sees its own GPU alone (`--gpus-per-task=1`, `--gpu-bind=single:1`, `map_gpu`, `--ntasks-per-gpu=1`, a
 CUDA_VISIBLE_DEVICES of its own), which is then device 0, or all GPUs of its host, of which it takes the one of its
@@ -13,13 +13,13 @@ import warnings
 from collections.abc import Mapping
 
 import torch
-import torch.distributed as dist
+from torch.distributed import Store
 
-from pause_megatron.distributed.meeting import agree, own_keys
 from pause_megatron.distributed.ranks import Ranks
+from pause_megatron.distributed.rendezvous import collect_failures, next_round
 from pause_megatron.errors import ConfigError
 
-_SAYS_WHY = ("CUDA_VISIBLE_DEVICES", "SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND", "SLURM_STEP_GPUS")
+_REPORTED = ("CUDA_VISIBLE_DEVICES", "SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND", "SLURM_STEP_GPUS")
 _ADVICE = (
     "let each task see its own GPU alone (srun --gpus-per-task=1) or all of its host (--gpus-per-node=N "
     "--gpu-bind=none, CUDA_VISIBLE_DEVICES not set), and start one rank for each GPU"
@@ -27,36 +27,39 @@ _ADVICE = (
 
 
 def device_index(local_rank: int, visible: int, environment: Mapping[str, str]) -> int:
-    """Index of a rank's GPU among those that it sees, which is also its LOCAL_RANK for DeepSpeed.
+    """Return the index of a rank's GPU among the visible ones, which is also its LOCAL_RANK for DeepSpeed.
 
     Args:
-        local_rank: as the launcher counts the ranks of a host.
-        visible: GPUs that this process sees, at least 1.
-        environment: is quoted in the error.
+        local_rank: Local rank as the launcher counts.
+        visible: Number of GPUs that this process sees, at least 1.
+        environment: Environment variables, quoted in the error.
 
     Raises:
-        ConfigError: it sees several, but not as many as its local rank asks for.
+        ConfigError: It sees several GPUs, but not as many as its local rank needs.
     """
     if visible == 1:
         return 0
     if local_rank < visible:
         return local_rank
-    seen = ", ".join(f"{name}={environment[name]}" for name in _SAYS_WHY if name in environment)
+    seen = ", ".join(f"{name}={environment[name]}" for name in _REPORTED if name in environment)
     raise ConfigError(
         f"local rank {local_rank} on {socket.gethostname()}: expected to see one GPU, or more than {local_rank}, got "
         f"{visible}{f' ({seen})' if seen else ''}; {_ADVICE}"
     )
 
 
-def take_device(ranks: Ranks, store: dist.Store | None, environment: Mapping[str, str] | None = None) -> torch.device:
-    """This rank's GPU, made the current one once no other rank of the run has the same. Every rank calls this.
+def take_device(ranks: Ranks, store: Store | None, environment: Mapping[str, str] | None = None) -> torch.device:
+    """Return this rank's GPU and make it the current device, after checking that no other rank has it.
+
+    Every rank calls this.
 
     Args:
-        store: of the run; None: a process that is alone.
-        environment: default: os.environ.
+        ranks: Rank and local rank of this process.
+        store: The run's store; None in a single process.
+        environment: Environment variables; default: os.environ.
 
     Raises:
-        ConfigError: a rank sees too few GPUs, or two ranks have one. On every rank.
+        ConfigError: A rank sees too few GPUs, or two ranks have one. On every rank.
     """
     index, error = 0, ""
     try:
@@ -70,25 +73,26 @@ def take_device(ranks: Ranks, store: dist.Store | None, environment: Mapping[str
         claim_gpu(store, ranks, "" if error else str(torch.cuda.get_device_properties(index).uuid), error)
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
-    # DeepSpeed's barriers name no device. Torch takes the current one, which is the right one from here on.
+    # DeepSpeed's barriers name no device, so torch takes the current one: the right one, but with a warning.
     warnings.filterwarnings("ignore", r"barrier\(\): using the device under current context", UserWarning)
     return device
 
 
-def claim_gpu(store: dist.Store, ranks: Ranks, uuid: str, error: str = "") -> None:
-    """Make sure that no two ranks of a run have one GPU, on which NCCL would fail or hang. Every rank calls this.
+def claim_gpu(store: Store, ranks: Ranks, uuid: str, error: str = "") -> None:
+    """Check that no two ranks have one GPU, on which NCCL would fail or hang. Every rank calls this.
 
-    A rank's share is one key and a few messages, however many ranks there are.
+    A rank sends one key and a few messages, however many ranks there are.
 
     Args:
-        store: of the run.
-        uuid: of this rank's GPU.
-        error: why this rank has none; "": it has one.
+        store: The run's store.
+        ranks: Rank and world size of this process.
+        uuid: UUID of this rank's GPU.
+        error: Why this rank has no GPU; "": it has one.
 
     Raises:
-        ConfigError: two ranks have one GPU, or a rank has an error. On every rank.
+        ConfigError: Two ranks have one GPU, or a rank has none. On every rank.
     """
-    keys = own_keys(store, ranks)
+    keys = next_round(store, ranks)
     if not error:
         name = f"rank {ranks.rank}"
         owner = keys.compare_set(f"gpu/{uuid}", "", name).decode()
@@ -98,6 +102,6 @@ def claim_gpu(store: dist.Store, ranks: Ranks, uuid: str, error: str = "") -> No
                 f"{owner} and {name} on {socket.gethostname()}: expected a GPU each, got one, {uuid} "
                 f"(CUDA_VISIBLE_DEVICES={visible}); {_ADVICE}"
             )
-    if errors := agree(keys, ranks, error):
+    if errors := collect_failures(keys, ranks, error):
         more = f"\n(and {len(errors) - 1} more)" if len(errors) > 1 else ""
         raise ConfigError(errors[0] + more)

@@ -1,16 +1,16 @@
 """The process groups of a run: the world, this rank's tensor- and data-parallel groups, and itself.
 
-megatron-core's `initialize_model_parallel` makes a group for every set of ranks of every kind of parallelism, those of
-other ranks too: 1,414 at 128 ranks, 17 of them with this rank. Without pipeline, context and expert parallelism all of
-them are one of four sets of ranks, so here each set is made once, and a set that is all ranks is the world itself.
+megatron-core's `initialize_model_parallel` creates a group for every set of ranks of every kind of parallelism, also
+those of other ranks: 1,414 at 128 ranks, 17 of them with this rank. Without pipeline, context and expert parallelism
+there are four distinct sets of ranks. So each set is created once, and the set of all ranks is the world itself.
 
-Each rank calls `torch.distributed.new_group` for the other ranks' groups too, in one order, which costs no message:
-torch numbers the groups. (`use_local_synchronization` would spare those calls; before torch 2.15 it names a group by
-its ranks and the number of living groups, and a second topology in one world would meet the keys of the first in the
-store.) A group of one rank has nobody to meet there: it is made by that rank alone.
+Each rank calls `torch.distributed.new_group` for the other ranks' groups too, in the same order, which costs no
+message: torch numbers the groups. `use_local_synchronization` would spare those calls, but before torch 2.15 it names a
+group by its ranks and the number of living groups. A second topology in one world would then collide with the store
+keys of the first. A group of one rank cannot collide: that rank alone creates it.
 
-The world is not bound to a device (`init_process_group(device_id=...)`): torch (2.11 to 2.15) then builds each later
-group at once, by a split of the world's communicator that all ranks of the world must join. Unbound, NCCL builds a
+The world is not bound to a device (`init_process_group(device_id=...)`). If it is, torch (2.11 to 2.15) builds each
+later group at once, by a split of the world's communicator that all ranks must join. Unbound, NCCL builds a
 communicator at its first use, among its members.
 """
 
@@ -29,10 +29,10 @@ def make_groups(tensor: int, timeout: timedelta) -> None:
     """Fill megatron-core's `parallel_state` for a split of the world into tensor- and data-parallel groups.
 
     Args:
-        tensor: ranks of a tensor-parallel group, neighbours; divides the world size.
-        timeout: of a collective operation.
+        tensor: Tensor-parallel size; its ranks are neighbours. Divides the world size.
+        timeout: Timeout of a collective.
     """
-    with _each_set_once():
+    with _distinct_groups():
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=tensor,
             distributed_timeout_minutes=max(1, int(timeout.total_seconds() // 60)),
@@ -41,8 +41,8 @@ def make_groups(tensor: int, timeout: timedelta) -> None:
 
 
 @contextmanager
-def _each_set_once() -> Iterator[None]:
-    """Stands in for megatron-core's own way to make a group: who belongs to which stays its decision."""
+def _distinct_groups() -> Iterator[None]:
+    """Replace megatron-core's `create_group` while the body runs; the sets of ranks stay megatron-core's choice."""
     theirs = parallel_state.create_group
     parallel_state.create_group = _group_maker(dist.get_rank(), dist.get_world_size())
     try:

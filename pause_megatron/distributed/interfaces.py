@@ -1,7 +1,7 @@
-"""Which of a host's addresses gloo or NCCL will use to reach the other ranks. No torch.
+"""Network interfaces: which of a host's addresses gloo or NCCL will use to reach the other ranks. No torch.
 
-A host has several, and the libraries choose one without asking: gloo that of the host name, NCCL that of the first
-interface. A site says which one is right (GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME); nothing here sets them.
+By default gloo uses the address of the host name, and NCCL the first interface. GLOO_SOCKET_IFNAME and
+NCCL_SOCKET_IFNAME choose another one; nothing here sets them.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _SIOCGIFADDR = 0x8915  # Linux: the IPv4 address of an interface
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where the other ranks will look for this one.
+    """The address that a backend announces to the other ranks.
 
     Attributes:
-        address: IPv4
-        interface: that has it; "" when none is known
-        reason: what made the library choose it
+        address: IPv4 address.
+        interface: Name of its interface; "": not known.
+        reason: Why the backend chooses it.
     """
 
     address: str
@@ -39,25 +39,25 @@ class Endpoint:
 
 
 def interfaces() -> dict[str, str]:
-    """Name -> IPv4 address of every interface that has one, in the system's order."""
+    """Return name -> IPv4 address of every interface that has one, in the system's order."""
     found = {}
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             with suppress(OSError):
-                answer = fcntl.ioctl(asking.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()))
+                answer = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()))
                 found[name] = socket.inet_ntoa(answer[20:24])
     return found
 
 
 def own_endpoint(backend: str, environment: Mapping[str, str] | None = None) -> Endpoint | None:
-    """The address that a backend will take on this host; None where that cannot be told (IPv6 only).
+    """Return the address that a backend will use on this host; None where it is not known (IPv6 only).
 
     Args:
-        backend: "gloo" or "nccl"
-        environment: default: os.environ
+        backend: "gloo" or "nccl".
+        environment: Environment variables; default: os.environ.
 
     Raises:
-        ConfigError: the variable of the backend names no interface of this host.
+        ConfigError: The backend's variable names no interface of this host.
     """
     given = (os.environ if environment is None else environment).get(VARIABLES[backend], "")
     if not given:
@@ -72,7 +72,11 @@ def own_endpoint(backend: str, environment: Mapping[str, str] | None = None) -> 
 
 
 def interface_towards(address: str) -> str:
-    """Name of the interface by which packets to a host name or IPv4 address leave; "" when none is known."""
+    """Return the interface through which packets to an address leave; "": not known.
+
+    Args:
+        address: Host name or IPv4 address.
+    """
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((address, 9))  # nothing is sent
         return _interface_of(probe.getsockname()[0])
@@ -80,28 +84,33 @@ def interface_towards(address: str) -> str:
 
 
 def listed(found: Mapping[str, str]) -> str:
-    """Interfaces and their addresses, for a message."""
+    """Return interfaces and their addresses as text, for a message.
+
+    Args:
+        found: Name -> IPv4 address.
+    """
     return ", ".join(f"{name} {address}" for name, address in found.items())
 
 
 def _of_host_name() -> Endpoint | None:
-    """gloo: the first address of the host name that is one of this host's, else loopback."""
+    """Return gloo's choice: the first address of the host name that is one of this host's, else loopback."""
     name = socket.gethostname()
     try:
         found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
     except OSError:
-        return Endpoint("127.0.0.1", _interface_of("127.0.0.1"), f"the host name {name} leads nowhere")
-    for family, kind, protocol, _, address in found:
+        return Endpoint("127.0.0.1", _interface_of("127.0.0.1"), f"the host name {name} does not resolve")
+    for family, kind, protocol, _, sockaddr in found:
         with suppress(OSError), socket.socket(family, kind, protocol) as probe:
-            probe.bind(address)
+            probe.bind(sockaddr)
             if family != socket.AF_INET:
                 return None
-            return Endpoint(address[0], _interface_of(address[0]), f"the address of the host name {name}")
-    return Endpoint("127.0.0.1", _interface_of("127.0.0.1"), f"the host name {name} leads to another host")
+            address = str(sockaddr[0])
+            return Endpoint(address, _interface_of(address), f"the address of the host name {name}")
+    return Endpoint("127.0.0.1", _interface_of("127.0.0.1"), f"the host name {name} resolves to another host")
 
 
 def _first_for_nccl() -> Endpoint | None:
-    """NCCL: the first whose name begins with ib; else the first that is neither docker's nor loopback; else any."""
+    """Return NCCL's choice: the first interface named ib*, else the first that is not docker* or lo*, else any."""
     names = list(interfaces())
     outside = [name for name in names if not name.startswith(("docker", "lo"))]
     chosen = [name for name in names if name.startswith("ib")] or outside or names
@@ -109,7 +118,7 @@ def _first_for_nccl() -> Endpoint | None:
 
 
 def _named(names: list[str], given: str) -> list[str]:
-    """NCCL: prefixes with commas between; `=` before them: whole names; `^` before them: all others."""
+    """Return the names that NCCL_SOCKET_IFNAME selects: prefixes, with `=` whole names, with `^` all others."""
     exact, other = "=" in given[:2], given.startswith("^")
     patterns = given.lstrip("^=").split(",")
 

@@ -1,4 +1,4 @@
-"""The "model parallel unit" that DeepSpeed asks about process groups, over megatron-core's parallel_state."""
+"""The model-parallel unit (mpu) of DeepSpeed, over megatron-core's parallel_state."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from megatron.core import parallel_state
 class MPU:
     """megatron-core's process groups under the names that DeepSpeed 0.19 calls.
 
-    `megatron.core.parallel_state` itself does not do: it lacks `get_model_parallel_rank` and `_world_size`. DeepSpeed
-    takes a missing `get_data_parallel_*` for a world of one, without a word, and an `initialize_sequence_parallel` for
-    Ulysses; so the former are all here and the latter is not.
+    `megatron.core.parallel_state` itself lacks `get_model_parallel_rank` and `_world_size`. DeepSpeed silently assumes
+    a world of one where a `get_data_parallel_*` is missing, and Ulysses where there is `initialize_sequence_parallel`.
+    So the former are all here and the latter is not.
     """
 
     # Without pipeline parallelism the model-parallel ranks are the tensor-parallel ranks.
@@ -36,5 +36,5 @@ class MPU:
 
     @staticmethod
     def get_data_parallel_group_ranks() -> list[int]:
-        """Global ranks of this rank's data-parallel group."""
+        """Return the global ranks of this rank's data-parallel group."""
         return dist.get_process_group_ranks(parallel_state.get_data_parallel_group())

@@ -1,4 +1,4 @@
-"""Who am I: the rank, world size and rendezvous that torchrun, deepspeed or srun gave this process."""
+"""Rank discovery: rank, world size and MASTER_ADDR, as torchrun, deepspeed or srun set them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pause_megatron.host.job_step import own_variables
 _LAUNCHER_KEYS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _LAST_PORT = 65535
 
-# What starts tasks says to each its number, their count, and its number on its host.
+# Variables of each process manager: task number, number of tasks, and task number on its host.
 _TASKS = (
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
@@ -23,14 +23,14 @@ _TASKS = (
 
 @dataclass(frozen=True)
 class Ranks:
-    """The place of this process among the processes of a run.
+    """Rank, world size and rendezvous address of this process.
 
     Attributes:
-        rank: 0 .. world_size - 1.
-        local_rank: index of this process on its machine, as the launcher counts.
-        world_size: number of processes.
-        master_addr: host on which rank 0 listens.
-        master_port: port on which rank 0 listens; 0 for a process that is alone.
+        rank: Global rank, 0 .. world_size - 1.
+        local_rank: Rank on this host, as the launcher counts.
+        world_size: Number of ranks.
+        master_addr: Host on which rank 0 listens.
+        master_port: Port on which rank 0 listens; 0 for a single process.
         launcher: "torchrun", "deepspeed", "environment", "slurm" or "alone".
     """
 
@@ -42,7 +42,7 @@ class Ranks:
     launcher: str
 
     def environment(self) -> dict[str, str]:
-        """The variables that torch and DeepSpeed read, so that neither looks for another launcher."""
+        """Return the variables that torch and DeepSpeed read, so that neither detects another launcher."""
         return {
             "RANK": str(self.rank),
             "LOCAL_RANK": str(self.local_rank),
@@ -53,19 +53,20 @@ class Ranks:
 
 
 def discover(environment: Mapping[str, str] | None = None, *, local_rank: int | None = None) -> Ranks:
-    """Find out which launcher started this process, and its place among the others. The one place that counts ranks.
+    """Return the rank of this process and the launcher that started it.
 
-    Order: the variables that torchrun and deepspeed set; a SLURM job step (`srun`, also `deepspeed --launcher slurm`,
-    which sets nothing itself); else the process is alone. A batch script that runs the program without `srun` is alone
-    too, although SLURM_PROCID and SLURM_NTASKS are set there: only a job step has SLURM_STEP_NUM_TASKS. A variable that
-    is empty is not set.
+    The variables of torchrun and deepspeed come first. Next is a SLURM job step (`srun`, or `deepspeed --launcher
+    slurm`, which sets none itself). Otherwise it is a single process. A batch script that runs the program without
+    `srun` is a single process, too: SLURM_PROCID and SLURM_NTASKS are set there, but only a job step has
+    SLURM_STEP_NUM_TASKS. An empty variable counts as not set.
 
     Args:
-        environment: defaults to os.environ, without what a job has inherited from a step that submitted it.
-        local_rank: what `--local_rank=N` said, if the launcher passes it; used where LOCAL_RANK is not set.
+        environment: Environment variables. Default: os.environ, without those that a job inherited from the step that
+            submitted it.
+        local_rank: Value of `--local_rank=N`, if the launcher passes it. Used where LOCAL_RANK is not set.
 
     Raises:
-        ConfigError: a variable is missing, is not the number it should be, or is another task's.
+        ConfigError: A variable is missing, is not a valid number, or is another task's.
     """
     given = own_variables() if environment is None else environment
     env = {key: value for key, value in given.items() if value}
@@ -77,27 +78,35 @@ def discover(environment: Mapping[str, str] | None = None, *, local_rank: int | 
 
 
 def discover_task(environment: Mapping[str, str] | None = None) -> Ranks:
-    """As `discover`; where RANK cannot be right, the number of the task, so that others can be told.
+    """Return the rank as `discover` does, or where RANK is invalid, the task number in the job step.
+
+    With that rank the failure can be shared with the other ranks.
+
+    Args:
+        environment: Environment variables; default as in `discover`.
 
     Raises:
-        ConfigError: as `discover`, where no job step says who this is.
+        ConfigError: As in `discover`, outside of a job step.
     """
     given = own_variables() if environment is None else environment
     try:
         return discover(given)
     except ConfigError:
-        told = {key: value for key, value in given.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        ranks = discover(told)
+        step = {key: value for key, value in given.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        ranks = discover(step)
         if ranks.launcher == "alone":
             raise
         return ranks
 
 
 def first_host(node_list: str) -> str:
-    """First machine of a SLURM node list: 'gpu[003-007,12],login1' -> 'gpu003'.
+    """Return the first host of a SLURM node list: 'gpu[003-007,12],login1' -> 'gpu003'.
+
+    Args:
+        node_list: Value of SLURM_STEP_NODELIST.
 
     Raises:
-        ConfigError: an empty list or unbalanced brackets.
+        ConfigError: The list is empty, or its brackets do not match.
     """
     entry = re.match(r"((?:[^,\[\]]|\[[^\[\],-][^\[\]]*\])+)(?:,|$)", node_list.strip())
     host = re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", entry.group(1)) if entry else ""
@@ -113,8 +122,8 @@ def _from_variables(env: Mapping[str, str], local_rank: int | None) -> Ranks:
     missing = [key for key in _LAUNCHER_KEYS if key not in values]
     if missing:
         raise ConfigError(
-            f"environment: RANK and WORLD_SIZE are set, but {', '.join(missing)} not; expected all of "
-            f"{', '.join(_LAUNCHER_KEYS)}, as torchrun and deepspeed set them"
+            f"environment: expected all of {', '.join(_LAUNCHER_KEYS)}, as torchrun and deepspeed set them, got "
+            f"RANK and WORLD_SIZE without {', '.join(missing)}"
         )
     if "TORCHELASTIC_RUN_ID" in env:
         launcher = "torchrun"
@@ -135,23 +144,25 @@ def _from_variables(env: Mapping[str, str], local_rank: int | None) -> Ranks:
 
 
 def _compare_with_task(rank: int, world_size: int, local: int, env: Mapping[str, str]) -> None:
-    """Refuse a rank that is another task's, where each task is a rank.
+    """Check that RANK is this task's number, where each task is a rank.
 
     `export RANK=$SLURM_PROCID` in a batch script is the script's own number, 0, which every task inherits. Where tasks
     are not ranks (torchrun, a loop that starts several, mpirun inside of a step), the counts differ, or one of several
-    numbers is the right one.
+    process managers has the right number.
     """
-    told = [names for names in _TASKS if all(env.get(name, "").isdecimal() for name in names[:2])]
-    told = [(name, size, on_host) for name, size, on_host in told if int(env[size]) == world_size > 1]
-    if told and all(int(env[name]) != rank for name, _, _ in told):
-        name, size, _ = told[0]
+    managers = [names for names in _TASKS if all(env.get(name, "").isdecimal() for name in names[:2])]
+    managers = [names for names in managers if int(env[names[1]]) == world_size > 1]
+    if managers and all(int(env[name]) != rank for name, _, _ in managers):
+        name, size, _ = managers[0]
         raise ConfigError(
             f"environment: RANK={rank} beside {name}={env[name]} in a step of {env[size]} tasks ({size}); expected the "
             "same number. RANK was exported before the tasks began, and each inherits it: unset RANK, WORLD_SIZE and "
             f"LOCAL_RANK there (srun needs none of them), or set them in the task: bash -c 'RANK=${name} ...'"
         )
-    on_host = [(name, env[name]) for _, _, name in told if env.get(name, "").isdecimal()]
-    if local and on_host and all(int(value) != local for _, value in on_host):  # 0: the task may see its own GPU alone
+    on_host = [(name, env[name]) for _, _, name in managers if env.get(name, "").isdecimal()]
+    if (
+        local and on_host and all(int(value) != local for _, value in on_host)
+    ):  # 0 is right where the task sees its own GPU alone
         name, value = on_host[0]
         raise ConfigError(
             f"environment: LOCAL_RANK={local} beside {name}={value}; expected the same number, or 0 where each task "
@@ -163,7 +174,7 @@ def _from_slurm(env: Mapping[str, str]) -> Ranks:
     world_size = _number(env, "SLURM_STEP_NUM_TASKS")
     nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST") or ""
     address = env.get("MASTER_ADDR") or first_host(nodes)
-    # Below Linux' ephemeral ports (32768 and up). The step is part of it: steps of one job may run side by side.
+    # Below Linux' ephemeral ports (32768 and up). Each step has a port of its own: steps of a job may run concurrently.
     job, step = _number(env, "SLURM_JOB_ID"), _number(env, "SLURM_STEP_ID", default=0)
     port = _number(env, "MASTER_PORT", default=10000 + (job * 16 + step % 16) % 20000)
     return _checked(
@@ -177,7 +188,7 @@ def _checked(ranks: Ranks) -> Ranks:
             f"{ranks.launcher}: expected 0 <= rank < world size and local rank >= 0, got rank {ranks.rank}, "
             f"world size {ranks.world_size}, local rank {ranks.local_rank}"
         )
-    # Alone, rank 0 may listen on any port that is free.
+    # A single process may listen on any free port.
     if not (ranks.world_size == 1 and ranks.master_port == 0) and not 1 <= ranks.master_port <= _LAST_PORT:
         raise ConfigError(
             f"environment variable MASTER_PORT: expected a port, 1 to {_LAST_PORT}, got {ranks.master_port}"

@@ -1,7 +1,7 @@
-"""The key-value store at MASTER_ADDR, through which ranks say their first words to each other.
+"""The key-value store at MASTER_ADDR, through which ranks exchange their first messages.
 
-Rank 0 keeps it, unless torchrun's agent does. Whoever reaches its port may read and write it: torch knows no password
-there. So it listens at MASTER_ADDR's own address alone, where that is an address of rank 0's host.
+Rank 0 serves it, unless torchrun's agent does. Any process that reaches its port may read and write it, since torch has
+no authentication there. So it listens at MASTER_ADDR's own address alone, where that is an address of rank 0's host.
 """
 
 from __future__ import annotations
@@ -13,31 +13,32 @@ import threading
 import time
 from datetime import timedelta
 
-import torch.distributed as dist
+from torch.distributed import DistError, PrefixStore, Store, TCPStore
 
 from pause_megatron.distributed.interfaces import interfaces, listed
 from pause_megatron.distributed.ranks import Ranks
 from pause_megatron.errors import ConfigError
 
 _THREAD = "connect to MASTER_ADDR"
-_ASK_SECONDS = 1.5  # for a program that answers
-_KNOCK_SECONDS = 10.0  # for one of a name's addresses to accept a connection
+_ANSWER_SECONDS = 1.5  # for a store that listens
+_CONNECT_SECONDS = 10.0  # for one of a name's addresses to accept a connection
 
 
-def open_store(ranks: Ranks, seconds: float) -> dist.Store:
-    """Rank 0 opens the store, the others connect to it. Does not wait for anybody but rank 0.
+def open_store(ranks: Ranks, seconds: float) -> Store:
+    """Open the store on rank 0, connect to it on the others. Waits for rank 0 alone.
 
     Args:
-        seconds: to wait for rank 0.
+        ranks: Rank, world size and MASTER_ADDR of this process.
+        seconds: Timeout for rank 0 to listen.
 
     Raises:
-        ConfigError: nobody answers at MASTER_ADDR, or rank 0 cannot listen there.
+        ConfigError: No answer at MASTER_ADDR, or rank 0 cannot listen there.
     """
     wait = timedelta(seconds=seconds)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        # The agent's outlives a restart of the ranks.
+        # The agent's store outlives a restart of the ranks.
         prefix = f"/worker/attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-        return dist.PrefixStore(prefix, _connected(ranks, wait))
+        return PrefixStore(prefix, _connected(ranks, wait))
     if ranks.rank:
         return _connected(ranks, wait)
     try:
@@ -46,40 +47,45 @@ def open_store(ranks: Ranks, seconds: float) -> dist.Store:
         if error.errno == errno.EADDRINUSE and (other := _other_store(ranks)) is not None:
             return other
         raise ConfigError(_cannot_listen(ranks, error)) from None
-    return _connected(ranks, wait, listener)  # to its own, too: torch has it go by MASTER_ADDR
+    return _connected(ranks, wait, listener)  # rank 0 is a client of its own store
 
 
 def is_connecting() -> bool:
-    """Whether a thread is still in torch, which may abort the process, with a code of its own, while it ends."""
+    """Return whether a thread is still inside torch's connect, which may abort the process at exit."""
     return any(thread.name == _THREAD for thread in threading.enumerate())
 
 
-def own_addresses(name: str) -> list[tuple[int, str]]:
-    """Family and address of those that a host name or address leads to and that are this host's own.
+def own_addresses(name: str) -> list[tuple[socket.AddressFamily, str]]:
+    """Return family and address of this host's own addresses among those that a name resolves to.
 
-    Empty: none is; or the host calls itself by a loopback address (`127.0.1.1 HOST` in /etc/hosts), which others do
-    not reach.
+    Args:
+        name: A host name or address.
+
+    Returns:
+        Empty where none is this host's, or where the name resolves to a loopback address (`127.0.1.1 HOST` in
+        /etc/hosts), which other hosts do not reach.
     """
     try:
         found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError):  # of a name that no host can have
+    except (OSError, UnicodeError):  # UnicodeError: not a valid host name
         return []
     loopback = name == "localhost" or name.startswith("127.") or name == "::1"
-    own = []
-    for family, kind, protocol, _, address in found:
-        if not loopback and (address[0].startswith("127.") or address[0] == "::1"):
+    own: list[tuple[socket.AddressFamily, str]] = []
+    for family, kind, protocol, _, (host, _port, *scope) in found:
+        address = str(host)
+        if not loopback and (address.startswith("127.") or address == "::1"):
             return []
         with socket.socket(family, kind, protocol) as probe:
             try:
-                probe.bind((address[0], 0, *address[2:]))
+                probe.bind((address, 0, *scope))
             except OSError:
                 continue
-        own.append((family, address[0]))
+        own.append((family, address))
     return own
 
 
 def _listener(name: str, port: int) -> socket.socket:
-    """On MASTER_ADDR's own address; on all where it has none here (behind address translation)."""
+    """Listen on MASTER_ADDR's own address, or on all where it is none of this host's (address translation)."""
     for family, address in own_addresses(name)[:1]:
         return socket.create_server((address, port), family=family, backlog=4096)
     if socket.has_dualstack_ipv6():
@@ -87,46 +93,55 @@ def _listener(name: str, port: int) -> socket.socket:
     return socket.create_server(("", port), backlog=4096)
 
 
-def _connected(ranks: Ranks, wait: timedelta, listener: socket.socket | None = None) -> dist.Store:
-    """Connect, once somebody listens there; keep the store on the listener, if one is given.
+def _connected(ranks: Ranks, wait: timedelta, listener: socket.socket | None = None) -> Store:
+    """Connect to the store, once its port accepts connections; serve it on the listener, if one is given.
 
-    In a thread, since torch waits without an end for a program that listens and says nothing. Not before somebody
-    listens: until then there is nothing that torch does better, and its threads are hard to leave (`is_connecting`).
+    torch connects in a thread, since it waits without a timeout for a program that listens and does not answer. The
+    thread starts only once the port accepts connections, because it is hard to end (see `is_connecting`).
 
     Raises:
-        ConfigError: nobody answers, or no store.
+        ConfigError: No answer, or an answer of another program.
     """
-    found: list[dist.Store | Exception] = []
+    outcome: list[Store | Exception] = []
     port = ranks.master_port if listener is None else listener.getsockname()[1]
-    if (unheard := _unheard(ranks.master_addr, port, wait.total_seconds())) is not None:
+    if (error := _connection_error(ranks.master_addr, port, wait.total_seconds())) is not None:
         if listener is not None:
             listener.close()
-        raise ConfigError(_nobody(ranks, wait.total_seconds(), unheard))
+        raise ConfigError(_no_answer(ranks, wait.total_seconds(), error))
 
     def connect() -> None:
-        kept = {} if listener is None else {"master_listen_fd": listener.detach()}
-        address = (ranks.master_addr, port, ranks.world_size)
+        descriptor = None if listener is None else listener.detach()
         try:
-            found.append(dist.TCPStore(*address, is_master=bool(kept), timeout=wait, wait_for_workers=False, **kept))
-        except dist.DistError as error:
-            found.append(error)
+            store = TCPStore(
+                ranks.master_addr,
+                port,
+                ranks.world_size,
+                is_master=descriptor is not None,
+                timeout=wait,
+                wait_for_workers=False,
+                master_listen_fd=descriptor,
+            )
+        except DistError as failure:
+            outcome.append(failure)
+        else:
+            outcome.append(store)
 
     thread = threading.Thread(target=connect, name=_THREAD, daemon=True)
     thread.start()
-    thread.join(wait.total_seconds() + _ASK_SECONDS)
-    if found and isinstance(found[0], dist.Store):
-        return found[0]
-    error = found[0] if found else "it accepts connections, and is no store of torch's"
-    raise ConfigError(_nobody(ranks, wait.total_seconds(), error))
+    thread.join(wait.total_seconds() + _ANSWER_SECONDS)
+    if outcome and isinstance(outcome[0], Store):
+        return outcome[0]
+    reason = outcome[0] if outcome else "it accepts connections, and is no store of torch's"
+    raise ConfigError(_no_answer(ranks, wait.total_seconds(), reason))
 
 
-def _unheard(name: str, port: int, seconds: float) -> Exception | None:
-    """Why nobody accepts a connection there for so long; None: somebody does."""
+def _connection_error(name: str, port: int, seconds: float) -> Exception | None:
+    """Return why a port accepts no connection within a time; None as soon as it accepts one."""
     end, pause = time.monotonic() + seconds, 0.02
     while True:
         left = end - time.monotonic()
         try:
-            with socket.create_connection((name, port), timeout=min(max(left, 0.1), _KNOCK_SECONDS)):
+            with socket.create_connection((name, port), timeout=min(max(left, 0.1), _CONNECT_SECONDS)):
                 return None
         except (OSError, UnicodeError) as error:
             if left < pause:
@@ -135,10 +150,10 @@ def _unheard(name: str, port: int, seconds: float) -> Exception | None:
         pause = min(2 * pause, 1.0)
 
 
-def _other_store(ranks: Ranks) -> dist.Store | None:
-    """That of another process which says that it is rank 0; None: something else listens on the port."""
+def _other_store(ranks: Ranks) -> Store | None:
+    """Return the store of another process that is rank 0, too; None: another program listens on the port."""
     try:
-        return _connected(ranks, timedelta(seconds=_ASK_SECONDS))
+        return _connected(ranks, timedelta(seconds=_ANSWER_SECONDS))
     except ConfigError:
         return None
 
@@ -156,12 +171,12 @@ def _cannot_listen(ranks: Ranks, error: OSError) -> str:
     )
 
 
-def _nobody(ranks: Ranks, seconds: float, error: object) -> str:
+def _no_answer(ranks: Ranks, seconds: float, error: object) -> str:
     address = ranks.master_addr
     try:
         address = f"{address} ({socket.getaddrinfo(address, None)[0][4][0]})"
     except (OSError, UnicodeError):
-        address = f"{address} (a name that leads nowhere here)"
+        address = f"{address} (a name that does not resolve here)"
     return (
         f"MASTER_ADDR={address}, port {ranks.master_port}: expected rank 0 to answer within {seconds:g} s "
         f"(run.connect_seconds); rank {ranks.rank} on {socket.gethostname()} has {listed(interfaces())}. Rank 0 "

@@ -1,7 +1,7 @@
-"""`python -m pause_megatron.distributed.torchrun`: torchrun that lets its ranks end in their own way, and says how.
+"""`python -m pause_megatron.distributed.torchrun`: torchrun that forwards signals and keeps its ranks' exit code.
 
-torchrun itself says 1 for every failure, and a job script could not tell a run that was asked to stop from a bug. Told
-to end, it gives its ranks 30 seconds, whatever they have to save. Here it passes the signal on and waits for them.
+torchrun itself exits with 1 for every failure, so a job script could not tell a requested stop from a bug. It also
+kills its ranks 30 seconds after a signal, however long they take to save. Here it forwards the signal and waits.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from torch.distributed.run import main
 
 from pause_megatron.terminal.output import tolerant_output, write_from_handler
 
-_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
+_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2)
 
 
 def run() -> int:
-    """The exit code: 0, that of the rank that failed first, or 128 + the signal that ended it."""
-    for number in _PASSED_ON:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup; the ranks then ignore it too
-            signal.signal(number, _pass_on)
+    """Run torchrun, and return the exit code of the rank that failed first, 128 + its signal, or 0."""
+    for number in _FORWARDED:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup: the ranks ignore it, too
+            signal.signal(number, _forward)
     with tolerant_output():
         try:
-            # What torchrun does not handle stays with the handlers above.
+            # torchrun must not replace the handlers above.
             main(["--signals-to-handle=SIGQUIT", *sys.argv[1:]])
         except ChildFailedError as error:
             _, failure = error.get_first_failure()
@@ -38,8 +38,8 @@ def run() -> int:
     return 0
 
 
-def _pass_on(number: int, frame: FrameType | None) -> None:
-    """To the ranks, which have sessions of their own. Before there are any, the signal does what it always does."""
+def _forward(number: int, frame: FrameType | None) -> None:
+    """Forward a signal to the ranks, which have sessions of their own; without ranks, take its default action."""
     ranks = list(_children())
     if not ranks:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
@@ -52,9 +52,9 @@ def _pass_on(number: int, frame: FrameType | None) -> None:
 
 
 def _children() -> Iterator[int]:
-    """Processes that this one has started."""
+    """Yield the process ids of this process's children."""
     for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
+        with contextlib.suppress(OSError):  # the process has ended
             parent = int(stat.read_text(errors="replace").rpartition(")")[2].split()[1])
             if parent == os.getpid():
                 yield int(stat.parent.name)

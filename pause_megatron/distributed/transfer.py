@@ -1,4 +1,4 @@
-"""Copies to the device that the host does not wait for."""
+"""Asynchronous copies from host to device."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """A copy of a host's tensor on the device. From memory that is not pinned the host would wait for it."""
+    """Copy a host tensor to the device without blocking the host, through pinned memory.
+
+    Args:
+        tensor: Tensor on the CPU.
+        device: Target device.
+    """
     pinned = tensor.pin_memory() if torch.device(device).type == "cuda" else tensor
     return pinned.to(device, non_blocking=True)

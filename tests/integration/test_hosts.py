@@ -161,23 +161,23 @@ def test_an_address_that_the_other_host_cannot_reach_is_an_error_that_says_what_
         ), text
 
 
-def meet_for_nccl(host: Host, rank: int, output: Path) -> None:
+def rendezvous_for_nccl(host: Host, rank: int, output: Path) -> None:
     """NCCL's interface, as far as it is known without a GPU, is looked at in the same way."""
-    from pause_megatron.distributed.meeting import meet
     from pause_megatron.distributed.ranks import discover
+    from pause_megatron.distributed.rendezvous import rendezvous
 
     host.enter()
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="10.77.0.1", MASTER_PORT="29501")
     with output.open("w") as file:
         os.dup2(file.fileno(), 2)
-    meet(discover(), "nccl", 5)
+    rendezvous(discover(), "nccl", 5)
 
 
 @pytest.mark.slow
 def test_for_nccl_it_is_a_warning_and_the_start_goes_on(hosts, tmp_path):
     logs = [tmp_path / host.name for host in hosts]
     processes = [
-        _context.Process(target=meet_for_nccl, args=(host, rank, logs[rank])) for rank, host in enumerate(hosts)
+        _context.Process(target=rendezvous_for_nccl, args=(host, rank, logs[rank])) for rank, host in enumerate(hosts)
     ]
     for process in processes:
         process.start()
@@ -196,8 +196,8 @@ def test_a_master_address_that_nobody_answers_is_an_error_after_the_time_that_is
         assert process.exitcode == 2, log.read_text()
     texts = [log.read_text() for _, log in found]
     assert "MASTER_ADDR=10.99.1.1 (10.99.1.1), port 29500: expected rank 0 to answer within 3 s (run.conn" in texts[1]
-    assert "expected 2 ranks to come within 3 s (run.connect_seconds) to MASTER_ADDR=10.99.1.1, port 29" in texts[0]
-    assert "; rank 1 did not: see what the others say" in texts[0]
+    assert "expected 2 ranks within 3 s (run.connect_seconds) at MASTER_ADDR=10.99.1.1, port 29" in texts[0]
+    assert "; got rank 1 missing: see the other ranks' output" in texts[0]
 
 
 def hold(host: Host, folder: Path, output: Path, lock: Path | None) -> None:

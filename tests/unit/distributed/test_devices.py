@@ -122,7 +122,7 @@ def test_two_ranks_on_one_gpu_are_named_on_every_rank():
 
 def test_a_gpu_for_each_rank_is_fine_and_costs_a_few_keys():
     (text,) = told(["GPU-a", "GPU-b", "GPU-c", "GPU-d"])
-    # A count of meetings and a GPU for each rank; done, verdict, left, empty; torch's own count of its clients.
+    # A count of rendezvous and a GPU for each rank; done, verdict, left, empty; torch's own count of its clients.
     assert int(text.split()[0]) <= 2 * 4 + 5
 
 
