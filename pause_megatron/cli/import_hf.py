@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pause-token",
         default="<pause>",
         metavar="NAME",
-        help="special token of the tokenizer that serves as pause; its row is kept (default: <pause>, added if missing)",
+        help="special token of the tokenizer that serves as pause; its row stays (default: <pause>, added if missing)",
     )
     parser.add_argument(
         "--tensor-parallel",

@@ -7,6 +7,7 @@ it is an error that names the address, the interface, and the variable to set.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import socket
 import threading
@@ -26,6 +27,8 @@ from pause_megatron.distributed.interfaces import VARIABLES, interface_towards, 
 from pause_megatron.distributed.ranks import Ranks
 from pause_megatron.distributed.store import open_store
 from pause_megatron.errors import ConfigError, TrainingError
+
+log = logging.getLogger(__name__)
 
 _PROBE_SECONDS = 15.0  # for a connection to a rank that listens
 _SHOWN = 2
