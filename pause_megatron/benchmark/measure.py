@@ -31,10 +31,10 @@ from pause_megatron.plan.layout import Layout
 from pause_megatron.plan.memory import rank_memory
 from pause_megatron.train.guards.same_run import run_record
 from pause_megatron.train.guards.signals import StopRequest
-from pause_megatron.train.guards.watch import HangWatch, patience
+from pause_megatron.train.guards.watch import HangWatch, collective_timeout
 from pause_megatron.train.inputs.inputs import TrainingData
 from pause_megatron.train.logs.monitoring import ProgressBar
-from pause_megatron.train.loop import Progress, StepResult, training_steps
+from pause_megatron.train.loop import Progress, StepResult, StepSchedule, training_steps
 from pause_megatron.train.run import new_engine, new_model, step_loader
 
 log = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ def run_benchmark(config: ResolvedConfig, sizes: Sizes) -> Measurement:
         settings_of(config),
         initialize(
             config.parallel,
-            timeout=patience(config),
+            timeout=collective_timeout(config),
             connect_seconds=config.run.connect_seconds,
             same=run_record("benchmark", config, started_ranks()),
         ) as context,
@@ -137,10 +137,8 @@ def _take(
         engine,
         batches,
         context,
-        optim=config.optim,
-        total_steps=max(config.train.steps, sizes.all_steps),
-        progress=Progress(),
-        stop=StopRequest(),  # asked by nobody: there is nothing to save
+        StepSchedule(config.optim, max(config.train.steps, sizes.all_steps)),
+        StopRequest(),  # without signal handlers: there is nothing to save
         corpora=data.names,
     )
 

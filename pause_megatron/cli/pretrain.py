@@ -1,4 +1,4 @@
-"""`pause-megatron pretrain`: a configuration in, a run folder out; or its arithmetic, without torch (--dry-run)."""
+"""`pause-megatron pretrain`: train a run from a configuration, or print its arithmetic (--dry-run)."""
 
 from __future__ import annotations
 
@@ -16,15 +16,24 @@ from pause_megatron.distributed.ranks import discover
 from pause_megatron.errors import ConfigError
 from pause_megatron.files.paths import path_option
 
+log = logging.getLogger(__name__)
+
 if TYPE_CHECKING:
     from pause_megatron.config.batching import BatchPlan
     from pause_megatron.config.schema import ResolvedConfig
+
+    DeepSpeedConfig = dict[str, Any]
+    Describe = Callable[[BatchPlan, DeepSpeedConfig], str]
 
 HELP = "pretrain a model on windows with pauses"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options, and list every configuration key at the end of --help."""
+    """Declare the options, and list every configuration key at the end of --help.
+
+    Args:
+        parser: Parser of the verb.
+    """
     from pause_megatron.config.load import recipe_names
 
     names = [name for name in recipe_names() if not name.startswith("finetune-")]
@@ -35,7 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_run_arguments(parser: argparse.ArgumentParser, *, recipes: str) -> None:
-    """The options of every verb that trains; `recipes` says which ones ship for it."""
+    """Declare the options of every verb that trains.
+
+    Args:
+        parser: Parser of the verb.
+        recipes: The recipes that ship for the verb, for --help.
+    """
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--recipe", metavar="NAME", help=recipes)
     source.add_argument(
@@ -51,7 +65,14 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, recipes: str) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check everything that can be checked without torch, then train."""
+    """Check everything that can be checked without torch, then train.
+
+    Args:
+        args: The parsed command line.
+
+    Returns:
+        The exit code.
+    """
     with failing_together("pretrain"):
         return _run(args)
 
@@ -59,45 +80,51 @@ def run(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     from pause_megatron.config import load, scheduled
     from pause_megatron.terminal.output import tolerant_output
-    from pause_megatron.train.guards.signals import listening_to_the_end
+    from pause_megatron.train.guards.signals import stop_signals_until_exit
 
     config = load(args.config, recipe=args.recipe, overrides=args.overrides, say=note)
     if config.task.name is not None:
-        raise ConfigError(f"task.name={config.task.name}: a finetuning; start it with pause-megatron finetune")
-    if only_shown(args, config, partial(_describe, config, args.vocab_size)):
+        raise ConfigError(
+            f"task.name={config.task.name}: expected a pretraining run, got a finetuning; start it with "
+            "pause-megatron finetune"
+        )
+    if handle_dry_run(args, config, partial(_describe, config, args.vocab_size)):
         return 0
     refuse_dry_run_options(args, "world_size", "vocab_size")
     if not config.data.prefix and not config.data.source:
         raise ConfigError(
-            "data.prefix: expected the prefix of a prepared corpus (see pause-megatron prepare), came none; or text to "
+            "data.prefix: expected the prefix of a prepared corpus (see pause-megatron prepare), got none; or text to "
             "stream in data.source"
         )
     scheduled(config)
-    # From here on signals make the run save and stop, and nothing that is printed ends it: the imports take long enough
-    # to be hit, and log.
-    with tolerant_output(), listening_to_the_end() as stop:
+    # From here on signals make the run save and stop, and a failing stdout or stderr does not end it: the imports below
+    # take seconds, and log.
+    with tolerant_output(), stop_signals_until_exit() as stop:
         silence_imports()
         from pause_megatron.train.pretrain import pretrain
 
         return pretrain(config, stop)
 
 
-def _describe(config: ResolvedConfig, vocab_size: int | None, plan: BatchPlan, engine: dict[str, Any]) -> str:
+def _describe(config: ResolvedConfig, vocab_size: int | None, plan: BatchPlan, engine: DeepSpeedConfig) -> str:
     from pause_megatron.cli.support.dry_run import describe
 
     return describe(config, plan, engine, vocab_size=vocab_size)
 
 
-def only_shown(
-    args: argparse.Namespace, config: ResolvedConfig, describe: Callable[[BatchPlan, dict[str, Any]], str]
-) -> bool:
-    """Print what --print-config or --dry-run ask for, on the first rank; whether one of them was given.
+def handle_dry_run(args: argparse.Namespace, config: ResolvedConfig, describe: Describe) -> bool:
+    """Print on the first rank what --print-config or --dry-run ask for.
 
     Args:
-        describe: the arithmetic of a run, from its batches and its DeepSpeed dictionary.
+        args: The parsed command line.
+        config: Configuration of the run.
+        describe: Returns the arithmetic of a run, from its batches and its DeepSpeed configuration.
+
+    Returns:
+        Whether one of the options was given.
 
     Raises:
-        ConfigError: batches or DeepSpeed settings that contradict each other (not looked at by --print-config).
+        ConfigError: Batch sizes or DeepSpeed settings contradict each other (not checked by --print-config).
     """
     from pause_megatron.config import batch_plan, deepspeed_config, dump
 
@@ -109,24 +136,33 @@ def only_shown(
         return True
     plan = batch_plan(config, args.world_size or ranks.world_size)
     engine = deepspeed_config(config, data_parallel=plan.data_parallel)
-    if args.dry_run and ranks.rank == 0:
+    if not args.dry_run:
+        return False
+    if ranks.rank == 0:
         print(describe(plan, engine), flush=True)
-    if args.dry_run:
-        check_same_verb("--dry-run")
-    return args.dry_run
+    check_same_verb("--dry-run")
+    return True
 
 
 def refuse_dry_run_options(args: argparse.Namespace, *options: str) -> None:
-    """Raises ConfigError for an option that means nothing to a run."""
+    """Check that no option of --dry-run is given to a run.
+
+    Args:
+        args: The parsed command line.
+        options: Names of the options, with underscores.
+
+    Raises:
+        ConfigError: One of them is given.
+    """
     for option in options:
         if getattr(args, option) is not None:
             raise ConfigError(
-                f"--{option.replace('_', '-')} belongs to --dry-run; a run takes it from its surroundings"
+                f"--{option.replace('_', '-')} belongs to --dry-run; a run takes it from the launcher or the corpus"
             )
 
 
 def silence_imports() -> None:
-    """Leave out what libraries say on every rank about what is absent; `pause-megatron doctor` says it when asked."""
+    """Filter the warnings of libraries about missing packages; `pause-megatron doctor` reports what is missing."""
     for message in (
         ".*Apex (is|are) not installed",
         "The following imports from `dynamic_context.py`",
@@ -139,7 +175,7 @@ def silence_imports() -> None:
 
 
 def _key_table() -> str:
-    """Every key with its type, range, default and meaning, in the order of the schema."""
+    """Return every key with its type, range, default and meaning, in the order of the schema."""
     from pause_megatron.config.keys import keys, sections
 
     lines = ["configuration keys (KEY=VALUE, or in the YAML file as groups):"]

@@ -103,7 +103,7 @@ def _import(name: str) -> Task:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(
-            f"task.name: {name!r} cannot be imported ({error}); its module must lie in the working folder or on PYTHONPATH"
+            f"task.name: {name!r} cannot be imported ({error}); its module must be in this folder or on PYTHONPATH"
         ) from None
     if isinstance(found, type) or not isinstance(found, Task):
         absent = [member for member in TASK_MEMBERS if not hasattr(found, member)]

@@ -1,4 +1,4 @@
-"""Pause-finetuning (Goyal et al., ICLR 2024, section 3.2): a run on a task's examples, with loss on their targets."""
+"""Pause-finetuning (Goyal et al., ICLR 2024, section 3.2): train on a task's examples, with loss on their targets."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import xxhash
 from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.data.batches.batch import MicroBatch
 from pause_megatron.data.supervised.examples import continuations
+from pause_megatron.data.supervised.windows import SupervisedWindows
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer
 from pause_megatron.distributed import initialize
 from pause_megatron.distributed.agreement import failing_together
@@ -17,50 +18,59 @@ from pause_megatron.distributed.context import started_ranks
 from pause_megatron.distributed.settings import settings_of
 from pause_megatron.terminal.output import tolerant_output
 from pause_megatron.train.guards.same_run import run_record
-from pause_megatron.train.guards.signals import StopRequest, listening
-from pause_megatron.train.guards.watch import patience
+from pause_megatron.train.guards.signals import StopRequest, stop_signals
+from pause_megatron.train.guards.watch import collective_timeout
 from pause_megatron.train.inputs.inputs import HeldOut, TrainingData
 from pause_megatron.train.inputs.task_data import TaskData, held_out, open_task
-from pause_megatron.train.run import train
+from pause_megatron.train.run import finish, open_run
+from pause_megatron.train.training import train
 
 log = logging.getLogger(__name__)
 
 
 def finetune(config: ResolvedConfig, stop: StopRequest | None = None) -> int:
-    """Trains on the examples of `task.name`; otherwise as `pretrain`: the same loop, checkpoints, resume and hooks.
+    """Train on the examples of `task.name`; checkpoints, resume, hooks and exit codes are those of `pretrain`.
 
     Args:
-        config: a resolved configuration with a task
-        stop: one that listens already; default: a new one
+        config: A resolved configuration with a task.
+        stop: A stop request whose signal handlers are installed; None: they are installed here.
 
     Returns:
         EXIT_FINISHED, or EXIT_STOPPED after one of `signals.STOP_SIGNALS`, SIGINT, or when the job's time is
         nearly over.
 
     Raises:
-        PauseMegatronError: as `pretrain`, and a task, record or example that cannot be used.
+        PauseMegatronError: As `pretrain`; or a task, record or example cannot be used.
     """
+    connect_seconds = config.run.connect_seconds
     with (
         tolerant_output(),
-        listening(stop) as stop,
+        stop_signals(stop) as stop,
         settings_of(config),
-        failing_together("finetune", config.run.connect_seconds),
+        failing_together("finetune", connect_seconds),
     ):
-        # Before ranks meet: one that lacks the records says so there.
-        task = open_task(config)
+        task = open_task(config)  # a missing record fails before the rendezvous
         data = training_data(task)
         same = run_record("finetune", task.config, started_ranks()) | task_record(task, data)
-        seconds = config.run.connect_seconds
-        with initialize(config.parallel, timeout=patience(config), connect_seconds=seconds, same=same) as context:
+        timeout = collective_timeout(config)
+        with initialize(config.parallel, timeout=timeout, connect_seconds=connect_seconds, same=same) as context:
             if context.rank == 0 and (line := shorter_warmup(config, task.config)):
                 log.info(line)
-            return train(task.config, data, context, stop)
+            with open_run(task.config, data, context, stop) as run:  # checkpoint or initial weights, model, engine
+                train(run)
+            return finish(run)
 
 
 def task_record(task: TaskData, data: TrainingData) -> dict[str, str]:
-    """What is in the examples of a run and in its tokenizer, wherever they lie."""
+    """Return digests of a run's examples and tokenizer, which must be the same on every rank.
+
+    Args:
+        task: The training examples.
+        data: The same, with the held-out windows.
+    """
     valid = xxhash.xxh3_128()
-    for example in data.valid.windows.examples if data.valid else ():
+    windows = data.valid.windows if data.valid else None
+    for example in windows.examples if isinstance(windows, SupervisedWindows) else ():
         valid.update(np.concatenate([[len(example.prompt)], example.prompt, example.target]).tobytes())
     return {
         "content of task.path": task.fingerprint,
@@ -70,7 +80,12 @@ def task_record(task: TaskData, data: TrainingData) -> dict[str, str]:
 
 
 def shorter_warmup(asked: ResolvedConfig, config: ResolvedConfig) -> str | None:
-    """A line about a warm-up that the epochs leave no room for; None where they do."""
+    """Return a line about a warm-up that was shortened to fit the epochs; None where it was not.
+
+    Args:
+        asked: Configuration as it was given.
+        config: The same with the number of steps filled in.
+    """
     before, now = asked.optim.warmup_steps, config.optim.warmup_steps
     if before == now:
         return None
@@ -79,14 +94,21 @@ def shorter_warmup(asked: ResolvedConfig, config: ResolvedConfig) -> str | None:
 
 
 def training_data(data: TaskData) -> TrainingData:
-    """A task's windows as the loop sees them."""
-    valid = plain = None
+    """Return a task's windows as the training loop sees them.
+
+    Args:
+        data: The training examples.
+
+    Raises:
+        PauseMegatronError: Validation is on, and an evaluation example is missing or malformed.
+    """
+    valid = without_pauses = None
     if data.config.validation.every:
-        valid, plain = (HeldOut(windows, windows.windows_in_epochs(1)) for windows in held_out(data))
+        valid, without_pauses = (HeldOut(windows, windows.windows_in_epochs(1)) for windows in held_out(data))
     return TrainingData(
         train=data.windows,
         valid=valid,
-        valid_without_pauses=plain,
+        valid_without_pauses=without_pauses,
         tokenizer=data.tokenizer,
         pause_ids=data.pause_ids,
         fingerprint=data.fingerprint,
@@ -96,16 +118,21 @@ def training_data(data: TaskData) -> TrainingData:
 
 
 def show_window(batch: MicroBatch, tokenizer: Tokenizer) -> str:
-    """The examples of a micro-batch's first window, a line for each: prefix with its pauses, then [[target]]."""
+    """Return the examples of a micro-batch's first window, one per line: prefix with its pauses, then [[target]].
+
+    Args:
+        batch: The micro-batch, on the CPU.
+        tokenizer: Tokenizer of the run.
+    """
     size = batch.tokens.shape[0]
-    mine = batch.target_rows % size == 0
-    places, targets = batch.target_rows[mine] // size, batch.targets[mine]
+    of_first = batch.target_rows % size == 0
+    positions, targets = batch.target_rows[of_first] // size, batch.targets[of_first]
     segments = batch.segments[0] if batch.segments is not None else batch.tokens.new_zeros(batch.tokens.shape[1])
     decode = continuations(tokenizer).decode
     lines = []
-    for segment in segments[places].unique().tolist():
-        learned = segments[places] == segment
+    for segment in segments[positions].unique().tolist():
+        supervised = segments[positions] == segment
         first = int(segments.eq(segment).nonzero()[0])
-        prefix = batch.tokens[0, first : int(places[learned][0]) + 1]
-        lines.append(f"{tokenizer.decode(prefix.tolist())}[[{decode(targets[learned].tolist())}]]")
+        prefix = batch.tokens[0, first : int(positions[supervised][0]) + 1]
+        lines.append(f"{tokenizer.decode(prefix.tolist())}[[{decode(targets[supervised].tolist())}]]")
     return "\n".join(lines)

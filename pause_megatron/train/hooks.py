@@ -1,111 +1,125 @@
-"""What happens around the steps. Each hook sees every step's result, in the order of the list."""
+"""Hooks: what runs after every step, in the order of a list. A hook may return metrics for the hooks after it."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, Protocol
 
 from pause_megatron.errors import TrainingError
 from pause_megatron.terminal.log import EVERY_RANK
 from pause_megatron.terminal.output import reason
-from pause_megatron.train.loop import StepResult
+from pause_megatron.train.loop import Metrics, StepResult
+
+Action = Callable[[StepResult], Metrics | None]
+"""What a hook does with a step; the metrics that it returns are added to the step's result."""
 
 log = logging.getLogger(__name__)
 
 
-class Hook(Protocol):
-    """Called on every rank after every step, and closed when the run ends, however it ends."""
+class Hook:
+    """Called on every rank after every step, and closed when the run ends, also by an exception."""
 
-    def __call__(self, result: StepResult) -> None: ...
+    def __call__(self, result: StepResult) -> Metrics | None:
+        """Act on a step.
 
-    def stop(self, result: StepResult) -> None:
-        """The run is asked to stop before its end; `result` is its last step, which the hook has seen."""
+        Args:
+            result: Result of the step, with the metrics of the hooks before this one.
 
-    def close(self) -> None: ...
+        Returns:
+            Metrics for the hooks after this one, or None.
+        """
+        raise NotImplementedError
 
-    def lost(self) -> str | None:
-        """What it could not write in the run, in a line; None where nothing is missing."""
+    def on_stop(self, result: StepResult) -> None:
+        """Act on the last step of a run that is stopped before its end; the hook was called with it before."""
+
+    def close(self) -> None:
+        """Close files and the like."""
+
+    def failure(self) -> str | None:
+        """Return a line about what could not be written during the run; None where nothing is missing."""
+        return None
 
 
-class Every:
-    """Calls an action every so many steps, and after the last one.
+class Every(Hook):
+    """Calls an action at an interval of steps, and after the last step.
 
     Args:
-        steps: 0: after the last one only
-        action: what to do
-        at_end: after the last step too
-        on_stop: also when the run is asked to stop before its end
+        steps: The interval; 0: after the last step only.
+        action: A function, or another hook.
+        at_end: Whether the action is called after the last step too.
+        on_stop: Whether it is called when the run is stopped before its end.
     """
 
-    def __init__(
-        self, steps: int, action: Callable[[StepResult], Any], *, at_end: bool = True, on_stop: bool = False
-    ) -> None:
+    def __init__(self, steps: int, action: Action, *, at_end: bool = True, on_stop: bool = False) -> None:
         self._steps, self._action, self._at_end, self._on_stop = steps, action, at_end, on_stop
 
-    def __call__(self, result: StepResult) -> None:
-        if self._due(result):
-            self._action(result)
+    def __call__(self, result: StepResult) -> Metrics | None:
+        """Call the action if it is due."""
+        return self._action(result) if self._is_due(result) else None
 
-    def stop(self, result: StepResult) -> None:
-        if self._on_stop and not self._due(result):
+    def on_stop(self, result: StepResult) -> None:
+        """Call the action, unless it was called after this step."""
+        if self._on_stop and not self._is_due(result):
             self._action(result)
 
     def close(self) -> None:
-        close = getattr(self._action, "close", None)
-        if close is not None:
-            close()
+        """Close the action if it is a hook."""
+        if isinstance(self._action, Hook):
+            self._action.close()
 
-    def lost(self) -> str | None:
-        """As `Unfailing.lost`, of its action."""
-        return self._action.lost() if isinstance(self._action, Unfailing) else None
+    def failure(self) -> str | None:
+        """Return the failure of the action if it is a hook."""
+        return self._action.failure() if isinstance(self._action, Hook) else None
 
-    def _due(self, result: StepResult) -> bool:
+    def _is_due(self, result: StepResult) -> bool:
         return (self._steps > 0 and result.step % self._steps == 0) or (self._at_end and result.last)
 
 
-class Monitor(Protocol):
-    """What only tells of a run: a log, a tracker, a bar."""
+class Monitor:
+    """Records or shows steps: a log file, TensorBoard, a progress bar. Wrapped in `BestEffort`, it cannot end a run."""
 
     def open(self) -> None:
-        """Before the first step."""
-
-    def __call__(self, result: StepResult) -> None: ...
-
-    def close(self) -> None: ...
-
-
-class Unfailing:
-    """A monitor, or one of its actions, that cannot end a run: what it raises is said once, and counted.
-
-    It is called at later steps all the same: a full disk may be emptied.
-
-    Args:
-        place: the file or folder, for messages
-        unit: what a call writes, in the plural
-        action: called after steps, and opened and closed where it can be
-    """
-
-    def __init__(self, place: object, unit: str, action: Monitor | Callable[[StepResult], Any]) -> None:
-        self._place, self._unit, self._action = place, unit, action
-        self._calls = self._failures = 0
-        self._reason: str | None = None
-        self._try(getattr(action, "open", None))
+        """Prepare for the first step."""
 
     def __call__(self, result: StepResult) -> None:
-        self._calls += 1
-        self._failures += not self._try(self._action, result)
-
-    def stop(self, result: StepResult) -> None:
-        pass
+        """Record or show a step."""
 
     def close(self) -> None:
-        closed = self._try(getattr(self._action, "close", None))
-        if closed and not self._failures:
-            self._reason = None  # what failed at first was made good
+        """Finish after the last step."""
 
-    def lost(self) -> str | None:
-        """What could not be written in the run, in a line; None where nothing is missing."""
+
+class BestEffort(Hook):
+    """A monitor whose exceptions do not end the run: the first is logged, all are counted.
+
+    The monitor is called at later steps all the same: a full disk may be emptied.
+
+    Args:
+        place: The file or folder, for messages.
+        unit: What a call writes, in the plural, for messages.
+        monitor: A monitor, which is opened here, or a function.
+    """
+
+    def __init__(self, place: object, unit: str, monitor: Monitor | Callable[[StepResult], None]) -> None:
+        self._place, self._unit, self._monitor = place, unit, monitor
+        self._calls = self._failures = 0
+        self._reason: str | None = None
+        if isinstance(monitor, Monitor):
+            self._try(monitor.open)
+
+    def __call__(self, result: StepResult) -> None:
+        """Call the monitor."""
+        self._calls += 1
+        self._failures += not self._try(lambda: self._monitor(result))
+
+    def close(self) -> None:
+        """Close the monitor."""
+        closed = not isinstance(self._monitor, Monitor) or self._try(self._monitor.close)
+        if closed and not self._failures:
+            self._reason = None  # open() failed, but nothing is missing
+
+    def failure(self) -> str | None:
+        """Return a line about what could not be written during the run; None where nothing is missing."""
         if self._reason is None:
             return None
         if not self._failures:
@@ -114,11 +128,9 @@ class Unfailing:
             f"{self._place}: {self._failures:,} of {self._calls:,} {self._unit} could not be written ({self._reason})"
         )
 
-    def _try(self, action: Callable[..., Any] | None, *arguments: StepResult) -> bool:
-        if action is None:
-            return True
+    def _try(self, action: Callable[[], None]) -> bool:
         try:
-            action(*arguments)
+            action()
         except Exception as error:
             if self._reason is None:
                 self._reason = reason(error)
@@ -128,25 +140,28 @@ class Unfailing:
         return True
 
 
-class SkipLimit:
-    """Ends a run whose gradient is not finite several times in a row: it will not recover by itself."""
+class SkippedStepLimit(Hook):
+    """Ends a run whose gradient is not finite in several consecutive steps: it will not recover.
+
+    Args:
+        limit: Consecutive skipped steps at which the run ends.
+    """
 
     def __init__(self, limit: int) -> None:
-        self._limit, self._in_a_row = limit, 0
+        self._limit, self._skipped = limit, 0
 
     def __call__(self, result: StepResult) -> None:
-        self._in_a_row = 0 if result.applied else self._in_a_row + 1
-        if self._in_a_row >= self._limit:
+        """Count consecutive skipped steps.
+
+        Args:
+            result: Result of the step.
+
+        Raises:
+            TrainingError: The limit is reached.
+        """
+        self._skipped = 0 if result.applied else self._skipped + 1
+        if self._skipped >= self._limit:
             raise TrainingError(
-                f"step {result.step}: the gradient norm is {result.grad_norm}, and {self._in_a_row} steps in a row "
+                f"step {result.step}: the gradient norm is {result.grad_norm}, and {self._skipped} steps in a row "
                 "were not finite and not applied. Lower optim.lr, or look at the data of these steps"
             )
-
-    def stop(self, result: StepResult) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-    def lost(self) -> None:
-        pass

@@ -1,33 +1,36 @@
-"""The steps of a run, as a generator: what each did, for whoever wants to know."""
+"""The training loop: a generator that takes optimizer steps and yields the result of each."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pause_megatron.config.schema import OptimSection
+from pause_megatron.config.schema import OptimSection, ScheduledConfig
 from pause_megatron.data.batches.batch import MicroBatch
 from pause_megatron.distributed import ParallelContext
 from pause_megatron.distributed.collective import sum_over_ranks
 from pause_megatron.engine import Engine, learning_rate
 from pause_megatron.engine.waits import upload
 from pause_megatron.train.guards.signals import StopRequest
-from pause_megatron.train.losses import Losses, LossLedger
+from pause_megatron.train.losses import Losses, LossSums
+
+Metrics = Mapping[str, float | None]
+"""Values by name; None for one that does not exist."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a run has seen so far.
+    """Counters of a run.
 
     Attributes:
-        step: optimizer steps, skipped ones included
-        tokens: raw input tokens, pauses included
-        text_tokens: input tokens that are not pauses
+        step: Optimizer steps, skipped ones included.
+        tokens: Raw input tokens, pauses included.
+        text_tokens: Input tokens that are not pauses.
     """
 
     step: int = 0
@@ -36,25 +39,49 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class StepSchedule:
+    """The steps of a run and their learning rates.
+
+    Attributes:
+        optim: Peak learning rate and schedule.
+        total_steps: Steps of the whole run.
+        extended_from: Step at which the run that this one extends ended; None: it extends none.
+    """
+
+    optim: OptimSection
+    total_steps: int
+    extended_from: int | None = None
+
+    @classmethod
+    def of(cls, config: ScheduledConfig) -> StepSchedule:
+        """Return the schedule of a configuration."""
+        return cls(config.optim, config.train.steps, config.train.extended_from)
+
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of a step; the first is 1."""
+        return learning_rate(self.optim, step, self.total_steps, self.extended_from)
+
+
+@dataclass(frozen=True)
 class StepResult:
     """One optimizer step, the same on every rank.
 
     Attributes:
-        progress: the run's counters after this step
-        losses: mean token losses over the global batch, in nats
-        grad_norm: global L2 norm of the gradient before clipping
-        lr: learning rate
-        applied: False when the gradient was not finite and the step was skipped
-        tokens, text_tokens: of this step, over all ranks
-        seconds: wall time from asking for the batch to the end of the step on the host; the device may still be at the
-            optimizer's part of it, which the next step then waits for
-        loader_seconds: of these, waiting for the batch
-        hook_seconds: wall time between the step before, or the start, and this one: what hooks took (logging,
-            validation, saves). With `seconds` they leave nothing out but the hooks of the last step
-        sample: this rank's first micro-batch, on the CPU
-        last: the run is complete
-        validation: held-out losses by name, None for one that does not exist; filled in by the validation hook, for the
-            hooks after it
+        progress: Counters of the run after this step.
+        losses: Mean token losses over the global batch, in nats.
+        grad_norm: Global L2 norm of the gradient before clipping.
+        lr: Learning rate.
+        applied: False when the gradient was not finite and the step was skipped.
+        tokens: Raw tokens of this step, over all ranks.
+        text_tokens: Text tokens of this step, over all ranks.
+        seconds: Wall time from asking for the batch to the end of the step on the host. The device may still be busy
+            with the optimizer's part, which the next step then waits for.
+        loader_seconds: The part of `seconds` that waited for the batch.
+        hook_seconds: Wall time between the previous step (or the start) and this one: logging, validation, saves. The
+            sum of `seconds` and `hook_seconds` over all steps omits the hooks of the last step only.
+        sample: This rank's first micro-batch, on the CPU.
+        last: Whether the run is complete.
+        metrics: Metrics that hooks returned for this step, such as held-out losses.
     """
 
     progress: Progress
@@ -69,64 +96,68 @@ class StepResult:
     hook_seconds: float
     sample: MicroBatch
     last: bool
-    validation: dict[str, float | None] = field(default_factory=dict)
+    metrics: Metrics = field(default_factory=dict)
 
     @property
     def step(self) -> int:
         """Number of this step; the first is 1."""
         return self.progress.step
 
+    def with_metrics(self, metrics: Metrics | None) -> StepResult:
+        """Return this result with more metrics; None adds nothing."""
+        return replace(self, metrics={**self.metrics, **metrics}) if metrics else self
+
 
 def training_steps(
     engine: Engine,
     batches: Iterable[tuple[int, Sequence[MicroBatch]]],
     context: ParallelContext,
-    *,
-    optim: OptimSection,
-    total_steps: int,
-    extended_from: int | None = None,
-    progress: Progress,
+    schedule: StepSchedule,
     stop: StopRequest,
+    *,
+    progress: Progress = Progress(),
     corpora: Sequence[str] = (),
     long_hooks: Sequence[int] = (),
 ) -> Iterator[StepResult]:
-    """Takes optimizer steps until `total_steps` or a stop request.
+    """Take optimizer steps until the last one or a stop request.
 
-    The host waits for the device once a step, where the engine does: counts, losses and requests to stop are read with
-    the gradient's norm. So a request is known to all ranks while a step is being taken, and the next one is not begun.
-    One that came before the first step, or in a long hook, is agreed on by itself, and not even that step is begun.
+    The host waits for the device once per step, where the engine does: token counts, losses and stop requests are read
+    together with the gradient norm. All ranks learn of a request while a step is being taken, and the next one is not
+    begun. A request before the first step, or during a long hook, is agreed on separately, before another step begins.
 
     Args:
-        engine: the model under DeepSpeed
-        batches: (0-based step, this rank's micro-batches), starting at `progress.step`
-        context: this rank's place
-        optim: learning rate and schedule
-        total_steps: steps of the whole run
-        extended_from: the step at which the run that this one extends ended; see `learning_rate`
-        progress: where the run stands
-        stop: read in each step; any rank's request stops all of them
-        corpora: names of the corpora of a blend, whose losses are told apart
-        long_hooks: hooks take long after every so many steps (validation, saves); the same on all ranks
+        engine: The model under DeepSpeed.
+        batches: (0-based step, this rank's micro-batches), starting at `progress.step`.
+        context: Process groups of this rank.
+        schedule: Number of steps, and their learning rates.
+        stop: Read in each step; a request on any rank stops all of them.
+        progress: Counters of the run at the start.
+        corpora: Names of the corpora of a blend, whose losses are reported separately.
+        long_hooks: Intervals, in steps, of hooks that take long (validation, saves); the same on all ranks.
+
+    Yields:
+        The result of each step.
     """
-    ended, waiting = time.perf_counter(), iter(batches)
-    if _any_rank_asks(stop, context):
+    ended, remaining = time.perf_counter(), iter(batches)
+    if _any_rank_stops(stop, context):
         return
     while True:
         begun = time.perf_counter()
-        step, micro_batches = next(waiting, (None, ()))
-        if step is None:
+        try:
+            step, micro_batches = next(remaining)
+        except StopIteration:
             return
         loaded = time.perf_counter()
-        lr = learning_rate(optim, step + 1, total_steps, extended_from)
-        numbers = _StepNumbers(micro_batches, context, corpora, stop)
+        lr = schedule.learning_rate(step + 1)
+        sums = _StepSums(micro_batches, context, corpora, stop)
         outcome = engine.train_step(
             [batch.to(context.device) for batch in micro_batches],
-            numbers.ledger.forward,
+            sums.losses.forward,
             lr=lr,
-            global_targets=numbers.counts[0],
-            read=numbers.reduced,
+            global_targets=sums.counts[0],
+            read=sums.reduced,
         )
-        tokens, text_tokens, asked, losses = numbers.given(outcome.read)
+        tokens, text_tokens, stopping, losses = sums.parse(outcome.read)
         progress = Progress(step + 1, progress.tokens + tokens, progress.text_tokens + text_tokens)
         before, ended = ended, time.perf_counter()
         yield StepResult(
@@ -141,50 +172,51 @@ def training_steps(
             loader_seconds=loaded - begun,
             hook_seconds=begun - before,
             sample=micro_batches[0],
-            last=step + 1 == total_steps,
+            last=step + 1 == schedule.total_steps,
         )
-        if asked:
+        if stopping:
             return
-        if any(every and (step + 1) % every == 0 for every in long_hooks) and _any_rank_asks(stop, context):
+        if any(every and (step + 1) % every == 0 for every in long_hooks) and _any_rank_stops(stop, context):
             return
 
 
-def _any_rank_asks(stop: StopRequest, context: ParallelContext) -> bool:
-    """Whether any rank is asked to stop; the same answer on all of them. The host waits for it."""
+def _any_rank_stops(stop: StopRequest, context: ParallelContext) -> bool:
+    """Return whether any rank is asked to stop, the same on all of them; the host waits for the answer."""
     return bool(sum_over_ranks([int(bool(stop))], context)[0])
 
 
-class _StepNumbers:
-    """Numbers of a step that all ranks add up on the device, and that the host reads once.
+class _StepSums:
+    """Numbers of a step that are summed over all ranks on the device, and read by the host once.
 
     Attributes:
-        counts: float64 [3] on the device, over all ranks: targets, raw tokens, text tokens
-        ledger: sums of the token losses
+        counts: float64 [3] on the device, over all ranks: targets, raw tokens, text tokens.
+        losses: Sums of the token losses.
     """
 
     def __init__(
         self, micro_batches: Sequence[MicroBatch], context: ParallelContext, corpora: Sequence[str], stop: StopRequest
     ) -> None:
         self._context, self._stop = context, stop
-        self.ledger = LossLedger(context.device, corpora)
-        mine = [(batch.targets_count, batch.raw_tokens, batch.text_tokens) for batch in micro_batches]
+        self.losses = LossSums(context.device, corpora)
+        local = [(batch.targets_count, batch.raw_tokens, batch.text_tokens) for batch in micro_batches]
         # Whole numbers stay exact in float64 up to 2**53.
-        self.counts = upload([sum(each) for each in zip(*mine, strict=True)], context.device)
+        self.counts = upload([sum(each) for each in zip(*local, strict=True)], context.device)
         if context.world_size > 1:
-            # Over the ranks that see different windows: tensor-parallel ranks see the same ones.
+            # Over the data-parallel group: tensor-parallel ranks read the same windows.
             dist.all_reduce(self.counts, group=context.dp_group)
 
     def reduced(self) -> Tensor:
-        """Everything that the host wants to know, float64 [n] on the device: counts, requests to stop, sums of losses.
+        """Return counts, stop requests and sums of losses over all ranks: float64 [n] on the device.
 
-        Called when all work of the step but the optimizer's is on its way, so that a request may come as late as that.
+        The engine calls this when all work of the step but the optimizer's is enqueued, so that a stop request counts
+        until then.
         """
-        asking = upload([int(bool(self._stop))], self._context.device)
+        stopping = upload([int(bool(self._stop))], self._context.device)
         if self._context.world_size > 1:
-            dist.all_reduce(asking)
-        return torch.cat([self.counts, asking, self.ledger.reduced(self._context)])
+            dist.all_reduce(stopping)
+        return torch.cat([self.counts, stopping, self.losses.reduced(self._context)])
 
-    def given(self, values: Sequence[float]) -> tuple[int, int, bool, Losses]:
-        """Raw tokens, text tokens, whether any rank is asked to stop, losses: from the numbers of `reduced`."""
-        _, tokens, text_tokens, asking, *sums = values
-        return int(tokens), int(text_tokens), bool(asking), self.ledger.losses(sums)
+    def parse(self, values: Sequence[float]) -> tuple[int, int, bool, Losses]:
+        """Return raw tokens, text tokens, whether any rank is asked to stop, and losses, from `reduced` on the host."""
+        _, tokens, text_tokens, stopping, *sums = values
+        return int(tokens), int(text_tokens), bool(stopping), self.losses.means(sums)

@@ -1,4 +1,4 @@
-"""Token losses summed over micro-batches and ranks, split by whether the model had just paused."""
+"""Mean token losses over micro-batches and ranks, split into targets directly after a pause and the others."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pause_megatron.data.batches.batch import MicroBatch
 from pause_megatron.distributed import ParallelContext
+from pause_megatron.model import LMLoss
 from pause_megatron.model.spans import TextSpans
 
 
@@ -20,15 +21,14 @@ class Losses:
     """Mean token losses in nats, over supervised targets.
 
     Attributes:
-        mean: over all targets; nan where there are none
-        after_pause: over targets that stand directly after a pause, so that they are predicted from it; None: there are
-            none
-        elsewhere: over the other targets; None: there are none. A model that uses its pauses predicts worse elsewhere
-            than after them.
-        targets: number of targets
-        after_pause_targets: number of targets directly after a pause
-        by_corpus: mean over the targets of each corpus of a blend, by its name, None where it has none; empty for one
-            corpus
+        mean: Mean over all targets; nan where there are none.
+        after_pause: Mean over targets directly after a pause, which are predicted from it; None: there are none.
+        elsewhere: Mean over the other targets; None: there are none. A model that uses its pauses predicts worse
+            elsewhere than after them.
+        targets: Number of targets.
+        after_pause_targets: Number of targets directly after a pause.
+        by_corpus: Mean over the targets of each corpus of a blend, by name; None for one without targets. Empty for
+            one corpus.
     """
 
     mean: float
@@ -47,7 +47,15 @@ class Losses:
         after_pause_targets: float,
         by_corpus: dict[str, tuple[float, float]] | None = None,
     ) -> Losses:
-        """From sums of token losses and counts of targets; `by_corpus` likewise, (sum, count) of each."""
+        """Return the means of sums.
+
+        Args:
+            total: Sum of all token losses.
+            after_pause: Sum of the losses of targets directly after a pause.
+            targets: Number of targets.
+            after_pause_targets: Number of targets directly after a pause.
+            by_corpus: (sum, number of targets) of each corpus, by name.
+        """
         others, mean = targets - after_pause_targets, _mean(total, targets)
         return cls(
             mean=math.nan if mean is None else mean,
@@ -63,12 +71,18 @@ def _mean(total: float, count: float) -> float | None:
     return total / count if count else None
 
 
-def lm_loss(module: nn.Module, batch: MicroBatch, scale: Tensor | float):
-    """Runs a `PauseGPTModel` (or DeepSpeed's wrapper of one) on a micro-batch: `LMLoss`, with loss = scale x sum."""
+def lm_loss(module: nn.Module, batch: MicroBatch, scale: Tensor | float) -> LMLoss:
+    """Run the forward pass of a micro-batch.
+
+    Args:
+        module: A `PauseGPTModel`, or DeepSpeed's wrapper of one.
+        batch: The micro-batch, on the model's device.
+        scale: Factor of the differentiable loss: loss = scale x sum of the token losses.
+    """
     spans = None
     if batch.segments is not None:
         spans = TextSpans.of(batch.segments, batch.prefix, device=batch.tokens.device)
-    return module(
+    output: LMLoss = module(
         batch.tokens,
         batch.position_ids,
         attention_mask=spans,
@@ -76,14 +90,15 @@ def lm_loss(module: nn.Module, batch: MicroBatch, scale: Tensor | float):
         targets=batch.targets,
         loss_scale=scale,
     )
+    return output
 
 
-class LossLedger:
-    """Sums of the token losses that a rank has seen. Stays on the device until it is read.
+class LossSums:
+    """Sums of the token losses of this rank. They stay on the device until they are read.
 
     Args:
-        device: of the token losses
-        corpora: names of the corpora of a blend, in the order of their dataset_id; empty for one corpus
+        device: Device of the token losses.
+        corpora: Names of the corpora of a blend, in the order of their dataset_id; empty for one corpus.
     """
 
     def __init__(self, device: torch.device, corpora: Sequence[str] = ()) -> None:
@@ -92,39 +107,55 @@ class LossLedger:
         self._of_corpora = torch.zeros(len(corpora), 2, dtype=torch.float64, device=device)
 
     def forward(self, module: nn.Module, batch: MicroBatch, scale: Tensor) -> Tensor:
-        """The scaled loss of a micro-batch, for `Engine.train_step`; its token losses are entered here."""
-        output = lm_loss(module, batch, scale)
-        self.enter(output.token_losses, batch.after_pause, batch.target_datasets)
-        return output.loss
-
-    def enter(self, token_losses: Tensor, after_pause: Tensor, datasets: Tensor | None = None) -> None:
-        """Adds token losses [R], fp32.
+        """Return the scaled loss of a micro-batch, for `Engine.train_step`, and add its token losses to the sums.
 
         Args:
-            token_losses: fp32 [R]
-            after_pause: bool [R], those predicted from a pause
-            datasets: int64 [R], the number of their corpus in the blend
+            module: As in `lm_loss`.
+            batch: As in `lm_loss`.
+            scale: As in `lm_loss`; a scalar on the device.
+        """
+        output = lm_loss(module, batch, scale)
+        self.add(output.token_losses, batch.after_pause, batch.target_datasets)
+        return output.loss
+
+    def add(self, token_losses: Tensor, after_pause: Tensor, datasets: Tensor | None = None) -> None:
+        """Add token losses to the sums.
+
+        Args:
+            token_losses: fp32 [targets].
+            after_pause: bool [targets]; True where the target is predicted from a pause.
+            datasets: int64 [targets], index of the target's corpus in the blend; None for one corpus.
         """
         losses = token_losses.double()
         count = losses.new_full((), losses.numel())  # a kernel, where new_tensor would be a copy that waits
         self._sums += torch.stack([losses.sum(), (losses * after_pause).sum(), count, after_pause.sum().double()])
         if self._corpora and datasets is not None:
-            # Not index_add: on a GPU it adds in another order every time.
-            mine = datasets == torch.arange(len(self._corpora), device=datasets.device)[:, None]
-            self._of_corpora += torch.stack([(mine * losses).sum(1), mine.sum(1).double()], dim=1)
+            # Not index_add: its order of summation on a GPU is not deterministic.
+            selected = datasets == torch.arange(len(self._corpora), device=datasets.device)[:, None]
+            self._of_corpora += torch.stack([(selected * losses).sum(1), selected.sum(1).double()], dim=1)
 
     def reduced(self, context: ParallelContext) -> Tensor:
-        """The sums over all ranks, float64 [n] on the device, for `losses`. Every rank calls this; nothing waits."""
+        """Return the sums over all ranks, float64 [n] on the device, for `means`. Every rank calls this.
+
+        Args:
+            context: Process groups of this rank.
+        """
         sums = torch.cat([self._sums, self._of_corpora.flatten()])
         if context.world_size > 1:
             dist.all_reduce(sums, group=context.dp_group)
         return sums
 
-    def losses(self, sums: Sequence[float]) -> Losses:
-        """Means, from the numbers of `reduced`."""
+    def means(self, sums: Sequence[float]) -> Losses:
+        """Return the means of the sums that `reduced` gave, read by the host."""
+        total, after_pause, targets, after_pause_targets = sums[:4]
         pairs = zip(sums[4::2], sums[5::2], strict=True)
-        return Losses.from_sums(*sums[:4], dict(zip(self._corpora, pairs, strict=True)))
+        by_corpus = dict(zip(self._corpora, pairs, strict=True))
+        return Losses.from_sums(total, after_pause, targets, after_pause_targets, by_corpus)
 
     def totals(self, context: ParallelContext) -> Losses:
-        """Means over all ranks. Every rank calls this, and waits."""
-        return self.losses(self.reduced(context).tolist())
+        """Return the means over all ranks. Every rank calls this; the host waits for the device.
+
+        Args:
+            context: Process groups of this rank.
+        """
+        return self.means(self.reduced(context).tolist())

@@ -1,4 +1,4 @@
-"""Pause-pretraining (Goyal et al., ICLR 2024, section 3.1): a run on the windows of a prepared corpus."""
+"""Pause-pretraining (Goyal et al., ICLR 2024, section 3.1): train on the windows of a corpus or a stream."""
 
 from __future__ import annotations
 
@@ -18,51 +18,60 @@ from pause_megatron.distributed.context import started_ranks
 from pause_megatron.distributed.settings import settings_of
 from pause_megatron.terminal.output import tolerant_output
 from pause_megatron.train.guards.same_run import corpora_record, run_record
-from pause_megatron.train.guards.signals import StopRequest, listening
-from pause_megatron.train.guards.watch import patience
+from pause_megatron.train.guards.signals import StopRequest, stop_signals
+from pause_megatron.train.guards.watch import collective_timeout
 from pause_megatron.train.inputs.cache_folder import with_cache_folder
 from pause_megatron.train.inputs.inputs import HeldOut, TrainingData
-from pause_megatron.train.inputs.streaming import Stream
-from pause_megatron.train.run import train
+from pause_megatron.train.inputs.streaming import open_stream
+from pause_megatron.train.run import finish, open_run
+from pause_megatron.train.training import train
 
 
 def pretrain(config: ResolvedConfig, stop: StopRequest | None = None) -> int:
-    """Trains until `train.steps` or a stop signal, going on from the newest complete checkpoint of `run.dir`.
+    """Train until `train.steps` or a stop request, resuming from the newest complete checkpoint of `run.dir`.
 
     Args:
-        config: a resolved configuration
-        stop: one that listens already; default: a new one
+        config: A resolved configuration.
+        stop: A stop request whose signal handlers are installed; None: they are installed here.
 
     Returns:
         EXIT_FINISHED, or EXIT_STOPPED after one of `signals.STOP_SIGNALS`, SIGINT, or when the job's time is
         nearly over.
 
     Raises:
-        PauseMegatronError: a configuration, corpus or checkpoint that cannot be used, before any training starts;
-            a checkpoint that cannot be written; gradients that stay not finite.
+        PauseMegatronError: A configuration, corpus or checkpoint cannot be used, before any training starts; a
+            checkpoint cannot be written; gradients stay not finite.
     """
-    run = scheduled(config)
+    run_config, connect_seconds = scheduled(config), config.run.connect_seconds
     with (
         tolerant_output(),
-        listening(stop) as stop,
+        stop_signals(stop) as stop,
         settings_of(config),
-        failing_together("pretrain", config.run.connect_seconds),
+        failing_together("pretrain", connect_seconds),
     ):
-        # Before ranks meet: one that lacks a corpus says so there.
-        corpora = open_corpora(config.data, config.pause.embeddings)
+        corpora = open_corpora(config.data, config.pause.embeddings)  # a missing corpus fails before the rendezvous
         same = run_record("pretrain", config, started_ranks()) | corpora_record(corpora)
-        seconds = config.run.connect_seconds
-        with initialize(config.parallel, timeout=patience(config), connect_seconds=seconds, same=same) as context:
-            return train(run, corpus_data(run, context.world_size, context.rank, corpora), context, stop)
+        timeout = collective_timeout(config)
+        with initialize(config.parallel, timeout=timeout, connect_seconds=connect_seconds, same=same) as context:
+            data = corpus_data(run_config, context.world_size, context.rank, corpora)
+            with open_run(run_config, data, context, stop) as run:  # checkpoint or initial weights, model, engine
+                train(run)
+            return finish(run)
 
 
 def corpus_data(
     config: ScheduledConfig, world_size: int, rank: int = 0, corpora: Corpora | None = None
 ) -> TrainingData:
-    """The windows of `data.prefix`, or of `data.source`. Every rank calls this: rank 0 builds the index caches.
+    """Return the windows of `data.prefix`, or of `data.source`. Every rank calls this: rank 0 builds the index caches.
 
     Args:
-        corpora: default: they are opened here
+        config: Configuration of the run.
+        world_size: Ranks in all.
+        rank: Rank of this process.
+        corpora: The opened corpora; None: they are opened here.
+
+    Raises:
+        PauseMegatronError: A corpus is damaged or holds too little text, or the index caches cannot be written.
     """
     corpora = open_corpora(config.data, config.pause.embeddings) if corpora is None else corpora
     if corpora.corpora or corpora.valid:
@@ -92,7 +101,7 @@ def corpus_data(
         description=f"{plan.raw_tokens:,} raw tokens (about {plan.text_tokens:,.0f} of text)",
         show=lambda batch: corpora.show(batch.tokens[0].tolist()),
         names=datasets.train_names,
-        stream=partial(Stream, config, corpora.tokenizer) if config.data.source else None,
+        stream=partial(open_stream, config, corpora.tokenizer) if config.data.source else None,
     )
 
 

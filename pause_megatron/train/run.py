@@ -1,133 +1,166 @@
-"""A run from its data to its last checkpoint: the stages that pretraining and finetuning share, in their order."""
+"""A run that is ready to train: its folder, checkpoint store, model and engine, and how they are set up."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from pause_megatron.checkpoint import Store
 from pause_megatron.config.batching import batch_plan
 from pause_megatron.config.deepspeed import deepspeed_config
-from pause_megatron.config.load import dump
 from pause_megatron.config.schema import ResolvedConfig, ScheduledConfig
 from pause_megatron.data.batches.loader import StepLoader
 from pause_megatron.data.batches.sampler import StepSampler
 from pause_megatron.distributed import ParallelContext
 from pause_megatron.distributed.settings import threads_for_optimizer
 from pause_megatron.engine import Engine
-from pause_megatron.model import (
-    PauseGPTModel,
-    Vocabulary,
-    build_model,
-    parameter_groups,
-    train_pause_rows_only,
-)
-from pause_megatron.terminal.output import lost_output
-from pause_megatron.train.guards.ownership import WhileOwner, own_run
+from pause_megatron.model import PauseGPTModel, Vocabulary, build_model, parameter_groups, train_pause_rows_only
+from pause_megatron.train.guards.ownership import Ownership, own_run
 from pause_megatron.train.guards.signals import StopRequest, deadline
-from pause_megatron.train.guards.watch import HangWatch
-from pause_megatron.train.hooks import Every, Hook, SkipLimit, Unfailing
-from pause_megatron.train.inputs.inputs import HeldOut, TrainingData
+from pause_megatron.train.inputs.inputs import TrainingData
 from pause_megatron.train.inputs.streaming import Stream
-from pause_megatron.train.logs.metrics_file import MetricsFile, Throughput
-from pause_megatron.train.logs.monitoring import ConfigFile, ProgressBar, announce, conclude
-from pause_megatron.train.logs.tensorboard import TensorBoard
-from pause_megatron.train.loop import Progress, StepResult, training_steps
-from pause_megatron.train.losses import Losses
-from pause_megatron.train.saving import CheckpointSaver
-from pause_megatron.train.start.start import find_start
-from pause_megatron.train.validation import evaluate_loss, validation_losses
+from pause_megatron.train.logs.monitoring import log_end, log_start
+from pause_megatron.train.loop import Progress
+from pause_megatron.train.start.start import Start, find_start
 
 log = logging.getLogger(__name__)
 
 EXIT_FINISHED = 0
-EXIT_STOPPED = 75  # EX_TEMPFAIL: asked to stop, checkpoint saved, the same command goes on
-SKIPPED_STEPS_IN_A_ROW = 10
+EXIT_STOPPED = 75  # EX_TEMPFAIL: asked to stop, checkpoint saved, the same command resumes
 
 
-def train(config: ScheduledConfig, data: TrainingData, context: ParallelContext, stop: StopRequest) -> int:
-    """Trains on `data` until `train.steps` or a request to stop. Every rank calls this.
+@dataclass
+class Run:
+    """A run on this rank, from the moment when its model and engine are ready. Made by `open_run`.
+
+    Attributes:
+        config: Configuration of the run.
+        data: What the run trains on.
+        context: Process groups of this rank.
+        stop: Requests to stop.
+        deadline: When the run must stop for its job to end in time, seconds since the epoch; None: no deadline.
+        owner: Tells whether the run folder is still this job's.
+        store: The run's checkpoints.
+        start: What the run started from.
+        vocabulary: Text, pause and padding rows of the model.
+        engine: The model under DeepSpeed.
+        stream: Windows of `data.source`; None where `data.train` holds them.
+        progress: Counters after the last step.
+        saved_step: Step of the checkpoint that was saved last; None before the first save.
+    """
+
+    config: ScheduledConfig
+    data: TrainingData
+    context: ParallelContext
+    stop: StopRequest
+    deadline: float | None
+    owner: Ownership
+    store: Store
+    start: Start
+    vocabulary: Vocabulary
+    engine: Engine
+    stream: Stream | None
+    progress: Progress
+    saved_step: int | None = None
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return Path(self.config.run.dir)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all steps are taken."""
+        return self.progress.step >= self.config.train.steps
+
+    @property
+    def newest_checkpoint(self) -> Path | None:
+        """The checkpoint to resume from; None: there is none."""
+        return self.start.resumed_from if self.saved_step is None else self.store.path(self.saved_step)
+
+
+@contextmanager
+def open_run(config: ScheduledConfig, data: TrainingData, context: ParallelContext, stop: StopRequest) -> Iterator[Run]:
+    """Own the run folder, find where the run starts, and build model, engine and stream from there.
+
+    Every rank calls this.
 
     Args:
-        config: a resolved configuration, its number of steps known
-        data: what to train on
-        context: this rank's place in the process groups
-        stop: read in each step
+        config: Configuration of the run.
+        data: What the run trains on.
+        context: Process groups of this rank.
+        stop: Requests to stop.
 
-    Returns:
-        EXIT_FINISHED or EXIT_STOPPED.
+    Yields:
+        The run, until the body ends.
+
+    Raises:
+        ConfigError: Another job trains in the run folder, or the job's time is nearly over.
+        CheckpointError: As `find_start`.
     """
-    folder, result = Path(config.run.dir), None
     end = deadline(config.checkpoint.before_end_seconds)
+    folder = Path(config.run.dir)
     with ExitStack() as closing:
         owner = closing.enter_context(own_run(folder, context))
         store = Store(folder / "checkpoints", context.rank, context.world_size)
         start = find_start(store, config, data, context)
-        # Permission to start over is for this start, not for those that read the run's config.yaml.
+        # run.start_over is a permission for this start only: the run's config.yaml must not repeat it.
         config = config.model_copy(update={"run": config.run.model_copy(update={"start_over": False})})
-        model = new_model(config, data, draw=start.draws)
-        start.weights_into(model)
-        # What must not move must not decay either.
+        model = new_model(config, data, draw=start.checkpoint is None)
+        shards = start.load_weights(model, context)
+        # Frozen weights must not decay either.
         groups = parameter_groups(model, 0.0 if config.train.only else config.optim.weight_decay)
         engine = closing.enter_context(new_engine(config, model, groups, context))
-        start.state_into(engine)
-        progress = start.progress
+        start.load_state(engine, shards)
         if context.rank == 0:
             plan, stage = batch_plan(config, context.world_size), engine.deepspeed.zero_optimization_stage()
-            announce(config, plan, model.vocabulary.size, stage, context, data.description)
-        stream = closing.enter_context(data.stream(context, start.folder)) if data.stream else None
-        saver = CheckpointSaver(config, engine, data, store, context, stream, owner)
-        closing.enter_context(saver.naming_the_newest())
-        hooks: list[Hook] = [SkipLimit(SKIPPED_STEPS_IN_A_ROW)]
-        # A step is validated, then logged, then saved, so that a checkpoint never precedes its log.
-        if data.valid is not None:
-            hooks.append(Every(config.validation.every, _validate(config, engine, data, context)))
-        if context.rank == 0:
-            hooks += [WhileOwner(each, owner, stop) for each in _monitors(config, engine, data, context, progress)]
-        hooks.append(Every(config.checkpoint.every, saver, on_stop=True))
-        closing.callback(_say_what_is_lost, hooks)
-        for hook in hooks:
-            closing.callback(hook.close)
-        batches = closing.enter_context(step_loader(config, data, context, progress, stream))
-        watch = closing.enter_context(HangWatch(config.run.hang_seconds, context))
-        closing.enter_context(stop.during_steps(end))
-        for result in training_steps(
-            engine,
-            batches,
-            context,
-            optim=config.optim,
-            total_steps=config.train.steps,
-            extended_from=config.train.extended_from,
-            progress=progress,
+            log_start(config, plan, model.vocabulary.size, stage, context, data.description)
+        stream = closing.enter_context(data.stream(context, start.resumed_from)) if data.stream else None
+        yield Run(
+            config=config,
+            data=data,
+            context=context,
             stop=stop,
-            corpora=data.names,
-            long_hooks=(config.checkpoint.every, config.validation.every),
-        ):
-            watch.beat(f"step {result.step} done")
-            for hook in hooks:
-                hook(result)
-                watch.beat(f"step {result.step} done, and hooks after it")
-        progress = progress if result is None else result.progress
-        stopped = progress.step < config.train.steps
-        if stopped and result is not None:
-            for hook in hooks:
-                hook.stop(result)
-    if context.rank == 0:
-        conclude(progress, stopped, stop.reason, start.folder if saver.newest is None else store.path(saver.newest))
+            deadline=end,
+            owner=owner,
+            store=store,
+            start=start,
+            vocabulary=model.vocabulary,
+            engine=engine,
+            stream=stream,
+            progress=start.progress,
+        )
+
+
+def finish(run: Run) -> int:
+    """Log what the run has seen and where it is saved, and return its exit code.
+
+    Args:
+        run: A run whose steps are taken.
+
+    Returns:
+        EXIT_FINISHED or EXIT_STOPPED.
+    """
+    stopped = not run.is_complete
+    if run.context.rank == 0:
+        log_end(run.progress, stopped, run.stop.reason, run.newest_checkpoint)
     return EXIT_STOPPED if stopped else EXIT_FINISHED
 
 
-def _say_what_is_lost(hooks: Sequence[Hook]) -> None:
-    for line in [*filter(None, (hook.lost() for hook in hooks)), *lost_output()]:
-        log.warning(line)
-
-
 def new_model(config: ResolvedConfig, data: TrainingData, *, draw: bool = True) -> PauseGPTModel:
-    """This rank's shard, with its initial weights; `draw=False`: with none yet, because they are about to be loaded."""
+    """Return this rank's shard of the model.
+
+    Args:
+        config: Configuration of the run.
+        data: What the run trains on; its vocabulary is the model's.
+        draw: Whether the initial weights are drawn; False: they are about to be loaded.
+    """
     model = build_model(
         config.model,
         vocabulary=Vocabulary(data.tokenizer.vocab_size, tuple(data.pause_ids)),
@@ -144,11 +177,16 @@ def new_model(config: ResolvedConfig, data: TrainingData, *, draw: bool = True) 
     return model
 
 
-def new_engine(config: ResolvedConfig, model: nn.Module, groups: Sequence[dict], context: ParallelContext) -> Engine:
-    """A DeepSpeed engine for a model, as a configuration wants it.
+def new_engine(
+    config: ResolvedConfig, model: nn.Module, groups: Sequence[dict[str, Any]], context: ParallelContext
+) -> Engine:
+    """Return a DeepSpeed engine over a model.
 
     Args:
-        groups: optimizer parameter groups, as in `Engine`.
+        config: Configuration of the run.
+        model: This rank's shard of the model.
+        groups: Optimizer parameter groups, as in `Engine`.
+        context: Process groups of this rank.
     """
     ds_config = deepspeed_config(config, data_parallel=context.dp_size)
     threads_for_optimizer(ds_config, context)
@@ -172,10 +210,22 @@ def step_loader(
     *,
     end: int | None = None,
 ) -> StepLoader:
-    """This rank's batches of the steps after `progress`, read ahead, to step `end`; default: the run's last."""
+    """Return the loader of this rank's batches, which reads ahead of the steps.
+
+    Args:
+        config: Configuration of the run.
+        data: What the run trains on.
+        context: Process groups of this rank.
+        progress: Counters of the run; the first batch is of the next step.
+        stream: Windows of `data.source`; None where `data.train` holds them.
+        end: Last step; None: the run's last.
+    """
+    windows = data.train if stream is None else stream.dataset
+    if windows is None:
+        raise AssertionError("expected the training windows in data.train or in a stream, got neither")
     sampler = StepSampler(config.batch.global_size, config.batch.micro_size, context.dp_rank, context.dp_size)
     return StepLoader(
-        data.train if stream is None else stream.dataset,
+        windows,
         sampler,
         progress.step,
         config.train.steps if end is None else end,
@@ -183,40 +233,3 @@ def step_loader(
         pause_ids=data.pause_ids,
         device=context.device,
     )
-
-
-def _validate(config: ScheduledConfig, engine: Engine, data: TrainingData, context: ParallelContext):
-    def score(held_out: HeldOut) -> Losses:
-        module, micro = engine.deepspeed, config.batch.micro_size
-        return evaluate_loss(module, held_out.windows, held_out.count, micro, data.pause_ids, context, held_out.names)
-
-    def validate(result: StepResult) -> None:
-        with_pauses = score(data.valid)
-        same = data.valid_without_pauses.windows is data.valid.windows
-        without_pauses = with_pauses if same else score(data.valid_without_pauses)
-        result.validation.update(validation_losses(with_pauses, without_pauses))
-
-    return validate
-
-
-def _monitors(
-    config: ScheduledConfig, engine: Engine, data: TrainingData, context: ParallelContext, progress: Progress
-) -> list[Hook]:
-    """What tells of the run; none of it can end it."""
-    folder, log = Path(config.run.dir), config.log
-    throughput = Throughput.of(config, engine.module.vocabulary.size, context)
-    place = folder / "metrics.jsonl"
-    metrics = Unfailing(place, "lines", MetricsFile(place, throughput, progress.step))
-    monitors: list[Hook] = [
-        Unfailing(folder / "config.yaml", "times", ConfigFile(folder / "config.yaml", config)),
-        Unfailing("progress", "steps", ProgressBar(config.train.steps, progress.step)),
-        Every(log.every, metrics),
-    ]
-    if log.tensorboard:
-        place = folder / "tensorboard"
-        board = TensorBoard(place, throughput, resume_after=progress.step, config_yaml=dump(config), show=data.show)
-        monitors.append(Every(log.every, Unfailing(place, "steps", board)))
-        if log.samples_every:
-            samples = Unfailing(f"{place}: samples of text", "windows", board.show_sample)
-            monitors.append(Every(log.samples_every, samples, at_end=False))
-    return monitors

@@ -1,4 +1,4 @@
-"""The hook that saves checkpoints of a run, as long as the run folder is its own."""
+"""Saving checkpoints of a run, while the run folder is its own."""
 
 from __future__ import annotations
 
@@ -7,77 +7,67 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pause_megatron.checkpoint import Store, save
+from pause_megatron.checkpoint import save
 from pause_megatron.config.load import dump
-from pause_megatron.config.schema import ResolvedConfig
-from pause_megatron.distributed import ParallelContext
-from pause_megatron.engine import Engine
-from pause_megatron.train.guards.ownership import Ownership
-from pause_megatron.train.inputs.inputs import TrainingData
-from pause_megatron.train.inputs.streaming import Stream
 from pause_megatron.train.loop import StepResult
+from pause_megatron.train.run import Run
 from pause_megatron.train.start.resume import progress_record
 
 log = logging.getLogger(__name__)
 
 
 class CheckpointSaver:
-    """Saves the step that it is called with. Every rank calls it.
+    """Saves a checkpoint of the step that it is called with. Every rank calls it.
 
     Args:
-        config: of the run
-        engine: whose state is saved
-        data: its fingerprint and tokenizer are saved with it
-        store: where
-        context: this rank's place
-        stream: whose place is saved too, where the run streams its text
-        owner: of the run folder
-
-    Attributes:
-        newest: the step that was saved last; None before the first save
+        run: The run; its `saved_step` is updated.
     """
 
-    def __init__(
-        self,
-        config: ResolvedConfig,
-        engine: Engine,
-        data: TrainingData,
-        store: Store,
-        context: ParallelContext,
-        stream: Stream | None,
-        owner: Ownership,
-    ) -> None:
-        self._config, self._engine, self._data, self._store = config, engine, data, store
-        self._context, self._stream, self._owner = context, stream, owner
-        self.newest: int | None = None
+    def __init__(self, run: Run) -> None:
+        self._run = run
 
     def __call__(self, result: StepResult) -> None:
-        self._owner.require()
-        save(
-            self._store,
-            self._engine,
-            self._context,
-            step=result.step,
-            corpus=self._data.fingerprint,
-            progress=progress_record(result.progress),
-            config_yaml=dump(self._config),
-            save_tokenizer=self._save_tokenizer,
-            keep=self._config.checkpoint.keep,
-            extra=self._stream.files(result.step) if self._stream else {},
-        )
-        self.newest = result.step
+        """Save a checkpoint.
 
-    @contextmanager
-    def naming_the_newest(self) -> Iterator[None]:
-        """Whatever ends the body, it is said what there is to go on from."""
-        try:
-            yield
-        except BaseException:
-            if self.newest is not None and self._context.rank == 0:
-                place = self._store.path(self.newest)
-                log.info(f"step {self.newest} was saved to {place}: the same command resumes from there")
-            raise
+        Args:
+            result: Result of the step that was taken last.
+
+        Raises:
+            ConfigError: Another job has taken the run folder over.
+            CheckpointError: A rank could not write.
+        """
+        run = self._run
+        run.owner.require()
+        save(
+            run.store,
+            run.engine,
+            run.context,
+            step=result.step,
+            corpus=run.data.fingerprint,
+            progress=progress_record(result.progress),
+            config_yaml=dump(run.config),
+            save_tokenizer=self._save_tokenizer,
+            keep=run.config.checkpoint.keep,
+            extra=run.stream.files(result.step) if run.stream else {},
+        )
+        run.saved_step = result.step
 
     def _save_tokenizer(self, folder: Path) -> None:
-        self._data.tokenizer.save(folder)
-        self._owner.require_on_this_rank()  # late in the save, which may take long: before the checkpoint has its name
+        self._run.data.tokenizer.save(folder)
+        self._run.owner.require_on_this_rank()  # late in a save that may take long, before the checkpoint is renamed
+
+
+@contextmanager
+def naming_last_checkpoint(run: Run) -> Iterator[None]:
+    """Log the checkpoint to resume from when an exception ends the body.
+
+    Args:
+        run: The run.
+    """
+    try:
+        yield
+    except BaseException:
+        if run.saved_step is not None and run.context.rank == 0:
+            place = run.store.path(run.saved_step)
+            log.info(f"step {run.saved_step} was saved to {place}: the same command resumes from there")
+        raise

@@ -1,53 +1,75 @@
-"""Held-out loss: with pauses, without pauses, directly after a pause and elsewhere."""
+"""Validation: held-out loss with pauses, without pauses, directly after a pause and elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
 from torch import nn
 
 from pause_megatron.data.batches.batch import MicroBatch, collate
-from pause_megatron.data.batches.loader import Samples
 from pause_megatron.distributed import ParallelContext
-from pause_megatron.train.losses import Losses, LossLedger, lm_loss
+from pause_megatron.train.inputs.inputs import HeldOut
+from pause_megatron.train.loop import Metrics
+from pause_megatron.train.losses import Losses, LossSums, lm_loss
 
 
-def evaluate_loss(
+def validate(
     module: nn.Module,
-    dataset: Samples,
-    samples: int,
+    with_pauses: HeldOut,
+    without_pauses: HeldOut | None,
     micro_size: int,
     pause_ids: range,
     context: ParallelContext,
-    corpora: Sequence[str] = (),
-) -> Losses:
-    """Mean token losses over the first `samples` windows of a dataset. Every rank calls this; all get the same.
+) -> Metrics:
+    """Return the held-out losses by the names under which they are logged. Every rank calls this; all get the same.
 
     Args:
-        module: a `PauseGPTModel` or DeepSpeed's wrapper of one; left in training mode
-        dataset: sample number -> sample
-        samples: windows to score
-        micro_size: windows per forward pass on one rank
-        pause_ids: to tell pauses from text
-        context: this rank's place
-        corpora: names of the corpora of a blend, whose losses are told apart
+        module: A `PauseGPTModel`, or DeepSpeed's wrapper of one; left in training mode.
+        with_pauses: Held-out windows with pauses.
+        without_pauses: Held-out windows without pauses; not scored again where they are those of `with_pauses`.
+        micro_size: Windows per forward pass on one rank.
+        pause_ids: The K pause ids.
+        context: Process groups of this rank.
     """
-    ledger = LossLedger(context.device, corpora)
+    paused = evaluate_loss(module, with_pauses, micro_size, pause_ids, context)
+    if without_pauses is None or without_pauses.windows is with_pauses.windows:
+        return validation_losses(paused, paused)
+    return validation_losses(paused, evaluate_loss(module, without_pauses, micro_size, pause_ids, context))
+
+
+def evaluate_loss(
+    module: nn.Module, held_out: HeldOut, micro_size: int, pause_ids: range, context: ParallelContext
+) -> Losses:
+    """Return the mean token losses over held-out windows. Every rank calls this; all get the same.
+
+    Args:
+        module: A `PauseGPTModel`, or DeepSpeed's wrapper of one; left in training mode.
+        held_out: The windows.
+        micro_size: Windows per forward pass on one rank.
+        pause_ids: The K pause ids.
+        context: Process groups of this rank.
+    """
+    sums = LossSums(context.device, held_out.names)
     module.eval()
     try:
         with torch.no_grad():
-            for batch in _shares(dataset, samples, micro_size, pause_ids, context):
+            for batch in _micro_batches(held_out, micro_size, pause_ids, context):
                 batch = batch.to(context.device)
-                ledger.enter(lm_loss(module, batch, 1.0).token_losses, batch.after_pause, batch.target_datasets)
+                sums.add(lm_loss(module, batch, 1.0).token_losses, batch.after_pause, batch.target_datasets)
     finally:
         module.train()
-    return ledger.totals(context)
+    return sums.totals(context)
 
 
-def validation_losses(with_pauses: Losses, without_pauses: Losses) -> dict[str, float | None]:
-    """Names under which validation is logged; None for what does not exist (a loss after pauses without pauses)."""
+def validation_losses(with_pauses: Losses, without_pauses: Losses) -> Metrics:
+    """Return held-out losses by the names under which they are logged.
+
+    Args:
+        with_pauses: Losses on windows with pauses.
+        without_pauses: Losses on windows without pauses.
+    """
     return {
         "valid_loss": with_pauses.mean,
         "valid_loss_after_pause": with_pauses.after_pause,
@@ -57,22 +79,20 @@ def validation_losses(with_pauses: Losses, without_pauses: Losses) -> dict[str, 
     }
 
 
-def _shares(
-    dataset: Samples, samples: int, micro_size: int, pause_ids: range, context: ParallelContext
+def _micro_batches(
+    held_out: HeldOut, micro_size: int, pause_ids: range, context: ParallelContext
 ) -> Iterator[MicroBatch]:
-    """This rank's micro-batches: the same number on every rank, as ZeRO-3 and its collectives want it."""
+    """Yield this rank's micro-batches: the same number on every rank, because ZeRO-3 runs collectives in each."""
     stride = micro_size * context.dp_size
-    for first in range(0, samples, stride):
+    for first in range(0, held_out.count, stride):
         start = first + context.dp_rank * micro_size
-        mine = range(start, min(start + micro_size, samples))
-        # A rank that has run out goes through the motions on a window that counts for nothing.
-        numbers = mine or range(1)
-        batch = collate([dataset[number] for number in numbers], sample_ids=numbers, pause_ids=pause_ids)
-        yield batch if mine else _uncounted(batch)
+        own = range(start, min(start + micro_size, held_out.count))
+        numbers = own or range(1)  # a rank without windows left runs a dummy batch without targets
+        batch = collate([held_out.windows[number] for number in numbers], sample_ids=numbers, pause_ids=pause_ids)
+        yield batch if own else _without_targets(batch)
 
 
-def _uncounted(batch: MicroBatch) -> MicroBatch:
-    empty: Mapping[str, torch.Tensor] = {
-        name: getattr(batch, name)[:0] for name in ("target_rows", "targets", "after_pause")
-    }
-    return replace(batch, **empty)
+def _without_targets(batch: MicroBatch) -> MicroBatch:
+    return replace(
+        batch, target_rows=batch.target_rows[:0], targets=batch.targets[:0], after_pause=batch.after_pause[:0]
+    )

@@ -29,7 +29,7 @@ from pause_megatron.data.batches.sampler import StepSampler
 from pause_megatron.data.windows.build import DatasetOptions, build_datasets
 from pause_megatron.distributed import ParallelContext, initialize
 from pause_megatron.model import Vocabulary, build_model, parameter_groups
-from pause_megatron.train.losses import LossLedger
+from pause_megatron.train.losses import LossSums
 from pause_megatron.train.run import new_engine
 
 WINDOWS, LENGTH = 4, 1024
@@ -68,9 +68,9 @@ def contestants(folder: str, steps: int, total: int, context: ParallelContext) -
 
     def train(batches: Iterator[Step]) -> None:
         for _, micro_batches in itertools.islice(batches, steps):
-            ledger = LossLedger(context.device)
+            sums = LossSums(context.device)
             targets = sum(batch.targets_count for batch in micro_batches)
-            engine.train_step(micro_batches, ledger.forward, lr=1e-4, global_targets=targets)
+            engine.train_step(micro_batches, sums.forward, lr=1e-4, global_targets=targets)
 
     return {"batches in memory": lambda: train(in_memory), "through the loader": lambda: train(loader)}
 

@@ -44,7 +44,7 @@ def trained(engine_name: str, precision: str, keys: dict[str, Any], asynchronous
     from pause_megatron.distributed import initialize
     from pause_megatron.engine import ADAM_STATE
     from pause_megatron.train import run
-    from pause_megatron.train.losses import LossLedger
+    from pause_megatron.train.losses import LossSums
 
     config = load(overrides=[*SMALL, f"engine.ds_config={engine_name}", f"engine.precision={precision}"])
     complete = run.deepspeed_config
@@ -70,11 +70,11 @@ def trained(engine_name: str, precision: str, keys: dict[str, Any], asynchronous
         targets = sum(batch.targets_count for batch in batches) * context.dp_size
         with engine:
             for _ in range(2):
-                ledger, operations = LossLedger(context.device), Operations()
+                sums, operations = LossSums(context.device), Operations()
                 with operations:
-                    outcome = engine.train_step(batches, ledger.forward, lr=1e-2, global_targets=targets)
+                    outcome = engine.train_step(batches, sums.forward, lr=1e-2, global_targets=targets)
                 norms.append(outcome.grad_norm)
-                losses.append(ledger.totals(context).mean)
+                losses.append(sums.totals(context).mean)
             state = [engine.state.get(a, key).tolist() for a in engine.state.owned() for key in ADAM_STATE]
     return {"losses": losses, "norms": norms, "state": state, "operations": operations.seen}
 

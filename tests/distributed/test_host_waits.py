@@ -53,14 +53,14 @@ def waits_with(place: str) -> tuple[float, float, str]:
     from pause_megatron.engine.engine import Engine
     from pause_megatron.model.head import OutputLayer
     from pause_megatron.model.layers import TransformerLayer
-    from pause_megatron.train.losses import LossLedger
+    from pause_megatron.train.losses import LossSums
 
     owner, name = {
         "forward": (TransformerLayer, "forward"),
         "loss": (OutputLayer, "forward"),
-        "ledger": (LossLedger, "enter"),
+        "sums": (LossSums, "add"),
         "engine": (Engine, "_optimizer_step"),
-        "loop": (LossLedger, "reduced"),
+        "loop": (LossSums, "reduced"),
     }[place]
     original = getattr(owner, name)
 
@@ -84,7 +84,7 @@ def _parameters(args):
             yield value
 
 
-@pytest.mark.parametrize("place", ["forward", "loss", "ledger", "engine", "loop"])
+@pytest.mark.parametrize("place", ["forward", "loss", "sums", "engine", "loop"])
 def test_one_more_wait_anywhere_shows(place):
     ((micro_batch, step, table),) = run_on_ranks(1, waits_with, place)
     assert (micro_batch, step) == ((0, 2) if place in ("engine", "loop") else (1 + (place == "forward"), 1)), table

@@ -71,13 +71,15 @@ def part(corpus: str, folder: str, precision: str, tensor: int, zero: int, steps
     """Goes on for some steps. Returns the numbers of the windows that this rank saw."""
     from pause_megatron.distributed import initialize
     from pause_megatron.train.pretrain import corpus_data
-    from pause_megatron.train.run import train
+    from pause_megatron.train.run import open_run
+    from pause_megatron.train.training import train
 
     config = run_config(corpus, folder, precision, tensor, zero)
     with initialize(config.parallel) as context:
         data = corpus_data(config, context.world_size)
         windows = Recorded(data.train)
-        train(config, dataclasses.replace(data, train=windows), context, StopAfter(steps))
+        with open_run(config, dataclasses.replace(data, train=windows), context, StopAfter(steps)) as run:
+            train(run)
     return windows.numbers if context.tp_rank == 0 else []
 
 
@@ -102,9 +104,9 @@ def load_and_save(corpus: str, folder: str, precision: str, tensor: int, zero: i
                 parameter.fill_(7.0)
         store = Store(Path(folder) / "checkpoints", context.rank, context.world_size)
         start = find_start(store, config, data, context)
-        start.weights_into(model)
+        shards = start.load_weights(model, context)
         with run.new_engine(config, model, parameter_groups(model, config.optim.weight_decay), context) as engine:
-            start.state_into(engine)
+            start.load_state(engine, shards)
             save(
                 Store(output, context.rank, context.world_size),
                 engine,

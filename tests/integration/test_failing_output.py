@@ -23,7 +23,7 @@ from support.log_lines import log_lines
 from pause_megatron.checkpoint import Store
 from pause_megatron.config.load import dump
 from pause_megatron.train.run import EXIT_STOPPED
-from pause_megatron.train.saving import CheckpointSaver
+from pause_megatron.train.saving import naming_last_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.skipif(not available(), reason="this kernel does not hand over file calls")
@@ -95,9 +95,9 @@ def test_a_run_all_of_whose_output_fails_trains_saves_and_stops_as_any_other(cor
 
 def test_whatever_ends_a_run_after_a_save_does_not_hide_it(tmp_path, caplog):
     store = Store(tmp_path / "checkpoints", 0, 1)
-    saver = CheckpointSaver(None, None, None, store, SimpleNamespace(rank=0), None, None)
-    for saver.newest in (None, 8):
-        with pytest.raises(RuntimeError, match="of the loader"), saver.naming_the_newest():
+    run = SimpleNamespace(store=store, context=SimpleNamespace(rank=0), saved_step=None)
+    for run.saved_step in (None, 8):
+        with pytest.raises(RuntimeError, match="of the loader"), naming_last_checkpoint(run):
             raise RuntimeError("of the loader")
     assert caplog.messages == [f"step 8 was saved to {store.path(8)}: the same command resumes from there"]
 

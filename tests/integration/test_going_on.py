@@ -91,7 +91,7 @@ def test_a_finished_run_is_extended_and_extended_again(finished):
 
     longer = ("train.extended_from=4", "train.steps=8")
     said = run(*longer, "optim.lr=1e-3")
-    assert ", behind the 4 of the finished run, run folder" in said and "resuming after step 4" in said
+    assert ", after the 4 of the finished run, run folder" in said and "resuming after step 4" in said
     assert (run.folder / "metrics.jsonl").read_bytes().startswith(metrics)
     assert [line["step"] for line in run.metrics] == list(range(1, 9))
     optim = load(run.folder / "config.yaml").optim

@@ -166,7 +166,8 @@ def begin(corpus: str, checkpoint: str, folder: str, tensor: int, zero: int) -> 
     from pause_megatron.distributed import initialize
     from pause_megatron.train.pretrain import corpus_data, pretrain
     from pause_megatron.train.run import new_model
-    from pause_megatron.train.start.initial_weights import InitialWeights
+    from pause_megatron.train.start.initial_weights import find_initial_weights
+    from pause_megatron.train.start.start import Start
 
     config = load(
         overrides=[
@@ -179,7 +180,7 @@ def begin(corpus: str, checkpoint: str, folder: str, tensor: int, zero: int) -> 
     with initialize(config.parallel) as context:
         data = corpus_data(config, context.world_size)
         model = new_model(config, data)
-        InitialWeights(config, data.tokenizer, context).weights_into(model)
+        Start(find_initial_weights(checkpoint, config, data.tokenizer, context)).load_weights(model, context)
         weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     assert pretrain(config) == 0
     return weights

@@ -180,7 +180,8 @@ def shell_lines(text: str) -> list[str]:
     found = re.findall(r"^```(\w*)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
     blocks = [block for language, block in found if language in ("", "bash", "sh")]
     lines = [line.partition(" #")[0].strip() for block in blocks for line in re.sub(r"\\\n\s*", "", block).splitlines()]
-    return [re.sub(r"^(\w+=\S* )+|^srun .*?(?=pause-megatron )", "", line) for line in lines if line and not line.startswith("#")]
+    commands = [line for line in lines if line and not line.startswith("#")]
+    return [re.sub(r"^(\w+=\S* )+|^srun .*?(?=pause-megatron )", "", line) for line in commands]
 
 
 def commands(text: str) -> list[str]:

@@ -47,7 +47,7 @@ def test_a_signal_to_one_rank_stops_all_and_loses_no_step(corpus, straight, tmp_
     assert 3 <= done < STEPS
     assert Store(tmp_path / "checkpoints").steps()[-1] == done
     (end,) = [line for line in log_lines(output.read_text()) if line.startswith(f"stopped after step {done}")]
-    assert end.endswith(f"; saved in {Store(tmp_path / 'checkpoints').path(done)}: the same command goes on")
+    assert end.endswith(f"; saved in {Store(tmp_path / 'checkpoints').path(done)}: the same command resumes")
 
     finish(start(run_config(corpus, tmp_path, 1), output), output)
     assert f"resuming after step {done}" in output.read_text()

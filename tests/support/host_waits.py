@@ -84,7 +84,7 @@ def waits_of_steps(overrides: Sequence[str], steps: int = 2) -> dict[str, Any]:
     from pause_megatron.config.load import load
     from pause_megatron.distributed import initialize
     from pause_megatron.train.guards.signals import StopRequest
-    from pause_megatron.train.loop import Progress, training_steps
+    from pause_megatron.train.loop import StepSchedule, training_steps
     from support.measured import new_engine_of, random_batches
 
     config = load(overrides=[*overrides, f"train.steps={steps}"])
@@ -99,10 +99,8 @@ def waits_of_steps(overrides: Sequence[str], steps: int = 2) -> dict[str, Any]:
                 engine,
                 ((step, batches) for step in range(steps)),
                 context,
-                optim=config.optim,
-                total_steps=steps,
-                progress=Progress(),
-                stop=StopRequest(),
+                StepSchedule(config.optim, steps),
+                StopRequest(),
             )
             losses.append(next(results).losses.mean)
             _Queue.waits = record

@@ -160,11 +160,11 @@ def _model(config: Any) -> torch.nn.Module:
 
 def _step(config: Any, context: Any, engine: Any) -> Callable[[], Any]:
     """An optimizer step on random windows, as the training loop takes it."""
-    from pause_megatron.train.losses import LossLedger
+    from pause_megatron.train.losses import LossSums
 
-    batches, ledger = random_batches(config, context), LossLedger(context.device)
+    batches, sums = random_batches(config, context), LossSums(context.device)
     targets = sum(batch.targets_count for batch in batches) * context.dp_size
-    return lambda: engine.train_step(batches, ledger.forward, lr=1e-3, global_targets=targets)
+    return lambda: engine.train_step(batches, sums.forward, lr=1e-3, global_targets=targets)
 
 
 def random_batches(config: Any, context: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The arithmetic of a run as text: batch, tokens, pauses, parameters, FLOPs. No torch."""
+"""The arithmetic of a run as a table: batch, tokens, pauses, parameters, FLOPs. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pause_megatron.config.batching import BatchPlan, added_steps
+from pause_megatron.config.batching import BatchPlan
 from pause_megatron.config.presets import parameters, step_flops
 from pause_megatron.config.quantities import scaled
 from pause_megatron.config.schema import ResolvedConfig
@@ -19,14 +19,13 @@ ASSUMED_VOCABULARY = 32_000
 
 
 def describe(config: ResolvedConfig, plan: BatchPlan, engine: dict[str, Any], *, vocab_size: int | None = None) -> str:
-    """Lay out the arithmetic of a run.
+    """Return the arithmetic of a pretraining run as aligned lines of "name value unit".
 
     Args:
-        config: resolved. plan: its batches. engine: its DeepSpeed dictionary.
-        vocab_size: text tokens; default: the manifest's of the first corpus, else 32000.
-
-    Returns:
-        lines of "name value unit", aligned.
+        config: Configuration of the run.
+        plan: Its batches.
+        engine: Its DeepSpeed configuration.
+        vocab_size: Text tokens; None: those in the manifest of the first corpus, else 32000.
     """
     text_size, origin = text_vocabulary(config, vocab_size)
     rows = [
@@ -46,20 +45,19 @@ def describe(config: ResolvedConfig, plan: BatchPlan, engine: dict[str, Any], *,
 
 
 def describe_task(data: TaskData, plan: BatchPlan, engine: dict[str, Any]) -> str:
-    """Lay out the arithmetic of a finetuning.
+    """Return the arithmetic of a finetuning run as aligned lines of "name value unit".
 
     Args:
-        data: its examples. plan: its batches. engine: its DeepSpeed dictionary.
-
-    Returns:
-        as `describe`.
+        data: Its examples.
+        plan: Its batches.
+        engine: Its DeepSpeed configuration.
     """
     from pause_megatron.data.supervised.windows import summarize
 
     config, facts, arrangement = data.config, summarize(data.windows), data.windows.arrangement
-    plan = replace(plan, steps=added_steps(config))
-    places, length = plan.steps * plan.global_size, arrangement.sequence_length
-    epochs = places / facts.windows
+    steps, length = config.train.steps - (config.train.extended_from or 0), arrangement.sequence_length
+    plan = replace(plan, steps=steps)
+    epochs = steps * plan.global_size / facts.windows
     finetune = config.finetune
     pauses = "pauses" if finetune.filler is None else f"fillers {finetune.filler!r}"
     rows = [
@@ -79,7 +77,7 @@ def describe_task(data: TaskData, plan: BatchPlan, engine: dict[str, Any]) -> st
             "tokens an epoch",
             f"{facts.tokens:,} read ({facts.pauses / facts.tokens:.2%} pauses), {facts.targets:,} targets",
         ),
-        ("steps", f"{plan.steps:,}, about {epochs:.2f} epochs (by the first one's windows)"),
+        ("steps", f"{steps:,}, about {epochs:.2f} epochs (by the first one's windows)"),
         ("learning rate", _schedule(config)),
         *_model_rows(config, plan, engine, data.tokenizer.vocab_size, "the tokenizer's"),
     ]
@@ -100,7 +98,7 @@ def _batch_rows(plan: BatchPlan) -> list[tuple[str, str]]:
 def _model_rows(
     config: ResolvedConfig, plan: BatchPlan, engine: dict[str, Any], text_size: int, origin: str
 ) -> list[tuple[str, str]]:
-    """FLOPs are those of full windows, padding included, of the rows that are computed."""
+    """Return the rows about vocabulary, model and FLOPs, which are those of full windows, padding included."""
     size, model = text_size + config.pause.embeddings, config.model
     flops = step_flops(model, size, plan.sequence_length, tokens=plan.raw_tokens, targets=plan.targets)
     return [
@@ -133,7 +131,7 @@ def _steps(config: ResolvedConfig, plan: BatchPlan) -> str:
     if plan.steps is None:
         return "unknown: give train.steps or train.tokens"
     if (extended := config.train.extended_from) is not None:
-        return f"{plan.steps:,} behind the {extended:,} of the finished run, to step {config.train.steps:,}"
+        return f"{plan.steps:,} after the {extended:,} of the finished run, to step {config.train.steps:,}"
     return f"{plan.steps:,} for a budget of {config.train.tokens:,} raw tokens"
 
 
@@ -150,21 +148,30 @@ def _total(tokens: float | None) -> str:
 
 
 def text_vocabulary(config: ResolvedConfig, given: int | None) -> tuple[int, str]:
-    """Ids of the text, and where the number comes from: given, the manifest of the first corpus, or assumed."""
+    """Return the number of text tokens, and its source: given, the manifest of the first corpus, or assumed.
+
+    Args:
+        config: Configuration of the run.
+        given: The number that the user gave; None: look for it.
+    """
     if given is not None:
         return given, "--vocab-size"
-    for prefix in config.data.prefix:  # in a blend, weights stand between the prefixes
+    for prefix in config.data.prefix:  # in a blend, weights are listed between the prefixes
         manifest = Path(f"{prefix}.manifest.json")
         if manifest.is_file():
             try:
                 return int(json.loads(manifest.read_text(encoding="utf-8"))["tokenizer"]["vocab_size"]), str(manifest)
             except (OSError, ValueError, KeyError, TypeError):
-                continue  # the run itself says what is wrong with a manifest
+                continue  # the run itself reports a malformed manifest
     return ASSUMED_VOCABULARY, "assumed"
 
 
 def missing_corpora(config: ResolvedConfig) -> list[tuple[str, str]]:
-    """Key and prefix of every corpus that is not on this machine; the run may be elsewhere, so it is no error yet."""
+    """Return (key, prefix) of every corpus that is missing on this host, which is no error: the run may be elsewhere.
+
+    Args:
+        config: Configuration of the run.
+    """
     given = (("data.prefix", config.data.prefix), ("data.valid_prefix", config.data.valid_prefix))
     return [
         (key, word)

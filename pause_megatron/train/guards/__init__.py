@@ -1,1 +1,1 @@
-"""What keeps a run safe: signals, hangs, one owner of the run folder, the same run on every rank."""
+"""Guards of a run: stop signals, a watchdog for hangs, one job per run folder, the same run on every rank."""

@@ -1,8 +1,8 @@
-"""One job at a time in a run folder, and no lock that outlives its job.
+"""One job per run folder, with a lock that does not outlive its job.
 
-Rank 0 holds a file lock, which goes with its process, and a small file that says whose the folder is (see
-`pause_megatron.files.locks`). Where the lock is seen by one machine only (Lustre with `localflock`), or not at all, the
-file decides. An owner that was frozen for so long that another job has followed it notices before it writes anything.
+Rank 0 holds a file lock, which ends with its process, and an owner file (see `pause_megatron.files.locks`). Where locks
+are visible on one host only (Lustre with `localflock`) or not supported, the owner file decides. An owner that was
+frozen for so long that another job took the folder over notices that before it writes anything.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from pause_megatron.errors import ConfigError
 from pause_megatron.files.durable import file_lock, has_name
 from pause_megatron.files.locks import (
     BEAT_SECONDS,
-    Backoff,
     HeldError,
     Holding,
     is_here,
@@ -35,7 +34,7 @@ from pause_megatron.host.processes import STOPPING_SECONDS
 from pause_megatron.terminal.log import EVERY_RANK
 from pause_megatron.train.guards.signals import StopRequest
 from pause_megatron.train.hooks import Hook
-from pause_megatron.train.loop import StepResult
+from pause_megatron.train.loop import Metrics, StepResult
 
 log = logging.getLogger(__name__)
 
@@ -44,67 +43,73 @@ _ORPHAN_SECONDS = STOPPING_SECONDS + 5
 
 
 class Ownership:
-    """What a run knows of its folder being its own. Only rank 0 can look.
+    """Whether the run folder is still this job's; rank 0 checks it.
 
     Args:
-        folder: of the run
-        holding: rank 0's; None on the others
+        folder: The run folder.
+        holding: The owner file, on rank 0; None on the other ranks.
     """
 
     def __init__(self, folder: Path, holding: Holding | None) -> None:
         self._folder, self._holding = folder, holding
 
     def require(self) -> None:
-        """Every rank calls this before the run writes what others read.
+        """Check that the run folder is this job's, before the run writes what others read. Every rank calls this.
 
         Raises:
-            ConfigError: another job has the folder; it is named. Raised on every rank.
+            ConfigError: Another job has taken the folder over; it is named. Raised on every rank.
         """
         if other := gather_objects(self._holding.taken_over() if self._holding else "")[0]:
-            raise ConfigError(self._lost(other))
+            raise ConfigError(self._taken_over_error(other))
 
     def require_on_this_rank(self) -> None:
-        """As `require`, for a rank that can tell the others by itself."""
+        """Check the same without a collective, where an exception of this rank reaches the others anyway.
+
+        Raises:
+            ConfigError: Another job has taken the folder over; raised on rank 0.
+        """
         if self._holding and (other := self._holding.taken_over()):
-            raise ConfigError(self._lost(other))
+            raise ConfigError(self._taken_over_error(other))
 
     def lost_while_away(self) -> bool:
-        """Whether another job has the folder since this process was frozen. Cheap enough for every step."""
+        """Return whether another job took the folder over while this process was frozen. Cheap enough for each step."""
         return bool(self._holding and self._holding.taken_over_while_away())
 
-    def _lost(self, other: str) -> str:
+    def _taken_over_error(self, other: str) -> str:
         return (
             f"run.dir={self._folder}: expected to be the only job there, got another owner, {other}, which took it "
             "over while this one gave no sign of life; nothing more is written"
         )
 
 
-class WhileOwner:
-    """A hook that writes, until another job has the folder; then the run is asked to stop instead.
+class WhileOwner(Hook):
+    """Calls a hook that writes to the run folder until another job takes it over; then the run is asked to stop.
 
     Args:
-        hook: the hook
-        owner: rank 0's
-        stop: of the run
+        hook: The hook.
+        owner: Ownership of the run folder, on rank 0.
+        stop: Stop request of the run.
     """
 
     def __init__(self, hook: Hook, owner: Ownership, stop: StopRequest) -> None:
         self._hook, self._owner, self._stop = hook, owner, stop
 
-    def __call__(self, result: StepResult) -> None:
-        if self._is_owner():
-            self._hook(result)
+    def __call__(self, result: StepResult) -> Metrics | None:
+        """Call the hook."""
+        return self._hook(result) if self._is_owner() else None
 
-    def stop(self, result: StepResult) -> None:
+    def on_stop(self, result: StepResult) -> None:
+        """Pass the stop on to the hook."""
         if self._is_owner():
-            self._hook.stop(result)
+            self._hook.on_stop(result)
 
     def close(self) -> None:
+        """Close the hook."""
         self._hook.close()
 
-    def lost(self) -> str | None:
-        """As the hook's."""
-        return self._hook.lost()
+    def failure(self) -> str | None:
+        """Return the failure of the hook."""
+        return self._hook.failure()
 
     def _is_owner(self) -> bool:
         if not self._owner.lost_while_away():
@@ -115,47 +120,54 @@ class WhileOwner:
 
 @contextlib.contextmanager
 def own_run(folder: Path, context: ParallelContext, beat_seconds: float = BEAT_SECONDS) -> Iterator[Ownership]:
-    """While the body runs, no other job may run in the folder. Every rank calls this.
+    """Own the run folder while the body runs: no other job can train in it. Every rank calls this.
 
     Args:
-        folder: of the run; created
-        context: this rank's place
-        beat_seconds: between two signs of life
+        folder: The run folder; created where it does not exist.
+        context: Process groups of this rank.
+        beat_seconds: Interval of heartbeats in the owner file.
+
+    Yields:
+        The ownership, which can be lost while this process is frozen.
 
     Raises:
-        ConfigError: another job runs there; it is named. Raised on every rank.
+        ConfigError: Another job trains there; it is named. Raised on every rank.
     """
     with contextlib.ExitStack() as closing:
-        taken = _take(folder, closing, beat_seconds) if context.rank == 0 else None
-        if refusal := gather_objects(taken if isinstance(taken, str) else None)[0]:
-            raise ConfigError(refusal)
-        yield Ownership(folder, taken)
+        holding, failure = _acquire(folder, closing, beat_seconds) if context.rank == 0 else (None, "")
+        if failure := gather_objects(failure)[0]:
+            raise ConfigError(failure)
+        yield Ownership(folder, holding)
 
 
-def _take(folder: Path, closing: contextlib.ExitStack, beat_seconds: float) -> Holding | str:
-    """Becomes the owner until `closing` is closed, or says who is. One that is about to end is waited for."""
-    began, said, backoff = time.monotonic(), False, Backoff(0.1, 0.1)
+def _acquire(folder: Path, closing: contextlib.ExitStack, beat_seconds: float) -> tuple[Holding | None, str]:
+    """Own the folder until `closing` is closed, after waiting for an owner that is about to end.
+
+    Returns:
+        The owner file; or None and the error that names the other owner.
+    """
+    began, logged, backoff = time.monotonic(), False, Backoff(0.1, 0.1)
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            return _take_now(folder, closing, beat_seconds)
+            return _acquire_now(folder, closing, beat_seconds), ""
         except (BlockingIOError, HeldError):
             record = read(folder / ".owner.json")
         except OSError as error:
-            return f"run.dir={folder}: expected a folder to write to: {error}"
+            return None, f"run.dir={folder}: expected a folder to write to, got {error}"
         orphan = is_orphan(record)
-        if not (orphan or (is_here(record) and not runs(record) and not said)):
-            return _refusal(folder, name_of(record) if record else "another process")
+        if not (orphan or (is_here(record) and not runs(record) and not logged)):
+            return None, _held_error(folder, name_of(record) if record else "another process")
         if time.monotonic() > began + (_ORPHAN_SECONDS if orphan else _ENDED_SECONDS):
-            return _refusal(folder, f"{name_of(record)}, whose launcher is gone")
-        if orphan and not said:
-            said = True
+            return None, _held_error(folder, f"{name_of(record)}, whose launcher is gone")
+        if orphan and not logged:
+            logged = True
             text = f"run.dir={folder}: held by {name_of(record)}, whose launcher is gone; waiting for its end"
             log.info(text, extra=EVERY_RANK)
         backoff.wait()
 
 
-def _take_now(folder: Path, closing: contextlib.ExitStack, beat_seconds: float) -> Holding:
+def _acquire_now(folder: Path, closing: contextlib.ExitStack, beat_seconds: float) -> Holding:
     lock = folder / ".lock"
     descriptor = file_lock(lock)
     try:
@@ -165,20 +177,20 @@ def _take_now(folder: Path, closing: contextlib.ExitStack, beat_seconds: float) 
             os.close(descriptor)
         raise
 
-    def give_up() -> None:
-        mine = holding.close()
-        # On a machine that does not see this one's lock, the other owner holds a lock on the very same file.
-        if mine and (descriptor is None or has_name(descriptor, lock)):
+    def release() -> None:
+        owned = holding.close()
+        # On a host that does not see this one's lock, the other owner holds a lock on the same file.
+        if owned and (descriptor is None or has_name(descriptor, lock)):
             with contextlib.suppress(OSError):
                 lock.unlink(missing_ok=True)
         if descriptor is not None:
             os.close(descriptor)
 
-    closing.callback(give_up)
+    closing.callback(release)
     return holding
 
 
-def _refusal(folder: Path, holder: str) -> str:
+def _held_error(folder: Path, holder: str) -> str:
     return (
         f"run.dir={folder}: expected a folder that no other job runs in, held by {holder}; stop it, or give another "
         "run.dir"

@@ -1,7 +1,7 @@
-"""What must be the same on every rank of a run: configuration, DeepSpeed's settings, code, data, and what decides bits.
+"""What must be the same on every rank of a run: configuration, DeepSpeed settings, code, data, numerical environment.
 
-Ranks compare it before the first step (`distributed.agreement`). Left out is what is a rank's own: the paths of
-`config.identity.LOCAL_KEYS`, whose content is compared, and the number of threads.
+Ranks compare it before the first step (`distributed.agreement`). What may differ is left out: the paths of
+`config.identity.LOCAL_KEYS`, whose content is compared instead, and the number of threads.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ _VARIABLES = (
 _PREFIXES = ("NVTE_",)
 _STDLIB = sysconfig.get_path("stdlib")
 _INSTALLED = frozenset(("site-packages", "dist-packages"))
-_WINDOWS, _TOKENS = 4, 100  # made-up windows, and how many tokens are in them
+_WINDOWS, _TOKENS = 4, 100  # synthetic windows, and the size of their vocabulary
 
 
 def run_record(verb: str, config: ResolvedConfig, world_size: int) -> dict[str, str]:
-    """Name -> value of all that must be the same but the data.
+    """Return name -> value of all that must be the same on every rank, except the data.
 
     Args:
-        verb: that this rank runs.
-        config: resolved.
-        world_size: ranks in all.
+        verb: Verb of the command line that this rank runs.
+        config: Configuration of the run.
+        world_size: Ranks in all.
 
     Raises:
-        ConfigError: batches or DeepSpeed settings that contradict each other.
+        ConfigError: Batch sizes or DeepSpeed settings contradict each other.
     """
     record = {"verb": verb} | {key: _text(value) for key, value in compared_keys(config).items()}
-    # Folders are those that the paths lead to from here.
+    # The folders that the paths resolve to on this rank.
     record["run.dir"] = _text(os.path.realpath(config.run.dir))
     if config.model.from_ is not None:
         record["model.from"] = _text(os.path.realpath(config.model.from_))
@@ -69,7 +69,11 @@ def run_record(verb: str, config: ResolvedConfig, world_size: int) -> dict[str, 
 
 
 def corpora_record(corpora: Corpora) -> dict[str, str]:
-    """What is in the corpora of a run, wherever they lie."""
+    """Return name -> digest of the content of a run's corpora, whose paths may differ between ranks.
+
+    Args:
+        corpora: The opened corpora.
+    """
     valid = [corpus.manifest.fingerprint for corpus in corpora.valid]
     return {
         "content of data.prefix": corpora.fingerprint,
@@ -81,17 +85,25 @@ def corpora_record(corpora: Corpora) -> dict[str, str]:
 
 
 def environment_record(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that decide bits, or how ranks sum."""
+    """Return the environment variables that affect numerics or the order in which ranks sum.
+
+    Args:
+        environment: Environment variables of this process.
+    """
     names = {*_VARIABLES, *(name for name in environment if name.startswith(_PREFIXES))}
     return {f"variable {name}": environment.get(name, "not set") for name in sorted(names)}
 
 
 def code_digest(package: Path = PACKAGE) -> str:
-    """Of the names and bytes of a package's sources."""
+    """Return a digest of the names and bytes of a package's sources.
+
+    Args:
+        package: Folder of the package.
+    """
     digest = xxhash.xxh3_128()
     for path in _sources(package):
         try:
-            # One that is neither a file nor a folder may give nothing, or never end.
+            # Reading a pipe or a device may never end.
             content = path.read_bytes() if stat.S_ISREG(path.stat().st_mode) else b"no file"
         except OSError as error:
             content = f"cannot be read: {error.strerror}".encode()
@@ -100,20 +112,20 @@ def code_digest(package: Path = PACKAGE) -> str:
 
 
 def _sources(package: Path) -> list[Path]:
-    """What is called *.py, and folders that cannot be looked into; without what is hidden, such as editors' locks."""
+    """Return the *.py files, and folders that cannot be listed; hidden ones, such as editors' locks, are left out."""
     found: list[Path] = []
 
-    def unseen(error: OSError) -> None:
+    def add_unlistable(error: OSError) -> None:
         found.append(Path(error.filename))
 
-    for folder, folders, files in os.walk(package, onerror=unseen):
+    for folder, folders, files in os.walk(package, onerror=add_unlistable):
         folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
         found.extend(Path(folder, name) for name in files if name.endswith(".py") and not name.startswith("."))
     return sorted(found)
 
 
 def _text(value: Any) -> str:
-    """A value as a message shows it."""
+    """Return a value as a message shows it."""
     return repr(list(value) if isinstance(value, tuple) else value)
 
 
@@ -133,7 +145,7 @@ def _version(name: str) -> str:
 
 
 def _manifest(path: str) -> str:
-    """Of a checkpoint: its manifest has the digests of all else. A run that goes on may have lost it."""
+    """Return the digest of a checkpoint's manifest, which holds those of its files; it may be gone in a resumed run."""
     try:
         return _digest(checkpoint_config(path).parent / "manifest.json")
     except ConfigError:
@@ -141,14 +153,14 @@ def _manifest(path: str) -> str:
 
 
 def _policy(config: ResolvedConfig) -> dict[str, str]:
-    """Of a placement policy of the user's own: its sources, and what it does, which data files decide as well."""
+    """Return digests of a user's placement policy: its sources, and its gaps, which may depend on data files too."""
     name, before = config.pause.placement, set(sys.modules)
-    places = _places(config)  # first, since a policy may import what it needs when it is called
-    return {f"source of {name}": _loaded(name.partition(":")[0], before), f"pauses by {name}": places}
+    gaps = _gaps_digest(config)  # first: a policy may import modules when it is called
+    return {f"source of {name}": _modules_digest(name.partition(":")[0], before), f"pauses by {name}": gaps}
 
 
-def _places(config: ResolvedConfig) -> str:
-    """Of the gaps in some made-up windows."""
+def _gaps_digest(config: ResolvedConfig) -> str:
+    """Return a digest of the gaps that the policy chooses in a few synthetic windows."""
     pause, digest = config.pause, xxhash.xxh3_128()
     try:
         plan = PausePlan(config.data.sequence_length, pause.rate, pause.window, pause.placement, pause.seed)
@@ -157,28 +169,28 @@ def _places(config: ResolvedConfig) -> str:
         for sample in range(_WINDOWS):
             gaps = injector.gaps(text, sample)
             digest.update(f"{gaps.size} ".encode() + gaps.tobytes())
-    except Exception as error:  # what is wrong with it is said where the windows of the run are made
-        return f"no places, but {type(error).__name__}"
+    except Exception as error:  # reported where the windows of the run are built
+        return f"no gaps, but {type(error).__name__}"
     return digest.hexdigest()
 
 
-def _loaded(module: str, before: set[str]) -> str:
-    """Of the files of a module, of its package, and of what it has imported that nobody has installed."""
+def _modules_digest(module: str, before: set[str]) -> str:
+    """Return a digest of the files of a module, its package, and the modules outside site-packages that it imported."""
     top = sys.modules.get(module.partition(".")[0])
     if module not in sys.modules or top is None:
         return "not found"
     at = [*getattr(top, "__path__", ()), getattr(top, "__file__", None)][0]
     folder, digest = Path(at or ".").parent, xxhash.xxh3_128()
-    for name, file in sorted(_files()):
-        of_it = name == module or f"{name}.".startswith(f"{top.__name__}.")
+    for name, file in sorted(_loaded_files()):
+        own = name == module or f"{name}.".startswith(f"{top.__name__}.")
         installed = file.is_relative_to(_STDLIB) or not _INSTALLED.isdisjoint(file.parts)
-        if of_it or (not installed and (name not in before or file.is_relative_to(folder))):
+        if own or (not installed and (name not in before or file.is_relative_to(folder))):
             digest.update(f"{name} {_digest(file)}\n".encode())
     return digest.hexdigest()
 
 
-def _files() -> Iterator[tuple[str, Path]]:
-    """Name and file of each module that is loaded and not of this package."""
+def _loaded_files() -> Iterator[tuple[str, Path]]:
+    """Yield name and file of each loaded module outside this package."""
     for name, module in list(sys.modules.items()):
         file = getattr(module, "__file__", None)
         if isinstance(file, str) and not Path(file).is_relative_to(PACKAGE):

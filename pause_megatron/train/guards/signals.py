@@ -1,4 +1,4 @@
-"""Being asked to stop, by a signal or by the clock: a flag that every rank looks at in each step, and all add up."""
+"""Stop requests: a flag that signals and the end of the job's time set, and that every rank reads in each step."""
 
 from __future__ import annotations
 
@@ -9,45 +9,51 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
+from typing import Any
 
 from pause_megatron.errors import ConfigError
 from pause_megatron.host import launcher
 from pause_megatron.terminal.output import write_from_handler
 
-# Not SIGUSR1: NCCL takes it for itself.
+# Not SIGUSR1: NCCL uses it.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP)
+
+_Handler = Callable[[int, FrameType | None], Any] | int | None
 
 
 class StopRequest:
-    """Set by STOP_SIGNALS and SIGPIPE; while steps are taken also by SIGINT and by a deadline. Use as a context.
+    """A request to stop, set by STOP_SIGNALS and SIGPIPE; during the steps also by SIGINT and by a deadline.
 
-    SIGHUP (a terminal that is closed) is left alone where it is ignored, as under nohup. SIGPIPE asks where somebody
-    sends it; one that comes of writing to a pipe without a reader does not (see `_PipeSignals`).
+    A context manager: signal handlers are installed while its body runs. True when a stop is requested.
 
-    The step, validation or save under way is finished, then a checkpoint of the last step is saved, unless there is
-    one. Further signals change nothing: a save is ended by SIGKILL alone.
+    SIGHUP (a terminal that is closed) is left alone where it is ignored, as under nohup. A SIGPIPE that another process
+    sends is a request; one that a failed write to a pipe raises is not (see `_SentPipeSignals`).
+
+    The step, validation or save in progress is finished, then a checkpoint of the last step is saved, unless there is
+    one. Further signals change nothing: only SIGKILL ends a save.
 
     Attributes:
-        reason: why; None as long as nobody asked
+        reason: Why a stop is requested; None: none is.
     """
 
     def __init__(self) -> None:
         self.reason: str | None = None
         self._deadline: float | None = None
-        self._before: dict[signal.Signals, object] = {}
-        self._pipe_signals = _PipeSignals(self._receive)
+        self._before: dict[signal.Signals, _Handler] = {}
+        self._pipe_signals = _SentPipeSignals(self._receive)
 
     def __enter__(self) -> StopRequest:
         for number in STOP_SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._receive)
-        self._pipe_signals.__enter__()
+        self._pipe_signals.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._pipe_signals.__exit__(*exception)
+        self._pipe_signals.stop()
         while self._before:
-            signal.signal(*self._before.popitem())
+            number, handler = self._before.popitem()
+            signal.signal(number, handler)
 
     def __bool__(self) -> bool:
         if self.reason is None and self._deadline is not None and time.time() >= self._deadline:
@@ -58,10 +64,12 @@ class StopRequest:
 
     @contextlib.contextmanager
     def during_steps(self, deadline: float | None) -> Iterator[None]:
-        """While the body runs, SIGINT and the clock ask too. (Before, Ctrl-C ends a program that has nothing to lose.)
+        """Accept SIGINT and a deadline as requests while the body runs.
+
+        Before the steps, Ctrl-C ends the process.
 
         Args:
-            deadline: seconds since the epoch; the step that is being taken then is the last one; None: no deadline
+            deadline: Seconds since the epoch; the step in progress at that time is the last one. None: no deadline.
         """
         self._deadline = deadline
         launcher.taking_steps()
@@ -71,10 +79,15 @@ class StopRequest:
         finally:
             self._deadline = None
             if entered:
-                # Until the request is left: a second Ctrl-C must not change the exit code of a run that has saved.
+                # Until the context is left: a second Ctrl-C must not change the exit code of a run that has saved.
                 self._before.setdefault(signal.SIGINT, before)
             else:
                 signal.signal(signal.SIGINT, before)
+
+    def ignore_signals_on_exit(self) -> None:
+        """Leave the signals ignored when the context is left, instead of restoring their handlers."""
+        for number in self._before:
+            self._before[number] = signal.SIG_IGN
 
     def _receive(self, number: int, frame: FrameType | None = None) -> None:
         if self.reason is None:
@@ -83,29 +96,31 @@ class StopRequest:
             write_from_handler(f"{self.reason}: finishing the step, then saving")
 
 
-class _PipeSignals:
-    """Tells a SIGPIPE that somebody sent from those that failed writes raise. Use as a context, in the main thread.
+class _SentPipeSignals:
+    """Receives SIGPIPE from other processes, and not from failed writes. Start and stop it in the main thread.
 
-    The signal of a failed write goes to the thread that wrote; one that is sent goes to the process, to whichever
-    thread takes it. So it is blocked in this thread and in those that it starts, where that of a failed write stays
-    without effect (Python ignores it anyway), and a thread waits for those of the process.
+    The signal of a failed write goes to the thread that wrote; one that is sent goes to any thread of the process. So
+    it is blocked in the main thread and in those that it starts, where that of a failed write has no effect (Python
+    ignores it anyway), and a thread waits for those of the process.
     """
 
     def __init__(self, receive: Callable[[int], None]) -> None:
         self._receive = receive
         self._done = threading.Event()
         self._thread: threading.Thread | None = None
+        self._mask: set[int | signal.Signals] = set()
 
-    def __enter__(self) -> None:
-        self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPIPE})
+    def start(self) -> None:
+        self._mask = set(signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGPIPE}))
         self._done.clear()
         self._thread = threading.Thread(target=self._wait, name="SIGPIPE", daemon=True)
         self._thread.start()
 
-    def __exit__(self, *exception: object) -> None:
+    def stop(self) -> None:
         self._done.set()
-        signal.pthread_kill(self._thread.ident, signal.SIGPIPE)
-        self._thread.join()
+        if self._thread is not None and self._thread.ident is not None:
+            signal.pthread_kill(self._thread.ident, signal.SIGPIPE)
+            self._thread.join()
         if signal.SIGPIPE not in self._mask:
             while signal.sigtimedwait({signal.SIGPIPE}, 0):  # of failed writes of this thread
                 pass
@@ -120,30 +135,41 @@ class _PipeSignals:
 
 
 @contextlib.contextmanager
-def listening_to_the_end() -> Iterator[StopRequest]:
-    """For a program that ends after the run. What comes later is ignored: it must not change the exit code."""
+def stop_signals_until_exit() -> Iterator[StopRequest]:
+    """Handle stop signals in a process that ends after the run; later ones are ignored, to keep the exit code.
+
+    Yields:
+        The request, whose signal handlers are installed.
+    """
     with StopRequest() as stop:
         try:
             yield stop
         finally:
-            for number in stop._before:
-                stop._before[number] = signal.SIG_IGN
+            stop.ignore_signals_on_exit()
 
 
-def listening(stop: StopRequest | None) -> contextlib.AbstractContextManager[StopRequest]:
-    """The request itself where there is one, else a new one that listens while the body runs."""
+def stop_signals(stop: StopRequest | None) -> contextlib.AbstractContextManager[StopRequest]:
+    """Return a context with a stop request whose signal handlers are installed: the given one, else a new one.
+
+    Args:
+        stop: A request whose context is entered already, or None.
+    """
     return StopRequest() if stop is None else contextlib.nullcontext(stop)
 
 
 def deadline(before_end_seconds: int, environment: Mapping[str, str] | None = None) -> float | None:
-    """When a run must stop for its job to end in time: `before_end_seconds` before SLURM_JOB_END_TIME.
+    """Return when a run must stop for its job to end in time: `before_end_seconds` before SLURM_JOB_END_TIME.
+
+    Args:
+        before_end_seconds: `checkpoint.before_end_seconds`; 0: no deadline.
+        environment: Environment variables; None: those of this process.
 
     Returns:
-        Seconds since the epoch; None for 0 seconds, or where the variable is not set.
+        Seconds since the epoch; None: no deadline.
 
     Raises:
-        ConfigError: the variable is not a number, or that moment is over: the job would come back again and again
-            without a step.
+        ConfigError: The variable is not a number; or that time is over, so that the job would be requeued again and
+            again without a step.
     """
     end = (os.environ if environment is None else environment).get("SLURM_JOB_END_TIME")
     if not end or not before_end_seconds:
@@ -152,7 +178,7 @@ def deadline(before_end_seconds: int, environment: Mapping[str, str] | None = No
         left = float(end) - time.time()
     except ValueError:
         raise ConfigError(
-            f"environment variable SLURM_JOB_END_TIME: expected seconds since 1970, came {end!r}"
+            f"environment variable SLURM_JOB_END_TIME: expected seconds since 1970, got {end!r}"
         ) from None
     if left <= before_end_seconds:
         raise ConfigError(

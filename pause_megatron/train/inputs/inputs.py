@@ -1,4 +1,4 @@
-"""What a run trains on, as the loop sees it: the same for a corpus and for a task's examples."""
+"""What a run trains on, as the training loop sees it: the same for a corpus, a stream and a task's examples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from pause_megatron.train.inputs.streaming import Stream
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The windows of one validation: the first `count` of these. `names`: of the corpora, where they are a blend."""
+    """Held-out windows that a validation scores.
+
+    Attributes:
+        windows: Window number -> sample.
+        count: How many of them are scored, from the first one on.
+        names: Names of the corpora, where the windows are a blend.
+    """
 
     windows: Samples
     count: int
@@ -24,17 +30,20 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Attributes:
-    train: windows of the whole run, by number; None where they are streamed
-    valid: held-out windows with pauses; None: no validation
-    valid_without_pauses: held-out windows without pauses; the windows of `valid` themselves where the run has none
-    tokenizer: of all of them
-    pause_ids: the K pause ids
-    fingerprint: of all that decides the windows and is no key of the configuration
-    description: what a step reads, in a few words
-    show: the first window of a micro-batch as text
-    names: of the corpora that `train` blends; empty for one
-    stream: opens the stream at the place that a checkpoint's folder says (None: its beginning). Every rank calls it
+    """The windows of a run and what belongs to them.
+
+    Attributes:
+        train: Training windows of the whole run, by number; None where `stream` reads them.
+        valid: Held-out windows with pauses; None: no validation.
+        valid_without_pauses: Held-out windows without pauses; the windows of `valid` where the run has no pauses.
+        tokenizer: Tokenizer of all of them.
+        pause_ids: The K pause ids.
+        fingerprint: Digest of all that affects the windows and is no key of the configuration.
+        description: What a step reads, in a few words.
+        show: Returns the first window of a micro-batch as text.
+        names: Names of the corpora that `train` blends; empty for one corpus.
+        stream: Opens the stream of `data.source` where a checkpoint's folder left it (None: its beginning). Every rank
+            calls it.
     """
 
     train: Samples | None

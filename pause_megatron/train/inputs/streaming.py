@@ -1,7 +1,7 @@
-"""A run on data.source: one reader a machine, and its place in every checkpoint.
+"""A run on `data.source`: one reader per host, and its position in the source in every checkpoint.
 
-Every machine reads the whole stream and keeps what its ranks ask for, so that sample n is the same text whatever the
-number of ranks and machines.
+Each host reads the whole stream and keeps the windows that its ranks ask for, so that sample n is the same text for
+every number of ranks and hosts.
 """
 
 from __future__ import annotations
@@ -26,77 +26,48 @@ from pause_megatron.errors import CheckpointError, DataError, PauseMegatronError
 
 log = logging.getLogger(__name__)
 
-FILE = "stream.json"
-_NAME = "stream"
-"""What the pauses of a stream are keyed by, where those of a corpus are by its name."""
+POSITION_FILE = "stream.json"
+_CORPUS = "stream"
+"""The name by which the pauses of a stream are drawn, as those of a corpus are by its name."""
 
 
 class Stream:
-    """The training windows of a run on data.source. Every rank makes one.
+    """The training windows of a run on `data.source`, as one rank reads them. Made by `open_stream`.
 
     Args:
-        config: resolved.
-        tokenizer: of data.tokenizer.
-        context: this rank's place.
-        checkpoint: folder to go on from, or None.
+        dataset: Sample number -> window with pauses.
+        windows: This host's reader (on its first rank), or a connection to it.
+        rank: Rank of this process.
+        global_size: Windows per step over all ranks.
 
-    Raises:
-        DataError: the source cannot be opened; on every rank.
-        CheckpointError: a checkpoint without the place in the stream.
+    Attributes:
+        dataset: As above.
     """
 
     def __init__(
-        self, config: ScheduledConfig, tokenizer: Tokenizer, context: ParallelContext, checkpoint: Path | None
+        self, dataset: StreamDataset, windows: WindowServer | WindowClient, rank: int, global_size: int
     ) -> None:
-        pause, size = config.pause, config.batch.global_size
-        plan = PausePlan(config.data.sequence_length, pause.rate, pause.window, pause.placement, pause.seed)
-        self._rank, self._size = context.rank, size
-        self._server: WindowServer | None = None
-        machines = gather_objects(_machine())
-        leader = machines.index(machines[context.rank])
-        outcome: tuple[str | None, str | None] = (None, None)
-        if context.rank == leader:
-            try:
-                place = None if checkpoint is None else _read_place(checkpoint)
-                stream = TextWindows(partial(open_documents, config.data), tokenizer, plan.text_length, place)
-                # A checkpoint is of a step that has been taken, while the loaders have asked for steps to come.
-                remember = (config.data.prefetch + 3) * size
-                self._server = WindowServer(stream, machines.count(machines[leader]), remember)
-                outcome = (self._server.address, None)
-            except PauseMegatronError as error:
-                outcome = (None, str(error))
-        outcomes = gather_objects(outcome)
-        for _, error in outcomes:
-            if error is not None:
-                self.close()
-                raise DataError(error)
-        windows = self._server or WindowClient(outcomes[leader][0])
-        self._windows = windows
-        pause_ids = PauseTokenizer(tokenizer, pause.embeddings).pause_ids
-        injector = PauseInjector(plan, pause_ids, _NAME, "train")
-        self.dataset = StreamDataset(
-            windows,
-            injector,
-            config.train.steps * size,
-            eod=tokenizer.eod,
-            intra_document_masking=config.data.intra_document_masking,
-            eod_mask_loss=config.data.eod_mask_loss,
-        )
+        self.dataset = dataset
+        self._windows, self._rank, self._global_size = windows, rank, global_size
 
     def files(self, step: int) -> Mapping[str, bytes]:
-        """What a checkpoint after so many steps keeps; rank 0 knows it."""
-        if self._server is None:
+        """Return the files that a checkpoint of this step keeps, by name; empty where this rank is not the reader.
+
+        Args:
+            step: Steps that the run has taken.
+        """
+        if not isinstance(self._windows, WindowServer):
             return {}
-        return {FILE: json.dumps(vars(self._server.position(step * self._size)), indent=1).encode()}
+        position = self._windows.position(step * self._global_size)
+        return {POSITION_FILE: json.dumps(vars(position), indent=1).encode()}
 
     def close(self) -> None:
-        """Stop reading, or asking."""
-        if self._server is not None:
-            self._server.close()
-            if self._rank == 0 and (left_out := self._server.malformed).total:
-                log.warning(f"data.source: {left_out.total:,} lines left out:\n{left_out.describe()}")
-        elif hasattr(self, "_windows"):
-            self._windows.close()
+        """Stop the reader, or close the connection to it; rank 0 logs the malformed lines that were skipped."""
+        self._windows.close()
+        if self._rank == 0 and isinstance(self._windows, WindowServer):
+            skipped = self._windows.malformed
+            if skipped.total:
+                log.warning(f"data.source: {skipped.total:,} lines left out:\n{skipped.describe()}")
 
     def __enter__(self) -> Stream:
         return self
@@ -105,17 +76,63 @@ class Stream:
         self.close()
 
 
-def _read_place(checkpoint: Path) -> StreamPosition:
+def open_stream(
+    config: ScheduledConfig, tokenizer: Tokenizer, context: ParallelContext, checkpoint: Path | None
+) -> Stream:
+    """Start this host's reader on its first rank, and connect its other ranks to it. Every rank calls this.
+
+    Args:
+        config: Configuration of the run.
+        tokenizer: Tokenizer of `data.tokenizer`.
+        context: Process groups of this rank.
+        checkpoint: Folder of the checkpoint that the run resumes from; None: read from the beginning.
+
+    Raises:
+        DataError: The source cannot be opened, or the checkpoint holds no position in it; on every rank.
+    """
+    pause, size = config.pause, config.batch.global_size
+    plan = PausePlan(config.data.sequence_length, pause.rate, pause.window, pause.placement, pause.seed)
+    hosts = gather_objects(_host_id())
+    reader_rank = hosts.index(hosts[context.rank])
+    server: WindowServer | None = None
+    address, failure = "", ""
+    if context.rank == reader_rank:
+        try:
+            position = None if checkpoint is None else _saved_position(checkpoint)
+            windows = TextWindows(partial(open_documents, config.data), tokenizer, plan.text_length, position)
+            # A checkpoint is of a step that has been taken, while the loaders have asked for later steps.
+            remember = (config.data.prefetch + 3) * size
+            server = WindowServer(windows, hosts.count(hosts[reader_rank]), remember)
+            address = server.address
+        except PauseMegatronError as error:
+            failure = str(error)
+    opened = gather_objects((address, failure))
+    if failures := [failure for _, failure in opened if failure]:
+        if server is not None:
+            server.close()
+        raise DataError(failures[0])
+    source = server or WindowClient(opened[reader_rank][0])
+    dataset = StreamDataset(
+        source,
+        PauseInjector(plan, PauseTokenizer(tokenizer, pause.embeddings).pause_ids, _CORPUS, "train"),
+        config.train.steps * size,
+        eod=tokenizer.eod,
+        intra_document_masking=config.data.intra_document_masking,
+        eod_mask_loss=config.data.eod_mask_loss,
+    )
+    return Stream(dataset, source, context.rank, size)
+
+
+def _saved_position(checkpoint: Path) -> StreamPosition:
+    path = checkpoint / POSITION_FILE
     try:
-        return StreamPosition(**json.loads((checkpoint / FILE).read_bytes()))
+        return StreamPosition(**json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"{checkpoint / FILE}: expected the place in data.source to go on from: {error}"
-        ) from None
+        raise CheckpointError(f"{path}: expected the position in data.source to resume from, got {error}") from None
 
 
-def _machine() -> str:
-    """Tells machines apart, those with one name and containers on one machine too."""
+def _host_id() -> str:
+    """Return a name that differs between hosts, also between hosts of one hostname and containers on one host."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""A task's records as windows, and how many steps they are. Needs no engine, so that --dry-run is quick."""
+"""A task's examples as windows, and the number of steps of their epochs. Builds no engine: `--dry-run` uses it too."""
 
 from __future__ import annotations
 
@@ -17,20 +17,24 @@ from pause_megatron.data.supervised.examples import Arrangement, continuations, 
 from pause_megatron.data.supervised.windows import SupervisedWindows, summarize
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from pause_megatron.errors import ConfigError, DataError
-from pause_megatron.tasks import fingerprint, load_task, read_examples
+from pause_megatron.tasks import Task, fingerprint, load_task, read_examples
 
 
 @dataclass(frozen=True)
 class TaskData:
-    """Attributes:
-    config: the run's, its number of steps known
-    windows: to train on
-    tokenizer: that encoded them
-    pause_ids: the K pause ids
-    fingerprint: of the examples and of the tokenizer
+    """A task's training examples, encoded.
+
+    Attributes:
+        config: Configuration of the run, its number of steps known.
+        task: The task that `config.task.name` names.
+        windows: Training windows.
+        tokenizer: Tokenizer that encoded them.
+        pause_ids: The K pause ids.
+        fingerprint: Digest of the examples and of the tokenizer.
     """
 
     config: ScheduledConfig
+    task: Task
     windows: SupervisedWindows
     tokenizer: Tokenizer
     pause_ids: range
@@ -38,24 +42,29 @@ class TaskData:
 
     @property
     def description(self) -> str:
-        """The first epoch in a few words."""
+        """What a step reads and what the first epoch holds, in a few words."""
         facts, finetune = summarize(self.windows), self.config.finetune
-        what = "pauses" if finetune.filler is None else f"fillers {finetune.filler!r}"
+        pauses = "pauses" if finetune.filler is None else f"fillers {finetune.filler!r}"
         cut = f", {facts.truncated:,} prompts cut on the left" if facts.truncated else ""
         return (
             f"{self.config.batch.global_size:,} windows; {self.config.task.name}: {facts.examples:,} examples in "
-            f"{facts.windows:,} {finetune.batching} windows, {facts.padding:.1%} padding, {finetune.pauses} {what} "
+            f"{facts.windows:,} {finetune.batching} windows, {facts.padding:.1%} padding, {finetune.pauses} {pauses} "
             f"each ({finetune.location}, prefix {finetune.prefix_attention}){cut}"
         )
 
 
 def open_task(config: ResolvedConfig) -> TaskData:
-    """Reads and encodes the training examples of `task.*`, and settles the number of steps.
+    """Read and encode the training examples of `task.*`, and fill in the number of steps.
+
+    Args:
+        config: Configuration of a finetuning run.
 
     Raises:
-        ConfigError: no such task, no tokenizer, a filler of several tokens, or steps that contradict each other.
-        DataError: a bad record, or an example that does not fit into a window; it is named.
+        ConfigError: No such task, no tokenizer, a filler of several tokens, or steps that contradict each other.
+        DataError: A malformed record, or an example that does not fit into a window; it is named.
     """
+    if config.task.name is None:
+        raise ConfigError("task.name: expected a task to finetune on, got none (--recipe finetune-gsm8k names one)")
     task = load_task(config.task.name)
     tokenizer = _tokenizer(config)
     tokenizer.check_pause_ids(config.pause.embeddings)
@@ -66,21 +75,24 @@ def open_task(config: ResolvedConfig) -> TaskData:
     windows = SupervisedWindows(encoded, arrangement, seed=config.run.seed, task=task.name)
     content = (fingerprint(examples), tokenizer.fingerprint, tokenizer.eod, tokenizer.pause_id)
     digest = f"xxh3_128:{xxhash.xxh3_128_hexdigest(repr(content).encode())}"
-    return TaskData(with_steps(config, windows), windows, tokenizer, pause_ids, digest)
+    return TaskData(with_steps(config, windows), task, windows, tokenizer, pause_ids, digest)
 
 
 def held_out(data: TaskData) -> tuple[SupervisedWindows, SupervisedWindows]:
-    """Windows of the first `validation.samples` evaluation examples: with M_ft pauses, and without.
+    """Return the windows of the first `validation.samples` evaluation examples: with M_ft pauses, and without.
+
+    Args:
+        data: The run's training examples; their arrangement is used.
 
     Raises:
-        PauseMegatronError: there are none, or one is not as the task declares it.
+        PauseMegatronError: There are no evaluation examples, or one is malformed.
     """
-    config, task = data.config, load_task(data.config.task.name)
+    config, task = data.config, data.task
     try:
         examples = read_examples(task, "eval", config.task.path, config.validation.samples)
     except (ConfigError, DataError) as error:
-        wanted = f"validation.every={config.validation.every} scores held-out examples; validation.every=0 needs none"
-        raise type(error)(f"{error}. {wanted}") from None
+        reason = f"validation.every={config.validation.every} scores held-out examples; validation.every=0 needs none"
+        raise type(error)(f"{error}. {reason}") from None
     encoded = encode_examples(examples, data.tokenizer)
     most = data.windows.arrangement.pauses[-1]
     with_pauses, without = (
@@ -91,12 +103,16 @@ def held_out(data: TaskData) -> tuple[SupervisedWindows, SupervisedWindows]:
 
 
 def with_steps(config: ResolvedConfig, windows: SupervisedWindows) -> ScheduledConfig:
-    """The configuration with train.steps filled in from finetune.epochs; the last step goes on into the next epoch.
+    """Return the configuration with `train.steps` filled in from `finetune.epochs`, rounded up to whole steps.
 
-    A warm-up that does not fit becomes a tenth of the run: nobody knows the steps before the examples are read.
+    A warm-up that does not fit becomes a tenth of the run: the steps are unknown before the examples are read.
+
+    Args:
+        config: Configuration of the run.
+        windows: Its training windows.
 
     Raises:
-        ConfigError: neither is given, they contradict each other, or a rule about steps is broken.
+        ConfigError: Neither key is given, they contradict each other, or a rule about steps is broken.
     """
     epochs, given = config.finetune.epochs, config.train.steps
     if epochs is None:
@@ -108,7 +124,7 @@ def with_steps(config: ResolvedConfig, windows: SupervisedWindows) -> ScheduledC
     if given is not None and given != steps:
         raise ConfigError(
             f"expected only one of finetune.epochs and train.steps: {epochs:g} epochs are {count:,} windows, {steps:,} "
-            f"steps of batch.global_size={config.batch.global_size}; came train.steps={given}"
+            f"steps of batch.global_size={config.batch.global_size}; got train.steps={given}"
         )
     train = config.train.model_copy(update={"steps": steps, "tokens": None})
     config = resolve(config.model_copy(update={"train": train}))
@@ -120,7 +136,7 @@ def with_steps(config: ResolvedConfig, windows: SupervisedWindows) -> ScheduledC
 
 
 def _tokenizer(config: ResolvedConfig) -> Tokenizer:
-    """`data.tokenizer`; else that of `model.from`, or of the run's own checkpoints if the former is gone."""
+    """Return the tokenizer of `data.tokenizer`, else of `model.from`, else of the run's own checkpoints."""
     if config.data.tokenizer is not None:
         return load_tokenizer(config.data.tokenizer)
     for place in (config.model.from_, config.run.dir):
@@ -131,7 +147,7 @@ def _tokenizer(config: ResolvedConfig) -> Tokenizer:
         if folder is not None:
             return load_tokenizer(folder / "tokenizer")
     raise ConfigError(
-        "data.tokenizer: expected the tokenizer to train with, came none; or give model.from, to finetune a checkpoint"
+        "data.tokenizer: expected the tokenizer to train with, got none; or give model.from, to finetune a checkpoint"
     )
 
 

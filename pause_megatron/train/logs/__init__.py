@@ -1,1 +1,1 @@
-"""What a run writes and shows: metrics.jsonl, TensorBoard, the terminal."""
+"""What a run records and shows: metrics.jsonl, TensorBoard, and the terminal."""

@@ -1,4 +1,4 @@
-"""`RUN/metrics.jsonl`: what each step did, as numbers."""
+"""`RUN/metrics.jsonl`: one line of metrics per step, with throughput and MFU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,6 +15,7 @@ from pause_megatron.config.presets import step_flops
 from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.distributed import ParallelContext
 from pause_megatron.files.metrics_lines import keep_steps
+from pause_megatron.train.hooks import Monitor
 from pause_megatron.train.logs.appending import AppendedFile
 from pause_megatron.train.loop import StepResult
 
@@ -23,20 +23,20 @@ log = logging.getLogger(__name__)
 
 
 class Throughput:
-    """Rates of a step, in the units of metrics.jsonl.
+    """Throughput of a step: tokens per second and MFU.
 
     MFU = model FLOPs of the step / (seconds of the step x peak of all devices). The FLOPs are those of the rows that
-    are really computed, forward and backward (`config.presets.step_flops`):
+    are computed, forward and backward (`config.presets.step_flops`):
 
         (6 x parameters of layers and norms + 12 x layers x hidden x window) x raw tokens
         + 6 x vocabulary x hidden x targets
 
-    Recomputed activations do not count, nor the output layer on rows without a target. The seconds count waiting for
-    the loader, but not hooks: those are `hook_seconds`.
+    Recomputed activations do not count, nor does the output layer on rows without a target. The seconds include waiting
+    for the loader, but not hooks: those are `hook_seconds`.
 
     Args:
-        flops: (raw tokens, targets) -> model FLOPs of a step over all ranks
-        peak_flops: of all devices together, in FLOP/s; None when it is not known
+        flops: (raw tokens, targets) -> model FLOPs of a step over all ranks.
+        peak_flops: Peak of all devices together, in FLOP/s; None: unknown.
     """
 
     def __init__(self, flops: Callable[[int, int], float], peak_flops: float | None) -> None:
@@ -44,7 +44,13 @@ class Throughput:
 
     @classmethod
     def of(cls, config: ResolvedConfig, vocabulary: int, context: ParallelContext) -> Throughput:
-        """For a run: `log.peak_tflops`, else the GPU's known peak in bf16, else no MFU."""
+        """Return the throughput of a run, with `log.peak_tflops`, else the GPU's known bf16 peak, else no MFU.
+
+        Args:
+            config: Configuration of the run.
+            vocabulary: Rows of the vocabulary, padding excluded.
+            context: Process groups of this rank.
+        """
         cuda_name = torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else None
         peak = device_peak_flops(config, cuda_name)
 
@@ -55,7 +61,11 @@ class Throughput:
         return cls(flops, None if peak is None else peak * context.world_size)
 
     def rates(self, result: StepResult) -> dict[str, float | None]:
-        """Tokens per second over all ranks, raw and text; MFU (model FLOPs over peak), None without a known peak."""
+        """Return raw and text tokens per second over all ranks, and MFU (None without a known peak).
+
+        Args:
+            result: Result of the step.
+        """
         flops = self._flops(result.tokens, result.losses.targets)
         return {
             "tokens_per_second": result.tokens / result.seconds,
@@ -65,12 +75,17 @@ class Throughput:
 
 
 def metrics_record(result: StepResult, throughput: Throughput) -> dict[str, float | int | bool | None]:
-    """A line of metrics.jsonl. Floats are not rounded; what does not exist (no pauses, no peak) is null.
+    """Return a line of metrics.jsonl. Floats are not rounded; a value that does not exist (no pauses, no peak) is null.
 
-    `seconds` (the step, with `loader_seconds` in it) and `hook_seconds` (logging, validation and saves since the step
-    before, or the start) of all steps add up to the time until the last step ended; its own hooks are in no line.
+    `seconds` is the step, including `loader_seconds`; `hook_seconds` is logging, validation and saves since the
+    previous step, or the start. Over all steps they add up to the time until the last step ended, whose hooks are in no
+    line.
+
+    Args:
+        result: Result of the step.
+        throughput: Throughput of the run.
     """
-    record: dict[str, Any] = {
+    record: dict[str, float | int | bool | None] = {
         "step": result.step,
         "loss": result.losses.mean,
         "loss_after_pause": result.losses.after_pause,
@@ -83,7 +98,7 @@ def metrics_record(result: StepResult, throughput: Throughput) -> dict[str, floa
         "targets": result.losses.targets,
         "pause_fraction": 1.0 - result.text_tokens / result.tokens,
         "applied": result.applied,
-        **result.validation,
+        **result.metrics,
         **throughput.rates(result),
         "seconds": result.seconds,
         "loader_seconds": result.loader_seconds,
@@ -94,33 +109,35 @@ def metrics_record(result: StepResult, throughput: Throughput) -> dict[str, floa
     }
 
 
-class MetricsFile:
-    """One JSON object a step, whole lines only.
+class MetricsFile(Monitor):
+    """Appends one JSON object per step.
 
     Args:
-        path: the file; made when it is not there, also when it was deleted during the run
-        throughput: rates of a step
-        resume_after: the last step that was taken before; lines of later ones go when the file is opened
+        path: The file; created where it does not exist, also when it was deleted during the run.
+        throughput: Throughput of the run.
+        resume_after: Last step before the start; lines of later steps are removed when the file is opened.
     """
 
     def __init__(self, path: Path, throughput: Throughput, resume_after: int) -> None:
         self._throughput, self._resume_after = throughput, resume_after
         self._file = AppendedFile(path)
-        self._begun = False
+        self._resumed = False
 
     def open(self) -> None:
-        """Drop the lines of steps that will be taken again, once, and open the file to append."""
-        if not self._begun:
-            self._begun = True
-            # Not of a pipe or a device, which would be read for ever.
+        """Remove the lines of steps that will be taken again, once, and open the file to append."""
+        if not self._resumed:
+            self._resumed = True
+            # Not of a pipe or a device: reading one may never end.
             damage = keep_steps(self._file.path, self._resume_after) if self._file.path.is_file() else None
             if damage:
                 log.warning(damage)
         self._file.open()
 
     def __call__(self, result: StepResult) -> None:
+        """Append the line of a step."""
         self.open()
         self._file.append(json.dumps(metrics_record(result, self._throughput)).encode() + b"\n")
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()

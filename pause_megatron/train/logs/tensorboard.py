@@ -1,7 +1,7 @@
-"""`RUN/tensorboard/`: scalars, the configuration as text, and windows with their pauses shown.
+"""`RUN/tensorboard/`: scalars, the configuration as text, and windows with their pauses as text.
 
-Records are made by torch and framed by TensorBoard's own code. They are appended here, in the step that they are of:
-torch's `SummaryWriter` leaves that to a thread, which ends with a traceback at the first write that fails.
+Events are made by torch and framed by TensorBoard's own writer. They are appended here, in their step: torch's
+`SummaryWriter` leaves that to a thread, which ends with a traceback at the first write that fails.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from pause_megatron.data.batches.batch import MicroBatch
+from pause_megatron.train.hooks import Monitor
 from pause_megatron.train.logs.appending import AppendedFile
 from pause_megatron.train.logs.metrics_file import Throughput, metrics_record
 from pause_megatron.train.logs.monitoring import peak_memory_bytes
@@ -44,15 +45,15 @@ TAGS = {
 }
 
 
-class TensorBoard:
-    """An event file of this run.
+class TensorBoard(Monitor):
+    """Appends to an event file of this run.
 
     Args:
-        folder: of the event files
-        throughput: rates of a step
-        resume_after: the last step that was taken before; points of later ones in older files are hidden
-        config_yaml: shown as text
-        show: a micro-batch's first window as text
+        folder: Folder of the event files.
+        throughput: Throughput of the run.
+        resume_after: Last step before the start; TensorBoard hides points of later steps in older files.
+        config_yaml: Configuration of the run, shown as text.
+        show: Returns the first window of a micro-batch as text.
     """
 
     def __init__(
@@ -76,16 +77,17 @@ class TensorBoard:
             self._text("configuration", config_yaml, resume_after),
         ]
         name = f"events.out.tfevents.{time.time():010.0f}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
-        self._file = AppendedFile(folder / name, _records(head))
+        self._file = AppendedFile(folder / name, _framed(head))
 
     def open(self) -> None:
-        """Make the folder and the file."""
+        """Create the folder and the file."""
         self._file.open()
 
     def __call__(self, result: StepResult) -> None:
+        """Append the scalars of a step."""
         record = metrics_record(result, self._throughput)
         values = {tag: record[key] for key, tag in TAGS.items() if record.get(key) is not None}
-        for key, value in record.items():  # of the corpora of a blend
+        for key, value in record.items():  # losses of the corpora of a blend
             for prefix, tag in (("loss/", "loss_by_corpus/train_"), ("valid_loss/", "loss_by_corpus/valid_")):
                 if key.startswith(prefix) and value is not None:
                     values[tag + key.removeprefix(prefix)] = value
@@ -93,28 +95,29 @@ class TensorBoard:
             if (loss := record.get(key)) is not None:
                 values[tag] = math.exp(min(loss, 700.0))
         values["memory/peak_gib"] = peak_memory_bytes() / 2**30
-        now = self._event(wall_time=time.time(), step=result.step)
+        event = self._event(wall_time=time.time(), step=result.step)
         for tag, value in values.items():
-            now.summary.MergeFrom(self._summary.scalar(tag, value))
-        self._file.append(_records([now]))
+            event.summary.MergeFrom(self._summary.scalar(tag, value))
+        self._file.append(_framed([event]))
 
     def show_sample(self, result: StepResult) -> None:
-        """The first window of the step as text."""
+        """Append the first window of a step as text."""
         lines = self._show(result.sample).splitlines()
         text = "\n".join(textwrap.fill(line, 120) for line in lines)
-        self._file.append(_records([self._text("sample", text, result.step)]))
+        self._file.append(_framed([self._text("sample", text, result.step)]))
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
     def _text(self, tag: str, text: str, step: int) -> Any:
-        """An event that TensorBoard shows as it stands: Markdown takes indented lines so."""
+        """Return an event whose text TensorBoard shows verbatim: Markdown renders indented lines so."""
         indented = "\n".join("    " + line for line in text.splitlines())
         return self._event(wall_time=time.time(), step=step, summary=self._summary.text(tag, indented))
 
 
-def _records(events: list[Any]) -> bytes:
-    """Events as an event file holds them."""
+def _framed(events: list[Any]) -> bytes:
+    """Return events as an event file holds them."""
     from tensorboard.summary.writer.record_writer import RecordWriter
 
     framed = io.BytesIO()

@@ -1,4 +1,4 @@
-"""How a run begins: from its own checkpoint, from another model's weights, or from initial weights."""
+"""How a run starts: from its own newest checkpoint, another checkpoint's weights, or random initialization."""
 
 from __future__ import annotations
 

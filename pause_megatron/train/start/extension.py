@@ -1,50 +1,63 @@
-"""Going on behind the end of a finished run: when train.extended_from may follow a checkpoint, and how to type it."""
+"""Extending a finished run (`train.extended_from`): what may change at its end, and the command that extends it."""
 
 from __future__ import annotations
 
 import shlex
 
 from pause_megatron.config.identity import LENGTH_KEYS, SCHEDULE_KEYS, corpus_names, deciding_keys
-from pause_megatron.config.schema import ResolvedConfig
+from pause_megatron.config.schema import ResolvedConfig, ScheduledConfig
 from pause_megatron.errors import CheckpointError, ConfigError
 
+_LENGTH_AND_SCHEDULE = frozenset({*LENGTH_KEYS, *SCHEDULE_KEYS})
 
-def config_differences(before: ResolvedConfig, now: ResolvedConfig, step: int) -> list[str]:
-    """The keys that decide the losses, differ, and may not: one line each.
 
-    At the step where a finished run is extended its length and its schedule may change; inside the extension, as inside
-    any run, nothing may.
+def config_differences(before: ScheduledConfig, now: ScheduledConfig, step: int) -> list[str]:
+    """Return a line for each key that affects the losses and differs although it must not.
+
+    At the step where a finished run is extended, its length and its schedule may change. Inside the extension, as
+    inside any run, nothing may.
 
     Args:
-        before: the checkpoint's configuration. now: the run's. step: after which the checkpoint was saved.
+        before: Configuration of the checkpoint.
+        now: Configuration of the run.
+        step: Step of the checkpoint.
 
     Raises:
-        CheckpointError: train.extended_from is not the step at which the checkpoint's run ended.
+        CheckpointError: `train.extended_from` is not the step at which the checkpoint's run ended.
     """
-    free = frozenset()
+    free: frozenset[str] = frozenset()
     extended = now.train.extended_from
     if extended is not None and extended != before.train.extended_from:
-        _refuse_another_end(before, now, step)
-        free = {*LENGTH_KEYS, *SCHEDULE_KEYS}
-    return _lines(before, now, free)
+        _check_run_ended_at(extended, before, now, step)
+        free = _LENGTH_AND_SCHEDULE
+    return _differences(before, now, free)
 
 
-def how_to_extend(before: ResolvedConfig, now: ResolvedConfig, step: int) -> str:
-    """A last line for a refusal where more steps were asked for without train.extended_from, else nothing."""
+def how_to_extend(before: ScheduledConfig, now: ScheduledConfig, step: int) -> str:
+    """Return the last line of an error about more steps without `train.extended_from`: the command; else "".
+
+    Args:
+        before: Configuration of the checkpoint.
+        now: Configuration of the run.
+        step: Step of the checkpoint.
+    """
     steps, asked = before.train.steps, now.train.steps
     if asked <= steps:
         return ""
-    if _lines(before, now, {*LENGTH_KEYS, *SCHEDULE_KEYS}):
+    if _differences(before, now, _LENGTH_AND_SCHEDULE):
         return ""
     first = "" if step >= steps else f" finish it first ({_finish(before, now)}), then"
     return f"\nTo extend this run:{first} {_command(now, f'train.extended_from={steps}', _length(now))}"
 
 
-def refuse_extending_nothing(config: ResolvedConfig) -> None:
-    """For a run that found no checkpoint.
+def check_extends_nothing(config: ResolvedConfig) -> None:
+    """Check that a run without a checkpoint is not asked to extend one.
+
+    Args:
+        config: Configuration of the run.
 
     Raises:
-        ConfigError: it would extend one.
+        ConfigError: `train.extended_from` is set.
     """
     extended = config.train.extended_from
     if extended is not None:
@@ -54,8 +67,8 @@ def refuse_extending_nothing(config: ResolvedConfig) -> None:
         )
 
 
-def _refuse_another_end(before: ResolvedConfig, now: ResolvedConfig, step: int) -> None:
-    extended, steps = now.train.extended_from, before.train.steps
+def _check_run_ended_at(extended: int, before: ScheduledConfig, now: ScheduledConfig, step: int) -> None:
+    steps = before.train.steps
     place = f"train.extended_from={extended}: expected the step at which the finished run ended"
     if step < steps:
         raise CheckpointError(
@@ -65,7 +78,7 @@ def _refuse_another_end(before: ResolvedConfig, now: ResolvedConfig, step: int) 
         raise CheckpointError(f"{place}, {steps:,}. Give train.extended_from={steps}, and a train.steps above it")
 
 
-def _lines(before: ResolvedConfig, now: ResolvedConfig, free: frozenset[str] | set[str]) -> list[str]:
+def _differences(before: ScheduledConfig, now: ScheduledConfig, free: frozenset[str]) -> list[str]:
     old, new = deciding_keys(before), deciding_keys(now)
     lines = [
         f"{key}: {old[key]!r} in the checkpoint, {new[key]!r} in this run"
@@ -81,8 +94,8 @@ def _lines(before: ResolvedConfig, now: ResolvedConfig, free: frozenset[str] | s
     return lines
 
 
-def _finish(before: ResolvedConfig, now: ResolvedConfig) -> str:
-    """The command that takes a run to the end that its checkpoint names, where its folder is now."""
+def _finish(before: ScheduledConfig, now: ScheduledConfig) -> str:
+    """Return the command that trains a run to the end that its checkpoint names, in the folder where the run is now."""
     extended, old, new = before.train.extended_from, deciding_keys(before), deciding_keys(now)
     schedule = [f"{key}={old[key]}" for key in SCHEDULE_KEYS if old[key] != new[key]]
     extension = f"train.extended_from={'null' if extended is None else extended}"

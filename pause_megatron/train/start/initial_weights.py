@@ -1,67 +1,47 @@
-"""`model.from`: a new run that begins with the weights of a checkpoint, its optimizer and its step fresh."""
+"""`model.from`: the checkpoint whose weights a new run takes, and whether it fits the model and tokenizer."""
 
 from __future__ import annotations
 
 import logging
 from pathlib import Path
 
-from pause_megatron.checkpoint import MergedReader, load_weights, restore_masters
 from pause_megatron.checkpoint.store import open_newest
 from pause_megatron.config.load import load
 from pause_megatron.config.model_from import SHAPE
 from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from pause_megatron.distributed import ParallelContext
-from pause_megatron.engine import Engine
 from pause_megatron.errors import CheckpointError
-from pause_megatron.model import PauseGPTModel
-from pause_megatron.train.loop import Progress
 
 log = logging.getLogger(__name__)
 
 
-class InitialWeights:
-    """The weights of `model.from`, of any tensor-parallel size, data-parallel size and ZeRO stage.
+def find_initial_weights(place: str, config: ResolvedConfig, tokenizer: Tokenizer, context: ParallelContext) -> Path:
+    """Return the folder of the checkpoint that `model.from` names. Every rank calls this.
 
     Args:
-        config: of the run that begins
-        tokenizer: of its data
-        context: this rank's place
+        place: `model.from`: a checkpoint, `latest`, a folder of checkpoints, or a run folder.
+        config: Configuration of the new run.
+        tokenizer: Tokenizer of the new run's data.
+        context: Process groups of this rank.
 
     Raises:
-        CheckpointError: no checkpoint there, a damaged one, or one of another model, vocabulary or tokenizer; each
+        CheckpointError: There is no complete checkpoint, or it is of another model, vocabulary or tokenizer; each
             difference is named.
     """
-
-    folder = None
-    progress = Progress()
-    draws = False
-
-    def __init__(self, config: ResolvedConfig, tokenizer: Tokenizer, context: ParallelContext) -> None:
-        self._context = context
-        try:
-            found = open_newest(config.model.from_, rank=context.rank, world_size=context.world_size)
-        except CheckpointError as error:
-            raise CheckpointError(f"model.from={config.model.from_}: {error}") from None
-        self._folder = found.folder
-        if differences := _differences(self._folder, config, tokenizer):
-            raise CheckpointError(
-                f"model.from={config.model.from_}: weights of another model. Leave the model's sizes out to take the "
-                f"checkpoint's, and prepare the data with the tokenizer {self._folder / 'tokenizer'}:\n  "
-                + "\n  ".join(differences)
-            )
-
-    def weights_into(self, model: PauseGPTModel) -> None:
-        """Copies the weights into a fresh model, before DeepSpeed sees it."""
-        if self._context.rank == 0:
-            log.info(f"initial weights from {self._folder}")
-        rank, ranks = self._context.tp_rank, self._context.tp_size
-        reader = MergedReader(self._folder)
-        self._shards = load_weights(model, reader, live_rows=model.vocabulary.size, rank=rank, ranks=ranks)
-
-    def state_into(self, engine: Engine) -> None:
-        """Copies them into the engine's fp32 masters, unrounded; its moments and step stay fresh."""
-        restore_masters(engine, self._shards)
+    try:
+        found = open_newest(place, rank=context.rank, world_size=context.world_size)
+    except CheckpointError as error:
+        raise CheckpointError(f"model.from={place}: {error}") from None
+    if differences := _differences(found.folder, config, tokenizer):
+        raise CheckpointError(
+            f"model.from={place}: weights of another model. Leave the model's sizes out to take the "
+            f"checkpoint's, and prepare the data with the tokenizer {found.folder / 'tokenizer'}:\n  "
+            + "\n  ".join(differences)
+        )
+    if context.rank == 0:
+        log.info(f"initial weights from {found.folder}")
+    return found.folder
 
 
 def _differences(folder: Path, config: ResolvedConfig, tokenizer: Tokenizer) -> list[str]:
@@ -75,9 +55,9 @@ def _differences(folder: Path, config: ResolvedConfig, tokenizer: Tokenizer) -> 
         differences.append(
             f"pause.embeddings: {before.pause.embeddings} in the checkpoint, {config.pause.embeddings} in this run"
         )
-    theirs = load_tokenizer(folder / "tokenizer")
+    saved = load_tokenizer(folder / "tokenizer")
     return differences + [
-        f"tokenizer {name}: {getattr(theirs, name)} in the checkpoint, {getattr(tokenizer, name)} in the data"
+        f"tokenizer {name}: {getattr(saved, name)} in the checkpoint, {getattr(tokenizer, name)} in the data"
         for name in ("fingerprint", "vocab_size", "pause_id", "eod")
-        if getattr(theirs, name) != getattr(tokenizer, name)
+        if getattr(saved, name) != getattr(tokenizer, name)
     ]

@@ -1,4 +1,4 @@
-"""Going on: which checkpoint, and whether it is of this run."""
+"""Resume: find the run's newest complete checkpoint, and check that it is of this configuration and corpus."""
 
 from __future__ import annotations
 
@@ -6,25 +6,15 @@ import logging
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import NamedTuple
 
-from pause_megatron.checkpoint import (
-    CheckpointReader,
-    Manifest,
-    MergedReader,
-    ShardReader,
-    Store,
-    load_weights,
-    restore_engine,
-    restore_weights,
-)
+from pause_megatron.checkpoint import Manifest, Store
 from pause_megatron.checkpoint.verify import no_report
 from pause_megatron.config.deepspeed import deepspeed_config
-from pause_megatron.config.load import load
-from pause_megatron.config.schema import ResolvedConfig
+from pause_megatron.config.load import load, scheduled
+from pause_megatron.config.schema import ResolvedConfig, ScheduledConfig
 from pause_megatron.distributed import ParallelContext
-from pause_megatron.engine import Engine
 from pause_megatron.errors import CheckpointError
-from pause_megatron.model import PauseGPTModel
 from pause_megatron.terminal.progress import StageProgress
 from pause_megatron.train.loop import Progress
 from pause_megatron.train.start.extension import config_differences, how_to_extend
@@ -32,73 +22,64 @@ from pause_megatron.train.start.extension import config_differences, how_to_exte
 log = logging.getLogger(__name__)
 
 
-class Resumed:
-    """A checkpoint to go on from, whatever world wrote it.
-
-    Args:
-        folder: a complete checkpoint
-        manifest: its manifest
-        context: this rank's place
+class FoundCheckpoint(NamedTuple):
+    """A complete checkpoint of this run.
 
     Attributes:
-        progress: how far it had come
-        folder: the checkpoint
-        draws: as `Start`
+        folder: Folder of the checkpoint.
+        progress: Counters of the run at its step.
     """
 
-    draws = False
-
-    def __init__(self, folder: Path, manifest: Manifest, context: ParallelContext) -> None:
-        self.progress = _progress(folder, manifest)
-        self.folder, self._manifest, self._context = folder, manifest, context
-        self._reader: CheckpointReader | ShardReader | None = None
-
-    def weights_into(self, model: PauseGPTModel) -> None:
-        """Copies this rank's weights into a fresh model, before DeepSpeed sees it."""
-        rank, ranks = self._context.tp_rank, self._context.tp_size
-        if self._manifest.tensor_parallel == ranks:
-            self._reader = CheckpointReader(self.folder, rank)
-            restore_weights(model, self._reader)
-        else:
-            merged = MergedReader(self.folder)
-            self._reader = load_weights(model, merged, live_rows=model.vocabulary.size, rank=rank, ranks=ranks)
-
-    def state_into(self, engine: Engine) -> None:
-        """Copies masters, moments and step."""
-        restore_engine(engine, self._reader)
+    folder: Path
+    progress: Progress
 
 
-def find_resume(store: Store, config: ResolvedConfig, corpus: str, context: ParallelContext) -> Resumed | None:
-    """The newest complete checkpoint of this run, or None for a run that begins. Every rank calls this.
+def find_checkpoint(
+    store: Store, config: ScheduledConfig, corpus: str, context: ParallelContext
+) -> FoundCheckpoint | None:
+    """Return the newest complete checkpoint of this run, or None where it has none. Every rank calls this.
+
+    Args:
+        store: The run's checkpoints.
+        config: Configuration of the run.
+        corpus: Fingerprint of the training data.
+        context: Process groups of this rank.
 
     Raises:
-        CheckpointError: every checkpoint is damaged, or it is of another configuration or corpus.
+        CheckpointError: Every checkpoint is damaged, or it is of another configuration or corpus.
     """
     with StageProgress(sys.stderr) as progress:
         found = store.newest_complete(progress.report if context.rank == 0 else no_report)
     if found is None:
         return None
-    folder, manifest, said = found
-    differences = config_differences(load(folder / "config.yaml"), config, manifest.step)
+    folder, manifest, notes = found
+    saved = scheduled(load(folder / "config.yaml"))
+    differences = config_differences(saved, config, manifest.step)
     if manifest.corpus != corpus:
         differences.append(f"corpus: {manifest.corpus} in the checkpoint, {corpus} in this run")
     if differences:
         raise CheckpointError(
             f"{folder}: a checkpoint of another configuration. Give back its values, or another run.dir:\n  "
             + "\n  ".join(differences)
-            + how_to_extend(load(folder / "config.yaml"), config, manifest.step)
+            + how_to_extend(saved, config, manifest.step)
         )
     if context.rank == 0:
-        for line in said:
+        for line in notes:
             log.warning(line)
         log.info(f"resuming after step {manifest.step} from {folder}")
-        if change := world_change(manifest, config, context):
+        if change := topology_change(manifest, config, context):
             log.info(change)
-    return Resumed(folder, manifest, context)
+    return FoundCheckpoint(folder, progress_from_record(manifest.progress, folder))
 
 
-def world_change(manifest: Manifest, config: ResolvedConfig, context: ParallelContext) -> str | None:
-    """What is new in this run's world, in one line; None when it is the one that wrote the checkpoint."""
+def topology_change(manifest: Manifest, config: ResolvedConfig, context: ParallelContext) -> str | None:
+    """Return a line about what differs from the topology that wrote the checkpoint; None where nothing does.
+
+    Args:
+        manifest: Manifest of the checkpoint.
+        config: Configuration of the run.
+        context: Process groups of this rank.
+    """
     stage = deepspeed_config(config, data_parallel=context.dp_size)["zero_optimization"]["stage"]
     sizes = {
         "tensor parallel": (manifest.tensor_parallel, context.tp_size),
@@ -106,19 +87,27 @@ def world_change(manifest: Manifest, config: ResolvedConfig, context: ParallelCo
         "ZeRO stage": (manifest.zero_stage, stage),
     }
     changes = [f"{name} {old} -> {new}" for name, (old, new) in sizes.items() if old != new]
-    return f"the world has changed, the state is cut anew: {', '.join(changes)}" if changes else None
+    return f"topology changed, resharding the checkpoint: {', '.join(changes)}" if changes else None
 
 
-def _progress(folder: Path, manifest: Manifest) -> Progress:
+def progress_from_record(record: dict[str, int], folder: Path) -> Progress:
+    """Return the counters that a checkpoint's manifest holds.
+
+    Args:
+        record: `progress` of the manifest.
+        folder: Folder of the checkpoint, for messages.
+
+    Raises:
+        CheckpointError: The manifest holds other counters than a run's.
+    """
     expected = {field.name for field in fields(Progress)}
-    if manifest.progress.keys() != expected:
+    if record.keys() != expected:
         raise CheckpointError(
-            f"{folder}: expected the counters {', '.join(sorted(expected))} of a run, got "
-            f"{', '.join(manifest.progress) or 'none'}"
+            f"{folder}: expected the counters {', '.join(sorted(expected))} of a run, got {', '.join(record) or 'none'}"
         )
-    return Progress(**manifest.progress)
+    return Progress(**record)
 
 
 def progress_record(progress: Progress) -> dict[str, int]:
-    """What a checkpoint keeps of the progress."""
+    """Return the counters as a checkpoint's manifest holds them."""
     return asdict(progress)

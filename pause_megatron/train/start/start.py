@@ -1,79 +1,107 @@
-"""Where a run begins: a checkpoint of its own, the weights of another model, or initial weights."""
+"""Where a run starts: its own newest checkpoint, the weights of another checkpoint, or random initialization."""
 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
-from pause_megatron.checkpoint import Store
-from pause_megatron.config.schema import ResolvedConfig
+from pause_megatron.checkpoint import MergedReader, ShardReader, Store, load_weights, restore_engine, restore_masters
+from pause_megatron.config.schema import ScheduledConfig
 from pause_megatron.distributed import ParallelContext
 from pause_megatron.engine import Engine
 from pause_megatron.model import PauseGPTModel
 from pause_megatron.train.inputs.inputs import TrainingData
 from pause_megatron.train.loop import Progress
-from pause_megatron.train.start.initial_weights import InitialWeights
-from pause_megatron.train.start.resume import find_resume
-from pause_megatron.train.start.start_over import before_the_first_step
+from pause_megatron.train.start.initial_weights import find_initial_weights
+from pause_megatron.train.start.resume import find_checkpoint
+from pause_megatron.train.start.start_over import check_no_lost_checkpoint
 
 log = logging.getLogger(__name__)
 
 
-class Start(Protocol):
-    """Fills a fresh model, then the engine that DeepSpeed makes of it. Every rank calls both, in this order."""
+@dataclass(frozen=True)
+class Start:
+    """The checkpoint that a run starts from, if any, and how much of it is restored.
+
+    There is one restore path, whatever the topology that wrote the checkpoint: `load_weights` before DeepSpeed wraps
+    the model, then `load_state` into the engine.
+
+    Attributes:
+        checkpoint: Folder of the checkpoint; None: random initialization.
+        resumes: Whether the checkpoint is the run's own, so that moments, optimizer step and counters are restored.
+        progress: Counters of the run at the start.
+    """
+
+    checkpoint: Path | None = None
+    resumes: bool = False
+    progress: Progress = field(default_factory=Progress)
 
     @property
-    def folder(self) -> Path | None:
-        """The run's own checkpoint to go on from, where there is one."""
-        ...
+    def resumed_from(self) -> Path | None:
+        """The run's own checkpoint; None for a run at step 0."""
+        return self.checkpoint if self.resumes else None
 
-    @property
-    def progress(self) -> Progress:
-        """What the run has seen so far."""
-        ...
+    def load_weights(self, model: PauseGPTModel, context: ParallelContext) -> ShardReader | None:
+        """Copy this rank's shard of the weights into a fresh model, before DeepSpeed wraps it.
 
-    @property
-    def draws(self) -> bool:
-        """Whether the model must have its initial weights before `weights_into`."""
-        ...
+        DeepSpeed partitions, casts and copies the weights in ways that differ by ZeRO stage: built from the right
+        weights, all of its copies are right.
 
-    def weights_into(self, model: PauseGPTModel) -> None:
-        """Before DeepSpeed sees the model."""
-        ...
+        Args:
+            model: This rank's shard of the model.
+            context: Process groups of this rank.
 
-    def state_into(self, engine: Engine) -> None:
-        """The fp32 master weights, and the optimizer's moments and step where there are any."""
-        ...
+        Returns:
+            The reader for `load_state`; None for random initialization.
+
+        Raises:
+            CheckpointError: The checkpoint is of another model.
+        """
+        if self.checkpoint is None:
+            return None
+        reader = MergedReader(self.checkpoint)
+        live = model.vocabulary.size
+        return load_weights(model, reader, live_rows=live, rank=context.tp_rank, ranks=context.tp_size)
+
+    def load_state(self, engine: Engine, shards: ShardReader | None) -> None:
+        """Copy the fp32 master weights into the engine, and in a resumed run Adam's moments and step.
+
+        Args:
+            engine: The engine over the model that `load_weights` filled.
+            shards: What `load_weights` returned.
+        """
+        if shards is None:
+            return
+        if self.resumes:
+            restore_engine(engine, shards)
+        else:
+            restore_masters(engine, shards)
 
 
-class FromScratch:
-    """The model as it was made."""
+def find_start(store: Store, config: ScheduledConfig, data: TrainingData, context: ParallelContext) -> Start:
+    """Return where the run starts: its newest complete checkpoint, else `model.from`, else random initialization.
 
-    folder = None
-    progress = Progress()
-    draws = True
+    Every rank calls this; all get the same.
 
-    def weights_into(self, model: PauseGPTModel) -> None:
-        """Nothing to do."""
-
-    def state_into(self, engine: Engine) -> None:
-        """Nothing to do."""
-
-
-def find_start(store: Store, config: ResolvedConfig, data: TrainingData, context: ParallelContext) -> Start:
-    """The newest complete checkpoint of the run; else `model.from`; else from scratch. Every rank calls this.
+    Args:
+        store: The run's checkpoints.
+        config: Configuration of the run.
+        data: What the run trains on; its fingerprint must be that of the checkpoint.
+        context: Process groups of this rank.
 
     Raises:
-        CheckpointError: a checkpoint that is damaged, or of another run or model; the differences are named. Or the
-            run had checkpoints, which are gone.
-        ConfigError: a run that is to be extended has none.
+        CheckpointError: A checkpoint is damaged, or of another run or model, whose differences are named; or the run
+            had checkpoints, which are gone.
+        ConfigError: `train.extended_from` is set and the run has no checkpoint.
     """
-    resumed = find_resume(store, config, data.fingerprint, context)
-    if resumed is not None:
+    found = find_checkpoint(store, config, data.fingerprint, context)
+    if found is not None:
         if config.run.start_over and context.rank == 0:
             note = "run.start_over=true has no effect beside a complete checkpoint. To begin anew name another run.dir"
             log.warning(f"{note}, or move {store.folder} away")
-        return resumed
-    before_the_first_step(config, store.folder, context)
-    return InitialWeights(config, data.tokenizer, context) if config.model.from_ else FromScratch()
+        return Start(found.folder, resumes=True, progress=found.progress)
+    check_no_lost_checkpoint(config, store.folder, context)
+    if config.model.from_ is not None:
+        return Start(find_initial_weights(config.model.from_, config, data.tokenizer, context))
+    return Start()

@@ -1,9 +1,8 @@
-"""A run that finds no checkpoint: new, killed before its first save, or one whose checkpoints are gone.
+"""A run without a checkpoint: a new run, one killed before its first save, or one whose checkpoints are gone.
 
-The last of these does not begin at step 1 by itself: a file system that is not mounted looks the same. How they are
-told apart: `RUN/.checkpoints.json` says which checkpoint was published last, step 0 while there was none. Where
-that file is missing (a run of a version that did not write it) metrics.jsonl decides: whether it goes further than the
-first save.
+A run whose checkpoints are gone does not restart at step 1 by itself: a file system that is not mounted looks the same.
+`RUN/.checkpoints.json` tells them apart: it holds the step of the checkpoint that was published last, 0 before the
+first. Where that file is missing (runs of older versions), metrics.jsonl decides: it must not go beyond the first save.
 """
 
 from __future__ import annotations
@@ -20,46 +19,53 @@ from pause_megatron.distributed.collective import broadcast_object
 from pause_megatron.errors import CheckpointError, PauseMegatronError
 from pause_megatron.files import metrics_lines
 from pause_megatron.run_folder import last_published, record_of, record_published
-from pause_megatron.train.start.extension import refuse_extending_nothing
+from pause_megatron.train.start.extension import check_extends_nothing
 
 log = logging.getLogger(__name__)
 
 
-def before_the_first_step(config: ResolvedConfig, checkpoints: Path, context: ParallelContext) -> None:
-    """Looks at the folder of a run that found no checkpoint, and puts aside what an earlier attempt left there where
-    run.start_over asks for it. Every rank calls this; rank 0 looks.
+def check_no_lost_checkpoint(config: ResolvedConfig, checkpoints: Path, context: ParallelContext) -> None:
+    """Check that a run without a checkpoint has lost none, and move old metrics away under `run.start_over`.
+
+    Every rank calls this; rank 0 reads and writes the run folder.
+
+    Args:
+        config: Configuration of the run.
+        checkpoints: `RUN/checkpoints`.
+        context: Process groups of this rank.
 
     Raises:
-        CheckpointError: the run had checkpoints, which are gone; or something else stands in their place.
-        ConfigError: a run that is to be extended has none.
+        CheckpointError: The run had checkpoints, which are gone; or `checkpoints` is no folder.
+        ConfigError: `train.extended_from` is set.
     """
-    problem = _on_rank_zero(config, checkpoints) if context.rank == 0 else None
+    problem = _check_on_rank_zero(config, checkpoints) if context.rank == 0 else None
     if (problem := broadcast_object(problem)) is not None:
         raise CheckpointError(problem)
-    refuse_extending_nothing(config)
+    check_extends_nothing(config)
 
 
-def _on_rank_zero(config: ResolvedConfig, checkpoints: Path) -> str | None:
+def _check_on_rank_zero(config: ResolvedConfig, checkpoints: Path) -> str | None:
+    """Return what is wrong, so that all ranks can raise it."""
     folder = Path(config.run.dir)
-    if wrong := not_a_folder(checkpoints):
-        return wrong
+    if fault := not_a_folder(checkpoints):
+        return fault
     lost = lost_step(folder, config)
     if lost is not None and not (config.run.start_over and config.train.extended_from is None):
-        return _refusal(config, checkpoints, lost)
+        return _lost_checkpoint_error(config, checkpoints, lost)
     if config.train.extended_from is not None:
         return None
     try:
         if config.run.start_over:
-            put_aside(folder)
+            move_aside(folder)
     except OSError as error:
-        return f"{folder}: run.start_over=true: {error.filename} cannot be put aside: {error.strerror}"
-    with suppress(OSError):  # the metrics decide then
+        return f"{folder}: run.start_over=true: {error.filename} cannot be renamed: {error.strerror}"
+    with suppress(OSError):  # the next start then looks at metrics.jsonl
         record_published(checkpoints, 0)
     return None
 
 
 def not_a_folder(checkpoints: Path) -> str | None:
-    """What is wrong with `RUN/checkpoints`, in a line; None where it is a folder or nothing."""
+    """Return why `RUN/checkpoints` cannot be used, in a line; None where it is a folder or does not exist."""
     link = checkpoints.is_symlink()
     if checkpoints.is_dir() or not (link or checkpoints.exists()):
         return None
@@ -68,36 +74,44 @@ def not_a_folder(checkpoints: Path) -> str | None:
 
 
 def lost_step(folder: Path, config: ResolvedConfig) -> int | None:
-    """The last step that a run without checkpoints is known to have saved; None: it may have saved none."""
+    """Return the last step that a run without checkpoints is known to have saved; None: it may have saved none.
+
+    Args:
+        folder: The run folder.
+        config: Configuration of this start, used where the run's own config.yaml cannot be read.
+    """
     published = last_published(folder / "checkpoints")
     if published is not None:
         return published or None
     last = metrics_lines.last_step(folder / metrics_lines.NAME)
-    with suppress(PauseMegatronError):  # gone, or of another version: this start's configuration is the best guess
+    with suppress(PauseMegatronError):  # missing, or of another version
         config = load(folder / "config.yaml")
     every = config.checkpoint.every
-    # The save of a step comes behind its line: only a later line proves that it was made.
+    # A step is saved after its line is written: only a later line proves that the save completed.
     return None if last is None or not every or last <= every else (last - 1) // every * every
 
 
-def put_aside(folder: Path) -> None:
-    """Gives metrics.jsonl and tensorboard/ names that say when they were put aside; says so on stderr.
+def move_aside(folder: Path) -> None:
+    """Rename metrics.jsonl and tensorboard/ of an earlier attempt to `*.before-DATE-TIME*`, and log it.
+
+    Args:
+        folder: The run folder.
 
     Raises:
-        OSError: one cannot be renamed.
+        OSError: One of them cannot be renamed.
     """
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for name in (metrics_lines.NAME, "tensorboard"):
         path = folder / name
         if not path.exists():
             continue
-        aside = _free(path, stamp)
+        aside = _unused_name(path, stamp)
         path.rename(aside)
         log.info(f"run.start_over=true: {path} is kept as {aside.name}")
 
 
-def _free(path: Path, stamp: str) -> Path:
-    """A name beside a path that nothing has yet."""
+def _unused_name(path: Path, stamp: str) -> Path:
+    """Return a path beside `path` that does not exist yet."""
     number, aside = 1, path.with_name(f"{path.stem}.before-{stamp}{path.suffix}")
     while aside.exists():
         number += 1
@@ -105,16 +119,16 @@ def _free(path: Path, stamp: str) -> Path:
     return aside
 
 
-def _refusal(config: ResolvedConfig, checkpoints: Path, lost: int) -> str:
+def _lost_checkpoint_error(config: ResolvedConfig, checkpoints: Path, lost: int) -> str:
     metrics = Path(config.run.dir) / metrics_lines.NAME
     keys = (
         "run.start_over=true" if config.train.extended_from is None else "run.start_over=true train.extended_from=null"
     )
     last = metrics_lines.last_step(metrics)
-    there = f"{metrics} goes up to step {last:,}" if last is not None else f"{record_of(checkpoints)} says so"
+    evidence = f"{metrics} goes up to step {last:,}" if last is not None else f"{record_of(checkpoints)} says so"
     state = "is not there" if not checkpoints.exists() else "holds no checkpoint"
     return (
-        f"{checkpoints}: expected the checkpoint of step {lost:,} or a later one, got none: {there}, but {checkpoints} "
-        f"{state}. Give the checkpoints back (moved? not mounted?), or give {keys} to begin at step 1: "
+        f"{checkpoints}: expected the checkpoint of step {lost:,} or a later one, got none: {evidence}, but "
+        f"{checkpoints} {state}. Give the checkpoints back (moved? not mounted?), or give {keys} to begin at step 1: "
         f"the old metrics are then kept as {metrics.stem}.before-DATE-TIME{metrics.suffix}"
     )

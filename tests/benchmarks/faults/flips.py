@@ -69,15 +69,17 @@ class WholeSaving(Saving):
             self.progress = {key: client.get(key) for key in ("step", "tokens", "text_tokens")}
             self.progress["steps of the engine"] = self.engine.deepspeed.global_steps
             return client["step"]
-        from pause_megatron.train.start.resume import find_resume, progress_record
+        from pause_megatron.checkpoint import MergedReader, load_weights, restore_engine
+        from pause_megatron.config.load import scheduled
+        from pause_megatron.train.start.resume import find_checkpoint, progress_record
 
-        resumed = find_resume(self.store, self.config, "corpus", self.context)
-        if resumed is None:
+        found = find_checkpoint(self.store, scheduled(self.config), "corpus", self.context)
+        if found is None:
             return None
-        resumed.weights_into(self.engine.module)
-        resumed.state_into(self.engine)
-        self.progress = {**progress_record(resumed.progress), "steps of the engine": self.engine.state.step}
-        return resumed.progress.step
+        reader = MergedReader(found.folder)
+        restore_engine(self.engine, load_weights(self.engine.module, reader, live_rows=0, rank=0, ranks=1))
+        self.progress = {**progress_record(found.progress), "steps of the engine": self.engine.state.step}
+        return found.progress.step
 
     def counters_of(self, step: int) -> bool:
         """Whether all counters are the step's."""

@@ -38,7 +38,7 @@ def test_the_papers_run(capsys):
 def test_the_arithmetic_of_an_extension_is_that_of_the_added_steps(capsys):
     longer = ("--recipe", "tiny-std", "train.extended_from=1000", "train.steps=1200")
     table = rows(capsys, *longer, "optim.warmup_steps=10")
-    assert table["steps"] == "200 behind the 1,000 of the finished run, to step 1,200"
+    assert table["steps"] == "200 after the 1,000 of the finished run, to step 1,200"
     assert table["raw tokens in all"].startswith("819,200 ")
     assert "after 10 steps of warm-up" in table["learning rate"]
     assert rows(capsys, *longer, "optim.schedule=constant", "optim.lr=1e-3")["learning rate"] == "0.001, constant"

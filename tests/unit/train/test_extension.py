@@ -7,7 +7,7 @@ import pytest
 from pause_megatron.config.load import load
 from pause_megatron.config.schema import RunConfig
 from pause_megatron.errors import CheckpointError, ConfigError
-from pause_megatron.train.start.extension import config_differences, how_to_extend, refuse_extending_nothing
+from pause_megatron.train.start.extension import check_extends_nothing, config_differences, how_to_extend
 
 
 def config(*overrides: str) -> RunConfig:
@@ -109,9 +109,9 @@ def test_a_finetuning_is_told_its_epochs():
 
 
 def test_a_run_without_a_checkpoint_extends_nothing():
-    refuse_extending_nothing(FINISHED)
+    check_extends_nothing(FINISHED)
     with pytest.raises(ConfigError, match=r"step 100 in my runs/a/checkpoints, got none.*extended_from=null"):
-        refuse_extending_nothing(EXTENDED)
+        check_extends_nothing(EXTENDED)
 
 
 def test_a_warm_up_that_the_added_steps_leave_no_room_for_is_shortened():

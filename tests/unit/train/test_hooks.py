@@ -12,12 +12,12 @@ import torch
 
 from pause_megatron.config.load import load
 from pause_megatron.errors import TrainingError
-from pause_megatron.train.hooks import Every, SkipLimit, Unfailing
+from pause_megatron.train.hooks import BestEffort, Every, Monitor, SkippedStepLimit
 from pause_megatron.train.logs.metrics_file import MetricsFile, Throughput
 from pause_megatron.train.logs.monitoring import ProgressBar, validation_text
 from pause_megatron.train.logs.tensorboard import TensorBoard
 from pause_megatron.train.loop import Progress, StepResult
-from pause_megatron.train.losses import Losses, LossLedger
+from pause_megatron.train.losses import Losses, LossSums
 from pause_megatron.train.validation import validation_losses
 
 ALONE = SimpleNamespace(device=torch.device("cpu"), world_size=1, dp_group=None)
@@ -61,7 +61,7 @@ def steps_seen(hook_options: dict, total: int = 7, stop_at: int | None = None) -
     for step in range(1, (stop_at or total) + 1):
         hook(result(step, last=step == total))
     if stop_at:
-        hook.stop(result(stop_at))
+        hook.on_stop(result(stop_at))
     return seen
 
 
@@ -75,7 +75,7 @@ def test_when_an_action_is_due():
 
 
 def test_a_run_ends_after_too_many_skipped_steps_in_a_row():
-    limit = SkipLimit(3)
+    limit = SkippedStepLimit(3)
     for step, applied in enumerate((False, False, True, False, False), start=1):
         limit(result(step, applied=applied))
     with pytest.raises(TrainingError, match="3 steps in a row were not finite"):
@@ -102,7 +102,7 @@ def test_metrics_are_whole_lines_and_a_resumed_run_takes_its_steps_again(tmp_pat
     assert lines[0]["pause_fraction"] == pytest.approx(0.1)
 
 
-class Fickle:
+class Fickle(Monitor):
     """Fails at some of its calls: "open", "close", or a step's number."""
 
     def __init__(self, *failing: str | int) -> None:
@@ -136,12 +136,12 @@ class Fickle:
 )
 def test_a_monitor_that_fails_is_told_of_once_asked_again_and_counted(failing, lost, caplog):
     monitor = Fickle(*failing)
-    hook = Every(1, Unfailing("log", "lines", monitor))
+    hook = Every(1, BestEffort("log", "lines", monitor))
     for step in range(1, 5):
         hook(result(step))
     hook.close()
     assert monitor.asked == ["open", 1, 2, 3, 4, "close"]
-    assert hook.lost() == lost
+    assert hook.failure() == lost
     assert len(caplog.messages) == bool(failing)
 
 
@@ -154,22 +154,21 @@ def test_what_is_no_monitor_still_ends_the_run():
 
 
 def test_losses_are_split_by_what_stands_before_them():
-    ledger = LossLedger(torch.device("cpu"))
-    ledger.enter(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([True, False, False]))
-    ledger.enter(torch.tensor([5.0]), torch.tensor([True]))
-    ledger.enter(torch.zeros(0), torch.zeros(0, dtype=torch.bool))
-    losses = Losses.from_sums(*ledger._sums.tolist())
-    assert losses == Losses(mean=11 / 4, after_pause=3.0, elsewhere=2.5, targets=4, after_pause_targets=2)
+    sums = LossSums(torch.device("cpu"))
+    sums.add(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([True, False, False]))
+    sums.add(torch.tensor([5.0]), torch.tensor([True]))
+    sums.add(torch.zeros(0), torch.zeros(0, dtype=torch.bool))
+    assert sums.totals(ALONE) == Losses(mean=11 / 4, after_pause=3.0, elsewhere=2.5, targets=4, after_pause_targets=2)
 
 
 def test_losses_of_the_corpora_of_a_blend():
-    ledger = LossLedger(torch.device("cpu"), ("c4", "wiki", "code"))
-    ledger.enter(torch.tensor([1.0, 2.0, 3.0]), torch.zeros(3, dtype=torch.bool), torch.tensor([0, 1, 0]))
-    ledger.enter(torch.tensor([6.0]), torch.zeros(1, dtype=torch.bool), torch.tensor([0]))
-    losses = ledger.totals(ALONE)
+    sums = LossSums(torch.device("cpu"), ("c4", "wiki", "code"))
+    sums.add(torch.tensor([1.0, 2.0, 3.0]), torch.zeros(3, dtype=torch.bool), torch.tensor([0, 1, 0]))
+    sums.add(torch.tensor([6.0]), torch.zeros(1, dtype=torch.bool), torch.tensor([0]))
+    losses = sums.totals(ALONE)
     assert (losses.by_corpus["c4"], losses.by_corpus["wiki"], losses.mean) == (10 / 3, 2.0, 3.0)
     assert losses.by_corpus["code"] is None
-    assert LossLedger(torch.device("cpu")).totals(ALONE).by_corpus == {}
+    assert LossSums(torch.device("cpu")).totals(ALONE).by_corpus == {}
 
 
 def test_a_run_without_pauses_says_nothing_of_the_loss_after_them(tmp_path, caplog):
@@ -182,8 +181,7 @@ def test_a_run_without_pauses_says_nothing_of_the_loss_after_them(tmp_path, capl
     bar = ProgressBar(2, 0)
     for step, total in ((1, 30.0), (2, math.nan)):
         plain = Losses.from_sums(total, 0.0, 10, 0)
-        now = result(step, last=step == 2)
-        now.validation.update(validation_losses(plain, plain))
+        now = result(step, last=step == 2).with_metrics(validation_losses(plain, plain))
         for hook in (file, board, bar):
             hook(now)
     for hook in (file, board, bar):

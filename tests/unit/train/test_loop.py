@@ -12,7 +12,7 @@ import torch
 from pause_megatron.config.load import load
 from pause_megatron.data.batches.batch import MicroBatch
 from pause_megatron.engine import StepOutcome
-from pause_megatron.train.loop import Progress, StepResult, training_steps
+from pause_megatron.train.loop import Progress, StepResult, StepSchedule, training_steps
 
 ALONE = SimpleNamespace(device=torch.device("cpu"), world_size=1, dp_group=None)
 STEPS = 6
@@ -50,10 +50,8 @@ def steps(engine: Engine, stop: list, batches: Iterator | None = None, **options
         engine,
         read if batches is None else batches,
         ALONE,
-        optim=config.optim,
-        total_steps=STEPS,
-        progress=Progress(),
-        stop=stop,  # what is looked at is whether it is true
+        StepSchedule(config.optim, STEPS),
+        stop,  # only its truth is read
         **options,
     )
 

@@ -126,7 +126,7 @@ def test_the_deadline_of_a_job():
     assert deadline(300, {"SLURM_JOB_END_TIME": str(end)}) == end - 300
     assert deadline(0, {"SLURM_JOB_END_TIME": "1700000300"}) is None
     assert deadline(300, {}) is None
-    with pytest.raises(ConfigError, match="SLURM_JOB_END_TIME: expected seconds since 1970, came 'soon'"):
+    with pytest.raises(ConfigError, match="SLURM_JOB_END_TIME: expected seconds since 1970, got 'soon'"):
         deadline(300, {"SLURM_JOB_END_TIME": "soon"})
 
 

@@ -11,7 +11,7 @@ import pytest
 from pause_megatron.config.load import dump, load
 from pause_megatron.errors import CheckpointError, ConfigError
 from pause_megatron.run_folder import last_published, record_published
-from pause_megatron.train.start.start_over import before_the_first_step
+from pause_megatron.train.start.start_over import check_no_lost_checkpoint
 
 RANK_ZERO = SimpleNamespace(rank=0)
 
@@ -22,7 +22,7 @@ def run(tmp_path):
 
     def start(*overrides: str) -> None:
         config = load(overrides=["train.steps=100", f"run.dir={tmp_path}", "checkpoint.every=10", *overrides])
-        before_the_first_step(config, tmp_path / "checkpoints", RANK_ZERO)
+        check_no_lost_checkpoint(config, tmp_path / "checkpoints", RANK_ZERO)
 
     return start
 

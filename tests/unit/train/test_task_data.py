@@ -84,7 +84,7 @@ def test_held_out_examples_that_are_not_there(settings, task_records, tmp_path):
 
 def test_a_model_needs_a_tokenizer(settings, tmp_path):
     without = [each for each in settings if not each.startswith("data.tokenizer")]
-    with pytest.raises(ConfigError, match=r"data\.tokenizer: expected the tokenizer to train with, came none"):
+    with pytest.raises(ConfigError, match=r"data\.tokenizer: expected the tokenizer to train with, got none"):
         open_task(load(overrides=[*without, f"run.dir={tmp_path}", "finetune.epochs=1"]))
 
 
