@@ -21,6 +21,7 @@ from pause_megatron.errors import ConfigError
 from pause_megatron.files.durable import file_lock, has_name
 from pause_megatron.files.locks import (
     BEAT_SECONDS,
+    Backoff,
     HeldError,
     Holding,
     is_here,
