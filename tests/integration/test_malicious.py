@@ -141,7 +141,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a pickled index": (lambda f: pickled(f / "model.safetensors.index.json"), "expected JSON"),
     "a pickled config.json": (lambda f: pickled(f / "config.json"), "expected JSON"),
     "a pickled tokenizer.json": (lambda f: pickled(f / "tokenizer.json"), "tokenizer"),
-    "a pickled tokenizer.model": (lambda f: pickled(f / "tokenizer.model"), "not a SentencePiece model"),
+    "a pickled tokenizer.model": (lambda f: pickled(f / "tokenizer.model"), "expected a SentencePiece model"),
     "a pickled tokenizer_config.json": (lambda f: pickled(f / "tokenizer_config.json"), "expected JSON"),
     "a model with code": (
         lambda f: own_code(
@@ -274,7 +274,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: linked(f / "tokenizer" / "tokenizer.model", "/etc/passwd"),
         "a link out of the checkpoint",
     ),
-    "a pickled tokenizer": (lambda f: pickled(f / "tokenizer" / "tokenizer.model"), "not a SentencePiece model"),
+    "a pickled tokenizer": (lambda f: pickled(f / "tokenizer" / "tokenizer.model"), "expected a SentencePiece model"),
     "a pickled description": (
         lambda f: pickled(f / "tokenizer" / "pause_tokenizer.json"),
         "not a tokenizer description",

@@ -88,7 +88,7 @@ def test_a_pause_id_that_is_taken(shards, tmp_path, capsys, pause_id, role):
     arguments = ["--input", str(shards / "c4-train.*"), "--tokenizer", str(shards / "tokenizer.model")]
     code = main(["prepare", *arguments, "--output", str(tmp_path / "out"), "--pause-id", str(pause_id)])
     assert code == 2
-    assert f"pause id {pause_id} is the tokenizer's {role} id" in capsys.readouterr().err
+    assert f"got {pause_id}, the tokenizer's {role} id" in capsys.readouterr().err
 
 
 def test_a_global_batch_that_does_not_divide(corpus, tmp_path):

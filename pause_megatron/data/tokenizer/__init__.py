@@ -1,4 +1,4 @@
-"""Documents to ids: one tokenizer for the whole project, with the reserved ids of `<pause>`."""
+"""Tokenizers: loading, training, and the reserved ids of `<pause>`."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The two tokenizer libraries behind one small protocol.
-
-The rest of the code uses `pause_megatron.data.tokenizer.tokenizer`.
-"""
+"""SentencePiece and Hugging Face tokenizers behind one protocol, which `tokenizer.tokenizer` builds on."""
 
 from __future__ import annotations
 
@@ -16,14 +13,15 @@ from pause_megatron.data.tokenizer.fast.document_cuts import PiecewiseEncoder, c
 from pause_megatron.errors import DataError
 
 ROLES = ("eos", "bos", "pad", "unk")
+"""Roles of special tokens."""
 
 
 class Encoded(NamedTuple):
-    """Ids of several texts, end to end.
+    """Concatenated ids of several texts.
 
     Attributes:
-        ids: int32, uint32 or int64 [sum of the lengths].
-        lengths: int64 [texts], tokens of each text.
+        ids: Ids of all texts, int32, uint32 or int64 [sum of lengths].
+        lengths: Number of tokens of each text, int64 [texts].
     """
 
     ids: np.ndarray
@@ -31,20 +29,21 @@ class Encoded(NamedTuple):
 
     @classmethod
     def of(cls, texts: list[np.ndarray]) -> Encoded:
-        """Of ids text by text."""
+        """Return the concatenation of the ids of each text."""
         lengths = np.fromiter(map(len, texts), dtype=np.int64, count=len(texts))
         return cls(np.concatenate(texts) if texts else np.empty(0, np.int32), lengths)
 
 
 class TokenizerBackend(Protocol):
-    """What a tokenizer library must answer.
+    """The interface to a tokenizer library.
 
     Attributes:
         kind: "sentencepiece" or "huggingface".
-        file_name: name under which `content` is kept in a tokenizer folder.
-        content: bytes that determine every id; the fingerprint is taken over them.
-        vocab_size: number of ids in the file (largest id + 1).
-        roles: ids of "eos", "bos", "pad", "unk", where the tokenizer has them.
+        file_name: Name of the file with `content` in a tokenizer folder.
+        content: Bytes that determine every id; the fingerprint is their digest.
+        vocab_size: Number of ids in the file (largest id + 1).
+        roles: Ids of "eos", "bos", "pad", "unk", as far as the tokenizer has them.
+        special_tokens: Texts of the tokens with a role, where they are stored apart from `content`.
     """
 
     kind: str
@@ -52,31 +51,40 @@ class TokenizerBackend(Protocol):
     content: bytes
     vocab_size: int
     roles: dict[str, int]
+    special_tokens: dict[str, str]
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text; no BOS or EOS added; text that looks like a special token stays text."""
+        """Return the ids of each text, without BOS or EOS; text that spells a special token is encoded as text."""
 
-    def encode_whole(self, text: str) -> list[int]:
-        """Ids of a text with what an exported tokenizer puts around it."""
+    def encode_with_special_tokens(self, text: str) -> list[int]:
+        """Return the ids of a text with the special tokens that an exported tokenizer adds."""
 
     def encode_flat(self, texts: list[str]) -> Encoded:
-        """The same ids in one array: what `prepare` needs, without a Python object for each."""
+        """Return the ids of `encode_batch` in one array."""
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ids below `vocab_size`; special tokens are left out."""
+        """Return the text of ids below `vocab_size`, without special tokens."""
 
     def id_of(self, token: str) -> int | None:
-        """Id of a piece by its exact name, or None."""
+        """Return the id of a token by its exact text, or None."""
 
     def token_of(self, token_id: int) -> str | None:
-        """The other way round."""
+        """Return the text of a token by its id, or None."""
 
     def reachable(self, token_id: int) -> bool:
-        """Whether encoding some text can give this id."""
+        """Return whether some text encodes to this id."""
 
 
 class SentencePieceBackend:
-    """A SentencePiece `.model` file (BPE with byte fallback is what the project trains; any type is read)."""
+    """A SentencePiece `.model` file of any type.
+
+    Args:
+        content: Bytes of the file.
+        origin: Path of the file, for messages.
+
+    Raises:
+        DataError: The bytes are not a SentencePiece model.
+    """
 
     kind = "sentencepiece"
     file_name = "tokenizer.model"
@@ -88,9 +96,9 @@ class SentencePieceBackend:
             self._model = sentencepiece.SentencePieceProcessor(model_proto=content)
             self.vocab_size = self._model.get_piece_size()
         except (RuntimeError, OSError, ValueError, TypeError) as error:
-            raise DataError(f"{origin}: not a SentencePiece model ({error})") from None
+            raise DataError(f"{origin}: expected a SentencePiece model, got other content ({error})") from None
         if not content or self.vocab_size == 0:
-            raise DataError(f"{origin}: not a SentencePiece model (it holds no pieces)")
+            raise DataError(f"{origin}: expected a SentencePiece model, got one without pieces")
         self.content = content
         self._piecewise = PiecewiseEncoder(self._model, content) if can_be_cut(content) else None
         ids = {
@@ -100,11 +108,14 @@ class SentencePieceBackend:
             "unk": self._model.unk_id(),
         }
         self.roles = {role: token_id for role, token_id in ids.items() if token_id >= 0}
+        self.special_tokens: dict[str, str] = {}
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Return the ids of each text, without BOS or EOS; text that spells a special token is encoded as text."""
         return [ids.tolist() for ids in self._encode(texts)]
 
     def encode_flat(self, texts: list[str]) -> Encoded:
+        """Return the ids of `encode_batch` in one array."""
         return Encoded.of(self._encode(texts))
 
     def _encode(self, texts: list[str]) -> list[np.ndarray]:
@@ -112,28 +123,42 @@ class SentencePieceBackend:
             return self._piecewise.encode(texts)
         return self._model.encode(texts, return_type="numpy", num_threads=1)
 
-    def encode_whole(self, text: str) -> list[int]:
-        return self.encode_batch([text])[0]  # export-hf writes SentencePiece tokenizers without BOS or EOS
+    def encode_with_special_tokens(self, text: str) -> list[int]:
+        """Return the ids of a text with the special tokens that an exported tokenizer adds."""
+        return self.encode_batch([text])[0]  # export-hf writes SentencePiece tokenizers without BOS and EOS
 
     def decode(self, ids: list[int]) -> str:
+        """Return the text of ids below `vocab_size`, without special tokens."""
         return self._model.decode(ids)
 
     def id_of(self, token: str) -> int | None:
+        """Return the id of a token by its exact text, or None."""
         token_id = self._model.piece_to_id(token)
         return token_id if self._model.id_to_piece(token_id) == token else None
 
     def token_of(self, token_id: int) -> str | None:
+        """Return the text of a token by its id, or None."""
         return self._model.id_to_piece(token_id) if 0 <= token_id < self.vocab_size else None
 
     def reachable(self, token_id: int) -> bool:
-        # Control and unused pieces never match text; normal, user-defined and byte pieces do; unknown stands for text.
+        """Return whether some text encodes to this id."""
+        # Control and unused pieces never match text. Normal, user-defined, byte and unknown pieces do.
         if token_id >= self.vocab_size:
             return False
         return not (self._model.is_control(token_id) or self._model.is_unused(token_id))
 
 
 class HuggingFaceBackend:
-    """A `tokenizer.json` (Rust `tokenizers`), encoding with special tokens, truncation and padding switched off."""
+    """A `tokenizer.json` of the `tokenizers` library, with special tokens, truncation and padding disabled.
+
+    Args:
+        content: Bytes of the file.
+        origin: Path or name of the tokenizer, for messages.
+        special_tokens: Texts of the tokens with a role, see `ROLES`.
+
+    Raises:
+        DataError: The bytes are not a tokenizer.json.
+    """
 
     kind = "huggingface"
     file_name = "tokenizer.json"
@@ -143,13 +168,13 @@ class HuggingFaceBackend:
 
         try:
             document = json.loads(content)
-            # Settings of a model's serving side, which would cut or pad documents here.
+            # Settings for inference, which would truncate or pad documents here.
             document.update(truncation=None, padding=None)
             self.content = json.dumps(document, sort_keys=True, ensure_ascii=False).encode()
             self._model = tokenizers.Tokenizer.from_str(self.content.decode())
         except Exception as error:  # the Rust library raises bare Exception
-            raise DataError(f"{origin}: not a Hugging Face tokenizer.json ({error})") from None
-        # Literal "</s>" or "<pause>" in a document must stay text.
+            raise DataError(f"{origin}: expected a Hugging Face tokenizer.json, got other content ({error})") from None
+        # A literal "</s>" or "<pause>" in a document must be encoded as text.
         self._model.encode_special_tokens = True
         self._vocabulary = self._model.get_vocab(with_added_tokens=True)
         self.vocab_size = 1 + max(self._vocabulary.values(), default=-1)
@@ -163,33 +188,47 @@ class HuggingFaceBackend:
                 self.roles[role] = token_id
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Return the ids of each text, without BOS or EOS; text that spells a special token is encoded as text."""
         return [item.ids for item in self._model.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def encode_whole(self, text: str) -> list[int]:
+    def encode_with_special_tokens(self, text: str) -> list[int]:
+        """Return the ids of a text with the special tokens that an exported tokenizer adds."""
         return self._model.encode(text, add_special_tokens=True).ids
 
     def encode_flat(self, texts: list[str]) -> Encoded:
+        """Return the ids of `encode_batch` in one array."""
         ids = self.encode_batch(texts)
         lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
         flat = np.fromiter(itertools.chain.from_iterable(ids), dtype=np.int64, count=int(lengths.sum()))
         return Encoded(flat, lengths)
 
     def decode(self, ids: list[int]) -> str:
+        """Return the text of ids below `vocab_size`, without special tokens."""
         return self._model.decode(ids, skip_special_tokens=True)
 
     def id_of(self, token: str) -> int | None:
+        """Return the id of a token by its exact text, or None."""
         return self._vocabulary.get(token) if token else None
 
     def token_of(self, token_id: int) -> str | None:
+        """Return the text of a token by its id, or None."""
         return self._model.id_to_token(token_id) if 0 <= token_id < self.vocab_size else None
 
     def reachable(self, token_id: int) -> bool:
+        """Return whether some text encodes to this id."""
         return token_id in self._used and token_id not in self._special
 
 
 def special_tokens_of(folder: Path) -> dict[str, str]:
-    """Names of the eos, bos, pad and unk tokens, from the JSON files that lie beside a `tokenizer.json`."""
-    found: dict[str, str] = {}
+    """Return the texts of the eos, bos, pad and unk tokens, from the JSON files beside a `tokenizer.json`.
+
+    Args:
+        folder: Folder of the tokenizer.json.
+
+    Raises:
+        DataError: A file is not readable as JSON.
+    """
+    roles: dict[str, str] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         path = folder / name
         if not path.is_file():
@@ -197,28 +236,31 @@ def special_tokens_of(folder: Path) -> dict[str, str]:
         try:
             document = json.loads(path.read_bytes())
         except (OSError, ValueError) as error:
-            raise DataError(f"{path}: not readable as JSON ({error})") from None
+            raise DataError(f"{path}: expected JSON, got other content ({error})") from None
         for role in ROLES:
             token = document.get(f"{role}_token")
             token = token.get("content") if isinstance(token, dict) else token
             if isinstance(token, str):
-                found[role] = token
-    return found
+                roles[role] = token
+    return roles
 
 
 def open_backend(path: str) -> TokenizerBackend:
-    """Open a SentencePiece model, a `tokenizer.json`, a Hugging Face folder, or `hf:NAME` through transformers.
+    """Open a tokenizer with the library of its format.
+
+    Args:
+        path: SentencePiece model, `tokenizer.json`, folder that contains one, or `hf:NAME` for transformers.
 
     Raises:
-        DataError: nothing there, or not a tokenizer.
+        DataError: There is no such file, or it is not a tokenizer.
     """
     if path.startswith("hf:"):
         return _from_transformers(path[3:], origin=path)
     location = Path(path)
     if not location.exists():
         raise DataError(
-            f"tokenizer {path!r} not found: expected a SentencePiece .model file, a tokenizer.json, a folder that "
-            "holds one, or hf:NAME for one from the Hugging Face Hub"
+            f"tokenizer {path!r}: expected a SentencePiece .model file, a tokenizer.json, a folder that contains one, "
+            "or hf:NAME for one of the Hugging Face Hub, got no such file"
         )
     if location.is_dir():
         for name in (HuggingFaceBackend.file_name, SentencePieceBackend.file_name):
@@ -239,22 +281,26 @@ def _from_file(path: Path) -> TokenizerBackend:
 
 
 def _from_transformers(name: str, origin: str) -> HuggingFaceBackend:
-    """A tokenizer that transformers can turn into a fast one (vocab.json + merges.txt, a Hub name, ...)."""
+    """Load a tokenizer that transformers can convert into a fast one (vocab.json + merges.txt, a Hub name, ...)."""
     from transformers import AutoTokenizer
 
     try:
-        # Said outright: left open, transformers asks on the terminal whether to run code that comes with the tokenizer.
+        # Explicit: by default transformers asks on the terminal whether to run code of the tokenizer.
         loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds; each means that there is no usable tokenizer
+    except Exception as error:  # transformers raises many exceptions; each means that there is no usable tokenizer
         raise DataError(f"tokenizer {origin!r}: transformers cannot load it as a fast tokenizer ({error})") from None
     return backend_of(loaded, origin)
 
 
 def backend_of(tokenizer: Any, origin: str) -> HuggingFaceBackend:
-    """The backend that encodes as a transformers tokenizer does.
+    """Return the backend that encodes as a transformers tokenizer does.
+
+    Args:
+        tokenizer: A tokenizer of transformers.
+        origin: Its path or name, for messages.
 
     Raises:
-        DataError: it is not a fast one.
+        DataError: It is not a fast tokenizer.
     """
     if not getattr(tokenizer, "is_fast", False):
         raise DataError(

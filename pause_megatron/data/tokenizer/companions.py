@@ -1,7 +1,7 @@
-"""What lies beside a tokenizer and decides how people use it: chat templates, roles of tokens, where answers end.
+"""Companion files of a tokenizer: chat templates, roles of special tokens and generation settings.
 
-No id depends on it, so no fingerprint does. It is carried from a source's folder to `PREFIX.tokenizer/`, to every
-checkpoint's `tokenizer/` and out again with an export, as bytes: a chat template is a program, which is not run here.
+No id depends on them, so the fingerprint does not. They are copied from a source's folder to `PREFIX.tokenizer/`, to
+every checkpoint's `tokenizer/` and to an export, as bytes: a chat template is a program, which is never run here.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ SPECIAL = "special_tokens_map.json"
 TEMPLATE = "chat_template.jinja"
 GENERATION = "generation_config.json"
 TEMPLATES = "additional_chat_templates"
-"""Folder of the templates that have a name; here they lie beside the others, as chat_template.NAME.jinja."""
+"""Folder of the named templates in transformers; this project stores them as chat_template.NAME.jinja."""
 
 _MOST_BYTES = 64 << 20
 _NAMED = re.compile(r"chat_template\.([A-Za-z0-9_-]{1,100})\.jinja")
 
 
 def companions_of(folder: Path, *, generation: bool = False) -> dict[str, bytes]:
-    """The companions that lie in a tokenizer's folder, one of Hugging Face's or one that `Tokenizer.save` wrote.
+    """Return the companions in a tokenizer's folder, of Hugging Face or of `Tokenizer.save`.
 
     Args:
-        folder: where
-        generation: also how a model of this tokenizer generates (generation_config.json), which is the model's own
+        folder: Folder of the tokenizer.
+        generation: Whether to include generation_config.json, which belongs to a model.
 
     Returns:
-        contents by file name.
+        Contents by file name.
 
     Raises:
-        DataError: one that cannot be read, is too large, or a template with a name that is none.
+        DataError: A file cannot be read or is too large, or the name of a template is invalid.
     """
     paths = {name: folder / name for name in (CONFIG, SPECIAL, TEMPLATE, *([GENERATION] if generation else ()))}
     paths |= {path.name: path for path in folder.glob("chat_template.*.jinja")}
@@ -43,13 +43,18 @@ def companions_of(folder: Path, *, generation: bool = False) -> dict[str, bytes]
 
 
 def place_of(name: str) -> str:
-    """Where a companion lies in a folder that transformers reads."""
+    """Return the path of a companion in a folder that transformers reads."""
     named = _NAMED.fullmatch(name)
     return name if named is None else f"{TEMPLATES}/{named[1]}.jinja"
 
 
 def write_companions(folder: Path, companions: Mapping[str, bytes]) -> None:
-    """Writes them into the folder of a tokenizer that `Tokenizer.save` writes."""
+    """Write companions into the folder of a tokenizer.
+
+    Args:
+        folder: Folder of the tokenizer, which exists.
+        companions: Contents by file name.
+    """
     for name, content in companions.items():
         (folder / name).write_bytes(content)
 

@@ -1,7 +1,7 @@
-"""Training a SentencePiece BPE model with byte fallback on the documents that `prepare` would read.
+"""Training of a SentencePiece BPE model with byte fallback on shards of text.
 
-The settings are Llama's: they convert exactly to a Hugging Face tokenizer, and decode(encode(text)) == text.
-`<pause>` is not in the model: `prepare` reserves the id after its last piece.
+The settings are those of Llama: such a model converts exactly to a Hugging Face tokenizer, and decode(encode(text)) ==
+text. `<pause>` is not in the model: `prepare` reserves the id after its last piece.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ from pause_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from pause_megatron.errors import DataError
 from pause_megatron.files.durable import write_whole
 
-# SentencePiece skips longer sentences without a word, so lines are cut at a space before they get there.
+# SentencePiece silently skips longer sentences, so longer lines are cut at spaces.
 SENTENCE_BYTES = 16384
 _LONG_LINE = re.compile(r".{1,4000}(?:\s|$)|.{1,4000}", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class TrainedTokenizer:
-    """Result of `train_tokenizer`.
+    """The result of `train_tokenizer`.
 
     Attributes:
-        tokenizer: as `load_tokenizer` opens the written file.
-        documents: that were read; `text_bytes` of UTF-8 in them.
-        malformed: lines that were passed over.
-        bytes_per_token: over the first documents of the sample.
+        tokenizer: The trained tokenizer.
+        documents: Number of documents of the sample.
+        text_bytes: Size of their text as UTF-8.
+        malformed: Malformed lines that were skipped.
+        bytes_per_token: Bytes of UTF-8 per token, over the first documents of the sample.
     """
 
     tokenizer: Tokenizer
@@ -57,29 +58,33 @@ def train_tokenizer(
     overwrite: bool = False,
     on_progress: Callable[[int, int], None] = lambda documents, text_bytes: None,
 ) -> TrainedTokenizer:
-    """Train on a sample that is spread evenly over the shards. The same input gives the same bytes.
+    """Train a tokenizer on a sample that is spread evenly over the shards. The same input gives the same bytes.
 
     Args:
-        inputs: paths and globs of shards, or one `hf:NAME`.
-        output: the `.model` file, which appears complete or not at all.
-        vocab_size: pieces of the model, the 259 special and byte pieces among them.
-        hub: config, split, ... of `hf:NAME`.
-        text_key: key of the text.
-        max_documents: documents to read; default: no limit but `max_bytes`.
-        max_bytes: UTF-8 bytes of text to read.
-        split_digits: a piece for each digit, as Llama has it.
-        overwrite: replace an existing file.
-        on_progress: called after each document with the documents and bytes of text read so far.
+        inputs: Paths and globs of shards, or one `hf:NAME`.
+        output: Path of the `.model` file, which is written atomically.
+        vocab_size: Number of pieces, the 259 special and byte pieces included.
+        hub: The part of the data set to read, for `hf:NAME`.
+        text_key: Key of the text in a JSON object.
+        max_documents: Largest number of documents; None for no limit but `max_bytes`.
+        max_bytes: Largest size of the text as UTF-8.
+        split_digits: Whether each digit is a piece of its own, as in Llama.
+        overwrite: Replace an existing file.
+        on_progress: Called after each document with the number of documents and of bytes of text so far.
+
+    Returns:
+        The tokenizer, and what it was trained on.
 
     Raises:
-        DataError: bad input, an output that is there, or a vocabulary that the text cannot fill.
+        DataError: Invalid input, an existing output, or too little text for the vocabulary.
     """
     output = Path(output)
     if output.suffix != ".model":
-        raise DataError(f"--output {output}: expected a name that ends in .model")
+        raise DataError(f"--output: expected a path that ends in .model, got {str(output)!r}")
     if output.exists() and not overwrite:
         raise DataError(
-            f"{output} is there already: corpora may depend on it. Name another --output, or give --overwrite"
+            f"--output {output}: expected no such file, got an existing one, which corpora may depend on. Name another "
+            "--output, or give --overwrite"
         )
     for name, value, least in (
         ("max-documents", max_documents, 1),
@@ -87,7 +92,7 @@ def train_tokenizer(
         ("vocab-size", vocab_size, 260),
     ):
         if value is not None and value < least:
-            raise DataError(f"--{name} {value}: expected {least} or more")
+            raise DataError(f"--{name}: expected {least} or more, got {value}")
     sample = _Sample(inputs, hub, text_key, max_documents, max_bytes, on_progress)
     model = _train(sample, vocab_size, split_digits)
     try:
@@ -107,7 +112,9 @@ def _train(sample: _Sample, vocab_size: int, split_digits: bool) -> bytes:
     sentences = sample.sentences()
     first = list(itertools.islice(sentences, 1))
     if not first:
-        raise sample.error or DataError(f"the input holds no documents\n{sample.malformed.describe()}".rstrip())
+        raise sample.error or DataError(
+            f"--input: expected documents, got none\n{sample.malformed.describe()}".rstrip()
+        )
     writer = io.BytesIO()
     failure = ""
     try:
@@ -118,7 +125,7 @@ def _train(sample: _Sample, vocab_size: int, split_digits: bool) -> bytes:
             vocab_size=vocab_size,
             byte_fallback=True,
             character_coverage=0.9995,
-            # The text is kept as it is: no Unicode folding, no joining of spaces. So decoding gives it back.
+            # No normalization of Unicode or spaces, so that decoding restores the text.
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True,
@@ -129,7 +136,7 @@ def _train(sample: _Sample, vocab_size: int, split_digits: bool) -> bytes:
             eos_id=2,
             pad_id=-1,
             max_sentence_length=SENTENCE_BYTES,
-            # The same pieces at every run: no sampling inside, no threads whose order could matter.
+            # Deterministic pieces: no subsampling, and no threads whose order could matter.
             input_sentence_size=0,
             shuffle_input_sentence=False,
             num_threads=1,
@@ -148,7 +155,7 @@ def _train(sample: _Sample, vocab_size: int, split_digits: bool) -> bytes:
 
 
 class _Sample:
-    """Documents from the front of every shard. What a shard leaves of its share goes to the shards after it."""
+    """A sample of documents from the front of every shard. The unused share of a shard goes to the shards after it."""
 
     def __init__(
         self,
@@ -171,9 +178,9 @@ class _Sample:
         self.error: DataError | None = None
 
     def sentences(self) -> Iterator[str]:
-        """Lines of the sampled documents, none longer than SENTENCE_BYTES. An error ends them and is kept in `error`.
+        """Yield the lines of the sampled documents, none longer than `SENTENCE_BYTES`.
 
-        It must not pass through SentencePiece, which would make another one of it.
+        An error ends the iteration and is stored in `error`: SentencePiece would replace it by another one.
         """
         try:
             for document in self._documents():
@@ -194,7 +201,7 @@ class _Sample:
                     self.malformed.add(source.name, document)
                     continue
                 size = len(document.encode())
-                # The very first document is taken whatever its size: there must be something to train on.
+                # The first document is used whatever its size: at least one is needed.
                 if self.documents and (self.text_bytes + size > byte_limit or self.documents >= document_limit):
                     break
                 self.documents += 1

@@ -106,7 +106,7 @@ def test_what_cannot_be_trained_on_is_named(tokenizer):
         PauseExamples([], tokenizer, 64, pause_ids=range(PAUSE, PAUSE + 1))
     with pytest.raises(ConfigError, match="location: expected one of append, prepend, got 'before'"):
         _examples(tokenizer, location="before")
-    with pytest.raises(DataError, match="pause id 5 is an ordinary piece"):
+    with pytest.raises(DataError, match=r"pause id: .* got 5, an ordinary piece"):
         PauseExamples(PAIRS, tokenizer, 64, pause_ids=range(5, 6))
     with pytest.raises(DataError, match="expected a fast tokenizer of transformers, got a ByT5Tokenizer"):
         PauseExamples(PAIRS, ByT5Tokenizer(), 64, pause_ids=range(PAUSE, PAUSE + 1))

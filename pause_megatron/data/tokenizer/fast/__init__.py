@@ -1,1 +1,1 @@
-"""Faster ways to the same ids: long documents cut where no id can tell, and gigatoken where ids are proven equal."""
+"""Faster encoders with equal ids: piecewise encoding of long documents, and gigatoken."""

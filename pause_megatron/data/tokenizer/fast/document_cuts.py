@@ -1,21 +1,20 @@
-"""Long documents at the speed of short ones: cut where no id can depend on the other side, encode, join.
+"""Piecewise SentencePiece encoding of long documents: cut at boundaries that no merge can cross, encode, concatenate.
 
-SentencePiece's BPE encoder keeps one priority queue of joins for a whole document and takes the best one first,
-wherever it stands. So it jumps about in a working set that grows with the document, and each step costs more as the
-caches overflow: 0.15 us a character at 200 characters, 0.2 at 16,000, 0.6 at 4 million.
+SentencePiece's BPE encoder keeps one priority queue of merges for a whole document and takes the best one first,
+wherever it is. So its memory accesses are scattered over a working set that grows with the document, and each step
+costs more as the caches overflow: 0.15 us per character at 200 characters, 0.2 at 16,000, 0.6 at 4 million.
 
-Why a cut changes nothing. A join makes a piece of the vocabulary out of two neighbours, so a join across the boundary
-between two characters needs a piece in which these two stand side by side. Where no piece has them so, no join ever
-crosses, whatever stands left and right; and the joins of one side, taken in the order of their scores, leave those of
-the other side alone. User-defined symbols, which are found before any join, are pieces too. In English nearly every
-space is such a boundary, and in any language each character that the vocabulary lacks.
+Cuts do not change the ids. A merge across the boundary of two characters needs a piece that contains these two side by
+side. Where no piece does, no merge crosses the boundary, and the merges of one side do not depend on the other side.
+User-defined symbols, which are matched before any merge, are pieces too. In English nearly every space is such a
+boundary, and in any language each character that the vocabulary lacks.
 
-Three things would couple the sides, and models that have them are not cut: unknown pieces (neighbours are made one;
-with byte fallback there are none), UNUSED pieces (how one is taken apart again is remembered for the whole document),
-and any other algorithm than BPE (a Unigram path is found by sums that round differently).
+Models for which the sides could depend on each other are not cut. These are models with unknown pieces (adjacent ones
+are fused; byte fallback avoids them), with UNUSED pieces (their splits are stored for the whole document), and of
+another algorithm than BPE (rounding of a Unigram path differs).
 
-Normalization looks at its surroundings, so it is done first, on the whole document, by the model itself; the cut text
-is then encoded by the same model without normalization.
+Normalization depends on the context, so the model normalizes the whole document first. The pieces are then encoded by
+the same model without normalization.
 """
 
 from __future__ import annotations
@@ -32,15 +31,15 @@ if TYPE_CHECKING:
     import sentencepiece
 
 CHUNK_CHARACTERS = 512
-LONG_CHARACTERS = 2048  # shorter documents gain less than the cutting costs
+LONG_CHARACTERS = 2048  # for shorter documents cutting costs more than it saves
 
 
 class PiecewiseEncoder:
-    """Encodes with a SentencePiece BPE model, a chunk of some hundred characters at a time.
+    """An encoder with a SentencePiece BPE model, a chunk of about `CHUNK_CHARACTERS` at a time.
 
     Args:
-        whole: the model as it is; it normalizes.
-        content: bytes of its `.model` file, for which `can_be_cut` is true.
+        whole: The model, which also normalizes.
+        content: Bytes of its `.model` file, for which `can_be_cut` is true.
     """
 
     def __init__(self, whole: sentencepiece.SentencePieceProcessor, content: bytes) -> None:
@@ -55,10 +54,10 @@ class PiecewiseEncoder:
         self._encoder = sentencepiece.SentencePieceProcessor(model_proto=model.SerializeToString())
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, int32 [tokens], as the whole model gives them."""
+        """Return the ids of each text, int32 [tokens], equal to those of the model without cuts."""
         long = [text for text in texts if len(text) > LONG_CHARACTERS]
         cut = [self.chunks(text) for text in self._whole.normalize(long)]
-        # num_threads=1: prepare runs one process per shard, and the default would start one thread per core in each.
+        # num_threads=1: prepare runs one process per shard, and the default is one thread per core in each.
         pieces = iter(self._encoder.encode(list(itertools.chain(*cut)), return_type="numpy", num_threads=1))
         joined = iter([np.concatenate(list(itertools.islice(pieces, len(chunks)))) for chunks in cut])
         short = [text for text in texts if len(text) <= LONG_CHARACTERS]
@@ -66,7 +65,10 @@ class PiecewiseEncoder:
         return [next(joined if len(text) > LONG_CHARACTERS else whole) for text in texts]
 
     def chunks(self, text: str) -> list[str]:
-        """Cuts a normalized text; each chunk but the last has CHUNK_CHARACTERS or, up to the next boundary, more."""
+        """Return the chunks of a normalized text.
+
+        Each chunk but the last has `CHUNK_CHARACTERS` or, up to the next boundary, more.
+        """
         pairs = self._pairs
         parts, start, cut = [], 0, CHUNK_CHARACTERS
         while cut < len(text):
@@ -80,7 +82,7 @@ class PiecewiseEncoder:
 
 
 def can_be_cut(content: bytes) -> bool:
-    """Whether the ids of a SentencePiece model provably do not change when documents are cut (see above)."""
+    """Return whether cuts provably do not change the ids of a SentencePiece model (see the module's docstring)."""
     model = parse_model(content, "model")
     unused = any(piece.type == UNUSED for piece in model.pieces)
     return model.trainer_spec.model_type == BPE and model.trainer_spec.byte_fallback and not unused

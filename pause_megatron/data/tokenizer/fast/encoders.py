@@ -1,8 +1,8 @@
-"""How `prepare` turns documents into ids: by the tokenizer's own library, or by a faster one that gives the same ids.
+"""Encoders of `prepare`: the tokenizer's own library, or gigatoken with runtime checks of equal ids.
 
-The ids are the tokenizer's, whoever computes them: a corpus does not say which encoder made it, and its bytes do not
-depend on it. The faster library is used where equal ids are proven (`gigatoken_documents`), and is watched while it
-works: the first documents of each worker, and one of every batch after them, are encoded by both.
+The bytes of a corpus do not depend on the encoder, so the manifest does not record it. gigatoken is used where equal
+ids are proven (`gigatoken_documents`), and is checked at run time: the first documents of each worker, and one of every
+batch after them, are encoded by both.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ENCODERS: tuple[str, ...] = get_args(EncoderName)
 FIRST_CHARACTERS = 1 << 16
 CHECKED_CHARACTERS = 4096
 
-# Spellings of special tokens, spaces and control characters, scripts, long words: where encoders have differed.
+# Texts for which encoders have differed: special tokens, spaces, control characters, scripts, long words.
 PROBES = (
     *(
         " ",
@@ -50,17 +50,20 @@ PROBES = (
 
 
 class Encoder(Protocol):
-    """Turns documents into ids. A `Tokenizer` is one."""
+    """An encoder of documents. A `Tokenizer` is one."""
 
     def encode_flat(self, texts: list[str]) -> Encoded:
-        """Ids of each text, without BOS or EOS; text that looks like a special token stays text."""
+        """Return the ids of the texts, without BOS or EOS; text that spells a special token is encoded as text."""
 
 
 class GigatokenEncoder:
-    """A tokenizer's ids, computed by `gigatoken` on the calling thread.
+    """An encoder that uses `gigatoken`, on the calling thread.
+
+    Args:
+        tokenizer: Tokenizer whose ids are computed.
 
     Raises:
-        DataError: it is not installed, or the tokenizer is of a kind for which equal ids are not proven.
+        DataError: gigatoken is not installed, or equal ids are not proven for this kind of tokenizer.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -70,20 +73,23 @@ class GigatokenEncoder:
         except ImportError:
             raise DataError("gigatoken is not installed: pip install 'pause-megatron[fast]'") from None
         try:
-            # The library under its Tokenizer: one document at a time costs 1 us, where its batches cost 2 ms each.
+            # The backend directly: one document at a time costs 1 us, where its batches cost 2 ms each.
             self._model = gigatoken.Tokenizer.from_json(document).backend
-        except Exception as error:  # the Rust library raises what it likes
+        except Exception as error:  # the Rust library raises many exceptions
             raise DataError(f"gigatoken cannot read the tokenizer ({error})") from None
 
     def encode_flat(self, texts: list[str]) -> Encoded:
+        """Return the ids of the texts, without BOS or EOS."""
         return Encoded.of([self._model.encode(text) for text in texts])
 
 
 class CheckedEncoder:
-    """A fast encoder that is compared with the tokenizer's own library while it works: about one document in a batch.
+    """A fast encoder that is compared with the tokenizer's own library for about one document of each batch.
 
-    Raises:
-        DataError: they differ.
+    Args:
+        fast: The encoder to check.
+        tokenizer: The tokenizer to compare with.
+        name: Name of the fast encoder, for messages.
     """
 
     def __init__(self, fast: Encoder, tokenizer: Tokenizer, name: str) -> None:
@@ -94,11 +100,15 @@ class CheckedEncoder:
         self._left = FIRST_CHARACTERS
 
     def encode_flat(self, texts: list[str]) -> Encoded:
-        """Ids of each text, without BOS or EOS."""
+        """Return the ids of the texts, without BOS or EOS.
+
+        Raises:
+            DataError: The ids of a compared document differ.
+        """
         encoded = self._fast.encode_flat(texts)
         self._batches += 1
         ends = np.cumsum(encoded.lengths)
-        for index in self._chosen(texts):
+        for index in self._indices_to_check(texts):
             ids = encoded.ids[ends[index] - encoded.lengths[index] : ends[index]]
             text = texts[index]
             if len(text) > CHECKED_CHARACTERS:  # a long document would cost more than the batch
@@ -108,12 +118,16 @@ class CheckedEncoder:
         return encoded
 
     def check(self, texts: Sequence[str]) -> None:
-        """Compare some texts."""
+        """Compare the ids of texts.
+
+        Raises:
+            DataError: The ids of a text differ.
+        """
         for text in texts:
             self._compare(text, self._fast.encode_flat([text]).ids)
 
-    def _chosen(self, texts: list[str]) -> list[int]:
-        """Numbers of the documents to compare: the first ones, then another one in each batch."""
+    def _indices_to_check(self, texts: list[str]) -> list[int]:
+        """Return the indices of the documents to compare: the first ones, then one of each batch."""
         chosen = []
         for index, text in enumerate(texts):
             if self._left <= 0:
@@ -127,25 +141,25 @@ class CheckedEncoder:
         if not np.array_equal(ids, expected):
             raise DataError(
                 f"encoder {self._name}: expected the ids of the tokenizer's own library, {expected[:8].tolist()}..., "
-                f"came {ids[:8].tolist()}... for the text {text[:60]!r}; use --encoder library, and please report it"
+                f"got {ids[:8].tolist()}... for the text {text[:60]!r}; use --encoder library, and please report it"
             )
 
 
 def choose_encoder(name: EncoderName, tokenizer: Tokenizer) -> EncoderName:
-    """Resolves "auto", after a check on texts in which encoders have differed.
+    """Return the encoder to use, after comparing the encoders on difficult texts.
 
     Args:
-        name: "library": the tokenizer's own; "gigatoken"; "auto": gigatoken where it is installed and proven.
-        tokenizer: to be encoded with.
+        name: "library" for the tokenizer's own, "gigatoken", or "auto" for gigatoken where it is installed and proven.
+        tokenizer: Tokenizer of the corpus.
 
     Returns:
         "library" or "gigatoken".
 
     Raises:
-        DataError: gigatoken was asked for and cannot be used, or gave other ids.
+        DataError: gigatoken was requested and cannot be used, or its ids differ.
     """
     if name not in ENCODERS:
-        raise DataError(f"--encoder {name}: expected one of {', '.join(ENCODERS)}")
+        raise DataError(f"--encoder: expected one of {', '.join(ENCODERS)}, got {name!r}")
     if name == "library":
         return name
     try:
@@ -159,7 +173,12 @@ def choose_encoder(name: EncoderName, tokenizer: Tokenizer) -> EncoderName:
 
 
 def open_encoder(name: EncoderName, tokenizer: Tokenizer) -> Encoder:
-    """The encoder that `choose_encoder` named, for one worker."""
+    """Return the encoder of a worker.
+
+    Args:
+        name: "library" or "gigatoken", from `choose_encoder`.
+        tokenizer: Tokenizer of the corpus.
+    """
     if name == "gigatoken":
         return CheckedEncoder(GigatokenEncoder(tokenizer), tokenizer, name)
     return tokenizer

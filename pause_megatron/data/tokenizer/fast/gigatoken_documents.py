@@ -1,10 +1,10 @@
-"""Which tokenizers the library `gigatoken` encodes exactly as their own libraries do, and in what form it gets them.
+"""Conversion of tokenizers for gigatoken, for the kinds whose ids it provably reproduces.
 
-It reads a Hugging Face `tokenizer.json`. There, special tokens are matched inside ordinary text and cannot be switched
-off, so they are taken out: then literal text such as "</s>" stays text, as it does everywhere else in this project.
+gigatoken reads a Hugging Face `tokenizer.json`. It matches special tokens inside text and cannot disable that, so they
+are removed: then a literal "</s>" is encoded as text, as everywhere else in this project.
 
-What is accepted here was compared on real and on adversarial text (tests/unit/data/tokenizer/test_encoders.py, in every
-run of the tests). It is known to differ where a model normalizes Unicode, joins spaces, or has user-defined symbols.
+The accepted kinds are compared on real and on adversarial text (tests/unit/data/tokenizer/test_encoders.py). Ids are
+known to differ where a model normalizes Unicode, joins spaces, or has user-defined symbols.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pause_megatron.data.tokenizer.fast.sentencepiece_proto import (
 )
 from pause_megatron.errors import DataError
 
-# The expressions by which Llama 3 (and GPT-4) and Qwen 2 split text before merging.
+# Regular expressions of the pre-tokenizers of Llama 3 (and GPT-4) and Qwen 2.
 _LLAMA_3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -32,14 +32,14 @@ SPLITS = (_LLAMA_3, _LLAMA_3.replace(r"\p{N}{1,3}", r"\p{N}"))
 
 
 def gigatoken_document(kind: str, content: bytes) -> str:
-    """A `tokenizer.json` that gives the tokenizer's ids for every text.
+    """Return a `tokenizer.json` with which gigatoken gives the tokenizer's ids for every text.
 
     Args:
-        kind: of the tokenizer, "sentencepiece" or "huggingface".
-        content: bytes of its file.
+        kind: Kind of the tokenizer, "sentencepiece" or "huggingface".
+        content: Bytes of its file.
 
     Raises:
-        DataError: the tokenizer is of a kind for which equal ids are not proven; the message says why.
+        DataError: Equal ids are not proven for this kind of tokenizer; the message says why.
     """
     document = _of_sentencepiece(content) if kind == "sentencepiece" else _of_hugging_face(json.loads(content))
     return json.dumps(document, ensure_ascii=False)
@@ -96,8 +96,8 @@ def _of_hugging_face(document: dict[str, Any]) -> dict[str, Any]:
 
 def _is_known(pre_tokenizer: dict[str, Any] | None) -> bool:
     match pre_tokenizer:
-        case {"type": "ByteLevel"}:
-            return pre_tokenizer.get("use_regex", True)
+        case {"type": "ByteLevel", **options}:
+            return bool(options.get("use_regex", True))
         case {
             "type": "Sequence",
             "pretokenizers": [
@@ -116,4 +116,4 @@ def _document(model: dict[str, Any], **steps: Any) -> dict[str, Any]:
 def _refuse(reasons: dict[str, bool]) -> None:
     for reason, applies in reasons.items():
         if applies:
-            raise DataError(f"gigatoken is not known to give equal ids for {reason}")
+            raise DataError(f"gigatoken is not proven to give equal ids for {reason}")

@@ -1,7 +1,7 @@
-"""What a SentencePiece `.model` file holds: its pieces, their merges, and the pairs of characters that merges can join.
+"""Parser of SentencePiece `.model` files: pieces, merges, and pairs of characters that merges can join.
 
-The rules are those of SentencePiece's BPE encoder: it begins with single characters and always joins the two
-neighbours whose piece scores best, the leftmost among equals, until no two neighbours make a piece.
+SentencePiece's BPE encoder begins with single characters. It always merges the two adjacent pieces whose merged piece
+has the best score, the leftmost among equals, until no two adjacent pieces make a piece.
 """
 
 from __future__ import annotations
@@ -19,31 +19,37 @@ MODEL_TYPES = {1: "Unigram", BPE: "BPE", 3: "word", 4: "char"}
 
 
 def parse_model(content: bytes, where: str) -> Any:
-    """The `ModelProto` of a `.model` file.
+    """Return the `ModelProto` of a `.model` file.
 
     Args:
-        content: its bytes.
-        where: its name, for messages.
+        content: Bytes of the file.
+        where: Name of the file, for messages.
 
     Raises:
-        DataError: not a SentencePiece model.
+        DataError: The bytes are not a SentencePiece model.
     """
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
-    model = sentencepiece_model_pb2.ModelProto()
+    model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]  # generated at import by protobuf
     try:
         model.ParseFromString(content)
     except DecodeError as error:
-        raise DataError(f"{where}: not a SentencePiece model ({error})") from None
+        raise DataError(f"{where}: expected a SentencePiece model, got other content ({error})") from None
     return model
 
 
 def merges(pieces: Iterable[Any]) -> list[list[str]]:
-    """Every way of making a normal piece of two others, best piece first.
+    """Return every merge of two pieces into a normal piece, best piece first.
 
-    Pieces of the same score are runs of spaces, which SentencePiece grows from the left: so among equals the longer
-    left part comes first.
+    Pieces of equal score are runs of spaces, which SentencePiece merges from the left. So among equals the longer left
+    piece comes first.
+
+    Args:
+        pieces: Pieces of a `ModelProto`.
+
+    Returns:
+        Pairs [left, right].
     """
     scores = {piece.piece: piece.score for piece in pieces if piece.type == NORMAL}
     found: list[tuple[float, int, int, str, str]] = []
@@ -54,13 +60,13 @@ def merges(pieces: Iterable[Any]) -> list[list[str]]:
 
 
 def joined_pairs(pieces: Iterable[Any]) -> frozenset[str]:
-    """All pairs of characters that stand side by side in some piece, of whatever type."""
+    """Return all pairs of adjacent characters in pieces of any type."""
     return frozenset(left + right for piece in pieces for left, right in itertools.pairwise(piece.piece))
 
 
 def _splits(name: str, known: dict[str, float]) -> Iterator[tuple[str, str]]:
     for cut in range(1, len(name)):
         left, right = name[:cut], name[cut:]
-        # A single character is there even where the vocabulary lost it; then nothing can be merged from it.
+        # A character that is not in the vocabulary cannot be merged.
         if left in known and right in known:
             yield left, right

@@ -145,7 +145,7 @@ def test_models_that_are_not_proven_are_left_to_their_library(tmp_path: Path, op
     assert choose_encoder("auto", tokenizer) == "library"
     assert open_encoder("library", tokenizer) is tokenizer
     with pytest.raises(
-        DataError, match=f"--encoder gigatoken: gigatoken is not known to give equal ids for .*{reason}"
+        DataError, match=f"--encoder gigatoken: gigatoken is not proven to give equal ids for .*{reason}"
     ):
         choose_encoder("gigatoken", tokenizer)
 
@@ -210,5 +210,5 @@ def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert choose_encoder("auto", tokenizer) == "library"
     with pytest.raises(DataError, match=r"pip install 'pause-megatron\[fast\]'"):
         choose_encoder("gigatoken", tokenizer)
-    with pytest.raises(DataError, match="--encoder other: expected one of auto, library, gigatoken"):
+    with pytest.raises(DataError, match="--encoder: expected one of auto, library, gigatoken, got 'other'"):
         choose_encoder("other", tokenizer)

@@ -120,7 +120,7 @@ def test_control_piece_is_used_as_the_pause(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("role", "pause_id"), [("EOD", 2), ("BOS", 1), ("UNK", 0), ("PAD", 3)])
 def test_pause_id_of_another_role_is_refused(tmp_path: Path, role: str, pause_id: int) -> None:
     path = train_model(tmp_path / "padded.model", pad_id=3)
-    with pytest.raises(DataError, match=f"pause id {pause_id} is the tokenizer's {role} id: a pause must differ"):
+    with pytest.raises(DataError, match=f"pause id: .* got {pause_id}, the tokenizer's {role} id"):
         load_tokenizer(path, pause_id=pause_id)
 
 
@@ -140,16 +140,16 @@ def test_several_pause_ids_must_all_be_free(folder: Path, tmp_path: Path) -> Non
     load_tokenizer(folder / "tok.model").check_pause_ids(64)
     load_tokenizer(folder / "hf").check_pause_ids(2)  # <pause>, <reserved>
     control = load_tokenizer(train_model(tmp_path / "control.model", control_symbols=["<pause>"]))
-    with pytest.raises(DataError, match="pause id 4 is an ordinary piece"):
+    with pytest.raises(DataError, match=r"pause id: .* got 4, an ordinary piece"):
         control.check_pause_ids(2)
 
 
 def test_pause_as_a_piece_of_ordinary_text_is_refused(tmp_path: Path) -> None:
     path = train_model(tmp_path / "user.model", user_defined_symbols=["<pause>"])
-    with pytest.raises(DataError, match=r"matched in ordinary text.*CONTROL"):
+    with pytest.raises(DataError, match=r"a piece that text encodes to.*CONTROL"):
         load_tokenizer(path)
     folder = train_hugging_face(tmp_path / "hf", ordinary=["<pause>"])
-    with pytest.raises(DataError, match=r'matched in ordinary text.*"special": true'):
+    with pytest.raises(DataError, match=r'a piece that text encodes to.*"special": true'):
         load_tokenizer(folder)
 
 
@@ -159,10 +159,10 @@ def test_end_of_document(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="--eod-token"):
         load_tokenizer(bare)
     assert load_tokenizer(bare, eod_token="</s>").eod == load_tokenizer(folder / "hf").eod
-    with pytest.raises(DataError, match="'<nothing>' is not one of its pieces"):
+    with pytest.raises(DataError, match=r"--eod-token: .* got '<nothing>'"):
         load_tokenizer(bare, eod_token="<nothing>")
     without = train_model(tmp_path / "no-eos.model", eos_id=-1)
-    with pytest.raises(DataError, match="names no end-of-sequence token"):
+    with pytest.raises(DataError, match="expected an end-of-sequence token, got none"):
         load_tokenizer(without)
 
 
@@ -171,20 +171,20 @@ def test_end_of_document(folder: Path, tmp_path: Path) -> None:
 def test_what_is_no_tokenizer_is_refused(tmp_path: Path, name: str, content: bytes) -> None:
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(DataError, match=f"{name}: not a "):
+    with pytest.raises(DataError, match=f"{name}: expected a (SentencePiece model|Hugging Face tokenizer.json), got "):
         load_tokenizer(path)
 
 
 def test_missing_and_altered(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="not found: expected a SentencePiece"):
+    with pytest.raises(DataError, match=r"expected a SentencePiece .* got no such file"):
         load_tokenizer(tmp_path / "nothing.model")
     load_tokenizer(folder / "tok.model").save(tmp_path / "saved")
     other = train_model(tmp_path / "other.model", vocab_size=500)
     (tmp_path / "saved" / "tokenizer.model").write_bytes(other.read_bytes())
-    with pytest.raises(DataError, match="content was altered"):
+    with pytest.raises(DataError, match="its files were altered"):
         load_tokenizer(tmp_path / "saved")
 
 
 def test_lone_surrogates_are_named(tokenizer: Tokenizer) -> None:
-    with pytest.raises(DataError, match=r"item 1 holds the lone surrogate U\+D800 at character 2"):
+    with pytest.raises(DataError, match=r"item 1: .* got the lone surrogate U\+D800 at character 2"):
         tokenizer.encode_batch(["fine", "ab\ud800"])

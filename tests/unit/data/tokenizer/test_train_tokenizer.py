@@ -74,19 +74,19 @@ def test_bad_input(tmp_path: Path, shards: str) -> None:
     with pytest.raises(DataError, match=r"could not train 8,000 pieces on 1 documents .*[Vv]ocabulary size"):
         train_tokenizer([str(small)], output, vocab_size=8000)
     small.write_bytes(b'{"body": "x"}\n')
-    with pytest.raises(DataError, match=r"(?s)holds no documents.*no-text: 1"):
+    with pytest.raises(DataError, match=r"(?s)expected documents, got none.*no-text: 1"):
         train_tokenizer([str(small)], output, vocab_size=400)
     whole = Path(shards.replace("*", "00000-of-00004")).read_bytes()
     (tmp_path / "t.json.gz").write_bytes(whole[:-100])
     with pytest.raises(DataError, match=r"t\.json\.gz: truncated"):
         train_tokenizer([str(tmp_path / "t.json.gz")], output, vocab_size=400)
-    with pytest.raises(DataError, match="--vocab-size 100: expected 260 or more"):
+    with pytest.raises(DataError, match="--vocab-size: expected 260 or more, got 100"):
         train_tokenizer([shards], output, vocab_size=100)
     with pytest.raises(DataError, match=r"ends in \.model"):
         train_tokenizer([shards], tmp_path / "a", vocab_size=400)
     assert not output.exists()
     train_tokenizer([shards], output, vocab_size=400)
-    with pytest.raises(DataError, match="is there already"):
+    with pytest.raises(DataError, match="expected no such file, got an existing one"):
         train_tokenizer([shards], output, vocab_size=400)
     train_tokenizer([shards], output, vocab_size=500, overwrite=True)
     assert load_tokenizer(output).vocab_size == 500

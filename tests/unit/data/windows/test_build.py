@@ -237,7 +237,7 @@ def test_a_pause_id_that_is_eod(build: Callable[..., Datasets]) -> None:
     class Clash(ByteTokenizer):
         pause_id = ByteTokenizer.eod
 
-    with pytest.raises(ConfigError, match="pause id 256 is also the tokenizer's end-of-document id"):
+    with pytest.raises(ConfigError, match=r"pause id: .* got 256, the tokenizer's end-of-document id"):
         build(tokenizer=Clash())
 
 
