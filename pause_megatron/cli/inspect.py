@@ -1,4 +1,4 @@
-"""pause-megatron inspect: what is in a corpus, and what its windows look like with pauses in."""
+"""The verb `inspect`: statistics of a corpus, and its windows with pauses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 HELP = "show what a corpus holds, and its windows with their pauses"
 
-# Configuration keys that decide what a window looks like; each is an option of the same name.
+# Configuration keys that determine the windows; each is an option of the same name.
 KEYS = (
     *("pause.rate", "pause.window", "pause.placement", "pause.seed", "pause.embeddings"),
     *("data.sequence_length", "run.seed"),
@@ -33,18 +33,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sample", type=at_least(0), action="append", default=[], metavar="N", help="show window N; may be repeated"
     )
     parser.add_argument(
-        "--windows", type=at_least(0), default=200, metavar="N", help="windows that the pause statistics are of (200)"
+        "--windows",
+        type=at_least(0),
+        default=200,
+        metavar="N",
+        help="number of windows for the pause statistics (default: 200)",
     )
     parser.add_argument("--png", type=path_option, metavar="FILE", help="draw the histograms")
     parser.add_argument("--json", action="store_true", help="print everything as one JSON object instead")
-    windows = parser.add_argument_group("windows, as in a run's configuration")
+    windows = parser.add_argument_group("windows, as in the configuration of a run")
     for key in KEYS:
         found = keys()[key]
         windows.add_argument(f"--{key}", metavar="VALUE", help=f"{found.expected}; default {found.default_text}")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Look, and say what was found."""
+    """Print the report, and draw the figure if --png is given."""
     from pause_megatron.cli.pretrain import silence_imports
     from pause_megatron.config.load import load
     from pause_megatron.data.corpus.corpus import open_corpus
@@ -53,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     config = load(overrides=[f"{key}={value}" for key, value in given.items()])
     corpus = open_corpus(args.prefix)
     silence_imports()
-    from pause_megatron.cli.support.inspect_report import as_json, as_text
+    from pause_megatron.cli.support.inspect_report import CorpusReport
     from pause_megatron.data.windows.inspection import Windows, document_lengths, fertility
 
     corpus.tokenizer.check_pause_ids(config.pause.embeddings)
@@ -64,18 +68,18 @@ def run(args: argparse.Namespace) -> int:
         seed=config.run.seed,
         samples=max([args.windows, *(sample + 1 for sample in args.sample)]),
     )
-    found = {
-        "corpus": corpus,
-        "lengths": document_lengths(corpus),
-        "fertility": fertility(corpus),
-        "config": config,
-        "policies": windows.policies([config.pause.placement]),
-        "windows": [windows.show(sample) for sample in args.sample],
-    }
-    print(as_json(**found) if args.json else as_text(**found, colour=sys.stdout.isatty()))
+    report = CorpusReport(
+        corpus=corpus,
+        lengths=document_lengths(corpus),
+        fertility=fertility(corpus),
+        config=config,
+        policies=windows.policies([config.pause.placement]),
+        windows=[windows.show(sample) for sample in args.sample],
+    )
+    print(report.as_json() if args.json else report.as_text(colour=sys.stdout.isatty()))
     if args.png:
         from pause_megatron.cli.support.inspect_figure import draw
 
-        draw(Path(args.prefix).name, found["lengths"], found["policies"], Path(args.png))
+        draw(Path(args.prefix).name, report.lengths, report.policies, Path(args.png))
         log.info(f"wrote {args.png}")
     return 0

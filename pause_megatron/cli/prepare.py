@@ -1,24 +1,28 @@
-"""pause-megatron prepare: shards of text -> a tokenized corpus."""
+"""The verb `prepare`: tokenize shards of text into a corpus."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING
 
 from pause_megatron.files.paths import path_option, pattern_option, prefix_option
 
-ENCODERS = ("auto", "library", "gigatoken")  # those of data.encoders, which is too heavy to import for --help
+if TYPE_CHECKING:
+    from pause_megatron.data.text.hub import HubOptions
+
+ENCODERS = ("auto", "library", "gigatoken")  # as in data.tokenizer.fast.encoders, too slow to import for --help
 HELP = "turn shards of text into a tokenized corpus (.bin, .idx, manifest)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Define the options."""
+    """Declare the options."""
     parser.epilog = (
         "examples:\n"
         "  pause-megatron prepare --input 'shards/*.json.gz' --tokenizer tok.model --output data/c4\n"
         "  pause-megatron prepare --input hf:allenai/c4 --hf-config en --tokenizer tok.model --output data/c4\n\n"
-        "Killed or stopped, the same command goes on from the shards that are finished.\n"
-        "Needs disk space for the corpus (2 bytes a token, 4 with more than 65,536 ids) and the largest shard again."
+        "After an interruption, the same command resumes from the finished shards.\n"
+        "Needs disk space for the corpus (2 bytes per token, 4 with more than 65,536 ids) plus its largest shard."
     )
     add_input_arguments(parser)
     parser.add_argument(
@@ -35,54 +39,55 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PREFIX",
         help="writes PREFIX.bin, .idx, .manifest.json, .tokenizer/",
     )
-    parser.add_argument("--workers", type=int, metavar="N", help="processes, a shard each (default: the cores)")
+    parser.add_argument("--workers", type=int, metavar="N", help="processes, one shard each (default: number of cores)")
     parser.add_argument(
         "--encoder",
         choices=ENCODERS,
         default="auto",
-        help="what computes the ids, which are the same: the tokenizer's own library, or gigatoken, which is faster; "
+        help="what computes the ids, which do not depend on it: the tokenizer's own library, or the faster gigatoken; "
         "auto: gigatoken where it is installed and proven for the tokenizer (default: auto)",
     )
     parser.add_argument(
-        "--eod-token", metavar="PIECE", help="piece that ends a document (default: the tokenizer's eos)"
+        "--eod-token", metavar="PIECE", help="token that ends a document (default: the tokenizer's eos)"
     )
     parser.add_argument(
         "--pause-id",
         type=int,
         metavar="ID",
-        help="existing, reserved id to use for <pause> (default: the first id after the vocabulary)",
+        help="reserved id to use for <pause> (default: the first id after the vocabulary)",
     )
     parser.add_argument(
         "--max-malformed",
         type=_limit,
         default=1000,
         metavar="N",
-        help="malformed lines that are left out before prepare gives up: a number, or a fraction such as 0.001 "
-        "(default: 1000)",
+        help="limit of malformed lines, which are left out: a number, or a fraction such as 0.001 (default: 1000)",
     )
     parser.add_argument(
         "--damaged-shards",
         choices=("error", "keep"),
         default="error",
-        help="a shard that breaks off (truncated gzip): stop, or keep what is readable and count it as malformed "
+        help="damaged shard, such as a truncated gzip: stop, or keep the readable part and count it as malformed "
         "(default: error)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a corpus that was prepared otherwise")
-    parser.add_argument("--verify", action="store_true", help="afterwards, read the corpus whole and check its digests")
+    parser.add_argument("--overwrite", action="store_true", help="replace a corpus of other sources or options")
+    parser.add_argument("--verify", action="store_true", help="then read the corpus whole and check its digests")
 
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that say which documents are read; train-tokenizer has them too."""
+    """Declare the options of the documents to read, which `train-tokenizer` has too."""
     parser.add_argument(
         "--input",
         type=pattern_option,
         required=True,
         nargs="+",
         metavar="SHARD",
-        help="shards of JSON lines (.json, .jsonl, .ndjson, plain, .gz or .zst), paths or globs; or hf:NAME, a data "
-        "set that `datasets` streams",
+        help="shards of JSON lines (.json, .jsonl, .ndjson, plain, .gz or .zst), paths or globs; or hf:NAME, a "
+        "Hugging Face data set that is streamed",
     )
-    parser.add_argument("--text-key", default="text", metavar="KEY", help="key of the text in a line (default: text)")
+    parser.add_argument(
+        "--text-key", default="text", metavar="KEY", help="key of the text in each JSON object (default: text)"
+    )
     hub = parser.add_argument_group("with --input hf:NAME")
     hub.add_argument("--hf-config", metavar="NAME", help="configuration of the data set, such as 'en'")
     hub.add_argument("--hf-split", default="train", metavar="NAME", help="split (default: train)")
@@ -97,8 +102,8 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def hub_options(args: argparse.Namespace):
-    """The `HubOptions` that the input options ask for."""
+def hub_options(args: argparse.Namespace) -> HubOptions:
+    """Return the part of a data set that the input options name."""
     from pause_megatron.data.text.hub import HubOptions
 
     return HubOptions(
@@ -107,7 +112,7 @@ def hub_options(args: argparse.Namespace):
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prepare the corpus."""
+    """Prepare the corpus and print a summary."""
     from pause_megatron.cli.support.prepare_progress import ProgressBar
     from pause_megatron.data.corpus.corpus import open_corpus
     from pause_megatron.data.corpus.first_use import check_and_record
@@ -134,7 +139,7 @@ def run(args: argparse.Namespace) -> int:
     if args.verify:
         corpus = open_corpus(args.output)
         raise_if_damaged(corpus, check_and_record(corpus))
-        print("verified: the digests of .bin and .idx are those of the manifest")
+        print("verified: .bin and .idx have the digests of the manifest")
     return 0
 
 
@@ -142,4 +147,4 @@ def _limit(text: str) -> int | float:
     try:
         return float(text) if "." in text or "e" in text.lower() else int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number of lines or a fraction, came {text!r}") from None
+        raise argparse.ArgumentTypeError(f"expected a number of lines or a fraction, got {text!r}") from None

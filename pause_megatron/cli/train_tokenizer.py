@@ -1,4 +1,4 @@
-"""pause-megatron train-tokenizer: shards of text -> a SentencePiece BPE model."""
+"""The verb `train-tokenizer`: train a SentencePiece BPE model on shards of text."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ HELP = "train a SentencePiece BPE tokenizer on shards of text"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Define the options."""
+    """Declare the options."""
     parser.epilog = (
         "example:\n  pause-megatron train-tokenizer --input 'shards/*.json.gz' --vocab-size 8192 --output tok.model\n\n"
-        "<pause> is not put into the model: `prepare` reserves the id after its last piece."
+        "<pause> is not in the model: `prepare` reserves the id after its last piece."
     )
     add_input_arguments(parser)
     parser.add_argument(
-        "--vocab-size", type=int, required=True, metavar="N", help="pieces, the 256 byte pieces among them"
+        "--vocab-size", type=int, required=True, metavar="N", help="number of pieces, the 256 byte pieces included"
     )
-    parser.add_argument("--output", type=path_option, required=True, metavar="FILE.model", help="the model")
-    parser.add_argument("--max-documents", type=int, metavar="N", help="documents to train on, spread over the shards")
+    parser.add_argument("--output", type=path_option, required=True, metavar="FILE.model", help="path of the model")
+    parser.add_argument("--max-documents", type=int, metavar="N", help="limit of documents, spread over the shards")
     parser.add_argument(
-        "--max-bytes", type=int, default=200_000_000, metavar="N", help="bytes of text to train on (default: 200000000)"
+        "--max-bytes", type=int, default=200_000_000, metavar="N", help="limit of bytes of text (default: 200000000)"
     )
     parser.add_argument(
         "--split-digits",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="a piece for each digit of a number (default: yes)",
+        help="make each digit a piece of its own (default: yes)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing model")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train the tokenizer."""
+    """Train the tokenizer and print a summary."""
     from pause_megatron.data.tokenizer.train import train_tokenizer
 
     begun = time.perf_counter()
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         f"{trained.bytes_per_token:.2f} bytes per token in the first of them"
     )
     if trained.malformed.total:
-        print(f"malformed lines passed over: {trained.malformed.total:,}\n{trained.malformed.describe()}")
+        print(f"malformed lines skipped: {trained.malformed.total:,}\n{trained.malformed.describe()}")
     return 0
 
 

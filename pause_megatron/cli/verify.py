@@ -1,4 +1,4 @@
-"""pause-megatron verify: read prepared corpora whole and compare them with their digests."""
+"""The verb `verify`: read corpora whole and compare them with the digests of their manifests."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: 'cache' beside the corpus)",
     )
     parser.epilog = (
-        "exit code: 0 when all are as they were when their manifests were written, 1 when one is damaged; else 2: one "
-        "is not there, unfinished or without a manifest"
+        "exit code: 0 if all corpora match their manifests, 1 if one is damaged, else 2 if one is missing, unfinished "
+        "or without a manifest"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Verify each corpus; go on after a damaged one."""
+    """Verify each corpus, also after a damaged one."""
     codes = [_verify(prefix, args.cache) for prefix in args.prefixes]
     return EXIT_DAMAGED if EXIT_DAMAGED in codes else max(codes)
 

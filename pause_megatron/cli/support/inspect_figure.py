@@ -1,4 +1,4 @@
-"""The histograms of `inspect` as a picture."""
+"""The figure of `inspect`: histograms of document lengths and of runs of pauses."""
 
 from __future__ import annotations
 
@@ -10,10 +10,16 @@ from pause_megatron.errors import DataError
 
 
 def draw(name: str, lengths: Lengths, policies: Sequence[PolicyStatistics], output: Path) -> None:
-    """Document lengths on the left, run lengths of each policy on the right.
+    """Draw document lengths on the left, and run lengths of each policy on the right.
+
+    Args:
+        name: Name of the corpus, for the title.
+        lengths: Lengths of its documents.
+        policies: Statistics of the placement policies.
+        output: Path of the figure; its suffix is the format.
 
     Raises:
-        DataError: a file that cannot be written, or of a kind that matplotlib does not know.
+        DataError: The file cannot be written, or matplotlib does not know its format.
     """
     import matplotlib
 

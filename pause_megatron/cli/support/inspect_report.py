@@ -1,4 +1,4 @@
-"""What `inspect` found, as text for a terminal or as JSON."""
+"""The report of `inspect`, as text for a terminal or as JSON."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import json
 import textwrap
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from pause_megatron.config.pauses import pauses_per_window
 from pause_megatron.config.schema import ResolvedConfig
@@ -14,21 +15,55 @@ from pause_megatron.data.tokenizer.tokenizer import PAUSE_TOKEN
 from pause_megatron.data.windows.inspection import RUN_LENGTHS, Fertility, Lengths, PolicyStatistics, WindowView
 
 BAR = 40
+"""Characters of the longest bar of the histogram."""
+
 WIDTH = 110
+"""Characters of a line of text."""
 
 
-def as_json(
-    corpus: Corpus,
-    lengths: Lengths,
-    fertility: Fertility,
-    config: ResolvedConfig,
-    policies: Sequence[PolicyStatistics],
-    windows: Sequence[WindowView],
-) -> str:
-    """One JSON object; floats are not rounded."""
-    manifest = corpus.manifest
+@dataclass(frozen=True)
+class CorpusReport:
+    """Statistics of a corpus and of its windows.
+
+    Attributes:
+        corpus: The corpus.
+        lengths: Lengths of its documents.
+        fertility: Tokens per byte, character and word.
+        config: The configuration of the windows.
+        policies: Statistics of the placement policies.
+        windows: Windows to show.
+    """
+
+    corpus: Corpus
+    lengths: Lengths
+    fertility: Fertility
+    config: ResolvedConfig
+    policies: Sequence[PolicyStatistics]
+    windows: Sequence[WindowView]
+
+    def as_json(self) -> str:
+        """Return one JSON object; floats are not rounded."""
+        return _as_json(self)
+
+    def as_text(self, *, colour: bool) -> str:
+        """Return paragraphs for a terminal.
+
+        Args:
+            colour: Whether to highlight pauses in reverse video.
+        """
+        parts = [
+            _counts(self.corpus, self.fertility),
+            _histogram(self.lengths),
+            _policies(self.config, self.policies),
+            *(_window(window, colour) for window in self.windows),
+        ]
+        return "\n\n".join(parts)
+
+
+def _as_json(report: CorpusReport) -> str:
+    manifest = report.corpus.manifest
     content = {
-        "prefix": corpus.prefix,
+        "prefix": report.corpus.prefix,
         "counts": manifest.counts.model_dump(),
         "bytes": {name: record.bytes for name, record in manifest.files.items()},
         "dtype": manifest.dtype,
@@ -36,29 +71,14 @@ def as_json(
         "sources": len(manifest.sources) if manifest.adoption is None else None,
         "adoption": manifest.adoption and manifest.adoption.model_dump(),
         "fingerprint": manifest.fingerprint,
-        "lengths": dataclasses.asdict(lengths),
-        "fertility": dataclasses.asdict(fertility),
-        "sequence_length": config.data.sequence_length,
-        "pause": config.pause.model_dump(),
-        "policies": [dataclasses.asdict(policy) for policy in policies],
-        "windows": [dataclasses.asdict(window) for window in windows],
+        "lengths": dataclasses.asdict(report.lengths),
+        "fertility": dataclasses.asdict(report.fertility),
+        "sequence_length": report.config.data.sequence_length,
+        "pause": report.config.pause.model_dump(),
+        "policies": [dataclasses.asdict(policy) for policy in report.policies],
+        "windows": [dataclasses.asdict(window) for window in report.windows],
     }
     return json.dumps(content, indent=1)
-
-
-def as_text(
-    corpus: Corpus,
-    lengths: Lengths,
-    fertility: Fertility,
-    config: ResolvedConfig,
-    policies: Sequence[PolicyStatistics],
-    windows: Sequence[WindowView],
-    colour: bool,
-) -> str:
-    """Paragraphs for a terminal; `colour` marks pauses by reverse video too."""
-    parts = [_counts(corpus, fertility), _histogram(lengths), _policies(config, policies)]
-    parts += [_window(window, colour) for window in windows]
-    return "\n\n".join(parts)
 
 
 def _counts(corpus: Corpus, fertility: Fertility) -> str:
@@ -95,7 +115,7 @@ def _origin(corpus: Corpus) -> list[tuple[str, str]]:
     return [
         (
             "documents",
-            f"{counts.documents:,}, adopted: made by others, from sources that are not known"
+            f"{counts.documents:,}, adopted: made by another program, from unknown sources"
             + (f"; {without:,} do not end with EOD" if without else ""),
         )
     ]
@@ -124,7 +144,7 @@ def _policies(config: ResolvedConfig, policies: Sequence[PolicyStatistics]) -> s
     sizes = [str(size) for size in range(1, RUN_LENGTHS)] + [f"{RUN_LENGTHS}+"]
     lines = [
         f"pauses in windows of {length:,} tokens: pause.rate={pause.rate:g} inserts {inserted:,}; "
-        "shares are of runs of so many pauses (* = as configured)",
+        "shares of runs by number of pauses (* = as configured)",
         f"  {'pause.placement':22} {'window':7} {'rate':>7} {'pauses':>13}"
         + "".join(f"{'run of ' + size:>10}" for size in sizes)
         + f"{'longest':>9}",

@@ -1,4 +1,4 @@
-"""The progress bar of `prepare`: documents/s, MB/s of text, tokens/s and time left, on stderr."""
+"""The progress bar of `prepare`: documents/s, MB/s of text, tokens/s and remaining time, on stderr."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ _FORMAT_OPEN = "{desc} {elapsed}{postfix}"
 
 
 class ProgressBar:
-    """Shows `PrepareProgress` reports. Rates are of this run: what an earlier run had finished does not count."""
+    """A progress bar for `PrepareProgress` reports. Its rates do not count the shards of earlier runs.
+
+    Args:
+        stream: Terminal or log to draw on.
+    """
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -30,24 +34,22 @@ class ProgressBar:
 
     def update(self, progress: PrepareProgress) -> None:
         """Show a report."""
-        if self._first is None or progress.phase != self._first.phase:
-            self._open(progress)
+        bar, first = self._bar, self._first
+        if bar is None or first is None or progress.phase != first.phase:
+            bar, first = self._open(progress), progress
         seconds = max(time.perf_counter() - self._begun, 1e-9)
         postfix = f"shard {progress.shards_done:,} of {progress.shards:,}"
         if progress.phase == "read":
-            documents = (progress.documents - self._first.documents) / seconds
-            text = (progress.text_bytes - self._first.text_bytes) / seconds / 1e6
-            tokens = (progress.tokens - self._first.tokens) / seconds
+            documents = (progress.documents - first.documents) / seconds
+            text = (progress.text_bytes - first.text_bytes) / seconds / 1e6
+            tokens = (progress.tokens - first.tokens) / seconds
             postfix = f"{documents:,.0f} documents/s, {text:,.2f} MB/s, {tokens:,.0f} tokens/s, {postfix}"
         if progress.malformed:
             postfix += f", {progress.malformed:,} malformed"
-        self._bar.set_postfix_str(postfix, refresh=False)
-        if progress.total_bytes is not None:
-            self._bar.update(progress.done_bytes - self._bar.n)
-        else:
-            self._bar.update(0 if self._bar.n == progress.documents else progress.documents - self._bar.n)
+        bar.set_postfix_str(postfix, refresh=False)
+        bar.update((progress.documents if progress.total_bytes is None else progress.done_bytes) - bar.n)
 
-    def _open(self, progress: PrepareProgress) -> None:
+    def _open(self, progress: PrepareProgress) -> tqdm:
         if self._bar is not None:
             self._bar.close()
         self._first = progress
@@ -61,3 +63,4 @@ class ProgressBar:
             bar_format=_FORMAT if progress.total_bytes is not None else _FORMAT_OPEN,
             dynamic_ncols=True,
         )
+        return self._bar

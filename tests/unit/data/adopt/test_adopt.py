@@ -125,7 +125,7 @@ def test_it_is_the_corpus_that_prepare_makes(folder: Path, tmp_path: Path, capsy
     }
     assert main(["inspect", str(prefix), *looks]) == 0
     text = capsys.readouterr().out
-    assert "80, adopted: made by others" in text and "(all over 80 documents)" in text
+    assert "80, adopted: made by another program" in text and "(all over 80 documents)" in text
     assert re.search(r"text +not known", text) and ", of which 80 EOD" in text
 
 
