@@ -78,7 +78,7 @@ def test_to_keeps_everything(dataset: PauseGPTDataset) -> None:
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_a_packed_micro_batch_is_the_same_in_one_buffer_and_moves_by_one_copy(dataset, size: int) -> None:
+def test_a_packed_micro_batch_is_one_buffer_and_moves_by_one_copy(dataset, size: int) -> None:
     samples = [{"dataset_id": np.int16(number), **dataset[number]} for number in range(size)]
     batch = collate(samples, sample_ids=range(size), pause_ids=range(PAUSE, PAUSE + 2))
     segments = torch.zeros(size, 48, dtype=torch.int32)

@@ -26,7 +26,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> PauseGPTDataset:
 
 
 class Recorder:
-    """A dataset that notes what is read, and fails at one sample."""
+    """A dataset that records which samples are read, and fails at one."""
 
     def __init__(self, dataset: PauseGPTDataset, bad: int | None = None) -> None:
         self.dataset, self.bad, self.read = dataset, bad, []
@@ -110,7 +110,7 @@ def test_topologies_read_the_same_samples(dataset: PauseGPTDataset) -> None:
     assert all(windows(micro, ranks) == whole for micro, ranks in [(1, 1), (4, 1), (1, 4), (4, 4), (2, 2)])
 
 
-def test_a_resumed_loader_goes_on_as_an_uninterrupted_one(dataset: PauseGPTDataset) -> None:
+def test_a_resumed_loader_gives_the_steps_of_an_uninterrupted_one(dataset: PauseGPTDataset) -> None:
     sampler = StepSampler(8, 4)
     with StepLoader(dataset, sampler, 0, 10, pause_ids=PAUSE_IDS) as loader:
         uninterrupted = list(loader)[6:]
@@ -123,7 +123,7 @@ def test_a_resumed_loader_goes_on_as_an_uninterrupted_one(dataset: PauseGPTDatas
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_errors_surface_where_the_batch_is_asked_for(dataset: PauseGPTDataset, prefetch: int) -> None:
+def test_errors_of_the_thread_are_raised_by_next(dataset: PauseGPTDataset, prefetch: int) -> None:
     with StepLoader(Recorder(dataset, bad=17), StepSampler(4, 2), 0, 10, prefetch, pause_ids=PAUSE_IDS) as loader:
         assert [next(loader)[0] for _ in range(4)] == [0, 1, 2, 3]
         with pytest.raises(OSError, match="the disk went away"):
@@ -145,7 +145,7 @@ def test_closing_early_stops_the_thread(dataset: PauseGPTDataset) -> None:
     assert list(loader) == []
 
 
-def test_reads_ahead_but_not_further_than_asked(dataset: PauseGPTDataset) -> None:
+def test_the_loader_prefetches_no_more_steps_than_given(dataset: PauseGPTDataset) -> None:
     recorder = Recorder(dataset)
     with StepLoader(recorder, StepSampler(4, 4), 0, 20, 2, pause_ids=PAUSE_IDS):
         deadline = time.monotonic() + 5

@@ -67,7 +67,7 @@ def test_windows_are_consecutive_cuts_of_the_prepared_corpus(
         windows.text(0)
 
 
-def test_a_stream_goes_on_exactly_from_every_window(data: DataSection, tokenizer: Tokenizer) -> None:
+def test_a_stream_resumes_exactly_at_every_window(data: DataSection, tokenizer: Tokenizer) -> None:
     windows = _windows(data, tokenizer)
     count = 3 * sum(map(len, TEXTS)) // 2 // LENGTH  # more than one pass
     expected = [windows.text(sample) for sample in range(count)]
@@ -208,7 +208,7 @@ def test_errors_name_the_key_at_fault_and_what_there_is(tmp_path: Path) -> None:
             open_documents(DataSection(**{**source, **wrong})).take(1)
 
 
-def test_a_wrong_key_is_told_before_the_whole_source_is_read(tmp_path: Path) -> None:
+def test_a_wrong_text_key_stops_before_the_whole_source_is_read(tmp_path: Path) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(b'{"text": 3}\n' * (MALFORMED_IN_A_ROW - 1) + json_lines(["one"]))
     assert open_documents(DataSection(source=(str(path),))).take(1) == ["one"]
@@ -217,7 +217,7 @@ def test_a_wrong_key_is_told_before_the_whole_source_is_read(tmp_path: Path) -> 
         open_documents(DataSection(source=(str(path),))).take(1)
 
 
-def test_processes_of_a_machine_share_one_reader(data: DataSection, tokenizer: Tokenizer) -> None:
+def test_the_ranks_of_a_host_share_one_reader(data: DataSection, tokenizer: Tokenizer) -> None:
     alone = _windows(data, tokenizer)
     expected = [alone.text(sample) for sample in range(600)]
     opened = []
@@ -248,7 +248,7 @@ def test_processes_of_a_machine_share_one_reader(data: DataSection, tokenizer: T
     assert not Path(server.address).exists()
 
 
-def test_a_reader_needs_no_torch_process() -> None:
-    """Opening documents imports neither torch nor megatron: what `--help` and a wrong source cost."""
+def test_opening_documents_imports_no_torch() -> None:
+    """Neither torch nor megatron is imported, so that `--help` and the error of a wrong source are fast."""
     code = "import sys, pause_megatron.data.stream.documents; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -110,7 +110,7 @@ def test_ids_are_those_of_inference_with_the_exported_tokenizer(task_records, tm
 
 @pytest.mark.parametrize("location", ["append", "prepend"])
 @pytest.mark.parametrize("count", [0, 1, 5])
-def test_loss_is_on_the_target_alone_and_begins_at_the_prefix_end(examples, location, count):
+def test_loss_is_on_the_target_only_from_the_last_prefix_token_on(examples, location, count):
     dataset = windows(examples[:5], pauses=range(count, count + 1), location=location, batching="padded")
     seen = set()
     for number in range(5):
@@ -133,7 +133,7 @@ def test_loss_is_on_the_target_alone_and_begins_at_the_prefix_end(examples, loca
     assert seen == set(range(5))
 
 
-def test_labels_of_the_prefix_mean_nothing(examples):
+def test_labels_of_the_prefix_are_ignored(examples):
     sample = windows(examples)[0]
     other = dict(sample)
     other["labels"] = torch.where(sample["loss_mask"] > 0, sample["labels"], 17)
@@ -210,7 +210,7 @@ def test_pauses_are_drawn_by_address(examples):
 
 
 @pytest.mark.parametrize("batching", ["packed", "padded"])
-def test_every_epoch_has_every_example_once_and_windows_are_addressed(examples, batching):
+def test_every_epoch_has_every_example_once_and_windows_have_an_address(examples, batching):
     dataset = windows(examples, pauses=range(51), batching=batching)
     ends = [dataset.windows_in_epochs(epochs) for epochs in (1, 2, 3)]
     for epoch in range(3):
@@ -222,7 +222,7 @@ def test_every_epoch_has_every_example_once_and_windows_are_addressed(examples, 
     wanted = [0, ends[0] - 1, ends[0], ends[1] + 3, ends[2] - 1]
     before = {number: dataset[number]["tokens"] for number in wanted}
     fresh = windows(examples, pauses=range(51), batching=batching)
-    for number in reversed(wanted):  # any window can be asked for first
+    for number in reversed(wanted):  # windows can be read in any order
         assert torch.equal(fresh[number]["tokens"], before[number])
     assert dataset.locate(ends[0]) == (1, 0)
     assert dataset.windows_in_epochs(1.5) == ends[0] + -(-(ends[1] - ends[0]) // 2)

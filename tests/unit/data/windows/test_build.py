@@ -1,4 +1,4 @@
-"""build_datasets: the stock builder's blends and splits, with and without pauses, and what it refuses."""
+"""build_datasets: blends and splits of megatron-core's builder, with and without pauses, and its errors."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_pauses_do_not_change_with_the_sample_order(build: Callable[..., Dataset
 
 @pytest.mark.parametrize("split", ["1,0,0", "9999,1,0", "1", "9,1,0"])
 def test_no_validation(build: Callable[..., Datasets], split: str, tmp_path: Path) -> None:
-    """None where none is asked for; a refusal, before anything is built, where one is and the split leaves no text."""
+    """None without validation; an error before anything is built, where validation is on and the split has no text."""
     datasets = build(split=split, valid_samples=0)
     assert datasets.valid is None and datasets.valid_without_pauses is None
     if split != "9,1,0":
@@ -131,7 +131,7 @@ def test_no_validation(build: Callable[..., Datasets], split: str, tmp_path: Pat
         assert not (tmp_path / "none").exists()
 
 
-def test_caches_stand_where_they_were_asked_for(build: Callable[..., Datasets], corpora: list[str]) -> None:
+def test_the_index_cache_is_in_the_folder_that_is_given(build: Callable[..., Datasets], corpora: list[str]) -> None:
     before = sorted(os.listdir(Path(corpora[0]).parent))
     datasets = build(["1", corpora[0], "1", corpora[1]])
     assert sorted(os.listdir(Path(corpora[0]).parent)) == before
@@ -141,18 +141,18 @@ def test_caches_stand_where_they_were_asked_for(build: Callable[..., Datasets], 
 
 
 @pytest.mark.parametrize("rate", [0.0, 0.2])
-def test_documents_apart_in_every_dataset_of_a_run(
+def test_intra_document_masking_in_every_dataset_of_a_run(
     build: Callable[..., Datasets], corpora: list[str], tmp_path: Path, rate: float
 ) -> None:
-    """The same windows and the same caches as joined: only positions and segments tell them apart."""
+    """The same windows and caches as without: only positions and segments differ."""
     blend, pause = ["3", corpora[0], "1", corpora[1]], PauseSection(rate=rate)
-    joined = build(blend, pause=pause)
+    unmasked = build(blend, pause=pause)
     cached = sorted(os.listdir(tmp_path / "cache"))
-    apart = build(blend, pause=pause, intra_document_masking=True)
+    masked = build(blend, pause=pause, intra_document_masking=True)
     assert sorted(os.listdir(tmp_path / "cache")) == cached
     for name in ("train", "valid", "valid_without_pauses"):
         for number in range(5):
-            plain, sample = getattr(joined, name)[number], getattr(apart, name)[number]
+            plain, sample = getattr(unmasked, name)[number], getattr(masked, name)[number]
             assert sample.keys() - plain.keys() == {"segments"}
             for key in plain.keys() - {"position_ids", "dataset_id"}:
                 assert torch.equal(sample[key], plain[key]), key
@@ -241,11 +241,11 @@ def test_a_pause_id_that_is_eod(build: Callable[..., Datasets]) -> None:
         build(tokenizer=Clash())
 
 
-def test_the_tokenizer_may_be_wrapped_already(build: Callable[..., Datasets]) -> None:
+def test_a_tokenizer_with_pause_ids_is_accepted(build: Callable[..., Datasets]) -> None:
     assert build(tokenizer=PauseTokenizer(ByteTokenizer()), valid_samples=0).tokenizer.vocab_size == PAUSE + 1
 
 
-def test_an_index_that_a_kill_cut_short_is_built_again(build: Callable[..., Datasets], tmp_path: Path) -> None:
+def test_a_truncated_index_is_rebuilt(build: Callable[..., Datasets], tmp_path: Path) -> None:
     whole = [build().train[number]["tokens"] for number in range(40)]
     indices = sorted((tmp_path / "cache").glob("*.npy"))
     assert indices
@@ -256,7 +256,7 @@ def test_an_index_that_a_kill_cut_short_is_built_again(build: Callable[..., Data
         assert all(torch.equal(again.train[number]["tokens"], tokens) for number, tokens in enumerate(whole))
 
 
-def test_corpora_to_validate_on(build: Callable[..., Datasets], corpora: list[str]) -> None:
+def test_validation_corpora_are_held_out_whole(build: Callable[..., Datasets], corpora: list[str]) -> None:
     """All documents of data.prefix train, all of data.valid_prefix are held out."""
     datasets = build([corpora[0]], valid_prefix=[corpora[1]], split="1,0,0")
     assert set(datasets.train.document_index.tolist()) == set(range(40))
@@ -269,7 +269,7 @@ def test_corpora_to_validate_on(build: Callable[..., Datasets], corpora: list[st
     assert (datasets.train_names, datasets.valid_names) == ((), ())
 
 
-def test_a_blend_to_validate_on(build: Callable[..., Datasets], corpora: list[str]) -> None:
+def test_a_validation_blend(build: Callable[..., Datasets], corpora: list[str]) -> None:
     blend = ["1", corpora[0], "1", corpora[1]]
     datasets = build([corpora[0]], valid_prefix=blend, split="1,0,0", valid_samples=20)
     ids = [int(datasets.valid[number]["dataset_id"]) for number in range(20)]

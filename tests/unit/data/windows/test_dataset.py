@@ -106,8 +106,8 @@ def test_rate_zero_is_gpt_dataset(short_documents: str, options: tuple[bool, ...
             assert_same(ours[sample], stock[sample])
 
 
-def test_documents_are_told_apart_without_pauses_too(short_documents: str) -> None:
-    """GPTDataset's sample with positions reset, and the documents that its own mask keeps apart."""
+def test_segments_without_pauses(short_documents: str) -> None:
+    """The sample of GPTDataset with positions reset, and the documents that its own mask separates."""
     reset = {"reset_position_ids": True, "reset_attention_mask": True}
     config = make_config(short_documents, 33, pause_rate=0.0, document_segments=True, **reset)
     ours = make_dataset(short_documents, config, 20)
@@ -122,7 +122,7 @@ def test_documents_are_told_apart_without_pauses_too(short_documents: str) -> No
 
 
 def test_pauses_around_an_end_of_document() -> None:
-    """They belong to what they stand behind: a run behind an EOD to the document that it ends."""
+    """A run of pauses behind an EOD belongs to the document that the EOD ends."""
     text = np.array([5, EOD, EOD, 6, 7, EOD, 8])
     window = inject(text, np.array([1, 2, 2, 3, 6, 6]), range(PAUSE, PAUSE + 2))
     names = {EOD: "e", PAUSE: "p", PAUSE + 1: "q"}
@@ -350,8 +350,13 @@ def test_settings_are_in_the_cache_key(corpus: str) -> None:
         "embeddings": 2,
     }
     keys = {make_dataset(corpus, make_config(corpus, 64, **base), 5).unique_description_hash}
-    apart = {"reset_position_ids": True, "reset_attention_mask": True, "document_segments": True, "eod_mask_loss": True}
-    keys.add(make_dataset(corpus, make_config(corpus, 64, **base, **apart), 5).unique_description_hash)
+    masking = {
+        "reset_position_ids": True,
+        "reset_attention_mask": True,
+        "document_segments": True,
+        "eod_mask_loss": True,
+    }
+    keys.add(make_dataset(corpus, make_config(corpus, 64, **base, **masking), 5).unique_description_hash)
     assert len(keys) == 1  # what is cached are text windows, which EOD has no part in
     for name, value in changes.items():
         keys.add(make_dataset(corpus, make_config(corpus, 64, **{**base, name: value}), 5).unique_description_hash)

@@ -1,4 +1,4 @@
-"""Cached indices: never those of other documents, of another version, half written or damaged."""
+"""Cached indices: never those of other documents or of another version, never partial or damaged ones."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _windows(datasets: Datasets) -> list[list[int]]:
 
 
 def _keep_times(write: Callable[[], object], prefix: str) -> None:
-    """Writes a corpus anew, as `cp -p` and `rsync -a` do: with the times of the one before."""
+    """Write a corpus again, as `cp -p` and `rsync -a` do: with the times of the one before."""
     before = {name: os.stat(f"{prefix}.{name}").st_mtime_ns for name in ("bin", "idx")}
     write()
     for name, time in before.items():
@@ -58,8 +58,8 @@ def _keep_times(write: Callable[[], object], prefix: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["alone", "list", "blend", "beside"])
-def test_a_corpus_that_is_prepared_anew_is_never_read_through_an_old_index(tmp_path: Path, kind: str) -> None:
-    """Windows are those of an empty cache folder, whatever was prepared under the name before."""
+def test_a_corpus_prepared_again_is_never_read_through_its_old_index(tmp_path: Path, kind: str) -> None:
+    """Windows are those of an empty cache folder, for every former content under the same name."""
     other = write_corpus(tmp_path / "data" / "other", paragraphs(80)[40:])
     prefix, cache = str(tmp_path / "data" / "corpus"), None if kind == "beside" else tmp_path / "cache"
     blend = {"list": [other, prefix], "blend": ["1", prefix, "3", other]}.get(kind, [prefix])
@@ -87,7 +87,7 @@ def test_a_corpus_that_is_prepared_anew_is_never_read_through_an_old_index(tmp_p
 
 
 def test_the_same_corpus_is_read_through_the_same_index(tmp_path: Path) -> None:
-    """Its content is the key, not its time, its inode or the host: nothing is built again."""
+    """Its content is the key, not its time, its inode or the host: nothing is rebuilt."""
     prefix, cache = str(tmp_path / "corpus"), tmp_path / "cache"
     write_corpus(Path(prefix), paragraphs(40))
     _build([prefix], cache)
@@ -99,10 +99,8 @@ def test_the_same_corpus_is_read_through_the_same_index(tmp_path: Path) -> None:
     assert {path.name: path.stat().st_mtime_ns for path in cache.iterdir()} == before
 
 
-def test_caches_are_read_when_they_were_changed_or_when_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A start reads none of the 2.6 GB of C4, unless somebody touched them, or data.verify=always wants it."""
+def test_caches_are_read_if_they_changed_or_with_verify_always(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start reads none of the 2.6 GB of C4, unless they were touched, or with data.verify=always."""
     prefix, cache = write_corpus(tmp_path / "corpus", paragraphs(40)), tmp_path / "cache"
     _build([prefix], cache)
     read: list[Path] = []
@@ -122,8 +120,8 @@ def test_caches_are_read_when_they_were_changed_or_when_asked_for(
     assert read == []
 
 
-def test_a_large_prepared_corpus_is_told_by_its_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its lengths are sampled; who writes files beside an old manifest has all of them looked at."""
+def test_a_large_prepared_corpus_is_identified_by_its_manifest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its lengths are sampled. Beside an old manifest of other files, all of them are read."""
     monkeypatch.setattr(index_cache, "_CHUNK", 8)
     monkeypatch.setattr(index_cache, "_SAMPLES", 2)
     monkeypatch.setattr(index_cache, "_SAMPLE", 2)
@@ -149,7 +147,7 @@ def test_a_large_prepared_corpus_is_told_by_its_manifest(tmp_path: Path, monkeyp
 
 
 class _Earlier(GPTDataset):
-    """Whose key does not say what is in the corpus."""
+    """A dataset of an earlier version, whose cache key does not hold the content of the corpus."""
 
     @staticmethod
     def _key_config_attributes() -> list[str]:
@@ -169,35 +167,33 @@ def test_unused_index_files_are_named_once(tmp_path: Path, caplog: pytest.LogCap
     foreign = make_dataset(prefix, config, SAMPLES, cls=GPTDataset).unique_description_hash  # a Megatron-LM script's
     (cache / "x-PauseGPTDataset-train-description.txt").write_text("[1, 2")
 
-    def said() -> list[str]:
+    def messages() -> list[str]:
         text = caplog.text
         caplog.clear()
         assert foreign not in text
         return re.findall(r"not used any more and may be deleted \([\d,]+ bytes\): (.*)\n", text)
 
     _build([prefix], cache)
-    assert said() == [f"{old}-*"]
+    assert messages() == [f"{old}-*"]
     _build([prefix], cache)
-    assert said() == []
+    assert messages() == []
     mine = {name.partition("-")[0] for name in os.listdir(cache) if json_of(cache / name).get("dataset_path") == prefix}
     write_corpus(Path(prefix), paragraphs(40))
     _build([prefix], cache)
-    (line,) = said()
+    (line,) = messages()
     assert set(line.split(", ")) == {f"{key}-*" for key in mine - {foreign}} and len(mine) == 5
     for pattern in line.split(", "):
         assert [path.unlink() for path in cache.glob(pattern)]
     _build([prefix], cache, samples=SAMPLES + 1)
-    assert said() == []
+    assert messages() == []
 
 
 def json_of(path: Path) -> dict:
     return json.loads(path.read_text()) if path.suffix == ".txt" and path.name[0] != "x" else {}
 
 
-def test_damage_anywhere_in_a_cache_is_built_again(
-    tmp_path: Path, full: bool, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Flipped, cut, swapped, emptied, gone or replaced: the windows are the right ones, and what was found is told."""
+def test_damage_anywhere_in_a_cache_is_repaired(tmp_path: Path, full: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Flipped, truncated, swapped, emptied or deleted files: the windows are right, and the log names the file."""
     prefix, cache = write_corpus(tmp_path / "corpus", paragraphs(50)), tmp_path / "cache"
     right = _windows(_build([prefix], cache))
     files = sorted(cache.iterdir())
@@ -223,14 +219,14 @@ def test_damage_anywhere_in_a_cache_is_built_again(
         harm(path)
         altered = path.suffix == ".npy" and path.read_bytes() != whole[path] if path.exists() else False
         assert _windows(_build([prefix], cache)) == right
-        said = caplog.text
+        logged = caplog.text
         caplog.clear()
-        assert f"{path}: not the index that was written there; it is built again" in said or not altered
+        assert f"{path}: not the index that was written there; it is built again" in logged or not altered
         assert all(path.read_bytes() == whole[path] for path in files if path.suffix != ".json")
 
 
 def test_an_index_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A full disk at each file, or a kill there: a later start builds it, whole."""
+    """A full disk at each file: a later start builds the index."""
     prefix, cache, save = write_corpus(tmp_path / "corpus", paragraphs(50)), tmp_path / "cache", np.save
     right = _windows(_build([prefix], tmp_path / "right"))
     for calls in range(3):
@@ -252,7 +248,7 @@ def test_an_index_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypa
 
 
 def _killed(prefix: str, cache: Path, calls: int) -> None:
-    """Ends this process while it writes file number `calls` of an index."""
+    """Exit while file number `calls` of an index is written."""
     save, left = np.save, iter(range(calls))
 
     def dies(path: str, array: np.ndarray, **options: bool) -> None:
@@ -266,14 +262,14 @@ def _killed(prefix: str, cache: Path, calls: int) -> None:
     os._exit(0)
 
 
-def test_a_kill_while_an_index_is_built(tmp_path: Path) -> None:
+def test_a_kill_during_the_build_of_an_index(tmp_path: Path) -> None:
     prefix = write_corpus(tmp_path / "corpus", paragraphs(50))
     right = _windows(_build([prefix], tmp_path / "right"))
     for calls in (1, 4):
         cache = tmp_path / f"cache{calls}"
         assert _in_a_child(partial(_killed, prefix, cache, calls)) == 9
         assert _windows(_build([prefix], cache)) == right
-    assert len(list(cache.glob("*.building.tmp"))) == 1  # somebody may be building there
+    assert len(list(cache.glob("*.building.tmp"))) == 1  # another process may be building there
     for path in cache.glob("*.building.tmp"):
         os.utime(path, (1, 1))
     _build([prefix], cache, samples=SAMPLES + 1)
@@ -290,8 +286,8 @@ def _in_a_child(work: Callable[[], object]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def test_indices_that_others_built(tmp_path: Path) -> None:
-    """What Megatron-LM's --dataloader-defer-npy-index-mmap reads without a look is there and of this corpus."""
+def test_indices_that_another_process_built(tmp_path: Path) -> None:
+    """With Megatron-LM's --dataloader-defer-npy-index-mmap, the index must be there and belong to this corpus."""
     prefix, cache = write_corpus(tmp_path / "corpus", paragraphs(50)), str(tmp_path / "cache")
     lazy = make_config(prefix, 64, path_to_cache=cache, defer_npy_index_mmap=True)
     message = rf"{cache}: expected the index [0-9a-f]+ of this corpus as it is now, got none\. Rank 0 builds it"
@@ -311,14 +307,14 @@ def test_indices_that_others_built(tmp_path: Path) -> None:
         make_dataset(prefix, lazy, SAMPLES)
 
 
-def test_every_rank_ends_alike(tmp_path: Path) -> None:
-    """Where the disk is full, the folder a file, or another one on each host: nobody waits, and all name data.cache."""
+def test_every_rank_ends_with_the_same_error(tmp_path: Path) -> None:
+    """A full disk, a file as the folder, a folder per host: no rank hangs, and all errors name data.cache."""
     for name in ("one", "two"):
         write_corpus(tmp_path / name, paragraphs(50))
     (tmp_path / "file").write_text("a file")
     for full, file, host, beside, spare in run_on_ranks(2, endings, str(tmp_path)):
-        for said in full:
-            assert re.match(r"data\.cache: .*(No space left|expected the index)", said), said
+        for message in full:
+            assert re.match(r"data\.cache: .*(No space left|expected the index)", message), message
         assert file == f"data.cache={tmp_path}/file: expected a folder to write index caches to, got: a file"
         assert re.match(rf"data\.cache={tmp_path}/host0: expected a folder that all hosts see, .* does not see", host)
         assert (beside, spare) == (str(tmp_path / "cache"), f"{tmp_path}/run/cache")
@@ -326,21 +322,21 @@ def test_every_rank_ends_alike(tmp_path: Path) -> None:
 
 
 def endings(folder: str) -> list:
-    """What is said on this rank in every case, one after the other."""
+    """The outcomes of all cases on this rank."""
     one, two, run = f"{folder}/one", f"{folder}/two", f"{folder}/run"
     blends = ([one], [one, two], ["1", one, "2", two])
     full = [built_on_full_disk(blend, f"{folder}/full{number}") for number, blend in enumerate(blends)]
-    said = [full, *(settled(one, run, cache) for cache in (f"{folder}/file", f"{folder}/host{{rank}}", None))]
+    outcomes = [full, *(settled(one, run, cache) for cache in (f"{folder}/file", f"{folder}/host{{rank}}", None))]
     torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:
         Path(folder, "cache").rmdir()  # with the mark gone
         Path(folder, "cache").write_text("a file")
     torch.distributed.barrier()
-    return [*said, settled(one, run, None)]
+    return [*outcomes, settled(one, run, None)]
 
 
 def built_on_full_disk(prefixes: list[str], cache: str) -> str:
-    """What building the datasets says on this rank, where no index can be written."""
+    """The error of this rank where no index can be written."""
     from unittest import mock
 
     with mock.patch.object(np, "save", mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device"))):
@@ -351,7 +347,7 @@ def built_on_full_disk(prefixes: list[str], cache: str) -> str:
 
 
 def settled(prefix: str, run: str, cache: str | None) -> str:
-    """The folder that this rank takes, or why none. `{rank}` in its name: what another host has at the same place."""
+    """The cache folder of this rank, or its error. `{rank}` in the name: another host has another folder there."""
     from unittest import mock
 
     from pause_megatron.config.load import load
@@ -373,7 +369,7 @@ def settled(prefix: str, run: str, cache: str | None) -> str:
 
 
 def test_choose_folder(tmp_path: Path) -> None:
-    """The default beside the corpus; the run's own where nobody can write there; refused where a key names a place."""
+    """The default beside the corpus; the folder of the run if that is read-only; an error if data.cache is."""
     (tmp_path / "data").mkdir()
     beside, spare = tmp_path / "data" / "corpus", tmp_path / "run" / "cache"
     assert choose_folder(None, beside, spare) == (str(tmp_path / "data" / "cache"), None)
@@ -396,8 +392,8 @@ def test_choose_folder(tmp_path: Path) -> None:
         choose_folder(None, beside, spare)
 
 
-def test_a_folder_that_somebody_else_filled(tmp_path: Path) -> None:
-    """A shared corpus: who may not write there reads the index that data.cache names, and keeps others in the run."""
+def test_a_read_only_folder_with_caches_is_used(tmp_path: Path) -> None:
+    """A shared corpus: a user without write access reads the index in data.cache, and writes others into the run."""
     prefix, cache = write_corpus(tmp_path / "data" / "corpus", paragraphs(50)), tmp_path / "data" / "cache"
     right = _windows(_build([prefix], cache))
     for path in (tmp_path, tmp_path / "data", cache):
@@ -409,7 +405,7 @@ def test_a_folder_that_somebody_else_filled(tmp_path: Path) -> None:
     for path in (tmp_path.parent.parent, tmp_path.parent):
         path.chmod(0o755)
 
-    def as_nobody() -> None:
+    def as_another_user() -> None:
         os.setuid(65534)
         assert not os.access(cache, os.W_OK)
         assert choose_folder(str(cache), prefix, run / "cache") == (str(cache), None)
@@ -422,7 +418,7 @@ def test_a_folder_that_somebody_else_filled(tmp_path: Path) -> None:
         os._exit(7)
 
     try:
-        assert _in_a_child(as_nobody) == 7
+        assert _in_a_child(as_another_user) == 7
     finally:
         for path, mode in zip((tmp_path.parent.parent, tmp_path.parent), top, strict=True):
             path.chmod(mode)

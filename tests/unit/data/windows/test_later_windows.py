@@ -1,4 +1,4 @@
-"""The windows behind the end of a finished run: what is left of the corpus, else the corpus anew, in another order."""
+"""The windows of an extension: the unread rest of the corpus, else the corpus again in another order."""
 
 from __future__ import annotations
 
@@ -49,8 +49,8 @@ def same(one: Samples, other: Samples, numbers: range) -> bool:
 
 
 @pytest.mark.parametrize("words", ["one", "0.7 one 0.3 two", "one two"])
-def test_while_the_corpus_lasts_its_unread_windows_follow(folder, words):
-    """Not one that was read comes again, and nothing before the end of the finished run moves."""
+def test_within_the_first_epoch_the_unread_windows_follow(folder, words):
+    """No window is read twice, and no window of the finished run moves."""
     finished = build(folder, words, 40)
     extended = build(folder, words, 60, before=40)
     assert same(finished.train, extended.train, range(40))
@@ -63,7 +63,7 @@ def test_while_the_corpus_lasts_its_unread_windows_follow(folder, words):
 
 
 @pytest.mark.parametrize("words", ["one", "0.7 one 0.3 two", "one two"])
-def test_else_it_is_read_anew_in_an_order_and_with_pauses_of_its_own(folder, words):
+def test_otherwise_another_epoch_follows_with_its_own_order_and_pauses(folder, words):
     one_reading = 40 if "0.7" in words else len(build(folder, words, None).train)
     finished = build(folder, words, one_reading)
     end = one_reading + (400 if "0.7" in words else 100)
@@ -90,7 +90,7 @@ def test_else_it_is_read_anew_in_an_order_and_with_pauses_of_its_own(folder, wor
     assert same(finished.valid, extended.valid, range(6))
 
 
-def test_without_pauses_the_documents_read_anew_are_those_of_the_corpus(folder):
+def test_another_epoch_reads_every_document_of_the_corpus(folder):
     whole = build(folder, "one", None, rate=0.0).train
     size = len(whole)
     anew = build(folder, "one", 2 * size, before=size, rate=0.0).train

@@ -1,4 +1,4 @@
-"""A model without a row for each pause id is refused, whoever says how many rows it has."""
+"""A model without an embedding row for each pause id is an error, with every source of the number of rows."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_the_rows_that_are_given(embeddings: int, enough: int) -> None:
             make_config("corpus", 64, embeddings, model_vocab_size=enough - 1)
 
 
-def test_rows_that_nobody_knows_are_a_warning() -> None:
+def test_an_unknown_number_of_rows_is_a_warning() -> None:
     with pytest.warns(UserWarning, match=rf"model_vocab_size is not given.*has {PAUSE + 1} rows") as found:
         make_config("corpus", 64, model_vocab_size=None)
     assert [warning.filename for warning in found if "model_vocab_size" in str(warning.message)] == [
@@ -34,7 +34,7 @@ def test_rows_that_nobody_knows_are_a_warning() -> None:
 
 
 def test_the_rows_of_the_megatron_lm_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `megatron.training.global_vars.get_args` answers: arguments, or an AssertionError before there are any."""
+    """`megatron.training.global_vars.get_args` returns the arguments, or raises AssertionError before parsing."""
     variables = ModuleType("megatron.training.global_vars")
     monkeypatch.setitem(sys.modules, variables.__name__, variables)
     variables.get_args = lambda: Namespace(padded_vocab_size=256)
