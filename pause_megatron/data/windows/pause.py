@@ -19,11 +19,12 @@ from __future__ import annotations
 import importlib
 import threading
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from pause_megatron.config.pauses import pauses_per_window
+from pause_megatron.config.pauses import PauseCounts, placement_conflict
 from pause_megatron.config.schema import PauseSection
 from pause_megatron.errors import ConfigError
 from pause_megatron.seeds import philox_key
@@ -224,41 +225,32 @@ class PausePlan:
         if self.seed < 0:
             raise ConfigError(f"pause.seed: expected 0 or more, got {self.seed}")
         resolve_policy(self.placement)
-        if self.placement == "bernoulli" and self.window == "exact":
+        if (conflict := placement_conflict(self.counts, self.placement)) is not None:
+            keys, expected = conflict
+            values = {
+                "data.sequence_length": self.sequence_length,
+                "pause.rate": self.rate,
+                "pause.window": self.window,
+                "pause.placement": self.placement,
+            }
             raise ConfigError(
-                "pause.placement=bernoulli draws a different number of pauses for each window, but pause.window=exact "
-                "fixes it: use pause.window=trim, or another placement"
+                f"{keys[0]}: expected {expected}, got {', '.join(f'{key}={values[key]}' for key in keys)}"
             )
-        if self.text_length < 2:
-            raise ConfigError(
-                f"pause.rate: {self.rate} of data.sequence_length={self.sequence_length} is {self.count} pauses, which "
-                f"leaves {self.text_length} text tokens in an exact window; expected at least 2, one of them to predict"
-            )
-        if self.placement == "isolated" and self.count > self.text_length:
-            raise ConfigError(
-                f"pause.placement=isolated: {self.count} pauses do not fit behind {self.text_length} text tokens "
-                f"without touching; lower pause.rate={self.rate}"
-            )
+
+    @cached_property
+    def counts(self) -> PauseCounts:
+        """Pauses and text tokens of a window."""
+        return PauseCounts(self.sequence_length, self.rate, self.window)
 
     @property
     def count(self) -> int:
         """M, pauses inserted before any trim (Python's `round`: half to even)."""
-        return pauses_per_window(self.rate, self.sequence_length)
+        return self.counts.inserted
 
     @property
     def text_length(self) -> int:
         """T, text tokens drawn for a window."""
-        return self.sequence_length + 1 - (self.count if self.window == "exact" else 0)
-
-    @property
-    def expected_pauses(self) -> float:
-        """Expected pauses among the N tokens behind the first, for the uniform policy.
-
-        `exact`: M. `trim`: M * N / (N + M), because the cut takes text and pauses alike (186 of 205 at N = 2048).
-        """
-        if self.window == "exact":
-            return float(self.count)
-        return self.count * self.sequence_length / (self.sequence_length + self.count)
+        return self.counts.text_length
 
 
 _of_thread = threading.local()

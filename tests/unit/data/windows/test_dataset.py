@@ -413,8 +413,8 @@ def test_a_corpus_smaller_than_a_window_is_repeated(tmp_path: Path) -> None:
     [
         ({"tokenizer": ByteTokenizer()}, "tokenizer: expected a PauseTokenizer.*got a ByteTokenizer"),
         ({"add_extra_token_to_sequence": False}, "add_extra_token_to_sequence: expected True"),
-        ({"pause_rate": 0.995}, "leaves 1 text tokens"),
-        ({"pause_placement": "bernoulli"}, "use pause.window=trim"),
+        ({"pause_rate": 0.995}, "expected at least 2 text tokens"),
+        ({"pause_placement": "bernoulli"}, "expected pause.window=trim with bernoulli"),
         ({"document_segments": True}, "document_segments: expected reset_position_ids=True"),
     ],
 )

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pause_megatron.config.pauses import PLACEMENTS
 from pause_megatron.data.windows.pause import POLICIES, PauseInjector, PausePlan, inject
 from pause_megatron.errors import ConfigError
 
@@ -192,10 +193,10 @@ def test_the_papers_arithmetic() -> None:
     plan = injector.plan
     assert plan.count == 205
     assert plan.text_length == 2049
-    assert plan.expected_pauses == pytest.approx(186.35, abs=0.01)
+    assert plan.counts.expected == pytest.approx(186.35, abs=0.01)
     text = np.arange(2049)
     kept = [int((~injector(text, sample).is_text).sum()) for sample in range(400)]
-    assert np.mean(kept) == pytest.approx(plan.expected_pauses, abs=1.0)
+    assert np.mean(kept) == pytest.approx(plan.counts.expected, abs=1.0)
     assert make_injector(2048, 0.1, "exact", "uniform").plan.text_length == 2049 - 205
 
 
@@ -273,14 +274,27 @@ GOLDEN = {
         ({"placement": "no.such.module:policy"}, r"pause\.placement.*No module named"),
         ({"placement": "math:no_such_name"}, r"pause\.placement.*no_such_name"),
         ({"placement": "math:pi"}, r"pause\.placement.*a float, which cannot be called"),
-        ({"placement": "bernoulli"}, r"bernoulli draws a different number.*use pause\.window=trim"),
-        ({"rate": 0.995}, r"pause\.rate: 0\.995 of data\.sequence_length=64 is 64 pauses, which leaves 1 text tokens"),
-        ({"rate": 0.6, "placement": "isolated"}, r"isolated: 38 pauses do not fit behind 27 text tokens"),
+        (
+            {"placement": "bernoulli"},
+            r"pause\.placement: expected pause\.window=trim with bernoulli: .*got pause\.placement=bern.*window=exact",
+        ),
+        (
+            {"rate": 0.995},
+            r"pause\.rate: expected at least 2 text tokens .* 64 pauses, got pause\.rate=0\.995, .*_length=64",
+        ),
+        (
+            {"rate": 0.6, "placement": "isolated"},
+            r"pause\.rate: expected no more pauses \(38\) than text tokens \(27\), .* got pause\.rate=0\.6",
+        ),
     ],
 )
 def test_settings_that_cannot_be_run(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         PausePlan(**{"sequence_length": 64, "rate": 0.1, **settings})
+
+
+def test_the_policies_are_those_that_a_configuration_may_name() -> None:
+    assert tuple(POLICIES) == PLACEMENTS
 
 
 @pytest.mark.parametrize(
