@@ -1,11 +1,11 @@
-"""`python -m pause_megatron VERB` and `deepspeed --module pause_megatron VERB`."""
+"""Entry point of `python -m pause_megatron VERB` and `deepspeed --module pause_megatron VERB`."""
 
 from __future__ import annotations
 
 import os
 import sys
 
-# `deepspeed --launcher slurm` runs this folder as a script: its modules must not stand in for others of their names.
+# `deepspeed --launcher slurm` runs this folder as a script: its modules must not shadow others of the same names.
 if sys.path[0] == os.path.dirname(os.path.abspath(__file__)):
     sys.path[0] = os.path.dirname(sys.path[0])
 

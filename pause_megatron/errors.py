@@ -1,37 +1,41 @@
-"""The errors a user can cause. A message says what was expected, what came, and which file, field or line to change."""
+"""Errors that a user can cause. A message has the form "PLACE: expected X, got Y", with the file, field or line."""
 
 from __future__ import annotations
 
 
 class PauseMegatronError(Exception):
-    """Base of every error that is the input's fault, not the program's. The CLI prints it without a traceback."""
+    """Base class of all errors that the input causes. The command line prints them without a traceback."""
 
 
 class ConfigError(PauseMegatronError):
-    """A configuration key, value or combination that cannot be run."""
+    """An invalid configuration key, value or combination."""
 
 
 class SharedError(ConfigError):
-    """What every rank of a run has been told, in the same words: rank 0 says it for all."""
+    """An error that every rank raises with the same message; rank 0 prints it."""
 
 
 class DataError(PauseMegatronError):
-    """A corpus, shard, tokenizer or index that is missing, damaged or does not fit the run."""
+    """A missing or damaged corpus, shard, tokenizer or index, or one that does not fit the run."""
 
 
 class CheckpointError(PauseMegatronError):
-    """A checkpoint that is missing, incomplete, altered, or of another run."""
+    """A missing, incomplete or altered checkpoint, or one of another run."""
 
 
 class TrainingError(PauseMegatronError):
-    """A run that cannot go on: a loss that is not finite, a rank that disagrees, a signal that arrived."""
+    """A run that cannot continue: a loss that is not finite, ranks that differ, a signal."""
 
 
 class OutputError(PauseMegatronError):
-    """Standard output cannot be written, and what goes there is what was asked for.
+    """A failed write of a verb's result to standard output.
+
+    Args:
+        message: The message.
+        reader_gone: Whether the reader has closed the pipe, as `head` does.
 
     Attributes:
-        reader_gone: whoever read it wants no more, as `head` does when it has its lines
+        reader_gone: Whether the reader has closed the pipe, as `head` does.
     """
 
     def __init__(self, message: str, *, reader_gone: bool) -> None:

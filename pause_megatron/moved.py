@@ -1,4 +1,4 @@
-"""Modules at the names that they had in 0.1: imports of those work until 0.3, with a warning that says the new name."""
+"""Aliases of modules at their names of 0.1: they work until 0.3, with a warning that names the new module."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ MOVED = {
     "launcher_search": "host.launcher_search",
     "job_step": "host.job_step",
 }
-"""Module names of 0.1 -> those of today, both within the package."""
+"""Module names of 0.1 -> current names, both within the package."""
 
 
 def _renamed(name: str) -> str | None:
@@ -121,7 +121,7 @@ def _renamed(name: str) -> str | None:
 
 
 class _Alias:
-    """A loader that gives the module at the new name for the old one."""
+    """A loader that returns the module of the new name."""
 
     def __init__(self, new: str) -> None:
         self._new = new
@@ -132,34 +132,44 @@ class _Alias:
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        module.__spec__ = self._spec  # the import system has set the old name's
+        module.__spec__ = self._spec  # the import system has set that of the old name
 
 
 class MovedModules:
-    """A finder for `sys.meta_path`. It is the last, so that it is asked for modules alone that are not there."""
+    """A finder for `sys.meta_path`. It is the last one, so that it gets only names without a module."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Find the module at its new name, with a FutureWarning; None for every other module."""
+        """Find a moved module under its new name, with a FutureWarning; return None for every other name.
+
+        Args:
+            fullname: Name of the module.
+            path: Not used.
+            target: Not used.
+        """
         if not fullname.startswith(f"{_PACKAGE}.") or (new := _renamed(fullname)) is None:
             return None
         _warn(fullname, new)
-        return ModuleSpec(fullname, _Alias(new))  # type: ignore[arg-type]  # a loader by its methods, as PEP 451 has it
+        return ModuleSpec(fullname, _Alias(new))  # type: ignore[arg-type]  # a loader by its methods (PEP 451)
 
 
 def install() -> None:
-    """Make the old names importable; a second call does nothing."""
+    """Install the finder; a second call does nothing."""
     if not any(isinstance(finder, MovedModules) for finder in sys.meta_path):
         sys.meta_path.append(MovedModules())
 
 
 def forward(package: str) -> Callable[[str], object]:
-    """Make the `__getattr__` of a package that was a module: its names are looked up where the module is now."""
+    """Make the `__getattr__` of a package that was a module; it looks names up in the moved module.
+
+    Args:
+        package: Name of the package.
+    """
 
     def __getattr__(name: str) -> object:
         new = _renamed(package)
-        # Asked for by importlib and inspect; or by `from PACKAGE import MODULE`, which imports it next.
+        # importlib and inspect look up dunder names; `from PACKAGE import MODULE` looks up MODULE, and imports it next.
         if name.startswith("__") or new is None or importlib.util.find_spec(f"{package}.{name}") is not None:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
         try:

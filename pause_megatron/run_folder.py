@@ -1,15 +1,15 @@
-"""Names in a run folder, and which of its checkpoints is meant. No torch.
+"""Names in a run folder, and the rule that chooses one of its checkpoints. No torch.
 
-    RUN/.checkpoints.json              the step that `latest` was last pointed to by a save
-    RUN/checkpoints/latest             a symbolic link to a checkpoint; where there are none, a file with its name
+    RUN/.checkpoints.json              the published step: the one that a save last moved `latest` to
+    RUN/checkpoints/latest             a symbolic link to a checkpoint; without symbolic links, a file with its name
     RUN/checkpoints/step-00000200/
-    RUN/checkpoints/set-aside-step-00000200/   what a roll-back or damage left behind: renamed, never deleted
+    RUN/checkpoints/set-aside-step-00000200/   a checkpoint passed over on resume: renamed, never deleted
 
-One rule for everybody (resume, export-hf, generate, evaluate, model.from): **the newest complete checkpoint, unless
-`latest` was moved back by hand; then the one that it names**, or the newest complete one before it. A save moves
-`latest` only once its target is complete, so a `latest` that is older than the newest checkpoint is either a save that
-was killed in between, or a roll-back. The record of the step that it was last pointed to tells them apart; where that
-is missing (a copy without hidden files), the time at which `latest` was made does.
+The rule of resume, export-hf, generate, evaluate and model.from: **the newest complete checkpoint, unless `latest` was
+moved back by hand; then the one that it names**, or the newest complete one before it. A save moves `latest` only once
+its target is complete. So a `latest` that is older than the newest checkpoint is either a save that was killed in
+between, or a roll-back. The record of the published step tells them apart. Where it is missing (a copy without hidden
+files), the modification time of `latest` does.
 """
 
 from __future__ import annotations
@@ -31,9 +31,11 @@ _LARGEST_MANIFEST = 1 << 30
 
 @dataclass(frozen=True)
 class Choice:
-    """Attributes:
-    folders: checkpoints in the order in which they are taken, should those before be damaged
-    note: what is unusual about it, in one line; ""
+    """The checkpoints that a path means.
+
+    Attributes:
+        folders: Checkpoints in the order in which they are tried; the later ones are used if the earlier are damaged.
+        note: What is unusual about the choice, in one line; "": nothing.
     """
 
     folders: tuple[Path, ...]
@@ -41,26 +43,34 @@ class Choice:
 
 
 def step_name(step: int) -> str:
-    """Name of the folder of a step's checkpoint."""
+    """Return the folder name of a step's checkpoint."""
     return f"step-{step:08d}"
 
 
 def step_of(name: str) -> int | None:
-    """The step whose checkpoint has this name; None: no such name."""
+    """Return the step of a checkpoint's folder name; None for any other name."""
     match = _STEP.fullmatch(name)
     return int(match.group(1)) if match and step_name(int(match.group(1))) == name else None
 
 
 def steps_in(checkpoints: Path) -> list[int]:
-    """Steps of the checkpoints that have a name, ascending."""
+    """Return the steps of the published checkpoints, ascending.
+
+    Args:
+        checkpoints: `RUN/checkpoints`.
+    """
     if not checkpoints.is_dir():
         return []
-    found = (step_of(path.name) for path in checkpoints.iterdir() if path.is_dir())
-    return sorted(step for step in found if step is not None)
+    steps = (step_of(path.name) for path in checkpoints.iterdir() if path.is_dir())
+    return sorted(step for step in steps if step is not None)
 
 
 def choose(path: str | Path) -> Choice:
-    """The checkpoints that a path means: one itself, `.../latest`, `RUN/checkpoints` or `RUN`. None: no folders."""
+    """Return the checkpoints that a path means; `folders` is empty where there is none.
+
+    Args:
+        path: A checkpoint, `.../latest`, `RUN/checkpoints` or `RUN`.
+    """
     path = Path(path)
     if path.name == LATEST and not (is_copy(path) and _copied_step(path.parent) is None):
         return choose_in(path.parent)
@@ -73,7 +83,11 @@ def choose(path: str | Path) -> Choice:
 
 
 def last_published(checkpoints: Path) -> int | None:
-    """The step that `latest` was last pointed to by a save, 0 before the first; None: not known."""
+    """Return the step that a save last moved `latest` to, 0 before the first; None: not known.
+
+    Args:
+        checkpoints: `RUN/checkpoints`.
+    """
     try:
         step = json.loads(record_of(checkpoints).read_text(encoding="utf-8"))["published"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -82,12 +96,21 @@ def last_published(checkpoints: Path) -> int | None:
 
 
 def record_published(checkpoints: Path, step: int) -> None:
-    """Leaves the record that `last_published` reads."""
+    """Write the record that `last_published` reads.
+
+    Args:
+        checkpoints: `RUN/checkpoints`.
+        step: The published step.
+    """
     write_whole(record_of(checkpoints), json.dumps({"published": step}).encode())
 
 
 def pointed_to(checkpoints: Path) -> str:
-    """What `latest` names; "" where it is a folder (a copy that followed the link), or nothing that can be read."""
+    """Return the name that `latest` points to; "" where it is a folder (a copy that followed the link) or unreadable.
+
+    Args:
+        checkpoints: `RUN/checkpoints`.
+    """
     latest = checkpoints / LATEST
     try:
         if latest.is_symlink():
@@ -100,28 +123,32 @@ def pointed_to(checkpoints: Path) -> str:
 
 
 def is_copy(latest: Path) -> bool:
-    """Whether a folder stands in the place of `latest`, as a copy that follows links leaves it."""
+    """Return whether `latest` is a folder, as in a copy that followed links."""
     return latest.is_dir() and not latest.is_symlink()
 
 
 def record_of(checkpoints: Path) -> Path:
-    """Where that record is."""
+    """Return the path of the record of the published step."""
     return checkpoints.with_name(f".{checkpoints.name}.json")
 
 
 def choose_in(checkpoints: Path) -> Choice:
-    """Those of `RUN/checkpoints`."""
+    """Return the checkpoints that a folder of checkpoints means.
+
+    Args:
+        checkpoints: `RUN/checkpoints`.
+    """
     found = {step: [checkpoints / step_name(step)] for step in steps_in(checkpoints)}
     if (copied := _copied_step(checkpoints)) is not None:
         found.setdefault(copied, []).append(checkpoints / LATEST)
     steps = sorted(found, reverse=True)
-    if not steps:  # a copy of latest alone, though it may be damaged
+    if not steps:  # a copy of `latest` alone, which may be damaged
         copy = checkpoints / LATEST
         return Choice((copy.resolve(),) if is_copy(copy) and (copy / MANIFEST).is_file() else ())
-    pointed, notes = pointed_to(checkpoints), _lead_nowhere(checkpoints)
+    pointed, notes = pointed_to(checkpoints), _dangling_links(checkpoints)
     target = step_of(pointed) if pointed else copied
     if pointed and target not in found:
-        notes.append(f"{checkpoints / LATEST} names {pointed}, which is not there")
+        notes.append(f"{checkpoints / LATEST} names {pointed}, which does not exist")
     elif target is not None and target < steps[0]:
         newer = ", ".join(step_name(step) for step in reversed(steps) if step > target)
         if _moved_back(checkpoints, target, steps[0]):
@@ -129,18 +156,22 @@ def choose_in(checkpoints: Path) -> Choice:
             steps = [step for step in steps if step <= target]
         elif last_published(checkpoints) is None:
             notes.append(
-                f"{checkpoints / LATEST} is {step_name(target)}, older than {newer}; whether it was moved back says "
-                f"{record_of(checkpoints)}, which is not there: taking the newest; to roll back, point it there again"
+                f"{checkpoints / LATEST} is {step_name(target)}, older than {newer}; {record_of(checkpoints)}, "
+                "which would show a roll-back, does not exist: using the newest; to roll back, move `latest` again"
             )
         else:
-            notes.append(f"{checkpoints / LATEST} is still {step_name(target)}: a save ended before it was {newer}")
+            notes.append(
+                f"{checkpoints / LATEST} is still {step_name(target)}: a save was killed before it moved it to {newer}"
+            )
     return Choice(tuple(folder.resolve() for step in steps for folder in found[step]), "; ".join(notes))
 
 
-def _lead_nowhere(checkpoints: Path) -> list[str]:
-    """A line for each link with the name of a checkpoint whose folder is not there (an archive, not mounted)."""
+def _dangling_links(checkpoints: Path) -> list[str]:
+    """Return a line for each dangling link with a checkpoint's name (to an archive that is not mounted)."""
     links = sorted(path for path in checkpoints.glob("step-*") if step_of(path.name) is not None)
-    return [f"passed over: {path} leads to {os.readlink(path)}, which is not there" for path in links if _dangles(path)]
+    return [
+        f"passed over: {path} links to {os.readlink(path)}, which does not exist" for path in links if _dangles(path)
+    ]
 
 
 def _dangles(path: Path) -> bool:
@@ -148,20 +179,20 @@ def _dangles(path: Path) -> bool:
 
 
 def _moved_back(checkpoints: Path, target: int, newest: int) -> bool:
-    """Whether somebody has pointed `latest` at an older checkpoint, not a save that ended before it moved it."""
+    """Return whether `latest` was moved back by hand, and not left behind by a save that was killed."""
     if (published := last_published(checkpoints)) is not None:
         return target < published
     if is_copy(checkpoints / LATEST):
         return False
     try:
-        made = (checkpoints / step_name(newest) / MANIFEST).stat().st_mtime_ns
-        return (checkpoints / LATEST).lstat().st_mtime_ns > made
+        saved = (checkpoints / step_name(newest) / MANIFEST).stat().st_mtime_ns
+        return (checkpoints / LATEST).lstat().st_mtime_ns > saved
     except OSError:
         return False
 
 
 def _copied_step(checkpoints: Path) -> int | None:
-    """The step of a checkpoint that stands in the place of `latest`."""
+    """Return the step of a checkpoint folder in the place of `latest`; None where there is none."""
     latest = checkpoints / LATEST
     if not is_copy(latest):
         return None

@@ -1,8 +1,8 @@
-"""Which versions of other packages this one runs with: one table for setup.py, `doctor` and launchers/README.md.
+"""Supported versions of dependencies: one table for setup.py, `doctor` and launchers/README.md.
 
-setup.py executes this file before anything is installed, so it imports nothing but the standard library. Both ends of
-each range were run (tests/benchmarks/results/versions.md). To let a newer version in: put it here, then run
-`pytest -m compat` on it, then change launchers/constraints.txt.
+setup.py executes this file before anything is installed, so it imports the standard library alone. Both ends of each
+range are tested (tests/benchmarks/results/versions.md). To support a newer version: change it here, run
+`pytest -m compat` with it, then change launchers/constraints.txt.
 """
 
 from __future__ import annotations
@@ -12,25 +12,33 @@ from typing import NamedTuple
 
 
 class Package(NamedTuple):
-    """A distribution, and the versions of it that were run."""
+    """A distribution and its supported versions.
+
+    Attributes:
+        name: Name of the distribution.
+        lowest: Lowest tested version.
+        newest: Newest tested version.
+        fixed: How many parts of `newest` a later version must share: 2 where minor releases change interfaces that are
+            used here, 1 where major releases do, 0 for this version alone.
+        module: Module that `doctor` imports, where a plain import of the package would not show that it works.
+        marker: Environment marker (PEP 508).
+    """
 
     name: str
     lowest: str
     newest: str
-    # How many parts of `newest` a later version must share. 2 for packages whose minor releases change what is used
-    # here, 1 for those that keep their interfaces within a major release, 0: this very version.
     fixed: int = 1
-    module: str = ""  # what `doctor` imports, where a plain import of the package would not show that it works
-    marker: str = ""  # PEP 508
+    module: str = ""
+    marker: str = ""
 
     @property
     def specifier(self) -> str:
-        """The versions that are let in, as pip writes them."""
+        """The supported versions as a pip specifier."""
         return f">={self.lowest},<{'.'.join(map(str, self._end))}" if self.fixed else f"=={self.newest}"
 
     @property
     def requirement(self) -> str:
-        """The line for pip, with its marker."""
+        """The pip requirement, with its marker."""
         return f"{self.name}{self.specifier}" + (f"; {self.marker}" if self.marker else "")
 
     @property
@@ -39,14 +47,26 @@ class Package(NamedTuple):
         return (*kept, last + 1)
 
     def admits(self, version: str) -> bool:
-        """Whether a version lies in the range. Builds and pre-releases count as the release they are made for."""
+        """Return whether a version is supported. Builds and pre-releases count as their release.
+
+        Args:
+            version: Such as "2.13.0+cpu".
+        """
         if not self.fixed:
             return release(version) == release(self.newest)
         return release(self.lowest) <= release(version) and release(version)[: self.fixed] < self._end
 
 
 class Tried(NamedTuple):
-    """Versions that passed the compatibility part of the tests together."""
+    """Versions that passed the compatibility tests together.
+
+    Attributes:
+        python: Minor version of Python.
+        torch: Version of torch.
+        megatron_core: Version of megatron-core.
+        transformers: Version of transformers.
+        numpy: Version of numpy.
+    """
 
     python: str
     torch: str
@@ -55,16 +75,25 @@ class Tried(NamedTuple):
     numpy: str
 
     def like(self, python: str, torch: str, megatron_core: str) -> bool:
-        """Whether these are of the same Python, torch and megatron-core minor releases."""
-        mine, other = (self.python, self.torch, self.megatron_core), (python, torch, megatron_core)
-        return [release(version)[:2] for version in mine] == [release(version)[:2] for version in other]
+        """Return whether these have the same minor releases of Python, torch and megatron-core.
+
+        Args:
+            python: Version of Python.
+            torch: Version of torch.
+            megatron_core: Version of megatron-core.
+        """
+        tested, other = (self.python, self.torch, self.megatron_core), (python, torch, megatron_core)
+        return [release(version)[:2] for version in tested] == [release(version)[:2] for version in other]
 
 
 def release(version: str) -> tuple[int, ...]:
     """Return the release numbers of a version, at least three: "2.13.0+cpu" is (2, 13, 0), "3.12" is (3, 12, 0).
 
+    Args:
+        version: The version.
+
     Raises:
-        ValueError: the text does not begin with a number.
+        ValueError: The text does not begin with a number.
     """
     match = re.match(r"\d+(\.\d+)*", version)
     if match is None:
@@ -78,10 +107,10 @@ PYTHON = Package("python", "3.10", "3.13", fixed=2)
 PACKAGES = (
     Package("torch", "2.11.0", "2.15.0", fixed=2),
     Package("deepspeed", "0.19.8", "0.19.8", fixed=2),
-    # Its releases from 0.17 on want Python 3.12 or newer; pip knows.
+    # Releases from 0.17 on need Python 3.12 or newer, which pip checks.
     Package("megatron-core", "0.16.0", "0.19.2", fixed=2, module="megatron.core"),
     Package("datasets", "4.0.0", "5.2.0"),
-    # The file that sentencepiece generated from its .proto refuses an older protobuf, at its own import only.
+    # sentencepiece's generated protobuf module rejects an older protobuf, at its own import only.
     Package("sentencepiece", "0.2.3", "0.2.3", fixed=2, module="sentencepiece.sentencepiece_model_pb2"),
     Package("protobuf", "7.36.1", "7.36.2", module="google.protobuf"),
     Package("tensorboard", "2.16.2", "2.21.0", module="torch.utils.tensorboard"),
@@ -97,9 +126,8 @@ PACKAGES = (
     Package("matplotlib", "3.8.0", "3.11.2", module="matplotlib.figure"),
 )
 
-# megatron-core 0.18 and 0.19 import triton without a guard and do not say so to pip; CPU builds of torch bring none. No
-# bound: a CUDA build of torch wants one version of triton and no other. It has wheels for each Python here, on x86-64
-# and ARM.
+# megatron-core 0.18 and 0.19 import triton unconditionally without requiring it, and CPU builds of torch do not bring
+# it. Unbounded: a CUDA build of torch pins triton. There are wheels for each supported Python, on x86-64 and ARM.
 TRITON = "triton; platform_system == 'Linux' and python_version >= '3.12'"
 
 ACCELERATE = Package("accelerate", "1.2.0", "1.15.0")

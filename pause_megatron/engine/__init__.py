@@ -1,4 +1,4 @@
-"""DeepSpeed, behind the few calls that a training loop needs. Knows neither data nor model."""
+"""The training engine: DeepSpeed behind the few calls of a training loop. Independent of data and model."""
 
 from pause_megatron.engine.engine import Engine, StepOutcome
 from pause_megatron.engine.schedule import learning_rate

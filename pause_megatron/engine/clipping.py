@@ -1,24 +1,24 @@
-"""The gradient's norm, and clipping by it, in the same arithmetic at every ZeRO stage, left on the device.
+"""Gradient norm and clipping, in the same arithmetic at every ZeRO stage, without synchronizing the device.
 
-DeepSpeed 0.19 would take the norm itself. Without ZeRO, and in bf16 at stage 1, it adds up a tensor in fp32 (on a CPU
-torch does so in one long row: half a percent is lost on 65 M elements); in bf16 without ZeRO it leaves out what other
-tensor-parallel ranks hold, and waits for the device at every parameter; at stages 1 to 3 it waits for every group of
-parameters. Here squares are summed in float64, and whoever wants the number reads it once.
+DeepSpeed 0.19's own norm has three faults. Without ZeRO, and in bf16 at stage 1, it sums a tensor in fp32; on a CPU
+torch does so sequentially and loses half a percent on 65 M elements. In bf16 without ZeRO it omits the shards of other
+tensor-parallel ranks, and synchronizes at every parameter. At stages 1 to 3 it synchronizes at every parameter group.
+Here squares are summed in float64, and the host reads the norm once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-_CHUNK = 2**20  # elements; torch makes a float64 copy of what it sums on a CPU: 8 MB that stay in the cache
+_CHUNK = 2**20  # elements; on a CPU torch copies each to float64: 8 MB stay in the cache
 
 Gradients = Iterable[tuple[Tensor, Tensor]]
-"""Parameter (for its mark `tensor_model_parallel`) and gradient, any dtype."""
+"""Pairs of parameter (for its attribute `tensor_model_parallel`) and gradient, any dtype."""
 
 
 @torch.no_grad()
@@ -30,15 +30,15 @@ def global_norm(
     device: torch.device,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:
-    """Return the L2 norm over all ranks that hold a part of the gradient: scalar, on the device; nothing waits for it.
+    """Return the L2 norm of the gradient over all ranks: a scalar on the device, without a synchronization.
 
     Args:
-        groups: what this rank holds. A parameter without the mark is the same on all tensor-parallel ranks, and its
-            gradient is counted once.
-        tensor_parallel: the tensor-parallel ranks.
-        shards: the data-parallel ranks where each holds a part of the gradient; None where each holds all of it.
-        device: where the sums are kept.
-        dtype: of the sums of a group and of what follows; squares within a group are summed in float64.
+        groups: The gradients that this rank holds. A parameter that is not `tensor_model_parallel` is the same on all
+            tensor-parallel ranks, so its gradient is counted once.
+        tensor_parallel: Tensor-parallel group.
+        shards: Data-parallel group where each rank holds a shard of the gradient; None where each holds all of it.
+        device: Device of the result.
+        dtype: Type of the groups' sums and of the result. Squares within a group are summed in float64.
     """
     first = tensor_parallel.rank() == 0
     sums = torch.stack([_sum_of_squares(group, first, device) for group in groups]).to(dtype)
@@ -58,16 +58,16 @@ def _sum_of_squares(gradients: Gradients, first: bool, device: torch.device) -> 
         pieces = [chunk for piece in pieces for chunk in piece.split(_CHUNK)]
     if not pieces:
         return torch.zeros((), dtype=torch.float64, device=device)
-    # On a GPU one pass over all tensors, converted as they are read.
+    # On a GPU this is one pass over all tensors, which converts them while reading.
     return torch.stack(torch._foreach_norm(pieces, 2, dtype=torch.float64)).square().sum()
 
 
 class Clipping:
-    """Scales the gradients that an optimizer is about to apply.
+    """Gradient clipping in a pre-step hook of torch's optimizer.
 
     Args:
-        optimizer: torch's optimizer inside DeepSpeed's: its gradients are fp32, whatever the precision of the model.
-        bound: largest norm that is left as it is; 0 means no bound.
+        optimizer: torch's optimizer inside DeepSpeed's. Its gradients are fp32 at any precision of the model.
+        bound: Largest norm that is not clipped; 0: no clipping.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, bound: float) -> None:
@@ -81,7 +81,7 @@ class Clipping:
     @torch.no_grad()
     def _scale(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if self._factor < 1.0:
-            gradients: Sequence[Tensor] = [
+            gradients = [
                 parameter.grad
                 for group in optimizer.param_groups
                 for parameter in group["params"]

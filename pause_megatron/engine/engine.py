@@ -1,4 +1,4 @@
-"""One optimizer step over a global batch, on DeepSpeed's own engine."""
+"""The training engine: one optimizer step over a global batch, on `deepspeed.DeepSpeedEngine`."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ MicroBatch = TypeVar("MicroBatch")
 
 @dataclass(frozen=True)
 class StepOutcome:
-    """What an optimizer step did.
+    """Outcome of an optimizer step.
 
     Attributes:
-        grad_norm: global L2 norm of the gradient before clipping; not finite when the step was skipped
-        applied: False when the norm was not finite: parameters and optimizer state are as before, on every rank
-        read: the numbers that `train_step` was asked to read
+        grad_norm: Global L2 norm of the gradient before clipping; not finite where the step was skipped.
+        applied: Whether the step was applied. If not, parameters and optimizer state are as before, on every rank.
+        read: The numbers that `train_step` was asked to read.
     """
 
     grad_norm: float
@@ -40,20 +40,25 @@ class Engine:
     """A module under `deepspeed.initialize`, with torch's AdamW.
 
     Args:
-        model: any module; moved to the device and cast by DeepSpeed
-        groups: optimizer parameter groups (`params`, `weight_decay`)
-        ds_config: the complete DeepSpeed dict (`pause_megatron.config.deepspeed`)
-        optim: betas and epsilon of AdamW
-        mpu: the model-parallel unit that tells DeepSpeed its groups
-        dp_rank, dp_size: place in the data-parallel group
+        model: Any module; DeepSpeed moves it to the device and casts it.
+        groups: Optimizer parameter groups (`params`, `weight_decay`).
+        ds_config: The complete DeepSpeed configuration (`pause_megatron.config.deepspeed`).
+        optim: Betas and epsilon of AdamW.
+        mpu: Model-parallel unit with the process groups.
+        dp_rank: Rank in the data-parallel group.
+        dp_size: Data-parallel size.
+
+    Attributes:
+        deepspeed: The `deepspeed.DeepSpeedEngine`.
+        state: Masters and moments of this rank.
     """
 
     def __init__(
         self,
         model: nn.Module,
         *,
-        groups: Sequence[dict],
-        ds_config: dict,
+        groups: Sequence[dict[str, Any]],
+        ds_config: dict[str, Any],
         optim: OptimSection,
         mpu: Any,
         dp_rank: int,
@@ -69,14 +74,14 @@ class Engine:
         bound = ds_config["gradient_clipping"]
         if not deepspeed_clips(ds_config):
             ds_config = {**ds_config, "gradient_clipping": 0.0}
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory use, whatever its log level
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its memory use at any log level
             self.deepspeed, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=ds_config, mpu=mpu)
         self.state = OptimizerState(self.deepspeed, dp_rank, dp_size)
         self._update = update_of(self.deepspeed, optimizer, bound)
         self._dp_size = dp_size
 
     def close(self) -> None:
-        """Lets go of the parameters' hooks, which else keep the model and its process groups alive for good."""
+        """Remove the hooks of the parameters, which would keep the model and its process groups alive."""
         self.deepspeed.destroy()
 
     def __enter__(self) -> Engine:
@@ -99,23 +104,26 @@ class Engine:
         global_targets: int | Tensor,
         read: Callable[[], Tensor] | None = None,
     ) -> StepOutcome:
-        """Forward and backward over this rank's micro-batches, then one optimizer step.
+        """Run forward and backward over this rank's micro-batches, then one optimizer step.
 
         The gradient is that of (sum of token losses over the global batch) / (targets in the global batch), however
-        the targets are spread over ranks and micro-batches: `forward` must return a scalar that is its `scale`
-        argument times the sum of its micro-batch's token losses.
+        the targets are distributed over ranks and micro-batches. For this, `forward` must return its `scale` argument
+        times the sum of its micro-batch's token losses.
 
-        The host waits for the device once, between the last backward pass and the optimizer step: it must know that
-        the gradient is finite. (What DeepSpeed waits for besides: `pause_megatron.engine.updates`.)
+        The host synchronizes with the device once, between the last backward pass and the optimizer step, to know that
+        the gradient is finite. DeepSpeed's own synchronizations are listed in `pause_megatron.engine.updates`.
 
         Args:
-            micro_batches: this rank's share of the global batch; the same number on every rank
-            forward: (module, micro-batch, scale) -> scalar loss tensor; scale is a scalar fp32 on the device
-            lr: learning rate of this step
-            global_targets: supervised targets over all ranks and micro-batches, on the host or a scalar on the device;
-                0 gives a zero gradient
-            read: -> numbers on the device [n], that the host wants to know; asked for behind the last backward pass,
-                and read together with the norm
+            micro_batches: This rank's share of the global batch; the same number on every rank.
+            forward: (module, micro-batch, scale) -> scalar loss; scale is a scalar fp32 on the device.
+            lr: Learning rate of this step.
+            global_targets: Supervised targets over all ranks and micro-batches, an integer or a scalar on the device.
+                0 gives a zero gradient.
+            read: Returns further numbers [n] on the device for the host. It is called after the last backward pass,
+                and its result is read together with the norm.
+
+        Returns:
+            The outcome, the same on every rank.
         """
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
@@ -131,10 +139,10 @@ class Engine:
         return self._optimizer_step(read)
 
     def _scale(self, global_targets: int | Tensor, micro_batches: int) -> Tensor:
-        """What token losses are multiplied with, scalar fp32 on the device.
+        """Return the factor of the token losses, scalar fp32 on the device.
 
-        DeepSpeed averages over the data-parallel group and over the micro-batches; we want the sum over both. (Its
-        scale_wrt_gas=False does not do: where the module returns the loss itself, it divides all the same.)
+        DeepSpeed averages over the data-parallel group and over the micro-batches; the gradient must be the sum over
+        both. (scale_wrt_gas=False has no effect where the module itself returns the loss.)
         """
         if isinstance(global_targets, Tensor):
             targets = global_targets.double().clamp(min=1)
@@ -143,13 +151,13 @@ class Engine:
         return (self._dp_size * micro_batches / targets).float()
 
     def _optimizer_step(self, read: Callable[[], Tensor] | None) -> StepOutcome:
-        wanted = [] if read is None else [read().double()]
+        numbers = [] if read is None else [read().double()]
         norm = self._update.norm()
         if norm is not None:
-            norm, *values = torch.cat([norm.double().reshape(1), *wanted]).tolist()
+            norm, *values = torch.cat([norm.double().reshape(1), *numbers]).tolist()
             return StepOutcome(norm, self._update.apply(norm), values)
         applied = self._update.apply(math.nan)
         norm = self.deepspeed.get_global_grad_norm()
         return StepOutcome(
-            math.nan if norm is None else float(norm), applied, torch.cat(wanted).tolist() if wanted else []
+            math.nan if norm is None else float(norm), applied, torch.cat(numbers).tolist() if numbers else []
         )

@@ -1,4 +1,4 @@
-"""The learning rate of a step: a pure function, so that resuming needs no scheduler state."""
+"""Learning-rate schedules as a pure function of the step, so that a checkpoint holds no scheduler state."""
 
 from __future__ import annotations
 
@@ -8,15 +8,21 @@ from pause_megatron.config.schema import OptimSection
 
 
 def learning_rate(optim: OptimSection, step: int, total_steps: int, extended_from: int | None = None) -> float:
-    """Learning rate of optimizer step `step` (the first step is 1) in a run of `total_steps`.
+    """Return the learning rate of an optimizer step.
 
     Linear warm-up from 0 over `optim.warmup_steps`, then by `optim.schedule`:
       cosine    half a cosine from the peak to `min_lr_fraction` of it at the last step;
       wsd       the peak, then a linear decay to `min_lr_fraction` over the last `decay_fraction` of all steps;
       constant  the peak.
 
-    A run that extends one which ended after step `extended_from` has, in the steps after that, the schedule of a run of
-    `total_steps - extended_from` steps; `constant` has no second warm-up, and stays at the peak.
+    In an extended run, the steps after `extended_from` have the schedule of a run of `total_steps - extended_from`
+    steps. `constant` has no second warm-up: it stays at the peak.
+
+    Args:
+        optim: Peak learning rate and schedule.
+        step: Optimizer step, from 1 on.
+        total_steps: Steps of the run.
+        extended_from: Last step of the run that this one extends; None: it extends none.
     """
     if extended_from is not None:
         if optim.schedule == "constant":

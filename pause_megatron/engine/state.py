@@ -1,9 +1,9 @@
-"""The optimizer state of a rank, by parameter name, whatever the ZeRO stage.
+"""The optimizer state of a rank by parameter name, at any ZeRO stage.
 
-DeepSpeed keeps fp32 master weights and Adam moments in other places at every stage: in the parameters themselves, in a
-list of fp32 clones, in flat partitions that cut across parameters, or in padded per-parameter partitions. A checkpoint
-wants one view: contiguous pieces of flattened parameters, each owned by one data-parallel rank. With that view, a
-checkpoint written at one stage and data-parallel size loads at any other.
+Where DeepSpeed keeps fp32 master weights and Adam moments depends on the stage: in the parameters themselves, in a list
+of fp32 clones, in flat partitions that cut across parameters, or in padded per-parameter partitions. A checkpoint needs
+one view: contiguous pieces of flattened parameters, each owned by one data-parallel rank. With that view, a checkpoint
+saved at one stage and data-parallel size loads at any other.
 """
 
 from __future__ import annotations
@@ -13,16 +13,22 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 MASTER = "param"
 ADAM_STATE = (MASTER, "exp_avg", "exp_avg_sq")
-"""What is kept of each parameter: the fp32 master weights and AdamW's two moments."""
+"""The state of each parameter: the fp32 master weights and AdamW's two moments."""
 
 
 @dataclass(frozen=True, order=True)
 class Address:
-    """Elements `[start, start + numel)` of the flattened parameter `name` (this tensor-parallel rank's shard of it)."""
+    """Elements `[start, start + numel)` of a flattened parameter (of this tensor-parallel rank's shard of it).
+
+    Attributes:
+        name: Native parameter name.
+        start: First element.
+        numel: Number of elements.
+    """
 
     name: str
     start: int
@@ -30,30 +36,36 @@ class Address:
 
 
 class _Layout(Protocol):
-    """Where one ZeRO stage keeps things."""
+    """The places in which one ZeRO stage keeps the state."""
 
     def masters(self) -> Iterable[Tensor]:
-        """The fp32 tensors that the inner optimizer steps: keys of its state."""
+        """Return the fp32 tensors that the inner optimizer steps: the keys of its state."""
+        ...
 
     def owned(self) -> Iterator[Address]:
-        """Pieces that this rank writes; over the data-parallel group they cover each parameter exactly once."""
+        """Yield the pieces that this rank saves; over the data-parallel group they cover each parameter once."""
+        ...
 
     def needed(self) -> Iterator[Address]:
-        """Pieces that this rank must be given to go on."""
+        """Yield the pieces that this rank must restore."""
+        ...
 
     def get(self, address: Address, key: str) -> Tensor:
-        """fp32 [numel], possibly a view."""
+        """Return a piece, fp32 [numel], possibly a view."""
+        ...
 
     def set(self, address: Address, key: str, values: Tensor) -> None:
-        """Overwrites the piece with fp32 [numel]."""
+        """Overwrite a piece with fp32 [numel]."""
+        ...
 
 
 class OptimizerState:
-    """fp32 master weights and Adam moments of this rank, addressed by parameter name.
+    """The fp32 master weights and Adam moments of this rank, addressed by parameter name.
 
     Args:
-        engine: a `deepspeed.DeepSpeedEngine` over torch's AdamW
-        dp_rank, dp_size: place in the data-parallel group
+        engine: A `deepspeed.DeepSpeedEngine` over torch's AdamW.
+        dp_rank: Rank in the data-parallel group.
+        dp_size: Data-parallel size.
     """
 
     def __init__(self, engine: Any, dp_rank: int, dp_size: int) -> None:
@@ -62,25 +74,25 @@ class OptimizerState:
         self._materialise()
 
     def owned(self) -> list[Address]:
-        """Pieces that this rank writes; over the data-parallel group they cover each parameter exactly once."""
+        """Return the pieces that this rank saves; over the data-parallel group they cover each parameter once."""
         return list(self._layout.owned())
 
     def needed(self) -> list[Address]:
-        """Pieces that this rank must be given to go on. The owned ones, and at stage 0 all."""
+        """Return the pieces that this rank must restore: the owned ones, and at stage 0 all."""
         return list(self._layout.needed())
 
     def get(self, address: Address, key: str) -> Tensor:
-        """fp32 [numel] on the CPU; `key` is one of `ADAM_STATE`."""
+        """Return a piece of one of `ADAM_STATE`, fp32 [numel] on the CPU."""
         return self._layout.get(address, key).detach().to("cpu", torch.float32)
 
     def set(self, address: Address, key: str, values: Tensor) -> None:
-        """Overwrites one piece with `values`, fp32 [numel]."""
+        """Overwrite a piece of one of `ADAM_STATE` with fp32 [numel]."""
         with torch.no_grad():
             self._layout.set(address, key, values)
 
     @property
     def step(self) -> int:
-        """Optimizer steps taken: Adam's bias correction depends on it."""
+        """Applied optimizer steps, on which Adam's bias correction depends."""
         counts = {int(state["step"]) for state in self._inner.state.values()}
         if len(counts) != 1:
             raise AssertionError(f"parameters disagree on the optimizer step: {sorted(counts)}")
@@ -92,13 +104,13 @@ class OptimizerState:
             state["step"].fill_(value)
 
     def _materialise(self) -> None:
-        """Creates AdamW's state, which torch leaves out until the first step, as it is before the first step.
+        """Create AdamW's state as before the first step; torch would create it in the first step.
 
-        DeepSpeed's unfused bf16 optimizer (stage 0) takes a dummy optimizer step when it is built, which leaves Adam's
-        bias correction one step ahead.
+        DeepSpeed's unfused bf16 optimizer (stage 0) takes a dummy optimizer step when it is built, which would leave
+        Adam's bias correction one step ahead.
         """
         for master in self._layout.masters():
-            # torch's fused AdamW wants the counter beside the parameter.
+            # torch's fused AdamW needs the step counter on the parameter's device.
             self._inner.state[master] = {
                 "step": torch.zeros((), dtype=torch.float32, device=master.device),
                 "exp_avg": torch.zeros_like(master),
@@ -107,13 +119,13 @@ class OptimizerState:
 
 
 def _layout(engine: Any, inner: torch.optim.Optimizer, dp_rank: int, dp_size: int) -> _Layout:
-    parameters = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
+    parameters: dict[str, Any] = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
     if engine.zero_optimization_partition_weights():
         return _Zero3(parameters, engine.optimizer.fp32_partitioned_groups_flat, dp_rank)
     if engine.zero_optimization():
         flat = getattr(engine.optimizer, "fp32_groups_flat_partition", None)  # ZeRO-1 with fp32 accumulation of bf16
         return _Zero12(parameters, flat or engine.optimizer.single_partition_of_fp32_groups, inner)
-    masters = dict(parameters)
+    masters: dict[str, Tensor] = dict(parameters)
     if hasattr(engine.optimizer, "fp32_groups"):  # bf16 without ZeRO: DeepSpeed's unfused optimizer
         clones = {
             id(low): high
@@ -125,7 +137,7 @@ def _layout(engine: Any, inner: torch.optim.Optimizer, dp_rank: int, dp_size: in
 
 
 class _Replicated:
-    """Stage 0: every rank holds everything; each writes its share."""
+    """Stage 0: every rank holds the whole state and saves its share."""
 
     def __init__(self, masters: dict[str, Tensor], inner: torch.optim.Optimizer, dp_rank: int, dp_size: int) -> None:
         self._masters, self._inner, self._dp_rank, self._dp_size = masters, inner, dp_rank, dp_size
@@ -159,7 +171,7 @@ class _Replicated:
 class _Zero12:
     """Stages 1 and 2: flat fp32 partitions that cut across parameters."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter], flat: list[Tensor], inner: torch.optim.Optimizer) -> None:
+    def __init__(self, parameters: dict[str, Any], flat: list[Tensor], inner: torch.optim.Optimizer) -> None:
         self._parameters, self._flat, self._inner = parameters, flat, inner
 
     def masters(self) -> Iterable[Tensor]:
@@ -187,9 +199,9 @@ class _Zero12:
 
 
 class _Zero3:
-    """Stage 3: each parameter in equal partitions, the last ones padded."""
+    """Stage 3: equal partitions of each parameter, the last ones padded."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter], flat: list[Tensor], dp_rank: int) -> None:
+    def __init__(self, parameters: dict[str, Any], flat: list[Tensor], dp_rank: int) -> None:
         self._parameters, self._flat, self._dp_rank = parameters, flat, dp_rank
 
     def masters(self) -> Iterable[Tensor]:

@@ -1,10 +1,10 @@
-"""Counting where the host waits for the device: what a training step should hardly ever do.
+"""Counting the synchronizations of a training step: the calls in which the host waits for the device.
 
-While the host waits, it enqueues no kernels, and the device runs dry behind them. A wait is hidden in harmless-looking
-Python: `.item()`, `bool(tensor)`, `tensor.tolist()`, a boolean mask as an index, `torch.tensor(number, device=...)`, a
-copy from memory that is not pinned. `HostWaits` sees these, in whatever code runs within it, DeepSpeed's and
-megatron-core's too, and needs no GPU: on a CPU every tensor counts as one of the device. There it cannot see whether
-memory is pinned, and in a backward pass it sees operators alone. On a GPU `torch.cuda.set_sync_debug_mode` sees all.
+While the host waits, it enqueues no kernels, and the device idles. A wait hides in harmless-looking Python: `.item()`,
+`bool(tensor)`, `tensor.tolist()`, a boolean mask as an index, `torch.tensor(number, device=...)`, a copy from memory
+that is not pinned. `HostWaits` counts these in all code that runs within it, including DeepSpeed and megatron-core. It
+needs no GPU: on a CPU every tensor counts as one of the device. There it cannot tell whether memory is pinned, and in
+a backward pass it sees operators alone. On a GPU `torch.cuda.set_sync_debug_mode` reports all.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -24,28 +25,28 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from pause_megatron.distributed.transfer import to_device
 
 MICRO_BATCH, STEP = "micro-batch", "step"
-_place = STEP
+_phase = STEP
 
 
 @contextlib.contextmanager
 def in_micro_batch() -> Iterator[None]:
-    """Marks the forward and backward passes of a step, so that waits within them are counted apart."""
-    global _place
-    before, _place = _place, MICRO_BATCH
+    """Mark the forward and backward passes of a step, so that waits within them are counted separately."""
+    global _phase
+    before, _phase = _phase, MICRO_BATCH
     try:
         yield
     finally:
-        _place = before
+        _phase = before
 
 
 @dataclass(frozen=True)
 class Wait:
-    """The host waited for the device once.
+    """One synchronization of the host with the device.
 
     Attributes:
-        place: MICRO_BATCH or STEP
-        what: operation
-        where: file:line of the call in Python, outside torch
+        place: MICRO_BATCH or STEP.
+        what: Operation.
+        where: file:line of the Python call, outside of torch.
     """
 
     place: str
@@ -54,46 +55,51 @@ class Wait:
 
 
 def upload(values: Sequence[float], device: torch.device) -> Tensor:
-    """Numbers of the host as float64 [n] on the device, without a wait."""
+    """Copy numbers to the device as float64 [n], without a wait.
+
+    Args:
+        values: Numbers on the host.
+        device: Target device.
+    """
     return to_device(torch.tensor(values, dtype=torch.float64), device)
 
 
-# Operators whose result depends on numbers of the device, or that hand them over.
+# Operators whose result on the host depends on values on the device.
 _READING = {
     *("_local_scalar_dense", "is_nonzero", "equal", "allclose", "nonzero", "argwhere", "masked_select", "bincount"),
     *("_unique", "_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive"),
 }
 _INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
-# Python calls that operators do not show: on a CPU they read memory directly.
-_HANDING_OVER = {"tolist", "numpy", "__array__", "cpu"}
+# Python calls without an operator: on a CPU they read memory directly.
+_DOWNLOADING = {"tolist", "numpy", "__array__", "cpu"}
 _UPLOADING = {"new_tensor"}
 _FACTORIES = {"tensor", "as_tensor", "asarray", "from_numpy"}
 _HOST = "_of_the_host"  # set on tensors, while counting
 PLUMBING = {__file__}
-"""Files that are not named as the place of a wait."""
+"""Files that are skipped when the caller of a wait is looked up."""
 
 
 def of_the_host(*tensors: Tensor | None) -> None:
-    """Mark tensors that stay on the host, so that reading them counts as no wait where the device is a CPU too."""
+    """Mark tensors that stay on the host, so that reading them is not a wait where the device is a CPU, too."""
     for tensor in tensors:
         if tensor is not None:
             setattr(tensor, _HOST, True)
 
 
 class HostWaits:
-    """Counts the waits of the code within; use as a context.
+    """A context manager that counts the waits of the code within.
 
-    On a GPU only tensors of the GPU count, and copies that wait (from or to memory that is not pinned, or not
+    On a GPU it counts reads of tensors on the GPU, and copies that block (of memory that is not pinned, or not
     asynchronous). On a CPU a tensor counts as the host's where it was made by `torch.tensor(...)` without a device, or
     from such tensors only, until `.to(device)`; all others count as the device's. `.cpu()` counts as a copy from the
-    device, `torch.tensor(..., device=...)` and `new_tensor` as copies to it. What DeepSpeed does on a GPU only
-    (`torch.cuda.synchronize`, streams and events) is counted there only.
+    device, `torch.tensor(..., device=...)` and `new_tensor` as copies to it. Calls that DeepSpeed makes on a GPU only
+    (`torch.cuda.synchronize`, streams and events) are counted there only.
 
     Args:
-        device: of the model; default: the GPU where there is one.
+        device: Device of the model; default: the GPU where there is one.
 
     Attributes:
-        waits: in their order
+        waits: The waits in their order.
     """
 
     def __init__(self, device: torch.device | str | None = None) -> None:
@@ -113,17 +119,17 @@ class HostWaits:
         self._stack.close()
 
     def on_device(self, tensor: Tensor) -> bool:
-        """Whether the host would have to wait for what a tensor holds."""
+        """Return whether the host would wait for the values of a tensor."""
         return tensor.device.type == self.device_type and not hasattr(tensor, _HOST)
 
     def note(self, what: str) -> None:
-        """Enters a wait, unless it is a part of one that has been entered."""
+        """Count a wait, unless it is a part of one that is counted already."""
         if not self._inside:
-            self.waits.append(Wait(_place, what, _caller()))
+            self.waits.append(Wait(_phase, what, _caller()))
 
     @contextlib.contextmanager
     def noted(self, what: str) -> Iterator[None]:
-        """Enters what the body does as one wait."""
+        """Count the body as one wait."""
         self.note(what)
         self._inside += 1
         try:
@@ -132,11 +138,16 @@ class HostWaits:
             self._inside -= 1
 
     def per(self, place: str, times: int) -> float:
-        """Waits at a place, divided by how often it was passed."""
+        """Return the waits at a place, divided by how often it was passed.
+
+        Args:
+            place: MICRO_BATCH or STEP.
+            times: Number of micro-batches or steps.
+        """
         return sum(wait.place == place for wait in self.waits) / times
 
     def table(self) -> str:
-        """What waited where, most frequent first; for the message of a test or a report."""
+        """Return a table of the waits, most frequent first, for a message or a report."""
         return "\n".join(
             f"{count:4d} x {wait.place}: {wait.what} at {wait.where}"
             for wait, count in Counter(self.waits).most_common()
@@ -165,7 +176,7 @@ class _Operators(TorchDispatchMode):
             return on_device
         if name in _INDEXING:
             if name != "index" and args[2].numel() == 1 and args[2].device.type == "cpu":
-                return False  # tensor[mask] = number: torch fills by the mask
+                return False  # tensor[mask] = number does not read the mask on the host
             masks = (index for index in args[1] if index is not None)
             return on_device and any(index.dtype in (torch.bool, torch.uint8) for index in masks)
         if name == "repeat_interleave":
@@ -176,7 +187,7 @@ class _Operators(TorchDispatchMode):
 
 
 def _copy_waits(name: str, args: tuple, kwargs: dict) -> bool:
-    """Whether a copy between the host and a GPU holds the host up: one that is asynchronous and pinned does not."""
+    """Return whether a copy between host and GPU blocks: it does unless it is asynchronous and pinned."""
     source = args[1] if name == "copy_" else args[0]
     target = args[0].device if name == "copy_" else torch.device(kwargs.get("device") or source.device)
     if {source.device.type, target.type} != {"cpu", "cuda"}:
@@ -199,7 +210,7 @@ class _Calls(TorchFunctionMode):
                 return function(*args, **kwargs)
         blocking = not kwargs.get("non_blocking", False)
         if name == "to" and blocking and hasattr(args[0], _HOST) and _names_a_device(args, kwargs):
-            # Pinned or not, a copy that was not asked to be asynchronous is waited for.
+            # A blocking copy waits, pinned or not.
             self._record.note("to(device) of the host's numbers, blocking")
         result = function(*args, **kwargs)
         made_of_numbers = name in _FACTORIES and not isinstance(args[0] if args else None, Tensor)
@@ -211,7 +222,7 @@ class _Calls(TorchFunctionMode):
         return result
 
     def _waits(self, name: str, args: tuple, kwargs: dict) -> bool:
-        if name in _HANDING_OVER or name in _UPLOADING:
+        if name in _DOWNLOADING or name in _UPLOADING:
             return isinstance(args[0], Tensor) and self._record.on_device(args[0])
         if name in _FACTORIES and not isinstance(args[0] if args else None, Tensor):
             device = kwargs.get("device")
@@ -225,8 +236,12 @@ def _names_a_device(args: tuple, kwargs: dict) -> bool:
 
 @contextlib.contextmanager
 def _synchronizations(record: HostWaits) -> Iterator[None]:
-    """Counts calls that operators do not show: of a whole device, of a stream, of an event."""
-    owners = ((torch.cuda, "torch.cuda"), (torch.cuda.Stream, "Stream"), (torch.cuda.Event, "Event"))
+    """Count calls without an operator: `synchronize` of the device, a stream, an event."""
+    owners: tuple[tuple[Any, str], ...] = (
+        (torch.cuda, "torch.cuda"),
+        (torch.cuda.Stream, "Stream"),
+        (torch.cuda.Event, "Event"),
+    )
     originals: list[tuple[Any, Callable]] = []
     for owner, label in owners:
         original = owner.synchronize
@@ -245,7 +260,7 @@ def _synchronizations(record: HostWaits) -> Iterator[None]:
 
 
 def _caller() -> str:
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         name = frame.f_code.co_filename
         if not (name in PLUMBING or "/torch/" in name or name.endswith("contextlib.py")):

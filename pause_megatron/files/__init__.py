@@ -1,1 +1,1 @@
-"""Files that survive crashes: atomic writes, locks, paths, lines of text. No torch."""
+"""Files: atomic writes, locks, paths, and text lines. No torch."""

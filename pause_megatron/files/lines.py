@@ -1,4 +1,4 @@
-"""Lines of text that a user gives: one way to read them, wherever they stand."""
+"""Reading lines of UTF-8 text from user files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import codecs
 from pause_megatron.errors import DataError
 
 _OTHER_MARKS = {
-    codecs.BOM_UTF32_LE: "UTF-32",  # begins as UTF-16's does, so it is looked for before
+    codecs.BOM_UTF32_LE: "UTF-32",  # begins like UTF-16's, so it is checked first
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
@@ -15,17 +15,17 @@ _OTHER_MARKS = {
 
 
 def lines_of(content: bytes, where: str) -> list[str]:
-    r"""Lines of UTF-8 text, without their ends. A byte order mark before the first is dropped.
+    r"""Split UTF-8 text into lines without their ends. A leading byte order mark is dropped.
 
-    A line ends with \n or \r\n, the last one also with the file. Nothing else ends one: `str.splitlines` also cuts at
-    form feeds and at U+2028, which are characters of the text.
+    A line ends with \n or \r\n; the last one may also end with the file. `str.splitlines` would also split at form
+    feeds and at U+2028, which are characters of the text.
 
     Args:
-        content: of a file
-        where: the file, for messages
+        content: Content of a file.
+        where: Name of the file, for messages.
 
     Raises:
-        DataError: UTF-16 or UTF-32, bytes that are not UTF-8, or NULs; with the line.
+        DataError: UTF-16 or UTF-32, bytes that are not UTF-8, or NULs; the message names the line.
     """
     for mark, name in _OTHER_MARKS.items():
         if content.startswith(mark):

@@ -1,9 +1,9 @@
-"""A small file that says whose a place is, right also where there are no file locks, or locks that one machine sees.
+"""Lock files with a heartbeat, for file systems without locks, or with locks that are local to a host.
 
-It is made in one step that fails where there is one already, so of two that come at the same instant one has it. It
-names a process, by which this machine knows whether its maker still runs, and it changes as long as that is so, by
-which other machines know it. Its maker writes into the very file that it made: one that was frozen, given up by the
-others and followed writes into a file without a name when it wakes, and looks before it does anything else.
+The file is created atomically, so that one of two concurrent processes gets it. It names its process, by which this
+host knows whether the owner still runs. The owner rewrites it periodically (the heartbeat), by which other hosts know.
+The owner writes through its open descriptor. If it was suspended and another process took over, it writes to an
+unlinked file when it resumes, and it checks the path before anything else.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pause_megatron.errors import DataError
 from pause_megatron.host import processes
@@ -32,48 +32,62 @@ log = logging.getLogger(__name__)
 
 BEAT_SECONDS = 10.0
 BEATS_UNTIL_GONE = 4
-# Between making the file and being sure of it, where others may just have found the one before it to be dead.
+# After creating the file in place of a dead owner's: another process may have found that owner dead at the same time.
 _SETTLE_SECONDS = 0.3
 _MOST_BYTES = 1 << 16
 _RECORD_BYTES = 2048
 _NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EMLINK, errno.EACCES, errno.EINVAL)
 
-Record = Mapping[str, Any]
+OwnerRecord = Mapping[str, Any]
+"""Content of a lock file: host, process, start time, ..., and further entries of the caller."""
+
+
+class _Snapshot(NamedTuple):
+    """Identity and content of a file at one time."""
+
+    inode: int
+    modified_ns: int
+    size: int
+    data: bytes
 
 
 class HeldError(DataError):
-    """A place that is somebody else's.
+    """A lock file that another process holds.
+
+    Args:
+        message: The message.
+        record: Content of the lock file.
 
     Attributes:
-        record: what the other has written, {} where it cannot be read.
+        record: Content of the lock file; {} where it cannot be read.
     """
 
-    def __init__(self, message: str, record: Record) -> None:
+    def __init__(self, message: str, record: OwnerRecord) -> None:
         super().__init__(message)
         self.record = record
 
 
 class Holding:
-    """Who makes the file has the place until `close`, or until others find it dead.
+    """A held lock file, until `close`, or until other processes find its owner dead.
 
     Args:
-        path: of the file.
-        beat_seconds: between two changes of it; a maker on another machine is gone after `BEATS_UNTIL_GONE` of them.
-        about: further entries of the record.
+        path: The lock file.
+        beat_seconds: Heartbeat interval. An owner on another host counts as dead after `BEATS_UNTIL_GONE` of them.
+        about: Further entries of the record.
 
     Raises:
-        HeldError: another process has it.
-        OSError: the file cannot be made.
+        HeldError: Another process holds it.
+        OSError: The file cannot be created.
     """
 
-    def __init__(self, path: Path, beat_seconds: float = BEAT_SECONDS, about: Record | None = None) -> None:
+    def __init__(self, path: Path, beat_seconds: float = BEAT_SECONDS, about: OwnerRecord | None = None) -> None:
         self._path, self._beat_seconds = path, beat_seconds
         self._record = {**_own_record(), **(about or {})}
         self._lock, self._done = threading.Lock(), threading.Event()
         if (last := _look(path)) is not None:
             _wait_for_its_end(path, last, beat_seconds)
             _remove(path, last)
-        self._file = _make(path, _packed(self._record))
+        self._file = _create(path, _packed(self._record))
         if last is not None:
             time.sleep(_SETTLE_SECONDS)
         self._sure = _clocks()
@@ -84,58 +98,58 @@ class Holding:
         self._thread.start()
 
     def taken_over(self) -> str:
-        """Who has the place now, if it is another one; "" as long as it is this one. Looks at the file."""
+        """Return which process holds the lock instead of this one; "" while this one does. Reads the file."""
         with self._lock:
             try:
-                # Without waiting, should somebody have put a pipe there.
+                # O_NONBLOCK: the path may be a pipe by now.
                 with open(os.open(self._path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
                     same = os.path.samestat(os.fstat(file.fileno()), os.fstat(self._file))
                     there = _unpacked(file.read(_MOST_BYTES))
             except FileNotFoundError:
-                same, there = self._make_again(), {}
+                same, there = self._create_again(), {}
             except OSError:
-                return ""  # nobody can say: the next write has its own error
+                return ""  # not known; the next write raises its own error
             if there.get("token") == self._record["token"] or (same and not there):
                 self._sure = _clocks()
                 return ""
             return name_of(there)
 
     def taken_over_while_away(self) -> str:
-        """As `taken_over`; the file is looked at only when the last look is older than others would wait."""
+        """Return what `taken_over` does; the file is read only if this process may have been suspended too long."""
         away = max(now - then for now, then in zip(_clocks(), self._sure, strict=True))
         return self.taken_over() if away > self._beat_seconds * (BEATS_UNTIL_GONE - 1) else ""
 
     def close(self) -> bool:
-        """Give the place up; whether it was still this one's."""
+        """Release the lock, and return whether this process still held it."""
         self._done.set()
         self._thread.join()
         try:
-            mine = not self.taken_over()
-            if mine:
+            held = not self.taken_over()
+            if held:
                 with contextlib.suppress(OSError):
                     _remove(self._path, _look(self._path))
         finally:
             os.close(self._file)
-        return mine
+        return held
 
-    def _make_again(self) -> bool:
-        """Somebody has deleted the file; whether it is there again. Not if another one was first."""
+    def _create_again(self) -> bool:
+        """Create the deleted file again, and return whether this process holds it."""
         try:
-            made = _make(self._path, _packed(self._record))
+            descriptor = _create(self._path, _packed(self._record))
         except HeldError:
             return False
-        except OSError:  # the folder is gone too
+        except OSError:  # the folder was deleted, too
             return True
-        os.dup2(made, self._file)
-        os.close(made)
+        os.dup2(descriptor, self._file)
+        os.close(descriptor)
         return True
 
     def _beat(self) -> None:
         count = 0
         while not self._done.wait(self._beat_seconds):
             count += 1
-            with contextlib.suppress(OSError):  # a full disk is the next save's to report
-                # Into the file that was made, whatever has its name now.
+            with contextlib.suppress(OSError):  # the next save reports a full disk
+                # Into the file that this process created, even if another one has its name now.
                 os.pwrite(self._file, _packed({**self._record, "beat": count}), 0)
                 os.fsync(self._file)
                 self.taken_over()
@@ -158,35 +172,39 @@ class Backoff:
         self._seconds = min(2 * self._seconds, self._longest)
 
 
-def read(path: Path) -> Record:
-    """What the file says; {} where there is none, or nothing that can be read."""
+def read(path: Path) -> OwnerRecord:
+    """Return the record of a lock file; {} where there is none, or it cannot be parsed."""
     found = _look(path)
-    return {} if found is None else _unpacked(found[1])
+    return {} if found is None else _unpacked(found.data)
 
 
-def name_of(record: Record) -> str:
-    """Whose a record is, for messages."""
+def name_of(record: OwnerRecord) -> str:
+    """Return the owner of a lock file as text, for messages.
+
+    Args:
+        record: Content of the lock file.
+    """
     if "process" not in record:
-        return "a process that left no name"
+        return "an unknown process"
     job = f", SLURM job {record['job']}" if record.get("job") else ""
     return f"process {record['process']} on {record.get('host')}{job}, since {record.get('since')}"
 
 
-def is_here(record: Record) -> bool:
-    """Whether its process would be seen from here: not on another machine, nor in another container."""
+def is_here(record: OwnerRecord) -> bool:
+    """Return whether the owner's process is visible from here: on the same host and in the same container."""
     return bool(processes.machine()) and record.get("machine") == processes.machine()
 
 
-def runs(record: Record) -> bool:
-    """Whether the process of a record that `is_here` has not ended."""
+def runs(record: OwnerRecord) -> bool:
+    """Return whether the owner's process runs, for a record that `is_here`."""
     try:
         return processes.runs(Process(int(record["process"]), int(record["started"])))
-    except (KeyError, OverflowError, TypeError, ValueError):  # 1e999 is a number of JSON's, and no integer
+    except (KeyError, OverflowError, TypeError, ValueError):  # 1e999 is valid JSON, but no integer
         return False
 
 
-def is_orphan(record: Record) -> bool:
-    """Whether it is a process of this machine whose launcher has ended, so that it is about to end as well."""
+def is_orphan(record: OwnerRecord) -> bool:
+    """Return whether the owner is a process of this host whose launcher has ended, so that it will end soon."""
     try:
         given = record["launcher"]
         watched = Watched({name: Process(**each) for name, each in given["processes"].items()}, given["listeners"])
@@ -209,45 +227,45 @@ def _own_record() -> dict[str, Any]:
     }
 
 
-def _packed(record: Record) -> bytes:
-    """Of one length, so that a later one covers an earlier one."""
+def _packed(record: OwnerRecord) -> bytes:
+    """Serialize to a fixed length, so that a later record overwrites an earlier one."""
     return json.dumps(record).encode().ljust(_RECORD_BYTES - 1) + b"\n"
 
 
-def _unpacked(data: bytes) -> Record:
+def _unpacked(data: bytes) -> OwnerRecord:
     try:
         record = json.loads(data)
-    except (ValueError, RecursionError):  # brackets alone
+    except (ValueError, RecursionError):  # deeply nested brackets
         return {}
     return record if isinstance(record, dict) else {}
 
 
 def _clocks() -> tuple[float, float]:
-    """One stands still while a machine sleeps, on some machines; the other one may be set."""
+    """Return two clocks: on some hosts the first stops during suspension, and the second may be set."""
     return time.clock_gettime(time.CLOCK_BOOTTIME), time.time()
 
 
-def _look(path: Path) -> tuple[tuple[int, int, int], bytes] | None:
-    """What tells this file and its state from others, and its content; None where there is none.
+def _look(path: Path) -> _Snapshot | None:
+    """Return identity and content of a file; None where there is none.
 
     Raises:
-        OSError: no file, but a folder, a pipe or the like.
+        OSError: It is a folder, a pipe or the like.
     """
     try:
-        there = path.lstat()
+        status = path.lstat()
     except FileNotFoundError:
         return None
-    if not stat.S_ISREG(there.st_mode):
-        raise OSError(errno.EEXIST, f"expected a file or nothing at {path}, got another kind of thing; remove it")
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(errno.EEXIST, f"{path}: expected a regular file or none, got something else; remove it")
     data = b""
-    with contextlib.suppress(OSError), open(path, "rb") as file:  # one that may not be read changes all the same
+    with contextlib.suppress(OSError), open(path, "rb") as file:  # without read permission, its times still change
         data = file.read(_MOST_BYTES)
-    return (there.st_ino, there.st_mtime_ns, there.st_size), data
+    return _Snapshot(status.st_ino, status.st_mtime_ns, status.st_size, data)
 
 
-def _wait_for_its_end(path: Path, last: tuple, beat_seconds: float) -> None:
-    """Return when the one that made the file is known to be gone."""
-    record = _unpacked(last[1])
+def _wait_for_its_end(path: Path, last: _Snapshot, beat_seconds: float) -> None:
+    """Return once the owner is known to be dead."""
+    record = _unpacked(last.data)
     if is_here(record):
         if runs(record):
             raise HeldError(f"{path}: held by {name_of(record)}", record)
@@ -259,15 +277,15 @@ def _wait_for_its_end(path: Path, last: tuple, beat_seconds: float) -> None:
         while time.monotonic() < end:
             time.sleep(beat_seconds / 4)
             if (now := _look(path)) != last:
-                if now is None:  # given up
+                if now is None:  # released
                     return
-                raise HeldError(f"{path}: held by {name_of(_unpacked(now[1]))}", _unpacked(now[1]))
+                raise HeldError(f"{path}: held by {name_of(_unpacked(now.data))}", _unpacked(now.data))
         silent = max(silent, seconds)
     log.info(f"{path}: {name_of(record)} gave no sign of life for {silent:.0f} s: taken over", extra=EVERY_RANK)
 
 
 def _age(path: Path) -> float:
-    """Seconds since a file was written, by the clock of the file system: clocks of machines differ."""
+    """Return the seconds since a file was written, by the file system's clock, since hosts' clocks differ."""
     probe = _beside(path)
     try:
         probe.touch()
@@ -282,11 +300,11 @@ def _beside(path: Path) -> Path:
     return path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.{secrets.token_hex(4)}.tmp")
 
 
-def _make(path: Path, content: bytes) -> int:
-    """Make the file in one step; a descriptor of it.
+def _create(path: Path, content: bytes) -> int:
+    """Create the file atomically, and return its descriptor.
 
     Raises:
-        HeldError: another process was first.
+        HeldError: Another process was first.
     """
     partial = _beside(path)
     descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
@@ -303,7 +321,7 @@ def _make(path: Path, content: bytes) -> int:
             raise
     finally:
         partial.unlink(missing_ok=True)
-    try:  # no hard links here: then it is empty for a moment, which is taken for a file that may be alive
+    try:  # without hard links the file is empty at first, which counts as a live owner
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
     except FileExistsError:
         raise HeldError(f"{path}: held by {name_of(read(path))}", read(path)) from None
@@ -317,16 +335,17 @@ def _write_all(descriptor: int, content: bytes) -> None:
     os.fsync(descriptor)
 
 
-def _remove(path: Path, last: tuple | None) -> None:
-    """Take away the file that was looked at, and no other that has its name by now."""
+def _remove(path: Path, last: _Snapshot | None) -> None:
+    """Delete the file that was read, and not another one that has its name by now."""
     aside = _beside(path)
     try:
         os.rename(path, aside)
     except FileNotFoundError:
         return
     try:
-        if last is None or _unpacked(_look(aside)[1]).get("token") != _unpacked(last[1]).get("token"):
-            with contextlib.suppress(OSError):  # somebody has made one since: that one's maker looks, too
+        now = _look(aside)
+        if last is None or now is None or _unpacked(now.data).get("token") != _unpacked(last.data).get("token"):
+            with contextlib.suppress(OSError):  # another process has created one since, and checks its path, too
                 os.link(aside, path)
     finally:
         aside.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""metrics.jsonl as it may be after crashes, full disks and editors: what can be read of it, and what a resume keeps.
+"""Reading metrics.jsonl after crashes, full disks and edits, and truncating it on resume.
 
-A line is good when it is a JSON object of at most `LONGEST_LINE` bytes, ended by a newline, with a positive integer
-`step`. Whatever else stands in the file is passed over by who reads, and kept aside by who goes on.
+A valid line is a JSON object of at most `LONGEST_LINE` bytes, ended by a newline, with a positive integer `step`.
+Readers skip all other lines; a resume moves them to a file of their own.
 """
 
 from __future__ import annotations
@@ -18,31 +18,37 @@ from pause_megatron.errors import DataError
 NAME = "metrics.jsonl"
 DAMAGED = "metrics.damaged.jsonl"
 LONGEST_LINE = 1 << 20
-"""Bytes. A step's line has some hundreds, and about fifty more for each corpus of a blend."""
+"""In bytes. The line of a step has some hundreds, and about fifty more for each corpus of a blend."""
 
-Record = dict[str, Any]
+StepRecord = dict[str, Any]
+"""The JSON object of a step."""
 
 
 @dataclass(frozen=True)
 class Metrics:
-    """Attributes:
-    records: the good lines, in the file's order
-    damaged: number of the other lines, a last one without a newline not counted: a kill leaves that
+    """Content of a metrics.jsonl.
+
+    Attributes:
+        records: The valid lines, in the file's order.
+        damaged: Number of the other lines, without an incomplete last line, which a kill leaves.
     """
 
-    records: list[Record]
+    records: list[StepRecord]
     damaged: int
 
-    def with_numbers(self, *keys: str) -> list[Record]:
-        """The records that have a number under each of these keys."""
+    def with_numbers(self, *keys: str) -> list[StepRecord]:
+        """Return the records that have a number under each of these keys."""
         return [record for record in self.records if all(is_number(record.get(key)) for key in keys)]
 
 
 def read_metrics(path: Path) -> Metrics:
-    """The good lines of a metrics.jsonl.
+    """Read the valid lines of a metrics.jsonl.
+
+    Args:
+        path: The file.
 
     Raises:
-        DataError: it cannot be read, or is no file.
+        DataError: It cannot be read, or is not a file.
     """
     records, damaged = [], 0
     try:
@@ -59,10 +65,10 @@ def read_metrics(path: Path) -> Metrics:
 
 
 def last_step(path: Path) -> int | None:
-    """The largest step of a metrics.jsonl; None where no good line can be read, or where it is no file."""
+    """Return the largest step of a metrics.jsonl; None where it has no valid line, or is not a file."""
     largest = None
     try:
-        if not path.is_file():  # a pipe would be read for ever
+        if not path.is_file():  # reading a pipe would block
             return None
         with open(path, "rb") as file:
             for pieces in _lines(file):
@@ -74,24 +80,25 @@ def last_step(path: Path) -> int | None:
 
 
 def keep_steps(path: Path, last: int) -> str | None:
-    """Drops the lines of steps that a resumed run will take again; good lines up to `last` are kept byte for byte.
+    """Drop the lines of steps that a resumed run repeats; valid lines up to `last` are kept byte for byte.
 
-    Damaged lines go to metrics.damaged.jsonl beside it, as they are (of one that is longer than LONGEST_LINE, the first
-    and the last so many bytes); a last line that a kill cut short goes without a word. The file is replaced as a whole,
-    and left alone where nothing is to be dropped.
+    Damaged lines are moved to metrics.damaged.jsonl (of a line longer than LONGEST_LINE, the first and the last
+    LONGEST_LINE bytes). An incomplete last line, which a kill leaves, is dropped. The file is replaced atomically, and
+    not written where nothing is dropped.
 
     Args:
-        last: the step that the run goes on from.
+        path: The file.
+        last: The step that the run resumes from.
 
     Returns:
-        a line about damage, if there is any.
+        A line about damage, or None.
 
     Raises:
-        OSError: it cannot be read or replaced; nothing of it is lost.
+        OSError: It cannot be read or replaced; nothing is lost.
     """
     partial, aside = path.with_name(f".{path.name}.partial"), path.with_name(DAMAGED)
     damaged, changed = 0, False
-    if not path.is_file():  # a pipe would be read for ever; whoever appends says what is wrong
+    if not path.is_file():  # reading a pipe would block; appending reports what is wrong
         return None
     try:
         with open(path, "rb") as source, open(partial, "wb") as kept:
@@ -113,25 +120,25 @@ def keep_steps(path: Path, last: int) -> str | None:
     return f"{path}: damaged lines taken out and kept in {DAMAGED}: {damaged:,}" if damaged else None
 
 
-def parse(pieces: Sequence[bytes]) -> Record | None:
-    """The object on a line; None where the line is not good.
+def parse(pieces: Sequence[bytes]) -> StepRecord | None:
+    """Parse a line; None where it is not valid.
 
     Args:
-        pieces: of the line, each of at most LONGEST_LINE bytes
+        pieces: Pieces of the line, each of at most LONGEST_LINE bytes.
     """
     if len(pieces) > 1 or not pieces[0].endswith(b"\n"):
         return None
     try:
-        found = json.loads(pieces[0])
+        record = json.loads(pieces[0])
     except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
         return None
-    if not isinstance(found, dict) or type(found.get("step")) is not int or found["step"] < 1:
+    if not isinstance(record, dict) or type(record.get("step")) is not int or record["step"] < 1:
         return None
-    return found
+    return record
 
 
 def _lines(file: BinaryIO) -> Iterator[list[bytes]]:
-    """Each line as its pieces, one where it is no longer than LONGEST_LINE; of a longer one, the first and the last."""
+    """Yield each line as pieces: one where it is at most LONGEST_LINE long, else the first and the last."""
     while piece := file.readline(LONGEST_LINE):
         pieces = [piece]
         while not piece.endswith(b"\n") and (piece := file.readline(LONGEST_LINE)):
@@ -145,5 +152,5 @@ def _append(path: Path, pieces: Sequence[bytes]) -> None:
 
 
 def is_number(value: object) -> bool:
-    """Whether a JSON value is a number."""
+    """Return whether a JSON value is a number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)

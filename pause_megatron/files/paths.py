@@ -1,8 +1,8 @@
-"""Paths as people write them: one type for every key and option that takes one. No torch.
+"""Paths as users type them: one type for every configuration key and option that takes a path. No torch.
 
-`~` and `~user` at the beginning stand for home folders: bash expands them only at the start of a word (not in
-`run.dir=~/x`), YAML never. Relative paths stay relative. Environment variables are not expanded, since `$` is a letter
-like any other in a file's name: the shell does it, in double quotes. A file that is itself called `~x` is `./~x`.
+A leading `~` or `~user` is expanded to the home folder: bash expands it only at the start of a word (not in
+`run.dir=~/x`), YAML never. Relative paths stay relative. Environment variables are not expanded, since `$` is a valid
+character of a file name; the shell expands them in double quotes. A file named `~x` is `./~x`.
 """
 
 from __future__ import annotations
@@ -14,32 +14,37 @@ import unicodedata
 
 _MOST_NAME_BYTES = 255
 _MOST_PATH_BYTES = 4095
-# Control characters, halves of characters (bytes that are not UTF-8), and what some programs take for ends of lines.
+# Control characters, surrogates (bytes that are not UTF-8), and characters that some programs take for line ends.
 _REFUSED = ("Cc", "Cs", "Zl", "Zp")
 
 
 def expanded(text: str) -> str:
-    """A path with `~` and `~user` at its beginning replaced by the home folder; anything else as it is.
+    """Return a path with a leading `~` or `~user` expanded to the home folder.
+
+    Args:
+        text: The path as typed.
 
     Raises:
-        ValueError: empty, a user that does not exist, characters that do not belong into a path, or a name that is
-            longer than any file system takes.
+        ValueError: The path is empty, of an unknown user, has control characters, or a name that is too long.
     """
     if not text:
-        raise ValueError("expected a path, got nothing; the folder in which you are is '.'")
-    found = text
+        raise ValueError("expected a path, got nothing; the current folder is '.'")
+    path = text
     if text.startswith("~"):
         user, slash, rest = text.partition("/")
-        found = _home(user) + slash + rest
-    _check(found)
-    return found
+        path = _home(user) + slash + rest
+    _check(path)
+    return path
 
 
 def expanded_pattern(text: str) -> str:
-    """As `expanded`, of a path or a glob: what a home folder is called is no pattern.
+    """Return a path or glob with `~` expanded as in `expanded`; the home folder's name is no pattern.
+
+    Args:
+        text: The path or glob as typed.
 
     Raises:
-        ValueError: see `expanded`.
+        ValueError: See `expanded`.
     """
     user, slash, rest = text.partition("/")
     if text.startswith("~") and glob.has_magic(rest):
@@ -48,7 +53,7 @@ def expanded_pattern(text: str) -> str:
 
 
 def path_option(text: str) -> str:
-    """The type of every option and positional argument that takes a path (argparse)."""
+    """Convert an option or positional argument that takes a path (argparse type)."""
     try:
         return expanded(text)
     except ValueError as error:
@@ -56,7 +61,7 @@ def path_option(text: str) -> str:
 
 
 def pattern_option(text: str) -> str:
-    """The type of options that take paths or globs (argparse)."""
+    """Convert an option that takes a path or a glob (argparse type)."""
     try:
         return expanded_pattern(text)
     except ValueError as error:
@@ -64,22 +69,22 @@ def pattern_option(text: str) -> str:
 
 
 def prefix_option(text: str) -> str:
-    """The type of options that take a PREFIX of file names (argparse)."""
-    found = path_option(text)
-    if os.path.basename(found) in ("", ".", "..") or (text.startswith("~") and "/" not in text):
+    """Convert an option that takes a PREFIX of file names (argparse type)."""
+    prefix = path_option(text)
+    if os.path.basename(prefix) in ("", ".", "..") or (text.startswith("~") and "/" not in text):
         raise argparse.ArgumentTypeError(
             f"expected the beginning of file names, such as data/c4 for data/c4.bin, got the folder {text!r}"
         )
-    return found
+    return prefix
 
 
 def _home(user: str) -> str:
-    found = os.path.expanduser(user)
-    if user == "~" and not os.path.isabs(os.environ.get("HOME", found)):
-        raise ValueError("expected a home folder for ~, got none (HOME is not a whole path, and the user is not known)")
-    if found == user:
+    folder = os.path.expanduser(user)
+    if user == "~" and not os.path.isabs(os.environ.get("HOME", folder)):
+        raise ValueError("expected a home folder for ~, got none (HOME is no absolute path, and the user is unknown)")
+    if folder == user:
         raise ValueError(f"expected a user's name after ~, no user is called {user[1:]!r}; a file's name is ./{user}")
-    return found
+    return folder
 
 
 def _check(path: str) -> None:

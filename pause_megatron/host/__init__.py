@@ -1,1 +1,1 @@
-"""Processes of this machine: who runs, who started whom, and the launcher above the ranks. No torch."""
+"""Processes of this host: liveness, ancestors, and the launcher of a rank. No torch."""

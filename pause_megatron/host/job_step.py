@@ -1,4 +1,4 @@
-"""Which step of SLURM this process is in. What is submitted from a step inherits the variables of that one."""
+"""The SLURM job step of this process. A job that is submitted from a step inherits that step's variables."""
 
 from __future__ import annotations
 
@@ -10,36 +10,40 @@ from pathlib import Path
 
 from pause_megatron.host import processes
 
-_FIRST_SPECIAL = 0xFFFFFFF0  # a batch script's step, and the like, by number
-_OF_A_GROUP = re.compile(r"/job_(\d+)/step_(\w+)(?:/|$)", re.MULTILINE)
-_OF_THE_DAEMON = re.compile(r"slurmstepd: \[(\d+)(?:\+\d+)?\.(\w+)")
+_FIRST_SPECIAL = 0xFFFFFFF0  # numbers of special steps, such as that of a batch script
+_CGROUP = re.compile(r"/job_(\d+)/step_(\w+)(?:/|$)", re.MULTILINE)
+_DAEMON_TITLE = re.compile(r"slurmstepd: \[(\d+)(?:\+\d+)?\.(\w+)")
 
 
 def own_variables() -> Mapping[str, str]:
-    """The environment, without SLURM_STEP_* where they are inherited."""
+    """Return the environment, without SLURM_STEP_* where they are inherited from another step."""
     if not is_inherited(os.environ):
         return os.environ
     return {name: value for name, value in os.environ.items() if not name.startswith("SLURM_STEP")}
 
 
 def is_inherited(env: Mapping[str, str]) -> bool:
-    """Whether the variables of a step are not those of the step that this process is in; False where it is not seen."""
-    seen = _seen() if "SLURM_STEP_NUM_TASKS" in env else None
-    if seen is None:
+    """Return whether SLURM_STEP_* are those of another step than this process's; False where its step is not known.
+
+    Args:
+        env: Environment variables.
+    """
+    own = own_step() if "SLURM_STEP_NUM_TASKS" in env else None
+    if own is None:
         return False
-    job, step = seen
+    job, step = own
     if not step.isdecimal() or int(step) >= _FIRST_SPECIAL:  # a batch script, or the shell of an allocation
         return True
-    # A shell of `salloc` in another job's step. The jobs of a heterogeneous one have numbers of their own.
+    # A shell of `salloc` in another job's step. The components of a heterogeneous job have numbers of their own.
     return env.get("SLURM_JOB_ID") != job and not any(name.startswith("SLURM_HET") for name in env)
 
 
-def _seen() -> tuple[str, str] | None:
-    """Job and step, by the control group of this process, or by the title of the daemon that has started it."""
+def own_step() -> tuple[str, str] | None:
+    """Return job and step, by this process's control group, or by the title of the daemon that started it."""
     with contextlib.suppress(OSError):
-        if found := _OF_A_GROUP.search(Path("/proc/self/cgroup").read_text(encoding="utf-8", errors="replace")):
+        if found := _CGROUP.search(Path("/proc/self/cgroup").read_text(encoding="utf-8", errors="replace")):
             return found[1], found[2]
     for pid in processes.ancestors():
-        if found := _OF_THE_DAEMON.match([*processes.words(pid), ""][0]):
+        if found := _DAEMON_TITLE.match([*processes.words(pid), ""][0]):
             return found[1], found[2]
     return None

@@ -1,11 +1,12 @@
-"""A rank ends with what started it: torchrun, deepspeed, srun, mpirun, or the process that a variable names.
+"""Ending a rank together with its launcher: torchrun, deepspeed, srun, mpirun, or the process that a variable names.
 
-Ranks outlive a launcher that is killed: torchrun gives them sessions of their own, DeepSpeed's runner starts a launcher
-that starts the ranks, under SLURM they are children of a daemon. They would then wait for each other, or go on with
-nobody to stop them, and keep the run folder. So a small process (`host/processes.py`) watches for each rank.
+Ranks outlive a killed launcher: torchrun starts them in sessions of their own, DeepSpeed's runner starts a launcher
+that starts the ranks, and under SLURM they are children of a daemon. They would hang in a collective, or keep training
+without a launcher, and keep the lock on the run folder. So a small process (`host/processes.py`) watches each rank's
+launcher.
 
-What started a rank is not taken for its launcher without a sign: a run that is put into the background of a shell goes
-on when the shell ends.
+A parent process counts as the launcher only if its variables or command line show that it is one. A run in the
+background of a shell continues when the shell ends.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import logging
 import os
 import socket
 import sys
+from typing import TYPE_CHECKING
 
 from pause_megatron.host import processes
 from pause_megatron.host.launcher_search import VARIABLE, find
@@ -23,13 +25,16 @@ from pause_megatron.terminal.log import EVERY_RANK
 
 log = logging.getLogger(__name__)
 
+if TYPE_CHECKING:
+    import subprocess
 
-class _Watch:
-    """This process's end of the channel to its watcher; says nothing where there is none."""
+
+class _WatcherChannel:
+    """This process's end of the channel to its watcher; it sends nothing where there is no watcher."""
 
     def __init__(self) -> None:
         self._channel: socket.socket | None = None
-        self._process = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._gone = False
         self.watched = Watched({}, {})
 
@@ -57,7 +62,7 @@ class _Watch:
             arguments = processes.watcher_arguments(watched, theirs.fileno())
             self._process = subprocess.Popen(
                 [sys.executable, "-I", "-S", processes.__file__, *arguments],
-                # None of the rank's variables, by which it would be taken for a rank.
+                # Without the rank's variables, by which it would count as a rank.
                 env={name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
@@ -67,10 +72,10 @@ class _Watch:
             )
         self._channel, self.watched = ours, watched
 
-    def tell(self, what: bytes) -> None:
+    def send(self, message: bytes) -> None:
         if self._channel is not None:
-            with contextlib.suppress(OSError):  # it was ended by somebody
-                self._channel.send(what)
+            with contextlib.suppress(OSError):  # the watcher has ended
+                self._channel.send(message)
 
     def gone(self) -> bool:
         if self._channel is not None and not self._gone:
@@ -79,40 +84,44 @@ class _Watch:
         return self._gone
 
 
-_own = _Watch()
+_own = _WatcherChannel()
 
 
 def end_with_launcher() -> None:
-    """From now on this process ends when its launcher does: at once, as long as it takes no steps.
+    """Start the watcher: from now on this process is killed when its launcher ends.
 
-    Called first of all, as what is imported next may take minutes. Nothing happens to a process without a launcher.
+    It is called first of all, since the following imports may take minutes. A process without a launcher is not
+    watched.
 
     Raises:
-        ConfigError: see `find`.
+        ConfigError: See `find`.
     """
     _own.begin()
 
 
 def taking_steps() -> None:
-    """From now on this process has something to lose: it is asked to stop (`gone`), and ended some seconds later."""
-    _own.tell(TAKING_STEPS)
+    """Notify the watcher that training has begun: it then requests a stop (`gone`), and kills some seconds later."""
+    _own.send(TAKING_STEPS)
 
 
 def stop_was_asked() -> None:
-    """A signal has asked for a stop; should the launcher have gone with it, the save has more time. For handlers."""
-    _own.tell(STOP_ASKED)
+    """Notify the watcher that a signal requested a stop, so that a save has more time. For signal handlers."""
+    _own.send(STOP_ASKED)
 
 
 def gone() -> bool:
-    """Whether the launcher has ended. Does not wait."""
+    """Return whether the launcher has ended, without blocking."""
     return _own.gone()
 
 
 def left(code: int) -> int:
-    """End this process with its exit code if its launcher has ended, when there is nothing more to do; else the code.
+    """Exit at once with this code where the launcher has ended; return the code otherwise.
 
-    torchrun's store lives in torchrun. What torch has open there is given up when the interpreter ends, and then takes
-    longer than this process may live.
+    torchrun's store lives in torchrun. Closing torch's connections to it at interpreter exit takes longer than the
+    watcher waits.
+
+    Args:
+        code: Exit code.
     """
     if gone():
         for stream in (sys.stdout, sys.stderr):
@@ -123,10 +132,10 @@ def left(code: int) -> int:
 
 
 def own_name() -> str:
-    """The value of PAUSE_MEGATRON_LAUNCHER_PID for processes that shall end with this one."""
+    """Return the value of PAUSE_MEGATRON_LAUNCHER_PID for processes that must end with this one."""
     return f"{os.getpid()}@{processes.machine()}"
 
 
 def watched() -> Watched:
-    """What must stay for this process to go on; empty for one that no launcher started, or that is not watched."""
+    """Return the watched launcher processes; empty for a process without a launcher or a watcher."""
     return _own.watched

@@ -1,7 +1,7 @@
-"""What started a rank: torchrun, deepspeed, srun, mpirun, or the process that a variable names.
+"""Finding the launcher of a rank: torchrun, deepspeed, srun, mpirun, or the process that a variable names.
 
-Only what is seen is watched, and only what has surely ended is said to be gone: a launcher may be another user's, on
-another machine, or outside of the container that the rank is in.
+Only visible processes are watched, and only processes that have certainly ended count as gone. A launcher may be
+another user's, on another host, or outside of the rank's container.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from pause_megatron.host.processes import Process
 
 VARIABLE = "PAUSE_MEGATRON_LAUNCHER_PID"
 
-# What a launcher gives its children, and has not itself.
-_MARKS = {
+# Variables that a launcher sets for its children, and does not have itself.
+_VARIABLES = {
     "torchrun": ("TORCHELASTIC_RUN_ID",),
     "deepspeed": ("CROSS_RANK",),
     "mpirun": ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PMI_RANK", "MV2_COMM_WORLD_RANK"),
 }
-# What its command line may say; a launcher that is a rank's child has the marks as well.
-_WORDS = {
+# Names on its command line; a launcher that is itself a rank's child has the variables, too.
+_COMMANDS = {
     "torchrun": (
         "torchrun",
         "torch.distributed.run",
@@ -40,20 +40,20 @@ _WORDS = {
 _RUNNER = ("deepspeed", "deepspeed.pt", "ds", "deepspeed.launcher.runner")
 _REMOTE = ("sshd", "sshd-session")
 _SHELLS = ("sh", "bash", "dash", "zsh", "ksh", "csh", "tcsh", "fish")
-_ENDING_LOOKS = 100
-# They take the children of those that have ended.
-_OF_MACHINES = ("init", "systemd")
-_FOSTER_PARENTS = (*_OF_MACHINES, "tini", "dumb-init", "docker-init", "catatonit")
+_ENDING_RETRIES = 100
+# Init processes adopt the children of processes that have ended.
+_HOST_INITS = ("init", "systemd")
+_INITS = (*_HOST_INITS, "tini", "dumb-init", "docker-init", "catatonit")
 
 
 @dataclass
 class Found:
-    """What was found about the launcher of this process.
+    """Result of the search for this process's launcher.
 
     Attributes:
-        processes: of the launcher, by name, to be watched.
-        listeners: inodes of its listening sockets, by name, where it is no ancestor.
-        gone: names of what is surely there no more already. What cannot be seen from here is not.
+        processes: Launcher processes to watch, by name.
+        listeners: Inodes of the launcher's listening sockets, by name, where it is no ancestor.
+        gone: Names of launcher processes that have certainly ended. Invisible ones do not count.
     """
 
     processes: dict[str, Process] = field(default_factory=dict)
@@ -62,10 +62,10 @@ class Found:
 
 
 def find(environment: Mapping[str, str] | None = None) -> Found:
-    """Which processes must stay for this one to go on; nothing for a process that no launcher started.
+    """Find the launcher processes of this process; empty for a process without a launcher.
 
     Args:
-        environment: defaults to os.environ.
+        environment: Environment variables; default: os.environ.
 
     Raises:
         ConfigError: PAUSE_MEGATRON_LAUNCHER_PID is no process number.
@@ -75,17 +75,17 @@ def find(environment: Mapping[str, str] | None = None) -> Found:
         return found
     _named(env, found)
     ancestors = list(processes.ancestors())
-    for name, marks in _MARKS.items():
-        for mark in marks:
-            if mark in env:
-                _by_mark(name, f"{mark}={env[mark]}", ancestors, found)
+    for name, variables in _VARIABLES.items():
+        for variable in variables:
+            if variable in env:
+                _by_variable(name, f"{variable}={env[variable]}", ancestors, found)
                 break
     _slurm(env, ancestors, found)
     return found
 
 
 def _named(env: Mapping[str, str], found: Found) -> None:
-    """The process that the variable names, as PID or, where the variable may get to other machines, as PID@HOST."""
+    """Watch the process that VARIABLE names, as PID, or as PID@HOST where other hosts may inherit the variable."""
     number, _, host = env.get(VARIABLE, "").partition("@")
     if not number or host not in ("", socket.gethostname(), processes.machine()):
         return
@@ -102,18 +102,18 @@ def _watch(found: Found, name: str, pid: int) -> None:
         found.gone.append(name)
 
 
-def _by_mark(name: str, mark: str, ancestors: list[int], found: Found) -> None:
-    """The nearest ancestor that has not this variable, or says on its command line what it is."""
-    given = os.getpid()  # the furthest that the launcher's variable has got to
+def _by_variable(name: str, variable: str, ancestors: list[int], found: Found) -> None:
+    """Watch the nearest ancestor that lacks this variable, or whose command line names the launcher."""
+    topmost = os.getpid()  # the last ancestor that has the launcher's variable
     for pid in ancestors:
-        if not _says(pid, _WORDS[name]) and mark in processes.variables(pid):
-            given = pid
+        if not _runs_command(pid, _COMMANDS[name]) and variable in processes.variables(pid):
+            topmost = pid
             continue
-        if _fosters(pid, name):
-            # The daemons of MPI are many, and may be another user's: without one in sight nothing is known.
-            if name != "mpirun" and _is_adopted(given, pid, leads=name == "torchrun"):
+        if _is_init(pid, name):
+            # MPI has several kinds of daemons, maybe another user's: without a visible one nothing is known.
+            if name != "mpirun" and _is_adopted(topmost, pid, leads=name == "torchrun"):
                 found.gone.append(name)
-        elif _program(pid) not in _SHELLS or _says(pid, _WORDS[name]):  # a shell: set by hand
+        elif _program(pid) not in _SHELLS or _runs_command(pid, _COMMANDS[name]):  # in a shell it was set by hand
             _watch(found, name, pid)
             if name == "deepspeed":
                 _runner_of(pid, found)
@@ -121,38 +121,39 @@ def _by_mark(name: str, mark: str, ancestors: list[int], found: Found) -> None:
 
 
 def _is_adopted(pid: int, by: int, *, leads: bool = False) -> bool:
-    """Whether a process is surely no child of what fosters it, but of one that has ended.
+    """Return whether an init process has certainly adopted a process, whose parent has ended.
 
-    It may as well have been started in a container of its own, by the first process there (a shell, an init), and its
-    launcher is outside.
+    Otherwise the first process of a container (a shell, an init) may have started it, and its launcher is outside.
 
     Args:
-        leads: its launcher gives a session to each process that it starts, as torchrun does.
+        pid: The process.
+        by: Its parent.
+        leads: Whether its launcher starts each process in a session of its own, as torchrun does.
     """
-    own, its = processes.stat(pid), processes.stat(by)
-    if not own or not its:
+    own, parent = processes.stat(pid), processes.stat(by)
+    if not own or not parent:
         return False
-    group, session = int(own[2]), int(own[3])  # 0: of a process outside
-    if session not in (0, pid, int(its[3])):  # that of a process between the two
+    group, session = int(own[2]), int(own[3])  # 0: of a process outside of the container
+    if session not in (0, pid, int(parent[3])):  # the session of a process between the two
         return True
-    of_machine = _program(by) in _OF_MACHINES or (by == 1 and processes.is_first_namespace())
-    # An init of a container has the variables that the container was started with; where they can be read, it lacks
-    # the launcher's (`_by_mark`).
-    if not of_machine and not (_program(by) in _FOSTER_PARENTS and processes.variables(by)):
+    host_init = _program(by) in _HOST_INITS or (by == 1 and processes.is_first_namespace())
+    # A container's init has the variables that the container was started with. Where they can be read, it lacks the
+    # launcher's (`_by_variable`).
+    if not host_init and not (_program(by) in _INITS and processes.variables(by)):
         return False
     leader_ended = group not in (0, pid) and processes.process(group) is None and not processes.is_hidden(group)
     return leader_ended or (leads and session == pid)
 
 
 def _runner_of(pid: int, found: Found) -> None:
-    """What started DeepSpeed's launcher of this machine: its runner, or a remote shell."""
-    for _ in range(_ENDING_LOOKS):
+    """Watch the parent of DeepSpeed's launcher on this host: the runner, or a remote shell."""
+    for _ in range(_ENDING_RETRIES):
         parent = processes.parent(pid)
         if not parent or processes.words(parent):
             break
-        time.sleep(0.005)  # it is just ending, and another one follows it; or it may not be looked at
+        time.sleep(0.005)  # it is ending and will be replaced, or it is hidden
     running = processes.process(parent)
-    if _says(parent, _RUNNER):
+    if _runs_command(parent, _RUNNER):
         _watch(found, "the deepspeed runner", parent)
         return
     remote = parent
@@ -161,14 +162,14 @@ def _runner_of(pid: int, found: Found) -> None:
     if _program(remote) in _REMOTE:
         _watch(found, "the deepspeed runner's connection", remote)
         return
-    if _fosters(parent, "deepspeed") and _is_adopted(pid, parent):
+    if _is_init(parent, "deepspeed") and _is_adopted(pid, parent):
         found.gone.append("the deepspeed runner")
-    elif running is not None and not processes.runs(running):  # it has ended while it was looked at
+    elif running is not None and not processes.runs(running):  # it has ended meanwhile
         _runner_of(pid, found)
 
 
 def _slurm(env: Mapping[str, str], ancestors: list[int], found: Found) -> None:
-    """srun is no ancestor: its tasks are children of slurmstepd, which lives on. Its port is known where it runs."""
+    """Watch srun by its listening port: it is no ancestor, since its tasks are children of slurmstepd."""
     port, host = env.get("SLURM_STEP_LAUNCHER_PORT", ""), env.get("SLURM_LAUNCH_NODE_IPADDR", "")
     if "SLURM_STEP_NUM_TASKS" not in env or not port.isdecimal() or not _is_here(host):
         return
@@ -181,14 +182,14 @@ def _slurm(env: Mapping[str, str], ancestors: list[int], found: Found) -> None:
     if inode:
         found.listeners["srun"] = inode
         return
-    # Where the step is not seen, the variables may be inherited.
+    # Where the step is not known, the variables may be inherited.
     step = f"[{env.get('SLURM_JOB_ID')}.{env.get('SLURM_STEP_ID')}]"
     if any(processes.words(pid)[:1] and f"slurmstepd: {step}" in processes.words(pid)[0] for pid in ancestors):
         found.gone.append("srun")
 
 
 def _is_here(address: str) -> bool:
-    """Whether an address is one of this machine's. Nothing is sent."""
+    """Return whether an address is one of this host's, without sending anything."""
     for family in (socket.AF_INET, socket.AF_INET6):
         with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
             probe.bind((address, 0))
@@ -197,13 +198,13 @@ def _is_here(address: str) -> bool:
 
 
 def _program(pid: int) -> str:
-    """Name of a process as the kernel has it, or the first word of its title: 'sshd: user@notty' -> 'sshd'."""
+    """Return the program name of a process, from its command line or title: 'sshd: user@notty' -> 'sshd'."""
     first = [*processes.words(pid), ""][0]
     return Path(first.split(":")[0]).name.lstrip("-")
 
 
-def _says(pid: int, names: tuple[str, ...]) -> bool:
-    """Whether one of the names is the program, the script that an interpreter runs, or the module."""
+def _runs_command(pid: int, names: tuple[str, ...]) -> bool:
+    """Return whether a process runs one of these programs, scripts or modules."""
     command = processes.words(pid)
     if not command:
         return False
@@ -212,7 +213,7 @@ def _says(pid: int, names: tuple[str, ...]) -> bool:
     return not {Path(command[0]).name, *(Path(word).name for word in first), *modules}.isdisjoint(names)
 
 
-def _fosters(pid: int, name: str) -> bool:
-    """Whether a process is no launcher, but one that has taken this one over from a launcher that has ended."""
+def _is_init(pid: int, name: str) -> bool:
+    """Return whether a process is an init process, which adopts children, and not the launcher."""
     first = _program(pid)
-    return (pid == 1 or first in _FOSTER_PARENTS) and "python" not in first and not _says(pid, _WORDS[name])
+    return (pid == 1 or first in _INITS) and "python" not in first and not _runs_command(pid, _COMMANDS[name])

@@ -1,8 +1,8 @@
-"""Processes of this machine: which one it is, whether it still runs, who started whom; and one that watches others.
+"""Processes of this host through /proc: identity, liveness, ancestors; and the watcher of a rank's launcher.
 
-The file is also a program, started by `host/launcher.py` with the standard library alone: it imports nothing of the
-package. The watcher is a process of its own because a rank's threads do not get to run while an import, a
-compiler or a library holds the interpreter's lock, and because a rank may be frozen.
+The file is also a program that `host/launcher.py` starts with the standard library alone, so it imports nothing of the
+package. The watcher is a process of its own because a rank's threads do not run while an import, a compiler or a
+library holds the interpreter's lock, and because a rank may be suspended.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from functools import cache
 
 LOOK_SECONDS = 0.25
 SAVE_SECONDS = 8.0
-SILENT_SECONDS = 0.75  # Ctrl-C ends launcher and rank alike: the rank's own handler is waited for, which says so
+SILENT_SECONDS = 0.75  # Ctrl-C also ends the launcher; the rank's own handler then writes the message
 STOPPING_SECONDS = 60.0
-_FIRST_NAMESPACE = 0xEFFFFFFC  # the kernel's own number for it
+_FIRST_NAMESPACE = 0xEFFFFFFC  # the kernel's inode number of the first PID namespace
 TAKING_STEPS, STOP_ASKED, GONE = b"s", b"a", b"g"
 
 
 @dataclass(frozen=True)
 class Process:
-    """One process of this machine, told from a later one with the same number by when it was started.
+    """A process of this host, distinct from a later one with the same number by its start time.
 
     Attributes:
-        pid: its number.
-        started: clock ticks after the machine's start.
+        pid: Process number.
+        started: Start time in clock ticks after the boot of the host.
     """
 
     pid: int
@@ -42,42 +42,42 @@ class Process:
 
 @dataclass(frozen=True)
 class Watched:
-    """What must stay for a process to go on.
+    """Processes and sockets of a launcher.
 
     Attributes:
-        processes: by what they are called.
-        listeners: inodes of listening TCP sockets, by what they are called.
+        processes: Processes, by name.
+        listeners: Inodes of listening TCP sockets, by name.
     """
 
     processes: dict[str, Process]
     listeners: dict[str, int]
 
     def gone(self) -> str:
-        """What of it is there no more; "" when all of it is."""
+        """Return the name of a process or socket that is gone; "" while all are there."""
         for name, process in self.processes.items():
             if not runs(process):
                 return f"{name} (process {process.pid})"
-        with contextlib.suppress(OSError):  # what cannot be seen is not known to be gone
+        with contextlib.suppress(OSError):  # where the table cannot be read, nothing counts as gone
             for name, inode in self.listeners.items():
-                # The kernel gives its table in pieces, and one that closes meanwhile may hide another: look again.
+                # The table is read in pieces, and a socket that closes meanwhile may hide another: read it twice.
                 if inode not in listening().values() and inode not in listening().values():
                     return name
         return ""
 
 
 def process(pid: int) -> Process | None:
-    """The process that has this number now; None: there is none, or it has ended and only its parent has to hear it."""
+    """Return the process that has this number now; None where there is none, or it is a zombie."""
     fields = stat(pid)
     return None if not fields or fields[0] in "ZX" else Process(pid, int(fields[19]))
 
 
 def runs(known: Process) -> bool:
-    """Whether it has not ended. One that is stopped, that is traced, or that may not be looked at, has not."""
+    """Return whether a process has not ended. Stopped, traced and hidden processes have not."""
     return process(known.pid) == known or is_hidden(known.pid)
 
 
 def is_hidden(pid: int) -> bool:
-    """Whether there is a process that may not be looked at: /proc may show a user's own alone (`hidepid`)."""
+    """Return whether a process exists but is hidden: /proc may show a user's own processes only (`hidepid`)."""
     if pid < 1 or stat(pid):
         return False
     try:
@@ -90,7 +90,7 @@ def is_hidden(pid: int) -> bool:
 
 
 def stat(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat from the state on (state, parent, group, ...); [] where there is no such process."""
+    """Return the fields of /proc/PID/stat from the state on (state, parent, group, ...); [] without such a process."""
     try:
         with open(f"/proc/{pid}/stat", encoding="utf-8", errors="replace") as file:
             return file.read().rpartition(")")[2].split()
@@ -99,13 +99,13 @@ def stat(pid: int) -> list[str]:
 
 
 def parent(pid: int) -> int:
-    """Number of the process that a process is a child of; 0: none that is seen here."""
+    """Return the parent's process number; 0 where it is not visible."""
     fields = stat(pid)
     return int(fields[1]) if fields else 0
 
 
 def ancestors() -> Iterator[int]:
-    """Numbers of the parent, of its parent and so on, as far as they are seen here."""
+    """Yield the process numbers of the parent, its parent and so on, as far as they are visible."""
     pid = os.getppid()
     while pid:
         yield pid
@@ -113,12 +113,12 @@ def ancestors() -> Iterator[int]:
 
 
 def words(pid: int) -> list[str]:
-    """The command line of a process; [] where it cannot be read."""
+    """Return the command line of a process; [] where it cannot be read."""
     return _strings(pid, "cmdline")
 
 
 def variables(pid: int) -> list[str]:
-    """The environment that a process was started with, as NAME=VALUE; [] where it cannot be read."""
+    """Return a process's initial environment as NAME=VALUE; [] where it cannot be read."""
     return _strings(pid, "environ")
 
 
@@ -131,7 +131,7 @@ def _strings(pid: int, name: str) -> list[str]:
 
 
 def is_first_namespace() -> bool:
-    """Whether processes are numbered here as the kernel does: the machine itself, or a container that shares it."""
+    """Return whether this is the host's own PID namespace, or a container that shares it."""
     with contextlib.suppress(OSError):
         return os.readlink("/proc/self/ns/pid") == f"pid:[{_FIRST_NAMESPACE}]"
     return False
@@ -139,7 +139,7 @@ def is_first_namespace() -> bool:
 
 @cache
 def machine() -> str:
-    """Where a process number means something: this host, since its last start, in this container. "": not known."""
+    """Return an id of the scope of process numbers: host, boot and PID namespace; "": not known."""
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             return f"{socket.gethostname()} {file.read().strip()} {os.readlink('/proc/self/ns/pid')}"
@@ -148,10 +148,10 @@ def machine() -> str:
 
 
 def listening() -> dict[int, int]:
-    """Inode of the socket that listens on each TCP port of this machine (of this network namespace).
+    """Return port -> inode of the listening TCP sockets of this network namespace.
 
     Raises:
-        OSError: they cannot be looked at.
+        OSError: The kernel's table cannot be read.
     """
     found = {}
     for name in ("tcp", "tcp6"):
@@ -164,45 +164,50 @@ def listening() -> dict[int, int]:
 
 
 def watcher_arguments(watched: Watched, channel: int) -> list[str]:
-    """The arguments with which this file, as a program, watches for the process that calls.
+    """Return the command-line arguments of the watcher of this process.
 
     Args:
-        watched: what must stay.
-        channel: descriptor of a socket: this process says what it is about to do, the watcher that something is gone.
+        watched: The launcher.
+        channel: Descriptor of a socket to this process, for TAKING_STEPS, STOP_ASKED and GONE.
+
+    Raises:
+        OSError: /proc does not show this process.
     """
     own = process(os.getpid())
+    if own is None:
+        raise OSError("/proc: expected this process, got none")
     rank = os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or ""
     return [json.dumps({"channel": channel, "own": asdict(own), "rank": rank, **asdict(watched)})]
 
 
 class Watcher:
-    """Ends a process when what it depends on is gone: at once as long as it takes no steps, else after a moment.
+    """The watcher of a rank: it kills the rank when its launcher ends, with time for a save once it trains.
 
     Args:
-        own: the process.
-        rank: as messages call it; "": it is alone.
-        watched: what must stay.
-        channel: says TAKING_STEPS and STOP_ASKED; is told GONE.
+        own: The rank's process.
+        rank: Rank for messages; "": a single process.
+        watched: The launcher.
+        channel: Receives TAKING_STEPS and STOP_ASKED; GONE is sent on it.
     """
 
     def __init__(self, own: Process, rank: str, watched: Watched, channel: socket.socket) -> None:
         self._own, self._watched, self._channel = own, watched, channel
         self._name = f"[rank {rank}] " if rank else ""
         self._saves = self._stops = False
-        self._looking = select.poll()
+        self._poll = select.poll()
         self._open = {channel.fileno()}
         for each in (own, *watched.processes.values()):
-            # Wakes at once when it ends; where the kernel has no such thing, the next look finds it.
+            # Wakes the poll when the process ends; without pidfd the next round notices it.
             with contextlib.suppress(OSError, AttributeError):
                 self._open.add(os.pidfd_open(each.pid))
         for descriptor in self._open:
-            self._looking.register(descriptor, select.POLLIN)
+            self._poll.register(descriptor, select.POLLIN)
 
     def run(self) -> None:
-        """Until the process has ended, by itself or not."""
-        gone, since, said = "", 0.0, False
+        """Watch until the rank's process has ended."""
+        gone, since, reported = "", 0.0, False
         while runs(self._own):
-            self._look()
+            self._receive()
             if not gone and (gone := self._watched.gone()):
                 since = time.monotonic()
                 if not self._saves:
@@ -210,22 +215,22 @@ class Watcher:
                 with contextlib.suppress(OSError):
                     self._channel.send(GONE)
             seconds = time.monotonic() - since
-            if gone and not said and not self._stops and seconds > SILENT_SECONDS:
-                said = True
+            if gone and not reported and not self._stops and seconds > SILENT_SECONDS:
+                reported = True
                 self._say(f"its launcher is gone: {gone}; finishing the step, then saving, if that is quick")
             if gone and seconds > (STOPPING_SECONDS if self._stops else SAVE_SECONDS):
                 return self._end(f"not ended {seconds:.0f} s after its launcher")
 
-    def _look(self) -> None:
-        for descriptor, _ in self._looking.poll(1000 * LOOK_SECONDS):
-            heard = b""
+    def _receive(self) -> None:
+        for descriptor, _ in self._poll.poll(1000 * LOOK_SECONDS):
+            received = b""
             if descriptor == self._channel.fileno():
                 with contextlib.suppress(OSError):
-                    heard = self._channel.recv(64)
-                self._saves |= TAKING_STEPS in heard
-                self._stops |= STOP_ASKED in heard
-            if not heard:  # ended, or closed: it would wake this process for ever
-                self._looking.unregister(descriptor)
+                    received = self._channel.recv(64)
+                self._saves |= TAKING_STEPS in received
+                self._stops |= STOP_ASKED in received
+            if not received:  # ended or closed: the poll would return at once from now on
+                self._poll.unregister(descriptor)
 
     def _end(self, why: str) -> None:
         if runs(self._own):
@@ -233,7 +238,7 @@ class Watcher:
             self._say(f"{why}; ended")
 
     def _say(self, text: str) -> None:
-        """Into the standard error that the process has too, unless nobody takes anything out of it."""
+        """Write to the rank's standard error, unless that would block."""
         writing = select.poll()
         writing.register(2, select.POLLOUT)
         with contextlib.suppress(OSError):
@@ -242,9 +247,13 @@ class Watcher:
 
 
 def main(text: str) -> None:
-    """Watch as `watcher_arguments` says."""
+    """Run the watcher.
+
+    Args:
+        text: See `watcher_arguments`.
+    """
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_IGN)  # meant for the rank, which decides what they mean
+        signal.signal(number, signal.SIG_IGN)  # handled by the rank
     given = json.loads(text)
     processes = {name: Process(**each) for name, each in given["processes"].items()}
     watched = Watched(processes, given["listeners"])

@@ -1,13 +1,13 @@
-"""Standard output and standard error that may fail: a reader that is gone, a full device, a terminal that was closed.
+"""Standard output and standard error that may fail: a closed pipe, a full device, a closed terminal.
 
-The rule of the program:
+The rules:
 
-* Standard error is talk. A write to it that fails is counted and forgotten, whatever the verb.
-* Standard output is a verb's result (`plan`, `inspect`, `generate`, `--print-config`, ...). A write that fails ends the
-  verb: without a word and with exit code 141 where the reader is gone (`| head`), with one line and exit code 2 where
-  it is anything else (a full device).
-* While a run trains, its results are files, and standard output is talk too: see `tolerant_output`.
-* Talk does not wait for long for a reader that stands still.
+* Standard error has messages. A failed write to it is counted and ignored.
+* Standard output has a verb's result (`plan`, `inspect`, `generate`, `--print-config`, ...). A failed write ends the
+  verb: silently and with exit code 141 where the reader has closed the pipe (`| head`), with one line and exit code 2
+  otherwise (a full device).
+* While a run trains, its results are files, and standard output has messages, too: see `tolerant_output`.
+* Messages do not block for long on a stalled reader.
 """
 
 from __future__ import annotations
@@ -20,31 +20,32 @@ import os
 import select
 import sys
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from pause_megatron.errors import OutputError
 from pause_megatron.terminal.log import log_run_to_stderr
 
-_PIECE = 1024  # characters, at most 4096 bytes: what a pipe that has room at all takes without waiting
+_PIECE = 1024  # characters, at most 4096 bytes, which a pipe with room takes without blocking
 _GROUP_BYTES = 4096
-_PATIENCE_SECONDS = 5.0  # for a reader that stands still (a stopped pager, Ctrl-S)
+_STALL_SECONDS = 5.0  # timeout for a stalled reader (a stopped pager, Ctrl-S)
 _NAMES = {"stdout": "standard output", "stderr": "standard error"}
 
 
 class StandardStream:
-    """A text stream whose failures are counted; everything but writing is the stream's own.
+    r"""A text stream that counts failed writes; all other methods are the wrapped stream's.
 
-    A character that the stream's encoding lacks is written as its escape (`\\u2013`).
+    A character that the stream's encoding lacks is written as its escape (`\u2013`).
 
     Args:
-        stream: what is written to
-        name: for messages
-        required: a write that fails raises OutputError; else it is only counted
-        missing: there was no such stream when the process began; every write fails
+        stream: The wrapped stream.
+        name: Name for messages.
+        required: Whether a failed write raises OutputError; otherwise it is only counted.
+        missing: Whether the process started without this stream, so that every write fails.
 
     Attributes:
-        failed: writes and flushes that failed
-        reason: why the first of them did
+        required: See above.
+        failed: Number of failed writes and flushes.
+        reason: Why the first of them failed.
     """
 
     def __init__(self, stream: TextIO, name: str, *, required: bool, missing: bool = False) -> None:
@@ -52,13 +53,20 @@ class StandardStream:
         self.required = required
         self.failed, self.reason = 0, ""
         self._lost: OutputError | None = None
-        self._patience = _PATIENCE_SECONDS
+        self._timeout = _STALL_SECONDS
 
     def __getattr__(self, attribute: str) -> Any:
         return getattr(self._stream, attribute)
 
     def write(self, text: str) -> int:
-        """Write as the stream does; the length of the text, also where it is lost."""
+        """Write text, and return its length, also where the write failed.
+
+        Args:
+            text: The text.
+
+        Raises:
+            OutputError: The write failed, and the stream is required.
+        """
         try:
             if self._missing:
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))
@@ -73,38 +81,38 @@ class StandardStream:
         return len(text)
 
     def _require_room(self) -> None:
-        """Raise TimeoutError where a write would wait for a reader that stands still, and nobody needs the text."""
+        """Raise TimeoutError where a write would block on a stalled reader, and the stream is not required."""
         if self.required:
             return
         try:
             descriptor = self._stream.fileno()
-        except (OSError, ValueError):  # none, or a stream that is closed: writing will tell
+        except (OSError, ValueError):  # no descriptor, or a closed stream: the write fails
             return
-        if not has_room(descriptor, self._patience):
-            self._patience = 0.0
-            raise TimeoutError(errno.ETIMEDOUT, "its reader stands still")
-        self._patience = _PATIENCE_SECONDS
+        if not has_room(descriptor, self._timeout):
+            self._timeout = 0.0
+            raise TimeoutError(errno.ETIMEDOUT, "its reader is stalled")
+        self._timeout = _STALL_SECONDS
 
     def writelines(self, lines: Any) -> None:
-        """Write each of them."""
+        """Write each line."""
         for line in lines:
             self.write(line)
 
     def flush(self) -> None:
-        """Flush as the stream does.
+        """Flush the stream.
 
         Raises:
-            OutputError: this or an earlier write has failed, and the stream is required.
+            OutputError: This or an earlier write failed, and the stream is required.
         """
         try:
             self._stream.flush()
         except (OSError, ValueError) as error:
             self._fail(error)
-        if self.required and self._lost is not None:  # somebody else caught it
+        if self.required and self._lost is not None:  # another caller caught the first one
             raise self._lost
 
     def describe(self) -> str | None:
-        """How many writes were lost and why; None where all went well."""
+        """Return how many writes failed and why; None where none did."""
         return f"{self._name}: {self.failed:,} writes failed ({self.reason})" if self.failed else None
 
     def _fail(self, error: OSError | ValueError) -> None:
@@ -121,47 +129,49 @@ class StandardStream:
 
 @contextlib.contextmanager
 def standard_streams() -> Iterator[StandardStream]:
-    """While the body runs, sys.stdout and sys.stderr are `StandardStream`s: the first required, the second not.
+    """Replace sys.stdout and sys.stderr by `StandardStream`s while the body runs; sys.stdout is required.
 
-    Descriptors 0, 1 and 2 that were closed when the process began lead to /dev/null from now on: a file that is opened
-    later would else take their place, and get what libraries print.
+    Descriptors 0, 1 and 2 that were closed when the process started are opened on /dev/null. Otherwise a file that is
+    opened later would take their number, and get what libraries print.
 
     Yields:
-        Standard output; the one of an enclosing call where there is one.
+        Standard output; that of an enclosing call where there is one.
     """
     with contextlib.ExitStack() as closing:
         _fill_closed_descriptors()
         for name in _NAMES:
-            # What it was at the start too: the watch on ranks that hang writes there.
-            for place in (name, f"__{name}__"):
-                closing.enter_context(_replaced(place, _NAMES[name], required=name == "stdout"))
-        stdout = sys.stdout
+            # sys.__stderr__, too: the watchdog of hanging ranks writes there.
+            for attribute in (name, f"__{name}__"):
+                closing.enter_context(_replaced(attribute, _NAMES[name], required=name == "stdout"))
         try:
-            yield stdout
+            yield cast(StandardStream, sys.stdout)
         finally:
             for name in _NAMES:
-                with contextlib.suppress(OutputError):  # told already, by the flush of whoever needs it
+                with contextlib.suppress(OutputError):  # raised already by an earlier flush
                     getattr(sys, name).flush()
 
 
 @contextlib.contextmanager
 def tolerant_output() -> Iterator[None]:
-    """While the body runs and afterwards, nothing that fails on standard output or standard error ends the program."""
+    """Make failed writes to standard output and standard error harmless, during the body and afterwards."""
     with standard_streams() as stdout, log_run_to_stderr():
-        # Not put back: what is left in its buffer would fail again at the end, and change the exit code.
-        stdout.required = sys.__stdout__.required = False
+        # Not restored: the rest of its buffer would fail again at exit, and change the exit code.
+        stdout.required = cast(StandardStream, sys.__stdout__).required = False
         yield
 
 
 def lost_output() -> list[str]:
-    """A line for each of the standard streams on which writes were lost."""
+    """Return a line for each standard stream with failed writes."""
     return [line for name in _NAMES if (line := getattr(getattr(sys, name), "describe", _nothing)())]
 
 
 def write_from_handler(text: str) -> None:
-    """Write a line to standard error in a handler of signals: one that came in the middle of a print may not print.
+    """Write a line to standard error in a signal handler, where `print` is not reentrant.
 
-    Not where that would wait for a reader that stands still: the request to stop is what matters.
+    It is dropped where it would block on a stalled reader.
+
+    Args:
+        text: The line.
     """
     with contextlib.suppress(OSError, ValueError):
         if has_room(2, 0):
@@ -169,29 +179,38 @@ def write_from_handler(text: str) -> None:
 
 
 def write_lines(text: str) -> None:
-    """Write lines to standard error so that those of other processes come between whole ones, if at all.
+    """Write lines to standard error, so that other processes' lines do not split them.
 
-    Groups of at most 4096 bytes, which are written in one piece. Does not wait for long for a reader that stands still.
+    Lines are written in groups of at most 4096 bytes, each by one system call. It does not block for long on a stalled
+    reader.
+
+    Args:
+        text: The lines.
     """
     group = b""
     for line in [*io.BytesIO(text.encode(errors="backslashreplace")), b""]:
         if group and (not line or len(group) + len(line) > _GROUP_BYTES):
             with contextlib.suppress(OSError, ValueError):
-                if has_room(2, _PATIENCE_SECONDS):
+                if has_room(2, _STALL_SECONDS):
                     os.write(2, group)
             group = b""
         group += line[:_GROUP_BYTES]
 
 
 def has_room(descriptor: int, seconds: float) -> bool:
-    """Whether a write of at most 4096 bytes would not wait; looks for so long. True for files."""
+    """Return whether a write of at most 4096 bytes would not block; True for files.
+
+    Args:
+        descriptor: File descriptor.
+        seconds: Timeout of the poll.
+    """
     poll = select.poll()
     poll.register(descriptor, select.POLLOUT)
     return bool(poll.poll(1000 * seconds))
 
 
 def reason(error: BaseException) -> str:
-    """Why something failed, without the file's name."""
+    """Return an error's reason as text, without the file's name."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
@@ -202,12 +221,12 @@ def _nothing() -> None:
 
 
 @contextlib.contextmanager
-def _replaced(place: str, name: str, *, required: bool) -> Iterator[None]:
-    before = getattr(sys, place)
+def _replaced(attribute: str, name: str, *, required: bool) -> Iterator[None]:
+    before = getattr(sys, attribute)
     if isinstance(before, StandardStream):
         yield
         return
-    own = place.strip("_")
+    own = attribute.strip("_")
     now = getattr(sys, own)
     if isinstance(now, StandardStream) and (before is None or before is now._stream):
         stream = now
@@ -216,12 +235,12 @@ def _replaced(place: str, name: str, *, required: bool) -> Iterator[None]:
         stream = StandardStream(file, name, required=required, missing=True)
     else:
         stream = StandardStream(before, name, required=required)
-    setattr(sys, place, stream)
+    setattr(sys, attribute, stream)
     try:
         yield
     finally:
-        if getattr(sys, place) is stream:
-            setattr(sys, place, before)
+        if getattr(sys, attribute) is stream:
+            setattr(sys, attribute, before)
 
 
 def _fill_closed_descriptors() -> None:
@@ -237,7 +256,7 @@ def _fill_closed_descriptors() -> None:
 
 
 def _drop_what_cannot_be_written(stream: TextIO) -> None:
-    """At the end of the process: what is left in a buffer must not fail once more, with a traceback and code 120."""
+    """Redirect a failed stream to /dev/null at exit: its buffer would fail again, with a traceback and code 120."""
     try:
         stream.flush()
     except (OSError, ValueError):

@@ -77,7 +77,7 @@ def base() -> dict[str, str]:
 
 
 @pytest.mark.parametrize("key", keys().values(), ids=lambda key: key.path)
-def test_every_key_that_one_rank_has_otherwise_is_refused_or_documented_as_local(key, base):
+def test_a_key_that_differs_between_ranks_is_an_error_or_local(key, base):
     changed = another(key, CONFIG)
     assert changed != CONFIG
     (text,) = told([base, run_record("pretrain", changed, 2), base])
@@ -117,7 +117,7 @@ def test_a_rank_that_does_something_else_is_named_by_that_alone():
     }
 
 
-def test_what_fails_on_one_rank_is_told_to_all_with_its_rank_and_on_all_ranks_once():
+def test_a_failure_of_one_rank_is_the_error_of_all_with_its_rank():
     (text,) = told([{"a": "1"}, {"verb": "x"}, {"a": "1"}], {1: "no corpus at c"})
     assert text.startswith("rank 1 on ") and text.endswith(": no corpus at c")
     assert told([{}] * 3, dict.fromkeys(range(3), "no corpus at c")) == {"no corpus at c"}
@@ -145,7 +145,7 @@ def test_another_byte_of_the_sources_is_another_version(tmp_path):
     assert len({before, changed, code_digest(copy)}) == 3
 
 
-def test_sources_that_cannot_be_read_are_told_by_name_and_what_is_hidden_is_no_source(tmp_path):
+def test_unreadable_sources_are_named_and_hidden_files_are_none(tmp_path):
     """Locks and copies of editors, links that lead nowhere, folders and pipes with the name of a file."""
     (tmp_path / "plain.py").write_text("1\n")
     before = code_digest(tmp_path)
@@ -227,9 +227,7 @@ def test_the_content_of_what_a_path_leads_to_is_compared(tmp_path, monkeypatch, 
         ("own:place", "gap.txt"),  # a file of data
     ],
 )
-def test_a_policy_that_is_another_one_is_refused_wherever_its_code_and_data_lie(
-    placement, changed, tmp_path, monkeypatch
-):
+def test_a_different_policy_is_an_error_wherever_its_code_differs(placement, changed, tmp_path, monkeypatch):
     bodies = {
         "own.py": "import beside, far\n"
         "def place(text, count, rate, rng):\n"
@@ -264,7 +262,7 @@ def test_a_policy_that_is_another_one_is_refused_wherever_its_code_and_data_lie(
     assert (f"pauses by {placement} is " if changed == "gap.txt" else f"source of {placement} is ") in text
 
 
-def test_variables_that_decide_bits_are_compared_and_threads_are_a_rank_s_own():
+def test_variables_that_decide_bits_are_compared_but_not_threads():
     usual = environment_record({"OMP_NUM_THREADS": "1", "HOME": "/a"})
     assert usual == environment_record({"OMP_NUM_THREADS": "8", "HOME": "/b", "CUDA_VISIBLE_DEVICES": "1"})
     (text,) = told([usual, environment_record({"NCCL_ALGO": "Ring"})])

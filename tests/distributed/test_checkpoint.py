@@ -191,7 +191,7 @@ def test_a_manifest_names_files_inside_its_folder_only(two_checkpoints, tmp_path
     for name in ("../../etc/passwd", "/etc/passwd", "a//b", ".", "manifest.json", "a\nb"):
         entries = {**manifest.files, name: FileEntry(1, "")}
         (copy / "manifest.json").write_text(replace(manifest, files=entries).dumps())
-        with pytest.raises(CheckpointError, match="expected .*file names"):
+        with pytest.raises(CheckpointError, match=r"expected .*file names"):
             Manifest.load(copy)
 
 
@@ -243,7 +243,7 @@ def save_with_a_full_disk(folder: str, limited_rank: int) -> list[str]:
 
 
 @pytest.mark.parametrize("limited_rank", [0, 1])
-def test_a_full_disk_on_one_rank_is_an_error_on_all_and_leaves_the_old_checkpoint(tmp_path, limited_rank):
+def test_a_full_disk_on_one_rank_fails_all_and_keeps_the_old_checkpoint(tmp_path, limited_rank):
     for messages in run_on_ranks(2, save_with_a_full_disk, str(tmp_path), limited_rank):
         assert "checkpoint of step 2 could not be written" in messages[0]
         assert f"rank {limited_rank}" in messages[0]

@@ -147,7 +147,7 @@ def test_a_write_that_fails_anywhere_leaves_whole_checkpoints_and_is_named(tmp_p
     assert {call.path.name for call in after} <= {"checkpoints", "latest", ".latest.partial"}, after
 
 
-def test_a_rank_that_is_late_anywhere_never_lets_the_pointer_precede_the_data(tmp_path):
+def test_a_late_rank_never_lets_latest_precede_the_data(tmp_path):
     store, pointed = Store(tmp_path / "checkpoints"), []
 
     def look() -> None:

@@ -202,7 +202,7 @@ def test_a_copy_that_a_run_went_on_from_is_kept_as_the_checkpoint_that_it_is(run
 def test_a_link_that_leads_nowhere_is_named_and_in_nobodys_way(run):
     shutil.rmtree(run / "checkpoints" / "step-00000030")
     (run / "checkpoints" / "step-00000030").symlink_to("/not mounted/step-00000030")
-    assert "step-00000030 leads to /not mounted/step-00000030, which is not there" in choose(run).note
+    assert "step-00000030 links to /not mounted/step-00000030, which does not exist" in choose(run).note
     run_on_ranks(1, save_one, str(run / "checkpoints"), 30)
     assert taken(run) == 30 and (run / "checkpoints" / "set-aside-step-00000030").is_symlink()
 
@@ -304,7 +304,7 @@ def fail_after_publishing(folder: str) -> str:
     return said.getvalue()
 
 
-def test_what_fails_after_publication_is_a_warning_and_the_checkpoint_is_there(run):
+def test_a_failure_after_publication_is_a_warning(run):
     (said,) = run_on_ranks(1, fail_after_publishing, str(run / "checkpoints"))
     assert said.count("the checkpoint of step 40 is complete, but") == 2, said
     assert "could not be written" not in said
@@ -431,7 +431,7 @@ FORGED = {
 
 
 @pytest.mark.parametrize("kind", FORGED)
-def test_a_state_that_cannot_be_is_passed_over_although_its_digests_are_right(run, kind):
+def test_an_invalid_state_with_valid_digests_is_passed_over(run, kind):
     newest = run / "checkpoints" / "step-00000030"
     manifest = Manifest.load(newest)
     change_state(newest, FORGED[kind])
@@ -468,7 +468,7 @@ MANIFESTS = {
 
 
 @pytest.mark.parametrize("kind", MANIFESTS)
-def test_a_manifest_that_cannot_be_is_passed_over_although_its_digest_is_right(run, kind):
+def test_an_invalid_manifest_with_a_valid_digest_is_passed_over(run, kind):
     newest = run / "checkpoints" / "step-00000030"
     (newest / "manifest.json").write_text(MANIFESTS[kind](Manifest.load(newest)).dumps())
     _, found, complaints = Store(run / "checkpoints").newest_complete()

@@ -67,7 +67,7 @@ def test_a_name_that_is_not_this_host_s_listens_on_all_interfaces(monkeypatch):
     listener.close()
 
 
-def test_a_port_that_another_program_listens_on_says_which_variable_gives_another():
+def test_a_taken_port_names_the_variable_that_sets_another():
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         said = rf"MASTER_ADDR=127.0.0.1, port {port}, on .* a free port for rank 0 .*: MASTER_PORT, torchrun"
@@ -79,7 +79,7 @@ def test_a_port_that_another_program_listens_on_says_which_variable_gives_anothe
     ("address", "rank"),
     [*((name, rank) for name in ("nosuchhost.invalid", "192.0.2.1", "no..host") for rank in (0, 1)), ("127.0.0.1", 1)],
 )
-def test_an_address_at_which_nobody_answers_is_one_message_and_leaves_no_thread(address, rank):
+def test_an_unanswered_address_is_one_error_and_leaves_no_thread(address, rank):
     port = free_port()
     said = rf"MASTER_ADDR={address} \(.*\), port {port}: expected rank 0 to answer within 0.3 s \(run.connect_seconds\)"
     with pytest.raises(ConfigError, match=said):

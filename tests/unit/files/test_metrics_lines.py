@@ -71,7 +71,7 @@ def test_whatever_stands_between_them_good_lines_stay(tmp_path_factory, lines):
     assert len(read_metrics(path).records) == len(wanted)
 
 
-def test_a_line_that_a_kill_cut_short_goes_without_a_word_and_a_whole_file_is_left_alone(tmp_path):
+def test_an_incomplete_last_line_is_dropped_and_a_valid_file_kept(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(line(1) + line(2)[:-1])
     assert keep_steps(path, 9) is None and path.read_bytes() == line(1)

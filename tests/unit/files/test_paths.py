@@ -114,7 +114,7 @@ def test_home_folders_in_every_key(home, key):
         assert made == ((found,) if listed else found)
 
 
-def test_the_command_line_and_yaml_expand_alike_and_dump_writes_what_was_meant(home):
+def test_command_line_and_yaml_expand_alike_and_dump_writes_the_path(home):
     file = home / "run.yaml"
     file.write_text("run:\n  dir: ~/runs/a\ndata:\n  prefix: [0.3, ~/c4, 0.7, ~/wiki]\n  cache: $HOME/x\n")
     config = load(file)

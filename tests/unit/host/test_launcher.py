@@ -281,7 +281,7 @@ def rank() -> Iterator[Rank]:
         process.wait()
 
 
-def test_before_its_steps_a_rank_ends_at_once_but_not_while_its_launcher_is_only_stopped(rank):
+def test_before_training_a_rank_ends_with_a_killed_launcher_only(rank):
     rank.launcher.send_signal(signal.SIGSTOP)
     time.sleep(3 * processes.LOOK_SECONDS)
     assert rank.process.poll() is None

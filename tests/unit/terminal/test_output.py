@@ -58,7 +58,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("why", "make"), BROKEN.items(), ids=lambda value: getattr(value, "__name__", ""))
-def test_what_cannot_be_written_is_counted_where_it_is_talk_and_raised_where_it_is_a_result(why, make):
+def test_a_failed_write_is_counted_for_messages_and_raised_for_results(why, make):
     talk = StandardStream(make(), "standard error", required=False)
     print("a line", file=talk, flush=True)
     talk.writelines(["two\n", "lines\n"])
@@ -136,7 +136,7 @@ RESULTS = [
 
 @pytest.mark.usefixtures("_restored")
 @pytest.mark.parametrize("arguments", RESULTS, ids=" ".join)
-def test_a_result_nobody_reads_ends_quietly_and_one_that_finds_no_room_is_an_error(arguments, monkeypatch, capfd):
+def test_a_closed_pipe_ends_quietly_and_a_full_device_is_an_error(arguments, monkeypatch, capfd):
     for make, code in ((without_reader, cli.EXIT_READER_GONE), (full_device, cli.EXIT_ERROR)):
         stream = make()
         monkeypatch.setattr(sys, "stdout", stream)
@@ -148,12 +148,12 @@ def test_a_result_nobody_reads_ends_quietly_and_one_that_finds_no_room_is_an_err
 
 
 def test_talk_does_not_wait_for_a_reader_that_stands_still(monkeypatch):
-    monkeypatch.setattr("pause_megatron.terminal.output._PATIENCE_SECONDS", 0.05)
+    monkeypatch.setattr("pause_megatron.terminal.output._STALL_SECONDS", 0.05)
     reader, writer = os.pipe()
     stream = StandardStream(os.fdopen(writer, "w", buffering=1), "standard error", required=False)
     for _ in range(100):
         stream.write("x" * 1023 + "\n")
-    assert "its reader stands still" in stream.describe()
+    assert "its reader is stalled" in stream.describe()
     fitted = os.read(reader, 1 << 20)
     assert len(fitted) >= 1 << 15 and len(fitted) % 1024 == 0  # whole lines
     stream.write("again\n")
