@@ -1,4 +1,4 @@
-"""`pause-megatron experiment`: a grid of runs, their states, and the report of what they found."""
+"""`pause-megatron experiment`: runs a grid, shows the state of its cells, and writes its report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from pause_megatron.files.paths import expanded, path_option
 log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
-    from pause_megatron.experiment.grid import Plan
+    from pause_megatron.experiment.execute import Stop
+    from pause_megatron.experiment.grid import CellGraph
     from pause_megatron.experiment.schema import Grid
 
 HELP = "run a grid of pretraining, finetuning and evaluation; report it beside the paper"
@@ -33,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "  pause-megatron experiment report runs/experiments/tiny --output report/"
     )
     parser.add_argument("action", choices=("run", "status", "report", "cell"), help="cell: one cell, as a job runs it")
-    parser.add_argument("words", nargs="*", metavar="DIR|KEY=VALUE", help="status, report: DIR; run: keys on top")
+    parser.add_argument("words", nargs="*", metavar="DIR|KEY=VALUE", help="status, report: DIR; run: overrides")
     grid = parser.add_argument_group("run: which grid")
     grid.add_argument("--recipe", metavar="NAME", help=f"one of {', '.join(recipe_names())}")
     grid.add_argument("--config", type=path_option, metavar="FILE", help="a grid file, for example DIR/grid.yaml")
@@ -64,41 +65,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do what was asked."""
+    """Run the action and return the exit code."""
     actions = {"run": _run, "status": _status, "report": _report, "cell": _cell}
     return actions[args.action](args)
 
 
 def _run(args: argparse.Namespace) -> int:
     from pause_megatron.experiment.estimate import describe
-    from pause_megatron.experiment.folder import place, write_plan
+    from pause_megatron.experiment.folder import locate_cells, write_plan
     from pause_megatron.experiment.run_local import run_local, set_threads
     from pause_megatron.files.durable import only_writer
 
-    grid, plan = _planned(args)
+    grid, graph = _expanded(args)
     directory = Path(args.output or f"runs/experiments/{grid.name}").resolve()
     if args.dry_run:
-        print(describe(list(place(directory, plan).values())))
+        print(describe(list(locate_cells(directory, graph).values())))
         return 0
     directory.mkdir(parents=True, exist_ok=True)
     with only_writer(directory / ".lock", f"the experiment {directory}"):
-        placed = write_plan(directory, grid, plan, args.ranks)
+        located = write_plan(directory, grid, graph, args.ranks)
         if args.slurm:
             from pause_megatron.experiment.slurm import JobOptions, submit
 
             options = JobOptions(args.partition, args.time, args.nodes, args.gpus, args.cpus, tuple(args.sbatch))
-            return submit(directory, placed, options, say=log.info)
+            return submit(directory, located, options, log=log.info)
         set_threads(args.jobs, args.ranks)
-        code = run_local(placed, jobs=args.jobs, stop=_stop_on_signals(), say=log.info)
+        code = run_local(located, jobs=args.jobs, stop=_stop_on_signals(), log=log.info)
     if code == 0:
         log.info(f"next: pause-megatron experiment report {shlex.quote(str(directory))}")
     return code
 
 
-def _planned(args: argparse.Namespace) -> tuple[Grid, Plan]:
-    """The grid with the command line's keys, and its cells."""
+def _expanded(args: argparse.Namespace) -> tuple[Grid, CellGraph]:
+    """Return the grid with the command line's overrides, and its cells."""
     from pause_megatron.experiment.grid import expand
-    from pause_megatron.experiment.inputs import assume, gather
+    from pause_megatron.experiment.inputs import assumed_inputs, read_inputs
     from pause_megatron.experiment.load import load_grid
     from pause_megatron.experiment.models import as_overrides
 
@@ -108,18 +109,19 @@ def _planned(args: argparse.Namespace) -> tuple[Grid, Plan]:
     grid = load_grid(args.config, recipe=args.recipe, overrides=overrides)
     without_data = args.dry_run and not grid.data.prefix
     if without_data:
-        log.info("data.prefix is not given: what is done already is not known, and the vocabulary is assumed")
-    return grid, expand(grid, assume(grid) if without_data else gather(grid))
+        log.info("data.prefix is not given: complete cells are not recognized, and the vocabulary size is assumed")
+    return grid, expand(grid, assumed_inputs(grid) if without_data else read_inputs(grid))
 
 
 def _status(args: argparse.Namespace) -> int:
-    from pause_megatron.experiment.folder import counts, read_plan, state_of
+    from pause_megatron.experiment.folder import counts, state_of
     from pause_megatron.experiment.slurm import job_in_queue
+    from pause_megatron.experiment.stored import JobFile, PlanFile
     from pause_megatron.slurm.commands import queued_jobs
 
     directory = _directory(args)
-    folders = [directory / "cells" / name for name in read_plan(directory)["cells"]]
-    queue = queued_jobs() if any((folder / "job.json").exists() for folder in folders) else {}
+    folders = [directory / "cells" / name for name in PlanFile.read(directory).cells]
+    queue = queued_jobs() if any((folder / JobFile.NAME).exists() for folder in folders) else {}
     states = {folder.name: state_of(folder) for folder in folders}
     for folder in folders:
         if states[folder.name] == "waiting" and job_in_queue(folder, queue):
@@ -146,12 +148,12 @@ def _cell(args: argparse.Namespace) -> int:
 
     folder = _directory(args)
     outcome = run_cell(folder, under_srun, _stop_on_signals(), log.info)
-    log.info(f"{folder.name}: {'done before' if outcome.already else f'exit code {outcome.code}'}")
+    log.info(f"{folder.name}: {'done before' if outcome.cached else f'exit code {outcome.code}'}")
     return outcome.code
 
 
 def _directory(args: argparse.Namespace) -> Path:
-    """The one folder that status, report and cell are about."""
+    """Return the folder that status, report or cell was given."""
     if len(args.words) != 1:
         raise ConfigError(f"experiment {args.action}: expected one folder, got {len(args.words)}")
     try:
@@ -160,20 +162,20 @@ def _directory(args: argparse.Namespace) -> Path:
         raise ConfigError(f"experiment {args.action}: {error}") from None
 
 
-def _stop_on_signals():
-    """A Stop that the signals which end a run ask, and Ctrl-C; the second Ctrl-C ends this program at once."""
+def _stop_on_signals() -> Stop:
+    """Return a request to stop that signals trigger; a second Ctrl-C ends this program at once."""
     from pause_megatron.experiment.execute import Stop
     from pause_megatron.terminal.output import write_from_handler
 
     stop = Stop()
 
-    def ask(number: int, frame: object) -> None:
-        if stop.asked and number == signal.SIGINT:
+    def request(number: int, frame: object) -> None:
+        if stop.requested and number == signal.SIGINT:
             raise KeyboardInterrupt
-        write_from_handler("stopping: the running cells save what they have")
-        stop.ask()
+        write_from_handler("stopping: the running cells save and end")
+        stop.request()
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGHUP):
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
-            signal.signal(number, ask)
+            signal.signal(number, request)
     return stop

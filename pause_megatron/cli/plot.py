@@ -1,4 +1,4 @@
-"""`pause-megatron plot`: the loss curves of one or more runs as a picture."""
+"""`pause-megatron plot`: draws the loss curves of one or more runs."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "runs", type=path_option, nargs="+", metavar="RUN", help="run folder (run.dir), or its metrics.jsonl"
     )
     parser.add_argument(
-        "--output", type=path_option, required=True, metavar="FILE", help="picture to write; .png, .svg or .pdf"
+        "--output", type=path_option, required=True, metavar="FILE", help="picture to write (.png, .svg or .pdf)"
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Draw, and say where."""
+    """Draw the curves, print the path of the picture, and return the exit code."""
     runs = [(Path(name).name or name, _read(Path(name))) for name in args.runs]
     _draw(runs, Path(args.output))
     print(f"wrote {args.output}")
@@ -89,7 +89,7 @@ def _draw_validation(axes: Any, name: str, color: str, records: list[dict[str, A
 
 
 def _smooth(values: list[float]) -> list[float]:
-    """Mean over the last `SMOOTHING_STEPS` values."""
+    """Return the running mean over the last `SMOOTHING_STEPS` values."""
     return [
         sum(values[max(0, stop - SMOOTHING_STEPS) : stop]) / min(stop, SMOOTHING_STEPS)
         for stop in range(1, len(values) + 1)

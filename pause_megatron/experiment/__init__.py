@@ -1,3 +1,3 @@
-"""A grid in YAML becomes cells, cells become results, results become a report that stands beside the paper's."""
+"""Experiments: a grid in YAML, its cells (runs of verbs), and a report beside the paper's numbers."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One cell of a grid: one call of one verb, and the fingerprint of what determines its result. No torch."""
+"""A cell of a grid: one call of one verb, and the fingerprint of everything that determines its result. No torch."""
 
 from __future__ import annotations
 
@@ -6,34 +6,31 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal
 
 import xxhash
 
 from pause_megatron import __version__
-from pause_megatron.errors import DataError
-from pause_megatron.files.durable import write_whole
 
 VERSION = 1
 Verb = Literal["pretrain", "finetune", "export-hf", "evaluate"]
 
-# What a verb leaves in its cell's folder.
-PRODUCT = {"pretrain": "run", "finetune": "run", "export-hf": "hf", "evaluate": "results"}
-# Stand in arguments for this cell's product and for the product of the cell that it begins from.
+PRODUCT: Mapping[str, str] = {"pretrain": "run", "finetune": "run", "export-hf": "hf", "evaluate": "results"}
+"""The folder that a verb writes in its cell's folder."""
+
 OUTPUT, INPUT = "{output}", "{input}"
+"""Placeholders in arguments for the cell's product and for the product of its input cell."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a cell will cost, as far as the configuration tells.
+    """The cost of a cell, as far as the configuration determines it.
 
     Attributes:
-        steps: optimizer steps, None where the verb takes none or the number is not known.
-        raw_tokens: text and pauses; None if not known.
-        flops_per_token: model FLOPs of forward and backward pass for a raw token in training, of the forward pass alone
-            in evaluation.
-        parameters: of the model.
+        steps: Optimizer steps; None if unknown or if the verb takes none.
+        raw_tokens: Text and pause tokens; None if unknown.
+        flops_per_token: Model FLOPs of a raw token: forward and backward pass in training, forward pass in evaluation.
+        parameters: Number of parameters of the model.
     """
 
     steps: int | None = None
@@ -43,7 +40,7 @@ class Estimate:
 
     @property
     def flops(self) -> float | None:
-        """Model FLOPs of the cell, or None."""
+        """Model FLOPs of the cell; None if unknown."""
         return None if self.raw_tokens is None else self.raw_tokens * self.flops_per_token
 
 
@@ -52,12 +49,12 @@ class Cell:
     """One call of one verb.
 
     Attributes:
-        name: for people; says what is computed. Two grids may call one cell differently.
-        verb: what runs.
-        arguments: after the verb, with OUTPUT and INPUT in place of folders.
-        identity: what determines the result: no paths, no hardware, nothing that changes only the speed. Plain JSON.
-        input: the cell whose product this one begins from.
-        estimate: its cost.
+        name: Name for messages and folders. Two grids may give one cell different names.
+        verb: The verb.
+        arguments: Arguments of the verb, with OUTPUT and INPUT as placeholders.
+        identity: What determines the result, plain JSON: no paths, no hardware, nothing that affects only speed.
+        input: The cell whose product this one reads; None for pretraining.
+        estimate: Its cost.
     """
 
     name: str
@@ -81,62 +78,5 @@ class Cell:
 
     @property
     def folder_name(self) -> str:
-        """Its folder in DIR/cells."""
+        """Name of its folder in DIR/cells."""
         return f"{self.name}-{self.fingerprint[:8]}"
-
-
-def describe(cell: Cell, folder_of_input: str | None, ranks: int) -> dict[str, Any]:
-    """The content of cell.json.
-
-    Args:
-        folder_of_input: in DIR/cells. ranks: that the verb is started on.
-    """
-    return {
-        "version": VERSION,
-        "name": cell.name,
-        "fingerprint": cell.fingerprint,
-        "verb": cell.verb,
-        "arguments": list(cell.arguments),
-        "input": folder_of_input,
-        "ranks": ranks,
-        "flops_per_token": cell.estimate.flops_per_token,
-        "parameters": cell.estimate.parameters,
-        "identity": cell.identity,
-        "package": __version__,
-    }
-
-
-def find_folder(cells: Path, cell: Cell) -> Path:
-    """The folder of a cell: one that holds its fingerprint, whatever a former grid called it; else the one to make."""
-    for folder in sorted(cells.glob(f"*-{cell.fingerprint[:8]}")):
-        record = read_json(folder / "cell.json", missing_ok=True)
-        if record and record["fingerprint"] == cell.fingerprint:
-            return folder
-    return cells / cell.folder_name
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write JSON, whole or not at all."""
-    write_whole(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())
-
-
-def read_json(path: Path, *, missing_ok: bool = False) -> dict[str, Any] | None:
-    """Read a JSON object of this package.
-
-    Returns:
-        the object; None where there is no such file and that is allowed.
-
-    Raises:
-        DataError: missing, not JSON, or of another version.
-    """
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        if missing_ok:
-            return None
-        raise DataError(f"{path}: expected a file that `pause-megatron experiment run` wrote; there is none") from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: cannot be read: {error}; remove it, and the cell is computed again") from None
-    if not isinstance(content, dict) or content.get("version") != VERSION:
-        raise DataError(f"{path}: expected a JSON object with version {VERSION}, got {str(content)[:60]}")
-    return content

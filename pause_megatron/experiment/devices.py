@@ -1,4 +1,4 @@
-"""The GPUs of this machine, shared out among the cells that run side by side. No torch."""
+"""The GPUs of this machine, divided among cells that run side by side. No torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import subprocess
 
 
 def visible_gpus() -> tuple[str, ...]:
-    """GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; none on a machine without."""
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; () without GPUs."""
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is not None:
         return tuple(name.strip() for name in given.split(",") if name.strip() not in ("", "-1"))
@@ -19,19 +19,18 @@ def visible_gpus() -> tuple[str, ...]:
     return tuple(re.findall(r"^GPU (\d+):", listed, flags=re.MULTILINE))
 
 
-def share_of(gpus: tuple[str, ...], place: int, ranks: int) -> tuple[str, ...]:
-    """GPUs of the cell that runs in a place.
+def gpus_of_slot(gpus: tuple[str, ...], slot: int, ranks: int) -> tuple[str, ...]:
+    """Return the GPUs of the cell that runs in a slot.
 
     Args:
-        gpus: see `visible_gpus`
-        place: 0, 1, ...; cells that run at the same time have different ones
-        ranks: of the cell
+        gpus: See `visible_gpus`.
+        slot: 0, 1, ...; cells that run at the same time have different slots.
+        ranks: Ranks of the cell.
 
     Returns:
-        One for each rank: the cell's own while there are enough for all places, else in turn. () where there are too
-        few for a single cell, or several are wanted and DeepSpeed's launcher cannot name them (UUIDs): all are left to
-        the program.
+        One GPU for each rank. Slots share GPUs only if there are too few for all. () leaves the choice to the program:
+        there are too few GPUs for one cell, or DeepSpeed's launcher cannot name several of them (UUIDs).
     """
     if ranks > len(gpus) or (ranks > 1 and not all(name.isdecimal() for name in gpus)):
         return ()
-    return tuple(gpus[(place * ranks + rank) % len(gpus)] for rank in range(ranks))
+    return tuple(gpus[(slot * ranks + rank) % len(gpus)] for rank in range(ranks))

@@ -1,31 +1,31 @@
-"""A grid before it is run, as text: cells, steps, FLOPs, order. No torch."""
+"""The dry run of a grid as text: cells, steps, FLOPs and order. No torch."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
 
-from pause_megatron.experiment.folder import Placed
+from pause_megatron.experiment.folder import LocatedCell
 
 
 def si(value: float) -> str:
-    """1234567 -> "1.23 M"."""
+    """Return a number with an SI prefix: 1234567 -> "1.23 M"."""
     for power, prefix in ((24, "Y"), (21, "Z"), (18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
         if value >= 10**power:
             return f"{value / 10**power:.3g} {prefix}"
     return f"{value:.3g} "
 
 
-def describe(placed: Sequence[Placed]) -> str:
-    """One line a cell in the order in which they are run, then sums.
+def describe(located: Sequence[LocatedCell]) -> str:
+    """Return a line for each cell in the order of the run, then sums.
 
     Args:
-        placed: inputs first.
+        located: The cells, inputs first.
     """
-    number = {entry.cell.fingerprint: index for index, entry in enumerate(placed, start=1)}
-    width = max(len(entry.cell.name) for entry in placed)
+    number = {entry.cell.fingerprint: index for index, entry in enumerate(located, start=1)}
+    width = max(len(entry.cell.name) for entry in located)
     lines = [f"{'':>5}  {'cell':{width}}  {'after':>5}  {'steps':>9}  {'raw tokens':>10}  {'FLOP':>8}"]
-    for entry in placed:
+    for entry in located:
         cell, cost = entry.cell, entry.cell.estimate
         after = number[cell.input.fingerprint] if cell.input else ""
         steps = "" if cost.steps is None else f"{cost.steps:,}"
@@ -34,21 +34,21 @@ def describe(placed: Sequence[Placed]) -> str:
         done = "  done" if entry.done else ""
         index = number[cell.fingerprint]
         lines.append(f"{index:>5}  {cell.name:{width}}  {after:>5}  {steps:>9}  {tokens:>10}  {flops:>8}{done}")
-    lines += ["", *_sums(placed)]
+    lines += ["", *_sums(located)]
     return "\n".join(lines)
 
 
-def _sums(placed: Sequence[Placed]) -> list[str]:
+def _sums(located: Sequence[LocatedCell]) -> list[str]:
     cells: dict[str, int] = defaultdict(int)
     flops: dict[str, float] = defaultdict(float)
-    for entry in placed:
+    for entry in located:
         cells[entry.cell.verb] += 1
         flops[entry.cell.verb] += entry.cell.estimate.flops or 0.0
     parts = [f"{count} {verb}" for verb, count in cells.items()]
     known = ", ".join(f"{verb} {si(value)}FLOP" for verb, value in flops.items() if value)
-    open_ended = sum(cell.verb == "finetune" and cell.estimate.steps is None for cell in (e.cell for e in placed))
-    left_out = f"; {open_ended} finetuning cells count epochs, so their steps are not known yet" if open_ended else ""
+    unknown = sum(cell.verb == "finetune" and cell.estimate.steps is None for cell in (e.cell for e in located))
+    note = f"; {unknown} finetuning cells count epochs, so their steps are unknown" if unknown else ""
     return [
-        f"{len(placed)} cells: {', '.join(parts)}; {sum(entry.done for entry in placed)} done",
-        f"estimated: {known}; evaluation depends on the lengths of records and answers{left_out}",
+        f"{len(located)} cells: {', '.join(parts)}; {sum(entry.done for entry in located)} done",
+        f"estimated: {known}; evaluation depends on the lengths of records and answers{note}",
     ]

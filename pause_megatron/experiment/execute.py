@@ -1,4 +1,4 @@
-"""Runs one cell: its verb in a process of its own, its log, its ledger, and done.json when all is there. No torch."""
+"""Running one cell: its verb in a process of its own, its log, its ledger, and done.json. No torch."""
 
 from __future__ import annotations
 
@@ -11,24 +11,28 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pause_megatron.errors import DataError
-from pause_megatron.experiment.cell import INPUT, OUTPUT, PRODUCT, VERSION, read_json, write_json
+from pause_megatron.experiment.cell import INPUT, OUTPUT, PRODUCT
 from pause_megatron.experiment.ledger import ledger_of
+from pause_megatron.experiment.stored import Attempt, AttemptsFile, CellFile, DoneFile, FailedFile, is_done
 from pause_megatron.files.durable import only_writer
 from pause_megatron.files.locks import Backoff
-from pause_megatron.host import launcher
+from pause_megatron.host.launcher import own_name
+from pause_megatron.host.launcher_search import VARIABLE
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
-EXIT_STOPPED = 75  # as the training verbs: asked to stop, the same command goes on
+EXIT_STOPPED = 75
+"""As of the training verbs: stopped on request; the same command resumes."""
 
-# (program, ranks) -> the command line that starts the program on so many ranks.
 Launch = Callable[[Sequence[str], int], list[str]]
+"""(program, ranks) -> the command line that starts the program on that many ranks."""
+
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -36,36 +40,40 @@ class Outcome:
     """How a cell ended.
 
     Attributes:
-        code: EXIT_DONE, EXIT_STOPPED, or what the verb said.
-        seconds: of this attempt.
-        already: it was done before, and nothing ran.
+        code: EXIT_DONE, EXIT_STOPPED, or the verb's exit code.
+        seconds: Duration of this attempt, seconds.
+        cached: Whether the cell was complete before, so that nothing ran.
     """
 
     code: int
     seconds: float = 0.0
-    already: bool = False
+    cached: bool = False
 
 
 class Stop:
-    """Asks the verbs that run to end; they save and say EXIT_STOPPED. Shared by the threads of a local run."""
+    """A request to stop, shared by the threads of a local run. Running verbs save and exit with EXIT_STOPPED.
+
+    Attributes:
+        requested: Whether a stop has been requested.
+    """
 
     def __init__(self) -> None:
-        self.asked = False
-        self._running: set[subprocess.Popen] = set()
+        self.requested = False
+        self._running: set[subprocess.Popen[bytes]] = set()
 
-    def ask(self) -> None:
-        """From now on nothing starts; what runs is sent SIGTERM."""
-        self.asked = True
+    def request(self) -> None:
+        """Let no further cell start, and send SIGTERM to the running verbs."""
+        self.requested = True
         for process in list(self._running):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGTERM)
 
     @contextlib.contextmanager
-    def watching(self, process: subprocess.Popen):
-        """While the body runs, the process is among those that are stopped."""
+    def registered(self, process: subprocess.Popen[bytes]) -> Iterator[None]:
+        """Stop the process on request while the body runs."""
         self._running.add(process)
-        if self.asked:  # between its start and now
-            self.ask()
+        if self.requested:  # between its start and now
+            self.request()
         try:
             yield
         finally:
@@ -73,10 +81,12 @@ class Stop:
 
 
 def alone_or_deepspeed(program: Sequence[str], ranks: int, gpus: Sequence[str] = ()) -> list[str]:
-    """One rank alone; several under DeepSpeed's launcher, on a port of their own.
+    """Return the command line of one rank, or of several under DeepSpeed's launcher with a port of their own.
 
     Args:
-        gpus: one for each rank, as CUDA_VISIBLE_DEVICES names them; (): whichever the program takes.
+        program: Module and arguments.
+        ranks: Number of ranks.
+        gpus: A GPU for each rank, as CUDA_VISIBLE_DEVICES names them; () leaves the choice to the program.
     """
     if ranks == 1:
         variables = ["env", f"CUDA_VISIBLE_DEVICES={gpus[0]}"] if gpus else []
@@ -84,80 +94,69 @@ def alone_or_deepspeed(program: Sequence[str], ranks: int, gpus: Sequence[str] =
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # --num_gpus takes the first ones, whatever CUDA_VISIBLE_DEVICES says.
-    wanted = ["--include", f"localhost:{','.join(gpus)}"] if gpus else ["--num_gpus", str(ranks)]
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", *wanted, "--master_port", str(port)]
+    # --num_gpus takes the first ones and ignores CUDA_VISIBLE_DEVICES.
+    devices = ["--include", f"localhost:{','.join(gpus)}"] if gpus else ["--num_gpus", str(ranks)]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", *devices, "--master_port", str(port)]
     return [*launcher, "--module", *program]
 
 
 def under_srun(program: Sequence[str], ranks: int) -> list[str]:
-    """In a SLURM job: several ranks as tasks of a step."""
+    """Return the command line inside a SLURM job; several ranks are tasks of a job step."""
     python = [sys.executable, "-m", *program]
     return python if ranks == 1 else ["srun", "--ntasks", str(ranks), "--kill-on-bad-exit=1", *python]
 
 
-def is_done(folder: Path, fingerprint: str) -> bool:
-    """Whether done.json says that this very cell is complete."""
-    record = read_json(folder / "done.json", missing_ok=True)
-    return record is not None and record["fingerprint"] == fingerprint
+def run_cell(folder: Path, launch: Launch, stop: Stop, log: Log = print) -> Outcome:
+    """Run the cell that FOLDER/cell.json describes, unless it is complete.
 
-
-def run_cell(folder: Path, launch: Launch, stop: Stop, say: Callable[[str], None] = print) -> Outcome:
-    """Run the cell that FOLDER/cell.json describes, unless it is done.
-
-    While the verb runs, it holds the cell's lock as well: should this process be killed, the verb ends soon after it,
-    and the next attempt waits for that.
+    The verb's process inherits the cell's lock. If this process is killed, the verb ends soon after it, and the next
+    attempt waits for the lock.
 
     Args:
-        launch: how a program is started on several ranks.
-        stop: says when to end early.
-        say: told what is worth knowing.
+        folder: Folder of the cell.
+        launch: How a program is started on several ranks.
+        stop: The request to stop early.
+        log: Called with messages.
 
     Raises:
-        DataError: cell.json cannot be used, or the verb said that all is well and left no product.
+        DataError: cell.json cannot be used, or the verb exited with 0 and left no product.
     """
-    cell = read_json(folder / "cell.json")
+    cell = CellFile.read(folder)
     with contextlib.ExitStack() as closing:
-        lock = _wait_for_lock(folder, closing, stop, say)
-        if is_done(folder, cell["fingerprint"]):
-            return Outcome(EXIT_DONE, already=True)
-        if stop.asked or lock is None:
+        lock = _wait_for_lock(folder, closing, stop, log)
+        if is_done(folder, cell.fingerprint):
+            return Outcome(EXIT_DONE, cached=True)
+        if stop.requested or lock is None:
             return Outcome(EXIT_STOPPED)
-        (folder / "failed.json").unlink(missing_ok=True)
-        begun = time.time()
-        attempts = [*_attempts(folder), {"begun": begun, "seconds": None}]
-        write_json(folder / "attempts.json", {"version": VERSION, "attempts": attempts})
-        code = _run_verb(folder, cell, launch, stop, lock)
-        attempts[-1]["seconds"] = seconds = time.time() - begun
-        write_json(folder / "attempts.json", {"version": VERSION, "attempts": attempts})
-        failure = {"version": VERSION, "code": code, "fingerprint": cell["fingerprint"]}
-        if code == EXIT_DONE:
-            try:
-                _finish(folder, cell, attempts)
-            except DataError:
-                write_json(folder / "failed.json", failure)
-                raise
-        elif code != EXIT_STOPPED and not stop.asked:
-            write_json(folder / "failed.json", failure)
-        return Outcome(EXIT_STOPPED if stop.asked and code else code, seconds)
+        return _attempt(folder, cell, launch, stop, lock)
 
 
-def arguments_of(folder: Path, cell: dict[str, Any]) -> list[str]:
-    """The verb's arguments with folders in place."""
-    places = {OUTPUT: str(folder / PRODUCT[cell["verb"]])}
-    if cell["input"]:
-        input_folder = folder.parent / cell["input"]
-        places[INPUT] = str(input_folder / PRODUCT[read_json(input_folder / "cell.json")["verb"]])
-    found = []
-    for argument in cell["arguments"]:
-        for mark, place in places.items():
-            argument = argument.replace(mark, place)
-        found.append(argument)
-    return found
+def arguments_of(folder: Path, cell: CellFile) -> list[str]:
+    """Return the verb's arguments with paths in place of the placeholders.
+
+    Args:
+        folder: Folder of the cell.
+        cell: Its cell.json.
+    """
+    paths = {OUTPUT: str(folder / PRODUCT[cell.verb])}
+    if cell.input:
+        input_folder = folder.parent / cell.input
+        paths[INPUT] = str(input_folder / PRODUCT[CellFile.read(input_folder).verb])
+    arguments = []
+    for argument in cell.arguments:
+        for placeholder, path in paths.items():
+            argument = argument.replace(placeholder, path)
+        arguments.append(argument)
+    return arguments
 
 
 def last_lines(folder: Path, count: int = 15) -> str:
-    """The end of a cell's log."""
+    """Return the end of a cell's log, indented.
+
+    Args:
+        folder: Folder of the cell.
+        count: Number of lines.
+    """
     try:
         lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -165,25 +164,47 @@ def last_lines(folder: Path, count: int = 15) -> str:
     return "\n".join(f"    {line}" for line in lines[-count:])
 
 
-def _wait_for_lock(folder: Path, closing: contextlib.ExitStack, stop: Stop, say: Callable[[str], None]) -> int | None:
-    """Take the cell's lock, or None when asked to stop while another process holds it."""
-    said, backoff = False, Backoff(0.5, 0.5)
-    while not stop.asked:
+def _wait_for_lock(folder: Path, closing: contextlib.ExitStack, stop: Stop, log: Log) -> int | None:
+    """Acquire the cell's lock; return its file descriptor, or None if a stop was requested while waiting."""
+    waiting, backoff = False, Backoff(0.5, 0.5)
+    while not stop.requested:
         try:
             return closing.enter_context(only_writer(folder / ".lock", f"the cell {folder.name}"))
         except DataError:
-            if not said:
-                say(f"{folder.name}: a process of an earlier run still works on it; waiting")
-            said = True
+            if not waiting:
+                log(f"{folder.name}: a process of an earlier run still works on it; waiting")
+            waiting = True
             backoff.wait()
     return None
 
 
-def _run_verb(folder: Path, cell: dict[str, Any], launch: Launch, stop: Stop, lock: int) -> int:
-    """Start the verb, its output into log.txt, and wait."""
-    if cell["verb"] == "export-hf":  # it wants a new folder, and there is nothing in it to go on from
+def _attempt(folder: Path, cell: CellFile, launch: Launch, stop: Stop, lock: int) -> Outcome:
+    """Run the verb once, and record the attempt and how it ended."""
+    (folder / FailedFile.NAME).unlink(missing_ok=True)
+    earlier = (AttemptsFile.read_if_present(folder) or AttemptsFile()).attempts
+    attempt = Attempt(begun=time.time(), seconds=None)
+    AttemptsFile(attempts=(*earlier, attempt)).write(folder)
+    code = _run_verb(folder, cell, launch, stop, lock)
+    seconds = time.time() - attempt.begun
+    attempts = (*earlier, Attempt(begun=attempt.begun, seconds=seconds))
+    AttemptsFile(attempts=attempts).write(folder)
+    failure = FailedFile(code=code, fingerprint=cell.fingerprint)
+    if code == EXIT_DONE:
+        try:
+            _finish(folder, cell, attempts)
+        except DataError:
+            failure.write(folder)
+            raise
+    elif code != EXIT_STOPPED and not stop.requested:
+        failure.write(folder)
+    return Outcome(EXIT_STOPPED if stop.requested and code else code, seconds)
+
+
+def _run_verb(folder: Path, cell: CellFile, launch: Launch, stop: Stop, lock: int) -> int:
+    """Start the verb with its output in log.txt, wait, and return its exit code."""
+    if cell.verb == "export-hf":  # it needs a new folder, and cannot resume
         shutil.rmtree(folder / PRODUCT["export-hf"], ignore_errors=True)
-    command = launch(["pause_megatron", cell["verb"], *arguments_of(folder, cell)], cell["ranks"])
+    command = launch(["pause_megatron", cell.verb, *arguments_of(folder, cell)], cell.ranks)
     with open(folder / "log.txt", "a", encoding="utf-8") as log:
         log.write(f"$ {shlex.join(command)}\n")
         log.flush()
@@ -192,35 +213,27 @@ def _run_verb(folder: Path, cell: dict[str, Any], launch: Launch, stop: Stop, lo
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            # Should this process be killed, the verb saves and ends as well.
-            env={**os.environ, launcher.VARIABLE: launcher.own_name()},
-            start_new_session=True,  # Ctrl-C goes to this process, which passes it on once
+            # If this process is killed, the verb saves and ends as well.
+            env={**os.environ, VARIABLE: own_name()},
+            start_new_session=True,  # Ctrl-C reaches this process only, which forwards it once
             pass_fds=(lock,),
         )
-        with stop.watching(process):
+        with stop.registered(process):
             code = process.wait()
         log.write(f"= exit code {code}\n")
     return code
 
 
-def _finish(folder: Path, cell: dict[str, Any], attempts: list[dict[str, Any]]) -> None:
-    """Write done.json, the mark of a complete cell."""
-    product = folder / PRODUCT[cell["verb"]]
+def _finish(folder: Path, cell: CellFile, attempts: Sequence[Attempt]) -> None:
+    """Write done.json."""
+    product = folder / PRODUCT[cell.verb]
     if not product.is_dir():
-        raise DataError(f"{folder.name}: {cell['verb']} ended well, but {product} is not there")
-    wall = sum(attempt["seconds"] or 0.0 for attempt in attempts)
-    ledger = ledger_of(cell["verb"], product, cell["flops_per_token"], wall, cell["ranks"])
-    done = {
-        "version": VERSION,
-        "name": cell["name"],
-        "fingerprint": cell["fingerprint"],
-        "attempts": len(attempts),
-        "ranks": cell["ranks"],
-        "ledger": ledger.as_json(),
-    }
-    write_json(folder / "done.json", done)
-
-
-def _attempts(folder: Path) -> list[dict[str, Any]]:
-    record = read_json(folder / "attempts.json", missing_ok=True)
-    return record["attempts"] if record else []
+        raise DataError(f"{folder.name}: expected {cell.verb} to write {product}, got exit code 0 and no such folder")
+    wall_seconds = sum(attempt.seconds or 0.0 for attempt in attempts)
+    DoneFile(
+        name=cell.name,
+        fingerprint=cell.fingerprint,
+        attempts=len(attempts),
+        ranks=cell.ranks,
+        ledger=ledger_of(cell.verb, product, cell.flops_per_token, wall_seconds, cell.ranks),
+    ).write(folder)

@@ -1,4 +1,4 @@
-"""DIR of an experiment: grid.yaml, plan.json (which cells, and what each evaluation stands for), cells/. No torch."""
+"""The folder of an experiment: grid.yaml, plan.json and cells/, and the state of each cell. No torch."""
 
 from __future__ import annotations
 
@@ -6,24 +6,30 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pause_megatron.errors import DataError
-from pause_megatron.experiment.cell import VERSION, Cell, describe, find_folder, read_json, write_json
-from pause_megatron.experiment.execute import is_done
-from pause_megatron.experiment.grid import Plan
+from pause_megatron.experiment.cell import Cell
+from pause_megatron.experiment.grid import CellGraph
 from pause_megatron.experiment.load import dump_grid
 from pause_megatron.experiment.schema import Grid
+from pause_megatron.experiment.stored import CellFile, FailedFile, PlanFile, StoredPoint, is_done
 from pause_megatron.files.durable import only_writer, write_whole
 
 State = Literal["done", "running", "queued", "failed", "waiting"]
-# Ranks of the verbs that may have several.
+STATES: tuple[State, ...] = ("done", "running", "queued", "failed", "waiting")
 TRAINING = ("pretrain", "finetune")
+"""The verbs that run on several ranks."""
 
 
 @dataclass(frozen=True)
-class Placed:
-    """A cell and where it is."""
+class LocatedCell:
+    """A cell and its folder.
+
+    Attributes:
+        cell: The cell.
+        folder: Its folder.
+    """
 
     cell: Cell
     folder: Path
@@ -34,75 +40,85 @@ class Placed:
         return is_done(self.folder, self.cell.fingerprint)
 
 
-def place(directory: Path, plan: Plan) -> dict[str, Placed]:
-    """The folder of every cell, by fingerprint, inputs first. Writes nothing."""
-    return {cell.fingerprint: Placed(cell, find_folder(directory / "cells", cell)) for cell in plan.cells}
+def find_folder(cells: Path, cell: Cell) -> Path:
+    """Return the folder of a cell: an existing one of its fingerprint, whatever its name, or else the one to make.
+
+    Args:
+        cells: DIR/cells.
+        cell: The cell.
+    """
+    for folder in sorted(cells.glob(f"*-{cell.fingerprint[:8]}")):
+        found = CellFile.read_if_present(folder)
+        if found is not None and found.fingerprint == cell.fingerprint:
+            return folder
+    return cells / cell.folder_name
 
 
-def write_plan(directory: Path, grid: Grid, plan: Plan, ranks: int) -> dict[str, Placed]:
+def locate_cells(directory: Path, graph: CellGraph) -> dict[str, LocatedCell]:
+    """Return every cell with its folder by fingerprint, inputs first. Writes nothing.
+
+    Args:
+        directory: Folder of the experiment.
+        graph: The cells.
+    """
+    return {cell.fingerprint: LocatedCell(cell, find_folder(directory / "cells", cell)) for cell in graph.cells}
+
+
+def write_plan(directory: Path, grid: Grid, graph: CellGraph, ranks: int) -> dict[str, LocatedCell]:
     """Write grid.yaml, plan.json and every cell's cell.json.
 
     Args:
-        ranks: of pretraining and finetuning.
+        directory: Folder of the experiment.
+        grid: The grid.
+        graph: Its cells.
+        ranks: Ranks of pretraining and finetuning.
 
     Returns:
-        The folder of every cell, as `place`.
+        Every cell with its folder, as `locate_cells`.
     """
     (directory / "cells").mkdir(parents=True, exist_ok=True)
-    placed = place(directory, plan)
-    for entry in placed.values():
+    located = locate_cells(directory, graph)
+    for entry in located.values():
         entry.folder.mkdir(exist_ok=True)
         if not entry.done:
             source = entry.cell.input
-            before = placed[source.fingerprint].folder.name if source else None
-            cell_ranks = ranks if entry.cell.verb in TRAINING else 1
-            content = describe(entry.cell, before, cell_ranks)
-            if read_json(entry.folder / "cell.json", missing_ok=True) != content:
-                write_json(entry.folder / "cell.json", content)
+            input_folder = located[source.fingerprint].folder.name if source else None
+            content = CellFile.of(entry.cell, input_folder, ranks if entry.cell.verb in TRAINING else 1)
+            if CellFile.read_if_present(entry.folder) != content:
+                content.write(entry.folder)
     write_whole(directory / "grid.yaml", dump_grid(grid).encode())
-    points = [
-        {
-            "variant": point.variant,
-            "task": point.task,
-            "m_ft": point.m_ft,
-            "seed": point.seed,
-            "m_inf": list(point.m_inf),
-            "cell": placed[point.cell.fingerprint].folder.name,
-        }
-        for point in plan.points
-    ]
-    cells = [entry.folder.name for entry in placed.values()]
-    write_json(directory / "plan.json", {"version": VERSION, "cells": cells, "points": points})
-    return placed
-
-
-def read_plan(directory: Path) -> dict[str, Any]:
-    """plan.json of an experiment.
-
-    Raises:
-        DataError: there is none, or it cannot be used.
-    """
-    return read_json(directory / "plan.json")
+    points = tuple(
+        StoredPoint(
+            variant=point.variant,
+            task=point.task,
+            m_ft=point.m_ft,
+            seed=point.seed,
+            m_inf=point.m_inf,
+            cell=located[point.cell.fingerprint].folder.name,
+        )
+        for point in graph.points
+    )
+    PlanFile(cells=tuple(entry.folder.name for entry in located.values()), points=points).write(directory)
+    return located
 
 
 def state_of(folder: Path) -> State:
-    """What its folder says of a cell: done, running (a process holds its lock), failed, or waiting.
+    """Return the state of a cell by its folder: done, running (its lock is held), failed, or waiting.
 
-    Whether a waiting one is queued in SLURM, only SLURM knows.
+    Whether a waiting cell is queued in SLURM, only SLURM can answer.
     """
-    cell = read_json(folder / "cell.json")
-    if is_done(folder, cell["fingerprint"]):
+    cell = CellFile.read(folder)
+    if is_done(folder, cell.fingerprint):
         return "done"
     try:
         with only_writer(folder / ".lock", folder.name):
             pass
     except DataError:
         return "running"
-    return "failed" if (folder / "failed.json").exists() else "waiting"
+    return "failed" if (folder / FailedFile.NAME).exists() else "waiting"
 
 
 def counts(states: Iterable[str]) -> str:
-    """ "3 done, 1 failed, 5 waiting"."""
+    """Return the number of cells in each state, for example "3 done, 1 failed, 5 waiting"."""
     found = Counter(states)
-    order = ("done", "running", "queued", "failed", "waiting")
-    return ", ".join(f"{found[state]} {state}" for state in order if found[state]) or "none"
+    return ", ".join(f"{found[state]} {state}" for state in STATES if found[state]) or "none"

@@ -1,4 +1,4 @@
-"""What a grid begins from: the corpus and the tasks' records, by their content. No torch."""
+"""The inputs of a grid (corpus and task records) by their content. No torch."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ NOT_READ = "not read"
 
 
 @dataclass(frozen=True)
-class Records:
-    """Records of one task.
+class TaskRecords:
+    """The records of one task.
 
     Attributes:
-        folder: of this task, or None for the Hugging Face Hub.
-        train, evaluation: fingerprints of the examples.
-        scored: examples that an evaluation scores; None if not read.
+        folder: Folder of this task; None for the Hugging Face Hub.
+        train: Fingerprint of the training examples.
+        evaluation: Fingerprint of the evaluation examples.
+        scored: Number of examples that an evaluation scores; None if not read.
     """
 
     folder: str | None
@@ -34,29 +35,30 @@ class Records:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Content of everything that a grid is given.
+    """The content of a grid's inputs.
 
     Attributes:
-        corpus: fingerprint of the corpus or blend.
-        vocabulary: text tokens.
-        tasks: by the grid's names.
+        corpus: Fingerprint of the corpus or blend.
+        vocabulary: Number of text tokens.
+        tasks: Records by the grid's names of tasks.
     """
 
     corpus: str
     vocabulary: int
-    tasks: Mapping[str, Records]
+    tasks: Mapping[str, TaskRecords]
 
 
-def assume(grid: Grid) -> Inputs:
-    """Stand-ins for a dry run without data."""
-    return Inputs(NOT_READ, ASSUMED_VOCABULARY, {name: Records(None) for name in grid.tasks})
+def assumed_inputs(grid: Grid) -> Inputs:
+    """Return placeholders for a dry run without data."""
+    return Inputs(NOT_READ, ASSUMED_VOCABULARY, {name: TaskRecords(None) for name in grid.tasks})
 
 
-def gather(grid: Grid) -> Inputs:
-    """Read what a grid is given.
+def read_inputs(grid: Grid) -> Inputs:
+    """Read the inputs of a grid.
 
     Raises:
-        ConfigError: data.prefix is missing, or a task is unknown. DataError: a corpus or record that cannot be used.
+        ConfigError: data.prefix is missing, or a task is unknown.
+        DataError: A corpus or record cannot be used.
     """
     if not grid.data.prefix:
         raise ConfigError(
@@ -69,11 +71,13 @@ def gather(grid: Grid) -> Inputs:
     return Inputs(corpus, vocabulary, {name: _records(grid, name) for name in grid.tasks})
 
 
-def _records(grid: Grid, name: str) -> Records:
+def _records(grid: Grid, name: str) -> TaskRecords:
     section = grid.tasks[name]
     task = load_task(section.task or name)
     folder = os.path.join(grid.data.tasks, task.folder) if grid.data.tasks else None
     limit = {**grid.finetune.set, **section.set}.get("task.limit")
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int)):
+        raise ConfigError(f"tasks.{name}: task.limit: expected an integer, got {limit!r}")
     train = read_examples(task, "train", path=folder, limit=limit)
     scored = read_examples(task, "eval", path=folder, limit=section.limit or grid.evaluate.limit)
-    return Records(folder, fingerprint(train), fingerprint(scored), len(scored))
+    return TaskRecords(folder, fingerprint(train), fingerprint(scored), len(scored))

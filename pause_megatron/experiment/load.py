@@ -1,12 +1,13 @@
-"""A grid file and `path=value` overrides -> Grid, with errors that name the line. No torch."""
+"""Loading a grid from a file and `path=value` overrides, with errors that name the line. No torch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from pause_megatron.config.spelling import nearest
 from pause_megatron.config.text import read_override, read_tree, write_yaml
@@ -16,59 +17,66 @@ from pause_megatron.experiment.schema import Grid
 RECIPES = Path(__file__).resolve().parents[1] / "recipes" / "experiments"
 _COMMAND_LINE = "command line"
 
-Places = dict[tuple[str, ...], str]
+Locations = dict[tuple[str, ...], str]
+"""FILE:LINE of each key by its path."""
 
 
 def recipe_names() -> tuple[str, ...]:
-    """Experiments that ship."""
+    """Return the names of the experiments that ship."""
     return tuple(sorted(file.stem for file in RECIPES.glob("*.yaml")))
 
 
 def load_grid(path: str | Path | None = None, *, recipe: str | None = None, overrides: Iterable[str] = ()) -> Grid:
-    """Read an experiment.
+    """Load a grid from a file or a recipe, exactly one of them.
 
     Args:
-        path: a grid file. recipe: a name of `recipe_names`. Exactly one of them.
+        path: A grid file.
+        recipe: A name of `recipe_names`.
         overrides: `data.prefix=...`, `tasks.gsm8k.limit=100`, `finetune.set.train.steps=50`, ...
 
     Raises:
-        ConfigError: no such file or recipe, not YAML, an unknown key, a value that does not fit, or a name that is
-            used but not defined; with file and line.
+        ConfigError: The file or recipe does not exist or is not YAML, a key is unknown, a value does not fit, or a name
+            is used but not defined. Names file and line.
     """
-    if (path is None) == (recipe is None):
-        raise ConfigError("expected an experiment: --recipe NAME or --config FILE, one of them")
-    file = _recipe_path(recipe) if recipe is not None else Path(path)
+    file = _grid_path(path, recipe)
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--config: {file} cannot be read: {error}") from None
-    tree, places = read_tree(text, str(file))
+    tree, locations = read_tree(text, str(file))
     if not isinstance(tree, dict):
         raise ConfigError(f"{file}:1: expected groups of keys ('models:', 'variants:'), got {tree!r}")
     for override in overrides:
-        _put(tree, places, override)
+        _put(tree, locations, override)
     try:
         grid = Grid.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(dict.fromkeys(_message(problem, places) for problem in error.errors()))) from None
-    _check_names(grid, places)
+        raise ConfigError(
+            "\n".join(dict.fromkeys(_message(problem, locations) for problem in error.errors()))
+        ) from None
+    _check_names(grid, locations)
     return grid
 
 
 def dump_grid(grid: Grid) -> str:
-    """The grid as YAML; `load_grid` of it gives the same grid."""
+    """Return the grid as YAML; `load_grid` of it returns the same grid."""
     return write_yaml(grid.model_dump(mode="json"))
 
 
-def _recipe_path(name: str) -> Path:
+def _grid_path(path: str | Path | None, recipe: str | None) -> Path:
+    if path is not None and recipe is None:
+        return Path(path)
+    if recipe is None or path is not None:
+        got = "neither" if path is None else "both"
+        raise ConfigError(f"expected an experiment: --recipe NAME or --config FILE, one of them, got {got}")
     names = recipe_names()
-    if name not in names:
-        raise ConfigError(f"--recipe: expected one of {', '.join(names)}, got {name!r}{nearest(name, names)}")
-    return RECIPES / f"{name}.yaml"
+    if recipe not in names:
+        raise ConfigError(f"--recipe: expected one of {', '.join(names)}, got {recipe!r}{nearest(recipe, names)}")
+    return RECIPES / f"{recipe}.yaml"
 
 
-def _put(tree: dict[str, Any], places: Places, override: str) -> None:
-    """Set one value; below `set`, the rest of the path is one key of a run."""
+def _put(tree: dict[str, Any], locations: Locations, override: str) -> None:
+    """Set one value; after `.set.`, the rest of the path is one key of a run's configuration."""
     entry = read_override(override)
     head, is_run_key, tail = entry.path.partition(".set.")
     path = (*head.split("."), *(("set", tail) if is_run_key else ()))
@@ -76,17 +84,17 @@ def _put(tree: dict[str, Any], places: Places, override: str) -> None:
     for name in path[:-1]:
         group = group.setdefault(name, {})
         if not isinstance(group, dict):
-            raise ConfigError(f"{_COMMAND_LINE}: {entry.path}: {name} is a value, not a group of keys")
+            raise ConfigError(f"{_COMMAND_LINE}: {entry.path}: {name}: expected a group of keys, got a value")
     group[path[-1]] = tuple(entry.value) if isinstance(entry.value, list) else entry.value
-    places[path] = _COMMAND_LINE
+    locations[path] = _COMMAND_LINE
 
 
-def _message(problem: Any, places: Places) -> str:
-    """One error as FILE:LINE: path: what is wrong, got what."""
+def _message(problem: ErrorDetails, locations: Locations) -> str:
+    """Return one error as FILE:LINE: path: expected X, got Y."""
     path = tuple(str(part) for part in problem["loc"])
-    while path not in places and len(path) > 1:  # a missing key, or the branch of a union that pydantic names
+    while path not in locations and len(path) > 1:  # a missing key, or a union's branch
         path = path[:-1]
-    where = _at(places, *path)
+    where = _at(locations, *path)
     shown = ".".join(path)
     if problem["type"] == "extra_forbidden":
         known = _keys_of(path[:-1])
@@ -96,29 +104,30 @@ def _message(problem: Any, places: Places) -> str:
     return f"{where}: {shown}: {_plain(problem['msg'])}, got {problem['input']!r}"
 
 
-def _at(places: Places, *path: str) -> str:
-    """Where something stands: FILE:LINE of it, or of the nearest group around it; else the command line."""
-    while path and path not in places:
+def _at(locations: Locations, *path: str) -> str:
+    """Return FILE:LINE of a key, or of the nearest group around it; else the command line."""
+    while path and path not in locations:
         path = path[:-1]
-    return places[path] if path else _COMMAND_LINE
+    return locations[path] if path else _COMMAND_LINE
 
 
 def _plain(text: str) -> str:
-    for theirs, ours in (
+    """Return pydantic's message in the words of this package."""
+    for old, new in (
         ("Input should be a valid tuple", "expected a list"),
         ("Tuple should have", "expected a list with"),
         (" after validation, not 0", ""),
         ("Input should be", "expected"),
         ("String should match pattern", "expected the form"),
     ):
-        text = text.replace(theirs, ours)
+        text = text.replace(old, new)
     return text
 
 
 def _keys_of(path: tuple[str, ...]) -> list[str]:
-    """Keys of the group at a path, read off the schema."""
+    """Return the keys of the group at a path, from the schema."""
     group: type[BaseModel] | None = Grid
-    named = False  # whether the next part is a name of the user's, or a position in a list
+    named = False  # whether the next part is a user's name or a list index
     for part in path:
         if named:
             named = False
@@ -130,24 +139,26 @@ def _keys_of(path: tuple[str, ...]) -> list[str]:
     return list(group.model_fields) if group else []
 
 
-def _check_names(grid: Grid, places: Places) -> None:
-    """Refuse a name of a model, variant or task that is used and not defined.
+def _check_names(grid: Grid, locations: Locations) -> None:
+    """Check that every used name of a model, variant or task is defined.
 
     Raises:
-        ConfigError: with the nearest name.
+        ConfigError: A name is not defined. Suggests the nearest name.
     """
-    used = [(("baseline",), grid.baseline, grid.variants)]
+    used: list[tuple[tuple[str, ...], str, Mapping[str, object]]] = [(("baseline",), grid.baseline, grid.variants)]
     for name, model in grid.models.items():
         if model.budget:
             used.append((("models", name, "budget", "like"), model.budget.like, grid.models))
         if (model.recipe is None) == (model.config is None):
-            raise ConfigError(f"{_at(places, 'models', name)}: models.{name}: expected recipe or config, one of them")
+            raise ConfigError(
+                f"{_at(locations, 'models', name)}: models.{name}: expected recipe or config, one of them"
+            )
     for name, variant in grid.variants.items():
         used.append((("variants", name, "model"), variant.model, grid.models))
         used += [(("variants", name, "tasks"), task, grid.tasks) for task in variant.tasks or ()]
         if variant.finetune == "standard" and variant.pauses:
             raise ConfigError(
-                f"{_at(places, 'variants', name)}: variants.{name}.pauses: expected none with finetune: standard "
+                f"{_at(locations, 'variants', name)}: variants.{name}.pauses: expected none with finetune: standard "
                 f"(for pauses at inference only: inference.pauses), got {variant.pauses}"
             )
     for index, curve in enumerate(grid.curves):
@@ -156,6 +167,6 @@ def _check_names(grid: Grid, places: Places) -> None:
     for path, name, known in used:
         if name not in known:
             raise ConfigError(
-                f"{_at(places, *path)}: {'.'.join(path)}: expected one of {', '.join(known)}, got {name!r}"
+                f"{_at(locations, *path)}: {'.'.join(path)}: expected one of {', '.join(known)}, got {name!r}"
                 f"{nearest(name, known)}"
             )

@@ -1,7 +1,7 @@
-"""What an experiment is: frozen, typed sections of a grid file. No torch.
+"""The sections of a grid file as frozen, typed models. No torch.
 
-A grid says which models are pretrained, which variants are made of them, on which tasks, with how many pauses and
-seeds. `load.py` reads one, `grid.py` turns it into cells.
+A grid declares pretrained models, variants of them, tasks, numbers of pauses and seeds. `load.py` reads a grid, and
+`grid.py` expands it into cells.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from pause_megatron.config.blend import split_words
 from pause_megatron.config.schema import PathText
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_]*$")]
-# M_ft: a number, or a range such as "0..50" that is drawn from for each example (pause dropout).
+# M_ft: a number, or a range such as "0..50" from which each example draws (pause dropout).
 Pauses = Annotated[int, Field(ge=0)] | Annotated[str, StringConstraints(pattern=r"^\d+(\.\.\d+)?$")]
 Scalar = bool | int | float | str | None
 Keys = dict[str, Scalar | tuple[Scalar, ...]]
 
 
 class GridSection(BaseModel):
-    """A frozen group. Unknown keys and values of another type are refused."""
+    """A frozen group of keys. Unknown keys and values of another type are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, strict=True, allow_inf_nan=False)
 
 
 class Data(GridSection):
-    """What the user gives: a prepared corpus, and where the tasks' records lie."""
+    """The inputs: a prepared corpus, and the folder of the tasks' records."""
 
     prefix: tuple[PathText, ...] = Field((), description="data.prefix of every pretraining run")
     tasks: PathText | None = Field(None, description="folder that holds a folder per task; null: the Hugging Face Hub")
@@ -39,21 +39,21 @@ class Data(GridSection):
 
 
 class ExtraLayers(GridSection):
-    """Layers that cost what pauses cost: on a prefix of this length, this many pauses."""
+    """Extra layers with the cost of this many pauses on a prefix of this length."""
 
     pauses: int = Field(ge=1)
     prefix_tokens: int = Field(ge=1)
 
 
 class Budget(GridSection):
-    """Training as long as another model, measured in one of three ways."""
+    """The training budget of another model, in one of three measures."""
 
     like: Name
     equal: Literal["total_tokens", "text_tokens", "flops"]
 
 
 class Model(GridSection):
-    """One pretraining run: a recipe or a file, keys on top, and how large and long compared with another model."""
+    """One pretraining run: a recipe or a file, overrides, extra layers and the budget of another model."""
 
     recipe: str | None = None
     config: PathText | None = None
@@ -69,7 +69,7 @@ class Finetuning(GridSection):
 
 
 class Evaluation(GridSection):
-    """Options of every evaluation; the batch size and the device decide nothing but the speed."""
+    """Options of every evaluation; batch size and device affect speed only."""
 
     limit: int | None = Field(None, ge=1, description="records of a task that are scored; null: all")
     batch_size: int | None = Field(None, ge=1)
@@ -77,7 +77,7 @@ class Evaluation(GridSection):
 
 
 class GridTask(GridSection):
-    """One task: the M_ft to finetune with, and what differs from the other tasks."""
+    """One task: its M_ft, and its differences from the other tasks."""
 
     task: PathText | None = Field(None, description="name, file or module:attribute of the task; null: the key")
     recipe: str | None = Field(None, description="recipe of the finetuning run; null: finetune-TASK")
@@ -87,7 +87,7 @@ class GridTask(GridSection):
 
 
 class Inference(GridSection):
-    """Pauses at inference where they are not those of the finetuning."""
+    """Pauses at inference that differ from those of the finetuning."""
 
     pauses: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     location: Literal["append", "prepend"] | None = None
@@ -95,19 +95,19 @@ class Inference(GridSection):
 
 
 class Variant(GridSection):
-    """A way of training and prompting: which model, finetuned how, prompted how."""
+    """A way of training and prompting: a model, its finetuning and its prompting."""
 
     model: Name
     finetune: Literal["standard", "pauses"]
-    pauses: tuple[Pauses, ...] | None = Field(None, min_length=1, description="M_ft in place of the tasks'")
+    pauses: tuple[Pauses, ...] | None = Field(None, min_length=1, description="M_ft instead of the tasks'")
     set: Keys = {}
     inference: Inference = Inference()
     tasks: tuple[Name, ...] | None = Field(None, description="null: all")
-    about: str = Field("", description="a line for the report")
+    about: str = Field("", description="a line in the report")
 
 
 class Curve(GridSection):
-    """Further M_inf for variants, over tasks and M_ft (null: all of them)."""
+    """Further M_inf for variants on tasks and M_ft (null: all)."""
 
     pauses: tuple[Annotated[int, Field(ge=0)], ...] = Field(min_length=2)
     variants: tuple[Name, ...] = Field(min_length=1)
@@ -116,7 +116,7 @@ class Curve(GridSection):
 
 
 class Grid(GridSection):
-    """A whole experiment."""
+    """An experiment."""
 
     name: Name
     title: str = ""
@@ -127,10 +127,10 @@ class Grid(GridSection):
     evaluate: Evaluation = Evaluation()
     tasks: dict[Name, GridTask] = Field(min_length=1)
     variants: dict[Name, Variant] = Field(min_length=1)
-    baseline: Name = Field("StdPT_StdFT", description="the variant that others are compared with")
+    baseline: Name = Field("StdPT_StdFT", description="variant that others are compared with")
     curves: tuple[Curve, ...] = ()
 
 
 def highest(pauses: int | str) -> int:
-    """The upper end of an M_ft: 10 -> 10, "0..50" -> 50; what a finetuned model is prompted with by default."""
+    """Return the upper end of an M_ft, the default M_inf: 10 -> 10, "0..50" -> 50."""
     return int(str(pauses).split("..")[-1])

@@ -1,17 +1,18 @@
-"""Hands the cells of a grid to SLURM: a job per cell, each after the job of the cell that it begins from. No torch."""
+"""Submission of the cells of a grid to SLURM: a job per cell, each after the job of its input cell. No torch."""
 
 from __future__ import annotations
 
 import os
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from pause_megatron.errors import ConfigError
-from pause_megatron.experiment.cell import VERSION, read_json, write_json
-from pause_megatron.experiment.folder import TRAINING, Placed
+from pause_megatron.experiment.execute import Log
+from pause_megatron.experiment.folder import TRAINING, LocatedCell
+from pause_megatron.experiment.stored import CellFile, JobFile
 from pause_megatron.files.durable import write_whole
 from pause_megatron.slurm.commands import installed, output_of, queued_jobs
 from pause_megatron.slurm.quoting import directive, further_line, job_name, printable
@@ -27,13 +28,15 @@ from pause_megatron.slurm.script import (
 
 @dataclass(frozen=True)
 class JobOptions:
-    """What a site wants of its jobs.
+    """Options of the jobs.
 
     Attributes:
-        partition, time: as sbatch takes them; None: the site's default.
-        nodes: of a training cell; its ranks are spread evenly.
-        gpus, cpus: of each task; None: none asked for, and the site's default.
-        lines: further `#SBATCH` lines, without that word.
+        partition: As sbatch takes it; None for the site's default.
+        time: Time limit, as sbatch takes it; None for the site's default.
+        nodes: Nodes of a training cell; its ranks are divided evenly.
+        gpus: GPUs of each task; None requests none.
+        cpus: CPUs of each task; None for the site's default.
+        lines: Further `#SBATCH` lines, without that word.
     """
 
     partition: str | None = None
@@ -44,62 +47,74 @@ class JobOptions:
     lines: tuple[str, ...] = ()
 
 
-def submit(directory: Path, placed: Mapping[str, Placed], options: JobOptions, say: Callable[[str], None]) -> int:
-    """Submit a job for every cell that is neither done nor in the queue already.
+def submit(directory: Path, located: Mapping[str, LocatedCell], options: JobOptions, log: Log) -> int:
+    """Submit a job for every cell that is neither complete nor in the queue.
 
     Args:
-        directory: of the experiment. placed: by fingerprint, inputs first.
+        directory: Folder of the experiment.
+        located: The cells by fingerprint, inputs first.
+        options: Options of the jobs.
+        log: Called with a message for every job.
 
     Returns:
-        0.
+        The exit code, 0.
 
     Raises:
-        ConfigError: no sbatch here, or ranks that do not spread over the nodes. PauseMegatronError: SLURM refuses.
+        ConfigError: sbatch is missing, or the ranks do not divide among the nodes.
+        PauseMegatronError: SLURM rejects a job.
     """
     if not installed():
-        raise ConfigError("--slurm: expected sbatch on PATH; leave --slurm out to run the cells on this machine")
+        raise ConfigError("--slurm: expected sbatch on PATH, got none; without --slurm the cells run on this machine")
     queue = queued_jobs()
     jobs: dict[str, str] = {}
     submitted = kept = done = 0
-    for fingerprint, entry in placed.items():
+    for fingerprint, entry in located.items():
         if entry.done:
             done += 1
             continue
         job = job_in_queue(entry.folder, queue)
         if job is None:
-            before = jobs.get(entry.cell.input.fingerprint) if entry.cell.input else None
-            job = _submit_one(entry, options, before)
+            dependency = jobs.get(entry.cell.input.fingerprint) if entry.cell.input else None
+            job = _submit_one(entry, options, dependency)
             submitted += 1
-            say(f"job {job}{f' after {before}' if before else ''}: {entry.cell.name}")
+            log(f"job {job}{f' after {dependency}' if dependency else ''}: {entry.cell.name}")
         else:
             kept += 1
         jobs[fingerprint] = job
-    say(f"{submitted} jobs submitted, {kept} in the queue before, {done} cells done; look with: squeue --me")
-    say(f"or: pause-megatron experiment status {shlex.quote(str(directory))}")
+    log(f"{submitted} jobs submitted, {kept} in the queue before, {done} cells done; look with: squeue --me")
+    log(f"or: pause-megatron experiment status {shlex.quote(str(directory))}")
     return 0
 
 
 def job_in_queue(folder: Path, queue: Mapping[str, str]) -> str | None:
-    """The number of a cell's job if it has not ended. (Numbers are given anew one day: the name is compared too.)"""
-    record = read_json(folder / "job.json", missing_ok=True)
-    return record["job"] if record and queue.get(record["job"], "").strip() == folder.name else None
+    """Return the id of a cell's job if it has not ended. SLURM reuses ids, so the job's name is compared too.
+
+    Args:
+        folder: Folder of the cell.
+        queue: Job names by id, see `queued_jobs`.
+    """
+    submitted = JobFile.read_if_present(folder)
+    return submitted.job if submitted and queue.get(submitted.job, "").strip() == folder.name else None
 
 
 def render(folder: Path, verb: str, ranks: int, options: JobOptions) -> str:
-    """The job script of a cell.
+    """Return the job script of a cell.
 
     Args:
-        folder: of the cell. ranks: of the verb.
+        folder: Folder of the cell.
+        verb: The verb.
+        ranks: Ranks of the verb.
+        options: Options of the job.
 
     Raises:
-        ConfigError: the ranks do not spread over the nodes.
+        ConfigError: The ranks do not divide among the nodes, or the path holds a backslash.
     """
     nodes, output = options.nodes if verb in TRAINING else 1, str(folder / "job.txt")
     if "\\" in output:
         raise ConfigError(f"DIRECTORY: expected a path without backslashes, which SLURM erases, got {output}")
     if ranks % nodes:
         raise ConfigError(f"--nodes: expected a divisor of --ranks ({ranks}), got {nodes}")
-    wanted = {"partition": options.partition, "time": options.time}
+    wanted: dict[str, str | int | None] = {"partition": options.partition, "time": options.time}
     wanted |= {"gpus-per-task": options.gpus, "cpus-per-task": options.cpus}
     directives = [
         directive("job-name", job_name(folder.name, "cell")),
@@ -121,12 +136,12 @@ def render(folder: Path, verb: str, ranks: int, options: JobOptions) -> str:
     )
 
 
-def _submit_one(entry: Placed, options: JobOptions, before: str | None) -> str:
-    """Write job.sbatch, submit it, and remember its number."""
-    record = read_json(entry.folder / "cell.json")
+def _submit_one(entry: LocatedCell, options: JobOptions, dependency: str | None) -> str:
+    """Write job.sbatch, submit it after the job `dependency`, write job.json, and return the job's id."""
+    cell = CellFile.read(entry.folder)
     script = entry.folder / "job.sbatch"
-    write_whole(script, render(entry.folder, record["verb"], record["ranks"], options).encode())
-    dependency = [f"--dependency=afterok:{before}"] if before else []
-    job = output_of(["sbatch", "--parsable", *dependency, str(script)]).strip().partition(";")[0]
-    write_json(entry.folder / "job.json", {"version": VERSION, "job": job})
+    write_whole(script, render(entry.folder, cell.verb, cell.ranks, options).encode())
+    options_of_job = [f"--dependency=afterok:{dependency}"] if dependency else []
+    job = output_of(["sbatch", "--parsable", *options_of_job, str(script)]).strip().partition(";")[0]
+    JobFile(job=job).write(entry.folder)
     return job

@@ -8,9 +8,9 @@ import pytest
 from support.slurm_cluster import Cluster, installed
 from support.small_grid import cheap_cell, give_product, place_cells
 
-from pause_megatron.experiment.cell import read_json
-from pause_megatron.experiment.folder import Placed
+from pause_megatron.experiment.folder import LocatedCell
 from pause_megatron.experiment.slurm import JobOptions, job_in_queue, render, submit
+from pause_megatron.experiment.stored import JobFile
 from pause_megatron.slurm.commands import queued_jobs
 
 pytestmark = pytest.mark.skipif(not installed(), reason="needs the Debian packages slurm-wlm and munge, and root")
@@ -22,7 +22,7 @@ def _its_commands(cluster: Cluster, monkeypatch):
         monkeypatch.setenv(name, value)
 
 
-def entries(placed: dict[str, Placed]) -> dict[str, Placed]:
+def entries(placed: dict[str, LocatedCell]) -> dict[str, LocatedCell]:
     return {entry.cell.name: entry for entry in placed.values()}
 
 
@@ -38,7 +38,7 @@ def test_jobs_run_in_order_and_submitting_again_submits_what_is_left(cluster, tm
     held = JobOptions(partition="main", time="10:00", lines=("--hold",))
     assert submit(tmp_path, placed, held, said.append) == 0
     assert said[-2].startswith("5 jobs submitted, 0 in the queue before, 0 cells done")
-    jobs = {name: read_json(entry.folder / "job.json")["job"] for name, entry in named.items()}
+    jobs = {name: JobFile.read(entry.folder).job for name, entry in named.items()}
     assert said[1] == f"job {jobs['b']} after {jobs['a']}: b"
     assert all(job_in_queue(entry.folder, queued_jobs()) for entry in named.values())
 
@@ -51,7 +51,7 @@ def test_jobs_run_in_order_and_submitting_again_submits_what_is_left(cluster, tm
     assert {name: entry.done for name, entry in named.items()} == {**dict.fromkeys("abc", True), "d": False, "e": False}
     ends = [(named[name].folder / "done.json").stat().st_mtime_ns for name in "abc"]
     assert ends == sorted(ends)
-    assert "is not there" in (named["d"].folder / "job.txt").read_text()
+    assert "got exit code 0 and no such folder" in (named["d"].folder / "job.txt").read_text()
     assert not (named["e"].folder / "job.txt").exists(), "e was started although d failed"
 
     give_product(named["d"])

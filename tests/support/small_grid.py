@@ -6,8 +6,9 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from pause_megatron.experiment.cell import OUTPUT, Cell, describe, write_json
-from pause_megatron.experiment.folder import Placed
+from pause_megatron.experiment.cell import OUTPUT, Cell
+from pause_megatron.experiment.folder import LocatedCell
+from pause_megatron.experiment.stored import CellFile
 
 GRID = """
 name: small
@@ -73,18 +74,18 @@ def cheap_cell(name: str, source: Cell | None = None) -> Cell:
     return Cell(name, "pretrain", arguments, {"name": name}, source)
 
 
-def place_cells(directory: Path, cells: Iterable[Cell]) -> dict[str, Placed]:
+def place_cells(directory: Path, cells: Iterable[Cell]) -> dict[str, LocatedCell]:
     """Folders with cell.json, as an experiment has them."""
     placed = {}
     for cell in cells:
         folder = directory / "cells" / cell.folder_name
         folder.mkdir(parents=True)
-        write_json(folder / "cell.json", describe(cell, cell.input.folder_name if cell.input else None, 1))
-        placed[cell.fingerprint] = Placed(cell, folder)
+        CellFile.of(cell, cell.input.folder_name if cell.input else None, 1).write(folder)
+        placed[cell.fingerprint] = LocatedCell(cell, folder)
     return placed
 
 
-def give_product(entry: Placed) -> None:
+def give_product(entry: LocatedCell) -> None:
     """What a pretraining would leave."""
     (entry.folder / "run").mkdir()
     line = {"step": 3, "seconds": 0.5, "tokens": 30, "text_tokens": 27}

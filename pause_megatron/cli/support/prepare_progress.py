@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import time
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from pause_megatron.data.prepare.pool import PrepareProgress
 from pause_megatron.terminal.progress import open_bar
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 _FORMAT = "{desc} {percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}{postfix}"
 _FORMAT_OPEN = "{desc} {elapsed}{postfix}"
@@ -21,7 +24,7 @@ class ProgressBar:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._bar: Any = None
+        self._bar: tqdm[Any] | None = None
         self._first: PrepareProgress | None = None
         self._begun = time.perf_counter()
 
@@ -49,7 +52,7 @@ class ProgressBar:
         bar.set_postfix_str(postfix, refresh=False)
         bar.update((progress.documents if progress.total_bytes is None else progress.done_bytes) - bar.n)
 
-    def _open(self, progress: PrepareProgress) -> tqdm:
+    def _open(self, progress: PrepareProgress) -> tqdm[Any]:
         if self._bar is not None:
             self._bar.close()
         self._first = progress

@@ -1,4 +1,4 @@
-"""The report of an experiment: the paper's figures as tables and plots, ours beside the published numbers."""
+"""The report of an experiment: the paper's figures as tables and plots, beside the published numbers."""
 
 from __future__ import annotations
 

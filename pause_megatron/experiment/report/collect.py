@@ -1,37 +1,38 @@
-"""Reads what the cells of an experiment left: scores record by record, and ledgers."""
+"""Reading the outputs of an experiment's cells: scores record by record, and ledgers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pause_megatron.errors import DataError
 from pause_megatron.evaluate.journal import read_samples
 from pause_megatron.evaluate.results import read_results
-from pause_megatron.experiment.cell import PRODUCT, read_json
-from pause_megatron.experiment.execute import is_done
-from pause_megatron.experiment.folder import read_plan
+from pause_megatron.experiment.cell import PRODUCT
 from pause_megatron.experiment.ledger import Ledger
 from pause_megatron.experiment.load import load_grid
 from pause_megatron.experiment.schema import Grid
+from pause_megatron.experiment.stored import CellFile, DoneFile, PlanFile, StoredPoint
 
 
 @dataclass(frozen=True)
 class Score:
-    """One model on one task with one number of pauses.
+    """The score of one model on one task with one number of pauses.
 
     Attributes:
-        variant, task: names of the grid.
-        m_ft, m_inf: pauses in finetuning (as the grid wrote them) and at inference.
-        seed: of the finetuning.
-        own: whether the variant stands for this M_inf, or a curve asked for it.
-        metric: the task's primary one.
-        value: mean, 0..1. standard_error: over records.
-        n: records.
-        records: score of each, by its id; empty where the harness kept none.
-        cell: folder of the evaluation.
+        variant: Name of the variant.
+        task: Name of the task in the grid.
+        m_ft: Pauses in finetuning, as the grid has them.
+        m_inf: Pauses at inference.
+        seed: Seed of the finetuning.
+        own: Whether the variant stands for this M_inf; otherwise a curve requested it.
+        metric: The task's primary metric.
+        value: Mean over records, 0..1.
+        standard_error: Standard error over records; None for one record.
+        n: Number of records.
+        records: Score of each record by its id; empty if the harness kept none.
+        cell: Folder name of the evaluation.
     """
 
     variant: str
@@ -50,40 +51,48 @@ class Score:
 
 @dataclass(frozen=True)
 class CellFacts:
-    """A cell of the plan.
+    """A cell of an experiment.
 
     Attributes:
-        input: folder name of the cell that it begins from. ledger: None while it is not done.
+        name: Name of the cell.
+        verb: The verb.
+        input: Folder name of its input cell.
+        parameters: Number of parameters of the model, of pretraining cells.
+        ledger: Costs; None until it is complete.
     """
 
     name: str
     verb: str
     input: str | None
+    parameters: int
     ledger: Ledger | None
 
 
 @dataclass(frozen=True)
 class Collected:
-    """Everything that a report is made of.
+    """The data of a report.
 
     Attributes:
-        points: of plan.json: variant, task, m_ft, seed, m_inf, cell.
-        cells: by folder name, in the order of the plan.
+        directory: Folder of the experiment.
+        grid: The grid.
+        points: The points of plan.json.
+        cells: Cells by folder name, in the order of plan.json.
+        scores: Scores of the complete evaluations.
     """
 
     directory: Path
     grid: Grid
-    points: tuple[Mapping[str, Any], ...]
+    points: tuple[StoredPoint, ...]
     cells: Mapping[str, CellFacts]
     scores: tuple[Score, ...]
 
     @property
     def done(self) -> int:
-        """Cells that are complete."""
+        """Number of complete cells."""
         return sum(cell.ledger is not None for cell in self.cells.values())
 
     def lineage(self, cell: str) -> Iterator[str]:
-        """A cell and all that it was made from."""
+        """Yield a cell and all cells that it depends on, by folder name."""
         current: str | None = cell
         while current is not None:
             yield current
@@ -94,30 +103,28 @@ def collect(directory: Path) -> Collected:
     """Read an experiment, complete or not.
 
     Raises:
-        DataError: no experiment there, or a file of it that cannot be used.
+        DataError: The folder holds no experiment, or a file cannot be used.
     """
-    plan = read_plan(directory)
+    plan = PlanFile.read(directory)
     grid = load_grid(directory / "grid.yaml")
-    cells = {name: _facts(directory / "cells" / name) for name in plan["cells"]}
+    cells = {name: _facts(directory / "cells" / name) for name in plan.cells}
     scores = [
         score
-        for point in plan["points"]
-        if cells[point["cell"]].ledger is not None
-        for score in _scores(directory / "cells" / point["cell"], point)
+        for point in plan.points
+        if cells[point.cell].ledger is not None
+        for score in _scores(directory / "cells" / point.cell, point)
     ]
-    return Collected(directory, grid, tuple(plan["points"]), cells, tuple(scores))
+    return Collected(directory, grid, plan.points, cells, tuple(scores))
 
 
 def _facts(folder: Path) -> CellFacts:
-    cell = read_json(folder / "cell.json")
-    ledger = None
-    if is_done(folder, cell["fingerprint"]):
-        ledger = Ledger(**read_json(folder / "done.json")["ledger"])
-    return CellFacts(cell["name"], cell["verb"], cell["input"], ledger)
+    cell, done = CellFile.read(folder), DoneFile.read_if_present(folder)
+    ledger = done.ledger if done is not None and done.fingerprint == cell.fingerprint else None
+    return CellFacts(cell.name, cell.verb, cell.input, cell.parameters, ledger)
 
 
-def _scores(folder: Path, point: Mapping[str, Any]) -> Iterator[Score]:
-    """One score for every number of pauses of an evaluation."""
+def _scores(folder: Path, point: StoredPoint) -> Iterator[Score]:
+    """Yield a score for every number of pauses of an evaluation."""
     results = folder / PRODUCT["evaluate"]
     entries = [entry for entry in read_results(results) if entry.primary]
     if not entries:
@@ -126,12 +133,12 @@ def _scores(folder: Path, point: Mapping[str, Any]) -> Iterator[Score]:
         path = results / "samples" / f"{entry.settings.name(entry.task)}.jsonl"
         samples = read_samples(path) if path.exists() else {}
         yield Score(
-            variant=point["variant"],
-            task=point["task"],
-            m_ft=point["m_ft"],
+            variant=point.variant,
+            task=point.task,
+            m_ft=point.m_ft,
             m_inf=entry.pauses,
-            seed=point["seed"],
-            own=entry.pauses in point["m_inf"],
+            seed=point.seed,
+            own=entry.pauses in point.m_inf,
             metric=entry.metric,
             value=entry.value,
             standard_error=entry.standard_error,

@@ -1,4 +1,4 @@
-"""Scores over seeds, and how a variant compares with the baseline: what the report states, and how surely."""
+"""Scores over seeds, and comparisons of variants with the baseline, with their intervals."""
 
 from __future__ import annotations
 
@@ -19,16 +19,22 @@ Key = tuple[str, str, str, int]
 
 @dataclass(frozen=True)
 class Summary:
-    """A variant on a task with one M_ft and one M_inf, over seeds. In per cent.
+    """A variant on a task with one M_ft and one M_inf, over seeds, in per cent.
 
     Attributes:
-        value: mean over seeds.
-        over_seeds: standard error of that mean; None with one seed.
-        over_records: standard error over records, of one seed's mean (the mean of theirs); None if unknown.
-        seeds, n: how many seeds, and records of each.
-        own: see Score.
-        records: score of each record, 0..1, averaged over seeds.
-        by_seed: value of each seed, per cent.
+        variant: Name of the variant.
+        task: Name of the task in the grid.
+        m_ft: Pauses in finetuning, as the grid has them.
+        m_inf: Pauses at inference.
+        metric: The task's primary metric.
+        value: Mean over seeds, per cent.
+        over_seeds: Standard error of that mean; None with one seed.
+        over_records: Standard error over records of one seed's value, averaged over seeds; None if unknown.
+        seeds: Number of seeds.
+        n: Number of records of each seed.
+        own: See `Score`.
+        records: Score of each record averaged over seeds, 0..1.
+        by_seed: Value of each seed, per cent.
     """
 
     variant: str
@@ -47,18 +53,20 @@ class Summary:
 
     @property
     def error(self) -> float | None:
-        """What error bars show: over seeds; over records where there is one seed."""
+        """Length of error bars: the standard error over seeds, or over records with one seed."""
         return self.over_records if self.over_seeds is None else self.over_seeds
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A variant against the baseline on the same records, in per cent.
+    """The difference of a variant from the baseline on the same records, in per cent.
 
     Attributes:
-        difference: mean over records and seeds.
-        low, high: 95 % interval of the paired bootstrap over records.
-        seed_low, seed_high: 95 % interval over seeds (paired by seed, Student's t); None with one seed.
+        difference: Mean over records and seeds.
+        low: Lower end of the 95 % interval of the paired bootstrap over records.
+        high: Upper end of that interval.
+        seed_low: Lower end of the 95 % interval over seeds (paired by seed, Student's t); None with one seed.
+        seed_high: Upper end of that interval; None with one seed.
     """
 
     difference: float
@@ -69,14 +77,14 @@ class Comparison:
 
     @property
     def supported(self) -> bool:
-        """Whether both intervals leave out 0: neither other records nor other seeds explain the difference."""
-        if self.seed_low is None:
+        """Whether both intervals exclude 0, so that neither records nor seeds explain the difference."""
+        if self.seed_low is None or self.seed_high is None:
             return False
         return (self.low > 0 or self.high < 0) and (self.seed_low > 0 or self.seed_high < 0)
 
 
 def summarise(scores: Iterable[Score]) -> dict[Key, Summary]:
-    """Scores over their seeds, by (variant, task, M_ft, M_inf)."""
+    """Return scores over their seeds by (variant, task, M_ft, M_inf)."""
     groups: dict[Key, list[Score]] = defaultdict(list)
     for score in scores:
         groups[score.variant, score.task, score.m_ft, score.m_inf].append(score)
@@ -84,10 +92,14 @@ def summarise(scores: Iterable[Score]) -> dict[Key, Summary]:
 
 
 def main_summaries(collected: Collected, summaries: Mapping[Key, Summary]) -> dict[tuple[str, str], Summary]:
-    """The number that stands for a variant on a task, by (variant, task).
+    """Return the summary that represents a variant on a task, by (variant, task).
 
-    Where several M_ft (or, for a control at inference, several M_inf) were tried, it is the best one: the paper reports
-    the better of 10 and 50. It is picked on the records that it is reported on, which favours it.
+    Of several M_ft (or, for a control at inference, several M_inf) it is the best one: the paper reports the better of
+    10 and 50. It is selected on the reported records, which biases it upwards.
+
+    Args:
+        collected: The experiment.
+        summaries: See `summarise`.
     """
     found: dict[tuple[str, str], Summary] = {}
     for summary in summaries.values():
@@ -103,7 +115,7 @@ def main_summaries(collected: Collected, summaries: Mapping[Key, Summary]) -> di
 
 
 def compare(one: Summary, baseline: Summary) -> Comparison | None:
-    """A variant against the baseline; None where records or seeds do not match."""
+    """Return the comparison of a variant with the baseline; None if their records differ."""
     if not one.records or one.records.keys() != baseline.records.keys():
         return None
     over_records: Difference = paired_bootstrap(one.records, baseline.records)
@@ -114,20 +126,23 @@ def compare(one: Summary, baseline: Summary) -> Comparison | None:
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float] | tuple[None, None]:
-    """95 % interval of a mean by Student's t; (None, None) for fewer than two values."""
-    if len(values) < 2:
+    """Return the 95 % interval of a mean by Student's t; (None, None) for fewer than two values."""
+    found = mean(values) if values else None
+    if found is None or found.standard_error is None:
         return None, None
-    found = mean(values)
     freedom = len(values) - 1
     half = (_T95[freedom - 1] if freedom <= len(_T95) else _T95_BEYOND) * found.standard_error
     return found.value - half, found.value + half
 
 
 def smallest_visible(n: int, chance: float) -> float:
-    """The difference of two models, in per cent, below which n records can hardly show anything.
+    """Return the smallest difference of two models that n records can resolve, in per cent.
 
-    Twice the standard error of a difference of two independent proportions near `chance` (per cent; at least 5 %).
-    Pairing makes it smaller, seeds make it larger.
+    It is twice the standard error of a difference of two independent proportions. Pairing reduces it; seeds add to it.
+
+    Args:
+        n: Number of records.
+        chance: The proportions, per cent; at least 5 is assumed.
     """
     share = min(max(chance, 5.0), 95.0) / 100
     return 100 * 2 * math.sqrt(2 * share * (1 - share) / n)

@@ -1,4 +1,4 @@
-"""Figure 4: scores over the pauses of the finetuning (M_ft) and over those of the inference (M_inf)."""
+"""Figure 4: scores over pauses in finetuning (M_ft) and over pauses at inference (M_inf)."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ from pause_megatron.experiment.report.collect import Collected
 from pause_megatron.experiment.report.compare import Key, Summary
 from pause_megatron.experiment.report.curve_plots import Panel, Series
 from pause_megatron.experiment.report.plots import color_of
-from pause_megatron.experiment.report.published import Published
+from pause_megatron.experiment.report.published import Published, PublishedCurve
 from pause_megatron.experiment.report.tables import curve_table
 
-Theirs = Mapping[str, tuple[str, Mapping[int, float]] | None]
+PublishedCurves = Mapping[str, PublishedCurve | None]
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A set of panels.
+    """The panels of a figure, and their tables.
 
     Attributes:
-        tables: HTML, one for each panel.
+        panels: The panels.
+        tables: HTML, a table for each panel.
     """
 
     panels: tuple[Panel, ...]
@@ -28,7 +29,7 @@ class Figure:
 
 
 def over_m_ft(collected: Collected, summaries: Mapping[Key, Summary], paper: Published) -> Figure:
-    """The M_ft ablation: each model prompted with as many pauses as it was finetuned with. Fixed numbers only."""
+    """Return the M_ft ablation: each model with the number of pauses of its finetuning (fixed numbers only)."""
     found: dict[str, dict[str, dict[int, Summary]]] = {}
     for summary in summaries.values():
         if summary.m_ft.isdecimal() and summary.m_ft == str(summary.m_inf):
@@ -42,12 +43,12 @@ def over_m_ft(collected: Collected, summaries: Mapping[Key, Summary], paper: Pub
 
 
 def over_m_inf(collected: Collected, summaries: Mapping[Key, Summary], paper: Published) -> Figure:
-    """The M_inf curves: one model, prompted with other numbers of pauses than it was finetuned with."""
+    """Return the M_inf curves: each model with other numbers of pauses than in its finetuning."""
     found: dict[str, dict[tuple[str, str], dict[int, Summary]]] = {}
     for summary in summaries.values():
         points = found.setdefault(summary.task, {}).setdefault((summary.variant, summary.m_ft), {})
         points[summary.m_inf] = summary
-    # A control that is only prompted with several fillers is no curve: it has no point that is not its own.
+    # A control with several numbers of fillers is no curve: all of its points are its own.
     curves = {
         task: {
             f"{variant}, M_ft={m_ft}": (variant, points)
@@ -62,11 +63,11 @@ def over_m_inf(collected: Collected, summaries: Mapping[Key, Summary], paper: Pu
 def _figure(
     collected: Collected,
     curves: Mapping[str, Mapping[str, tuple[str, Mapping[int, Summary]]]],
-    theirs: Theirs,
+    published: PublishedCurves,
     paper: Published,
     axis: str,
 ) -> Figure:
-    """Panels and tables of task -> {label: (variant, points)}, in the grid's order of tasks."""
+    """Return panels and tables of task -> {label: (variant, points)}, in the grid's order of tasks."""
     variants, tasks = list(collected.grid.variants), [task for task in collected.grid.tasks if curves.get(task)]
     panels = tuple(
         Panel(
@@ -75,7 +76,7 @@ def _figure(
                 Series(label, color_of(variant, variants), points) for label, (variant, points) in curves[task].items()
             ),
             paper.chance(task),
-            theirs[task],
+            published[task],
         )
         for task in tasks
     )

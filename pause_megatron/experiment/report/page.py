@@ -1,4 +1,4 @@
-"""One HTML page with everything in it: style, tables, pictures. It needs nothing from outside."""
+"""One self-contained HTML page with style, tables and pictures."""
 
 from __future__ import annotations
 
@@ -13,17 +13,24 @@ STYLE = Path(__file__).resolve().parent / "page.css"
 
 @dataclass(frozen=True)
 class Part:
-    """A section of the page: a title, and HTML below it."""
+    """A section of the page.
+
+    Attributes:
+        title: Title, plain text.
+        html: Content, HTML.
+    """
 
     title: str
     html: str
 
 
 def render(title: str, lead: str, parts: Sequence[Part]) -> str:
-    """The page.
+    """Return the page.
 
     Args:
+        title: Title, plain text.
         lead: HTML below the title.
+        parts: The sections.
     """
     body = "\n".join(f"<h2>{escape(part.title)}</h2>\n{part.html}" for part in parts if part.html)
     return (
@@ -35,16 +42,26 @@ def render(title: str, lead: str, parts: Sequence[Part]) -> str:
 
 
 def picture(path: Path, alt: str) -> str:
-    """A PNG inside the page."""
+    """Return a PNG as inline HTML.
+
+    Args:
+        path: The PNG.
+        alt: Alternative text.
+    """
     data = base64.b64encode(path.read_bytes()).decode()
     return f'<p class=picture><img alt="{escape(alt, quote=True)}" src="data:image/png;base64,{data}"></p>'
 
 
 def paragraph(text: str, kind: str = "") -> str:
-    """A paragraph of plain text."""
+    """Return a paragraph.
+
+    Args:
+        text: Plain text.
+        kind: CSS class.
+    """
     return f'<p class="{kind}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
 
 
 def bullets(lines: Sequence[str]) -> str:
-    """A list of plain texts."""
+    """Return a list of plain texts."""
     return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>"

@@ -1,4 +1,4 @@
-"""The pictures of Figure 3 and of the controls. Ours above, the paper's below. Figure 4: curve_plots."""
+"""The plots of Figure 3 and of the controls, above the paper's. Figure 4 is in `curve_plots`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from pause_megatron.experiment.report.compare import Summary
 from pause_megatron.experiment.report.published import VARIANTS, Published
 
-# Okabe & Ito's colours, which people with any colour vision tell apart. Colour names a variant, never a winner.
+# Okabe & Ito's colours, distinct for any colour vision. A colour stands for a variant.
 COLORS = {
     "StdPT_StdFT": "#7f7f7f",
     "StdPT_PauseFT": "#56b4e9",
@@ -23,7 +23,12 @@ _SHORT |= {"PausePT_PauseFT": "Pause/Pause"}
 
 
 def color_of(variant: str, variants: Sequence[str]) -> str:
-    """The colour that names a variant."""
+    """Return the colour of a variant.
+
+    Args:
+        variant: Name of the variant.
+        variants: Names of all variants of the grid.
+    """
     if variant in COLORS:
         return COLORS[variant]
     others = [name for name in variants if name not in COLORS]
@@ -31,7 +36,14 @@ def color_of(variant: str, variants: Sequence[str]) -> str:
 
 
 def draw_variants(path: Path, main: Mapping[tuple[str, str], Summary], tasks: Sequence[str], paper: Published) -> None:
-    """Figure 3: a panel per task, the four variants; below it the paper's."""
+    """Draw Figure 3: a panel per task with the four variants, above the paper's.
+
+    Args:
+        path: PNG to write.
+        main: Summary by (variant, task).
+        tasks: Tasks, a panel each.
+        paper: The published numbers.
+    """
     plt = pyplot()
     columns = min(COLUMNS, len(tasks))
     rows = -(-len(tasks) // columns)
@@ -61,7 +73,16 @@ def draw_all(
     baseline: str,
     paper: Published,
 ) -> None:
-    """Every variant and control as a point with its error bar; the dashed line is the baseline."""
+    """Draw every variant and control as a point with its error bar; the dashed line is the baseline.
+
+    Args:
+        path: PNG to write.
+        main: Summary by (variant, task).
+        tasks: Tasks, a panel each.
+        variants: Variants, a row each.
+        baseline: Name of the baseline.
+        paper: The published numbers.
+    """
     plt = pyplot()
     columns = min(COLUMNS, len(tasks))
     rows = -(-len(tasks) // columns)
@@ -123,22 +144,24 @@ def _bars_of_task(axes: Any, task: str, main: Mapping[tuple[str, str], Summary],
 
 
 def _published_bars(axes: Any, task: str, paper: Published) -> None:
-    values = [paper.score(task, variant) for variant in VARIANTS]
-    if not any(value is not None for value in values):
+    scores = {variant: paper.score(task, variant) for variant in VARIANTS}
+    values = {variant: value for variant, value in scores.items() if value is not None}
+    if not values:
         axes.axis("off")
         return
-    for position, (variant, value) in enumerate(zip(VARIANTS, values, strict=True)):
+    for variant, value in values.items():
+        position = VARIANTS.index(variant)
         axes.bar(position, value, color="white", edgecolor=COLORS[variant], hatch="///", width=0.7)
         _label(axes, position, value, value)
-    axes.set_ylim(0, 1.25 * max(values))
+    axes.set_ylim(0, 1.25 * max(values.values()))
     _label_variants(axes, "paper, 1B")
 
 
 def _label(axes: Any, position: float, height: float, value: float) -> None:
-    """The number above a bar."""
-    place = (position, height), (0, 2)
-    behind = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.4}  # the line of chance may pass there
-    axes.annotate(f"{value:.1f}", *place, textcoords="offset points", ha="center", fontsize=7, bbox=behind)
+    """Write a number above a bar."""
+    point = (position, height), (0, 2)
+    behind = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.4}  # the line of chance may cross it
+    axes.annotate(f"{value:.1f}", *point, textcoords="offset points", ha="center", fontsize=7, bbox=behind)
 
 
 def _label_variants(axes: Any, label: str) -> None:
@@ -150,7 +173,7 @@ def _label_variants(axes: Any, label: str) -> None:
 
 
 def pyplot() -> Any:
-    """matplotlib.pyplot, which draws into files alone."""
+    """Return matplotlib.pyplot with the file backend."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -160,6 +183,11 @@ def pyplot() -> Any:
 
 
 def save(figure: Any, path: Path) -> None:
-    """As a PNG on white; the figure is gone afterwards."""
+    """Write a figure as a PNG on white, and close it.
+
+    Args:
+        figure: The figure.
+        path: PNG to write.
+    """
     figure.savefig(path, dpi=130, facecolor="white")
     pyplot().close(figure)

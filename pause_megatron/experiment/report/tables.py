@@ -1,4 +1,4 @@
-"""Tables of a report as HTML: numbers with their errors, counts and intervals."""
+"""The tables of a report as HTML: numbers with errors, counts and intervals."""
 
 from __future__ import annotations
 
@@ -8,14 +8,20 @@ from html import escape
 from pause_megatron.experiment.estimate import si
 from pause_megatron.experiment.ledger import Ledger
 from pause_megatron.experiment.report.compare import Comparison, Summary, smallest_visible
-from pause_megatron.experiment.report.published import VARIANTS, Published
+from pause_megatron.experiment.report.published import VARIANTS, Published, PublishedCurve
 
 Main = Mapping[tuple[str, str], Summary]
 Comparisons = Mapping[tuple[str, str], Comparison]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> str:
-    """An HTML table; the cells are HTML, the first of a row is its head."""
+    """Return an HTML table.
+
+    Args:
+        head: Column heads, HTML.
+        rows: Cells, HTML; the first of a row is its head.
+        caption: Caption, HTML.
+    """
     caption_html = f"<caption>{caption}</caption>" if caption else ""
     head_html = "".join(f"<th scope=col>{cell}</th>" for cell in head)
     body = "".join(
@@ -27,7 +33,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "")
 
 
 def number(summary: Summary | None) -> str:
-    """ "12.3 ± 0.4"."""
+    """Return a summary as "12.3 ± 0.4", or "not run"."""
     if summary is None:
         return "<span class=quiet>not run</span>"
     error = "" if summary.error is None else f" <span class=quiet>± {summary.error:.1f}</span>"
@@ -35,7 +41,15 @@ def number(summary: Summary | None) -> str:
 
 
 def variants_table(main: Main, comparisons: Comparisons, tasks: Sequence[str], baseline: str, paper: Published) -> str:
-    """Figure 3: tasks x the four variants, the paper's number below ours."""
+    """Return Figure 3 as a table: tasks x the four variants, with the paper's numbers below.
+
+    Args:
+        main: Summary by (variant, task).
+        comparisons: Comparison with the baseline by (variant, task).
+        tasks: Tasks, a row each.
+        baseline: Name of the baseline.
+        paper: The published numbers.
+    """
     rows = []
     for task in tasks:
         row = [f"{escape(paper.title(task))}<br><span class=quiet>{_facts(main, task)}</span>"]
@@ -59,7 +73,7 @@ def variants_table(main: Main, comparisons: Comparisons, tasks: Sequence[str], b
 
 
 def difference(found: Comparison) -> str:
-    """ "+1.2 [0.3, 2.1] ◆"."""
+    """Return a comparison as "+1.2 [0.3, 2.1]", with ◆ if both intervals exclude 0."""
     mark = " ◆" if found.supported else ""
     return f"<span class=quiet>{found.difference:+.1f} [{found.low:.1f}, {found.high:.1f}]</span>{mark}"
 
@@ -67,10 +81,14 @@ def difference(found: Comparison) -> str:
 def controls_table(
     main: Main, comparisons: Comparisons, tasks: Sequence[str], variants: Mapping[str, str], paper: Published
 ) -> str:
-    """Every variant, the controls too.
+    """Return a table of every variant, controls included.
 
     Args:
-        variants: name -> what it is, in words.
+        main: Summary by (variant, task).
+        comparisons: Comparison with the baseline by (variant, task).
+        tasks: Tasks, a column each.
+        variants: Description by name of the variant.
+        paper: The published numbers, for titles.
     """
     rows = []
     for variant, about in variants.items():
@@ -90,23 +108,33 @@ def controls_table(
 def curve_table(
     axis: str,
     ours: Mapping[str, Mapping[int, Summary]],
-    theirs: tuple[str, Mapping[int, float]] | None,
+    published: PublishedCurve | None,
     caption: str,
 ) -> str:
-    """Curves of a task in numbers, a row each; the paper's last."""
-    counts = sorted({count for points in ours.values() for count in points} | set(theirs[1] if theirs else ()))
+    """Return the curves of a task as a table, the paper's last.
+
+    Args:
+        axis: "M_ft" or "M_inf".
+        ours: Summary by number of pauses, by label.
+        published: The paper's curve.
+        caption: Title of the task.
+    """
+    counts = sorted(
+        {count for points in ours.values() for count in points} | set(published.points if published else ())
+    )
     rows = [
         [escape(label), *(number(points[count]) if count in points else "" for count in counts)]
         for label, points in ours.items()
     ]
-    if theirs:
-        cells = (f"<span class=paper>{theirs[1][count]:.1f}</span>" if count in theirs[1] else "" for count in counts)
-        rows.append([f"<span class=paper>paper, 1B: {escape(theirs[0])}</span>", *cells])
+    if published:
+        values = (f"{published.points[count]:.1f}" if count in published.points else "" for count in counts)
+        cells = (f"<span class=paper>{value}</span>" if value else "" for value in values)
+        rows.append([f"<span class=paper>paper, 1B: {escape(published.label)}</span>", *cells])
     return table([f"{escape(caption)}: {axis}", *map(str, counts)], rows)
 
 
 def ledger_table(rows: Mapping[str, Ledger]) -> str:
-    """Costs, a row each."""
+    """Return a table of costs, a row for each ledger."""
     head = [
         "",
         "cells",
@@ -136,7 +164,14 @@ def ledger_table(rows: Mapping[str, Ledger]) -> str:
 
 
 def limits(main: Main, tasks: Sequence[str], baseline: str, paper: Published) -> list[str]:
-    """What the numbers can and cannot say, a sentence for each task."""
+    """Return what the numbers can and cannot show, a sentence for each task.
+
+    Args:
+        main: Summary by (variant, task).
+        tasks: The tasks.
+        baseline: Name of the baseline.
+        paper: The published numbers.
+    """
     found = []
     for task in tasks:
         known = [summary for (_, name), summary in main.items() if name == task]

@@ -1,4 +1,4 @@
-"""Writes a report folder: index.html (everything in one file), the pictures, summary.json."""
+"""Writing the folder of a report: index.html (self-contained), the pictures and summary.json."""
 
 from __future__ import annotations
 
@@ -8,21 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from pause_megatron.errors import DataError
-from pause_megatron.experiment.cell import VERSION, write_json
+from pause_megatron.experiment.cell import VERSION
 from pause_megatron.experiment.report import costs, curve_plots, curves, plots, tables
 from pause_megatron.experiment.report.collect import Collected, collect
 from pause_megatron.experiment.report.compare import Comparison, Key, Summary, compare, main_summaries, summarise
 from pause_megatron.experiment.report.page import Part, bullets, paragraph, picture, render
 from pause_megatron.experiment.report.published import Published, published
+from pause_megatron.experiment.stored import write_json
 from pause_megatron.files.durable import write_whole
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What a report states.
+    """The findings of an experiment.
 
     Attributes:
-        main: the number that stands for (variant, task). comparisons: of it with the baseline's.
+        collected: The data.
+        summaries: Scores over seeds by (variant, task, M_ft, M_inf).
+        main: The summary that represents (variant, task).
+        comparisons: Comparison of `main` with the baseline by (variant, task).
+        paper: The published numbers.
     """
 
     collected: Collected
@@ -33,7 +38,7 @@ class Findings:
 
     @property
     def tasks(self) -> list[str]:
-        """Tasks with at least one number."""
+        """Tasks with at least one score."""
         known = {task for _, task in self.main}
         return [task for task in self.collected.grid.tasks if task in known]
 
@@ -42,34 +47,36 @@ def write_report(directory: Path, output: Path) -> Iterator[str]:
     """Write the report of an experiment, complete or not.
 
     Args:
-        directory: of the experiment. output: folder of the report.
+        directory: Folder of the experiment.
+        output: Folder of the report.
 
     Yields:
-        what was written, a line each.
+        A line for each file of the report.
 
     Raises:
-        DataError: no experiment there, or not one evaluation is done.
+        DataError: The folder holds no experiment, or no evaluation is complete.
     """
-    found = find(directory)
+    findings = findings_of(directory)
     output.mkdir(parents=True, exist_ok=True)
-    parts = list(_parts(found, output))
-    title = found.collected.grid.title or found.collected.grid.name
-    write_whole(output / "index.html", render(title, _lead(found), parts).encode())
-    write_json(output / "summary.json", summary(found))
+    parts = list(_parts(findings, output))
+    title = findings.collected.grid.title or findings.collected.grid.name
+    write_whole(output / "index.html", render(title, _lead(findings), parts).encode())
+    write_json(output / "summary.json", summary(findings))
     for path in sorted(output.glob("*")):
         yield f"wrote {path}"
 
 
-def find(directory: Path) -> Findings:
-    """Everything that the report states.
+def findings_of(directory: Path) -> Findings:
+    """Return the findings of an experiment.
 
     Raises:
-        DataError: no experiment there, or not one evaluation is done.
+        DataError: The folder holds no experiment, or no evaluation is complete.
     """
     collected = collect(directory)
     if not collected.scores:
         raise DataError(
-            f"{directory}: not one evaluation is done yet ({collected.done} of {len(collected.cells)} cells)"
+            f"{directory}: expected at least one complete evaluation, got none ({collected.done} of "
+            f"{len(collected.cells)} cells are done)"
         )
     summaries = summarise(collected.scores)
     main = main_summaries(collected, summaries)
@@ -77,56 +84,56 @@ def find(directory: Path) -> Findings:
     for (variant, task), one in main.items():
         baseline = main.get((collected.grid.baseline, task))
         if baseline is not None and variant != collected.grid.baseline:
-            found = compare(one, baseline)
-            if found is not None:
-                comparisons[variant, task] = found
+            comparison = compare(one, baseline)
+            if comparison is not None:
+                comparisons[variant, task] = comparison
     return Findings(collected, summaries, main, comparisons, published())
 
 
-def summary(found: Findings) -> dict[str, Any]:
-    """The content of summary.json: scores in per cent."""
-    collected = found.collected
+def summary(findings: Findings) -> dict[str, Any]:
+    """Return the content of summary.json, with scores in per cent."""
+    collected = findings.collected
     return {
         "version": VERSION,
         "name": collected.grid.name,
         "cells": {"done": collected.done, "all": len(collected.cells)},
         "baseline": collected.grid.baseline,
-        "scores": [_plain(each) for each in found.summaries.values()],
+        "scores": [_plain(each) for each in findings.summaries.values()],
         "main": [
             {
                 **_plain(each),
-                "paper": found.paper.score(task, variant),
-                "against_baseline": _comparison(found.comparisons.get((variant, task))),
+                "paper": findings.paper.score(task, variant),
+                "against_baseline": _comparison(findings.comparisons.get((variant, task))),
             }
-            for (variant, task), each in found.main.items()
+            for (variant, task), each in findings.main.items()
         ],
-        "models": costs.pretrained(collected),
+        "models": [asdict(model) for model in costs.pretrained(collected)],
         "ledger": {name: each.as_json() for name, each in costs.by_variant(collected).items()},
-        "paper": {"source": found.paper.source, "precision": found.paper.precision},
+        "paper": {"source": findings.paper.source, "precision": findings.paper.precision},
     }
 
 
-def _lead(found: Findings) -> str:
-    collected = found.collected
+def _lead(findings: Findings) -> str:
+    collected = findings.collected
     seeds = ", ".join(map(str, collected.grid.seeds))
     text = (
-        f"{len(collected.grid.variants)} variants, {len(found.tasks)} tasks, finetuning seeds {seeds}. Published "
-        f"numbers: {found.paper.source}; {found.paper.precision}."
+        f"{len(collected.grid.variants)} variants, {len(findings.tasks)} tasks, finetuning seeds {seeds}. Published "
+        f"numbers: {findings.paper.source}; {findings.paper.precision}."
     )
     lead = paragraph(text)
     if collected.done < len(collected.cells):
         missing = (
-            f"Incomplete: {collected.done} of {len(collected.cells)} cells are done; means are over what there is."
+            f"Incomplete: {collected.done} of {len(collected.cells)} cells are done; means are over the complete ones."
         )
         lead += paragraph(missing, "warning")
     return lead
 
 
-def _parts(found: Findings, output: Path) -> Iterator[Part]:
-    collected, paper, grid = found.collected, found.paper, found.collected.grid
-    yield Part("What these numbers can and cannot say", bullets(_caveats(found)))
-    plots.draw_variants(output / "figure3.png", found.main, found.tasks, paper)
-    figure3 = tables.variants_table(found.main, found.comparisons, found.tasks, grid.baseline, paper)
+def _parts(findings: Findings, output: Path) -> Iterator[Part]:
+    collected, paper, grid = findings.collected, findings.paper, findings.collected.grid
+    yield Part("What these numbers can and cannot say", bullets(_caveats(findings)))
+    plots.draw_variants(output / "figure3.png", findings.main, findings.tasks, paper)
+    figure3 = tables.variants_table(findings.main, findings.comparisons, findings.tasks, grid.baseline, paper)
     figure3 += paragraph("Bars: means over seeds; dots: single seeds; error bars: as in the table.", "quiet")
     alt = "Bars of the four variants on each task with error bars; below each, the paper's bars"
     yield Part(
@@ -136,13 +143,13 @@ def _parts(found: Findings, output: Path) -> Iterator[Part]:
         (
             "figure4-m-ft.png",
             "Figure 4: pauses in finetuning",
-            curves.over_m_ft(collected, found.summaries, paper),
+            curves.over_m_ft(collected, findings.summaries, paper),
             "M_ft",
         ),
         (
             "figure4-m-inf.png",
             "Figure 4: pauses at inference",
-            curves.over_m_inf(collected, found.summaries, paper),
+            curves.over_m_inf(collected, findings.summaries, paper),
             "M_inf",
         ),
     ):
@@ -150,10 +157,10 @@ def _parts(found: Findings, output: Path) -> Iterator[Part]:
             curve_plots.draw_curves(output / name, figure.panels, f"pauses ({axis})")
             yield Part(title, picture(output / name, f"Scores over {axis}, a panel per task") + figure.tables)
     names = list(grid.variants)
-    plots.draw_all(output / "variants.png", found.main, found.tasks, names, grid.baseline, paper)
+    plots.draw_all(output / "variants.png", findings.main, findings.tasks, names, grid.baseline, paper)
     about = {name: variant.about for name, variant in grid.variants.items()}
-    controls = tables.controls_table(found.main, found.comparisons, found.tasks, about, paper)
-    controls += bullets(_paper_controls(found))
+    controls = tables.controls_table(findings.main, findings.comparisons, findings.tasks, about, paper)
+    controls += bullets(_paper_controls(findings))
     picture_html = picture(output / "variants.png", "Every variant and control as a point with its error bar")
     yield Part("All variants and controls: appending and prepending, fillers, memory tokens", picture_html + controls)
     yield Part("What was pretrained", costs.pretrained_table(costs.pretrained(collected)))
@@ -161,15 +168,15 @@ def _parts(found: Findings, output: Path) -> Iterator[Part]:
     yield Part("Ledger: what it cost", ledger + bullets(_ledger_notes()))
 
 
-def _caveats(found: Findings) -> list[str]:
-    grid = found.collected.grid
-    lines = tables.limits(found.main, found.tasks, grid.baseline, found.paper)
+def _caveats(findings: Findings) -> list[str]:
+    grid = findings.collected.grid
+    lines = tables.limits(findings.main, findings.tasks, grid.baseline, findings.paper)
     supported = [
-        f"{variant} on {found.paper.title(task)} ({each.difference:+.1f})"
-        for (variant, task), each in found.comparisons.items()
+        f"{variant} on {findings.paper.title(task)} ({each.difference:+.1f})"
+        for (variant, task), each in findings.comparisons.items()
         if each.supported
     ]
-    count = len(found.comparisons)
+    count = len(findings.comparisons)
     lines.append(
         f"Of {count} comparisons with {grid.baseline}, {len(supported)} leave out 0 over records and over seeds"
         + (f": {', '.join(supported)}" if supported else "")
@@ -186,9 +193,11 @@ def _caveats(found: Findings) -> list[str]:
     return lines
 
 
-def _paper_controls(found: Findings) -> list[str]:
-    paper = found.paper
-    filler = [f"{paper.title(task)} {paper.filler(task):.1f}" for task in found.tasks if paper.filler(task) is not None]
+def _paper_controls(findings: Findings) -> list[str]:
+    paper = findings.paper
+    filler = [
+        f"{paper.title(task)} {paper.filler(task):.1f}" for task in findings.tasks if paper.filler(task) is not None
+    ]
     lines = [f'Paper, filler "." at inference on StdPT_StdFT: {", ".join(filler)}: no gain.'] if filler else []
     return lines + [f"Paper: {statement}" for statement in paper.statements]
 

@@ -12,8 +12,8 @@ from pause_megatron.config.load import load
 from pause_megatron.config.presets import fill_sizes
 from pause_megatron.config.schema import ModelSection
 from pause_megatron.errors import ConfigError
-from pause_megatron.experiment.grid import Plan, expand
-from pause_megatron.experiment.inputs import assume
+from pause_megatron.experiment.grid import CellGraph, expand
+from pause_megatron.experiment.inputs import assumed_inputs
 from pause_megatron.experiment.load import dump_grid, load_grid, recipe_names
 from pause_megatron.experiment.models import count_extra_layers, resolve_models
 from pause_megatron.experiment.schema import ExtraLayers
@@ -24,12 +24,12 @@ def small(tmp_path):
     return write_grid(tmp_path / "grid.yaml")
 
 
-def plan_of(path, *overrides: str) -> Plan:
+def plan_of(path, *overrides: str) -> CellGraph:
     grid = load_grid(path, overrides=overrides)
-    return expand(grid, assume(grid))
+    return expand(grid, assumed_inputs(grid))
 
 
-def by_name(plan: Plan) -> dict[str, str]:
+def by_name(plan: CellGraph) -> dict[str, str]:
     return {cell.name: cell.fingerprint for cell in plan.cells}
 
 
@@ -63,10 +63,10 @@ def test_a_wrong_grid_names_the_line_and_what_was_meant(tmp_path, old, new, mess
 
 
 @pytest.fixture(scope="module")
-def paper() -> Plan:
+def paper() -> CellGraph:
     """The cells of the paper's experiment: 1300 of them."""
     grid = load_grid(recipe="paper-1b")
-    return expand(grid, assume(grid))
+    return expand(grid, assumed_inputs(grid))
 
 
 @pytest.mark.parametrize("recipe", recipe_names())
@@ -85,7 +85,7 @@ def test_the_large_experiments_differ_in_size_alone():
 @pytest.mark.parametrize("recipe", ["tiny", "paper-1b"])
 def test_inputs_come_first_and_no_folder_is_used_twice(recipe, paper):
     grid = load_grid(recipe=recipe)
-    plan = paper if recipe == "paper-1b" else expand(grid, assume(grid))
+    plan = paper if recipe == "paper-1b" else expand(grid, assumed_inputs(grid))
     seen: set[str] = set()
     for cell in plan.cells:
         assert cell.input is None or cell.input.fingerprint in seen
@@ -165,7 +165,7 @@ def test_a_change_reaches_what_depends_on_it_and_nothing_else(small, override, c
 def test_a_fingerprint_depends_on_the_data_and_not_on_where_it_lies(small):
     grid = load_grid(small, overrides=["data.prefix=/here/english", "data.tasks=/here"])
     moved = load_grid(small, overrides=["data.prefix=/there/english", "data.tasks=/there"])
-    inputs = assume(grid)
+    inputs = assumed_inputs(grid)
     there = {name: dataclasses.replace(records, folder="/there") for name, records in inputs.tasks.items()}
     before = by_name(expand(grid, inputs))
     assert by_name(expand(moved, dataclasses.replace(inputs, tasks=there))) == before
@@ -182,7 +182,7 @@ def test_a_blank_in_the_path_of_the_corpus(small):
         grid = load_grid(small, overrides=[f"data.prefix={json.dumps(given)}", "data.tasks=/here"])
         small.with_name("again.yaml").write_text(dump_grid(grid))
         assert load_grid(small.with_name("again.yaml")) == grid
-        pretraining = [cell for cell in expand(grid, assume(grid)).cells if cell.verb == "pretrain"]
+        pretraining = [cell for cell in expand(grid, assumed_inputs(grid)).cells if cell.verb == "pretrain"]
         for cell in pretraining:
             word = next(word for word in cell.arguments if word.startswith("data.prefix="))
             assert load(overrides=[word]).data.prefix == tuple(map(str, given))

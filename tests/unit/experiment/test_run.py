@@ -12,16 +12,16 @@ from pathlib import Path
 from support.small_grid import cheap_cell, give_product, place_cells
 
 from pause_megatron.cli import main
-from pause_megatron.experiment.cell import find_folder, read_json, write_json
-from pause_megatron.experiment.devices import share_of, visible_gpus
+from pause_megatron.experiment.devices import gpus_of_slot, visible_gpus
 from pause_megatron.experiment.execute import Stop, alone_or_deepspeed, arguments_of, under_srun
-from pause_megatron.experiment.folder import Placed, state_of
+from pause_megatron.experiment.folder import LocatedCell, find_folder, state_of
 from pause_megatron.experiment.ledger import Ledger, ledger_of, total
 from pause_megatron.experiment.run_local import run_local
+from pause_megatron.experiment.stored import CellFile, DoneFile, FailedFile, PlanFile
 from pause_megatron.files.durable import only_writer
 
 
-def tree(directory: Path) -> dict[str, Placed]:
+def tree(directory: Path) -> dict[str, LocatedCell]:
     """a <- b <- c, and d <- e; d will fail: its verb leaves no product, and it has none."""
     a = cheap_cell("a")
     b = cheap_cell("b", a)
@@ -33,13 +33,13 @@ def tree(directory: Path) -> dict[str, Placed]:
     return placed
 
 
-def states(placed: dict[str, Placed]) -> dict[str, str]:
+def states(placed: dict[str, LocatedCell]) -> dict[str, str]:
     return {entry.cell.name: state_of(entry.folder) for entry in placed.values()}
 
 
 def test_a_failed_cell_stops_what_needs_it_and_nothing_else_and_the_next_run_goes_on(tmp_path):
     placed, said = tree(tmp_path), []
-    assert run_local(placed, jobs=2, stop=Stop(), say=said.append) == 1
+    assert run_local(placed, jobs=2, stop=Stop(), log=said.append) == 1
     assert states(placed) == {"a": "done", "b": "done", "c": "done", "d": "failed", "e": "waiting"}
     assert said[0] == "5 cells: 0 done before, 5 to run, 2 at a time"
     assert said[-2:] == [said[-2], "failed: d"] and said[-2].startswith("3 of 5 cells done")
@@ -49,23 +49,23 @@ def test_a_failed_cell_stops_what_needs_it_and_nothing_else_and_the_next_run_goe
     before = {name: (entry.folder / "done.json").stat().st_mtime_ns for name, entry in placed.items() if entry.done}
     give_product(next(entry for entry in placed.values() if entry.cell.name == "d"))
     said.clear()
-    assert run_local(placed, jobs=2, stop=Stop(), say=said.append) == 0
+    assert run_local(placed, jobs=2, stop=Stop(), log=said.append) == 0
     assert said[0] == "5 cells: 3 done before, 2 to run, 2 at a time"
     assert all((placed[name].folder / "done.json").stat().st_mtime_ns == when for name, when in before.items())
-    done = read_json(next(entry for entry in placed.values() if entry.cell.name == "d").folder / "done.json")
-    assert done["attempts"] == 2 and done["ledger"]["raw_tokens"] == 30 and done["ledger"]["pauses"] == 3
+    done = DoneFile.read(next(entry for entry in placed.values() if entry.cell.name == "d").folder)
+    assert done.attempts == 2 and done.ledger.raw_tokens == 30 and done.ledger.pauses == 3
 
 
 def test_the_last_lines_of_a_failed_verb_are_shown(tmp_path):
     placed, said = place_cells(tmp_path, [cheap_cell("a")]), []
     (entry,) = placed.values()
-    record = read_json(entry.folder / "cell.json")
-    write_json(entry.folder / "cell.json", {**record, "arguments": ["--recipe", "tiny-sdt"]})
-    assert run_local(placed, jobs=1, stop=Stop(), say=said.append) == 1
+    cell = CellFile.read(entry.folder)
+    cell.model_copy(update={"arguments": ("--recipe", "tiny-sdt")}).write(entry.folder)
+    assert run_local(placed, jobs=1, stop=Stop(), log=said.append) == 1
     failure = next(line for line in said if "FAILED" in line)
     assert "exit code 2" in failure and "Did you mean 'tiny-std'?" in failure and str(entry.folder) in failure
     assert states(placed) == {"a": "failed"}
-    assert read_json(entry.folder / "failed.json")["code"] == 2
+    assert FailedFile.read(entry.folder).code == 2
 
 
 def test_a_cell_that_a_process_of_a_killed_run_still_works_on_is_waited_for(tmp_path):
@@ -78,7 +78,7 @@ def test_a_cell_that_a_process_of_a_killed_run_still_works_on_is_waited_for(tmp_
         orphan = subprocess.Popen([sys.executable, "-c", code], pass_fds=(lock,), stdout=subprocess.PIPE)
         orphan.stdout.readline()
         runner = threading.Thread(
-            target=run_local, args=(placed,), kwargs={"jobs": 1, "stop": Stop(), "say": said.append}
+            target=run_local, args=(placed,), kwargs={"jobs": 1, "stop": Stop(), "log": said.append}
         )
         runner.start()
         while not any("earlier run" in line for line in said):
@@ -122,8 +122,8 @@ def test_a_verb_ends_with_its_runner(tmp_path):
 
 def test_asked_to_stop_nothing_starts(tmp_path):
     placed, stop, said = tree(tmp_path), Stop(), []
-    stop.ask()
-    assert run_local(placed, jobs=2, stop=stop, say=said.append) == 75
+    stop.request()
+    assert run_local(placed, jobs=2, stop=stop, log=said.append) == 75
     assert set(states(placed).values()) == {"waiting"}
 
 
@@ -141,7 +141,7 @@ def test_arguments_get_folders_and_launchers_their_ranks(tmp_path):
     placed = place_cells(tmp_path, [a, type(a)("b", "export-hf", ("{input}", "{output}"), {}, a)])
     b = placed[list(placed)[1]].folder
     expected = [str(tmp_path / "cells" / a.folder_name / "run"), str(b / "hf")]
-    assert arguments_of(b, read_json(b / "cell.json")) == expected
+    assert arguments_of(b, CellFile.read(b)) == expected
     assert alone_or_deepspeed(["m", "v"], 1) == [sys.executable, "-m", "m", "v"]
     command = alone_or_deepspeed(["m", "v"], 2)
     assert command[1:5] == ["-m", "deepspeed.launcher.runner", "--num_gpus", "2"] and command[-3:] == [
@@ -159,8 +159,9 @@ def test_ledgers_add_up(tmp_path):
     assert trained == Ledger(120.0, 40, 36, 4, 8.0, 20, 40, 1)
     entry = {"task": "t", "pauses": 5, "location": "append", "filler": None, "seconds": 1.5}
     entry["tokens"] = {"prompt": 50, "pauses": 10, "new": 40}
+    entry |= {"value": 0.5, "n": 8, "prefix_attention": "causal", "seed": 0, "dtype": "fp32", "model": "m", "data": "d"}
     entries = [{**entry, "metric": "exact_match"}, {**entry, "metric": "f1"}, {**entry, "metric": "f1", "pauses": 0}]
-    (tmp_path / "results.json").write_text(json.dumps({"results": entries}))
+    (tmp_path / "results.json").write_text(json.dumps({"version": 1, "results": entries}))
     scored = ledger_of("evaluate", tmp_path, 1.0, wall_seconds=4, ranks=1)
     assert scored == Ledger(200.0, 200, 180, 20, 3.0, 4, 4, 1)
     assert total([trained, scored]) == Ledger(320.0, 240, 216, 24, 11.0, 24, 44, 2)
@@ -168,27 +169,27 @@ def test_ledgers_add_up(tmp_path):
 
 def test_status_says_what_is_done(tmp_path, capsys):
     placed = tree(tmp_path)
-    write_json(tmp_path / "plan.json", {"version": 1, "cells": [e.folder.name for e in placed.values()], "points": []})
-    run_local(placed, jobs=1, stop=Stop(), say=lambda text: None)
+    PlanFile(cells=tuple(entry.folder.name for entry in placed.values()), points=()).write(tmp_path)
+    run_local(placed, jobs=1, stop=Stop(), log=lambda text: None)
     assert main(["experiment", "status", str(tmp_path)]) == 0
     assert capsys.readouterr().out.endswith("5 cells: 3 done, 1 failed, 1 waiting\n")
     assert main(["experiment", "status", str(tmp_path / "nowhere")]) == 2
-    assert "there is none" in capsys.readouterr().err
+    assert "experiment run` wrote, got none" in capsys.readouterr().err
 
 
 def test_cells_that_run_side_by_side_have_gpus_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     gpus = visible_gpus()
-    assert [share_of(gpus, place, 2) for place in range(3)] == [("4", "5"), ("6", "7"), ("4", "5")]
-    assert share_of(gpus, 0, 8) == share_of((), 0, 1) == share_of(("GPU-1f", "GPU-2a"), 0, 2) == ()
-    assert share_of(("GPU-1f", "GPU-2a"), 1, 1) == ("GPU-2a",)
+    assert [gpus_of_slot(gpus, place, 2) for place in range(3)] == [("4", "5"), ("6", "7"), ("4", "5")]
+    assert gpus_of_slot(gpus, 0, 8) == gpus_of_slot((), 0, 1) == gpus_of_slot(("GPU-1f", "GPU-2a"), 0, 2) == ()
+    assert gpus_of_slot(("GPU-1f", "GPU-2a"), 1, 1) == ("GPU-2a",)
     command = " ".join(alone_or_deepspeed(["pause_megatron", "pretrain"], 2, ("6", "7")))
     assert "--include localhost:6,7 " in command and "--num_gpus" not in command
 
     placed = place_cells(tmp_path, [cheap_cell(name) for name in "abcd"])
     for entry in placed.values():
         give_product(entry)
-    assert run_local(placed, jobs=4, stop=Stop(), say=lambda text: None) == 0
+    assert run_local(placed, jobs=4, stop=Stop(), log=lambda text: None) == 0
     logs = [(entry.folder / "log.txt").read_text() for entry in placed.values()]
     assert sorted(log.split()[2] for log in logs) == [f"CUDA_VISIBLE_DEVICES={gpu}" for gpu in (4, 5, 6, 7)]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from pause_megatron.cli import main
 from pause_megatron.errors import DataError
 from pause_megatron.experiment.ledger import ledger_of
-from pause_megatron.experiment.report.costs import _last_lines
+from pause_megatron.experiment.report.costs import newest_metrics
 from pause_megatron.files import metrics_lines
 from pause_megatron.files.metrics_lines import DAMAGED, keep_steps, last_step, read_metrics
 
@@ -111,7 +111,7 @@ def test_every_reader_takes_the_good_lines(tmp_path, capsys):
     assert "damaged lines left out: 2" in capsys.readouterr().err and (tmp_path / "loss.png").stat().st_size > 1000
     ledger = ledger_of("pretrain", tmp_path, 10.0, 7.0, 1)
     assert (ledger.raw_tokens, ledger.text_tokens, ledger.seconds, ledger.flops) == (200, 180, 1.0, 2000.0)
-    assert _last_lines(path) == {"step": 2, "loss": 1.0, "tokens": 200, "text_tokens": 180, "seconds": 0.5}
+    assert newest_metrics(path) == {"step": 2, "loss": 1.0, "tokens": 200, "text_tokens": 180, "seconds": 0.5}
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\n", b'{"step": 1}\n', None])
@@ -120,6 +120,6 @@ def test_every_reader_says_in_a_line_what_it_cannot_use(tmp_path: Path, capsys, 
     path.mkdir() if content is None else path.write_bytes(content)
     assert main(["plot", str(tmp_path), "--output", str(tmp_path / "loss.png")]) == 2
     assert f"{path}: expected the metrics of a run" in capsys.readouterr().err
-    for read in (lambda: ledger_of("finetune", tmp_path, 10.0, 7.0, 1), lambda: _last_lines(path)):
+    for read in (lambda: ledger_of("finetune", tmp_path, 10.0, 7.0, 1), lambda: newest_metrics(path)):
         with pytest.raises(DataError, match="expected the metrics of a run"):
             read()
