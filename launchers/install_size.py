@@ -1,7 +1,7 @@
-"""Say how much an installation will download and keep, before it does, and refuse a disk that cannot hold it.
+"""Print how much an installation will download and keep, and refuse a disk that cannot hold it.
 
-pip resolves the requirement without installing it, reading the metadata of wheels alone where the index allows it, and
-the servers are asked for the sizes. What torch brings is most of it, and differs twentyfold between its builds.
+pip resolves the requirement without installing it. It reads only the metadata of wheels where the index allows that.
+Sizes come from the servers. Most of it is torch and its dependencies, which differ twentyfold between builds.
 
     .venv/bin/python launchers/install_size.py .venv 'torch==2.13.0' --constraint launchers/constraints.txt
 """
@@ -20,21 +20,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 GB = 1e9
-# Unpacked size over that of the wheels, measured on torch 2.13.0 and what it needs: 5.3 of 2.7 GB, 0.8 of 0.2 GB.
+# Unpacked size over that of the wheels, measured on torch 2.13.0 with dependencies: 5.3 of 2.7 GB, 0.8 of 0.2 GB.
 UNPACKED_CUDA, UNPACKED_CPU = 2.0, 4.0
-# What else is installed (DeepSpeed, datasets, transformers, ...), measured: extra -> GB to download, GB on disk.
+# Other packages (DeepSpeed, datasets, transformers, ...), measured: extra -> GB to download, GB on disk.
 OTHERS = {"quickstart": (0.2, 0.9), "test": (0.3, 1.4), "dev": (0.4, 1.5)}
-# Where sizes cannot be had: of torch and what it needs.
+# Of torch and its dependencies, if the servers give no sizes.
 TYPICAL_CUDA, TYPICAL_CPU = 2.7 * GB, 0.2 * GB
 
 
 @dataclass(frozen=True)
 class Torch:
-    """Attributes:
-    version: that pip chose; None: it is installed already
-    cuda: whether NVIDIA's libraries come with it
-    bytes: to download, with what it needs
-    known: whether these are the servers' own numbers
+    """The torch that pip would install.
+
+    Attributes:
+        version: Version that pip chose. None: torch is installed already.
+        cuda: Whether NVIDIA's libraries come with it.
+        bytes: Bytes to download, with its dependencies.
+        known: Whether the servers gave these sizes.
     """
 
     version: str | None
@@ -49,15 +51,15 @@ class Torch:
 
 
 def resolve(requirement: str, constraint: str | None) -> list[dict]:
-    """What pip would install for a requirement: entries of its report.
+    """Return what pip would install for a requirement: entries of its report.
 
     Raises:
-        subprocess.CalledProcessError: pip cannot say.
+        subprocess.CalledProcessError: pip cannot resolve the requirement.
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--dry-run"]
-        # Metadata by ranges of the wheels: an index without metadata apart would send gigabytes to say what is in them.
+        # Metadata by byte ranges: otherwise an index without separate metadata sends whole wheels, gigabytes.
         command += ["--use-feature=fast-deps", "--report", str(report), requirement]
         command += ["--constraint", constraint] if constraint else []
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -65,7 +67,7 @@ def resolve(requirement: str, constraint: str | None) -> list[dict]:
 
 
 def torch_of(entries: list[dict]) -> Torch:
-    """What is known of torch and of what comes with it."""
+    """Return version, build and size of torch and its dependencies."""
     names = {entry["metadata"]["name"].lower(): entry["metadata"]["version"] for entry in entries}
     version = names.get("torch")
     if version is None:
@@ -79,7 +81,7 @@ def torch_of(entries: list[dict]) -> Torch:
 
 
 def size_of(url: str) -> int | None:
-    """Bytes of a file, by its headers; None where the server does not say."""
+    """Return the bytes of a file by its headers; None if the server does not give them."""
     try:
         with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=20) as answer:
             return int(answer.headers["Content-Length"])
@@ -88,16 +90,17 @@ def size_of(url: str) -> int | None:
 
 
 def lines_about(torch: Torch, extra: str, free: float, venv: Path) -> list[str]:
-    """What to say.
+    """Return the lines to print.
 
     Args:
-        extra: of setup.py
-        free: bytes of the disk that will hold the environment
-        venv: its folder
+        torch: The torch that pip would install.
+        extra: Name of an extra of setup.py.
+        free: Free bytes on the disk of the environment.
+        venv: Folder of the environment.
     """
     others, others_on_disk = OTHERS.get(extra, OTHERS["test"])
     if torch.version is None:
-        return [f"torch is there; at most {others:.1f} GB to download, {others_on_disk:.1f} GB on disk"]
+        return [f"torch is installed; at most {others:.1f} GB to download, {others_on_disk:.1f} GB on disk"]
     build = "a CUDA build, with NVIDIA's libraries" if torch.cuda else "a CPU build"
     about = "" if torch.known else "typically "
     download, on_disk = torch.bytes / GB, torch.unpacked / GB
@@ -117,7 +120,7 @@ def lines_about(torch: Torch, extra: str, free: float, venv: Path) -> list[str]:
 
 
 def main() -> int:
-    """Print the sizes. Returns 1 where the disk cannot hold the installation, else 0."""
+    """Print the sizes, and return 1 if the disk cannot hold the installation, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("venv", type=Path, help="folder of the virtual environment")
     parser.add_argument("requirement", help="of torch, as pip takes it")
@@ -127,15 +130,15 @@ def main() -> int:
     try:
         torch = torch_of(resolve(args.requirement, args.constraint))
     except (OSError, subprocess.CalledProcessError, KeyError, ValueError):
-        say("how much will be downloaded is not known: about 3 GB with a CUDA build of torch, 0.4 GB with a CPU build")
-        return 0  # what is wrong with the requirement, the index or the network is pip's to say
+        log("the size of the download is not known: about 3 GB with a CUDA build of torch, 0.4 GB with a CPU build")
+        return 0  # pip will report what is wrong with the requirement, the index or the network
     there = next(folder for folder in (args.venv, *args.venv.absolute().parents) if folder.exists())
     free = shutil.disk_usage(there).free
     for line in lines_about(torch, args.extra, free, args.venv):
-        say(line)
+        log(line)
     needed = torch.unpacked + (OTHERS.get(args.extra, OTHERS["test"])[1] * GB if torch.version else 0)
     if free < needed:
-        say(
+        log(
             f"error: expected {needed / GB:.1f} GB free at {args.venv}, got {free / GB:.1f} GB; make room, set VENV to "
             "a folder elsewhere, or take a CPU build of torch"
         )
@@ -143,8 +146,8 @@ def main() -> int:
     return 0
 
 
-def say(text: str) -> None:
-    """As setup.sh does."""
+def log(text: str) -> None:
+    """Print a line as setup.sh does."""
     print(f"setup: {text}", file=sys.stderr, flush=True)
 
 

@@ -6,37 +6,37 @@
 #            TORCH='torch==2.13.0+cpu', and in PIP_EXTRA_INDEX_URL PyTorch's index for CPUs (see its installation page)
 #   VENV     folder of the environment (default: .venv here)
 #   EXTRAS   extras to install (default: quickstart)
-#   NO_SETUP set to anything: use the Python environment on PATH as it is (modules, containers)
+#   NO_SETUP if set, use the Python environment on PATH as it is (modules, containers)
 set -euo pipefail
 source "$(dirname -- "${BASH_SOURCE[0]}")/stopping.sh"
 [ -z "${NO_SETUP:-}" ] || return 0
 
-root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)  # with CDPATH cd may go elsewhere, and prints
+root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)  # CDPATH would let cd go elsewhere and print
 venv=${VENV:-$root/.venv}
 python=${PYTHON:-python3}
 constraints=$root/launchers/constraints.txt
 extras=${EXTRAS:-quickstart}
-tell() { echo "setup: $*" >&2; }
+log() { echo "setup: $*" >&2; }
 version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])'; }
 
 version=$(version_of "$python") || version=none
 case $version in
     3.1[0-3]) ;;
     *)
-        tell "error: expected Python 3.10 to 3.13, got $version ($python); set PYTHON=/path/to/python3"
+        log "error: expected Python 3.10 to 3.13, got $version ($python); set PYTHON=/path/to/python3"
         exit 1
         ;;
 esac
 if [ -x "$venv/bin/python" ]; then
     found=$(version_of "$venv/bin/python")
     if [ -n "${PYTHON:-}" ] && [ "$found" != "$version" ]; then
-        tell "error: expected $venv to be of Python $version, as PYTHON is, got $found; remove it, or set VENV"
+        log "error: expected $venv to be of Python $version, as PYTHON is, got $found; remove it, or set VENV"
         exit 1
     fi
     version=$found
 fi
 
-# pip on a terminal as it is, with its bars; elsewhere a line for each download of 10 MB or more, and each long task.
+# On a terminal pip shows its own progress bars. Elsewhere: a line for each download of 10 MB or more and each long task.
 pip_install() {
     local pip=("$venv/bin/python" -m pip install --disable-pip-version-check)
     local -x PYTHONUNBUFFERED=1 PYTHONWARNINGS=ignore
@@ -53,21 +53,21 @@ pip_install() {
 begun=$SECONDS
 stamp=$venv/.installed-$( (cat "$constraints" "$root/setup.py" "$root/pause_megatron/versions.py" && echo "${TORCH:-}") | cksum | cut -d' ' -f1)-$extras
 if [ ! -e "$stamp" ]; then
-    tell "Python $version, into $venv"
+    log "Python $version, into $venv"
     [ -x "$venv/bin/python" ] || run "$python" -m venv "$venv"
     run pip_install --quiet --upgrade pip setuptools wheel
-    # A torch of the user's is not the pinned one.
+    # TORCH replaces the pinned torch.
     pins=$venv/constraints.txt
     sed -E "${TORCH:+/^torch([^[:alnum:]_-]|\$)/d}" "$constraints" >"$pins"
-    tell "asking how much will be downloaded"
+    log "computing the size of the download"
     run "$venv/bin/python" "$root/launchers/install_size.py" "$venv" "${TORCH:-torch}" --constraint "$pins" \
         --extra "$extras"
-    # torch first and by itself: other packages ask for any torch, and would bring the newest with its CUDA libraries.
-    tell "1 of 2: torch"
+    # torch first: other packages accept any torch, and would install the newest one with its CUDA libraries.
+    log "1 of 2: torch"
     run pip_install --constraint "$pins" "${TORCH:-torch}"
-    tell "2 of 2: pause-megatron[$extras] and what it needs"
+    log "2 of 2: pause-megatron[$extras] and its dependencies"
     run pip_install --constraint "$pins" --editable "$root[$extras]"
     touch "$stamp"
-    tell "done in $((SECONDS - begun)) s, $(du -sh "$venv" | cut -f1) on disk"
+    log "done in $((SECONDS - begun)) s, $(du -sh "$venv" | cut -f1) on disk"
 fi
 export PATH=$venv/bin:$PATH

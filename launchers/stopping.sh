@@ -1,8 +1,8 @@
-# Sourced by setup.sh. `run COMMAND ...` runs a command so that a signal to the script reaches all that it started.
+# Sourced by setup.sh. `run COMMAND ...` runs a command so that a signal to the script reaches every process of it.
 #
-# A shell that is told to end would otherwise wait for its command, or leave it behind. Here the command has a process
-# group of its own; on SIGTERM, SIGHUP or Ctrl-C the group gets SIGTERM, on which a run saves and ends, and the script
-# waits for the last process of it. It then exits with 75 (the same command goes on), or 130 after Ctrl-C.
+# On SIGTERM a shell waits for its command, or leaves it running. Here the command has its own process group. On SIGTERM,
+# SIGHUP or Ctrl-C the group gets SIGTERM: a run saves and exits, and the script waits for the last process. It then exits
+# with 75 (the same command resumes), or 130 after Ctrl-C.
 
 running_group=
 
@@ -17,7 +17,7 @@ run() {
     return $code
 }
 
-group_lives() { # whether a process of the group is there that has not ended (a zombie has)
+group_lives() { # whether a process of the group is running; zombies do not count
     { cat /proc/[0-9]*/stat 2>/dev/null || true; } |
         awk -v group="$running_group" '{ sub(/.*\) /, "") } $3 == group && $1 !~ /[ZX]/ { n++ } END { exit !n }'
 }
@@ -25,12 +25,12 @@ group_lives() { # whether a process of the group is there that has not ended (a 
 end_group() {
     trap '' TERM HUP INT
     if [ -n "$running_group" ] && group_lives; then
-        # The terminal may be gone: what cannot be said must not end this here.
-        echo "stopping: what runs is told to save and end" >&2 || true
+        # The terminal may be closed: a failed message must not end the wait.
+        echo "stopping: running processes save and exit" >&2 || true
         kill -TERM -- "-$running_group" 2>/dev/null || true
         while group_lives; do sleep 0.2; done
     fi
-    echo "stopped; the same command goes on from here" >&2 || true
+    echo "stopped; the same command resumes" >&2 || true
     exit "$1"
 }
 

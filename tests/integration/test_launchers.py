@@ -110,7 +110,7 @@ def test_sigterm_to_the_quickstart_alone_ends_its_ranks_with_a_checkpoint(tmp_pa
 
     code, output = stopped_after(2)
     assert code == 75, output[-3000:]
-    assert "stopped after step" in output and output.endswith("stopped; the same command goes on from here\n")
+    assert "stopped after step" in output and output.endswith("stopped; the same command resumes\n")
     saved = Store(tmp_path / "std" / "checkpoints").newest_complete()[1].progress["step"]
     assert saved == len(metrics.read_text().splitlines())
     code, output = stopped_after(saved + 1)
