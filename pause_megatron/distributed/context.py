@@ -20,6 +20,7 @@ from pause_megatron.distributed.mpu import MPU
 from pause_megatron.distributed.ranks import Ranks, discover
 from pause_megatron.distributed.rendezvous import compare_in_world, rendezvous
 from pause_megatron.errors import ConfigError
+from pause_megatron.terminal.log import set_rank
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,7 @@ def initialize(
             GPU, ranks do not reach each other, or are not of one run. On every rank, whichever fails.
     """
     ranks = discover() if ranks is None else ranks
+    set_rank(ranks.rank)
     owns_world = not dist.is_initialized()
     world_size = ranks.world_size if owns_world else dist.get_world_size()
     kind, failure = _checked_device(parallel, device, world_size)
