@@ -26,7 +26,7 @@ from pause_megatron.distributed.settings import settings_of
 from pause_megatron.engine import Engine
 from pause_megatron.engine.waits import MICRO_BATCH, STEP, HostWaits
 from pause_megatron.model import PauseGPTModel, parameter_groups
-from pause_megatron.model.kernels import resolve
+from pause_megatron.model.kernels import choose_implementation
 from pause_megatron.plan.layout import Layout
 from pause_megatron.plan.memory import rank_memory
 from pause_megatron.train.guards.same_run import run_record
@@ -198,7 +198,7 @@ def _measurement(
         vocabulary=vocabulary.size,
         windows=_described(config, data),
         machine=machine,
-        kernels=resolve(config.engine.kernels, context.device),
+        kernels=choose_implementation(config.engine.kernels, context.device),
         warmup_steps=sizes.warmup,
         step_seconds=tuple(end - begin for begin, end in zip(taken.ends, taken.ends[1:], strict=False)),
         raw_tokens=sum(tokens) / count,

@@ -1,4 +1,4 @@
-"""Reading the shards that one tensor-parallel rank wrote, whatever its data-parallel size and ZeRO stage."""
+"""Reading the shards that one tensor-parallel rank wrote, at any data-parallel size and ZeRO stage."""
 
 from __future__ import annotations
 

@@ -43,12 +43,12 @@ def make_groups(tensor: int, timeout: timedelta) -> None:
 @contextmanager
 def _distinct_groups() -> Iterator[None]:
     """Replace megatron-core's `create_group` while the body runs; the sets of ranks stay megatron-core's choice."""
-    theirs = parallel_state.create_group
+    original = parallel_state.create_group
     parallel_state.create_group = _group_maker(dist.get_rank(), dist.get_world_size())
     try:
         yield
     finally:
-        parallel_state.create_group = theirs
+        parallel_state.create_group = original
 
 
 def _group_maker(rank: int, world_size: int) -> Callable[..., Any]:

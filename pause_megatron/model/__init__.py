@@ -1,4 +1,4 @@
-"""megatron-core's GPT with pauses: built, initialised, and with a head that skips what is not predicted."""
+"""A GPT of megatron-core's parts with pause tokens: model, initialization, and an LM head that skips masked targets."""
 
 from __future__ import annotations
 

@@ -13,46 +13,51 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from pause_megatron.model.spans import TextSpans, attend_apart
+from pause_megatron.model.variable_length import PackedSegments, segment_attention
 
 
 def segment_mask(segments: Tensor, prefix: Tensor | None = None) -> Tensor:
-    """Who sees whom in windows of several texts: a token sees its own segment up to itself, and a prefix all of itself.
+    """Return the attention mask of windows with several segments: intra-document, causal except within a prefix.
 
-    Token i sees token j if both are of the same segment, and j <= i or both are in the segment's prefix. Padding is
-    segment -1, so that it sees padding (itself at least: no softmax is over nothing) and nobody else sees it.
+    Token i attends to token j if both are in the same segment, and j <= i or both are in the segment's prefix. Padding
+    is segment -1: it attends to padding (so that no softmax is empty), and no other token attends to it.
 
     Args:
-        segments: int [batch, seq].
-        prefix: bool [batch, seq]; None: causal.
+        segments: Segment numbers, int [batch, seq].
+        prefix: Tokens of prefixes, bool [batch, seq]; None: causal.
 
     Returns:
-        bool [batch, 1, seq, seq], True where a query must not look, as SDPACoreAttention wants it. `TextSpans` says the
-        same without N^2 booleans; this is its definition, and serves prefixes that are not at the beginning.
+        bool [batch, 1, seq, seq], True where a query must not attend, as in megatron-core. `PackedSegments` describes
+        the same mask without N^2 booleans. This is its definition, and supports prefixes that are not leading.
     """
     seq = segments.shape[1]
-    seen = torch.ones(seq, seq, dtype=torch.bool, device=segments.device).tril_()
+    attended = torch.ones(seq, seq, dtype=torch.bool, device=segments.device).tril_()
     if prefix is not None:
-        seen = seen | (prefix[:, :, None] & prefix[:, None, :])
-    return ~(seen & (segments[:, :, None] == segments[:, None, :]))[:, None]
+        attended = attended | (prefix[:, :, None] & prefix[:, None, :])
+    return ~(attended & (segments[:, :, None] == segments[:, None, :]))[:, None]
 
 
 def additive_mask(hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to scores: 0, or -inf where the bool mask is True. The same shape.
+    """Return the additive mask of a boolean one, of the same shape: 0, or -inf where it is True.
 
-    torch's kernels take a mask in the dtype of the queries. Of booleans they make one, in every layer anew, and keep it
-    for the backward pass.
+    torch's kernels use a mask in the dtype of the queries. They would convert a boolean mask in every layer and keep
+    each copy for the backward pass.
+
+    Args:
+        hidden: bool of any shape, True where a query must not attend.
+        dtype: Type of the queries.
     """
     return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -math.inf)
 
 
 @dataclass(frozen=True)
 class Rotation:
-    """Rotary angles of a micro-batch, made once for all layers.
+    """Rotary angles of a micro-batch, computed once for all layers.
 
     Attributes:
-        cos, sin: fp32 [seq, 1 or batch, channels / 2].
-        rotate: as `pause_megatron.model.kernels.Kernels.rotate`.
+        cos: Cosines, fp32 [seq, 1 or batch, channels / 2].
+        sin: Sines, fp32 [seq, 1 or batch, channels / 2].
+        rotate: As `pause_megatron.model.kernels.Kernels.rotate`.
     """
 
     cos: Tensor
@@ -61,37 +66,43 @@ class Rotation:
 
     @classmethod
     def of(cls, angles: Tensor, rotate: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Rotation:
-        """From megatron-core's angles [seq, 1 or batch, 1, channels], whose second half repeats the first."""
+        """Make it from megatron-core's angles.
+
+        Args:
+            angles: [seq, 1 or batch, 1, channels]; the second half of the channels repeats the first.
+            rotate: As `pause_megatron.model.kernels.Kernels.rotate`.
+        """
         half = angles[:, :, 0, : angles.shape[-1] // 2].float()
         return cls(half.cos().contiguous(), half.sin().contiguous(), rotate)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Turn queries or keys [seq, batch, heads, channels]."""
+        """Rotate queries or keys [seq, batch, heads, channels]."""
         return self.rotate(x, self.cos, self.sin)
 
 
 @dataclass(frozen=True)
 class MaskAndRotation:
-    """Takes the place of an attention mask where the core attention turns queries and keys itself.
+    """An attention mask with the rotation of queries and keys, where the core attention applies the rotation.
 
     Attributes:
-        mask: as `SDPACoreAttention.forward`.
-        rotation: of queries and keys.
+        mask: As in `SDPACoreAttention.forward`.
+        rotation: Rotary embedding of queries and keys.
     """
 
-    mask: Tensor | TextSpans | None
+    mask: Tensor | PackedSegments | None
     rotation: Rotation
 
 
 class SDPACoreAttention(MegatronModule):
-    """Softmax attention of the heads on this rank: causal, or as spans or an explicit mask say.
+    """Softmax attention of this rank's heads: causal, variable-length, or with a mask.
 
-    megatron-core's own local core wants CUDA (mask buffers, a random-number fork), materialises the scores, and
-    repeats keys and values for grouped queries. This one does none of that.
+    megatron-core's local core attention needs CUDA (mask buffers, a random-number fork), materializes the scores, and
+    repeats keys and values for grouped queries. This one does not.
 
     Args:
-        config: sizes; dropout, context parallelism and soft-capping are not supported.
-        softmax_scale: default 1 / sqrt(channels of a head).
+        config: Sizes; dropout, context parallelism and soft-capping are not supported.
+        layer_number: Number of the layer, from 1 on.
+        softmax_scale: Factor of the scores; default: 1 / sqrt(channels of a head).
     """
 
     def __init__(
@@ -99,9 +110,9 @@ class SDPACoreAttention(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         if config.context_parallel_size != 1:
-            raise ValueError("SDPACoreAttention has no context parallelism")
+            raise ValueError(f"SDPACoreAttention: expected context_parallel_size 1, got {config.context_parallel_size}")
         if config.attention_dropout:
-            raise ValueError("SDPACoreAttention has no attention dropout")
+            raise ValueError(f"SDPACoreAttention: expected attention_dropout 0, got {config.attention_dropout}")
         self.layer_number = max(1, layer_number)
         self.softmax_scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
 
@@ -110,36 +121,39 @@ class SDPACoreAttention(MegatronModule):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        attention_mask: Tensor | TextSpans | MaskAndRotation | None = None,
+        attention_mask: Tensor | PackedSegments | MaskAndRotation | None = None,
         **options: Any,
     ) -> Tensor:
-        """Attend.
+        """Compute attention.
 
         Args:
             query: [seq, batch, heads, channels].
-            key, value: [seq, batch, query groups, channels]; heads is a multiple of the groups.
-            attention_mask: TextSpans; or bool, broadcastable to [batch, heads, seq, seq], True where a query must NOT
-                look (as everywhere in megatron-core); or the `additive_mask` of one. It takes the place of causality:
-                a prefix-LM or block-diagonal mask says all there is to say. None: causal. MaskAndRotation: one of
-                these, and queries and keys are turned first.
-            options: what megatron-core passes besides; packed sequences and biases are refused.
+            key: [seq, batch, query groups, channels]; heads is a multiple of the groups.
+            value: [seq, batch, query groups, channels].
+            attention_mask: PackedSegments; or bool, broadcastable to [batch, heads, seq, seq], True where a query must
+                NOT attend (as in megatron-core); or the `additive_mask` of one. A mask replaces the causal one, so a
+                prefix-LM or block-diagonal mask is complete. None: causal. MaskAndRotation: one of these, after
+                queries and keys are rotated.
+            **options: Further arguments of megatron-core's; packed sequences and biases are errors.
 
         Returns:
             [seq, batch, heads * channels], the heads of this rank.
         """
         if options.get("packed_seq_params") is not None or options.get("attention_bias") is not None:
-            raise ValueError("SDPACoreAttention supports neither packed_seq_params nor attention_bias; pass a mask")
+            raise ValueError(
+                "SDPACoreAttention: expected no packed_seq_params and no attention_bias, got one; use a mask"
+            )
         if isinstance(attention_mask, MaskAndRotation):
             query, key = map(attention_mask.rotation, (query, key))
             attention_mask = attention_mask.mask
         seq, batch, heads, channels = query.shape
-        if isinstance(attention_mask, TextSpans):
-            tokens = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
-            context = attend_apart(*tokens, attention_mask, scale=self.softmax_scale)
+        if isinstance(attention_mask, PackedSegments):
+            query, key, value = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
+            context = segment_attention(query, key, value, attention_mask, scale=self.softmax_scale)
             return context.reshape(batch, seq, heads * channels).transpose(0, 1).contiguous()
         if attention_mask is not None:
-            bools = attention_mask.dtype == torch.bool
-            attention_mask = ~attention_mask if bools else attention_mask.to(query.dtype)
+            boolean = attention_mask.dtype == torch.bool
+            attention_mask = ~attention_mask if boolean else attention_mask.to(query.dtype)
         # [seq, batch, heads, channels] -> [batch, heads, seq, channels]: views, no copies.
         context = F.scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),

@@ -1,4 +1,4 @@
-"""From the run's configuration to a model with initial weights."""
+"""Building the model from the run's configuration, with initial weights."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pause_megatron.config.rules import check_shape
 from pause_megatron.config.schema import ModelSection, ParallelSection, ResolvedModel
 from pause_megatron.model.gpt import PauseGPTModel
 from pause_megatron.model.init import initialize_weights
-from pause_megatron.model.kernels import kernels as kernels_named
+from pause_megatron.model.kernels import KernelChoice, load_kernels
 from pause_megatron.model.layers import block_spec
 from pause_megatron.model.sequence_parallel import check_gradient_sums, sum_gradients_over
 from pause_megatron.model.vocabulary import Softmax, Vocabulary
@@ -27,40 +27,40 @@ def build_model(
     softmax: Softmax = "keep",
     precision: str = "fp32",
     seed: int = 0,
-    kernels: str = "auto",
+    kernels: KernelChoice = "auto",
     draw: bool = True,
 ) -> PauseGPTModel:
-    """This rank's shard of a Llama-like model, on the current CUDA device, or on a CPU where there is none.
+    """Build this rank's shard of a Llama-like model on the current CUDA device, or on the CPU where there is none.
 
-    Process groups must exist (`pause_megatron.distributed.initialize`). Hooks that sequence parallelism needs are in
-    place and checked when this returns.
+    Process groups must exist (`pause_megatron.distributed.initialize`). The hooks of sequence parallelism are
+    registered and checked.
 
     Args:
-        model: sizes, all filled in.
-        vocabulary: text and pause ids.
-        sequence_length: tokens of a window.
-        parallel: tensor and sequence parallelism, recomputation.
+        model: Sizes of the model.
+        vocabulary: Text and pause ids.
+        sequence_length: Tokens of a window.
+        parallel: Tensor and sequence parallelism, recomputation.
         softmax: "keep" or "exclude" pause logits.
         precision: "fp32" or "bf16" parameters.
-        seed: of the initial weights, which do not depend on the number of ranks or on padding.
-        kernels: as `engine.kernels`.
-        draw: False leaves the weights as they are in memory, for a model that is about to be loaded.
+        seed: Seed of the initial weights, which do not depend on the number of ranks or on padding.
+        kernels: As `engine.kernels`.
+        draw: False leaves the weights uninitialized, for a model that is about to be loaded.
 
     Raises:
-        ConfigError: a size is missing or not divisible by the tensor-parallel size.
+        ConfigError: A size is missing or not divisible by the tensor-parallel size.
     """
     model = check_shape(model, parallel, sequence_length)
     group = parallel_state.get_tensor_model_parallel_group()
-    chosen = kernels_named(kernels, torch.cuda.current_device())
+    loaded = load_kernels(kernels, torch.cuda.current_device())
     gpt = PauseGPTModel(
-        transformer_config(model, parallel, precision, fused=chosen.fused),
+        transformer_config(model, parallel, precision, fused=loaded.fused),
         block_spec(model.layers, attention=model.attention, recompute=parallel.recompute),
         vocabulary.padded(model.vocab_multiple, parallel.tensor),
         sequence_length,
         vocabulary=vocabulary,
         softmax=softmax,
         head_chunk=model.head_chunk,
-        kernels=chosen,
+        kernels=loaded,
         share_embeddings_and_output_weights=model.tied,
         position_embedding_type="rope",
         rotary_base=model.rope_base,
@@ -84,10 +84,13 @@ def build_model(
 def transformer_config(
     model: ResolvedModel, parallel: ParallelSection, precision: str, *, fused: bool = False
 ) -> TransformerConfig:
-    """megatron-core's configuration of the model; fusions that need CUDA extensions are off.
+    """Return megatron-core's configuration of the model; fusions that need CUDA extensions are off.
 
     Args:
-        fused: the model's own SwiGLU takes the place of megatron-core's (`layers.use_swiglu`).
+        model: Sizes of the model.
+        parallel: Tensor and sequence parallelism.
+        precision: "fp32" or "bf16".
+        fused: Whether the model's own SwiGLU replaces megatron-core's (`layers.use_swiglu`).
     """
     bf16 = precision == "bf16"
     return TransformerConfig(
@@ -112,12 +115,13 @@ def transformer_config(
         sequence_parallel=parallel.sequence,
         deterministic_mode=torch.are_deterministic_algorithms_enabled(),
         use_te_activation_func=fused and model.attention == "sdpa",
-        # Weights are ours (init.py), allocated on `torch.cuda.current_device()` (without CUDA: the CPU). megatron-core
-        # marks them as tensor parallel, which DeepSpeed reads. Its CPU initialization would make whole fp32 matrices.
+        # init.py fills the weights, which are allocated on `torch.cuda.current_device()` (without CUDA: the CPU).
+        # megatron-core marks them as tensor parallel, for DeepSpeed. Its CPU initialization would allocate whole fp32
+        # matrices.
         use_cpu_initialization=False,
-        init_method=_leave,
-        output_layer_init_method=_leave,
-        embedding_init_method=_leave,
+        init_method=_uninitialized,
+        output_layer_init_method=_uninitialized,
+        embedding_init_method=_uninitialized,
         gradient_accumulation_fusion=False,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
@@ -125,5 +129,5 @@ def transformer_config(
     )
 
 
-def _leave(weight: Tensor) -> Tensor:
+def _uninitialized(weight: Tensor) -> Tensor:
     return weight

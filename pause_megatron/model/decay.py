@@ -1,25 +1,26 @@
-"""Which parameters decay.
+"""Optimizer parameter groups: which parameters have weight decay.
 
-Matrices of the transformer layers do. Norms and biases do not, and neither do the two matrices that have a row per
+Matrices of the transformer layers have it. Norms and biases do not, and neither do the two matrices with a row per
 vocabulary id: the input embedding and the output layer. A pause row is a row of those, and an optimizer decays whole
-parameters; under ZeRO it sees a flat slice of them. Leaving both matrices out keeps decay off the pause rows exactly,
-at any ZeRO stage and tensor-parallel size, with a stock optimizer and checkpoints of the usual layout. (Embeddings
-without decay are common; OLMo 2 does the same. A separate parameter for the pause rows would instead need its own
-embedding lookup, its own logit columns, and surgery at export.) Runs with and without pauses are treated alike, so they
-compare.
+parameters; under ZeRO it gets flat slices of them. Excluding both matrices keeps decay off the pause rows exactly, at
+any ZeRO stage and tensor-parallel size, with a stock optimizer and the usual checkpoint layout. Embeddings without
+decay are common (OLMo 2). A separate parameter for the pause rows would need its own embedding lookup, logit columns,
+and a conversion at export. Runs with and without pauses have the same groups, so that they are comparable.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Optimizer parameter groups, in the order of `model.named_parameters()`.
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return the optimizer parameter groups, in the order of `model.named_parameters()`.
 
     Args:
-        model: a PauseGPTModel.
-        weight_decay: decoupled decay of the matrices in transformer layers.
+        model: A PauseGPTModel.
+        weight_decay: Decoupled weight decay of the matrices in transformer layers.
 
     Returns:
         [{"name": "decay", "params": [...], "weight_decay": w}, {"name": "no_decay", "params": [...],
@@ -36,6 +37,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def decays(parameter: nn.Parameter) -> bool:
-    """Whether weight decay applies to a parameter: matrices that have no row per vocabulary id."""
+    """Return whether a parameter has weight decay: whether it is a matrix without a row per vocabulary id."""
     # megatron-core marks both vocabulary matrices (LanguageModule.setup_embeddings_and_output_layer).
     return parameter.dim() > 1 and not getattr(parameter, "is_embedding_or_output_parameter", False)

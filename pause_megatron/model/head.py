@@ -1,66 +1,72 @@
-"""The LM head: logits and cross-entropy for the rows that have a target, a chunk of rows at a time.
+"""The LM head: logits and cross-entropy of the rows that have a target, one chunk of rows at a time.
 
-Goyal et al. (ICLR 2024, section 3) leave out every position whose next token is a pause. Such rows never reach this
-head, so nothing is computed for them. The rows that do are worked through in chunks, and the gradients of a chunk are
-taken at once, in the forward pass, so that logits exist for one chunk at a time (the pattern of torchtitan's chunked
-loss). The cross-entropy itself is `pause_megatron.model.kernels`.
+Goyal et al. (ICLR 2024, section 3) mask every position whose next token is a pause. Such rows do not reach this head,
+so nothing is computed for them. The other rows are processed in chunks. The gradients of a chunk are computed in the
+forward pass, so that logits exist for one chunk at a time (as in torchtitan's chunked loss). The cross-entropy itself
+is in `pause_megatron.model.kernels`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
 from megatron.core import tensor_parallel
-from torch import Tensor, nn
+from torch import Tensor
 
 from pause_megatron.config.presets import head_chunk_rows
 from pause_megatron.model.kernels import Kernels
 
-Spans = list[tuple[int, int]]
+ColumnRanges = list[tuple[int, int]]
+"""Half-open ranges of logit columns."""
 
 
 class LMLoss(NamedTuple):
-    """What the model says about its targets.
-
-    A named tuple, because DeepSpeed's hooks look for tensors in tuples only.
+    """The loss of a micro-batch. A named tuple, because DeepSpeed's hooks look for tensors in tuples only.
 
     Attributes:
-        loss: scalar fp32, loss_scale * sum; the one that is differentiable.
-        sum: scalar fp32, sum of the token losses in nats.
-        count: number of targets.
-        token_losses: [targets] fp32, in the order of the targets.
+        loss: loss_scale * sum, scalar fp32; the only differentiable field.
+        sum: Sum of the token losses in nats, scalar fp32.
+        count: Number of targets.
+        token_losses: Loss of each target, fp32 [targets].
     """
 
     loss: Tensor
     sum: Tensor
-    count: int
+    count: int  # type: ignore[assignment]  # hides tuple.count
     token_losses: Tensor
 
 
-class OutputLayer(tensor_parallel.ColumnParallelLinear):
-    """megatron-core's output layer that can go on to the loss.
+class _Weighted(Protocol):
+    """A module with a weight."""
 
-    The loss is taken inside this module's `forward`, because ZeRO-3 gathers a module's weight for its forward only.
+    weight: Tensor
+
+
+class OutputLayer(tensor_parallel.ColumnParallelLinear):
+    """megatron-core's output layer, with the loss.
+
+    The loss is computed inside this module's `forward`, because ZeRO-3 gathers a module's weight for its forward only.
 
     Args:
-        masked: columns of this rank's shard that take no part in the softmax.
-        chunk: rows of logits that exist at one time; None: by memory.
-        kernels: compute the cross-entropy.
-        embedding: module whose weight is used, for tied embeddings; else None. It is kept out of this module's
-            children, so that the weight has one name in a checkpoint.
-        linear: arguments of ColumnParallelLinear.
+        *sizes: Input and output size, as in ColumnParallelLinear.
+        masked: Columns of this rank's shard that are masked out of the softmax.
+        chunk: Rows of logits that exist at one time; None: by memory.
+        kernels: Kernels of the cross-entropy.
+        embedding: Module whose weight is used, for tied embeddings; else None. It is not a child of this module, so
+            that the weight has one name in a checkpoint.
+        **linear: Further arguments of ColumnParallelLinear.
     """
 
     def __init__(
         self,
         *sizes: int,
-        masked: Spans,
+        masked: ColumnRanges,
         chunk: int | None,
         kernels: Kernels,
-        embedding: nn.Module | None,
+        embedding: _Weighted | None,
         **linear: Any,
     ) -> None:
         super().__init__(*sizes, bias=False, skip_weight_param_allocation=embedding is not None, **linear)
@@ -78,26 +84,27 @@ class OutputLayer(tensor_parallel.ColumnParallelLinear):
         targets: Tensor | None = None,
         loss_scale: Tensor | None = None,
     ) -> tuple[Any, ...]:
-        """Logits, or the loss.
+        """Compute logits, or the loss.
 
         Args:
-            input_: [seq, batch, hidden] without targets; [rows, hidden] with.
-            weight: as in ColumnParallelLinear; default: its own or the tied one.
-            runtime_gather_output: as in ColumnParallelLinear.
-            targets: [rows] int64, ids that take part in the softmax. (A target on a masked column has an infinite
-                loss.)
-            loss_scale: scalar fp32. None: the token losses are differentiable one by one, and all logits exist.
+            input_: [seq, batch, hidden] without targets; [rows, hidden] with targets.
+            weight: As in ColumnParallelLinear; default: its own or the tied one.
+            runtime_gather_output: As in ColumnParallelLinear.
+            targets: Target ids, int64 [rows]. A target on a masked column has an infinite loss.
+            loss_scale: Scalar fp32. None: each token loss is differentiable, and all logits exist at one time.
 
         Returns:
             Without targets (logits, bias), as ColumnParallelLinear. With targets and a scale: (scaled sum, sum, token
             losses [rows]). With targets only: (token losses [rows],).
         """
-        if weight is None and self.weight is None:
-            # Read here and not by the caller: ZeRO-3 then gathers the shared weight for this module.
-            weight = self._tied_to[0].weight
+        (embedding,) = self._tied_to
+        if weight is None and embedding is not None:
+            # Read here and not by the caller, so that ZeRO-3 gathers the shared weight for this module.
+            weight = embedding.weight
         if targets is None:
             return super().forward(input_, weight, runtime_gather_output)
-        weight = self.weight if weight is None else weight
+        if weight is None:
+            weight = self.weight
         if loss_scale is None:
             logits = mask_columns(torch.matmul(input_, weight.t()), self.masked)
             return (tensor_parallel.vocab_parallel_cross_entropy(logits, targets),)
@@ -108,31 +115,39 @@ class OutputLayer(tensor_parallel.ColumnParallelLinear):
         return _ChunkedCrossEntropy.apply(input_, weight, targets, loss_scale, task)
 
 
-def mask_columns(logits: Tensor, masked: Spans) -> Tensor:
-    """Set columns of [..., vocabulary shard] logits to -inf; the same tensor where there are none."""
+def mask_columns(logits: Tensor, masked: ColumnRanges) -> Tensor:
+    """Set masked columns of logits to -inf.
+
+    Args:
+        logits: [..., vocabulary shard].
+        masked: Columns of the shard.
+
+    Returns:
+        The same tensor where no column is masked.
+    """
     if not masked:
         return logits
-    dead = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
+    columns = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
     for start, stop in masked:
-        dead[start:stop] = True
-    return logits.masked_fill(dead, float("-inf"))
+        columns[start:stop] = True
+    return logits.masked_fill(columns, float("-inf"))
 
 
 class _Task(NamedTuple):
-    """What `_ChunkedCrossEntropy` is told besides tensors."""
+    """Arguments of `_ChunkedCrossEntropy` that are not tensors."""
 
     cross_entropy: Callable[..., tuple[Tensor, Tensor | None]]
-    masked: Spans
+    masked: ColumnRanges
     chunk: int
     group: dist.ProcessGroup
     differentiable: bool
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of vocabulary-parallel cross-entropies, with gradients taken chunk by chunk in the forward pass.
+    """Sum of vocabulary-parallel cross-entropies, with gradients computed chunk by chunk in the forward pass.
 
     rows [rows, hidden] are the same on all ranks of the group, weight [vocabulary shard, hidden] is this rank's. The
-    gradient of rows is this rank's part of the sum over the vocabulary: who made the rows adds the parts up.
+    gradient of rows is this rank's part of the sum over the vocabulary; the caller reduces it over the group.
     """
 
     @staticmethod
@@ -145,7 +160,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight = None
         if task.differentiable and ctx.needs_input_grad[1]:
             grad_weight = _WeightGradient(weight, chunks=-(-count // chunk))
-        # One buffer for all chunks: on a CPU, fresh pages for each cost more than the softmax.
+        # One buffer for all chunks: on a CPU, new pages for each chunk cost more than the softmax.
         buffer = rows.new_empty(min(chunk, count), weight.shape[0])
         for start in range(0, count, chunk):
             x = rows[start : start + chunk]
@@ -155,6 +170,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             token_losses[start : start + chunk], grad_logits = task.cross_entropy(
                 logits, targets[start : start + chunk], scale, task.group, task.differentiable
             )
+            if grad_logits is None:
+                continue
             if grad_rows is not None:
                 torch.mm(grad_logits, weight, out=grad_rows[start : start + chunk])
             if grad_weight is not None:
@@ -168,29 +185,31 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
-            raise RuntimeError("the LM head was differentiated twice; it keeps its gradients for one backward pass")
+            raise RuntimeError("LM head: expected one backward pass, got a second; its gradients are kept for one only")
         gradients, ctx.gradients = ctx.gradients, None
         return *(None if g is None else g.mul_(grad_loss) for g in gradients), None, None, None
 
 
 class _WeightGradient:
-    """Sum of the chunks' weight gradients, in fp32 and rounded once at the end; of a single chunk, the very product.
+    """Sum of the chunks' weight gradients, in fp32 and rounded once at the end; for one chunk, the product itself.
 
     Args:
         weight: [vocabulary shard, hidden].
-        chunks: how many will be added.
+        chunks: Number of chunks.
     """
 
     def __init__(self, weight: Tensor, chunks: int) -> None:
-        self._weight, self._sum = weight, None
+        self._weight = weight
+        self._sum: Tensor | None = None
         self._wide = chunks > 1 and weight.dtype != torch.float32
 
     def add(self, grad_logits: Tensor, rows: Tensor) -> None:
         """Add grad_logits^T rows: [rows, vocabulary shard], [rows, hidden] -> [vocabulary shard, hidden]."""
-        left, result = grad_logits.t(), {}
+        left = grad_logits.t()
+        result: dict[str, Any] = {}
         if self._wide and left.is_cuda:
             result = {"out_dtype": torch.float32}
-        elif self._wide:  # a CPU makes no product of another type than its factors
+        elif self._wide:  # on a CPU a product has the type of its factors
             left, rows = left.float(), rows.float()
         if self._sum is None:
             self._sum = torch.mm(left, rows, **result)
@@ -198,7 +217,7 @@ class _WeightGradient:
             torch.addmm(self._sum, left, rows, out=self._sum, **result)
 
     def result(self) -> Tensor:
-        """The gradient, in the weight's type; zeros where no row had a target."""
+        """Return the gradient in the weight's type; zeros where no row had a target."""
         if self._sum is None:
             return torch.zeros_like(self._weight)
         return self._sum.to(self._weight.dtype)

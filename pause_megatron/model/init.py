@@ -1,7 +1,7 @@
-"""Initial weights that depend on the seed and a parameter's name only: not on ranks, padding or construction order.
+"""Weight initialization that depends on the seed and the parameter's name alone, not on ranks, padding or order.
 
-Every matrix is drawn whole where the model is, in fp32, from a generator of its own, and cut afterwards. A CPU and a
-CUDA device draw different numbers of the same seed.
+Every matrix is drawn whole on the model's device, in fp32, from a generator of its own, and sharded afterwards. A CPU
+and a CUDA device draw different numbers from the same seed.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ def initialize_weights(
     channel; padding rows are 0.
 
     Args:
-        model: parameters are this rank's shards.
-        seed: of the run.
-        std: standard deviation.
-        layers: number of transformer layers.
-        vocabulary: which rows are text, pause and padding.
-        rank, ranks: place among the tensor-parallel ranks.
+        model: This rank's shard.
+        seed: Seed of the run.
+        std: Standard deviation.
+        layers: Number of transformer layers.
+        vocabulary: Text, pause and padding rows.
+        rank: Tensor-parallel rank.
+        ranks: Tensor-parallel size.
     """
     for name, parameter in model.named_parameters():
         shape, draw = parameter.shape, partial(_normal, seed, device=parameter.device)
@@ -46,7 +47,7 @@ def initialize_weights(
             text = draw(name, (vocabulary.text_size, shape[1]), std)
             value = _vocabulary_matrix(seed, name, vocabulary, text, shape[0] * ranks).chunk(ranks)[rank]
         elif name.endswith("linear_qkv.weight"):
-            # Rows are grouped by query group (its queries, its key, its value): a rank has whole groups.
+            # Rows are ordered by query group (its queries, its key, its value), and a rank has whole groups.
             value = draw(name, (shape[0] * ranks, shape[1]), std).chunk(ranks)[rank]
         elif name.endswith("linear_fc1.weight"):
             # SwiGLU: a rank has its part of the gate, then its part of the up projection.
@@ -61,7 +62,7 @@ def initialize_weights(
         elif parameter.dim() == 1 and "norm" in name:
             value = torch.ones(shape, device=parameter.device)
         else:
-            raise ValueError(f"no rule for the initial value of {name} {tuple(shape)}")
+            raise ValueError(f"{name}: expected a parameter with an initialization rule, got shape {tuple(shape)}")
         with torch.no_grad():
             parameter.copy_(value)
 
@@ -76,13 +77,14 @@ def _vocabulary_matrix(seed: int, name: str, vocabulary: Vocabulary, text: Tenso
 
 
 def pause_row(seed: int, name: str, index: int, mean: Tensor, spread: Tensor) -> Tensor:
-    """Initial row of one pause in a vocabulary matrix, fp32 [width], from a key of its own.
+    """Draw the initial row of one pause in a vocabulary matrix, fp32 [width], from a key of its own.
 
     Args:
-        seed: of the run
-        name: of the matrix
-        index: which of the K pauses
-        mean, spread: [width] mean and standard deviation of the text rows, per channel
+        seed: Seed of the run.
+        name: Name of the matrix.
+        index: Index of the pause, from 0 on.
+        mean: Mean of the text rows, per channel, [width].
+        spread: Standard deviation of the text rows, per channel, [width].
     """
     return mean + spread * _normal(seed, f"{name}/pause/{index}", tuple(mean.shape), 1.0, mean.device)
 

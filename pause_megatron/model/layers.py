@@ -1,4 +1,4 @@
-"""The transformer block: which module does what, taken from megatron-core's own specs."""
+"""Layer specs of the transformer block, derived from megatron-core's own."""
 
 from __future__ import annotations
 
@@ -24,14 +24,24 @@ from pause_megatron.model.norm import RMSNorm
 
 
 class RecomputedLayer(TransformerLayer):
-    """A transformer layer that keeps its input only, and runs again in the backward pass.
+    """A transformer layer with full activation recomputation: it saves its input alone.
 
-    megatron-core's own checkpointing saves and restores CUDA random states; nothing here is random. Reentrant, because
-    ZeRO-3 frees parameters between the two runs, and the other kind compares what it saved with what it sees again.
+    megatron-core's own recomputation saves and restores CUDA random states; nothing here is random. It is reentrant,
+    because ZeRO-3 frees parameters between the two forward passes, and non-reentrant checkpointing compares the tensors
+    of both.
     """
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
-        """As TransformerLayer: [seq, batch, hidden] -> ([seq, batch, hidden], context)."""
+        """Run the layer as TransformerLayer does.
+
+        Args:
+            hidden_states: [seq, batch, hidden].
+            *args: As TransformerLayer.
+            **kwargs: As TransformerLayer.
+
+        Returns:
+            ([seq, batch, hidden], context).
+        """
         if not (self.training and torch.is_grad_enabled()):
             return super().forward(hidden_states, *args, **kwargs)
         run = super().forward
@@ -41,9 +51,13 @@ class RecomputedLayer(TransformerLayer):
 
 
 def use_swiglu(block: nn.Module, swiglu: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Let a block's feed-forward layers call `swiglu` ([..., 2 ffn] -> [..., ffn]) for activation and product.
+    """Make a block's feed-forward layers call `swiglu` for activation and product.
 
-    That is what megatron-core's MLP asks of its activation under `config.use_te_activation_func`, whoever made it.
+    megatron-core's MLP calls its activation in this way under `config.use_te_activation_func`.
+
+    Args:
+        block: The transformer block.
+        swiglu: [..., 2 ffn] -> [..., ffn].
     """
     for module in block.modules():
         if isinstance(module, MLP) and module.config.use_te_activation_func:
@@ -53,13 +67,13 @@ def use_swiglu(block: nn.Module, swiglu: Callable[[torch.Tensor], torch.Tensor])
 def block_spec(
     layers: int, *, attention: Literal["sdpa", "te"] = "sdpa", recompute: Literal["none", "full"] = "none"
 ) -> TransformerBlockSubmodules:
-    """Spec of a Llama-like block: RMSNorm, SwiGLU, self-attention.
+    """Return the spec of a Llama-like block: RMSNorm, SwiGLU, self-attention.
 
     Args:
-        layers: number of layers.
-        attention: "sdpa": megatron-core's local linear layers around torch's attention and norm; "te": Transformer
+        layers: Number of layers.
+        attention: "sdpa": megatron-core's local linear layers with torch's attention and norm; "te": Transformer
             Engine's fused modules.
-        recompute: "full" runs each layer again in the backward pass.
+        recompute: "full" recomputes each layer in the backward pass.
 
     Raises:
         ConfigError: "te" where Transformer Engine is not installed.
@@ -81,7 +95,7 @@ def _transformer_engine() -> tuple[ModuleSpec, type]:
 
     if not transformer_engine.HAVE_TE:
         raise ConfigError(
-            "model.attention: 'te' needs Transformer Engine, which is not installed here; install "
+            "model.attention: expected Transformer Engine to be installed for 'te', got none; install "
             "transformer_engine[pytorch] or use 'sdpa'"
         )
     return get_gpt_layer_with_transformer_engine_spec(), transformer_engine.TENorm

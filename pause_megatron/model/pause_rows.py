@@ -1,9 +1,9 @@
-"""Training nothing but the pause rows: the first stage of a retrofit, where the model's text side must not move.
+"""Training the pause rows alone, as in the first stage of a retrofit: all other parameters stay bit for bit.
 
-A pause row is a row of a matrix that text uses too, and checkpoints hold every parameter, so nothing is taken out of
-the optimizer. Instead the gradient of all else is exactly zero before DeepSpeed, at any ZeRO stage, sees it. AdamW then
-leaves those elements as they are, bit for bit: its moments stay 0, and without weight decay (which the caller switches
-off) its update is lr * 0 / (sqrt(0) + eps) = 0.
+A pause row is a row of a matrix that text uses, too, and checkpoints hold every parameter. So all parameters stay in
+the optimizer, and hooks set the gradient of all others to exactly zero before DeepSpeed gets it, at any ZeRO stage.
+AdamW leaves those elements unchanged: its moments stay 0, and without weight decay (which the caller switches off) its
+update is lr * 0 / (sqrt(0) + eps) = 0.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from pause_megatron.model.gpt import PauseGPTModel
 
 
 def train_pause_rows_only(model: PauseGPTModel) -> None:
-    """Zeroes every gradient but those of the pause rows, in the embedding and in an untied output layer.
+    """Zero every gradient but those of the pause rows, in the embedding and in an untied output layer.
 
     Call it before `deepspeed.initialize`, and give all parameters a weight decay of 0.
 
     Args:
-        model: this rank's shard
+        model: This rank's shard.
     """
     group = model.pg_collection.tp
     for parameter in model.parameters():
         if getattr(parameter, "is_embedding_or_output_parameter", False):
             first = group.rank() * parameter.shape[0]
-            mine = [row - first for row in model.vocabulary.pause_ids if first <= row < first + parameter.shape[0]]
-            parameter.register_hook(_keep_rows(torch.tensor(mine, dtype=torch.int64, device=parameter.device)))
+            rows = [row - first for row in model.vocabulary.pause_ids if first <= row < first + parameter.shape[0]]
+            parameter.register_hook(_keep_rows(torch.tensor(rows, dtype=torch.int64, device=parameter.device)))
         else:
-            # Not a product with 0: that would let an infinite gradient through as NaN.
+            # Not a product with 0, which would turn an infinite gradient into NaN.
             parameter.register_hook(torch.zeros_like)
 
 

@@ -1,8 +1,8 @@
-"""Sums over tensor-parallel ranks that sequence parallelism needs and DeepSpeed does not make.
+"""Gradient all-reduce over tensor-parallel ranks that sequence parallelism needs and DeepSpeed lacks.
 
-Under sequence parallelism every tensor-parallel rank sees a part of the sequence, so the gradient of a parameter that
-all of them hold (norm weights) is a partial sum on each. Megatron-LM adds them up in its own optimizer; DeepSpeed does
-not, and trains on silently wrong gradients.
+Under sequence parallelism every tensor-parallel rank has a part of the sequence, so the gradient of a replicated
+parameter (norm weights) is a partial sum on each. Megatron-LM all-reduces them in its own optimizer. DeepSpeed does
+not: without these hooks it would silently train on wrong gradients.
 """
 
 from __future__ import annotations
@@ -17,11 +17,15 @@ from pause_megatron.errors import TrainingError
 def sum_gradients_over(model: nn.Module, group: dist.ProcessGroup) -> int:
     """Sum the gradients of all parameters marked `sequence_parallel` over the tensor-parallel group.
 
-    A hook on the parameter runs before the gradient is accumulated, so before DeepSpeed, at any ZeRO stage, sees it.
+    A hook on the parameter runs before the gradient is accumulated, so before DeepSpeed gets it, at any ZeRO stage.
     Call it before `deepspeed.initialize`.
 
+    Args:
+        model: This rank's shard.
+        group: Tensor-parallel group.
+
     Returns:
-        Number of parameters that are summed.
+        Number of parameters whose gradients are summed.
     """
     if group.size() == 1:
         return 0
@@ -38,12 +42,16 @@ def sum_gradients_over(model: nn.Module, group: dist.ProcessGroup) -> int:
 
 
 def check_gradient_sums(model: nn.Module, group: dist.ProcessGroup) -> None:
-    """Show that the gradient of every parameter held by all tensor-parallel ranks is summed over them.
+    """Check that the gradient of every replicated parameter is summed over the tensor-parallel ranks.
 
-    Each rank r sends the gradient r + 1 to each such parameter; what arrives must be 1 + 2 + ... + ranks.
+    Each rank r backpropagates the gradient r + 1 to each such parameter; it must arrive as 1 + 2 + ... + ranks.
+
+    Args:
+        model: This rank's shard.
+        group: Tensor-parallel group.
 
     Raises:
-        TrainingError: a parameter whose gradients would differ between ranks, by name.
+        TrainingError: Names a parameter whose gradients would differ between ranks.
     """
     size = group.size()
     for name, parameter in model.named_parameters():
@@ -53,6 +61,6 @@ def check_gradient_sums(model: nn.Module, group: dist.ProcessGroup) -> None:
         expected = size * (size + 1) / 2
         if float(got.flatten()[0]) != expected:
             raise TrainingError(
-                f"sequence parallelism: the gradient of {name} is not summed over the {size} tensor-parallel ranks "
-                f"(expected {expected}, got {float(got.flatten()[0])})"
+                f"sequence parallelism: {name}: expected a gradient summed over the {size} tensor-parallel ranks, "
+                f"{expected}, got {float(got.flatten()[0])}"
             )

@@ -1,4 +1,4 @@
-"""Which rows of the embedding and columns of the logits are text, pause or padding."""
+"""The vocabulary: which embedding rows and logit columns are text, pauses or padding."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ Softmax = Literal["keep", "exclude"]
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Ordinary ids 0 .. text_size - 1, pause ids, and whatever padding tensor parallelism asks for.
+    """Text ids 0 .. text_size - 1, pause ids, and the padding that tensor parallelism needs.
 
     Attributes:
-        text_size: number of ordinary ids.
-        pause_ids: ids of the pause vectors; empty for a model without pauses. By default they follow the text.
+        text_size: Number of text ids.
+        pause_ids: Ids of the pause embeddings; empty for a model without pauses. By default they follow the text ids.
     """
 
     text_size: int
@@ -24,37 +24,43 @@ class Vocabulary:
 
     def __post_init__(self) -> None:
         if self.text_size < 1:
-            raise ConfigError(f"vocabulary: expected at least one ordinary id, got text_size {self.text_size}")
+            raise ConfigError(f"vocabulary: expected at least one text id, got text_size {self.text_size}")
         if len(set(self.pause_ids)) != len(self.pause_ids) or any(i < 0 for i in self.pause_ids):
             raise ConfigError(f"vocabulary: expected distinct pause ids of 0 or more, got {list(self.pause_ids)}")
 
     @property
     def size(self) -> int:
-        """Live ids: text and pauses, without padding."""
+        """Number of live ids: text and pauses, without padding."""
         return max((self.text_size, *(i + 1 for i in self.pause_ids)))
 
     def padded(self, multiple: int, tensor_parallel: int) -> int:
-        """Rows of the matrices: `size`, rounded up to a multiple of `multiple * tensor_parallel` (as Megatron-LM)."""
+        """Return the rows of the matrices: `size`, rounded up as in Megatron-LM.
+
+        Args:
+            multiple: The number of rows is a multiple of `multiple * tensor_parallel`.
+            tensor_parallel: Tensor-parallel size.
+        """
         step = multiple * tensor_parallel
         return -(-self.size // step) * step
 
     def masked_columns(self, softmax: Softmax, start: int, stop: int) -> list[tuple[int, int]]:
-        """Logit columns that take no part in the softmax, within a rank's shard.
+        """Return the logit columns of a rank's shard that are masked out of the softmax.
 
-        Padding never does (method, invariant 7), pauses do not when `softmax` is "exclude".
+        Padding is always masked; pauses are where `softmax` is "exclude".
 
         Args:
             softmax: "keep" or "exclude".
-            start, stop: global ids of the shard, stop exclusive.
+            start: First id of the shard.
+            stop: Id behind the last of the shard.
 
         Returns:
-            Half-open ranges of columns relative to `start`, ascending, not touching.
+            Half-open ranges of columns relative to `start`, ascending, with gaps between them.
         """
-        spans = [(self.size, stop)]
+        ranges = [(self.size, stop)]
         if softmax == "exclude":
-            spans += [(i, i + 1) for i in self.pause_ids]
+            ranges += [(i, i + 1) for i in self.pause_ids]
         merged: list[tuple[int, int]] = []
-        for low, high in sorted((max(a, start) - start, min(b, stop) - start) for a, b in spans):
+        for low, high in sorted((max(a, start) - start, min(b, stop) - start) for a, b in ranges):
             if low >= high:
                 continue
             if merged and merged[-1][1] == low:

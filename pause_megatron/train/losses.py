@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pause_megatron.data.batches.batch import MicroBatch
 from pause_megatron.distributed import ParallelContext
 from pause_megatron.model import LMLoss
-from pause_megatron.model.spans import TextSpans
+from pause_megatron.model.variable_length import PackedSegments
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def lm_loss(module: nn.Module, batch: MicroBatch, scale: Tensor | float) -> LMLo
     """
     spans = None
     if batch.segments is not None:
-        spans = TextSpans.of(batch.segments, batch.prefix, device=batch.tokens.device)
+        spans = PackedSegments.of(batch.segments, batch.prefix, device=batch.tokens.device)
     output: LMLoss = module(
         batch.tokens,
         batch.position_ids,

@@ -33,7 +33,7 @@ from pause_megatron.config.schema import ModelSection, ParallelSection
 from pause_megatron.distributed import initialize
 from pause_megatron.model import Vocabulary, build_model
 from pause_megatron.model.attention import segment_mask
-from pause_megatron.model.spans import TextSpans
+from pause_megatron.model.variable_length import PackedSegments
 
 VOCABULARY = 1024
 TOKENS = 2048  # in a step at least
@@ -76,7 +76,7 @@ def contestants(arguments: argparse.Namespace, segments: Tensor) -> Contestants:
     tokens = torch.randint(0, VOCABULARY - 1, segments.shape)
     rows, targets = torch.arange(tokens.numel()), torch.randint(0, VOCABULARY - 1, (tokens.numel(),))
 
-    def step(mask: Tensor | TextSpans | None) -> list[Tensor]:
+    def step(mask: Tensor | PackedSegments | None) -> list[Tensor]:
         scale = 1 / tokens.numel()
         loss = model(tokens, positions, mask, target_rows=rows, targets=targets, loss_scale=scale).loss
         loss.backward()
@@ -86,7 +86,7 @@ def contestants(arguments: argparse.Namespace, segments: Tensor) -> Contestants:
 
     return {
         "one mask": lambda: step(segment_mask(segments)),
-        "spans": lambda: step(TextSpans.of(segments)),
+        "spans": lambda: step(PackedSegments.of(segments)),
         "joined": lambda: step(None),
     }
 
@@ -104,7 +104,7 @@ def print_setting(arguments: argparse.Namespace, length: int, mean: float) -> No
     calls = contestants(arguments, segments)
     gap = agreement(calls["one mask"](), calls["spans"]())
     timings = compare(calls, rounds=arguments.rounds, warmup=0)
-    lengths = TextSpans.of(segments).texts.lengths
+    lengths = PackedSegments.of(segments).segments.lengths
     seen = sum(span**2 for span in lengths) / (segments.numel() * length)
     print(
         f"{segments.shape[0]} x {length} tokens, documents of {mean:g} (mean): {len(lengths)} spans, scores {seen:.3f} "

@@ -39,9 +39,9 @@ def form(request: pytest.FixtureRequest) -> str:
 
 
 def functions(form: str):
-    from pause_megatron.model.kernels import kernels
+    from pause_megatron.model.kernels import load_kernels
 
-    return kernels(form, DEVICE)
+    return load_kernels(form, DEVICE)
 
 
 def error(got: Tensor, exact: Tensor, form: str) -> float:
@@ -136,7 +136,7 @@ MODELS = [
 
 def run_model(form: str, precision: str, case: tuple) -> dict[str, Tensor]:
     """Losses, their sum, and gradients of one batch of a tiny model, in fp32."""
-    from pause_megatron.model.spans import TextSpans
+    from pause_megatron.model.variable_length import PackedSegments
 
     kv_heads, pauses, softmax, chunk, recompute, kept, documents = case
     model = tiny(
@@ -148,7 +148,7 @@ def run_model(form: str, precision: str, case: tuple) -> dict[str, Tensor]:
         starts = torch.tensor([[4], [9], [SEQ]])
         segments = (torch.arange(SEQ) >= starts).int()
         data["position_ids"] = torch.arange(SEQ) - segments * starts
-        options["attention_mask"] = TextSpans.of(segments, device=DEVICE)
+        options["attention_mask"] = PackedSegments.of(segments, device=DEVICE)
     data = {name: value.to(DEVICE) for name, value in data.items()}
     rows = {"target_rows": data["rows"], "targets": data["targets"]}
     out = model(data["tokens"], data["position_ids"], loss_scale=0.01, **rows, **options)

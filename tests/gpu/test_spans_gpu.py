@@ -7,7 +7,7 @@ import torch
 from support.span_cases import PREFIX, SEGMENTS, attended, furthest
 
 from pause_megatron.model.attention import segment_mask
-from pause_megatron.model.spans import TextSpans, has_variable_length_kernel, takes_call
+from pause_megatron.model.variable_length import PackedSegments, has_variable_length_kernel, takes_call
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,7 +23,7 @@ def test_kernel_is_the_mask(groups, prefix):
 
     from torch.nn.attention.varlen import varlen_attn
 
-    spans = TextSpans.of(SEGMENTS, prefix, device="cuda")
+    spans = PackedSegments.of(SEGMENTS, prefix, device="cuda")
     query, key = (torch.empty(1, heads, 8, dtype=torch.bfloat16, device="cuda") for heads in (4, groups))
     # Torch 2.11 has no grouped queries: there each span is a call of its own.
     assert has_variable_length_kernel(query, key) == takes_call(

@@ -136,7 +136,7 @@ except ConfigError as error:
     print(error)
 """
     code, said = without("transformer_engine apex flash_attn", "-c", code)
-    assert code == 0 and "model.attention: 'te' needs Transformer Engine, which is not installed here" in said
+    assert code == 0 and "model.attention: expected Transformer Engine to be installed for 'te', got none" in said
 
 
 def test_the_english_text_names_its_package(without, tmp_path):

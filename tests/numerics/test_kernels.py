@@ -20,8 +20,8 @@ from support.tiny_model import BATCH, SEQ, batch, distance, take_gradients, tiny
 
 from pause_megatron.config.schema import ParallelSection
 from pause_megatron.errors import ConfigError
-from pause_megatron.model.kernels import Kernels, kernels, resolve
-from pause_megatron.model.kernels.fused import Pieces, torch_pieces
+from pause_megatron.model.kernels import Kernels, choose_implementation, load_kernels
+from pause_megatron.model.kernels.fused import Primitives, torch_primitives
 
 TOPOLOGIES = [(1, False), (2, False), (2, True)]
 ALONE = SimpleNamespace(size=lambda: 1, rank=lambda: 0)  # a tensor-parallel group of one rank
@@ -32,8 +32,8 @@ ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2.0**-7}
 FORMS = ["triton", "torch"]  # "torch" is what "compiled" compiles
 
 
-def functions(form: str) -> Pieces | Kernels:
-    return torch_pieces() if form == "torch" else kernels(form, "cpu")
+def functions(form: str) -> Primitives | Kernels:
+    return torch_primitives() if form == "torch" else load_kernels(form, "cpu")
 
 
 def close(got: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> bool:
@@ -163,7 +163,7 @@ def test_cross_entropy_in_shards_is_that_of_megatron_core(form):
 
 def run_model(form: str, kept: float, documents: bool, precision: str, **changes: object) -> tuple:
     """Loss, token losses and gradients of one batch."""
-    from pause_megatron.model.spans import TextSpans
+    from pause_megatron.model.variable_length import PackedSegments
 
     model = tiny(kernels=form, precision=precision, **changes)
     assert model.kernels.name == form
@@ -173,7 +173,7 @@ def run_model(form: str, kept: float, documents: bool, precision: str, **changes
         starts = torch.tensor([[4], [9], [SEQ]])
         segments = (torch.arange(SEQ) >= starts).int()
         data["position_ids"] = torch.arange(SEQ) - segments * starts
-        options["attention_mask"] = TextSpans.of(segments)
+        options["attention_mask"] = PackedSegments.of(segments)
     rows = {"target_rows": data["rows"], "targets": data["targets"]}
     out = model(data["tokens"], data["position_ids"], loss_scale=0.01, **rows, **options)
     out.loss.backward()
@@ -337,17 +337,18 @@ def test_kernels_compile_for_gpus_without_spills(tmp_path):
 
 
 def test_what_auto_means_and_what_is_refused(monkeypatch):
-    assert resolve("auto", "cpu") == "plain"
-    assert resolve("auto", "cuda:1") == "triton"
-    assert [resolve(name, "cuda") for name in ("plain", "compiled", "triton")] == ["plain", "compiled", "triton"]
-    assert resolve("triton", "cpu") == "triton"  # in the interpreter
+    assert choose_implementation("auto", "cpu") == "plain"
+    assert choose_implementation("auto", "cuda:1") == "triton"
+    named = ["plain", "compiled", "triton"]
+    assert [choose_implementation(name, "cuda") for name in named] == named
+    assert choose_implementation("triton", "cpu") == "triton"  # in the interpreter
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    with pytest.raises(ConfigError, match=r"engine\.kernels: triton needs a CUDA device, got cpu"):
-        resolve("triton", "cpu")
+    with pytest.raises(ConfigError, match=r"engine\.kernels: expected a CUDA device for triton, got cpu"):
+        choose_implementation("triton", "cpu")
     monkeypatch.setattr("pause_megatron.model.kernels.find_spec", lambda name: None)
-    assert resolve("auto", "cuda") == "plain"
-    with pytest.raises(ConfigError, match="triton is not installed"):
-        kernels("triton", "cuda")
+    assert choose_implementation("auto", "cuda") == "plain"
+    with pytest.raises(ConfigError, match="expected triton to be installed"):
+        load_kernels("triton", "cuda")
 
 
 def test_batch_is_what_the_documents_above_assume():
@@ -361,9 +362,9 @@ def test_a_machine_that_cannot_compile_is_told_before_the_first_step(form, monke
     def without_compiler(*_: object) -> None:
         raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
 
-    broken = Pieces(*[without_compiler] * 6)
-    monkeypatch.setattr(fused, f"{form}_pieces", lambda: broken)
+    broken = Primitives(*[without_compiler] * 6)
+    monkeypatch.setattr(fused, f"{form}_primitives", lambda: broken)
     with pytest.raises(
         ConfigError, match=rf"engine\.kernels: {form} cannot compile here \(RuntimeError: Failed to find"
     ):
-        kernels(form, "cpu")
+        load_kernels(form, "cpu")

@@ -11,13 +11,13 @@ from torch.nn.attention.varlen import varlen_attn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pause_megatron.model.attention import segment_mask
-from pause_megatron.model.spans import (
-    Spans,
-    TextSpans,
-    attend,
-    attend_by_kernel,
+from pause_megatron.model.variable_length import (
+    PackedSegments,
+    SegmentLengths,
     has_variable_length_kernel,
     takes_call,
+    varlen_attention,
+    varlen_kernel_attention,
 )
 
 
@@ -41,7 +41,7 @@ def test_mask_is_its_definition():
 @pytest.mark.parametrize("groups", [4, 2, 1])
 def test_spans_are_the_mask(groups, prefix):
     """Forward and gradients, against the mask in fp64; bf16 no worse than the mask in bf16."""
-    mask, spans = segment_mask(SEGMENTS, prefix), TextSpans.of(SEGMENTS, prefix)
+    mask, spans = segment_mask(SEGMENTS, prefix), PackedSegments.of(SEGMENTS, prefix)
     exact = attended(mask, groups, torch.float64)
     assert furthest(attended(spans, groups, torch.float64), exact) < 1e-14
     assert furthest(attended(spans, groups, torch.float32), exact) < 1e-6
@@ -50,21 +50,22 @@ def test_spans_are_the_mask(groups, prefix):
 
 
 def test_spans_say_lengths():
-    spans = TextSpans.of(SEGMENTS, PREFIX)
-    assert spans.texts.lengths == (9, 1, 16, 11, 3, 2, 12, 15, 5)
+    spans = PackedSegments.of(SEGMENTS, PREFIX)
+    assert spans.segments.lengths == (9, 1, 16, 11, 3, 2, 12, 15, 5)
     assert spans.prefixes.lengths == (4, 1, 11, 1, 12)
-    assert spans.texts.bounds.tolist() == [0, 9, 10, 26, 37, 40, 42, 54, 69, 74] and spans.texts.longest == 16
+    assert spans.segments.cu_seqlens.tolist() == [0, 9, 10, 26, 37, 40, 42, 54, 69, 74]
+    assert spans.segments.max_seqlen == 16
     assert torch.equal(spans.prefix_rows, PREFIX.flatten().nonzero().squeeze(1))
-    assert TextSpans.of(SEGMENTS, torch.zeros_like(PREFIX)).prefixes is None
+    assert PackedSegments.of(SEGMENTS, torch.zeros_like(PREFIX)).prefixes is None
 
 
 def test_a_prefix_that_is_not_at_the_beginning_is_refused():
     marked = PREFIX.clone()
     marked[1, 30] = True
     with pytest.raises(
-        ValueError, match=r"first tokens of each text only, .* sample 1 at position 29; use segment_mask"
+        ValueError, match=r"first tokens of each segment only, .* sample 1 at position 29; use segment_mask"
     ):
-        TextSpans.of(SEGMENTS, marked)
+        PackedSegments.of(SEGMENTS, marked)
 
 
 # As torch documents them.
@@ -98,17 +99,17 @@ def test_this_torch_has_the_documented_parameters():
 @pytest.mark.parametrize("groups", KERNEL_GROUPS)
 def test_the_kernel_takes_our_call(groups, causal):
     """Shapes, dtypes and argument names only, on tensors without data: tests/gpu/test_spans_gpu.py is the real one."""
-    spans = Spans.of(torch.tensor([9, 1, 27]), "meta")
+    spans = SegmentLengths.of(torch.tensor([9, 1, 27]), "meta")
     query, key, value = (
         torch.empty(37, heads, 8, dtype=torch.bfloat16, device="meta") for heads in (4, groups, groups)
     )
     query.requires_grad_()
     assert not has_variable_length_kernel(query, key)
-    result = attend_by_kernel(query, key, value, spans, causal=causal, scale=0.5)
+    result = varlen_kernel_attention(query, key, value, spans, causal=causal, scale=0.5)
     assert (result.shape, result.dtype) == (query.shape, query.dtype)
     (gradient,) = torch.autograd.grad(result.sum(), query)
     assert gradient.shape == query.shape
-    assert attend(query, key, value, spans, causal=causal, scale=0.5).shape == query.shape
+    assert varlen_attention(query, key, value, spans, causal=causal, scale=0.5).shape == query.shape
 
 
 class Documented(TorchDispatchMode):
@@ -140,8 +141,8 @@ class Documented(TorchDispatchMode):
 @pytest.mark.parametrize("groups", KERNEL_GROUPS)
 def test_our_call_asks_the_kernel_for_the_same(groups, causal):
     """The values of the arguments; the kernel itself is left to tests/gpu."""
-    spans = Spans.of(torch.tensor([9, 1, 27]), "cpu")
+    spans = SegmentLengths.of(torch.tensor([9, 1, 27]), "cpu")
     inputs = [tensor[:, 0].detach() for tensor in qkv(groups, torch.float64)[:3]]
     with Documented():
-        asked = attend_by_kernel(*inputs, spans, causal=causal, scale=0.5)
-    assert furthest([asked], [attend(*inputs, spans, causal=causal, scale=0.5)]) < 1e-14
+        asked = varlen_kernel_attention(*inputs, spans, causal=causal, scale=0.5)
+    assert furthest([asked], [varlen_attention(*inputs, spans, causal=causal, scale=0.5)]) < 1e-14

@@ -151,7 +151,7 @@ def _model(config: Any) -> torch.nn.Module:
 
 
 def _inputs(config: Any, case: Case) -> dict[str, Any]:
-    from pause_megatron.model.spans import Spans, TextSpans
+    from pause_megatron.model.variable_length import PackedSegments, SegmentLengths
     from pause_megatron.plan.layout import Layout
 
     layout = Layout.of(config, case.ranks, TEXT_SIZE)
@@ -163,7 +163,7 @@ def _inputs(config: Any, case: Case) -> dict[str, Any]:
     spans = None
     if case.texts:
         lengths = (length // case.texts,) * (case.texts * windows)
-        spans = TextSpans(Spans(lengths, numbers(len(lengths) + 1, dtype=torch.int32)))
+        spans = PackedSegments(SegmentLengths(lengths, numbers(len(lengths) + 1, dtype=torch.int32)))
     return dict(
         input_ids=numbers(windows, length),
         position_ids=numbers(windows, length),

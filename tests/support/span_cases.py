@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import torch
 
 from pause_megatron.model.attention import SDPACoreAttention
-from pause_megatron.model.spans import TextSpans
+from pause_megatron.model.variable_length import PackedSegments
 
 # Windows of 37 tokens: texts of 1 to 16 tokens, padding on both sides; prefixes of none, some and all tokens of a text.
 SEGMENTS = torch.tensor([[0] * 9 + [1] + [2] * 16 + [3] * 11, [-1] * 3 + [0] * 2 + [1] * 12 + [4] * 15 + [-1] * 5])
@@ -29,7 +29,7 @@ def attention_core() -> SDPACoreAttention:
 
 
 def attended(
-    mask: torch.Tensor | TextSpans, groups: int, dtype: torch.dtype, device: str = "cpu"
+    mask: torch.Tensor | PackedSegments, groups: int, dtype: torch.dtype, device: str = "cpu"
 ) -> list[torch.Tensor]:
     """Result and gradients of the attention core, padding left out."""
     *inputs, upstream = qkv(groups, dtype, device)

@@ -1,7 +1,7 @@
 """The Triton kernels as torch operators `torch.ops.pause_megatron.*`.
 
-As operators they have shapes without being run: fake and meta tensors pass, so a whole training step can be counted on
-a machine without a GPU, and `torch.compile` does not look inside. They have no gradients; `fused.py` gives them those.
+As operators they have a shape function, so that fake and meta tensors pass. A whole training step can be counted on a
+host without a GPU, and `torch.compile` does not trace into them. They have no gradients; those are in `fused.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-# Each reads its inputs once and writes its result once, but for what `cross_entropy_` finds in the L2 cache.
+# Each reads its inputs once and writes its result once; `cross_entropy_` reads the logits again from the L2 cache.
 SCHEMAS = {
     "rotate": "(Tensor x, Tensor cos, Tensor sin, bool back) -> Tensor",
     "swiglu": "(Tensor x) -> Tensor",
@@ -36,7 +36,7 @@ def registered() -> SimpleNamespace:
             library.impl(name, getattr(triton_kernels, name), key)
         library.impl(name, _SHAPES[name], "Meta")
     operators = {name: getattr(torch.ops.pause_megatron, name).default for name in SCHEMAS}
-    return SimpleNamespace(**operators, library=library)  # an unreferenced library takes its operators with it
+    return SimpleNamespace(**operators, library=library)  # unregistered when the library is collected
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:

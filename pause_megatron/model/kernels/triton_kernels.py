@@ -1,4 +1,4 @@
-"""Triton kernels of rotary embedding, SwiGLU and cross-entropy, and their launches. fp32 inside, any float outside."""
+"""Triton kernels of rotary embedding, SwiGLU and cross-entropy, and their launches; they compute in fp32."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_COLUMNS = 8192  # logits of a row that a program looks at in one go
+_COLUMNS = 8192  # logits of a row that a program loads at one time
 _CHANNELS = 1024  # channels of a row of SwiGLU that a program computes
-_OPTIONS = {"enable_fp_fusion": True}  # no default any more from Triton 3.10 on
+_OPTIONS = {"enable_fp_fusion": True}  # off by default from Triton 3.10 on
 
 
 @triton.jit
@@ -34,7 +34,7 @@ def _rotate_kernel(
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
-    """`fused.Pieces.turn`: x [seq, batch, heads, channels], its last dimension contiguous; the result contiguous."""
+    """Launch `Primitives.rotate_by` on x [seq, batch, heads, channels]; the result is contiguous."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     cos, sin = cos.contiguous(), sin.contiguous()
     seq, batch, heads, channels = x.shape
@@ -73,7 +73,7 @@ def _swiglu_backward_kernel(gradient, x, out, width, BLOCK: tl.constexpr):
 
 
 def swiglu(x: Tensor) -> Tensor:
-    """`fused.Pieces.gate`."""
+    """Launch `Primitives.swiglu_forward`."""
     x = x.contiguous()
     width = x.shape[-1] // 2
     out = torch.empty((*x.shape[:-1], width), dtype=x.dtype, device=x.device)
@@ -83,7 +83,7 @@ def swiglu(x: Tensor) -> Tensor:
 
 
 def swiglu_backward(gradient: Tensor, x: Tensor) -> Tensor:
-    """`fused.Pieces.ungate`: both contiguous."""
+    """Launch `Primitives.swiglu_backward`."""
     x, gradient = x.contiguous(), gradient.contiguous()
     width = x.shape[-1] // 2
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -98,14 +98,14 @@ def _rows_and_blocks(x: Tensor, width: int) -> tuple[int, int]:
 
 @triton.jit
 def _statistics_of(row, columns, BLOCK: tl.constexpr):
-    """Highest logit of a row, and the sum of exp(logit - highest), in one pass (Milakov and Gimelshein 2018)."""
+    """Return the highest logit of a row and the sum of exp(logit - highest) (Milakov and Gimelshein 2018)."""
     highest = float("-inf")
     total = 0.0
     for start in range(0, columns, BLOCK):
         column = start + tl.arange(0, BLOCK)
         logit = tl.load(row + column, mask=column < columns, other=float("-inf")).to(tl.float32)
         new = tl.maximum(highest, tl.max(logit, axis=0))
-        shift = tl.where(new == float("-inf"), 0.0, new)  # nothing but masked columns so far
+        shift = tl.where(new == float("-inf"), 0.0, new)  # only masked columns so far
         total = total * tl.exp(highest - shift) + tl.sum(tl.exp(logit - shift), axis=0)
         highest = new
     return highest, total
@@ -159,7 +159,7 @@ def _cross_entropy_kernel(logits, targets, losses, scale, columns, step, BLOCK: 
 
 
 def logit_statistics(logits: Tensor, targets: Tensor) -> Tensor:
-    """`fused.Pieces.statistics`."""
+    """Launch `Primitives.statistics`."""
     rows, columns = logits.shape
     out = torch.empty((3, rows), dtype=torch.float32, device=logits.device)
     if rows:
@@ -170,7 +170,7 @@ def logit_statistics(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def logit_gradient_(logits: Tensor, targets: Tensor, highest: Tensor, total: Tensor, scale: Tensor) -> None:
-    """`fused.Pieces.gradient_`."""
+    """Launch `Primitives.gradient_`."""
     rows, columns = logits.shape
     if rows:
         _gradient_kernel[(rows,)](
@@ -180,7 +180,7 @@ def logit_gradient_(logits: Tensor, targets: Tensor, highest: Tensor, total: Ten
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor, scale: Tensor) -> Tensor:
-    """`fused.Pieces.loss_and_gradient_`."""
+    """Launch `Primitives.loss_and_gradient_`."""
     rows, columns = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows:

@@ -1,0 +1,34 @@
+"""Features of megatron-core's GPTModel that PauseGPTModel does not support."""
+
+from __future__ import annotations
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from pause_megatron.errors import ConfigError
+
+_POSITIONS = ("rope", "learned_absolute", "none")
+
+
+def check_supported(
+    config: TransformerConfig, position_embedding_type: str, fp16_loss: bool, mtp_block_spec: object
+) -> None:
+    """Check that the arguments of GPTModel ask for no feature that PauseGPTModel does not have.
+
+    Args:
+        config: As GPTModel.
+        position_embedding_type: As GPTModel.
+        fp16_loss: `fp16_lm_cross_entropy` of GPTModel.
+        mtp_block_spec: As GPTModel.
+
+    Raises:
+        ConfigError: Names the feature.
+    """
+    if position_embedding_type not in _POSITIONS:
+        raise ConfigError(f"position_embedding_type: expected one of {_POSITIONS}, got {position_embedding_type!r}")
+    if fp16_loss:
+        raise ConfigError("fp16_lm_cross_entropy: expected False, got True: the loss of PauseGPTModel is fp32")
+    if mtp_block_spec is not None:
+        raise ConfigError("mtp_block_spec: expected None, got a spec: PauseGPTModel has no multi-token prediction")
+    for name in ("multi_latent_attention", "mtp_num_layers", "use_mup", "defer_embedding_wgrad_compute"):
+        if value := getattr(config, name, None):
+            raise ConfigError(f"{name}: expected it to be off for PauseGPTModel, got {value!r}")
