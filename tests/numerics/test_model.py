@@ -215,7 +215,7 @@ def test_transformer_engine_is_asked_for_by_name():
         import transformer_engine  # noqa: F401
     except ImportError:
         with pytest.raises(
-            ConfigError, match=r"model\.attention: expected Transformer Engine to be installed for 'te'"
+            ConfigError, match=r"expected Transformer Engine to be installed for 'te'"
         ):
             block_spec(2, attention="te")
     else:
