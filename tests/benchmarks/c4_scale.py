@@ -36,7 +36,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from pause_megatron.config.schema import PauseSection
 from pause_megatron.data.corpus.index_file import read_header, write_index
-from pause_megatron.data.corpus.manifest import Counts, FileRecord, Manifest, TokenizerRecord
+from pause_megatron.data.corpus.manifest import Manifest
+from pause_megatron.data.corpus.records import Counts, FileRecord, TokenizerRecord
 from pause_megatron.data.windows.build import DatasetOptions, Datasets, build_datasets
 from pause_megatron.files.durable import DigestFile
 

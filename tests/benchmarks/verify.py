@@ -20,7 +20,8 @@ from support.prose import documents, small_tokenizer, write_shards
 
 from pause_megatron.data.corpus.corpus import open_corpus
 from pause_megatron.data.corpus.index_file import write_index
-from pause_megatron.data.corpus.manifest import BLOCK_BYTES, BlockRecord, FileRecord, Manifest
+from pause_megatron.data.corpus.manifest import Manifest
+from pause_megatron.data.corpus.records import BLOCK_BYTES, BlockRecord, FileRecord
 from pause_megatron.data.corpus.verify import damage_of
 from pause_megatron.data.prepare.prepare import prepare
 from pause_megatron.files.durable import BlockDigests, DigestFile

@@ -214,9 +214,8 @@ def test_transformer_engine_is_asked_for_by_name():
     try:
         import transformer_engine  # noqa: F401
     except ImportError:
-        with pytest.raises(
-            ConfigError, match=r"expected Transformer Engine to be installed for 'te'"
-        ):
+        message = r"model\.attention: expected Transformer Engine to be installed for 'te'"
+        with pytest.raises(ConfigError, match=message):
             block_spec(2, attention="te")
     else:
         block_spec(2, attention="te")

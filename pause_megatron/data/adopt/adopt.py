@@ -27,14 +27,8 @@ from pause_megatron.data.adopt.tokenizer_check import (
 )
 from pause_megatron.data.corpus.corpus import open_corpus
 from pause_megatron.data.corpus.index_file import IndexHeader, check_entries, read_header
-from pause_megatron.data.corpus.manifest import (
-    AdoptionRecord,
-    Counts,
-    Manifest,
-    TokenizerRecord,
-    path_of,
-    replace_tokenizer,
-)
+from pause_megatron.data.corpus.manifest import Manifest, path_of, replace_tokenizer
+from pause_megatron.data.corpus.records import AdoptionRecord, Counts, TokenizerRecord
 from pause_megatron.data.corpus.verify import Report, no_report
 from pause_megatron.data.prepare.publish import remove_partial_files
 from pause_megatron.data.tokenizer.tokenizer import DESCRIPTION_NAME, Tokenizer
@@ -144,7 +138,7 @@ def _adopted_before(prefix: str | Path, tokenizer: Tokenizer) -> Manifest | None
 
 
 def _clear_place(prefix: str | Path) -> None:
-    """Remove the temporary files of a killed run, unless files of others are in the way."""
+    """Remove the temporary files of a killed run, unless files of another program are in the way."""
     parts, kept = path_of(prefix, "parts"), path_of(prefix, "tokenizer")
     if parts.exists():
         raise DataError(f"{parts}: expected no such folder, got an unfinished preparation: finish or remove it")

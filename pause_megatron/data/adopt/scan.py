@@ -10,7 +10,8 @@ import numpy as np
 import xxhash
 
 from pause_megatron.data.corpus.index_file import IndexHeader, read_lengths
-from pause_megatron.data.corpus.manifest import BLOCK_BYTES, BlockRecord, FileRecord, path_of
+from pause_megatron.data.corpus.manifest import path_of
+from pause_megatron.data.corpus.records import BLOCK_BYTES, BlockRecord, FileRecord
 from pause_megatron.data.corpus.verify import Report
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer
 from pause_megatron.errors import DataError
@@ -171,7 +172,13 @@ class _IdFinder:
         self.pauses, self.outside, self.without_eod = Occurrences(), Occurrences(), Occurrences()
 
     def check(self, ids: np.ndarray, start: int, documents: _Documents) -> None:
-        """Check the ids [n] of a piece that begins at token `start`; `documents` is advanced to its end."""
+        """Check the ids of a piece.
+
+        Args:
+            ids: The ids, of any integer dtype [n].
+            start: Position of the first id in the corpus, in tokens.
+            documents: Documents, advanced to the end of the piece.
+        """
         self.eod_count += int(np.count_nonzero(ids == self._eod))
         inside = ids
         if ids.min() < 0 or ids.max() >= self._size:

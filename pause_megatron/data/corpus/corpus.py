@@ -10,7 +10,8 @@ from typing import get_args
 import numpy as np
 
 from pause_megatron.data.corpus.index_file import read_header
-from pause_megatron.data.corpus.manifest import FileName, Manifest, TokenizerRecord, path_of
+from pause_megatron.data.corpus.manifest import Manifest, path_of
+from pause_megatron.data.corpus.records import FileName, TokenizerRecord
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from pause_megatron.errors import DataError
 

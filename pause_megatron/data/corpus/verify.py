@@ -19,7 +19,7 @@ _READ_BYTES = 4 << 20
 
 
 def no_report(stage: str, done: int, total: int) -> None:
-    """Ignore the progress of a stage."""
+    """Ignore a progress report."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,12 @@ def raise_if_damaged(corpus: Corpus, damage: Sequence[Damage]) -> None:
 
 
 def describe_damage(corpus: Corpus, damage: Sequence[Damage]) -> str:
-    """Return an error message with one line per damaged range."""
+    """Return an error message with one line per damaged range.
+
+    Args:
+        corpus: The corpus that was read.
+        damage: Its damaged ranges, as `damage_of` returns them.
+    """
     lines = "\n  ".join(map(str, damage))
     verb = corpus.manifest.made_by
     return f"corpus {corpus.prefix} is damaged; copy it again, or {verb} it with --overwrite:\n  {lines}"

@@ -17,7 +17,8 @@ from typing import BinaryIO
 import xxhash
 from pydantic import Field
 
-from pause_megatron.data.corpus.manifest import BLOCK_BYTES, BlockRecord, FileRecord, FrozenModel, path_of, read_record
+from pause_megatron.data.corpus.manifest import path_of
+from pause_megatron.data.corpus.records import BLOCK_BYTES, BlockRecord, FileRecord, FrozenModel, read_record
 from pause_megatron.data.prepare.shard import PartRecord, part_path
 from pause_megatron.errors import DataError
 from pause_megatron.files.durable import READ_BYTES, BlockDigests, write_whole

@@ -10,16 +10,8 @@ from dataclasses import dataclass
 from multiprocessing.context import SpawnContext
 from typing import Literal
 
-from pause_megatron.data.prepare.shard import (
-    PartRecord,
-    ShardOutcome,
-    ShardSums,
-    ShardTask,
-    SharedCounters,
-    WorkerConfig,
-    run_task,
-    start_worker,
-)
+from pause_megatron.data.prepare.counters import ShardSums, SharedCounters
+from pause_megatron.data.prepare.shard import PartRecord, ShardOutcome, ShardTask, WorkerConfig, run_task, start_worker
 from pause_megatron.errors import DataError
 
 POLL_SECONDS = 0.2

@@ -15,7 +15,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pause_megatron.data.corpus.manifest import CorpusSpec, Manifest, TokenizerRecord, path_of
+from pause_megatron.data.corpus.manifest import Manifest, path_of
+from pause_megatron.data.corpus.records import CorpusSpec, TokenizerRecord
 from pause_megatron.data.prepare.pool import PrepareProgress, run_tasks
 from pause_megatron.data.prepare.publish import join_parts, merge_tallies
 from pause_megatron.data.prepare.shard import PartRecord, ShardTask, WorkerConfig
@@ -138,6 +139,10 @@ class _Shards:
 
     def prepare(self, config: WorkerConfig, workers: int) -> list[PartRecord]:
         """Prepare the shards that are not finished, and return the parts of all in order.
+
+        Args:
+            config: Settings of the workers.
+            workers: Number of processes.
 
         Raises:
             DataError: Too many malformed lines, or no documents at all.

@@ -11,15 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from pause_megatron.data.corpus.index_file import read_lengths, write_index
-from pause_megatron.data.corpus.manifest import (
-    TEMPORARY_FOLDERS,
-    CorpusSpec,
-    FileRecord,
-    Manifest,
-    SourceCounts,
-    path_of,
-    replace_tokenizer,
-)
+from pause_megatron.data.corpus.manifest import TEMPORARY_FOLDERS, Manifest, path_of, replace_tokenizer
+from pause_megatron.data.corpus.records import CorpusSpec, FileRecord, SourceCounts
 from pause_megatron.data.prepare.joined import JoinedBin, JoinedFile
 from pause_megatron.data.prepare.pool import PrepareProgress
 from pause_megatron.data.prepare.shard import PartRecord, corpus_dtype, part_path

@@ -12,13 +12,13 @@ from collections.abc import Iterator, MutableSequence
 from dataclasses import dataclass
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from pydantic import JsonValue
 
 from pause_megatron.data.corpus.index_file import token_dtype, write_index
-from pause_megatron.data.corpus.manifest import FileRecord, FrozenModel, SourceCounts, SourceRecord, TokenizerRecord
+from pause_megatron.data.corpus.records import FileRecord, FrozenModel, SourceCounts, SourceRecord, TokenizerRecord
+from pause_megatron.data.prepare.counters import ShardSums, SharedCounters
 from pause_megatron.data.text.documents import Malformed, Tally, TallyRecord
 from pause_megatron.data.text.sources import ReadOptions, Source
 from pause_megatron.data.tokenizer.fast.encoders import Encoder, EncoderName, open_encoder
@@ -72,62 +72,6 @@ class ShardOutcome:
     number: int
     part: PartRecord | None
     malformed: Tally
-
-
-class ShardSums(NamedTuple):
-    """Running sums of one shard, or of all.
-
-    Attributes:
-        documents: Number of documents.
-        tokens: Number of token ids, EODs included.
-        text_bytes: Size of the text as UTF-8.
-        read_bytes: Bytes read of the source as stored.
-        malformed: Number of malformed lines.
-    """
-
-    documents: int
-    tokens: int
-    text_bytes: int
-    read_bytes: int
-    malformed: int
-
-
-class SharedCounters:
-    """The running sums of every shard, in memory that the workers share.
-
-    Each cell has one writer, so no lock is needed: a worker that is killed could hold it for ever.
-
-    Args:
-        cells: Shared integers, `SharedCounters.size` of them.
-    """
-
-    def __init__(self, cells: MutableSequence[int]) -> None:
-        self.cells = cells
-
-    @staticmethod
-    def size(shards: int) -> int:
-        """Return the number of cells: one row per shard, and the stop flag."""
-        return shards * len(ShardSums._fields) + 1
-
-    def set(self, shard: int, sums: ShardSums) -> None:
-        """Publish the sums of a shard."""
-        start = shard * len(sums)
-        for offset, value in enumerate(sums):
-            self.cells[start + offset] = value
-
-    def total(self) -> ShardSums:
-        """Return the sums over all shards."""
-        columns, end = len(ShardSums._fields), len(self.cells) - 1
-        return ShardSums(*(sum(self.cells[column:end:columns]) for column in range(columns)))
-
-    @property
-    def stopped(self) -> bool:
-        """Whether the workers must stop after the current batch."""
-        return bool(self.cells[len(self.cells) - 1])
-
-    def stop(self) -> None:
-        """Request that the workers stop after the current batch."""
-        self.cells[len(self.cells) - 1] = 1
 
 
 @dataclass(frozen=True)
@@ -225,7 +169,12 @@ class _PartWriter:
         return ShardSums(len(self.lengths), self._tokens, self._text_bytes, read_bytes, self.malformed.total)
 
     def write(self, texts: list[str], name: str) -> None:
-        """Append a batch of documents of the source `name`."""
+        """Append a batch of documents.
+
+        Args:
+            texts: The documents.
+            name: Name of the source, for messages.
+        """
         if not texts:
             return
         encoded = self._encoder.encode_flat(texts)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pause_megatron.data.corpus.corpus import open_corpus
-from pause_megatron.data.corpus.manifest import CorpusSpec, Manifest, path_of, read_record
+from pause_megatron.data.corpus.manifest import Manifest, path_of
+from pause_megatron.data.corpus.records import CorpusSpec, read_record
 from pause_megatron.data.prepare.joined import JoinedFile
 from pause_megatron.data.prepare.publish import remove_partial_files
 from pause_megatron.data.prepare.shard import PartRecord, part_path

@@ -30,7 +30,7 @@ KINDS = {
     "two-texts": "an object that has the text key twice",
     "text-not-string": "the text is null, a number, a list or an object",
     "empty": "the text is empty or only white space",
-    "lone-surrogate": "the text holds half of a UTF-16 pair, which is no character",
+    "lone-surrogate": "the text contains half of a UTF-16 surrogate pair",
     "damaged-shard": "the shard cannot be read from here on (compressed data ends or breaks, the disk fails)",
 }
 
@@ -41,7 +41,7 @@ class Malformed(NamedTuple):
     Attributes:
         kind: One of `KINDS`.
         line: Number of the line, from 1.
-        detail: What the line holds, for messages; may be empty.
+        detail: Excerpt of the line or what is wrong with it, for messages; may be empty.
     """
 
     kind: str
@@ -55,7 +55,7 @@ class LineLocation(NamedTuple):
     Attributes:
         file: Path of the shard, or name of the source.
         line: Number of the line, from 1.
-        detail: What the line holds, for messages; may be empty.
+        detail: Excerpt of the line or what is wrong with it, for messages; may be empty.
     """
 
     file: str
@@ -90,12 +90,17 @@ class Tally:
         self.places: dict[str, list[LineLocation]] = {}
 
     def add(self, file: str, malformed: Malformed) -> None:
-        """Count one malformed line of a file."""
+        """Count one malformed line.
+
+        Args:
+            file: Path of the shard, or name of the source.
+            malformed: The malformed line.
+        """
         self.counts[malformed.kind] += 1
         self._keep(malformed.kind, [LineLocation(file, malformed.line, malformed.detail)])
 
     def merge(self, other: Tally) -> None:
-        """Add the counts of a later shard."""
+        """Add the counts of another tally, whose shards come later."""
         self.counts.update(other.counts)
         for kind, places in other.places.items():
             self._keep(kind, places)
@@ -205,7 +210,12 @@ def parse_record(record: Mapping[str, Any], number: int, text_key: str) -> str |
 
 
 def parse_lines(lines: Iterator[bytes | None], text_key: str) -> Iterator[str | Malformed]:
-    """Yield the result of `parse_line` for each line of a shard."""
+    """Yield the result of `parse_line` for each line of a shard.
+
+    Args:
+        lines: Lines without their newlines; None for a line that exceeds `MAX_LINE_BYTES`.
+        text_key: Key of the text in the JSON objects.
+    """
     for number, line in enumerate(lines, start=1):
         yield parse_line(line, number, text_key)
 

@@ -55,7 +55,12 @@ class Source(Protocol):
         """Return the JSON values that change when the content may have changed, such as the modification time."""
 
     def unchanged(self, stamp: dict[str, JsonValue], digest: str | None) -> bool:
-        """Return whether the content is still the one that had this stamp and digest."""
+        """Return whether the content is the same as when this stamp and digest were taken.
+
+        Args:
+            stamp: An earlier result of `stamp`.
+            digest: The digest of the reader after that pass; None where there was none.
+        """
 
     def open(self, options: ReadOptions) -> SourceReader:
         """Return a reader for one pass over the source."""

@@ -39,7 +39,7 @@ class Tokenizer:
         pause_id: First id of `<pause>`; `vocab_size` unless the tokenizer reserves one.
         fingerprint: "KIND:SHA256" of the content; it does not depend on the path.
         leading: Ids that the exported tokenizer puts before a prompt, such as a BOS; `encode` never adds them.
-        companions: Contents of the files that an export copies (chat templates and others), by name.
+        companions: Contents of the files that an export copies (such as chat templates), by name.
     """
 
     def __init__(

@@ -23,7 +23,8 @@ from support.prose import documents, small_tokenizer, train_model, write_shards
 from pause_megatron.cli import main
 from pause_megatron.data.corpus.corpus import open_corpus
 from pause_megatron.data.corpus.first_use import check_and_record, verify_at_use
-from pause_megatron.data.corpus.manifest import BlockRecord, Manifest
+from pause_megatron.data.corpus.manifest import Manifest
+from pause_megatron.data.corpus.records import BlockRecord
 from pause_megatron.data.corpus.verify import damage_of, verify_corpus
 from pause_megatron.data.prepare.prepare import prepare
 from pause_megatron.data.tokenizer.tokenizer import load_tokenizer
