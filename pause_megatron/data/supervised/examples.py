@@ -30,7 +30,7 @@ PREFIX_ATTENTIONS = ("causal", "bidirectional")
 
 @dataclass(frozen=True)
 class Prompting:
-    """How the pauses of a prompt are used, whatever their number: in finetuning, generation and evaluation alike.
+    """The use of pauses in prompts, for any number of them: in finetuning, generation and evaluation alike.
 
     Attributes:
         location: One of LOCATIONS: pauses behind the prompt, or before it.

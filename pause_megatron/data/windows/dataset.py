@@ -225,7 +225,7 @@ class PauseGPTDataset(GPTDataset):
     def _with_pauses(self, idx: int | None) -> dict[str, torch.Tensor]:
         sample = 0 if idx is None else int(idx)
         text, lengths = self.text_and_lengths(sample)
-        self._refuse_pause_ids(text, sample)
+        self._check_no_pause_ids(text, sample)
         window = self.injector(text, sample % len(self))
         item = self._sample(text, window, supervised=idx is not None)
         if getattr(self.config, "inter_document_masking", False):  # from megatron-core 0.19 on
@@ -270,15 +270,15 @@ class PauseGPTDataset(GPTDataset):
         document = torch.from_numpy(begins[:-1].cumsum())
         return self._attention_mask | (document[:, None] != document[None, :])
 
-    def _refuse_pause_ids(self, text: np.ndarray, sample: int) -> None:
+    def _check_no_pause_ids(self, text: np.ndarray, sample: int) -> None:
         """Check that a text holds no pause id: it would be taken for an inserted pause, and never be a target."""
         pause_ids = self.injector.pause_ids
         if text.max() < pause_ids.start:  # nearly always: they follow the vocabulary
             return
-        found = (text >= pause_ids.start) & (text < pause_ids.stop)
-        if found.any():
+        is_pause = (text >= pause_ids.start) & (text < pause_ids.stop)
+        if is_pause.any():
             raise DataError(
-                f"{self.dataset_path}.bin: expected text only, got the pause id {text[found][0]} in the text of "
+                f"{self.dataset_path}.bin: expected text only, got the pause id {text[is_pause][0]} in the text of "
                 f"sample {sample} ({self.index_split.name}). Prepare the corpus again, or choose another pause id"
             )
 

@@ -214,16 +214,16 @@ def choose_folder(given: str | None, beside: str | Path, spare: str | Path | Non
         ConfigError: No folder can be written, and `given` holds no caches either.
     """
     folder = Path(given) if given else Path(os.path.abspath(beside)).parent / "cache"
-    refusal = _why_not_writable(folder)
-    if refusal is None or (given and any(folder.glob(f"*{_RECORD}"))):  # a read-only one with caches
+    reason = _why_not_writable(folder)
+    if reason is None or (given and any(folder.glob(f"*{_RECORD}"))):  # a read-only one with caches
         return str(folder), None
     if given or spare is None:
-        raise ConfigError(f"data.cache={folder}: expected a folder to write index caches to, got: {refusal}")
-    if (why := _why_not_writable(Path(spare))) is not None:
+        raise ConfigError(f"data.cache={folder}: expected a folder to write index caches to, got: {reason}")
+    if (spare_reason := _why_not_writable(Path(spare))) is not None:
         raise ConfigError(
-            f"data.cache: expected a folder to write index caches to, got: {folder}: {refusal}; {spare}: {why}"
+            f"data.cache: expected a folder to write index caches to, got: {folder}: {reason}; {spare}: {spare_reason}"
         )
-    return str(spare), f"{folder}: cannot be written ({refusal}); index caches go to {spare}. data.cache names another"
+    return str(spare), f"{folder}: cannot be written ({reason}); index caches go to {spare}. data.cache names another"
 
 
 def _why_not_writable(folder: Path) -> str | None:
