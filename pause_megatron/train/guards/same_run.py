@@ -163,7 +163,7 @@ def _gaps_digest(config: ResolvedConfig) -> str:
     """Return a digest of the gaps that the policy chooses in a few synthetic windows."""
     pause, digest = config.pause, xxhash.xxh3_128()
     try:
-        plan = PausePlan(config.data.sequence_length, pause.rate, pause.window, pause.placement, pause.seed)
+        plan = PausePlan.of(pause, config.data.sequence_length)
         injector = PauseInjector(plan, range(1), "", "")
         text = np.arange(plan.text_length, dtype=np.int64) % _TOKENS
         for sample in range(_WINDOWS):

@@ -91,7 +91,7 @@ def open_stream(
         DataError: The source cannot be opened, or the checkpoint holds no position in it; on every rank.
     """
     pause, size = config.pause, config.batch.global_size
-    plan = PausePlan(config.data.sequence_length, pause.rate, pause.window, pause.placement, pause.seed)
+    plan = PausePlan.of(pause, config.data.sequence_length)
     hosts = gather_objects(_host_id())
     reader_rank = hosts.index(hosts[context.rank])
     server: WindowServer | None = None
