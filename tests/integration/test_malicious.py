@@ -341,7 +341,7 @@ def test_a_tokenizer_folder_with_code_is_refused(tmp_path, canary):
         load_tokenizer(folder)
     for name in ("tokenizer.json", "tokenizer.model"):
         pickled(folder / name)
-        with pytest.raises(DataError, match=r"not a (Hugging Face tokenizer|SentencePiece model)"):
+        with pytest.raises(DataError, match=r"expected a (Hugging Face tokenizer|SentencePiece model)"):
             load_tokenizer(folder / name)
     assert not canary.exists()
 

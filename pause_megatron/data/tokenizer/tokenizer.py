@@ -185,8 +185,7 @@ def load_tokenizer(path: str | Path, *, eod_token: str | None = None, pause_id: 
         DataError: There is no tokenizer, it has no end-of-document token, or the pause id has another use.
     """
     path = str(path)
-    described = Path(path) / DESCRIPTION_NAME
-    if described.is_file():
+    if (Path(path) / DESCRIPTION_NAME).is_file():
         return _load_saved(Path(path), eod_token=eod_token, pause_id=pause_id)
     backend = open_backend(path)
     eod = _eod(backend, eod_token, path)

@@ -1,4 +1,4 @@
-"""A corpus of others becomes the corpus that `prepare` would have made; whatever is wrong with it is said before."""
+"""An adopted corpus equals the one that `prepare` would have made; every fault is an error before."""
 
 from __future__ import annotations
 
@@ -71,12 +71,12 @@ def theirs(original: Path, tmp_path: Path) -> Path:
 
 
 def there(prefix: Path) -> set[str]:
-    """What lies in a corpus's folder, without its records of reading."""
+    """Return the names in a corpus's folder, without its verification records."""
     return {path.name.removeprefix(f"{prefix.name}.") for path in prefix.parent.iterdir()} - {"cache"}
 
 
 def refusal(prefix: Path, tokenizer: Tokenizer, **options: object) -> str:
-    """Why a corpus is refused, after checking that nothing was left and nothing was touched."""
+    """Return the error of `adopt`, after checking that no file was created or changed."""
     before = {path.name: path.read_bytes() for path in prefix.parent.iterdir() if path.is_file()}
     with pytest.raises(DataError) as error:
         adopt(prefix, tokenizer, **options)
@@ -84,7 +84,7 @@ def refusal(prefix: Path, tokenizer: Tokenizer, **options: object) -> str:
     return str(error.value)
 
 
-# What becomes of it ---------------------------------------------------------------------------------------------------
+# The result -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["tok.model", "hf"])
@@ -129,7 +129,7 @@ def test_it_is_the_corpus_that_prepare_makes(folder: Path, tmp_path: Path, capsy
     assert re.search(r"text +not known", text) and ", of which 80 EOD" in text
 
 
-def test_again_is_nothing_to_do_and_otherwise_needs_overwrite(theirs: Path, folder: Path, capsys) -> None:
+def test_a_second_run_does_nothing_and_changes_need_overwrite(theirs: Path, folder: Path, capsys) -> None:
     command = ["adopt", str(theirs), "--tokenizer", str(folder / "tok.model")]
     assert main(command) == 0
     before = Path(f"{theirs}.manifest.json").stat().st_ino
@@ -143,7 +143,7 @@ def test_again_is_nothing_to_do_and_otherwise_needs_overwrite(theirs: Path, fold
     assert main(["adopt", str(theirs), "--tokenizer", f"{theirs}.tokenizer", "--overwrite"]) == 0  # its own
 
 
-def test_prepare_and_adopt_leave_each_others_corpora_alone(theirs: Path, folder: Path, tokenizer: Tokenizer) -> None:
+def test_prepare_and_adopt_do_not_replace_each_others_corpora(theirs: Path, folder: Path, tokenizer: Tokenizer) -> None:
     with pytest.raises(DataError, match=rf"got a file without a manifest.*pause-megatron adopt {theirs} --tokenizer"):
         prepare([f"{folder}/shards/*"], tokenizer, theirs, workers=1)
     adopt(theirs, tokenizer)
@@ -285,7 +285,7 @@ def test_scan_finds_what_a_loop_over_documents_finds(tmp_path_factory, folder: P
     assert found.without_eod.places == ends and found.without_eod.count == len(ends)
 
 
-# Whose tokens they are ------------------------------------------------------------------------------------------------
+# The right tokenizer --------------------------------------------------------------------------------------------------
 
 
 LOSSY = {"model_type": "unigram", "byte_fallback": False, "normalization_rule_name": "nmt_nfkc_cf"}
@@ -328,7 +328,7 @@ def test_a_lower_agreement_can_be_allowed(theirs: Path, tmp_path: Path, capsys) 
     assert "expected a number from 0 to 1" in capsys.readouterr().err
 
 
-def test_special_tokens_in_texts_are_not_taken_for_another_tokenizer(folder: Path, tmp_path: Path) -> None:
+def test_special_tokens_in_texts_do_not_lower_the_agreement(folder: Path, tmp_path: Path) -> None:
     """Megatron-LM encodes a literal </s> as EOD, and some tokenizers put a BOS first."""
     encode, eod, size = megatron_tokenizer(folder / "hf")
     texts = [text.replace(". ", ". </s>", 1) for text in TEXTS]
@@ -398,7 +398,7 @@ def test_a_few_without_eod_and_one_without_tokens(folder: Path, tokenizer: Token
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-def test_files_that_are_cut_missing_or_something_else(theirs: Path, tokenizer: Tokenizer) -> None:
+def test_truncated_missing_and_foreign_files(theirs: Path, tokenizer: Tokenizer) -> None:
     whole = {name: Path(f"{theirs}.{name}").read_bytes() for name in ("bin", "idx")}
     size = len(whole["bin"])
 
@@ -436,7 +436,7 @@ def test_files_that_are_cut_missing_or_something_else(theirs: Path, tokenizer: T
     )
 
 
-def test_the_name_of_a_file_or_half_a_name(theirs: Path, tokenizer: Tokenizer) -> None:
+def test_a_wrong_prefix_suggests_the_right_one(theirs: Path, tokenizer: Tokenizer) -> None:
     for wrong in (Path(f"{theirs}.bin"), Path(f"{theirs}.idx")):
         assert f"did you mean {theirs}?" in refusal(wrong, tokenizer)
     os.rename(f"{theirs}.bin", f"{theirs}_text_document.bin")

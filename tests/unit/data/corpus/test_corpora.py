@@ -66,7 +66,7 @@ def test_every_corpus_is_verified_at_its_first_use(folder: Path) -> None:
 
 
 def test_a_blank_in_the_path_of_a_corpus(folder: Path, tmp_path: Path) -> None:
-    """Given in a list it works everywhere; given as text, the message says how, and its own advice works."""
+    """In a list it works everywhere; as text, the message shows the list, and that list works."""
     for name in ("a", "v"):
         for path in folder.glob(f"{name}.*"):
             target = tmp_path / "my data" / path.name.replace(f"{name}.", f"{name} corpus.")

@@ -37,7 +37,7 @@ def test_manifest_comes_back(corpus: Path) -> None:
     assert Manifest.load(corpus) == manifest
 
 
-def test_opening_gives_the_tokenizer_and_takes_the_right_one(corpus: Path, original: Path) -> None:
+def test_opening_returns_the_tokenizer_and_accepts_the_right_one(corpus: Path, original: Path) -> None:
     opened = open_corpus(corpus, original / "tok.model")
     assert opened.tokenizer.pause_id == opened.manifest.tokenizer.pause_id == 600
     verify_corpus(opened)

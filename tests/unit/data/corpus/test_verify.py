@@ -1,4 +1,4 @@
-"""Damage to a corpus: a thousand mutations of every kind, none silent; and the check at first use, made once."""
+"""Damage to a corpus: a thousand mutations, none undetected; and the check at first use, made once."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ MUTATIONS = (
 )
 
 
-def test_no_mutation_is_silent(original: Path, tmp_path: Path, full: bool, capsys: pytest.CaptureFixture) -> None:
+def test_no_mutation_is_undetected(original: Path, tmp_path: Path, full: bool, capsys: pytest.CaptureFixture) -> None:
     """Each is refused at opening or by the full check, in words that name the corpus."""
     at_opening = dict.fromkeys((mutation.__name__ for mutation in MUTATIONS), 0)
     by_reading, silent = dict(at_opening), []
@@ -226,7 +226,7 @@ def test_damaged_blocks_are_named(corpus: Path) -> None:
     assert str(damage[0]).startswith(f"{corpus}.bin: bytes 4,096 to 8,192 (block 2 of {blocks}): altered")
 
 
-def test_blocks_do_not_depend_on_how_the_bytes_come(tmp_path: Path) -> None:
+def test_blocks_do_not_depend_on_the_size_of_writes(tmp_path: Path) -> None:
     content = random.Random(0).randbytes(10_000)
     for block_bytes in (1, 999, 1000, 10_000, 20_000):
         (tmp_path / "x").write_bytes(content[:block_bytes])
@@ -252,7 +252,7 @@ def test_manifests_of_the_first_version_are_still_read(corpus: Path) -> None:
         verify_corpus(open_corpus(corpus))
 
 
-def test_the_verb_goes_on_after_a_damaged_corpus(corpus: Path, original: Path, capsys: pytest.CaptureFixture) -> None:
+def test_the_verb_continues_after_a_damaged_corpus(corpus: Path, original: Path, capsys: pytest.CaptureFixture) -> None:
     _edit(Path(f"{corpus}.idx"), lambda content: content.__setitem__(50, content[50] ^ 1))
     assert main(["verify", f"{corpus}", f"{original}/b/c", f"{corpus}x"]) == 1
     first, second, third, fourth, fifth = capsys.readouterr().out.splitlines()
@@ -285,7 +285,7 @@ def test_once_until_the_files_change(corpus: Path, tmp_path: Path) -> None:
     assert not use()
 
 
-def test_the_verb_leaves_the_record_that_a_start_looks_for(corpus: Path, tmp_path: Path) -> None:
+def test_the_verb_writes_the_record_that_a_start_checks_for(corpus: Path, tmp_path: Path) -> None:
     """Verified before the job is submitted: no start reads a byte, or asks for a lock. Until a file changes."""
 
     def use(cache: Path | None = None) -> bool:
@@ -305,7 +305,7 @@ def test_the_verb_leaves_the_record_that_a_start_looks_for(corpus: Path, tmp_pat
 
 
 @pytest.mark.parametrize("finder", ["verb", "always"])
-def test_damage_that_is_found_makes_the_record_void(corpus: Path, finder: str) -> None:
+def test_damage_invalidates_the_record(corpus: Path, finder: str) -> None:
     assert verify_at_use(open_corpus(corpus), "once")
     times = {path: path.stat().st_mtime_ns for path in [Path(f"{corpus}.bin")]}
     _edit(Path(f"{corpus}.bin"), lambda content: content.__setitem__(9, content[9] ^ 1))
@@ -321,8 +321,8 @@ def test_damage_that_is_found_makes_the_record_void(corpus: Path, finder: str) -
         verify_at_use(open_corpus(corpus), "once")
 
 
-def test_who_waits_shows_the_reader_and_needs_no_lock(corpus: Path) -> None:
-    """The lock stays with somebody else all the time; the record alone lets the waiting process go on."""
+def test_a_waiting_process_shows_progress_and_needs_no_lock(corpus: Path) -> None:
+    """Another process holds the lock all the time; the record alone releases the waiting process."""
     opened, said, result = open_corpus(corpus), [], []
     assert verify_at_use(opened, "once")
     (lock,) = corpus.parent.glob("cache/*.lock")
@@ -345,7 +345,7 @@ def test_who_waits_shows_the_reader_and_needs_no_lock(corpus: Path) -> None:
 
 
 def test_a_file_system_without_locks(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then one process of each machine reads: the lock is in its temporary folder."""
+    """Then one process per machine reads: the lock is in its temporary folder."""
     flock, asked = fcntl.flock, []
 
     def refused(descriptor: int, operation: int) -> None:

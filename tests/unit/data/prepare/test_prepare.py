@@ -71,7 +71,7 @@ def _read(prefix: Path) -> list[list[int]]:
     return [corpus[number].tolist() for number in range(len(corpus))]
 
 
-def test_stock_reader_gives_each_document_and_its_end(folder: Path, reference, tokenizer: Tokenizer) -> None:
+def test_the_stock_reader_returns_each_document_with_its_eod(folder: Path, reference, tokenizer: Tokenizer) -> None:
     assert _read(folder / "reference") == [[*tokenizer.encode(text), tokenizer.eod] for text in TEXTS]
     assert set(reference) == {".bin", ".idx", ".manifest.json", *(f".tokenizer/{n}" for n in _TOKENIZER_FILES)}
     manifest = Manifest.load(folder / "reference")
@@ -218,7 +218,7 @@ def test_a_wrong_text_key_can_be_corrected_without_overwrite(tmp_path: Path, sha
     prepare([shards], tokenizer, tmp_path / "c", workers=1)
 
 
-def test_again_does_nothing_and_another_spec_is_refused(
+def test_a_second_run_does_nothing_and_another_spec_is_an_error(
     tmp_path: Path, shards: str, tokenizer: Tokenizer, reference
 ) -> None:
     prepare([shards], tokenizer, tmp_path / "c", workers=1)

@@ -25,7 +25,7 @@ def test_natural_order_and_overlapping_globs(tmp_path: Path) -> None:
     assert _texts(sources) == ["text 1", "text 2", "text 10"]
 
 
-def test_names_that_look_like_globs_are_taken_as_they_are(tmp_path: Path) -> None:
+def test_an_existing_path_with_brackets_is_not_a_glob(tmp_path: Path) -> None:
     path = tmp_path / "part[1].jsonl"
     path.write_bytes(json_lines(["x"]))
     assert _texts(find_sources([str(path)])) == ["x"]

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.prose import documents, train_hugging_face, train_model
 
+from pause_megatron.data.tokenizer.backends import open_backend
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from pause_megatron.errors import DataError
 
@@ -125,7 +126,7 @@ def test_pause_id_of_another_role_is_refused(tmp_path: Path, role: str, pause_id
 
 
 def test_pause_id_that_is_pad_of_a_hugging_face_tokenizer_is_refused(folder: Path) -> None:
-    pad = load_tokenizer(folder / "hf")._backend.id_of("<pad>")
+    pad = open_backend(str(folder / "hf")).id_of("<pad>")
     with pytest.raises(DataError, match="PAD id"):
         load_tokenizer(folder / "hf", pause_id=pad)
 
