@@ -277,7 +277,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a pickled tokenizer": (lambda f: pickled(f / "tokenizer" / "tokenizer.model"), "expected a SentencePiece model"),
     "a pickled description": (
         lambda f: pickled(f / "tokenizer" / "pause_tokenizer.json"),
-        "not a tokenizer description",
+        "expected the description of a tokenizer",
     ),
     "a pickled config.yaml": (lambda f: pickled(f / "config.yaml"), "UTF-8|not YAML|config.yaml"),
     "a YAML object": (
