@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import logging
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -11,8 +10,6 @@ from pause_megatron.cli import note
 from pause_megatron.cli.pretrain import add_run_arguments, handle_dry_run, refuse_dry_run_options, silence_imports
 from pause_megatron.distributed.agreement import failing_together
 from pause_megatron.errors import ConfigError
-
-log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from pause_megatron.cli.pretrain import DeepSpeedConfig

@@ -16,8 +16,6 @@ from pause_megatron.distributed.ranks import discover
 from pause_megatron.errors import ConfigError
 from pause_megatron.files.paths import path_option
 
-log = logging.getLogger(__name__)
-
 if TYPE_CHECKING:
     from pause_megatron.config.batching import BatchPlan
     from pause_megatron.config.schema import ResolvedConfig

@@ -134,7 +134,7 @@ class BestEffort(Hook):
         except Exception as error:
             if self._reason is None:
                 self._reason = reason(error)
-                again = "training goes on, and each time it is tried again"
+                again = "training continues, and every write is tried again"
                 log.warning(f"{self._place}: cannot be written: {self._reason}; {again}", extra=EVERY_RANK)
             return False
         return True

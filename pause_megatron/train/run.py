@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -28,8 +27,6 @@ from pause_megatron.train.inputs.streaming import Stream
 from pause_megatron.train.logs.monitoring import log_end, log_start
 from pause_megatron.train.loop import Progress
 from pause_megatron.train.start.start import Start, find_start
-
-log = logging.getLogger(__name__)
 
 EXIT_FINISHED = 0
 EXIT_STOPPED = 75  # EX_TEMPFAIL: asked to stop, checkpoint saved, the same command resumes

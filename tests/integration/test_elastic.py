@@ -1,4 +1,4 @@
-"""World 1 -> 2 -> 4 -> 2 -> 1, TP 1 -> 2 -> 1, ZeRO 1 -> 3 -> 0: a resumed run is the run that was never stopped."""
+"""World size 1 -> 2 -> 4 -> 2 -> 1, TP 1 -> 2 -> 1, ZeRO 1 -> 3 -> 0: a resumed run equals the uninterrupted one."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def run_config(corpus: str, folder: str, precision: str, tensor: int, zero: int)
 
 
 def part(corpus: str, folder: str, precision: str, tensor: int, zero: int, steps: int) -> list[int]:
-    """Goes on for some steps. Returns the numbers of the windows that this rank saw."""
+    """Resume for some steps. Returns the numbers of the windows that this rank read."""
     from pause_megatron.distributed import initialize
     from pause_megatron.train.pretrain import corpus_data
     from pause_megatron.train.run import open_run
@@ -84,7 +84,7 @@ def part(corpus: str, folder: str, precision: str, tensor: int, zero: int, steps
 
 
 def load_and_save(corpus: str, folder: str, precision: str, tensor: int, zero: int, output: str) -> str:
-    """What a resumed run begins with, written down before it takes a step. Returns what it says about the world."""
+    """Save what a resumed run starts with, before it takes a step. Returns its log."""
     from contextlib import redirect_stderr
     from io import StringIO
 
@@ -146,7 +146,7 @@ def metrics(folder: Path) -> list[dict]:
         pytest.param("fp32", MORE_PARTS, 1e-6, marks=pytest.mark.slow),
     ],
 )
-def test_a_run_over_many_worlds_is_the_run_in_one(corpus, tmp_path, precision, parts, tolerance):
+def test_a_run_over_many_topologies_is_the_run_at_one(corpus, tmp_path, precision, parts, tolerance):
     straight, folder, steps = tmp_path / "straight", tmp_path / "elastic", EACH * len(parts)
     order = run_on_ranks(1, part, corpus, str(straight), precision, 1, 0, steps)[0][
         : 8 * steps
@@ -176,7 +176,7 @@ def test_a_run_over_many_worlds_is_the_run_in_one(corpus, tmp_path, precision, p
 
 
 def matrices_drawn(corpus: str, folder: str) -> list[int]:
-    """How many a run draws when it begins, and when it goes on."""
+    """How many matrices a run draws when it starts, and when it resumes."""
     from unittest import mock
 
     from pause_megatron.model import init

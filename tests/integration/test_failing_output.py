@@ -56,8 +56,8 @@ def test_lines_that_find_no_room_are_counted_and_the_others_are_whole(corpus, tm
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == [step for step in range(1, STEPS + 1) if step not in (6, 7, 8)]
     said = log_lines(log.read_text())
-    full = f"{folder}/metrics.jsonl: cannot be written: No space left on device; training goes on, and each time "
-    assert [line for line in said if line.startswith(full)] == [full + "it is tried again"]
+    full = f"{folder}/metrics.jsonl: cannot be written: No space left on device; training continues, and every write "
+    assert [line for line in said if line.startswith(full)] == [full + "is tried again"]
     assert f"{folder}/metrics.jsonl: 3 of {STEPS} lines could not be written (No space left on device)" in said
     assert f"{folder}/tensorboard: 2 of {STEPS} steps could not be written (Input/output error)" in said
     assert said[-1].startswith(f"complete after step {STEPS}") and "Traceback" not in log.read_text()
@@ -93,7 +93,7 @@ def test_a_run_all_of_whose_output_fails_trains_saves_and_stops_as_any_other(cor
     assert final_state(folder) == final_state(straight)
 
 
-def test_whatever_ends_a_run_after_a_save_does_not_hide_it(tmp_path, caplog):
+def test_an_exception_after_a_save_names_the_checkpoint(tmp_path, caplog):
     store = Store(tmp_path / "checkpoints", 0, 1)
     run = SimpleNamespace(store=store, context=SimpleNamespace(rank=0), saved_step=None)
     for run.saved_step in (None, 8):

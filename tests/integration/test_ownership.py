@@ -35,7 +35,7 @@ def wait_for_steps(folder: Path, output: Path, steps: int) -> None:
         time.sleep(0.01)
 
 
-def test_a_second_job_is_refused_and_named_and_a_killed_one_is_followed_at_once(corpus, tmp_path):
+def test_a_second_job_is_refused_and_a_killed_one_is_replaced_at_once(corpus, tmp_path):
     output = tmp_path / "log"
     processes = start(run_config(corpus, tmp_path, 1), output)
     wait_for_steps(tmp_path, output, 1)
@@ -110,7 +110,7 @@ def rank_with_short_beats(config) -> None:
         raise SystemExit(2) from None
 
 
-def test_an_owner_that_wakes_up_after_it_was_followed_writes_nothing_and_ends(corpus, tmp_path):
+def test_an_owner_that_wakes_up_after_a_takeover_writes_nothing_and_ends(corpus, tmp_path):
     output, folder = tmp_path / "log", tmp_path / "run"
     ranks = fork(rank_with_short_beats, (run_config(corpus, folder, 1),), output)
     wait_for_steps(folder, output, 3)

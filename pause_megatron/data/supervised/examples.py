@@ -63,9 +63,20 @@ class Example(Protocol):
         target: The text behind the pauses. It carries the loss.
     """
 
-    id: str
-    prompt: str
-    target: str
+    @property
+    def id(self) -> str:
+        """Name of the example in messages."""
+        ...
+
+    @property
+    def prompt(self) -> str:
+        """Text before the pauses."""
+        ...
+
+    @property
+    def target(self) -> str:
+        """Text after the pauses."""
+        ...
 
 
 class EncodedExample(NamedTuple):

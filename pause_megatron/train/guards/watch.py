@@ -144,7 +144,7 @@ def _separate_store() -> _Store | None:
         return None
     try:
         default: Any = dist.distributed_c10d._get_default_store()
-        store: _Store = dist.PrefixStore("hang_watch", default.clone())  # type: ignore[attr-defined]  # stubs lack it
+        store: _Store = dist.PrefixStore("hang_watch", default.clone())
         return store
     except (AttributeError, RuntimeError):  # a store that cannot be shared between threads
         return None

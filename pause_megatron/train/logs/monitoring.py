@@ -130,7 +130,7 @@ class ProgressBar(Monitor):
             self._bar.update()
             self._tokens, self._seconds = 0, 0.0
         else:
-            self._line(result, summary)
+            self._log_line(result, summary)
         if "valid_loss" in result.metrics:
             log.info(f"step {result.step}: {validation_text(result.metrics)}")
 
@@ -139,7 +139,7 @@ class ProgressBar(Monitor):
         if self._bar is not None:
             self._bar.close()
 
-    def _line(self, result: StepResult, summary: str) -> None:
+    def _log_line(self, result: StepResult, summary: str) -> None:
         now = time.monotonic()
         if result.last or now - self._last_line >= self._SECONDS_BETWEEN_LINES:
             self._last_line = now

@@ -48,7 +48,7 @@ def test_what_was_deleted_is_made_anew(tmp_path, what):
     assert path.read_bytes() == b"head\ntwo\nthree\n"
 
 
-def test_what_stands_in_the_place_is_an_error_and_not_a_wait_and_may_be_cleared(tmp_path):
+def test_a_pipe_device_or_folder_at_the_path_is_an_error_until_removed(tmp_path):
     for number, make in enumerate((os.mkdir, os.mkfifo, lambda path: os.symlink("/dev/full", path))):
         path = tmp_path / str(number)
         make(path)

@@ -74,7 +74,7 @@ def test_inside_the_extension_nothing_may(change, step):
         (EXTENDED, 150, 120, r"expected the step at which the finished run ended, 150"),
     ],
 )
-def test_only_the_step_at_which_the_run_ended_can_be_extended_from(before, step, extended_from, message):
+def test_a_run_is_extended_only_from_the_step_at_which_it_ended(before, step, extended_from, message):
     now = config(f"train.extended_from={extended_from}", "train.steps=200")
     with pytest.raises(CheckpointError, match=message):
         config_differences(before, now, step)
@@ -95,7 +95,7 @@ def test_more_steps_without_the_key_are_refused_with_the_command_to_type():
     assert how_to_extend(FINISHED, config("train.steps=150", "run.seed=1"), 100) == ""  # not by this key alone
 
 
-def test_a_finetuning_is_told_its_epochs():
+def test_the_command_that_extends_a_finetuning_gives_epochs():
     task = ["task.name=gsm8k", "finetune.epochs=2", "train.steps=null"]
     before, now = (
         each.model_copy(update={"train": each.train.model_copy(update={"steps": steps})})

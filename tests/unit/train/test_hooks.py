@@ -134,7 +134,7 @@ class Fickle(Monitor):
         (["open", 1, 2, 3, 4, "close"], "log: 4 of 4 lines could not be written (No space left on device)"),
     ],
 )
-def test_a_monitor_that_fails_is_told_of_once_asked_again_and_counted(failing, lost, caplog):
+def test_a_failing_monitor_is_logged_once_called_again_and_counted(failing, lost, caplog):
     monitor = Fickle(*failing)
     hook = Every(1, BestEffort("log", "lines", monitor))
     for step in range(1, 5):
@@ -145,7 +145,7 @@ def test_a_monitor_that_fails_is_told_of_once_asked_again_and_counted(failing, l
     assert len(caplog.messages) == bool(failing)
 
 
-def test_what_is_no_monitor_still_ends_the_run():
+def test_an_exception_of_an_action_without_best_effort_ends_the_run():
     def invalid(now: StepResult) -> None:
         raise TrainingError("validation failed")
 
@@ -171,7 +171,7 @@ def test_losses_of_the_corpora_of_a_blend():
     assert LossSums(torch.device("cpu")).totals(ALONE).by_corpus == {}
 
 
-def test_a_run_without_pauses_says_nothing_of_the_loss_after_them(tmp_path, caplog):
+def test_a_run_without_pauses_logs_no_loss_after_pauses(tmp_path, caplog):
     """On the terminal, in metrics.jsonl and in TensorBoard; a loss that is not finite is said, and drawn nowhere."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -200,7 +200,7 @@ def test_a_run_without_pauses_says_nothing_of_the_loss_after_them(tmp_path, capl
     assert all(math.isfinite(value) for values in drawn.values() for value in values)
 
 
-def test_tokens_a_second_are_those_since_the_line_before(caplog):
+def test_tokens_per_second_are_those_since_the_previous_line(caplog):
     bar = ProgressBar(4, 0)
     for step, seconds in enumerate((0.1, 0.1, 3.7, 0.2), 1):
         bar(replace(result(step, last=step == 4), seconds=seconds))
@@ -210,6 +210,6 @@ def test_tokens_a_second_are_those_since_the_line_before(caplog):
     assert last.startswith("step 4/4: ") and " 0.1k tokens/s, " in last  # 300 tokens in 4.0 s
 
 
-def test_the_parts_of_a_validation_that_exist_and_differ_are_said():
+def test_parts_of_a_validation_that_exist_and_differ_are_shown():
     losses = {"valid_loss": 2.0, "valid_loss_after_pause": 3.0, "valid_loss_elsewhere": 1.5, "valid_loss/c4": None}
     assert validation_text(losses) == "valid_loss 2.0000 nats (after_pause 3.0000, elsewhere 1.5000)"

@@ -41,7 +41,7 @@ def test_known_values():
 
 
 @given(optim, st.integers(60, 500), st.integers(1, 10_000))
-def test_the_added_steps_of_an_extended_run_have_the_schedule_of_a_run_of_their_number(section, added, ended):
+def test_added_steps_have_the_schedule_of_a_run_of_their_number(section, added, ended):
     rates = [learning_rate(section, ended + step, ended + added, ended) for step in range(1, added + 1)]
     if section.schedule == "constant":
         assert rates == [section.lr] * added

@@ -20,7 +20,7 @@ from pause_megatron.train.guards.signals import STOP_SIGNALS, StopRequest, deadl
 ROOT = Path(__file__).resolve().parents[3]
 
 
-def test_signals_ask_and_a_second_one_changes_nothing():
+def test_a_signal_requests_a_stop_and_a_second_one_changes_nothing():
     with StopRequest() as stop:
         assert not stop
         os.kill(os.getpid(), signal.SIGUSR2)
@@ -37,7 +37,7 @@ def _interruptible():
 
 
 @pytest.mark.usefixtures("_interruptible")
-def test_before_the_steps_an_interrupt_ends_the_program_and_during_them_it_asks():
+def test_sigint_ends_the_process_before_the_steps_and_stops_it_in_them():
     with StopRequest() as stop:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
@@ -48,7 +48,7 @@ def test_before_the_steps_an_interrupt_ends_the_program_and_during_them_it_asks(
 
 
 @pytest.mark.usefixtures("_interruptible")
-def test_an_interrupt_after_the_steps_changes_nothing_until_the_request_is_left():
+def test_sigint_after_the_steps_has_no_effect_until_the_context_ends():
     with StopRequest() as stop:
         with stop.during_steps(None):
             pass
@@ -107,13 +107,13 @@ sys.exit(75)
 
 @pytest.mark.parametrize("sigpipe", ["ignored", "default"])
 @pytest.mark.parametrize("number", [*STOP_SIGNALS, signal.SIGPIPE])
-def test_signals_ask_where_nobody_reads_and_failed_writes_do_not(number, sigpipe):
+def test_signals_request_a_stop_without_a_reader_and_failed_writes_do_not(number, sigpipe):
     command = [sys.executable, "-c", PROGRAM, signal.Signals(number).name, sigpipe]
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=60)
     assert done.returncode == 75
 
 
-def test_the_clock_asks_too():
+def test_the_deadline_requests_a_stop():
     stop = StopRequest()
     with stop.during_steps(time.time() + 3600):
         assert not stop
@@ -130,13 +130,13 @@ def test_the_deadline_of_a_job():
         deadline(300, {"SLURM_JOB_END_TIME": "soon"})
 
 
-def test_a_job_too_short_for_a_step_is_refused_and_does_not_come_back_for_ever():
+def test_a_job_too_short_for_a_step_is_refused_not_requeued_forever():
     for left in (-10, 299):
         with pytest.raises(ConfigError, match="before_end_seconds=300: expected less than the job's time, of which "):
             deadline(300, {"SLURM_JOB_END_TIME": str(int(time.time()) + left)})
 
 
-def test_a_launcher_that_is_gone_asks_too_and_the_watcher_hears_of_signals(monkeypatch):
+def test_a_launcher_that_is_gone_requests_a_stop(monkeypatch):
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.setblocking(False)

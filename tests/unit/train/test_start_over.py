@@ -53,9 +53,7 @@ def test_a_new_run_begins(run, tmp_path):
         *[(80, 10, 0), (100, 0, 0)],  # checkpoint.every was made smaller since; or a save failed
     ],
 )
-def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again_by_itself(
-    run, tmp_path, last, every, published
-):
+def test_a_run_killed_before_its_first_checkpoint_restarts(run, tmp_path, last, every, published):
     """The line of step 10 is written before the checkpoint of step 10."""
     ran(tmp_path, last, every=every, published=published)
     run()
@@ -66,7 +64,7 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again_by_itsel
     ("last", "every", "published", "lost"),
     [(11, 10, None, 10), (35, 10, None, 30), (30, None, None, 20), (3, 10, 2, 2), (0, 10, 50, 50), (100, 0, 100, 100)],
 )
-def test_one_that_had_checkpoints_does_not(run, tmp_path, last, every, published, lost):
+def test_a_run_whose_checkpoints_are_gone_is_refused(run, tmp_path, last, every, published, lost):
     lines = ran(tmp_path, last, every=every, published=published)
     with pytest.raises(CheckpointError) as caught:
         run()
