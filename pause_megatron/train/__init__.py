@@ -1,1 +1,1 @@
-"""Where data, model and engine meet."""
+"""Training: the stages of a run, the loop with its hooks, logs, checkpoints, and guards."""

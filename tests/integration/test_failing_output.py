@@ -1,4 +1,4 @@
-"""Logs, trackers, terminals and pipes that fail while a run trains: it goes on, counts, and tells at its end."""
+"""Logs, TensorBoard, terminals and pipes that fail during a run: it continues, counts failures, logs them at its end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A finished run goes on behind its end with its optimizer state, and never begins at step 1 without a word."""
+"""A finished run is extended with its optimizer state; a run whose checkpoints are gone is refused."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_finished_run_is_extended_and_extended_again(finished):
     tokens = [line["tokens"] for line in run.metrics]
     assert tokens == [step * tokens[0] for step in range(1, 9)]
 
-    # Killed inside the extension: the same command goes on bit for bit; another one is refused.
+    # Killed inside the extension: the same command resumes bit for bit; another one is refused.
     straight, state = run.metrics, run.state(8)
     run.back_to(6)
     assert "optim.lr: 0.001 in the checkpoint" in run(*longer, "optim.lr=2e-3", code=2)
@@ -141,7 +141,7 @@ def test_a_run_whose_checkpoints_are_gone_does_not_start_over_by_itself(finished
     assert list(run.folder.glob("tensorboard.before-*"))
     assert run.metrics == finished.metrics and run.state(4) == finished.state(4)
     assert not load(run.folder / "config.yaml").run.start_over
-    # A job that is requeued with the same command goes on: a complete checkpoint is never thrown away.
+    # A job that is requeued with the same command resumes: a complete checkpoint is never discarded.
     run.back_to(2)
     said = run("run.start_over=true")
     assert "resuming after step 2" in said and "run.start_over=true has no effect beside a complete checkpoint" in said

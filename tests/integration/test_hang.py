@@ -1,4 +1,4 @@
-"""A rank that hangs is found in the time that is set: stacks on every rank that can print, and no process goes on."""
+"""A rank that hangs is found within run.hang_seconds: every rank that can print prints its stacks, and all end."""
 
 from __future__ import annotations
 

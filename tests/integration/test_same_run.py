@@ -1,4 +1,4 @@
-"""Two ranks that are not of one run, through the real program: one message, exit code 2 on both, nobody waits."""
+"""Two ranks of different runs, through the real program: one message, exit code 2 on both, and no rank waits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run on data.source: read while training, gone on from a checkpoint bit for bit, whatever the ranks and machines."""
+"""A run on data.source: read while training, resumed bit for bit, for every number of ranks and hosts."""
 
 from __future__ import annotations
 
