@@ -1,4 +1,4 @@
-"""Logs, TensorBoard, terminals and pipes that fail during a run: it continues, counts failures, logs them at its end."""
+"""Logs, TensorBoard, terminals and pipes that fail during a run: it continues, counts failures, and logs them."""
 
 from __future__ import annotations
 
