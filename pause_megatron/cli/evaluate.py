@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     limit = None if args.limit is None else _number("--limit", args.limit, least=1)
     seed = _number("--seed", args.seed, least=0)
     names = list(dict.fromkeys(args.tasks))
-    asked = _examples([name for name in names if not name.startswith(_LM_EVAL)], args.task_path, limit)
+    tasks = _examples([name for name in names if not name.startswith(_LM_EVAL)], args.task_path, limit)
     of_lm_eval = [name.removeprefix(_LM_EVAL) for name in names if name.startswith(_LM_EVAL)]
     harness = _harness(of_lm_eval, args)
 
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         folder = ResultsFolder(output, fingerprint, str(args.model))
         generator = load_model(args)
         settings = _settings(args, generator, counts, seed)
-        entries = _own(generator, asked, settings, folder, batch_size)
+        entries = _evaluate_own(generator, tasks, settings, folder, batch_size)
         if harness is not None:
             for name in of_lm_eval:
                 for each in settings:
@@ -116,15 +116,15 @@ def _examples(names: Sequence[str], root: str | None, limit: int | None) -> list
     from pause_megatron.tasks import load_task, read_examples
 
     tasks = [load_task(name) for name in names]
-    asked = []
+    found = []
     for task in tasks:
         path = None if root is None else Path(root) / task.folder
         if path is not None and not path.is_dir():
             raise DataError(
                 f"--task-path {root}: expected the folder {task.folder} with the records of {task.name}, got none"
             )
-        asked.append((task, read_examples(task, "eval", None if path is None else str(path), limit)))
-    return asked
+        found.append((task, read_examples(task, "eval", None if path is None else str(path), limit)))
+    return found
 
 
 def _harness(names: Sequence[str], args: argparse.Namespace) -> Harness | None:
@@ -157,9 +157,9 @@ def _settings(
     return found
 
 
-def _own(
+def _evaluate_own(
     generator: PauseGenerator,
-    asked: Sequence[tuple[Task, list[Example]]],
+    tasks: Sequence[tuple[Task, list[Example]]],
     settings: Sequence[Settings],
     folder: ResultsFolder,
     batch_size: int,
@@ -167,11 +167,11 @@ def _own(
     """Evaluate this project's tasks, each with every number of pauses."""
     from pause_megatron.evaluate import identify
 
-    for task, examples in asked:
+    for task, examples in tasks:
         for each in settings:
             folder.check(identify(task, examples, each, folder))
     entries: list[ResultEntry] = []
-    for task, examples in asked:
+    for task, examples in tasks:
         for each in settings:
             entries += _score(generator, task, examples, each, folder, batch_size)
     return entries

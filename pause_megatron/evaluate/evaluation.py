@@ -17,7 +17,14 @@ Report = Callable[[int, int, int], None]
 
 
 def identify(task: Task, examples: Sequence[Example], settings: Settings, folder: ResultsFolder) -> Identity:
-    """Return the identity of an evaluation: everything that its outcomes depend on."""
+    """Return the identity of an evaluation: everything that its outcomes depend on.
+
+    Args:
+        task: The task.
+        examples: The examples to score.
+        settings: Pauses and dtype.
+        folder: Output folder; it knows the model.
+    """
     decoding = task.decoding
     return Identity(
         task=task.name,

@@ -72,17 +72,32 @@ class PauseLM(HFLM):
         )
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Return log-likelihoods of continuations after contexts and pauses."""
-        return super().loglikelihood(self._paused(requests), disable_tqdm=disable_tqdm or self._quiet)
+        """Return log-likelihoods of continuations after contexts and pauses.
+
+        Args:
+            requests: (context, continuation) requests.
+            disable_tqdm: Whether to hide the progress bar.
+        """
+        return super().loglikelihood(self.paused(requests), disable_tqdm=disable_tqdm or self._quiet)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Return log-likelihoods of whole texts, to which pauses do not apply."""
+        """Return log-likelihoods of whole texts, to which pauses do not apply.
+
+        Args:
+            requests: Requests of one text each.
+            disable_tqdm: Whether to hide the progress bar.
+        """
         self._refuse_pauses_in_text(request.args[0] for request in requests)
         return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm or self._quiet)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Return the texts generated after contexts and pauses."""
-        return super().generate_until(self._paused(requests), disable_tqdm=disable_tqdm or self._quiet)
+        """Return the texts generated after contexts and pauses.
+
+        Args:
+            requests: (context, generation options) requests.
+            disable_tqdm: Whether to hide the progress bar.
+        """
+        return super().generate_until(self.paused(requests), disable_tqdm=disable_tqdm or self._quiet)
 
     def set_cache_hook(self, cache_hook: CacheHook) -> None:
         """Set lm-eval's cache of answers (`use_cache`). Its keys do not contain the pauses, so the cache records them.
@@ -98,7 +113,7 @@ class PauseLM(HFLM):
             cache_hook.dbdict["pauses"] = mine
         super().set_cache_hook(_OriginalKeys(cache_hook, self._without_pauses))
 
-    def _paused(self, requests: Sequence[Instance]) -> list[Instance]:
+    def paused(self, requests: Sequence[Instance]) -> list[Instance]:
         """Return the requests with pauses in their contexts."""
         self._refuse_pauses_in_text(text for request in requests for text in request.args if isinstance(text, str))
         paused = []

@@ -133,22 +133,7 @@ class Harness:
         start = time.perf_counter()
         cache = folder.path / "lm_eval" / samples.stem
         output = self._run(generator, name, settings, cache, batch_size, limit)
-        # lm-eval counts neither tokens nor passes; the seconds are those of this run only.
-        cost = TotalCost(None, None, None, None, seconds=time.perf_counter() - start)
-        entries = [
-            ResultEntry.of(
-                identity,
-                folder.model_path,
-                score.metric,
-                score.mean,
-                cost,
-                primary=score.primary,
-                task=f"lm_eval/{task}",
-                asked=identity.task,
-            )
-            for task in output["results"]
-            for score in _scores(output, task)
-        ]
+        entries = _entries(output, identity, folder.model_path, time.perf_counter() - start)
         folder.path.joinpath("samples").mkdir(exist_ok=True)
         write_whole(samples.with_suffix(".json"), json.dumps(identity.document(), indent=2).encode() + b"\n")
         write_whole(samples, dump_samples(_samples(output["samples"], digest(identity.document()))))
@@ -208,6 +193,32 @@ def _fingerprint(tasks: dict[str, Any], limit: int | None) -> str:
                 break
             hasher.update(json.dumps(record, sort_keys=True, default=str).encode())
     return f"xxh3_128:{hasher.hexdigest()}"
+
+
+def _entries(output: dict[str, Any], identity: Identity, model_path: str, seconds: float) -> list[ResultEntry]:
+    """Return the entries of results.json.
+
+    Args:
+        output: What `simple_evaluate` returned.
+        identity: What was evaluated.
+        model_path: Path of the model folder.
+        seconds: Time of this run, seconds. lm-eval counts neither tokens nor passes.
+    """
+    cost = TotalCost(tokens=None, cut=None, positions=None, forward_passes=None, seconds=seconds)
+    return [
+        ResultEntry.of(
+            identity,
+            model_path,
+            score.metric,
+            score.mean,
+            cost,
+            primary=score.primary,
+            task=f"lm_eval/{task}",
+            asked=identity.task,
+        )
+        for task in output["results"]
+        for score in _scores(output, task)
+    ]
 
 
 class _Score(NamedTuple):

@@ -69,7 +69,12 @@ class ResultsFolder:
             refuse_mismatch(identity_file, document, read_object(identity_file))
 
     def journal(self, identity: Identity, order: Sequence[str]) -> Journal:
-        """Open the samples of a task for appending; see `Journal`."""
+        """Open the samples of a task for appending; see `Journal`.
+
+        Args:
+            identity: What is evaluated.
+            order: Id of every record, in the order in which they will be appended.
+        """
         self.check(identity)
         return Journal(self.samples(identity), identity.document(), order)
 

@@ -236,7 +236,13 @@ def check_settings(generator: PauseGenerator, settings: Settings) -> None:
 
 
 def room_for_prompt(generator: PauseGenerator, pauses: int, new: int) -> int:
-    """Return the positions that pauses and new tokens leave for a prompt; very large for a model without a limit."""
+    """Return the positions that pauses and new tokens leave for a prompt; very large for a model without a limit.
+
+    Args:
+        generator: The model.
+        pauses: Number of pauses.
+        new: Number of new tokens.
+    """
     available = getattr(generator.model.config, "max_position_embeddings", None)
     return 1 << 40 if available is None else available - pauses - new
 

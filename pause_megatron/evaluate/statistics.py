@@ -107,14 +107,20 @@ def paired_bootstrap(
         raise DataError("paired bootstrap: expected at least one record, got none")
     ids = sorted(a)  # the interval does not depend on the order of records
     differences = np.array([a[record] - b[record] for record in ids], dtype=np.float64)
-    means = _resampled_means(differences, np.random.default_rng(seed), resamples)
+    means = resampled_means(differences, np.random.default_rng(seed), resamples)
     tail = (1 - confidence) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     return Difference(float(differences.mean()), float(low), float(high), confidence, len(ids), resamples, seed)
 
 
-def _resampled_means(differences: np.ndarray, rng: np.random.Generator, resamples: int) -> np.ndarray:
-    """Return the means of samples with replacement, fp64 [resamples]."""
+def resampled_means(differences: np.ndarray, rng: np.random.Generator, resamples: int) -> np.ndarray:
+    """Return the means of samples with replacement, fp64 [resamples].
+
+    Args:
+        differences: The values, fp64 [records].
+        rng: Random generator.
+        resamples: Number of resamples.
+    """
     values, counts = np.unique(differences, return_counts=True)
     n = differences.size
     if values.size <= 64:

@@ -101,7 +101,12 @@ def alone_or_deepspeed(program: Sequence[str], ranks: int, gpus: Sequence[str] =
 
 
 def under_srun(program: Sequence[str], ranks: int) -> list[str]:
-    """Return the command line inside a SLURM job; several ranks are tasks of a job step."""
+    """Return the command line inside a SLURM job; several ranks are tasks of a job step.
+
+    Args:
+        program: Module and arguments.
+        ranks: Number of ranks.
+    """
     python = [sys.executable, "-m", *program]
     return python if ranks == 1 else ["srun", "--ntasks", str(ranks), "--kill-on-bad-exit=1", *python]
 

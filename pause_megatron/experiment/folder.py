@@ -41,7 +41,7 @@ class LocatedCell:
 
 
 def find_folder(cells: Path, cell: Cell) -> Path:
-    """Return the folder of a cell: an existing one of its fingerprint, whatever its name, or else the one to make.
+    """Return the folder of a cell: an existing one of its fingerprint under any name, or else a new one.
 
     Args:
         cells: DIR/cells.

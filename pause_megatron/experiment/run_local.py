@@ -33,7 +33,7 @@ class _Summary:
     total: int
     jobs: int
     log: Log
-    begun: float = field(default_factory=time.monotonic)
+    start: float = field(default_factory=time.monotonic)
     cached: int = 0
     done: int = 0
     failed: list[str] = field(default_factory=list)
@@ -69,7 +69,7 @@ class _Summary:
             waiting: Number of cells that did not run.
             stop: The request to stop.
         """
-        minutes = (time.monotonic() - self.begun) / 60
+        minutes = (time.monotonic() - self.start) / 60
         self.log(
             f"{self.cached + self.done} of {self.total} cells done ({self.done} now, in {minutes:.1f} "
             f"min); {len(self.failed)} failed, {waiting} not run"

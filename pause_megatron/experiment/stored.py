@@ -213,11 +213,21 @@ class PlanFile(StoredFile):
 
 
 def is_done(folder: Path, fingerprint: str) -> bool:
-    """Return whether done.json marks the cell of this fingerprint as complete."""
+    """Return whether done.json marks the cell of this fingerprint as complete.
+
+    Args:
+        folder: Folder of the cell.
+        fingerprint: See `Cell.fingerprint`.
+    """
     done = DoneFile.read_if_present(folder)
     return done is not None and done.fingerprint == fingerprint
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write a JSON file atomically."""
+    """Write a JSON file atomically.
+
+    Args:
+        path: The file.
+        content: Plain JSON.
+    """
     write_whole(path, (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode())

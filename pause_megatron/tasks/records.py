@@ -62,7 +62,12 @@ class Record:
         return self._characters(path, self.get(path))
 
     def index(self, path: str, size: int) -> int:
-        """Return an index, an integer or its digits, in [0, size)."""
+        """Return an index, an integer or its digits, in [0, size).
+
+        Args:
+            path: Dotted path of the field.
+            size: Number of options.
+        """
         value = self.get(path)
         number = int(value) if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,9}", value) else value
         if type(number) is not int or not 0 <= number < size:

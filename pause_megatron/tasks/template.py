@@ -33,5 +33,10 @@ class Values(Protocol):
 
 
 def render(template: str, values: Values) -> str:
-    """Return the template with each name replaced by its value. Braces in a value stay text."""
+    """Return the template with each name replaced by its value. Braces in a value stay text.
+
+    Args:
+        template: The template.
+        values: Text of each name.
+    """
     return template.format_map(values)

@@ -72,7 +72,7 @@ def outcome(directory: Path) -> dict[str, object]:
     return found
 
 
-def test_killed_in_the_middle_and_started_again_it_ends_as_the_uninterrupted_one(straight, corpus, records, tmp_path):
+def test_a_killed_experiment_resumes_and_equals_the_uninterrupted_one(straight, corpus, records, tmp_path):
     # The same cells without the standard finetuning: what is shared has the same fingerprints.
     text = "\n".join(line for line in GRID.splitlines() if "StdPT_StdFT" not in line)
     grid = write_grid(tmp_path / "grid.yaml", text + "\nbaseline: StdPT_PauseFT\n")

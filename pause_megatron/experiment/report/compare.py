@@ -115,7 +115,12 @@ def main_summaries(collected: Collected, summaries: Mapping[Key, Summary]) -> di
 
 
 def compare(one: Summary, baseline: Summary) -> Comparison | None:
-    """Return the comparison of a variant with the baseline; None if their records differ."""
+    """Return the comparison of a variant with the baseline; None if their records differ.
+
+    Args:
+        one: The variant.
+        baseline: The baseline on the same task.
+    """
     if not one.records or one.records.keys() != baseline.records.keys():
         return None
     over_records: Difference = paired_bootstrap(one.records, baseline.records)

@@ -29,7 +29,13 @@ class Figure:
 
 
 def over_m_ft(collected: Collected, summaries: Mapping[Key, Summary], paper: Published) -> Figure:
-    """Return the M_ft ablation: each model with the number of pauses of its finetuning (fixed numbers only)."""
+    """Return the M_ft ablation: each model with the number of pauses of its finetuning (fixed numbers only).
+
+    Args:
+        collected: The experiment.
+        summaries: Scores over seeds.
+        paper: The published numbers.
+    """
     found: dict[str, dict[str, dict[int, Summary]]] = {}
     for summary in summaries.values():
         if summary.m_ft.isdecimal() and summary.m_ft == str(summary.m_inf):
@@ -43,7 +49,13 @@ def over_m_ft(collected: Collected, summaries: Mapping[Key, Summary], paper: Pub
 
 
 def over_m_inf(collected: Collected, summaries: Mapping[Key, Summary], paper: Published) -> Figure:
-    """Return the M_inf curves: each model with other numbers of pauses than in its finetuning."""
+    """Return the M_inf curves: each model with other numbers of pauses than in its finetuning.
+
+    Args:
+        collected: The experiment.
+        summaries: Scores over seeds.
+        paper: The published numbers.
+    """
     found: dict[str, dict[tuple[str, str], dict[int, Summary]]] = {}
     for summary in summaries.values():
         points = found.setdefault(summary.task, {}).setdefault((summary.variant, summary.m_ft), {})

@@ -160,8 +160,8 @@ def _published_bars(axes: Any, task: str, paper: Published) -> None:
 def _label(axes: Any, position: float, height: float, value: float) -> None:
     """Write a number above a bar."""
     point = (position, height), (0, 2)
-    behind = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.4}  # the line of chance may cross it
-    axes.annotate(f"{value:.1f}", *point, textcoords="offset points", ha="center", fontsize=7, bbox=behind)
+    box = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.4}  # the line of chance may cross it
+    axes.annotate(f"{value:.1f}", *point, textcoords="offset points", ha="center", fontsize=7, bbox=box)
 
 
 def _label_variants(axes: Any, label: str) -> None:

@@ -183,8 +183,8 @@ def _caveats(findings: Findings) -> list[str]:
         + f". By chance alone up to {0.05 * count:.1f} would; no correction for their number is made."
     )
     lines.append(
-        "Where several M_ft were tried, the best stands for the variant, as in the paper. It is picked on the records "
-        "that it is reported on, which favours variants with more of them; all M_ft and single seeds: summary.json."
+        "Where several M_ft were tried, the best represents the variant, as in the paper. It is selected on the "
+        "reported records, which favours variants with more of them. All M_ft and single seeds are in summary.json."
     )
     lines.append(
         "Seeds are those of the finetuning. Each model is pretrained once: what another pretraining seed would change "

@@ -1,7 +1,6 @@
 """Multiple-choice accuracy by log-likelihood; the first of equal choices wins, as in lm-eval.
 
-Every metric takes the log-likelihood of each choice in nats, the choices, and the index of the right one. Choices are
-continuations with their leading blank, which is not counted. The lengths are therefore those of lm-eval's
+Choices are continuations with their leading blank, which is not counted. The lengths are therefore those of lm-eval's
 acc_norm (characters) and acc_bytes (bytes of UTF-8).
 """
 
@@ -12,17 +11,35 @@ from collections.abc import Sequence
 
 
 def choice_accuracy(log_likelihoods: Sequence[float], choices: Sequence[str], gold: int) -> float:
-    """Return 1.0 if the choice of the largest log-likelihood is the right one, else 0.0."""
+    """Return 1.0 if the choice of the largest log-likelihood is the right one, else 0.0.
+
+    Args:
+        log_likelihoods: Log-likelihood of each choice, nats.
+        choices: The continuations.
+        gold: Index of the right choice.
+    """
     return _accuracy(log_likelihoods, [1] * len(choices), gold)
 
 
 def choice_accuracy_norm(log_likelihoods: Sequence[float], choices: Sequence[str], gold: int) -> float:
-    """Return `choice_accuracy` by log-likelihood per character (lm-eval's acc_norm)."""
+    """Return `choice_accuracy` by log-likelihood per character (lm-eval's acc_norm).
+
+    Args:
+        log_likelihoods: Log-likelihood of each choice, nats.
+        choices: The continuations.
+        gold: Index of the right choice.
+    """
     return _accuracy(log_likelihoods, [len(choice.lstrip()) for choice in choices], gold)
 
 
 def choice_accuracy_bytes(log_likelihoods: Sequence[float], choices: Sequence[str], gold: int) -> float:
-    """Return `choice_accuracy` by log-likelihood per byte of UTF-8 (lm-eval's acc_bytes)."""
+    """Return `choice_accuracy` by log-likelihood per byte of UTF-8 (lm-eval's acc_bytes).
+
+    Args:
+        log_likelihoods: Log-likelihood of each choice, nats.
+        choices: The continuations.
+        gold: Index of the right choice.
+    """
     return _accuracy(log_likelihoods, [len(choice.lstrip().encode()) for choice in choices], gold)
 
 

@@ -1,7 +1,4 @@
-"""GSM8K's final number: a worked solution ends in "#### N" (Cobbe et al. 2021).
-
-Both metrics take the prediction (`answer_in` of the generated text) and the accepted answers.
-"""
+"""GSM8K's final number: a worked solution ends in "#### N" (Cobbe et al. 2021)."""
 
 from __future__ import annotations
 
@@ -15,12 +12,22 @@ _ANYWHERE = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")
 
 
 def final_number(prediction: str, references: Sequence[str]) -> float:
-    """Return 1.0 if the number after the prediction's first "#### " is a reference's, else 0.0 (strict match)."""
+    """Return 1.0 if the number after the prediction's first "#### " is a reference's, else 0.0 (strict match).
+
+    Args:
+        prediction: The answer, `answer_in` of the generated text.
+        references: Accepted answers.
+    """
     return _equal(_marked(prediction), references)
 
 
 def final_number_flexible(prediction: str, references: Sequence[str]) -> float:
-    """Return 1.0 if the prediction's last number is a reference's, else 0.0 (flexible match)."""
+    """Return 1.0 if the prediction's last number is a reference's, else 0.0 (flexible match).
+
+    Args:
+        prediction: The answer, `answer_in` of the generated text.
+        references: Accepted answers.
+    """
     return _equal(_last(prediction), references)
 
 

@@ -1,7 +1,6 @@
 """Metrics of short text answers: SQuAD's exact match and F1, CoQA's F1, LAMBADA's last word.
 
-Every metric takes the prediction (`answer_in` of the generated text) and the accepted answers, and returns a score in
-[0, 1]. Sources: the evaluation scripts of SQuAD v1.1 (Rajpurkar et al. 2016) and CoQA (Reddy et al. 2019).
+Sources: the evaluation scripts of SQuAD v1.1 (Rajpurkar et al. 2016) and CoQA (Reddy et al. 2019).
 """
 
 from __future__ import annotations
@@ -23,7 +22,12 @@ def normalised(text: str) -> str:
 
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
-    """Return 1.0 if the prediction has the normal form of some reference, else 0.0."""
+    """Return 1.0 if the prediction has the normal form of some reference, else 0.0.
+
+    Args:
+        prediction: The answer, `answer_in` of the generated text.
+        references: Accepted answers.
+    """
     answer = normalised(prediction)
     return float(any(answer == normalised(reference) for reference in references))
 
@@ -32,6 +36,10 @@ def f1(prediction: str, references: Sequence[str]) -> float:
     """Return the best F1 of the bags of words over the references (SQuAD v1.1).
 
     Without a common word F1 is 0.0, also if both are empty.
+
+    Args:
+        prediction: The answer, `answer_in` of the generated text.
+        references: Accepted answers.
     """
     return max(_bag_f1(normalised(prediction).split(), normalised(reference).split()) for reference in references)
 
@@ -41,6 +49,10 @@ def coqa_f1(prediction: str, references: Sequence[str]) -> float:
 
     A human is compared with the other humans in the same way. With one reference it is the plain F1.
     Unlike in `f1`, an empty normal form equals an empty one.
+
+    Args:
+        prediction: The answer, `answer_in` of the generated text.
+        references: Accepted answers.
     """
     answer = normalised(prediction).split()
     scores = []
@@ -53,7 +65,12 @@ def coqa_f1(prediction: str, references: Sequence[str]) -> float:
 
 
 def last_word(prediction: str, references: Sequence[str]) -> float:
-    """Return 1.0 if the prediction's first word is a reference, else 0.0; case counts, outer punctuation does not."""
+    """Return 1.0 if the prediction's first word is a reference, else 0.0; case counts, outer punctuation does not.
+
+    Args:
+        prediction: The answer, `answer_in` of the generated text.
+        references: Accepted answers.
+    """
     words = prediction.split(maxsplit=1)
     word = _strip_punctuation(words[0]) if words else ""
     return float(bool(word) and any(word == _strip_punctuation(reference) for reference in references))

@@ -36,7 +36,7 @@ def path(tmp_path):
     return tmp_path / "samples" / "t.jsonl"
 
 
-def test_a_file_cut_anywhere_goes_on_and_ends_the_same(path):
+def test_a_file_cut_anywhere_resumes_to_the_same_bytes(path):
     """Cut anywhere: what is kept are whole batches, and the finished file is the uninterrupted one."""
     fill(path, [ORDER[:2], ORDER[2:4], ORDER[4:]])
     whole = path.read_bytes()

@@ -72,7 +72,7 @@ def test_pauses_are_all_that_is_added(generator, examples, settings):
     count = settings["pauses"]
     fill = {generator.encoder.filler_id(".")} if "filler" in settings else set(generator.pause.ids)
     for pair in [*pairs_of(examples), ("a blank at the end ", "of it")]:
-        [request] = paused._paused(asked("loglikelihood", [pair]))
+        [request] = paused.paused(asked("loglikelihood", [pair]))
         context, continuation = paused._encode_pair(*request.args)
         text, same = plain._encode_pair(*pair)
         assert continuation == same
@@ -84,11 +84,11 @@ def test_pauses_are_all_that_is_added(generator, examples, settings):
 def test_what_does_not_fit_is_cut_from_the_text(generator, location):
     model = PauseLM(generator, pauses=10, location=location, quiet=True)
     pause = generator.pause.ids.start
-    [request] = model._paused(asked("loglikelihood", [("of war " * 300, " and peace")]))
+    [request] = model.paused(asked("loglikelihood", [("of war " * 300, " and peace")]))
     context, continuation = model._encode_pair(*request.args)
     assert len(context) + len(continuation) == model.max_length + 1 and context.count(pause) == 10
     assert (context[-10:] if location == "append" else context[:10]) == [pause] * 10
-    ids, mask = model.tok_batch_encode([request.args[0], model._paused(asked("", [("a", NEW)]))[0].args[0]], "left", 40)
+    ids, mask = model.tok_batch_encode([request.args[0], model.paused(asked("", [("a", NEW)]))[0].args[0]], "left", 40)
     assert ids.shape == mask.shape == (2, 40) and mask[0].all() and int((ids[0] == pause).sum()) == 10
     assert int(mask[1].sum()) == 11 + len(generator.encoder.leading) and mask[1, -1]
     with pytest.raises(ConfigError, match="expected room for text beside 10 pauses, got 10 positions"):

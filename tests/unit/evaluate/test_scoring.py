@@ -141,7 +141,7 @@ def test_a_model_without_a_pause_token(without_pause, task, examples):
     assert outcomes(without_pause, task, Settings(pauses=2, filler="."), examples)["0"]["tokens"]["pauses"] == 2
 
 
-def test_an_evaluation_that_ends_in_the_middle_goes_on(without_pause, task, examples, tmp_path):
+def test_an_interrupted_evaluation_resumes(without_pause, task, examples, tmp_path):
     """The number of records asked, over all runs, is the number of records; the outcomes are those of one run."""
     folder, settings, asked = ResultsFolder(tmp_path / "a", "m", "out"), Settings(pauses=0), []
 

@@ -9,7 +9,7 @@ import pytest
 
 from pause_megatron.errors import DataError
 from pause_megatron.evaluate import mean, paired_bootstrap
-from pause_megatron.evaluate.statistics import _resampled_means
+from pause_megatron.evaluate.statistics import resampled_means
 
 
 def records(values) -> dict[str, float]:
@@ -83,8 +83,8 @@ def test_ninety_five_percent_intervals_hold_the_truth_as_often_as_they_say(few):
 
 def test_the_two_ways_of_resampling_have_one_distribution():
     values = np.random.default_rng(7).choice([-1.0, 0.0, 1.0], 100)
-    counted = _resampled_means(values, np.random.default_rng(8), 20_000)
-    drawn = _resampled_means(values + np.random.default_rng(9).normal(0, 1e-9, 100), np.random.default_rng(10), 20_000)
+    counted = resampled_means(values, np.random.default_rng(8), 20_000)
+    drawn = resampled_means(values + np.random.default_rng(9).normal(0, 1e-9, 100), np.random.default_rng(10), 20_000)
     levels = [0.01, 0.025, 0.25, 0.5, 0.75, 0.975, 0.99]
     assert np.quantile(counted, levels) == pytest.approx(np.quantile(drawn, levels), abs=0.011)
 

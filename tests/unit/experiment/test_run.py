@@ -1,4 +1,4 @@
-"""Running cells here: order, failures that stay where they are, one runner at a time, costs. Real verbs, cheap ones."""
+"""Running cells locally: order, contained failures, one runner at a time, costs. Real verbs, cheap ones."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def states(placed: dict[str, LocatedCell]) -> dict[str, str]:
     return {entry.cell.name: state_of(entry.folder) for entry in placed.values()}
 
 
-def test_a_failed_cell_stops_what_needs_it_and_nothing_else_and_the_next_run_goes_on(tmp_path):
+def test_a_failed_cell_blocks_its_dependents_only_and_the_next_run_resumes(tmp_path):
     placed, said = tree(tmp_path), []
     assert run_local(placed, jobs=2, stop=Stop(), log=said.append) == 1
     assert states(placed) == {"a": "done", "b": "done", "c": "done", "d": "failed", "e": "waiting"}
