@@ -20,6 +20,7 @@ from support.small_grid import GRID, write_grid, write_records
 from pause_megatron.cli import main
 from pause_megatron.config.identity import deciding_keys
 from pause_megatron.config.load import load
+from pause_megatron.config.renamed import with_old_names
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -125,7 +126,7 @@ def test_a_fingerprint_is_of_the_very_configuration_that_ran(straight):
     for folder in (straight / "cells").glob("*"):
         cell = json.loads((folder / "cell.json").read_text())
         if cell["verb"] in ("pretrain", "finetune"):
-            ran = json.loads(json.dumps(deciding_keys(load(folder / "run" / "config.yaml"))))
+            ran = json.loads(json.dumps(with_old_names(deciding_keys(load(folder / "run" / "config.yaml")))))
             named = cell["identity"]["config"]
             # The checkpoint that a finetuning begins with is named by its fingerprint, not by its path.
             assert {key for key in named if named[key] != ran[key]} <= {"model.from", "model.preset"}
