@@ -1,4 +1,4 @@
-"""Windows of a prepared corpus with their pauses, as a transformers model reads them."""
+"""Pretraining datasets for transformers models: windows of a prepared corpus with pauses."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,21 +21,23 @@ from pause_megatron.errors import ConfigError
 from pause_megatron.hf.loss import IGNORED
 
 
-class LabelledWindows(Dataset):
-    """A PauseGPTDataset or BlendedDataset in Hugging Face's convention: the model shifts the labels itself.
+class LabelledWindows(Dataset[dict[str, Tensor]]):
+    """A PauseGPTDataset or BlendedDataset with labels in Hugging Face's convention: the model shifts them itself.
 
-    A sample has input_ids and labels int64 [N + 1], the whole window, since the target of its last position is a token
-    of it. A label is the token at its own place, and -100 where nothing is to be predicted: at pauses, at padding, at
-    the first token. So the number of labels is the number of targets, as Trainer counts them. Where documents are
-    apart, position_ids int64 [N + 1] start again with each. From these transformers keeps packed sequences from seeing
-    each other, but only without an attention_mask, which a sample therefore does not have, and without a cache: Trainer
-    switches it off, a loop of your own must say use_cache=False.
+    A sample has input_ids and labels of the whole window, int64 [N + 1], since the target of its last position is one
+    of its tokens. A label is the token at its own position. It is -100 at pauses, at padding and at the first token, so
+    the number of other labels is the number of targets, as `Trainer` counts them.
+
+    With intra-document masking, position_ids int64 [N + 1] start again with each document. transformers derives the
+    mask from them, but only without an attention_mask, which a sample therefore lacks, and without a KV cache.
+    `Trainer` disables the cache; other loops must pass use_cache=False.
 
     Args:
-        windows: Sample number -> tokens, labels, loss_mask and position_ids [N].
+        windows: Maps a sample number to tokens, labels, loss_mask and position_ids [N].
         pause_ids: The K pause ids.
-        positions: Whether to give position_ids.
-        samples: Windows to give, the first ones; None: all. (megatron-core begins whole epochs, and so has more.)
+        positions: Whether samples have position_ids.
+        samples: Number of windows to use, from the first on; None for all. megatron-core builds whole epochs, so it may
+            have more.
     """
 
     def __init__(self, windows: Samples, pause_ids: range, *, positions: bool, samples: int | None = None) -> None:
@@ -46,32 +48,42 @@ class LabelledWindows(Dataset):
         return self._length
 
     def __getitem__(self, idx: int) -> dict[str, Tensor]:
-        """Window `idx`, 0 or more. Raises IndexError behind the last."""
+        """Return window `idx`.
+
+        Args:
+            idx: Number of the window, 0 or more.
+
+        Returns:
+            input_ids, labels and, if asked for, position_ids, int64 [N + 1].
+
+        Raises:
+            IndexError: A number past the last window.
+        """
         if not 0 <= idx < self._length:
-            raise IndexError(f"window {idx}: expected 0 to {self._length - 1}")
+            raise IndexError(f"expected a window from 0 to {self._length - 1}, got {idx}")
         sample = self.windows[int(idx)]
         tokens, following = sample["tokens"], sample["labels"]
         labels = following.masked_fill(sample["loss_mask"] == 0, IGNORED)
         last = following[-1:]
-        if labels[-1] == IGNORED and last == 0:  # a pause, which has no label. (Or padding: nothing reads it.)
+        if labels[-1] == IGNORED and last == 0:  # a pause, which has no label (or padding, which is ignored)
             turn = (int(tokens[-1]) - self.pause_ids.start + 1) if int(tokens[-1]) in self.pause_ids else 0
             last = last + self.pause_ids[turn % len(self.pause_ids)]
-        made = {"input_ids": torch.cat([tokens, last]), "labels": torch.cat([last.new_tensor([IGNORED]), labels])}
+        result = {"input_ids": torch.cat([tokens, last]), "labels": torch.cat([last.new_tensor([IGNORED]), labels])}
         if self.positions:
             positions = sample["position_ids"]
-            made["position_ids"] = torch.cat([positions, positions[-1:] + 1])
-        return made
+            result["position_ids"] = torch.cat([positions, positions[-1:] + 1])
+        return result
 
 
 class PauseWindows(NamedTuple):
-    """What to train and to validate on.
+    """Datasets for training and validation.
 
     Attributes:
         train: Windows with pauses.
-        valid: Held-out windows with pauses; None where none were asked for, or the split has no documents.
+        valid: Held-out windows with pauses; None if none were requested, or the split has no documents.
         valid_without_pauses: Held-out windows of the same length without pauses, or None likewise.
         pause_ids: The K pause ids.
-        rows: Ids that the model needs rows for, pauses included.
+        rows: Vocabulary rows that the model needs, pauses included.
     """
 
     train: LabelledWindows
@@ -91,7 +103,7 @@ def pause_windows(
     valid_prefix: str | Path | Sequence[str] = (),
     split: str | None = None,
     rate: float = 0.1,
-    window: str = "exact",
+    window: Literal["exact", "trim"] = "exact",
     placement: str = "uniform",
     pause_seed: int = 1234,
     seed: int = 1234,
@@ -103,28 +115,31 @@ def pause_windows(
     """Open prepared corpora as datasets for Trainer, accelerate or a plain loop.
 
     They are the windows that `pause-megatron pretrain` trains on with data.sequence_length = length - 1, in the order
-    of `seed`. Ask for as many as the whole run reads: a corpus that is repeated then has other pauses each time, which
-    several epochs over `train` would not have.
+    of `seed`. Request as many as the whole run reads: a repeated corpus then has other pauses each time, unlike several
+    epochs over `train`.
 
     Args:
-        prefix: Prefix of a corpus that `prepare` made; or several, or a blend WEIGHT PREFIX WEIGHT PREFIX ...
+        prefix: Prefix of a prepared corpus; or several, or a blend WEIGHT PREFIX WEIGHT PREFIX ...
         length: Tokens of a window, pauses included: length - 1 of them are predicted or pauses.
-        pause_ids: Of the model, as `add_pause_token` gave them.
-        samples: Windows to train on; None: one pass over the corpora.
-        valid_samples: Held-out windows; 0: none.
-        valid_prefix: Corpora to validate on, which leaves all of `prefix` for training.
-        split: Shares of the documents for train, validation, test; default as for data.split.
-        rate, window, placement, pause_seed: As pause.rate, pause.window, pause.placement, pause.seed.
-        seed: Of the order of the windows.
-        intra_document_masking: Start positions again with each document (see LabelledWindows).
-        eod_mask_loss: No target behind an end of document.
-        cache: Folder of the index caches; default: 'cache' beside the first prefix.
+        pause_ids: The model's K pause ids, as from `add_pause_token`.
+        samples: Number of training windows; None for one pass over the corpora.
+        valid_samples: Number of held-out windows; 0 for none.
+        valid_prefix: Corpora for validation; all of `prefix` is then used for training.
+        split: Shares of the documents for train, validation and test; None for the default of data.split.
+        rate: As pause.rate.
+        window: As pause.window.
+        placement: As pause.placement.
+        pause_seed: As pause.seed.
+        seed: Seed of the order of the windows.
+        intra_document_masking: Whether positions start again with each document (see LabelledWindows).
+        eod_mask_loss: Whether the token after an end of document is no target.
+        cache: Folder of the index caches; None for 'cache' beside the first prefix.
         documents: Deprecated: "apart" is intra_document_masking=True, "joined" is False.
 
     Raises:
-        ConfigError: options that do not fit, pause ids that are not the corpus's, a blend with weights but without
-            `samples`, or several processes that are not connected yet.
-        DataError: a corpus that is missing, unfinished, or prepared with another tokenizer than the others.
+        ConfigError: Options that do not fit, pause ids that differ from the corpus's, a weighted blend without
+            `samples`, or several processes without a process group.
+        DataError: A corpus that is missing, incomplete, or prepared with another tokenizer than the others.
     """
     _check_connected()
     if documents is not None:
@@ -136,13 +151,13 @@ def pause_windows(
             DeprecationWarning,
             stacklevel=2,
         )
-    PausePlan(length - 1, rate, window, placement, pause_seed)  # refuses what does not fit
+    PausePlan(length - 1, rate, window, placement, pause_seed)  # raises where they do not fit
     data = DataSection(prefix=_words(prefix), valid_prefix=_words(valid_prefix))
     pause = PauseSection(rate=rate, window=window, placement=placement, seed=pause_seed, embeddings=len(pause_ids) or 1)
     tokenizer = open_corpora(data, pause.embeddings).tokenizer
     if pause_ids.start != tokenizer.pause_id or not len(pause_ids):
         raise ConfigError(
-            f"pause_ids: expected ids from {tokenizer.pause_id} on, which the corpus {data.prefix[-1]} keeps for "
+            f"pause_ids: expected ids from {tokenizer.pause_id} on, which the corpus {data.prefix[-1]} reserves for "
             f"pauses (its tokenizer has {tokenizer.vocab_size} ids), got {pause_ids}. Prepare the corpus with the "
             "model's tokenizer: save it after add_pause_token, and pause-megatron prepare --tokenizer FOLDER"
         )
@@ -162,23 +177,27 @@ def pause_windows(
             eod_mask_loss=eod_mask_loss,
         )
     )
-    train, valid, plain = (
-        None if part is None else LabelledWindows(part, pause_ids, positions=intra_document_masking, samples=number)
-        for part, number in (
-            (built.train, samples),
-            (built.valid, valid_samples),
-            (built.valid_without_pauses, valid_samples),
-        )
+    if built.train is None:
+        raise ConfigError(f"prefix: expected corpora to train on, got {prefix!r}")
+
+    def labelled(windows: Samples, count: int | None) -> LabelledWindows:
+        return LabelledWindows(windows, pause_ids, positions=intra_document_masking, samples=count)
+
+    return PauseWindows(
+        labelled(built.train, samples),
+        None if built.valid is None else labelled(built.valid, valid_samples),
+        None if built.valid_without_pauses is None else labelled(built.valid_without_pauses, valid_samples),
+        pause_ids,
+        built.tokenizer.vocab_size,
     )
-    return PauseWindows(train, valid, plain, pause_ids, built.tokenizer.vocab_size)
 
 
-def _words(prefix: str | Path | Sequence[str]) -> str | tuple[str, ...]:
-    return str(prefix) if isinstance(prefix, (str, Path)) else tuple(map(str, prefix))
+def _words(prefix: str | Path | Sequence[str]) -> tuple[str, ...]:
+    return tuple(str(prefix).split()) if isinstance(prefix, (str, Path)) else tuple(map(str, prefix))
 
 
 def _check_connected() -> None:
-    """Each process that is alone builds the index caches, and several would write the same files at once."""
+    """Check for a process group. Without one, every process would build and write the same index caches."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
         raise ConfigError(
             "pause_windows: expected a process group where WORLD_SIZE is "
