@@ -8,6 +8,7 @@ import shlex
 import sys
 import time
 
+from pause_megatron.cli import at_least
 from pause_megatron.files.paths import path_option
 
 HELP = "import a Hugging Face folder of the Llama family as a checkpoint with pauses"
@@ -27,16 +28,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tensor-parallel",
-        type=_positive,
+        type=at_least(1),
         default=1,
         metavar="N",
         help="tensor-parallel size of the checkpoint (default: 1)",
     )
     parser.add_argument(
-        "--sequence-length", type=_positive, metavar="N", help="longest window (default: max_position_embeddings)"
+        "--sequence-length", type=at_least(1), metavar="N", help="longest window (default: max_position_embeddings)"
     )
     parser.add_argument(
-        "--seed", type=_positive, default=1234, metavar="N", help="seed of the pause row (default: 1234)"
+        "--seed", type=at_least(1), default=1234, metavar="N", help="seed of the pause row (default: 1234)"
     )
 
 
@@ -69,9 +70,3 @@ def run(args: argparse.Namespace) -> int:
         f"pause-megatron pretrain {shlex.quote(f'model.from={args.checkpoint}')} ..."
     )
     return 0
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text!r}")
-    return int(text)

@@ -19,10 +19,11 @@ from pause_megatron.hf.architecture import config_json
 from pause_megatron.hf.atomic_dir import atomic_dir, output_folder
 from pause_megatron.hf.checkpoint import NativeCheckpoint, open_checkpoint
 from pause_megatron.hf.model_card import model_card
-from pause_megatron.hf.parity import Parity, check_export, tokenizer_agrees
+from pause_megatron.hf.parity import Parity, check_export
 from pause_megatron.hf.safetensors_file import Entry, SafetensorsWriter, split_into_files
 from pause_megatron.hf.tokenizer import HFTokenizer, convert_tokenizer, pause_entry
 from pause_megatron.hf.tokenizer_files import generation_config, names_class, write_tokenizer
+from pause_megatron.hf.tokenizer_parity import tokenizer_agrees
 from pause_megatron.hf.weights import HFTensor, hf_tensors
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

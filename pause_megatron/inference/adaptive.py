@@ -123,7 +123,7 @@ class SettledPauses:
             )
         if not 0 <= self.first <= self.limit:
             raise ConfigError(
-                f"SettledPauses: expected 0 <= first <= limit, came first {self.first} and limit {self.limit}"
+                f"SettledPauses: expected 0 <= first <= limit, got first {self.first} and limit {self.limit}"
             )
 
     def stop(self, log_probabilities: Tensor) -> int | None:
