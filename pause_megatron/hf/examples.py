@@ -46,6 +46,9 @@ class PauseExamples(Dataset[dict[str, Tensor]]):
         seed: Seed of order and pauses.
         task: Name of the task; other names give other draws.
 
+    Attributes:
+        windows: The native windows of the examples.
+
     Raises:
         ConfigError: An option out of its range, or a filler of several tokens.
         DataError: No examples, one that does not fit (the message names it), or a tokenizer that is not fast.
@@ -83,8 +86,8 @@ class PauseExamples(Dataset[dict[str, Tensor]]):
             leading=len(native.leading),
         )
         named = [_Example(str(number), *pair) for number, pair in enumerate(examples)]
-        self._windows = SupervisedWindows(encode_examples(named, native), arrangement, seed=seed, task=task)
-        self._length = self._windows.windows_in_epochs(epochs)
+        self.windows = SupervisedWindows(encode_examples(named, native), arrangement, seed=seed, task=task)
+        self._length = self.windows.windows_in_epochs(epochs)
 
     def __len__(self) -> int:
         return self._length
@@ -103,10 +106,10 @@ class PauseExamples(Dataset[dict[str, Tensor]]):
         """
         if not 0 <= idx < self._length:
             raise IndexError(f"expected an example from 0 to {self._length - 1}, got {idx}")
-        number, within = self._windows.locate(int(idx))
-        epoch = self._windows.epoch(number)
+        number, within = self.windows.locate(int(idx))
+        epoch = self.windows.epoch(number)
         (item,) = epoch.windows[within]
-        whole, prefix = self._windows.arrangement.lay(self._windows.examples[item], int(epoch.counts[item]))
+        whole, prefix = self.windows.arrangement.lay(self.windows.examples[item], int(epoch.counts[item]))
         input_ids = torch.from_numpy(whole)
         labels = input_ids.clone()
         labels[:prefix] = IGNORED

@@ -216,7 +216,7 @@ def test_a_template_that_is_a_link_out_of_the_folder_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["added_tokens.json", "tokenizer_config.json"])
-def test_tokens_added_behind_a_sentencepiece_model_are_not_lost_in_silence(tmp_path, where):
+def test_tokens_added_after_a_sentencepiece_model_are_not_lost_silently(tmp_path, where):
     source = chat_model(tmp_path / "hf", "Llama", "PreTrainedTokenizerFast")
     (source / "tokenizer.json").unlink()
     train_model(source / "tokenizer.model", vocab_size=450)

@@ -284,9 +284,7 @@ def test_what_the_native_model_cannot_do_is_refused(tokenizers, tmp_path, change
 
 
 @pytest.mark.parametrize(("cls", "tokenizer"), [("Llama", "byte-level"), ("Mistral", "byte-level"), ("Qwen2", "qwen2")])
-def test_with_a_key_left_out_the_logits_are_those_of_transformers_or_it_is_refused(
-    tokenizers, tmp_path, full, cls, tokenizer
-):
+def test_a_missing_key_has_the_default_of_transformers_or_is_refused(tokenizers, tmp_path, full, cls, tokenizer):
     """An import compares its logits with those that transformers computes from the same folder, 1e-5 in fp32."""
     changes = {"rms_norm_eps": 1e-6, "rope_theta": 10000.0, "tie_word_embeddings": False}
     source = write_model(tmp_path / "hf", cls, tokenizers[tokenizer], **changes)

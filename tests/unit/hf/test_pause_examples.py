@@ -30,7 +30,7 @@ def _examples(tokenizer, length: int = 96, **settings) -> PauseExamples:
     return PauseExamples(PAIRS, tokenizer, length, pause_ids=range(PAUSE, PAUSE + 1), **settings)
 
 
-def test_pauses_stand_between_prompt_and_target_and_the_target_is_learned(tokenizer):
+def test_pauses_stand_between_prompt_and_target_which_is_learned(tokenizer):
     examples = _examples(tokenizer, pauses=4)
     assert len(examples) == 3
     seen = set()
@@ -50,7 +50,7 @@ def test_pauses_stand_between_prompt_and_target_and_the_target_is_learned(tokeni
 def test_it_is_what_finetune_trains_on(tokenizer):
     """Shifted by the model, the labels are the targets of SupervisedWindows."""
     examples = _examples(tokenizer, pauses="0..6", epochs=2)
-    windows = examples._windows
+    windows = examples.windows
     for number in range(len(examples)):
         sample, native = examples[number], windows[number]
         size = sample["input_ids"].numel() - 1

@@ -97,7 +97,7 @@ def test_documents_apart_do_not_see_each_other_in_transformers(folder, attention
     assert several > 3
 
 
-def test_one_pass_reads_the_corpora_once_and_more_samples_draw_other_pauses(folder):
+def test_one_pass_reads_each_corpus_once_and_more_draw_other_pauses(folder):
     one = pause_windows(folder / "a", LENGTH, pause_ids=PAUSES, split="1,0,0").train
     tokens = sum(len(document) + 1 for document in small_tokenizer(folder).encode_batch(list(documents(40))))
     text = LENGTH - round(0.1 * (LENGTH - 1))

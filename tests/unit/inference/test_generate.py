@@ -54,7 +54,7 @@ def passes(generator):
     hook.remove()
 
 
-def test_one_prefill_of_prompt_and_pauses_then_one_pass_for_each_further_token(generator, passes):
+def test_one_prefill_then_one_pass_for_each_further_token(generator, passes):
     generation = generator.generate(PROMPTS[:1], pauses=10, max_new_tokens=5, limits=Limits(ignore_eos=True))
     prompt = generation.completions[0].prompt_tokens
     assert passes == [(1, prompt + 10), (1, 1), (1, 1), (1, 1), (1, 1)]
