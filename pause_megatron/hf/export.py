@@ -180,7 +180,7 @@ def _write_metadata(
         config, progress=manifest.progress, pause=pause, step=manifest.step, live_rows=live_rows, dtype=dtype
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
-    # transformers reads the tokenizer of any folder of type qwen2 as Qwen2's, whatever its files contain. Where that
+    # transformers reads the tokenizer of any folder of type qwen2 as Qwen2's, independently of its files. Where that
     # gives other ids, the model becomes a Llama with attention biases. Classes named after models rebuild parts of a
     # tokenizer.json: where that gives other ids, the class that reads the file unchanged is used.
     families = ("qwen2", "llama") if config.model.qkv_bias else ("llama",)

@@ -27,7 +27,7 @@ def write_tokenizer(
         tokenizer: The converted tokenizer with its pauses.
         companions: The source's files by name, see `data/tokenizer/companions.py`; may be empty.
         sequence_length: model_max_length where the source has none.
-        plain: Use the class that reads tokenizer.json unchanged, whatever class the source names.
+        plain: Use the class that reads tokenizer.json unchanged instead of the class that the source names.
 
     Raises:
         CheckpointError: A companion that is not a JSON object.

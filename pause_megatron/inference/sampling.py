@@ -95,5 +95,5 @@ GREEDY = Sampling()
 
 
 def _generator(seed: int, row: int, position: int) -> torch.Generator:
-    """On the host, whatever the device: a draw is the same on a CPU and on a GPU."""
+    """Seed a generator on the host, so that a draw is the same on a CPU and on a GPU."""
     return torch.Generator().manual_seed(torch_seed(seed, row, position))

@@ -100,7 +100,7 @@ def test_prepended_pauses_and_fillers(tokenizer):
 
 
 def test_what_cannot_be_trained_on_is_named(tokenizer):
-    with pytest.raises(DataError, match=r"example 0: .* 60 pauses do not fit"):
+    with pytest.raises(DataError, match=r"example 0: expected at most .* target tokens beside 60 pauses"):
         _examples(tokenizer, 64, pauses=60)
     with pytest.raises(DataError, match="examples: expected at least one, got none"):
         PauseExamples([], tokenizer, 64, pause_ids=range(PAUSE, PAUSE + 1))
