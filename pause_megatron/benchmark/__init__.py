@@ -1,4 +1,4 @@
-"""What a machine does with a configuration: real training steps on made-up or real windows, timed and taken apart."""
+"""Benchmark of a configuration on this machine: training steps on real or synthetic windows, timed and profiled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: kernels on a GPU, operators on a CPU, by torch.profiler."""
+"""Time of a step by kernel on a GPU, or by operator on a CPU, with torch.profiler."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from pause_megatron.benchmark.tensors import held_bytes, peak_growth
@@ -16,13 +15,13 @@ from pause_megatron.benchmark.tensors import held_bytes, peak_growth
 
 @dataclass(frozen=True)
 class Kernel:
-    """What all calls of a kernel (an operator, on a CPU) took in one step on this rank.
+    """All calls of a kernel (on a CPU, an operator) in one step on this rank.
 
     Attributes:
-        name: CUDA's of the kernel, torch's of the operator
-        calls: of it
-        seconds: on the device; on a CPU without what it calls itself
-        share: of the seconds of all kernels of the step
+        name: CUDA's name of the kernel, or torch's name of the operator.
+        calls: Number of calls.
+        seconds: Time on the device; on a CPU, without the operators it calls.
+        share: Share of the time of all kernels of the step.
     """
 
     name: str
@@ -33,11 +32,11 @@ class Kernel:
 
 @dataclass
 class Profile:
-    """What the profiler saw; filled in when it ends.
+    """Result of the profiler, filled in when it ends.
 
     Attributes:
-        kernels: the longest first
-        tensor_bytes: on a CPU most bytes of tensors; None on a GPU, whose allocator knows
+        kernels: Kernels, the longest first.
+        tensor_bytes: Peak bytes of tensors on a CPU; None on a GPU, whose allocator reports them.
     """
 
     kernels: list[Kernel] = field(default_factory=list)
@@ -46,27 +45,34 @@ class Profile:
 
 @contextlib.contextmanager
 def profiling(device: torch.device) -> Iterator[Profile]:
-    """Profile the body, which takes one step."""
-    found = Profile()
+    """Profile the body, which takes one step.
+
+    Args:
+        device: Device of this rank.
+
+    Yields:
+        The result, complete after the body.
+    """
+    result = Profile()
     cuda = device.type == "cuda"
     if cuda:
-        torch.cuda.synchronize(device)  # what was begun before is not the body's
+        torch.cuda.synchronize(device)  # earlier kernels do not belong to the body
     held = 0 if cuda else held_bytes()
-    # On a GPU kernels alone: operators as well would be a million events for a step of many micro-batches.
+    # On a GPU kernels only: with operators, a step of many micro-batches has a million events.
     activity = ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU
     with profile(activities=[activity], profile_memory=not cuda) as recording:
-        yield found
+        yield result
         if cuda:
             torch.cuda.synchronize(device)
-    found.kernels = _by_time(recording, cuda)
-    found.tensor_bytes = None if cuda else held + peak_growth(recording)
+    result.kernels = _by_time(recording, cuda)
+    result.tensor_bytes = None if cuda else held + peak_growth(recording)
 
 
 def _by_time(recording: profile, cuda: bool) -> list[Kernel]:
     calls: dict[str, int] = defaultdict(int)
     micros: dict[str, float] = defaultdict(float)
     for event in recording.events():
-        if event.is_user_annotation or (event.device_type == DeviceType.CUDA) != cuda or event.name == "[memory]":
+        if event.is_user_annotation or (event.device_type.name == "CUDA") != cuda or event.name == "[memory]":
             continue
         calls[event.name] += 1
         micros[event.name] += event.time_range.elapsed_us() if cuda else event.self_cpu_time_total

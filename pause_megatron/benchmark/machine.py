@@ -1,4 +1,4 @@
-"""What a benchmark ran on: device and versions."""
+"""Device and package versions of a benchmark."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ import torch
 
 from pause_megatron.config.gpus import gpu_of_cuda
 from pause_megatron.distributed import ParallelContext
+from pause_megatron.plan.layout import Device
 
 VERSIONS = ("torch", "megatron-core", "deepspeed", "triton")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A rank's device, and what runs on it.
+    """A rank's device and software.
 
     Attributes:
-        device: "cuda" or "cpu"
-        cuda_name: what CUDA calls it; None on a CPU
-        gpu: its name in `config.gpus.GPUS`; None: not in the table
-        ranks: in all
-        python: version
-        packages: distribution -> version; None: not installed
+        device: Kind of device, "cuda" or "cpu".
+        cuda_name: Name that CUDA reports; None on a CPU.
+        gpu: Name in `config.gpus.GPUS`; None where the table has none.
+        ranks: World size.
+        python: Version of Python.
+        packages: Version of each distribution; None where it is not installed.
     """
 
-    device: str
+    device: Device
     cuda_name: str | None
     gpu: str | None
     ranks: int
@@ -36,12 +37,16 @@ class Machine:
 
     @classmethod
     def of(cls, context: ParallelContext) -> Machine:
-        """This rank's."""
+        """Return the machine of this rank.
+
+        Args:
+            context: Process groups and device.
+        """
         cuda = context.device.type == "cuda"
         cuda_name = torch.cuda.get_device_name(context.device) if cuda else None
         gpu = gpu_of_cuda(cuda_name) if cuda_name else None
         return cls(
-            device=context.device.type,
+            device="cuda" if cuda else "cpu",
             cuda_name=cuda_name,
             gpu=gpu.name if gpu else None,
             ranks=context.world_size,

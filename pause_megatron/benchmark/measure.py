@@ -1,4 +1,4 @@
-"""Takes the steps of a run, and measures them: the run's model, engine, loader and loop; nothing is saved."""
+"""Measure training steps with the model, engine, loader and loop of a run; nothing is saved."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pause_megatron.benchmark.windows import windows_of
 from pause_megatron.config.batching import batch_plan
 from pause_megatron.config.gpus import device_peak_flops
 from pause_megatron.config.presets import parameters, step_flops
-from pause_megatron.config.schema import ResolvedConfig
+from pause_megatron.config.schema import ResolvedConfig, ScheduledConfig
 from pause_megatron.distributed import ParallelContext, initialize
 from pause_megatron.distributed.collective import gather_objects
 from pause_megatron.distributed.context import started_ranks
@@ -27,7 +27,7 @@ from pause_megatron.engine import Engine
 from pause_megatron.engine.waits import MICRO_BATCH, STEP, HostWaits
 from pause_megatron.model import PauseGPTModel, parameter_groups
 from pause_megatron.model.kernels import choose_implementation
-from pause_megatron.plan.layout import Layout
+from pause_megatron.plan.layout import Device, Layout
 from pause_megatron.plan.memory import rank_memory
 from pause_megatron.train.guards.same_run import run_record
 from pause_megatron.train.guards.signals import StopRequest
@@ -39,12 +39,19 @@ from pause_megatron.train.run import new_engine, new_model, step_loader
 
 log = logging.getLogger(__name__)
 
-EXTRA_STEPS = 2  # behind the timed ones: one is profiled, in one waits are counted
+EXTRA_STEPS = 2  # after the timed steps: one is profiled, in one host synchronizations are counted
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much to measure: steps that count, steps before them, kernels to list, ids of made-up text."""
+    """The extent of a benchmark.
+
+    Attributes:
+        steps: Timed steps.
+        warmup: Steps before them.
+        top: Kernels to list.
+        text_size: Ids of synthetic text.
+    """
 
     steps: int = 10
     warmup: int = 3
@@ -53,13 +60,21 @@ class Sizes:
 
     @property
     def all_steps(self) -> int:
-        """That are taken."""
+        """Number of all steps."""
         return self.warmup + self.steps + EXTRA_STEPS
 
 
 @dataclass(frozen=True)
 class _Steps:
-    """Of those that count: when each ended (the warm-up's end before them), and what each was; then the others."""
+    """Measurements of the steps.
+
+    Attributes:
+        ends: End of the warm-up, then of each timed step, seconds.
+        results: Results of the timed steps.
+        memory: Peak and reserved bytes on a GPU; None on a CPU.
+        profile: Result of the profiled step.
+        waits: Host synchronizations of the last step.
+    """
 
     ends: list[float]
     results: list[StepResult]
@@ -68,15 +83,26 @@ class _Steps:
     waits: Waits
 
 
+@dataclass(frozen=True)
+class _Setup:
+    """The parts of a run that are measured."""
+
+    config: ScheduledConfig
+    data: TrainingData
+    model: PauseGPTModel
+    engine: Engine
+    context: ParallelContext
+
+
 def run_benchmark(config: ResolvedConfig, sizes: Sizes) -> Measurement:
-    """Train for a few steps and measure them. Every rank calls this; rank 0's is what counts.
+    """Train for a few steps and measure them. Every rank calls this; rank 0 has the result.
 
     Args:
-        config: resolved. Initial weights are drawn, whatever model.from says.
-        sizes: how much to measure.
+        config: Resolved configuration; its `model.from` is not read, initial weights are random.
+        sizes: Extent of the benchmark.
 
     Raises:
-        PauseMegatronError: a configuration, corpus or task that cannot be used.
+        PauseMegatronError: The configuration, corpus or task cannot be used.
     """
     clock = _Clock()
     with (
@@ -89,7 +115,7 @@ def run_benchmark(config: ResolvedConfig, sizes: Sizes) -> Measurement:
         ) as context,
         ExitStack() as closing,
     ):
-        before = _forget_earlier_tensors(context)
+        before = _reset_peak_memory(context)
         groups = clock.lap()
         running, data = windows_of(
             _with_steps(config, sizes), sizes.text_size, ranks=context.world_size, rank=context.rank
@@ -101,32 +127,28 @@ def run_benchmark(config: ResolvedConfig, sizes: Sizes) -> Measurement:
         weight_decay = 0.0 if running.train.only else running.optim.weight_decay
         engine = closing.enter_context(new_engine(running, model, parameter_groups(model, weight_decay), context))
         start_up = StartUp(groups, windows, built, clock.lap())
-        taken = _take(running, data, engine, context, sizes, closing)
+        setup = _Setup(running, data, model, engine, context)
+        taken = _take(setup, sizes, closing)
         peak, reserved = taken.memory
         if taken.profile.tensor_bytes is not None:
             peak = taken.profile.tensor_bytes - before
-        memory = _largest(config, model, context, peak, reserved)
-        return _measurement(config, data, model, engine, context, sizes, start_up, taken, memory)
+        memory = _largest(setup, peak, reserved)
+        return _measurement(config, setup, sizes, start_up, taken, memory)
 
 
 def _with_steps(config: ResolvedConfig, sizes: Sizes) -> ResolvedConfig:
-    """With enough steps from the first one on, and without validation, which is no part of a step."""
-    lengths = {"extended_from": None}
+    """Return the configuration with enough steps, from step 1 on, and without validation."""
+    lengths: dict[str, int | None] = {"extended_from": None}
     if config.finetune.epochs is None:
-        lengths |= {"steps": max(config.train.steps or 0, sizes.all_steps), "tokens": None}
+        steps = max(config.train.steps or 0, sizes.all_steps)
+        lengths |= {"steps": steps, "tokens": steps * config.batch.global_size * config.data.sequence_length}
     train, validation = config.train.model_copy(update=lengths), config.validation.model_copy(update={"every": 0})
     return config.model_copy(update={"train": train, "validation": validation})
 
 
-def _take(
-    config: ResolvedConfig,
-    data: TrainingData,
-    engine: Engine,
-    context: ParallelContext,
-    sizes: Sizes,
-    closing: ExitStack,
-) -> _Steps:
-    """Warm-up, timed steps, then one under the profiler and one in which waits are counted."""
+def _take(setup: _Setup, sizes: Sizes, closing: ExitStack) -> _Steps:
+    """Take the warm-up, the timed steps, one under the profiler, and one that counts host synchronizations."""
+    config, data, engine, context = setup.config, setup.data, setup.engine, setup.context
     stream = closing.enter_context(data.stream(context, None)) if data.stream else None
     batches = closing.enter_context(step_loader(config, data, context, Progress(), stream, end=sizes.all_steps))
     watch = closing.enter_context(HangWatch(config.run.hang_seconds, context))
@@ -152,9 +174,9 @@ def _take(
 
     for _ in take(sizes.warmup):
         pass
-    # Between steps nothing waits for the device but the loop itself; only the first and the last moment are exact.
+    # The loop alone synchronizes with the device between steps; the first and the last time are exact.
     _synchronize(context)
-    ends, results = [time.perf_counter()], []
+    ends, results = [time.perf_counter()], list[StepResult]()
     for result in take(sizes.steps):
         if len(results) == sizes.steps - 1:
             _synchronize(context)
@@ -173,17 +195,9 @@ def _take(
 
 
 def _measurement(
-    config: ResolvedConfig,
-    data: TrainingData,
-    model: PauseGPTModel,
-    engine: Engine,
-    context: ParallelContext,
-    sizes: Sizes,
-    start_up: StartUp,
-    taken: _Steps,
-    memory: Memory,
+    config: ResolvedConfig, setup: _Setup, sizes: Sizes, start_up: StartUp, taken: _Steps, memory: Memory
 ) -> Measurement:
-    vocabulary, machine = model.vocabulary, Machine.of(context)
+    context, vocabulary, machine = setup.context, setup.model.vocabulary, Machine.of(setup.context)
     tokens = [result.tokens for result in taken.results]
     targets = [result.losses.targets for result in taken.results]
     flops = step_flops(
@@ -193,10 +207,10 @@ def _measurement(
     return Measurement(
         config=config,
         batch=batch_plan(config, context.world_size),
-        stage=engine.deepspeed.zero_optimization_stage(),
+        stage=setup.engine.deepspeed.zero_optimization_stage(),
         parameters=parameters(config.model, vocabulary.size),
         vocabulary=vocabulary.size,
-        windows=_described(config, data),
+        windows=_described(config, setup.data),
         machine=machine,
         kernels=choose_implementation(config.engine.kernels, context.device),
         warmup_steps=sizes.warmup,
@@ -213,8 +227,8 @@ def _measurement(
     )
 
 
-def _forget_earlier_tensors(context: ParallelContext) -> int:
-    """Begins the account of the GPU's memory anew; on a CPU: bytes of tensors that live already."""
+def _reset_peak_memory(context: ParallelContext) -> int:
+    """Reset the GPU's peak statistics; return the bytes of live tensors on a CPU."""
     if context.device.type == "cpu":
         return held_bytes()
     torch.cuda.reset_peak_memory_stats(context.device)
@@ -222,22 +236,22 @@ def _forget_earlier_tensors(context: ParallelContext) -> int:
 
 
 def _memory_of_cuda(context: ParallelContext) -> tuple[int | None, int | None]:
-    """Most bytes of tensors so far, and most that the allocator has taken for them; None on a CPU."""
+    """Return the peak bytes of tensors and the peak that the allocator reserved; None on a CPU."""
     if context.device.type == "cpu":
         return None, None
     return torch.cuda.max_memory_allocated(context.device), torch.cuda.max_memory_reserved(context.device)
 
 
-def _largest(
-    config: ResolvedConfig, model: PauseGPTModel, context: ParallelContext, peak: int | None, reserved: int | None
-) -> Memory:
-    """Over the ranks that know their own. Every rank calls this."""
-    layout = Layout.of(config, context.world_size, model.vocabulary.size - config.pause.embeddings)
+def _largest(setup: _Setup, peak: int | None, reserved: int | None) -> Memory:
+    """Return the maximum over the ranks that measured theirs. Every rank calls this."""
+    config, context = setup.config, setup.context
+    layout = Layout.of(config, context.world_size, setup.model.vocabulary.size - config.pause.embeddings)
     every = gather_objects((peak, reserved))
+    device: Device = "cuda" if context.device.type == "cuda" else "cpu"
     return Memory(
         peak_bytes=max(peak for peak, _ in every if peak is not None),
-        reserved_bytes=None if reserved is None else max(reserved for _, reserved in every),
-        planned_bytes=rank_memory(layout, context.device.type).peak_bytes,
+        reserved_bytes=max((reserved for _, reserved in every if reserved is not None), default=None),
+        planned_bytes=rank_memory(layout, device).peak_bytes,
     )
 
 
@@ -248,12 +262,13 @@ def _described(config: ResolvedConfig, data: TrainingData) -> str:
 
 
 class _Clock:
-    """Seconds since the last look."""
+    """A stopwatch with laps."""
 
     def __init__(self) -> None:
         self._last = time.perf_counter()
 
     def lap(self) -> float:
+        """Return the seconds since the last call."""
         before, self._last = self._last, time.perf_counter()
         return self._last - before
 

@@ -1,4 +1,4 @@
-"""What a benchmark found, and as JSON."""
+"""Result of a benchmark, and its JSON record."""
 
 from __future__ import annotations
 
@@ -10,14 +10,19 @@ from pause_megatron.benchmark.kernels import Kernel
 from pause_megatron.benchmark.machine import Machine
 from pause_megatron.config.batching import BatchPlan
 from pause_megatron.config.schema import ResolvedConfig
-
-FORMAT = "pause-megatron benchmark"
-VERSION = 1
+from pause_megatron.plan.measured import FORMAT, VERSION
 
 
 @dataclass(frozen=True)
 class StartUp:
-    """Seconds on rank 0 until the first step could begin: process groups, windows, model, engine."""
+    """Start-up time on rank 0 in seconds.
+
+    Attributes:
+        groups: Process groups.
+        windows: Corpus and windows.
+        model: Model.
+        engine: DeepSpeed engine.
+    """
 
     groups: float
     windows: float
@@ -27,11 +32,11 @@ class StartUp:
 
 @dataclass(frozen=True)
 class Waits:
-    """How often the host waited for the device (`pause_megatron.engine.waits`).
+    """Synchronizations of the host with the device (`pause_megatron.engine.waits`).
 
     Attributes:
-        per_micro_batch: in a forward and backward pass
-        per_step: in a step, outside of these
+        per_micro_batch: Number in a forward and backward pass.
+        per_step: Number in a step, outside of these passes.
     """
 
     per_micro_batch: float
@@ -40,12 +45,12 @@ class Waits:
 
 @dataclass(frozen=True)
 class Memory:
-    """Of tensors on the rank that took most.
+    """Memory of tensors on the rank with most of them.
 
     Attributes:
-        peak_bytes: on a GPU from the start to the last timed step; on a CPU in the profiled step of rank 0
-        reserved_bytes: what torch's allocator took from the GPU for them; None on a CPU
-        planned_bytes: what `plan` says of the tensors
+        peak_bytes: Peak on a GPU until the last timed step; on a CPU in the profiled step of rank 0.
+        reserved_bytes: Bytes that torch's allocator reserved on the GPU; None on a CPU.
+        planned_bytes: Estimate of `plan`.
     """
 
     peak_bytes: int
@@ -55,26 +60,28 @@ class Memory:
 
 @dataclass(frozen=True)
 class Measurement:
-    """What a machine did with a configuration.
+    """Result of a benchmark.
 
     Attributes:
-        config: that ran
-        batch: its batches
-        stage: of ZeRO
-        parameters: of the whole model
-        vocabulary: ids of text and pauses
-        windows: what the steps read, in a few words
-        machine: where
-        kernels: of rotary embedding, SwiGLU and cross-entropy
-        warmup_steps: taken before those that count
-        step_seconds: of each step that counts, from the end of the one before it
-        raw_tokens, text_tokens, targets: of a step over all ranks, mean; padding left out
-        flops: of a step over all ranks, of the rows that are really computed (`config.presets.step_flops`)
-        peak_flops: of one device, FLOP/s; None: not known
-        memory: of a rank
-        waits: of one step on rank 0, taken behind those that count
-        kernels_by_time: of one step on rank 0, likewise; the longest first
-        start_up: of rank 0
+        config: Configuration that ran.
+        batch: Its batches.
+        stage: ZeRO stage.
+        parameters: Parameters of the whole model.
+        vocabulary: Ids of text and pauses.
+        windows: Description of the windows.
+        machine: Device and software.
+        kernels: Kernels of rotary embedding, SwiGLU and cross-entropy.
+        warmup_steps: Steps before the timed ones.
+        step_seconds: Duration of each timed step.
+        raw_tokens: Mean tokens of a step over all ranks, without padding.
+        text_tokens: Mean text tokens of a step over all ranks.
+        targets: Mean targets of a step over all ranks.
+        flops: FLOPs of a step over all ranks, of the rows that are computed (`config.presets.step_flops`).
+        peak_flops: Peak of one device, FLOP/s; None where it is not known.
+        memory: Memory of a rank.
+        waits: Host synchronizations of one step on rank 0, after the timed ones.
+        kernels_by_time: Kernels of one step on rank 0, after the timed ones, the longest first.
+        start_up: Start-up time of rank 0.
     """
 
     config: ResolvedConfig
@@ -99,27 +106,31 @@ class Measurement:
 
     @property
     def median_seconds(self) -> float:
-        """Of a step."""
+        """Median duration of a step."""
         return statistics.median(self.step_seconds)
 
     @property
     def flops_per_second(self) -> float:
-        """Model FLOPs of one rank in a second of the median step."""
+        """Model FLOP/s of one rank in the median step."""
         return self.flops / (self.median_seconds * self.machine.ranks)
 
     @property
     def mfu(self) -> float | None:
-        """Model FLOPs over peak FLOPs; None without a known peak."""
+        """Model FLOPs utilization; None without a known peak."""
         return None if self.peak_flops is None else self.flops_per_second / self.peak_flops
 
 
-def as_record(found: Measurement) -> dict[str, Any]:
-    """Everything in bytes, seconds and FLOPs, for `json.dumps`. `plan --measured` reads it."""
-    median, machine, memory = found.median_seconds, found.machine, found.memory
+def as_record(result: Measurement) -> dict[str, Any]:
+    """Return a measurement for `json.dumps`, in bytes, seconds and FLOPs; `plan --result` reads it.
+
+    Args:
+        result: Result of a benchmark.
+    """
+    median, machine, memory = result.median_seconds, result.machine, result.memory
     return {
         "format": FORMAT,
         "version": VERSION,
-        "config": found.config.model_dump(mode="json"),
+        "config": result.config.model_dump(mode="json"),
         "machine": {
             "device": machine.device,
             "cuda_name": machine.cuda_name,
@@ -128,27 +139,27 @@ def as_record(found: Measurement) -> dict[str, Any]:
             "python": machine.python,
             **{name.replace("-", "_"): version for name, version in machine.packages.items()},
         },
-        "kernels": found.kernels,
-        "windows": found.windows,
-        "vocabulary": found.vocabulary,
-        "steps": len(found.step_seconds),
-        "warmup_steps": found.warmup_steps,
-        "step_seconds": {"median": median, "low": min(found.step_seconds), "high": max(found.step_seconds)},
-        "raw_tokens_per_step": found.raw_tokens,
-        "text_tokens_per_step": found.text_tokens,
-        "targets_per_step": found.targets,
-        "raw_tokens_per_second": found.raw_tokens / median,
-        "text_tokens_per_second": found.text_tokens / median,
-        "flops_per_step": found.flops,
-        "peak_flops": found.peak_flops,
-        "mfu": found.mfu,
+        "kernels": result.kernels,
+        "windows": result.windows,
+        "vocabulary": result.vocabulary,
+        "steps": len(result.step_seconds),
+        "warmup_steps": result.warmup_steps,
+        "step_seconds": {"median": median, "low": min(result.step_seconds), "high": max(result.step_seconds)},
+        "raw_tokens_per_step": result.raw_tokens,
+        "text_tokens_per_step": result.text_tokens,
+        "targets_per_step": result.targets,
+        "raw_tokens_per_second": result.raw_tokens / median,
+        "text_tokens_per_second": result.text_tokens / median,
+        "flops_per_step": result.flops,
+        "peak_flops": result.peak_flops,
+        "mfu": result.mfu,
         "memory": {
             "peak_bytes": memory.peak_bytes,
             "reserved_bytes": memory.reserved_bytes,
             "planned_bytes": memory.planned_bytes,
         },
-        "host_waits": vars(found.waits),
-        "start_up_seconds": vars(found.start_up),
+        "host_waits": vars(result.waits),
+        "start_up_seconds": vars(result.start_up),
         "top_kernels": [
             {
                 "name": kernel.name,
@@ -156,6 +167,6 @@ def as_record(found: Measurement) -> dict[str, Any]:
                 "seconds_per_step": kernel.seconds,
                 "share": kernel.share,
             }
-            for kernel in found.kernels_by_time
+            for kernel in result.kernels_by_time
         ],
     }

@@ -1,4 +1,4 @@
-"""A measurement as a table of at most 100 columns."""
+"""Result of a benchmark as a table of at most 100 columns."""
 
 from __future__ import annotations
 
@@ -13,76 +13,81 @@ COLUMNS = 100
 _NAME = 12  # columns of the names in the first part
 
 
-def as_table(found: Measurement) -> str:
-    """Lay a measurement out: one line for each thing, then the kernels that took longest."""
+def as_table(result: Measurement) -> str:
+    """Return a measurement as a table, with the longest kernels at its end.
+
+    Args:
+        result: Result of a benchmark.
+    """
     lines = [
         line
-        for name, text in _rows(found)
+        for name, text in _rows(result)
         for line in textwrap.wrap(
             text, COLUMNS, initial_indent=f"{name:{_NAME}}  ", subsequent_indent=" " * (_NAME + 2)
         )
     ]
-    return "\n".join([*lines, *_kernels(found)])
+    return "\n".join([*lines, *_kernels(result)])
 
 
-def _rows(found: Measurement) -> Iterable[tuple[str, str]]:
-    config, batch, machine, median = found.config, found.batch, found.machine, found.median_seconds
+def _rows(result: Measurement) -> Iterable[tuple[str, str]]:
+    config, batch, machine, median = result.config, result.batch, result.machine, result.median_seconds
     packages = ", ".join(f"{name} {version}" for name, version in machine.packages.items() if version)
-    yield "machine", f"{machine.ranks} {'rank' if machine.ranks == 1 else 'ranks'} on {_device(found)}"
+    yield "machine", f"{machine.ranks} {'rank' if machine.ranks == 1 else 'ranks'} on {_device(result)}"
     yield "versions", f"python {machine.python}, {packages}"
     sequence = " with sequence parallelism" if config.parallel.sequence else ""
     yield (
         "model",
-        f"{found.parameters:,} parameters, {config.engine.precision}, ZeRO stage {found.stage}, {found.kernels} "
+        f"{result.parameters:,} parameters, {config.engine.precision}, ZeRO stage {result.stage}, {result.kernels} "
         "kernels",
     )
     yield (
         "batch",
         f"{batch.global_size:,} windows of {batch.sequence_length:,} tokens = {batch.micro_size} micro x "
         f"{batch.accumulation} accumulation x {batch.data_parallel} data parallel; {batch.tensor} tensor parallel"
-        f"{sequence}; {found.windows}",
+        f"{sequence}; {result.windows}",
     )
-    yield "start-up", _start_up(found)
+    yield "start-up", _start_up(result)
     yield (
         "step",
-        f"{_duration(median)} in the median of {len(found.step_seconds)} ({_duration(min(found.step_seconds))} to "
-        f"{_duration(max(found.step_seconds))}), after {found.warmup_steps} of warm-up",
+        f"{_duration(median)} in the median of {len(result.step_seconds)} ({_duration(min(result.step_seconds))} to "
+        f"{_duration(max(result.step_seconds))}), after {result.warmup_steps} of warm-up",
     )
-    yield "raw tokens", f"{found.raw_tokens / median:,.0f} tokens/s ({found.raw_tokens:,.0f} a step)"
+    yield "raw tokens", f"{result.raw_tokens / median:,.0f} tokens/s ({result.raw_tokens:,.0f} a step)"
     yield (
         "text tokens",
-        f"{found.text_tokens / median:,.0f} tokens/s ({found.text_tokens:,.0f} a step, {found.targets:,.0f} targets)",
+        f"{result.text_tokens / median:,.0f} tokens/s ({result.text_tokens:,.0f} a step, "
+        f"{result.targets:,.0f} targets)",
     )
-    yield "FLOPs", f"{scaled(found.flops)}FLOP a step, {scaled(found.flops_per_second)}FLOP/s a rank"
-    yield "MFU", _mfu(found)
-    yield "memory", _memory(found)
-    yield "host waits", _waits(found)
+    yield "FLOPs", f"{scaled(result.flops)}FLOP a step, {scaled(result.flops_per_second)}FLOP/s a rank"
+    yield "MFU", _mfu(result)
+    yield "memory", _memory(result)
+    yield "host waits", _waits(result)
 
 
-def _device(found: Measurement) -> str:
-    machine = found.machine
+def _device(result: Measurement) -> str:
+    machine = result.machine
     if machine.cuda_name is None:
         return "a CPU"
     return machine.cuda_name + (f" ({machine.gpu})" if machine.gpu else "")
 
 
-def _start_up(found: Measurement) -> str:
-    took = found.start_up
+def _start_up(result: Measurement) -> str:
+    took = result.start_up
     return (
         f"process groups {_duration(took.groups)}, windows {_duration(took.windows)}, model {_duration(took.model)}, "
         f"engine {_duration(took.engine)}"
     )
 
 
-def _mfu(found: Measurement) -> str:
-    if found.mfu is None:
-        device = "a CPU" if found.machine.cuda_name is None else f"this device in {found.config.engine.precision}"
-        return f"unknown: no peak of {device} is known; log.peak_tflops=N gives it"
-    return f"{found.mfu:.1%} of {found.peak_flops / 1e12:,.5g} TFLOP/s a rank"
+def _mfu(result: Measurement) -> str:
+    if result.mfu is None or result.peak_flops is None:
+        device = "a CPU" if result.machine.cuda_name is None else f"this device in {result.config.engine.precision}"
+        return f"unknown: no peak of {device} in the table; give log.peak_tflops=N"
+    return f"{result.mfu:.1%} of {result.peak_flops / 1e12:,.5g} TFLOP/s a rank"
 
 
-def _memory(found: Measurement) -> str:
-    memory = found.memory
+def _memory(result: Measurement) -> str:
+    memory = result.memory
     text = (
         f"{_size(memory.peak_bytes)} of tensors at the peak, {_size(memory.planned_bytes)} planned "
         f"({memory.peak_bytes / memory.planned_bytes - 1:+.1%})"
@@ -90,19 +95,19 @@ def _memory(found: Measurement) -> str:
     return text if memory.reserved_bytes is None else f"{text}; {_size(memory.reserved_bytes)} reserved"
 
 
-def _waits(found: Measurement) -> str:
-    text = f"{found.waits.per_micro_batch:.3g} a micro-batch, {found.waits.per_step:.3g} a step besides"
-    if found.machine.cuda_name is None:
+def _waits(result: Measurement) -> str:
+    text = f"{result.waits.per_micro_batch:.3g} a micro-batch, {result.waits.per_step:.3g} a step besides"
+    if result.machine.cuda_name is None:
         text += " (on a CPU, where the host's own tensors count too)"
     return text
 
 
-def _kernels(found: Measurement) -> list[str]:
-    if not found.kernels_by_time:
+def _kernels(result: Measurement) -> list[str]:
+    if not result.kernels_by_time:
         return []
-    what = "operators" if found.machine.cuda_name is None else "kernels"
+    what = "operators" if result.machine.cuda_name is None else "kernels"
     rows = [f"{'time a step':>11}  {'share':>6}  {'calls':>7}  {what} of one step"]
-    for kernel in found.kernels_by_time:
+    for kernel in result.kernels_by_time:
         row = f"{_duration(kernel.seconds):>11}  {kernel.share:6.1%}  {kernel.calls:7,}  {kernel.name}"
         rows.append(row if len(row) <= COLUMNS else row[: COLUMNS - 3] + "...")
     return ["", *rows]

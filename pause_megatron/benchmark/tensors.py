@@ -1,12 +1,13 @@
-"""Memory of tensors on a CPU, whose allocator keeps no account: what is held, and what a profiled step adds at most.
+"""Memory of tensors on a CPU, whose allocator has no statistics: live bytes, and the peak of a profiled step.
 
-(A process holds its libraries and what its allocator keeps for later too, so its size says little about a GPU's.)
+The size of the process would include its libraries and what its allocator keeps.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
+from typing import Any
 
 import torch
 from torch.profiler import profile
@@ -15,17 +16,17 @@ _MEMORY_EVENT = "[memory]"
 
 
 def held_bytes() -> int:
-    """Bytes of all tensors that live in this process, each storage once."""
+    """Return the bytes of all live tensors of this process, each storage once."""
     gc.collect()
     sizes: dict[int, int] = {}
     for item in gc.get_objects():
-        if not issubclass(type(item), torch.Tensor):  # isinstance would ask objects that warn when they are asked
+        if not issubclass(type(item), torch.Tensor):  # isinstance reads __class__, at which some objects warn
             continue
         for tensor in (item, item.grad if item.is_leaf else None):
             if tensor is None or tensor.device.type != "cpu" or tensor.layout != torch.strided:
                 continue
             storage = tensor.untyped_storage()
-            # The tensors that torch.compile traces with have no memory: an address of 0, or an error.
+            # Tensors of torch.compile's tracing have no memory: an address of 0, or an error.
             with contextlib.suppress(RuntimeError):
                 if address := storage.data_ptr():
                     sizes[address] = storage.nbytes()
@@ -33,14 +34,15 @@ def held_bytes() -> int:
 
 
 def peak_growth(recording: profile) -> int:
-    """Most bytes that the tensors of a profiled body took on top of what was held before it.
+    """Return the peak bytes of tensors in a profiled body, beyond those that were live before it.
 
     Args:
-        recording: ended, made with profile_memory=True. Releases of what is older are not in it.
+        recording: Finished profiler with profile_memory=True; it has no releases of older tensors.
     """
+    profiler: Any = recording.profiler  # kineto's results have no public type
     changes = [
         (event.start_ns(), event.nbytes())
-        for event in recording.profiler.kineto_results.events()
+        for event in profiler.kineto_results.events()
         if event.name() == _MEMORY_EVENT
     ]
     held = peak = 0

@@ -1,7 +1,7 @@
-"""Windows to benchmark on: of the run's own corpus or task where it has one, else of made-up text.
+"""Windows of a benchmark: of the run's corpus or task, else of synthetic text.
 
-Made-up text has no meaning, but everything that takes time is a run's own: pauses are placed, and kept rows, positions
-and documents follow from them, by the code that serves data.source.
+Synthetic text passes through the code of `data.source`: pauses, kept rows, positions and documents cost what they cost
+in a run.
 """
 
 from __future__ import annotations
@@ -21,31 +21,40 @@ from pause_megatron.train.inputs.task_data import open_task
 from pause_megatron.train.pretrain import corpus_data
 
 DOCUMENT_TOKENS = 427
-"""Mean length of a made-up document, that of C4's English part: 156 G tokens (Dodge et al. 2021) in 365 M documents."""
+"""Mean length of a synthetic document, as in C4's English part: 156 G tokens (Dodge et al. 2021), 365 M documents."""
 
 
 @dataclass(frozen=True)
-class MadeUpIds:
-    """The ids of a vocabulary without words, in place of a tokenizer. `eod` ends a document."""
+class SyntheticIds:
+    """A vocabulary of ids without text, in place of a tokenizer.
+
+    Attributes:
+        vocab_size: Number of ids.
+        eod: Id that ends a document.
+    """
 
     vocab_size: int
     eod: int = 0
 
 
-class MadeUpText:
-    """Text by window number: ids drawn evenly, documents of about `DOCUMENT_TOKENS` tokens.
+class SyntheticText:
+    """Synthetic text by window number: uniform ids, documents of about `DOCUMENT_TOKENS` tokens.
 
     Args:
-        ids: the vocabulary.
-        length: T, tokens of a window before its pauses.
-        seed: of the ids.
+        ids: The vocabulary.
+        length: T, text tokens of a window.
+        seed: Seed of the ids.
     """
 
-    def __init__(self, ids: MadeUpIds, length: int, seed: int) -> None:
+    def __init__(self, ids: SyntheticIds, length: int, seed: int) -> None:
         self._ids, self._length, self._seed = ids, length, seed
 
     def text(self, sample: int) -> np.ndarray:
-        """The text of a window: int64 [T]."""
+        """Return the text of a window, int64 [T].
+
+        Args:
+            sample: Number of the window.
+        """
         draw = np.random.Generator(np.random.Philox(key=(self._seed, sample)))
         text = draw.integers(0, self._ids.vocab_size, self._length)
         text[text == self._ids.eod] = self._ids.vocab_size - 1
@@ -53,14 +62,19 @@ class MadeUpText:
         return text
 
 
-def made_up(config: ScheduledConfig, text_size: int) -> TrainingData:
-    """Windows of made-up text for a pretraining; `text_size` ids, the pauses behind them."""
-    ids = MadeUpIds(text_size)
+def synthetic_windows(config: ScheduledConfig, text_size: int) -> TrainingData:
+    """Return windows of synthetic text for a pretraining.
+
+    Args:
+        config: Configuration with a known number of steps.
+        text_size: Ids of the text vocabulary; the pause ids follow them.
+    """
+    ids = SyntheticIds(text_size)
     pause = config.pause
     plan = PausePlan(config.data.sequence_length, pause.rate, pause.window, pause.placement, pause.seed)
     pause_ids = PauseTokenizer(ids, pause.embeddings).pause_ids
     windows = StreamDataset(
-        MadeUpText(ids, plan.text_length, config.run.seed),
+        SyntheticText(ids, plan.text_length, config.run.seed),
         PauseInjector(plan, pause_ids, "made-up", "train"),
         config.train.steps * config.batch.global_size,
         eod=ids.eod,
@@ -71,10 +85,10 @@ def made_up(config: ScheduledConfig, text_size: int) -> TrainingData:
         train=windows,
         valid=None,
         valid_without_pauses=None,
-        tokenizer=ids,
+        tokenizer=ids,  # type: ignore[arg-type]  # a model reads its vocab_size only
         pause_ids=pause_ids,
         fingerprint="",
-        description=f"made-up text of {text_size:,} ids",
+        description=f"synthetic text of {text_size:,} ids",
         show=lambda batch: "",
     )
 
@@ -82,15 +96,16 @@ def made_up(config: ScheduledConfig, text_size: int) -> TrainingData:
 def windows_of(
     config: ResolvedConfig, text_size: int, *, ranks: int, rank: int
 ) -> tuple[ScheduledConfig, TrainingData]:
-    """What the steps read, and the configuration with what follows from it. Every rank calls this.
+    """Return the windows of a run, and its configuration with a known number of steps. Every rank calls this.
 
     Args:
-        config: resolved, its length known from train.steps, train.tokens or finetune.epochs.
-        text_size: ids of made-up text.
-        ranks, rank: in all, and which.
+        config: Resolved configuration with `train.steps`, `train.tokens` or `finetune.epochs`.
+        text_size: Ids of synthetic text.
+        ranks: World size.
+        rank: This rank.
 
     Raises:
-        PauseMegatronError: a corpus, task or tokenizer that cannot be used.
+        PauseMegatronError: A corpus, task or tokenizer cannot be used.
     """
     if config.task.name is not None:
         task = open_task(config)
@@ -98,4 +113,4 @@ def windows_of(
     run = scheduled(config)
     if config.data.prefix or config.data.source:
         return run, corpus_data(run, ranks, rank)
-    return run, made_up(run, text_size)
+    return run, synthetic_windows(run, text_size)

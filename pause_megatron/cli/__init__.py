@@ -36,7 +36,7 @@ VERBS = {
     "launch": "write or submit the SLURM job of a run, after checks",
     "plot": "draw the loss curves of runs as a PNG",
     "plan": "estimate memory, communication, days and GPU-hours of a run on a cluster",
-    "benchmark": "take real steps of a configuration on this machine: tokens/s, MFU, memory, kernels, waits",
+    "benchmark": "time training steps of a configuration on this machine: tokens/s, MFU, memory, kernels, waits",
     "doctor": "check what this machine has, what works, and what is missing",
 }
 

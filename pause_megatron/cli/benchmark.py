@@ -1,4 +1,4 @@
-"""`pause-megatron benchmark`: real steps of a configuration on this machine, timed; nothing is saved."""
+"""`pause-megatron benchmark`: time training steps of a configuration on this machine; nothing is saved."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pause_megatron.files.paths import path_option
 
 log = logging.getLogger(__name__)
 
-HELP = "take real steps of a configuration on this machine: tokens/s, MFU, memory, kernels, waits"
+HELP = "time training steps of a configuration on this machine: tokens/s, MFU, memory, kernels, waits"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,27 +30,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help="keys on top, for example batch.global_size=32"
     )
-    parser.add_argument("--steps", type=at_least(1), default=10, metavar="N", help="steps that count; default: 10")
+    parser.add_argument("--steps", type=at_least(1), default=10, metavar="N", help="timed steps; default: 10")
     parser.add_argument(
-        "--warmup", type=at_least(0), default=3, metavar="N", help="steps before them that do not count; default: 3"
+        "--warmup", type=at_least(0), default=3, metavar="N", help="steps before the timed ones; default: 3"
     )
     parser.add_argument(
         "--json", type=path_option, metavar="FILE", help="write everything to FILE, in bytes and seconds"
     )
     parser.add_argument("--top", type=at_least(0), default=10, metavar="N", help="kernels to list; default: 10")
     parser.add_argument(
-        "--vocab-size", type=at_least(1), metavar="N", help="ids of made-up text; default: the corpus's, or 32000"
+        "--vocab-size", type=at_least(1), metavar="N", help="ids of synthetic text; default: the corpus's, or 32000"
     )
     parser.epilog = (
-        "Windows hold made-up text, unless data.prefix, data.source or a task is given; pauses are a run's own. Start\n"
-        "it like a run: alone, or under torchrun, deepspeed or srun. Two more steps follow those that count: one is\n"
-        "profiled, in one the host's waits are counted. batch.global_size=N shortens a step.\n\n"
+        "Windows hold synthetic text, unless data.prefix, data.source or a task is given; pauses are those of a run.\n"
+        "Start it like a run: alone, or under torchrun, deepspeed or srun. Two more steps follow: one is profiled,\n"
+        "one counts host synchronizations. batch.global_size=N shortens a step.\n\n"
         "exit code: 0, or 2 for a configuration, corpus or file that cannot be used."
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure on all ranks; the first one prints and writes."""
+    """Measure on all ranks; rank 0 prints and writes the result.
+
+    Args:
+        args: Parsed options.
+
+    Raises:
+        ConfigError: The configuration does not load, or the file cannot be written.
+    """
     with failing_together("benchmark"):
         return _run(args)
 
@@ -71,15 +78,15 @@ def _run(args: argparse.Namespace) -> int:
     from pause_megatron.benchmark import Sizes, as_record, as_table, run_benchmark
     from pause_megatron.files.durable import write_whole
 
-    found = run_benchmark(config, Sizes(args.steps, args.warmup, args.top, text_size))
-    if file is not None:  # before the table: whoever reads that may be gone
+    measured = run_benchmark(config, Sizes(args.steps, args.warmup, args.top, text_size))
+    if file is not None:  # before the table, whose pipe may be closed
         try:
-            write_whole(file, json.dumps(as_record(found), indent=2).encode())
+            write_whole(file, json.dumps(as_record(measured), indent=2).encode())
         except OSError as error:
             raise _unwritable(file, error) from None
         log.info(f"written to {file}")
     if is_first_rank():
-        print(as_table(found), flush=True)
+        print(as_table(measured), flush=True)
     return 0
 
 

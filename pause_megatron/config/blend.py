@@ -56,7 +56,7 @@ def parse_blend(prefix: Sequence[str]) -> Blend:
             f"data.prefix: expected WEIGHT PREFIX WEIGHT PREFIX ... with weights above 0, got {' '.join(prefix)!r}"
         )
     prefixes = list(prefix[1::2])
-    # One corpus needs no blending, whatever its weight.
+    # The weight of a single corpus has no effect.
     return prefixes, valid if len(prefixes) > 1 else None
 
 

@@ -96,7 +96,7 @@ class _Document:
 
 def ds_config_names() -> tuple[str, ...]:
     """Return the names of the DeepSpeed files that ship."""
-    return tuple(sorted(file.stem for file in _shipped().glob("*.json")))
+    return tuple(sorted(file.stem for file in shipped_folder().glob("*.json")))
 
 
 def ds_config_path(engine: EngineSection) -> Path:
@@ -110,7 +110,7 @@ def ds_config_path(engine: EngineSection) -> Path:
     """
     name = engine.ds_config or f"zero{1 if engine.zero_stage is None else engine.zero_stage}"
     if name in ds_config_names():
-        return _shipped() / f"{name}.json"
+        return shipped_folder() / f"{name}.json"
     if not Path(name).is_file():
         names = ds_config_names()
         raise ConfigError(
@@ -189,7 +189,7 @@ def _fallbacks(config: ResolvedConfig, stage: int) -> dict[str, Any]:
     return fallbacks
 
 
-def _shipped() -> Path:
+def shipped_folder() -> Path:
     """Return the folder of the shipped files: inside the installed package, or at the top of a clone."""
     installed = _PACKAGE / "ds_configs"
     return installed if installed.is_dir() else _PACKAGE.parent / "ds_configs"

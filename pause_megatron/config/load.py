@@ -142,7 +142,7 @@ def resolve(config: RunConfig) -> ResolvedConfig:
 
 
 def scheduled(config: ResolvedConfig) -> ScheduledConfig:
-    """Check that the number of steps is known, and return the type that says so.
+    """Return the configuration with the type that has a number of steps, after checking that it is known.
 
     Args:
         config: Resolved configuration.

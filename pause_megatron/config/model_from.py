@@ -19,7 +19,7 @@ PAUSES = ("pause.embeddings", "pause.softmax")
 """Keys of the pause section that do so."""
 
 OF_A_TASK = ("pause.rate", "pause.window", "pause.placement", "pause.seed", "data.sequence_length")
-"""Further keys that a finetuning takes from the pretraining: its window, and how pauses were placed in it."""
+"""Further keys that a finetuning takes from the pretraining: its window, and the placement of its pauses."""
 
 _LARGEST_BYTES = 1 << 20
 

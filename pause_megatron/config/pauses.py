@@ -1,7 +1,6 @@
 """The number of pauses and text tokens in a window, and which pause options fit together. No torch.
 
-The one place for both rules: `config.rules` applies them to a configuration, `data.windows.pause` to a dataset of
-somebody's own script.
+Used by `config.rules` for a configuration and by `data.windows.pause` for a dataset in a script.
 """
 
 from __future__ import annotations

@@ -15,11 +15,11 @@ Broken = tuple[tuple[str, ...], str] | None
 
 Rule = Callable[[ResolvedConfig], Broken]
 
-_RULES: list[Rule] = []
+RULES: list[Rule] = []
 
 
 def _rule(function: Rule) -> Rule:
-    _RULES.append(function)
+    RULES.append(function)
     return function
 
 
@@ -33,7 +33,7 @@ def check(config: ResolvedConfig, origin: Mapping[str, str] | None = None) -> No
     Raises:
         ConfigError: A rule is broken; one line a rule with the values it got and where they were written.
     """
-    _refuse_broken(config, _RULES, origin or {})
+    _refuse_broken(config, RULES, origin or {})
 
 
 def check_shape(model: ModelSection, parallel: ParallelSection, sequence_length: int) -> ResolvedModel:
@@ -58,7 +58,7 @@ def check_shape(model: ModelSection, parallel: ParallelSection, sequence_length:
         raise ConfigError(f"{keys}: expected a value, got null; give it, or a model.preset")
     resolved = ResolvedModel(**model.model_dump())
     data = ResolvedData(sequence_length=sequence_length, split="1,0,0")
-    _refuse_broken(ResolvedConfig(model=resolved, parallel=parallel, data=data), _SHAPE_RULES, None)
+    _refuse_broken(ResolvedConfig(model=resolved, parallel=parallel, data=data), SHAPE_RULES, None)
     return resolved
 
 
@@ -127,7 +127,7 @@ def tensor_divides_the_sequence(config: ResolvedConfig) -> Broken:
     return None
 
 
-_SHAPE_RULES = (
+SHAPE_RULES = (
     *(heads_divide_hidden, kv_heads_divide_heads, tensor_divides_the_model),
     *(sequence_needs_tensor, tensor_divides_the_sequence),
 )
@@ -235,7 +235,7 @@ def masks_need_torch_attention(config: ResolvedConfig) -> Broken:
 
 @_rule
 def intra_document_masking_needs_torch_attention(config: ResolvedConfig) -> Broken:
-    """Check that intra-document masking uses an attention core that supports it."""
+    """Check that intra-document masking uses an attention core with support for it."""
     if config.task.name is None and config.model.attention == "te" and config.data.intra_document_masking:
         keys = ("model.attention", "data.intra_document_masking")
         return keys, "model.attention=sdpa with data.intra_document_masking=true"

@@ -15,7 +15,7 @@ from support.ranks import run_on_ranks
 from pause_megatron.cli import main
 from pause_megatron.config.load import load
 from pause_megatron.config.presets import step_flops
-from pause_megatron.config.schema import RunConfig
+from pause_megatron.config.schema import ResolvedConfig
 
 KEYS = ["data.sequence_length=64", "batch.global_size=8", "batch.micro_size=2", "model.layers=2"]
 SIZES = ["--steps", "3", "--warmup", "1", "--top", "5", "--vocab-size", "500"]
@@ -46,7 +46,7 @@ def test_the_json_is_true_to_itself(ranks, keys, tmp_path):
     found = json.loads(file.read_text())
     assert (found["format"], found["version"]) == ("pause-megatron benchmark", 1)
 
-    config = RunConfig.model_validate(found["config"])
+    config = ResolvedConfig.model_validate(found["config"])
     assert config == load(recipe="tiny-pause", overrides=[*KEYS, *keys])
 
     seconds = found["step_seconds"]

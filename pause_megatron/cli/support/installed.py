@@ -1,4 +1,4 @@
-"""What `doctor` says of Python and of packages: whether they import, and whether their versions were run together."""
+"""Probes of `doctor` for Python and packages: whether they import, and whether their versions were tested together."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ _TRITON_KERNELS = "pause_megatron.model.kernels.triton_kernels"
 
 
 def python() -> Iterator[Finding]:
-    """Say which Python this is, and whether it is one of those that were run."""
+    """Check the version of Python.
+
+    Yields:
+        The version, and the operating system.
+    """
     version = platform.python_version()
     good = PYTHON.admits(version)
     yield Finding(
@@ -33,22 +37,26 @@ def python() -> Iterator[Finding]:
 
 
 def needed(package: Package) -> tuple[str, Probe]:
-    """Make the probe of a package that training needs: it imports, and its version lies in the range of the table."""
+    """Return the probe of a package that training needs: that it imports, in a supported version.
+
+    Args:
+        package: Name and range of versions.
+    """
 
     def probe() -> Iterator[Finding]:
         try:
             module = importlib.import_module(package.module or package.name)
-        except Exception as error:  # an import may fail in any way there is
+        except Exception as error:  # an import may raise anything
             yield Finding(package.name, "missing", f"cannot be imported: {_reason(error)}", _cure(package, error))
             return
         version = _version(package, module)
         if not version[:1].isdigit():
             yield Finding(package.name, "note", f"{version}: expected {package.specifier}")
         elif not package.admits(version):
-            text = f"{version}: expected {package.specifier}; nothing else was run with this pause-megatron"
+            text = f"{version}: expected {package.specifier}; other versions are not tested with this pause-megatron"
             yield Finding(package.name, "missing", text, _install(package))
         elif release(version) > release(package.newest):
-            yield Finding(package.name, "note", f"{version}; the newest that was run is {package.newest}")
+            yield Finding(package.name, "note", f"{version}; the newest tested version is {package.newest}")
         else:
             yield Finding(package.name, "ok", version)
 
@@ -56,7 +64,13 @@ def needed(package: Package) -> tuple[str, Probe]:
 
 
 def optional(name: str, module: str, use: str) -> tuple[str, Probe]:
-    """Make the probe of a package that is good for `use` and that nothing needs."""
+    """Return the probe of an optional package.
+
+    Args:
+        name: Name of the distribution.
+        module: Module to import.
+        use: What it is used for.
+    """
 
     def probe() -> Iterator[Finding]:
         try:
@@ -70,7 +84,7 @@ def optional(name: str, module: str, use: str) -> tuple[str, Probe]:
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what it says."""
+    """Return the first line of an error's message."""
     return str(error).splitlines()[0][:160] if str(error) else type(error).__name__
 
 
@@ -79,13 +93,13 @@ def _install(package: Package) -> str:
 
 
 def _cure(package: Package, error: Exception) -> str:
-    """What to install for an import that failed: often not the package itself, but one that it takes for granted."""
+    """Return what to install for a failed import; it may be a package that the imported one requires."""
     absent = (getattr(error, "name", None) or "").partition(".")[0]
     own = (package.module or package.name).partition(".")[0]
     if not isinstance(error, ModuleNotFoundError) or not absent or absent == own:
         return _install(package)
     if absent == "triton":
-        return "pip install triton   # megatron-core imports it, on a CPU too, and does not ask pip for it"
+        return "pip install triton   # megatron-core imports it, on a CPU too, without declaring it"
     return f"pip install {absent}   # {package.name} imports it"
 
 
@@ -97,7 +111,11 @@ def _version(package: Package, module: object) -> str:
 
 
 def tried_together() -> Iterator[Finding]:
-    """Say which minor releases the tests were run on together, and whether those that are installed are among them."""
+    """List the minor releases that were tested together, and check whether the installed ones are among them.
+
+    Yields:
+        Each combination, then the installed one.
+    """
     mine = (platform.python_version(), *(importlib.metadata.version(name) for name in ("torch", "megatron-core")))
     here = "Python {}, torch {}, megatron-core {}".format(*mine)
     for tried in TRIED:
@@ -111,45 +129,57 @@ def tried_together() -> Iterator[Finding]:
 
 
 def own_modules() -> Iterator[Finding]:
-    """Import every module of this package: names that a release of another package dropped or moved show here."""
+    """Import every module of this package, which shows names that another package dropped or moved.
+
+    Yields:
+        The first module that cannot be imported, or their number.
+    """
     names = [
         name
         for _, name, _ in pkgutil.walk_packages(pause_megatron.__path__, "pause_megatron.")
         if name.rpartition(".")[2] != "__main__"
     ]
-    but = set()
+    left_out = set()
     for name in names:
         try:
             importlib.import_module(name)
         except Exception as error:
             absent = error if isinstance(error, ModuleNotFoundError) else None
             package = (absent.name or "").partition(".")[0] if absent else ""
-            if package in EXTRAS:  # nobody needs it for training
-                but.add(f"what pause-megatron[{EXTRAS[package]}] brings")
+            if package in EXTRAS:  # not needed for training
+                left_out.add(f"modules of the extra pause-megatron[{EXTRAS[package]}]")
                 continue
             if package == "triton" and name == _TRITON_KERNELS:
-                but.add("the Triton kernels")
+                left_out.add("the Triton kernels")
                 continue
             advice = (absent and absent_package(absent)) or "install the versions of launchers/constraints.txt"
             yield Finding("own modules", "missing", f"{name} cannot be imported: {_reason(error)}", advice)
             return
-    text = f", but for {' and '.join(sorted(but))}" if but else ""
+    text = f", but for {' and '.join(sorted(left_out))}" if left_out else ""
     yield Finding("own modules", "ok", f"all {len(names)} can be imported{text}")
 
 
 def triton() -> Iterator[Finding]:
-    """Say which triton is here. Training does without its kernels; a megatron-core that does not has said so above."""
+    """Check that triton imports; training runs without its kernels.
+
+    Yields:
+        The version, or the reason of the failure.
+    """
     try:
         module = importlib.import_module("triton")
     except Exception as error:
-        text = f"cannot be imported: {_reason(error)}; engine.kernels=triton is not available, auto means plain"
+        text = f"cannot be imported: {_reason(error)}; engine.kernels=triton is not available, auto is plain"
         yield Finding("triton", "note", text, "fine on a CPU; on a GPU plain is slower, and compiled is there as well")
         return
     yield Finding("triton", "ok", _version(Package("triton", "0", "0"), module))
 
 
 def torch_backends() -> Iterator[Finding]:
-    """Say over what ranks can talk to each other."""
+    """Check the backends of torch.distributed.
+
+    Yields:
+        Their names.
+    """
     distributed = importlib.import_module("torch").distributed
     backends = [name for name in ("gloo", "nccl", "mpi") if getattr(distributed, f"is_{name}_available")()]
     yield Finding(
@@ -161,7 +191,11 @@ def torch_backends() -> Iterator[Finding]:
 
 
 def accelerator() -> Iterator[Finding]:
-    """Say what DeepSpeed takes for the device."""
+    """Check the device that DeepSpeed chooses.
+
+    Yields:
+        Its name, and a contradiction to DS_ACCELERATOR.
+    """
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     chosen = importlib.import_module("deepspeed.accelerator").get_accelerator()._name
     yield Finding("accelerator", "ok", f"DeepSpeed chose {chosen}")

@@ -1,4 +1,4 @@
-"""What `doctor` looks at. Each probe stands alone: one that raises becomes a finding and the next one runs."""
+"""Probes of `doctor` for GPU, compiler, machine, SLURM, network and data files; an exception in one is its finding."""
 
 from __future__ import annotations
 
@@ -17,17 +17,24 @@ from pause_megatron.errors import ConfigError
 from pause_megatron.versions import PACKAGES
 
 GIB = 1024**3
-DEFAULT_PORT = 29500  # torchrun's and deepspeed's
+DEFAULT_PORT = 29500  # of torchrun and deepspeed
 
 
 def examine(probes: Iterable[tuple[str, Probe]] | None = None) -> Iterator[Finding]:
-    """Run the probes in order, quietly; whatever a probe raises is its finding."""
+    """Run probes in order, without their output.
+
+    Args:
+        probes: Names and probes; None for all of them.
+
+    Yields:
+        Their findings; an exception in a probe is a finding too.
+    """
     for name, probe in PROBES if probes is None else probes:
         findings: list[Finding] = []
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 findings.extend(probe())
-        except (Exception, SystemExit) as error:  # an import may fail in any way there is
+        except (Exception, SystemExit) as error:  # an import may raise anything
             text = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             findings.append(Finding(name, "missing", f"the check failed: {text}", "repair or reinstall it"))
         yield from findings
@@ -39,7 +46,7 @@ def _gpu() -> Iterator[Finding]:
         built = f"torch was built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is a CPU build"
         advice = "fine for the tiny recipes"
         if shutil.which("nvidia-smi"):
-            advice = "there is a driver: install a torch that was built for CUDA, or see what nvidia-smi says"
+            advice = "there is a driver: install a torch that was built for CUDA, or check the output of nvidia-smi"
         yield Finding("GPU", "note", f"none usable; {built}", advice)
         yield Finding("bf16", "ok", "on the CPU (slow where the CPU has no AMX or AVX512-BF16: engine.precision=fp32)")
         return
@@ -64,12 +71,12 @@ def _gpu() -> Iterator[Finding]:
 
 def _compiler() -> Iterator[Finding]:
     for name, tools in (("C++ compiler", ("c++", "g++", "clang++")), ("ninja", ("ninja",)), ("nvcc", ("nvcc",))):
-        found = next((path for tool in tools if (path := shutil.which(tool))), None)
+        path = next((path for tool in tools if (path := shutil.which(tool))), None)
         yield Finding(
             name,
-            "ok" if found else "optional",
-            found or "absent",
-            "" if found else "only DeepSpeed's own kernels (DeepSpeedCPUAdam, FusedAdam) need it",
+            "ok" if path else "optional",
+            path or "absent",
+            "" if path else "only DeepSpeed's own kernels (DeepSpeedCPUAdam, FusedAdam) need it",
         )
 
 
@@ -135,15 +142,15 @@ def _network() -> Iterator[Finding]:
         f"port {DEFAULT_PORT}",
         "note" if taken else "ok",
         "in use" if taken else "free",
-        "another run may be going on: choose another --master_port" if taken else "",
+        "another run may use it: choose another --master_port" if taken else "",
     )
 
 
 def _endpoints() -> Iterator[Finding]:
-    """Where other hosts will look for a rank of this one."""
+    """Check the addresses at which other hosts reach a rank of this one."""
     try:
         interfaces = importlib.import_module("pause_megatron.distributed.interfaces")
-    except ImportError:  # torch or megatron-core: said already
+    except ImportError:  # of torch or megatron-core, whose probes report it
         return
     for backend, variable in interfaces.VARIABLES.items():
         try:
@@ -154,7 +161,7 @@ def _endpoints() -> Iterator[Finding]:
         if endpoint is None:
             yield Finding(f"{backend} address", "note", "none of IPv4", "")
         elif endpoint.address.startswith("127."):
-            advice = f"runs on several nodes need {variable}=NAME, the interface that joins them"
+            advice = f"runs on several nodes need {variable}=NAME, the interface of their network"
             yield Finding(f"{backend} address", "note", f"{endpoint}: no other host reaches it", advice)
         else:
             yield Finding(f"{backend} address", "ok", str(endpoint))
@@ -164,12 +171,12 @@ def _shipped() -> Iterator[Finding]:
     from pause_megatron.config.deepspeed import ds_config_names
     from pause_megatron.config.load import recipe_names
 
-    for name, found in (("recipes", recipe_names()), ("ds_configs", ds_config_names())):
+    for name, files in (("recipes", recipe_names()), ("ds_configs", ds_config_names())):
         yield Finding(
             name,
-            "ok" if found else "missing",
-            ", ".join(found) or "none found",
-            "" if found else "reinstall pause-megatron: its data files are not there",
+            "ok" if files else "missing",
+            ", ".join(files) or "none",
+            "" if files else "reinstall pause-megatron: its data files are not there",
         )
 
 

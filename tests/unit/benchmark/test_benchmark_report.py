@@ -27,7 +27,7 @@ def found() -> Measurement:
         stage=1,
         parameters=1_042_358_272,
         vocabulary=32_001,
-        windows="made-up text of 32,000 ids",
+        windows="synthetic text of 32,000 ids",
         machine=Machine("cuda", "NVIDIA H100 80GB HBM3", "h100", 8, "3.12.1", packages),
         kernels="triton",
         warmup_steps=3,
@@ -63,10 +63,10 @@ def test_every_number_is_there_with_its_unit(found):
 
 
 def test_what_is_not_known_is_said(found):
-    assert "unknown: no peak of this device in bf16 is known" in as_table(replace(found, peak_flops=None))
+    assert "unknown: no peak of this device in bf16 in the table" in as_table(replace(found, peak_flops=None))
     assert as_record(replace(found, peak_flops=None))["mfu"] is None
     cpu = replace(found.machine, device="cpu", cuda_name=None, gpu=None)
     memory = Memory(66 * 2**20, None, 60 * 2**20)
     text = " ".join(as_table(replace(found, machine=cpu, memory=memory, peak_flops=None)).split())
-    assert "no peak of a CPU is known; log.peak_tflops=N gives it" in text
+    assert "no peak of a CPU in the table; give log.peak_tflops=N" in text
     assert "66.0 MiB of tensors at the peak, 60.0 MiB planned (+10.0%) host waits" in text

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pause_megatron.benchmark.measure import Sizes, _with_steps
-from pause_megatron.benchmark.windows import DOCUMENT_TOKENS, MadeUpIds, MadeUpText, made_up
+from pause_megatron.benchmark.windows import DOCUMENT_TOKENS, SyntheticIds, SyntheticText, synthetic_windows
 from pause_megatron.config.load import load
 from pause_megatron.data.batches.batch import collate
 
@@ -16,7 +16,7 @@ TEXT_SIZE = 300
 
 def windows(*overrides: str):
     config = load(recipe="tiny-pause", overrides=["data.sequence_length=64", "pause.embeddings=2", *overrides])
-    return made_up(config, TEXT_SIZE)
+    return synthetic_windows(config, TEXT_SIZE)
 
 
 def micro_batch(data, numbers: range):
@@ -38,7 +38,7 @@ def test_kept_rows_are_those_of_the_pause_plan(rate):
 
 def test_removing_the_pauses_gives_the_text_back():
     data = windows()
-    text = MadeUpText(MadeUpIds(TEXT_SIZE), 64 + 1 - 6, 1234).text(3)
+    text = SyntheticText(SyntheticIds(TEXT_SIZE), 64 + 1 - 6, 1234).text(3)
     sample = data.train[3]
     tokens = torch.cat([sample["tokens"], sample["labels"][-1:] if sample["loss_mask"][-1] else torch.tensor([])])
     assert tokens[tokens < TEXT_SIZE].long().tolist() == text[: int((tokens < TEXT_SIZE).sum())].tolist()
@@ -52,7 +52,7 @@ def test_a_window_is_a_function_of_its_number():
 
 
 def test_documents_are_about_as_long_as_they_say():
-    made = MadeUpText(MadeUpIds(TEXT_SIZE), 2048, 1)
+    made = SyntheticText(SyntheticIds(TEXT_SIZE), 2048, 1)
     ends = sum(int((made.text(number) == 0).sum()) for number in range(200))
     assert ends == pytest.approx(200 * 2048 / DOCUMENT_TOKENS, rel=0.15)
     assert set(np.unique(made.text(0))) <= set(range(TEXT_SIZE))

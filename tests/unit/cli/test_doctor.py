@@ -88,7 +88,7 @@ def test_a_version_outside_of_the_range_fails_with_what_to_install(tmp_path, mon
             assert finding.text.startswith(f"{version}: expected >=1.2.0,<1.5")
             assert finding.advice == "pip install 'an-old-friend>=1.2.0,<1.5'"
         if status == "note":
-            assert "the newest that was run is 1.4.1" in finding.text
+            assert "the newest tested version is 1.4.1" in finding.text
 
 
 def test_an_import_that_wants_another_package_names_that_package(tmp_path, monkeypatch):
@@ -162,4 +162,4 @@ def test_what_an_extra_brings_is_not_missed_for_training(monkeypatch):
 
     monkeypatch.setattr(installed.importlib, "import_module", without_lm_eval)
     (finding,) = installed.own_modules()
-    assert (finding.status, finding.text.partition(", ")[2]) == ("ok", "but for what pause-megatron[evaluate] brings")
+    assert (finding.status, finding.text.partition(", ")[2]) == ("ok", "but for modules of the extra pause-megatron[evaluate]")

@@ -66,14 +66,14 @@ def test_shipped_files_are_accepted_by_deepspeed(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_shipped_files_hold_engine_keys_only(name):
-    document = json.loads((module._shipped() / f"{name}.json").read_text())
+    document = json.loads((module.shipped_folder() / f"{name}.json").read_text())
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
         assert document[key] == "auto"
     assert document["gradient_clipping"] == document["bf16"]["enabled"] == "auto"
 
 
 def test_every_setting_of_the_shipped_files_has_its_reason_in_the_readme():
-    readme = (module._shipped() / "README.md").read_text()
+    readme = (module.shipped_folder() / "README.md").read_text()
 
     def names(node):
         for key, value in node.items():
@@ -81,7 +81,7 @@ def test_every_setting_of_the_shipped_files_has_its_reason_in_the_readme():
             if isinstance(value, dict):
                 yield from names(value)
 
-    used = {key for name in NAMES for key in names(json.loads((module._shipped() / f"{name}.json").read_text()))}
+    used = {key for name in NAMES for key in names(json.loads((module.shipped_folder() / f"{name}.json").read_text()))}
     assert {key for key in used if f"`{key}`" not in readme} == set()
     for name in NAMES:
         assert f"`{name}.json`" in readme
