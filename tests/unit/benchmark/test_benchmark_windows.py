@@ -77,7 +77,7 @@ def _ends_behind(data, numbers: range) -> int:
     )
 
 
-def test_the_configuration_of_an_extended_run_is_measured_from_its_first_step():
+def test_an_extended_run_is_measured_from_its_first_step():
     config = load(overrides=["train.extended_from=100", "train.steps=150"])
     running = _with_steps(config, Sizes())
     assert running.train.extended_from is None and running.train.steps == 150
