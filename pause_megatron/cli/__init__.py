@@ -28,8 +28,8 @@ VERBS = {
     "inspect": "show what a corpus holds, and its windows with their pauses",
     "pretrain": "pretrain a model on windows with pauses",
     "finetune": "finetune a model on a task with pauses behind the prompts",
-    "import-hf": "turn a Hugging Face folder of the Llama family into a checkpoint with pauses",
-    "export-hf": "turn a checkpoint into a Hugging Face folder that transformers and vLLM load",
+    "import-hf": "import a Hugging Face folder of the Llama family as a checkpoint with pauses",
+    "export-hf": "export a checkpoint to a Hugging Face folder for transformers and vLLM",
     "generate": "generate answers to prompts, with pauses in the prefill and never in the text",
     "evaluate": "score a model on tasks with several numbers of pauses; the same command resumes it",
     "experiment": "run a grid of pretraining, finetuning and evaluation; report it beside the paper",
@@ -133,7 +133,11 @@ def _dispatch(arguments: list[str]) -> int:
 
 
 def parser_of(verb: str) -> argparse.ArgumentParser:
-    """The options of one of VERBS."""
+    """Return the options of one of `VERBS`.
+
+    Args:
+        verb: Name of the verb.
+    """
     module = _module(verb)
     parser = argparse.ArgumentParser(
         prog=f"pause-megatron {verb}",
@@ -187,7 +191,11 @@ def note(text: str) -> None:
 
 
 def at_least(least: int) -> Callable[[str], int]:
-    """A type for argparse: integers from `least` on."""
+    """Return a type for argparse: an integer of at least `least`.
+
+    Args:
+        least: The smallest value.
+    """
 
     def integer(text: str) -> int:
         if not text.isdecimal() or int(text) < least:

@@ -113,9 +113,7 @@ def test_other_files_under_the_same_names_are_refused(words, corpus, other_corpu
     assert re.search(r"content of data.prefix is xxh3_128:\S+ on rank 0 and xxh3_128:\S+ on rank 1", text), text
 
 
-def test_other_task_records_and_mixed_verbs_are_refused(
-    words, shards, corpus, task_records, tmp_path
-):
+def test_other_task_records_and_mixed_verbs_are_refused(words, shards, corpus, task_records, tmp_path):
     mine, other = task_records / "commonsense_qa", tmp_path / "records"
     shutil.copytree(mine, other)
     (file,) = other.glob("train.jsonl*")

@@ -27,7 +27,7 @@ from pause_megatron.files.locks import Backoff
 
 # Between two looks of a process that waits. Thousands may wait, on a file system that serves others too.
 _SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.05, 5.0
-_TELL_SECONDS = 1.0
+_NOTE_SECONDS = 1.0
 _NOTE_BYTES = 256
 
 Warn = Callable[[str], None]
@@ -77,10 +77,10 @@ def verify_at_use(
         lock = None
         with contextlib.suppress(OSError):  # leaving the record says it
             record.parent.mkdir(parents=True, exist_ok=True)
-            lock = closing.enter_context(_turn(record.with_suffix(".lock"), settled, report))
+            lock = closing.enter_context(_reading_lock(record.with_suffix(".lock"), settled, report))
         if settled():
             return False
-        raise_if_damaged(corpus, check_and_record(corpus, cache, report=_telling(lock, report), warn=warn))
+        raise_if_damaged(corpus, check_and_record(corpus, cache, report=_shared_report(lock, report), warn=warn))
     return True
 
 
@@ -168,8 +168,8 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 
 
 @contextlib.contextmanager
-def _turn(path: Path, settled: Callable[[], bool], report: Report) -> Iterator[int | None]:
-    """Waits until this process may read: gives the lock, which goes with the process; or None once it is settled."""
+def _reading_lock(path: Path, settled: Callable[[], bool], report: Report) -> Iterator[int | None]:
+    """Yield the lock with which this process reads, or None once another process has settled the check."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
     try:
         backoff, mine = Backoff(_SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS), False
@@ -179,7 +179,7 @@ def _turn(path: Path, settled: Callable[[], bool], report: Report) -> Iterator[i
                 mine = True
                 break
             except BlockingIOError:
-                _pass_on(os.pread(descriptor, _NOTE_BYTES, 0), report)
+                _show_shared(os.pread(descriptor, _NOTE_BYTES, 0), report)
                 backoff.wait()
             except OSError:
                 # A file system without locks: one process of each machine reads.
@@ -194,23 +194,23 @@ def _turn(path: Path, settled: Callable[[], bool], report: Report) -> Iterator[i
         os.close(descriptor)
 
 
-def _telling(lock: int | None, report: Report) -> Report:
-    """A report that is also left in the lock's file, now and then, for those who wait."""
-    told = 0.0
+def _shared_report(lock: int | None, report: Report) -> Report:
+    """Return a report that is also written to the lock's file from time to time, for the waiting processes."""
+    written = 0.0
 
-    def tell(stage: str, done: int, total: int) -> None:
-        nonlocal told
+    def write(stage: str, done: int, total: int) -> None:
+        nonlocal written
         report(stage, done, total)
-        if lock is not None and time.monotonic() - told > _TELL_SECONDS:
-            told = time.monotonic()
+        if lock is not None and time.monotonic() - written > _NOTE_SECONDS:
+            written = time.monotonic()
             note = json.dumps([f"{stage} (process {os.getpid()} on {os.uname().nodename})", done, total])
             with contextlib.suppress(OSError):
                 os.pwrite(lock, note.encode().ljust(_NOTE_BYTES), 0)
 
-    return tell
+    return write
 
 
-def _pass_on(note: bytes, report: Report) -> None:
+def _show_shared(note: bytes, report: Report) -> None:
     with contextlib.suppress(ValueError):  # nothing there yet, or half of it
         stage, done, total = json.loads(note)
         report(stage, done, total)

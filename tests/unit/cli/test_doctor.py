@@ -162,4 +162,5 @@ def test_what_an_extra_brings_is_not_missed_for_training(monkeypatch):
 
     monkeypatch.setattr(installed.importlib, "import_module", without_lm_eval)
     (finding,) = installed.own_modules()
-    assert (finding.status, finding.text.partition(", ")[2]) == ("ok", "but for modules of the extra pause-megatron[evaluate]")
+    missing = "but for modules of the extra pause-megatron[evaluate]"
+    assert (finding.status, finding.text.partition(", ")[2]) == ("ok", missing)
