@@ -206,10 +206,10 @@ def at_least(least: int) -> Callable[[str], int]:
 
 
 def is_first_rank() -> bool:
-    """Whether this process is rank 0, or alone.
+    """Return whether this process is rank 0, or the only one.
 
     Raises:
-        ConfigError: as `discover`.
+        ConfigError: As `discover`.
     """
     return discover().rank == 0
 

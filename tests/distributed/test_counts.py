@@ -19,6 +19,7 @@ import torch
 from support.counting import CUDA, META, Counting, Counts
 from support.fake_cuda import TEXT_SIZE, Case
 from support.ranks import with_tests_path
+from support.tiny_config import tiny_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pause_megatron.config.load import load
@@ -54,7 +55,7 @@ def keys(name: str, layers: int, kernels: str = "plain") -> tuple[str, ...]:
 
 # Weights many, tokens few: the model's own work is next to nothing beside that of the optimizer.
 ENGINE = (
-    *("model.preset=null", "model.layers=1", "model.hidden=128", "model.heads=4", "model.tied=false"),
+    *tiny_model(layers=1, hidden=128, heads=4, tied=False),
     *("data.sequence_length=8", "batch.global_size=8", "batch.micro_size=1", "model.vocab_multiple=2048"),
 )
 ENGINES = {

@@ -12,10 +12,11 @@ import torch
 from support.host_waits import asynchronous_accelerator
 from support.measured import new_engine_of, random_batches
 from support.ranks import run_on_ranks
+from support.tiny_config import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 SMALL = [
-    *("model.preset=null", "model.layers=2", "model.hidden=64", "model.heads=4", "model.tied=false"),
+    *tiny_model(layers=2, hidden=64, heads=4, tied=False),
     *("data.sequence_length=32", "pause.rate=0.1", "batch.global_size=8", "batch.micro_size=2"),
     *("optim.warmup_steps=1", "optim.clip=0.05", "train.steps=2"),
 ]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from support.ranks import with_tests_path
+from support.tiny_config import tiny_model
 
 from pause_megatron.config.load import load
 from pause_megatron.plan.communication import step_traffic
@@ -25,7 +26,7 @@ from pause_megatron.plan.memory import rank_memory
 TEXT_SIZE = 100  # of measured.py
 PROCESSES = 2  # the cases are shared out among them
 SMALL = (
-    *("model.preset=null", "model.layers=2", "model.hidden=64", "model.heads=4", "model.tied=false"),
+    *tiny_model(layers=2, hidden=64, heads=4, tied=False),
     *("data.sequence_length=128", "batch.global_size=16", "batch.micro_size=2"),
 )
 SP = ("parallel.tensor=2", "parallel.sequence=true")

@@ -6,13 +6,14 @@ from collections import Counter
 
 import pytest
 from support.ranks import run_on_ranks
+from support.tiny_config import tiny_model
 
 from pause_megatron.config.load import load
 from pause_megatron.plan.communication import step_traffic
 from pause_megatron.plan.layout import Layout
 
 SMALL = (
-    *("model.preset=null", "model.layers=2", "model.hidden=64", "model.heads=4", "model.tied=false"),
+    *tiny_model(layers=2, hidden=64, heads=4, tied=False),
     *("data.sequence_length=128", "batch.global_size=8", "batch.micro_size=2"),
 )
 SP = ("parallel.tensor=2", "parallel.sequence=true")

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from support.tiny_config import tiny_model
 from wheels import ROOT
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -21,7 +22,7 @@ def keys(corpus: str, folder: Path | str, *more: str) -> list[str]:
     """Keys of a run over a recipe: two layers, windows of 64 tokens whose numbers of pauses and of targets differ."""
     return [
         *(f"data.prefix={corpus}", f"run.dir={folder}", "train.steps=8", "engine.precision=fp32"),
-        *("model.preset=null", "model.layers=2", "model.hidden=128", "model.heads=4", "model.kv_heads=2"),
+        *tiny_model(layers=2, hidden=128, heads=4, kv_heads=2),
         *("model.tied=true", "data.sequence_length=64", "batch.global_size=8", "batch.micro_size=2"),
         *("pause.window=trim", "pause.placement=bernoulli", "pause.rate=0.3", "pause.embeddings=2"),
         *("optim.warmup_steps=2", "checkpoint.every=0", "validation.every=4", "validation.samples=8"),

@@ -10,6 +10,7 @@ import pytest
 from support.megatron_corpora import megatron_tokenizer, preprocess
 from support.prose import train_hugging_face
 from support.ranks import run_on_ranks
+from support.tiny_config import tiny_model
 
 from pause_megatron.cli import main
 
@@ -39,7 +40,8 @@ def test_losses_are_those_of_the_prepared_corpus(shards: Path, corpus: str, tmp_
         overrides = [
             *(f"data.prefix={prefix}", f"run.dir={tmp_path}/run{len(found)}", f"data.cache={tmp_path}/cache"),
             *("train.steps=2", "checkpoint.every=0", "optim.warmup_steps=1", "data.sequence_length=64"),
-            *("model.preset=null", "model.layers=1", "model.hidden=32", "model.heads=2", "batch.global_size=8"),
+            *tiny_model(layers=1, hidden=32, heads=2),
+            "batch.global_size=8",
             *("batch.micro_size=2", "validation.every=2", "validation.samples=8", "engine.precision=fp32"),
             "model.vocab_multiple=32",
         ]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.ranks import run_on_ranks
+from support.tiny_config import tiny_model
 
 from pause_megatron.cli import main
 
@@ -27,7 +28,8 @@ def test_losses_of_a_blend_and_of_held_out_corpora(shards: Path, corpus: str, tm
         f"data.prefix=1 {prefixes[0]} 3 {prefixes[1]}",
         f"data.valid_prefix=1 {prefixes[2]} 1 {prefixes[3]}",
         *(f"run.dir={tmp_path}/run", f"data.cache={tmp_path}/cache", "train.steps=3", "checkpoint.every=0"),
-        *("model.preset=null", "model.layers=1", "model.hidden=32", "model.heads=2", "data.sequence_length=64"),
+        *tiny_model(layers=1, hidden=32, heads=2),
+        "data.sequence_length=64",
         *("batch.global_size=8", "batch.micro_size=2", "validation.every=3", "validation.samples=8"),
         *("engine.precision=fp32", "model.vocab_multiple=32"),
     ]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.ranks import run_on_ranks
+from support.tiny_config import tiny_model
 
 from pause_megatron.checkpoint import MergedReader, Store
 from pause_megatron.checkpoint.layout import VOCABULARY
@@ -57,7 +58,7 @@ def run_config(corpus: str, folder: str, precision: str, tensor: int, zero: int)
         recipe="tiny-pause",
         overrides=[
             *(f"data.prefix={corpus}", f"run.dir={folder}", f"train.steps={STEPS}", "data.prefetch=0"),
-            *("model.preset=null", "model.layers=2", "model.hidden=32", "model.heads=4", "model.kv_heads=4"),
+            *tiny_model(layers=2, hidden=32, heads=4, kv_heads=4),
             *("model.tied=false", "model.qkv_bias=true", "data.sequence_length=64", "batch.global_size=8"),
             *("batch.micro_size=1", "pause.placement=bernoulli", "pause.window=trim", f"pause.embeddings={PAUSES}"),
             *(f"engine.precision={precision}", f"engine.zero_stage={zero}", f"parallel.tensor={tensor}"),

@@ -18,6 +18,7 @@ import pytest
 import torch
 import yaml
 from support.ranks import run_on_ranks
+from support.tiny_config import tiny_model
 from support.tiny_llama import write_folder
 
 from pause_megatron.cli import main
@@ -191,7 +192,7 @@ def train(corpus: str, folder: str) -> None:
     from pause_megatron.config.load import load
     from pause_megatron.train.pretrain import pretrain
 
-    sizes = ["model.preset=null", "model.layers=2", "model.hidden=64", "model.heads=4", "model.kv_heads=2"]
+    sizes = [*tiny_model(layers=2, hidden=64, heads=4, kv_heads=2)]
     batches = ["data.sequence_length=256", "data.split=90,10,0", "batch.global_size=4", "batch.micro_size=4"]
     steps = ["train.steps=30", "optim.lr=0.01", "optim.schedule=constant", "engine.precision=fp32"]
     others = ["pause.embeddings=2", "checkpoint.every=0", "log.tensorboard=false", "model.init_std=0.1"]

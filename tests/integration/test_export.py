@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.ranks import run_on_ranks
+from support.tiny_config import tiny_config
 
 from pause_megatron.checkpoint import Manifest
 from pause_megatron.cli import main
@@ -47,16 +48,17 @@ CASES = [
 
 
 def run_config(corpus: str, folder: Path | str, tensor: int, zero: int, extra: list[str]) -> RunConfig:
-    return load(
-        overrides=[
-            *(f"data.prefix={corpus}", f"run.dir={folder}", f"engine.zero_stage={zero}", f"parallel.tensor={tensor}"),
-            *("model.preset=null", "model.layers=2", "model.hidden=64", "model.heads=8", "model.vocab_multiple=32"),
-            *("data.sequence_length=64", "data.split=90,10,0", "batch.global_size=4", "batch.micro_size=1"),
-            *("engine.precision=fp32", "optim.lr=0.02", "optim.schedule=constant", f"train.steps={STEPS}"),
-            *("pause.rate=0.2", "checkpoint.every=0", f"validation.every={STEPS}", f"validation.samples={SAMPLES}"),
-            *("log.tensorboard=false", "model.init_std=0.1"),
-            *extra,
-        ]
+    return tiny_config(
+        *(f"data.prefix={corpus}", f"run.dir={folder}", f"engine.zero_stage={zero}", f"parallel.tensor={tensor}"),
+        *("data.sequence_length=64", "data.split=90,10,0", "batch.global_size=4", "batch.micro_size=1"),
+        *("engine.precision=fp32", "optim.lr=0.02", "optim.schedule=constant", f"train.steps={STEPS}"),
+        *("pause.rate=0.2", "checkpoint.every=0", f"validation.every={STEPS}", f"validation.samples={SAMPLES}"),
+        *("log.tensorboard=false", "model.init_std=0.1"),
+        *extra,
+        layers=2,
+        hidden=64,
+        heads=8,
+        vocab_multiple=32,
     )
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from support.forked_ranks import TIMING
 from support.ranks import run_on_ranks
+from support.tiny_config import tiny_model
 
 from pause_megatron.checkpoint import Store
 from pause_megatron.checkpoint.store import open_newest
@@ -68,7 +69,7 @@ def pretrain_base(corpus: str, folder: str) -> int:
             recipe="tiny-pause",
             overrides=[
                 *(f"data.prefix={corpus}", f"run.dir={folder}", "train.steps=2", "optim.warmup_steps=1"),
-                *("model.preset=null", "model.layers=2", "model.hidden=64", "model.heads=4", "model.tied=false"),
+                *tiny_model(layers=2, hidden=64, heads=4, tied=False),
                 *("pause.embeddings=2", "pause.softmax=exclude", "checkpoint.every=0", "validation.every=0"),
                 # Weights this large make attention sharp enough that a bidirectional prefix shows in the logits.
                 *("model.init_std=0.1", "log.tensorboard=false"),

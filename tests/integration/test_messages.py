@@ -11,11 +11,12 @@ from pathlib import Path
 
 import pytest
 from support.ranks import run_on_ranks
+from support.tiny_config import tiny_model
 
 from pause_megatron.cli import main
 
 SMALL = [
-    *("model.preset=null", "model.layers=1", "model.hidden=32", "model.heads=2", "model.tied=true"),
+    *tiny_model(layers=1, hidden=32, heads=2, tied=True),
     *("data.sequence_length=32", "batch.global_size=4", "batch.micro_size=2", "optim.warmup_steps=1"),
     *("train.steps=2", "validation.every=0", "log.tensorboard=false", "checkpoint.every=1"),
 ]

@@ -11,12 +11,14 @@ from collections.abc import Iterator
 import pytest
 from support.prose import documents
 from support.ranks import run_on_ranks
+from support.tiny_config import tiny_model
 
 from pause_megatron.cli import main
 from pause_megatron.config import load
 
 SMALL = [
-    *("model.preset=null", "model.layers=1", "model.hidden=32", "model.heads=2", "data.sequence_length=64"),
+    *tiny_model(layers=1, hidden=32, heads=2),
+    "data.sequence_length=64",
     *("train.steps=2", "batch.global_size=2", "batch.micro_size=2", "engine.precision=fp32", "validation.samples=2"),
     "data.split=80,20,0",
     *("validation.every=2", "model.vocab_multiple=32", "log.samples_every=1"),

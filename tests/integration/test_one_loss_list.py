@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from support.compiler import needs_compiler
 from support.ranks import run_on_ranks
+from support.tiny_config import tiny_model
 
 STEPS = 20
 # Each step's gradient is the same to 1e-6, but sums are rounded in another order, and Adam divides small moments by
@@ -43,7 +44,7 @@ def train(corpus: str, folder: str, zero: int, micro: int, tensor: int, sequence
         recipe="tiny-pause",
         overrides=[
             *(f"data.prefix={corpus}", f"run.dir={folder}", f"engine.zero_stage={zero}", f"train.steps={STEPS}"),
-            *("model.preset=null", "model.layers=2", "model.hidden=64", "model.heads=4", "model.tied=false"),
+            *tiny_model(layers=2, hidden=64, heads=4, tied=False),
             *("model.kv_heads=4", "data.sequence_length=64", "batch.global_size=8", f"batch.micro_size={micro}"),
             # The number of pauses differs from window to window, and so does the number of ignored targets.
             *("pause.window=trim", "pause.placement=bernoulli", "pause.rate=0.3", "pause.embeddings=2"),

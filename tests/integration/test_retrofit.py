@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.ranks import run_on_ranks
+from support.tiny_config import tiny_model
 
 from pause_megatron.checkpoint import MergedReader
 from pause_megatron.checkpoint.layout import VOCABULARY
@@ -37,7 +38,7 @@ def pretrain(corpus: str, folder: str, tensor: int, zero: int, extra: list[str])
 @pytest.fixture(scope="module")
 def bases(corpus, tmp_path_factory) -> dict[str, Path]:
     """Runs without pauses, of one rank, with tied and untied matrices; two pause rows that they never saw."""
-    sizes = ["model.preset=null", "model.layers=2", "model.hidden=32", "model.heads=4", "model.kv_heads=2"]
+    sizes = [*tiny_model(layers=2, hidden=32, heads=4, kv_heads=2)]
     found = {}
     for name, tied in (("tied", "true"), ("untied", "false")):
         found[name] = tmp_path_factory.mktemp("base") / name

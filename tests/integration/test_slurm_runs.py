@@ -16,6 +16,7 @@ from support.forked_ranks import TIMING
 from support.slurm_cluster import Cluster, installed
 from support.slurm_job import EndedTooSoonError, Job
 from support.small_grid import write_records
+from support.tiny_config import tiny_model
 
 from pause_megatron.cli import main
 
@@ -41,7 +42,8 @@ def _its_commands(cluster: Cluster):
 def keys(corpus: str, folder: Path, steps: int) -> list[str]:
     return [
         *("--recipe", "tiny-pause", f"data.prefix={corpus}", f"run.dir={folder / 'run'}", f"train.steps={steps}"),
-        *("model.preset=null", "model.layers=2", "model.hidden=32", "model.heads=2", "data.sequence_length=64"),
+        *tiny_model(layers=2, hidden=32, heads=2),
+        "data.sequence_length=64",
         *("batch.global_size=8", "batch.micro_size=2", "optim.warmup_steps=2", "checkpoint.every=2"),
         *("validation.every=20", "validation.samples=8", "log.samples_every=0", "log.tensorboard=false"),
     ]

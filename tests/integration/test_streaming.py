@@ -11,6 +11,7 @@ import pytest
 from support.namespaces import own_host_name
 from support.prose import documents, small_tokenizer, write_shards
 from support.ranks import run_on_ranks
+from support.tiny_config import tiny_model
 
 from pause_megatron.cli import main
 from pause_megatron.data.prepare.prepare import prepare
@@ -42,7 +43,8 @@ def test_a_stream_goes_on_from_a_checkpoint(tmp_path: Path, source: str, masking
     overrides = [
         f"data.source={shards if source == 'shards' else 'hf:json ' + files}",
         *(f"data.valid_prefix={tmp_path}/valid", f"data.tokenizer={tmp_path}/tok.model", "train.steps=6"),
-        *("model.preset=null", "model.layers=1", "model.hidden=32", "model.heads=2", "data.sequence_length=128"),
+        *tiny_model(layers=1, hidden=32, heads=2),
+        "data.sequence_length=128",
         *("batch.global_size=8", "batch.micro_size=2", "validation.every=6", "validation.samples=4"),
         *("engine.precision=fp32", "model.vocab_multiple=32", "checkpoint.every=3", "log.tensorboard=false"),
         f"data.intra_document_masking={masking}",

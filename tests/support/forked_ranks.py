@@ -17,6 +17,7 @@ from pause_megatron.checkpoint import Store
 from pause_megatron.config.load import load
 from pause_megatron.config.schema import RunConfig
 from support.file_calls import Decide, hand_over, watch
+from support.tiny_config import tiny_model
 
 STEPS, RANKS = 24, 2
 TIMING = {"seconds", "loader_seconds", "hook_seconds", "tokens_per_second", "text_tokens_per_second", "mfu"}
@@ -30,7 +31,7 @@ def run_config(corpus: str, folder: Path, zero: int) -> RunConfig:
         recipe="tiny-pause",
         overrides=[
             *(f"data.prefix={corpus}", f"run.dir={folder}", f"engine.zero_stage={zero}", f"train.steps={STEPS}"),
-            *("model.preset=null", "model.layers=2", "model.hidden=32", "model.heads=2", "model.tied=true"),
+            *tiny_model(layers=2, hidden=32, heads=2, tied=True),
             *("data.sequence_length=64", "batch.global_size=8", "batch.micro_size=2", "optim.warmup_steps=2"),
             *("checkpoint.every=2", "checkpoint.keep=2", "validation.every=8", "validation.samples=8"),
             *("log.samples_every=10", "pause.window=trim", "pause.placement=bernoulli"),

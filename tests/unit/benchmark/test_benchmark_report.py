@@ -53,10 +53,10 @@ def test_every_number_is_there_with_its_unit(found):
     text = " ".join(as_table(found).split())
     for part in (
         *("8 ranks on NVIDIA H100 80GB HBM3 (h100)", "torch 2.15.0+cu132", "triton kernels"),
-        *("512 windows of 2,048 tokens = 4 micro x 16 accumulation x 8 data parallel; 1 tensor parallel",),
+        "512 windows of 2,048 tokens = 4 micro x 16 accumulation x 8 data parallel; 1 tensor parallel",
         *("2.50 s in the median of 3 (2.00 s to 4.00 s), after 3 of warm-up", "419,430 tokens/s (1,048,576 a step)"),
         *("377,446 tokens/s", "8.000 PFLOP a step, 400.000 TFLOP/s a rank", "40.4% of 989.4 TFLOP/s a rank"),
-        *("66.00 GiB of tensors at the peak, 60.00 GiB planned (+10.0%); 70.00 GiB reserved",),
+        "66.00 GiB of tensors at the peak, 60.00 GiB planned (+10.0%); 70.00 GiB reserved",
         *("0.5 a micro-batch, 2 a step besides", "500 ms 25.0% 12 void at::native", "model 8.00 s, engine 4.00 s"),
     ):
         assert part in text, part

@@ -5,11 +5,12 @@ from __future__ import annotations
 import shutil
 
 import pytest
+from support.tiny_config import tiny_model
 
 from pause_megatron.config.load import dump, load
 from pause_megatron.errors import ConfigError
 
-SIZES = ["model.preset=null", "model.layers=3", "model.hidden=48", "model.heads=4", "model.kv_heads=2", "model.ffn=80"]
+SIZES = [*tiny_model(layers=3, hidden=48, heads=4, kv_heads=2, ffn=80)]
 
 
 @pytest.fixture
