@@ -18,11 +18,15 @@ def open_bar(stream: TextIO, description: str, **options: Any) -> tqdm:
         options: Further arguments of tqdm, such as total, initial, unit and bar_format.
     """
     seconds = _TERMINAL_SECONDS if stream.isatty() else _LOG_SECONDS
-    return tqdm(desc=description, file=_bar_file(stream), **{"mininterval": seconds, **options})
+    return tqdm(desc=description, file=bar_file(stream), **{"mininterval": seconds, **options})
 
 
-def _bar_file(stream: TextIO) -> Any:
-    """Return the terminal itself, or a file that makes a line of each state of a bar."""
+def bar_file(stream: TextIO) -> Any:
+    """Return the terminal itself, or a file that makes a line of each state of a bar.
+
+    Args:
+        stream: Where the bar is drawn.
+    """
     return stream if stream.isatty() else _Lines(stream)
 
 

@@ -103,7 +103,7 @@ def losses_of_one_host(corpus, tmp_path_factory) -> list[float]:
     return losses
 
 
-def test_torchrun_over_two_hosts_gives_the_losses_of_one_and_a_host_that_vanishes_is_found(
+def test_two_hosts_give_the_losses_of_one_and_a_lost_host_is_detected(
     hosts, corpus, losses_of_one_host, tmp_path
 ):
     seconds = 5
@@ -133,7 +133,7 @@ def test_torchrun_over_two_hosts_gives_the_losses_of_one_and_a_host_that_vanishe
 
 
 @pytest.mark.slow
-def test_the_other_host_ends_too_when_the_one_with_rank_0_and_the_store_vanishes(hosts, corpus, tmp_path):
+def test_losing_the_host_of_rank_0_and_the_store_ends_the_other_host(hosts, corpus, tmp_path):
     config = config_of(corpus, tmp_path, hang_seconds=5)
     found = ranks_on(hosts, hosts[0].address, config, tmp_path, GLOO_SOCKET_IFNAME="live0")
     first_losses(tmp_path, found)
@@ -146,7 +146,7 @@ def test_the_other_host_ends_too_when_the_one_with_rank_0_and_the_store_vanishes
     assert re.search(r"run\.py.* in train\n", log.read_text())
 
 
-def test_an_address_that_the_other_host_cannot_reach_is_an_error_that_says_what_to_set(hosts, corpus, tmp_path):
+def test_an_unreachable_address_is_an_error_that_names_the_variable(hosts, corpus, tmp_path):
     found = ranks_on(hosts, hosts[0].address, config_of(corpus, tmp_path, connect_seconds=5), tmp_path)
     for process, log in found:
         process.join(60)
@@ -189,7 +189,7 @@ def test_for_nccl_it_is_a_warning_and_the_start_goes_on(hosts, tmp_path):
     assert "10.99.2.1 (dead0, the first that NCCL finds)" in texts[0] and "warning: nccl" not in texts[1]
 
 
-def test_a_master_address_that_nobody_answers_is_an_error_after_the_time_that_is_set(hosts, corpus, tmp_path):
+def test_a_silent_master_address_is_an_error_after_connect_seconds(hosts, corpus, tmp_path):
     found = ranks_on(hosts, hosts[0].dead_address, config_of(corpus, tmp_path, connect_seconds=3), tmp_path)
     for process, log in found:
         process.join(60)

@@ -39,7 +39,7 @@ def test_sbatch_reads_names_and_comments_as_they_were_written(text, cluster, tmp
     assert [path.name for path in tmp_path.iterdir()] == ["job.sbatch"]
 
 
-def test_a_rank_that_a_batch_script_exports_is_told_at_once_beside_the_task_s_own(cluster, tmp_path):
+def test_a_rank_exported_by_a_batch_script_is_an_error_beside_srun(cluster, tmp_path):
     script = tmp_path / "job.sbatch"
     script.write_text(
         "#!/bin/bash\n#SBATCH --ntasks=2\n#SBATCH --output=out.txt\n"

@@ -117,7 +117,7 @@ def test_preempted_killed_requeued_in_a_save_and_hung_it_is_the_same_run(cluster
     assert "nothing for 5 s (run.hang_seconds)" in log and "ranks that do not answer at all: 1 (on " in log
 
 
-def test_torchrun_is_told_before_the_time_limit_and_a_cancelled_job_stays_away(cluster, corpus, straight, tmp_path):
+def test_torchrun_stops_before_the_time_limit_and_scancel_ends_the_job(cluster, corpus, straight, tmp_path):
     def scenario(steps: int) -> Job:
         folder = tmp_path / str(steps)
         folder.mkdir()

@@ -79,7 +79,7 @@ def test_a_cuda_build_is_told_from_a_cpu_build(venv, indexes, tmp_path):
     assert "(a CPU build)" in said(venv, both, "torch==2.13.0+cpu")[1]  # as the advice says
 
 
-def test_nothing_is_installed_and_a_requirement_that_nothing_meets_is_left_to_pip(venv, indexes):
+def test_an_unmet_requirement_is_left_to_pip_and_nothing_is_installed(venv, indexes):
     code, text = said(venv, str(indexes["cuda"]), "torch==9.9")
     assert code == 0 and text.startswith("setup: the size of the download is not known")
     assert not list(venv.glob("lib/*/site-packages/torch*"))

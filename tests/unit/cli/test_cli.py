@@ -102,7 +102,7 @@ def test_python_dash_m_runs_the_program():
         *((words, False) for words in ([], ["--help"], ["--version"], ["plan"], ["prepare"], ["doctor"], ["none"])),
     ],
 )
-def test_what_runs_for_hours_ends_with_its_launcher_from_before_its_imports_on(words, ends, monkeypatch):
+def test_long_verbs_end_with_their_launcher_even_before_imports(words, ends, monkeypatch):
     called = []
     monkeypatch.setattr(sys, "argv", ["pause-megatron", *words])
     monkeypatch.setenv("LOCAL_RANK", "0")

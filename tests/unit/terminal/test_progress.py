@@ -6,7 +6,7 @@ import io
 
 from pause_megatron.cli.support.prepare_progress import ProgressBar
 from pause_megatron.data.prepare.pool import PrepareProgress
-from pause_megatron.terminal.progress import _bar_file
+from pause_megatron.terminal.progress import bar_file
 
 
 class Terminal(io.StringIO):
@@ -34,5 +34,5 @@ def test_a_bar_in_a_log_is_made_of_lines():
 
 def test_a_bar_on_a_terminal_moves():
     stream = Terminal()
-    assert _bar_file(stream) is stream
+    assert bar_file(stream) is stream
     assert drawn_on(stream).count("\r") >= 4
