@@ -1,4 +1,4 @@
-"""Aliases of modules at their names of 0.1: they work until 0.3, with a warning that names the new module."""
+"""Aliases of modules at their earlier names: they work until 0.2, with a warning that names the new module."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ MOVED = {
     "launcher_search": "host.launcher_search",
     "job_step": "host.job_step",
 }
-"""Module names of 0.1 -> current names, both within the package."""
+"""Earlier module names -> current names, both within the package."""
 
 
 def _renamed(name: str) -> str | None:
@@ -183,4 +183,4 @@ def forward(package: str) -> Callable[[str], object]:
 
 
 def _warn(old: str, new: str) -> None:
-    warnings.warn(f"{old} is now {new}; the old name works until 0.3", FutureWarning, stacklevel=3)
+    warnings.warn(f"{old} is now {new}; the old name works until 0.2", FutureWarning, stacklevel=3)

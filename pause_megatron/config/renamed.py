@@ -1,7 +1,7 @@
 """Keys of earlier versions and their present names. No torch.
 
 `load` accepts an old name in a file and on the command line, with a warning; nothing else writes or lists one. A
-`config.yaml` written by 0.1 therefore loads, resumes and compares as the run that it was.
+`config.yaml` with an old name therefore loads, resumes and compares as the run that it was.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class RenamedKey:
 
 
 _RENAMED = (
-    # 0.1; OLMo-core's term, and Megatron-LM's --reset-attention-mask with --reset-position-ids.
+    # OLMo-core's term, and Megatron-LM's --reset-attention-mask with --reset-position-ids.
     RenamedKey("data.documents", "data.intra_document_masking", {"joined": False, "apart": True}),
 )
 BY_OLD_NAME = {key.old: key for key in _RENAMED}
@@ -84,7 +84,7 @@ def with_new_names(entries: Iterable[Entry]) -> tuple[list[Entry], list[str]]:
         value = key.new_value(entry.value, entry.where)
         translated.append(Entry(key.new, value, _yaml(value), entry.where))
         warnings.append(
-            f"{entry.where}: {key.old}={entry.value} is deprecated and will be refused from 0.3 on; write "
+            f"{entry.where}: {key.old}={entry.value} is deprecated and will be refused from 0.2 on; write "
             f"{key.new}={_yaml(value)}"
         )
     return translated, warnings

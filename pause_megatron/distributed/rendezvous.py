@@ -38,7 +38,7 @@ _SHOWN = 2
 class _Process:
     """One process as the others see it.
 
-    The field names and the keys of the store are those of 0.1: ranks that run two versions get as far as the comparison
+    The field names and the keys of the store must not change: ranks that run two versions get as far as the comparison
     that says so.
 
     Attributes:

@@ -21,8 +21,8 @@ class Stored(TypedJson):
         return self.model_dump(mode="json", exclude_unset=True)
 
     def __getitem__(self, key: str) -> Any:
-        """Return a field by its name, as in 0.1, where records were dictionaries."""
-        warnings.warn(f'record["{key}"] is now record.{key}; the old form works until 0.3', FutureWarning, stacklevel=2)
+        """Return a field by its name, as when records were dictionaries."""
+        warnings.warn(f'record["{key}"] is now record.{key}; the old form works until 0.2', FutureWarning, stacklevel=2)
         if key not in self.model_fields_set:
             raise KeyError(key)
         return getattr(self, key)

@@ -1,4 +1,4 @@
-"""Modules at the names that they had in 0.1."""
+"""Modules at their earlier names."""
 
 from __future__ import annotations
 

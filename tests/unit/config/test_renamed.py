@@ -1,4 +1,4 @@
-"""Keys under the names of 0.1: accepted with a warning, and the same run as under their present names."""
+"""Keys under the earlier names: accepted with a warning, and the same run as under their present names."""
 
 from __future__ import annotations
 
