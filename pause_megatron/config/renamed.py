@@ -91,7 +91,7 @@ def with_new_names(entries: Iterable[Entry]) -> tuple[list[Entry], list[str]]:
 
 
 def with_old_names(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return keys and values as 0.1 spelled them, for digests that were stored under those names.
+    """Return keys and values as they were spelled earlier, for digests that were stored under those names.
 
     Args:
         values: Values by the dotted path of their key.

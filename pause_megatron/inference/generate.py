@@ -1,6 +1,6 @@
 """Generation and scoring with pauses: one prefill of the prompt and its M pauses, then decoding with a KV cache.
 
-Goyal et al., "Think before you speak", ICLR 2024, section 3.3; method.md, section 3: the pauses are appended to the
+Goyal et al., "Think before you speak", ICLR 2024, section 3.3: the pauses are appended to the
 prompt in the same forward pass, every output before the last pause is ignored, the answer's first token is predicted
 from the last pause, and `<pause>` itself is never emitted.
 """

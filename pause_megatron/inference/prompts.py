@@ -1,7 +1,7 @@
 """Prompts to token ids with pauses, answers back to text, and the "pause" entry of a model's config.json.
 
 Pauses are token ids, never text. A prompt that spells `<pause>` (or another special token) is encoded as ordinary
-text, and no pause is ever shown in an answer. method.md, section 3.
+text, and no pause is ever shown in an answer. Goyal et al., section 3.3.
 """
 
 from __future__ import annotations

@@ -103,9 +103,7 @@ def losses_of_one_host(corpus, tmp_path_factory) -> list[float]:
     return losses
 
 
-def test_two_hosts_give_the_losses_of_one_and_a_lost_host_is_detected(
-    hosts, corpus, losses_of_one_host, tmp_path
-):
+def test_two_hosts_give_the_losses_of_one_and_a_lost_host_is_detected(hosts, corpus, losses_of_one_host, tmp_path):
     seconds = 5
     file = tmp_path / "given.yaml"
     file.write_text(dump(config_of(corpus, tmp_path, hang_seconds=seconds)), encoding="utf-8")

@@ -1,6 +1,6 @@
 """Task examples as token ids, and their layout in a window: prompt, pauses, target (Goyal et al., section 3.2).
 
-Notation (method.md, section 2):
+Notation (Goyal et al., section 3.2):
 
     P     tokens of the prompt, with what the tokenizer puts before it.
     M     pauses of an example: fixed, or drawn for each example and epoch from a range.

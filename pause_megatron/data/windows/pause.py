@@ -168,7 +168,7 @@ LOCATIONS = ("append", "prepend")
 
 
 def add_pauses(ids: np.ndarray, count: int, pause_ids: range, *, location: str, kept: int = 0) -> np.ndarray:
-    """Add M pauses to a prompt, for finetuning and inference (method.md, sections 2 and 3).
+    """Add M pauses to a prompt, for finetuning and inference (Goyal et al., sections 3.2 and 3.3).
 
     Args:
         ids: Ids of the prompt, int64 [tokens]; may be empty.

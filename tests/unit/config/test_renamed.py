@@ -17,7 +17,7 @@ NEW = "data.intra_document_masking"
 
 
 def as_written_by_0_1(config: ResolvedConfig, path: Path) -> Path:
-    """`config.yaml` of a run, as 0.1 spelled it."""
+    """`config.yaml` of a run, under the old name."""
     value = "apart" if config.data.intra_document_masking else "joined"
     text = dump(config)
     line = f"  intra_document_masking: {str(config.data.intra_document_masking).lower()}\n"
@@ -86,7 +86,7 @@ def test_stored_names_and_values_are_those_of_0_1():
     assert with_old_names({NEW: True, "run.seed": 1}) == {"data.documents": "apart", "run.seed": 1}
     assert stored_value({"data": {"documents": "apart"}}, NEW) is True
     assert stored_value({"data": {"intra_document_masking": False}}, NEW) is False
-    assert stored_value({"data": {"documents": 3}}, NEW) == 3  # of a file that 0.1 has not written
+    assert stored_value({"data": {"documents": 3}}, NEW) == 3  # of a file that was never written
     assert stored_value({"run": {"seed": 1}}, "run.seed") == 1 and stored_value({}, NEW) is None
 
 

@@ -1,4 +1,4 @@
-"""Files of version 0.1 (tests/assets/results) read as typed records and written again: the same bytes."""
+"""Files in tests/assets/results, of earlier code, read as typed records and written again: the same bytes."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def test_it_is_the_models_own_loss_and_input_ids_serve_as_labels(model, ids):
 
 
 def test_no_pause_is_ever_a_target(model, ids):
-    """The definition, token by token (method.md, section 1)."""
+    """The definition, token by token (Goyal et al., section 3.1)."""
     log_softmax = model(ids).logits.log_softmax(-1)
     terms = [
         -log_softmax[row, place, ids[row, place + 1]]

@@ -39,7 +39,7 @@ def model():
 
 
 def _definition(model, sample: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Sum and count of a window of PauseGPTDataset: its mask, its labels, nothing shifted (method.md, section 1)."""
+    """Sum and count of a window of PauseGPTDataset: mask and labels, unshifted (Goyal et al., section 3.1)."""
     losses = cross_entropy(model(sample["tokens"][None]).logits[0], sample["labels"], reduction="none")
     return (losses * sample["loss_mask"]).sum(), sample["loss_mask"].sum()
 

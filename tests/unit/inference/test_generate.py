@@ -81,7 +81,7 @@ def test_a_batch_equals_full_passes(sentencepiece, family):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_bidirectional_prefix_equals_full_passes(sentencepiece, attention):
-    """Prompt and pauses see each other in both directions, the answer is causal; method.md, section 2."""
+    """Prompt and pauses see each other in both directions, the answer is causal (Goyal et al., section 3.2)."""
     model = llama(len(sentencepiece), seed=4)
     model.set_attn_implementation(attention)
     generator = PauseGenerator(model, sentencepiece)

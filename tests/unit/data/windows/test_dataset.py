@@ -53,7 +53,7 @@ def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -
 
 
 def expected_sample(dataset: PauseGPTDataset, sample: int) -> dict[str, torch.Tensor]:
-    """The sample by its definition, token by token: method.md section 1 and the docstring of PauseGPTDataset."""
+    """The sample by its definition, token by token: Goyal et al., section 3.1, and the docstring of PauseGPTDataset."""
     config, plan = dataset.config, dataset.injector.plan
     text = dataset.window_text(sample)
     gaps = dataset.injector.gaps(text, sample).tolist()

@@ -1,4 +1,4 @@
-"""Placement policies and injection: the invariants of method.md, section 1, and the distribution of each policy."""
+"""Placement policies and injection: the invariants of a window, and the distribution of each policy."""
 
 from __future__ import annotations
 
