@@ -45,7 +45,7 @@ _END_WITH_LAUNCHER = ("pretrain", "finetune", "benchmark", "evaluate", "experime
 
 EXIT_ERROR = 2
 EXIT_INTERRUPTED = 130
-EXIT_READER_GONE = 141  # as a shell says of a program that a closed pipe has ended
+EXIT_READER_GONE = 141  # 128 + SIGPIPE, as in a shell
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 log.error(error)
     store = sys.modules.get("pause_megatron.distributed.store")
     if argv is None and store is not None and store.is_connecting():
-        os._exit(code)  # all is said
+        os._exit(code)  # its thread would keep the process alive
     return code
 
 
@@ -79,7 +79,7 @@ def _main(argv: Sequence[str] | None) -> int:
     try:
         arguments = _take_local_rank(list(sys.argv[1:] if argv is None else argv))
         set_rank(_rank_or_zero())
-        # Not in somebody's program, whose end is not this one's to decide.
+        # Only as the main program: a caller of `main` decides itself when it ends.
         if (
             argv is None
             and arguments[:1]

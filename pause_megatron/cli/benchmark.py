@@ -68,7 +68,7 @@ def _run(args: argparse.Namespace) -> int:
     from pause_megatron.config import load
     from pause_megatron.plan.layout import Layout
 
-    config = load(args.config, recipe=args.recipe, overrides=args.overrides, say=note)
+    config = load(args.config, recipe=args.recipe, overrides=args.overrides, notify=note)
     file = Path(args.json) if args.json and is_first_rank() else None
     if file is not None:
         _check_writable(file)

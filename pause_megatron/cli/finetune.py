@@ -49,7 +49,7 @@ def _run(args: argparse.Namespace) -> int:
     from pause_megatron.terminal.output import tolerant_output
     from pause_megatron.train.guards.signals import stop_signals_until_exit
 
-    config = load(args.config, recipe=args.recipe, overrides=args.overrides, say=note)
+    config = load(args.config, recipe=args.recipe, overrides=args.overrides, notify=note)
     if config.task.name is None:
         raise ConfigError("task.name: expected a task to finetune on, got none (--recipe finetune-gsm8k names one)")
     if handle_dry_run(args, config, partial(_describe, config)):

@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.submit and not commands.installed():
         raise ConfigError("--submit: expected sbatch on PATH, got none; leave --submit out to write the script")
-    config = load(args.config, recipe=args.recipe, overrides=args.overrides, say=note)
+    config = load(args.config, recipe=args.recipe, overrides=args.overrides, notify=note)
     site = _site(args)
     job = _job(args, config, site)
     plan = batch_plan(config, job.nodes * job.tasks_per_node)

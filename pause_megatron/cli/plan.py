@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
     given = _given(args)
     gpus = [gpu_named(name.strip()) for name in args.gpu.split(",")]
-    config = load(args.config, recipe=args.recipe, overrides=args.overrides, say=note)
+    config = load(args.config, recipe=args.recipe, overrides=args.overrides, notify=note)
     text_size, _ = text_vocabulary(config, args.vocab_size)
     plans = []
     for gpu in gpus:

@@ -80,7 +80,7 @@ def _run(args: argparse.Namespace) -> int:
     from pause_megatron.terminal.output import tolerant_output
     from pause_megatron.train.guards.signals import stop_signals_until_exit
 
-    config = load(args.config, recipe=args.recipe, overrides=args.overrides, say=note)
+    config = load(args.config, recipe=args.recipe, overrides=args.overrides, notify=note)
     if config.task.name is not None:
         raise ConfigError(
             f"task.name={config.task.name}: expected a pretraining run, got a finetuning; start it with "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from pause_megatron.config.spelling import nearest
 from pause_megatron.config.text import Entry, read_entries, read_override, write_yaml
 from pause_megatron.errors import ConfigError
 
+log = logging.getLogger(__name__)
+
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
 # A key given by a later source discards the values of these keys in earlier sources.
@@ -44,7 +47,7 @@ def load(
     *,
     recipe: str | None = None,
     overrides: Iterable[str] = (),
-    say: Callable[[str], object] | None = None,
+    notify: Callable[[str], object] | None = None,
 ) -> ResolvedConfig:
     """Load a file or a recipe, apply overrides, fill in the values that follow from them, and check the result.
 
@@ -52,8 +55,8 @@ def load(
         path: YAML file; None for a recipe or the defaults.
         recipe: Name of a recipe that ships (see `recipe_names`); None for a file or the defaults.
         overrides: `section.name=value` texts, each value a YAML scalar or list; later ones win.
-        say: Function that takes one line of text. It is called for each key under a name of an earlier version (see
-            `renamed`), and for each value of the file that was adjusted to an override (see `follow`).
+        notify: Function that takes one line of text. It is called for each value of the file that was adjusted to an
+            override (see `follow`). Keys under an earlier name (see `renamed`) are logged as warnings.
 
     Returns:
         The resolved configuration: sizes of the preset and the splits filled in; `train.steps` and `train.tokens` both
@@ -66,20 +69,41 @@ def load(
     if path is not None and recipe is not None:
         raise ConfigError(f"expected a file or a recipe, got both: {path} and {recipe}")
     source = recipe_path(recipe) if recipe is not None else path
-    layers, deprecated = [], []
+    config, deprecated, notes = _load(source, overrides)
+    for line in deprecated:
+        log.warning(line)
+    if notify is not None:
+        for line in notes:
+            notify(line)
+    return config
+
+
+def load_saved(path: str | Path) -> ResolvedConfig:
+    """Load the `config.yaml` of a run or checkpoint: as `load`, without warnings about keys under earlier names.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ConfigError: As `load`.
+    """
+    return _load(path, ())[0]
+
+
+def _load(source: str | Path | None, overrides: Iterable[str]) -> tuple[ResolvedConfig, list[str], list[str]]:
+    """Return the configuration, a line for each deprecated key, and a line for each adjusted value."""
+    layers: list[list[Entry]] = []
+    deprecated: list[str] = []
     for written in ([] if source is None else _read_file(Path(source)), map(read_override, overrides)):
-        layer, warnings = with_new_names(written)
+        layer, lines = with_new_names(written)
         layers.append(layer)
-        deprecated += warnings
+        deprecated += lines
     entries = with_initial_sizes(_merge(layers))
     given = {entry.path: entry.where for entry in entries.values() if entry.value is not None}
     sources = Sources(frozenset(entry.path for entry in layers[-1] if entry.path in given), given)
     config = follow_values(resolve(follow_epochs(_parse(entries), sources)), sources)
     check(config, dict.fromkeys(_REPLACES["model.preset"], f"preset {config.model.preset}") | given)
-    if say is not None:
-        for line in (*deprecated, *sources.notes):
-            say(line)
-    return config
+    return config, deprecated, sources.notes
 
 
 def dump(config: ResolvedConfig) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from pause_megatron.checkpoint.merge import MergedReader
 from pause_megatron.checkpoint.store import open_newest
 from pause_megatron.checkpoint.verify import Report
-from pause_megatron.config.load import load
+from pause_megatron.config.load import load_saved
 from pause_megatron.config.model_from import read_config_text
 from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -58,7 +58,7 @@ def open_checkpoint(path: str | Path, report: Report) -> NativeCheckpoint:
             raise CheckpointError(f"{folder}: expected a file {name}, got none in its manifest")
     try:
         read_config_text(folder / "config.yaml")  # refuses one that is too large
-        config = load(folder / "config.yaml")
+        config = load_saved(folder / "config.yaml")
         tokenizer = load_tokenizer(folder / "tokenizer")
         tokenizer.check_pause_ids(config.pause.embeddings)
     except (ConfigError, DataError) as error:

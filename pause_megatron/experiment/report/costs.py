@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pause_megatron.config.load import load
+from pause_megatron.config.load import load_saved
 from pause_megatron.errors import DataError
 from pause_megatron.experiment.cell import PRODUCT
 from pause_megatron.experiment.estimate import si
@@ -77,7 +77,7 @@ def pretrained(collected: Collected) -> list[PretrainedModel]:
         if cell.verb != "pretrain" or cell.ledger is None:
             continue
         run = collected.directory / "cells" / name / PRODUCT["pretrain"]
-        config = load(run / "config.yaml")
+        config = load_saved(run / "config.yaml")
         last = newest_metrics(run / NAME)
         models.append(
             PretrainedModel(

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 from pause_megatron.checkpoint.store import open_newest
-from pause_megatron.config.load import load
+from pause_megatron.config.load import load_saved
 from pause_megatron.config.model_from import SHAPE
 from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -45,7 +45,7 @@ def find_initial_weights(place: str, config: ResolvedConfig, tokenizer: Tokenize
 
 
 def _differences(folder: Path, config: ResolvedConfig, tokenizer: Tokenizer) -> list[str]:
-    before = load(folder / "config.yaml")
+    before = load_saved(folder / "config.yaml")
     differences = [
         f"model.{key}: {getattr(before.model, key)} in the checkpoint, {getattr(config.model, key)} in this run"
         for key in SHAPE

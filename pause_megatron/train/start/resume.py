@@ -11,7 +11,7 @@ from typing import NamedTuple
 from pause_megatron.checkpoint import Manifest, Store
 from pause_megatron.checkpoint.verify import no_report
 from pause_megatron.config.deepspeed import deepspeed_config
-from pause_megatron.config.load import load, scheduled
+from pause_megatron.config.load import load_saved, scheduled
 from pause_megatron.config.schema import ResolvedConfig, ScheduledConfig
 from pause_megatron.distributed import ParallelContext
 from pause_megatron.errors import CheckpointError
@@ -53,7 +53,7 @@ def find_checkpoint(
     if found is None:
         return None
     folder, manifest, notes = found
-    saved = scheduled(load(folder / "config.yaml"))
+    saved = scheduled(load_saved(folder / "config.yaml"))
     differences = config_differences(saved, config, manifest.step)
     if manifest.corpus != corpus:
         differences.append(f"corpus: {manifest.corpus} in the checkpoint, {corpus} in this run")

@@ -12,7 +12,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from pause_megatron.config.load import load
+from pause_megatron.config.load import load_saved
 from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.distributed import ParallelContext
 from pause_megatron.distributed.collective import broadcast_object
@@ -85,7 +85,7 @@ def lost_step(folder: Path, config: ResolvedConfig) -> int | None:
         return published or None
     last = metrics_lines.last_step(folder / metrics_lines.NAME)
     with suppress(PauseMegatronError):  # missing, or of another version
-        config = load(folder / "config.yaml")
+        config = load_saved(folder / "config.yaml")
     every = config.checkpoint.every
     # A step is saved after its line is written: only a later line proves that the save completed.
     return None if last is None or not every or last <= every else (last - 1) // every * every

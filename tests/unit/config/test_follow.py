@@ -13,7 +13,7 @@ PRETRAINING = [name for name in recipe_names() if not name.startswith("finetune-
 
 def loaded(recipe: str | None, *overrides: str, path=None):
     said: list[str] = []
-    return load(path, recipe=recipe, overrides=overrides, say=said.append), said
+    return load(path, recipe=recipe, overrides=overrides, notify=said.append), said
 
 
 @pytest.mark.parametrize("recipe", recipe_names())

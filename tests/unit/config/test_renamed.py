@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pause_megatron.config.keys import keys
-from pause_megatron.config.load import dump, load
+from pause_megatron.config.load import dump, load, load_saved
 from pause_megatron.config.renamed import BY_OLD_NAME, stored_value, with_old_names
 from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.errors import ConfigError
@@ -27,23 +27,24 @@ def as_written_by_0_1(config: ResolvedConfig, path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("value", "masking"), [("joined", False), ("apart", True)])
-def test_an_old_key_warns_once_with_its_place_and_new_spelling(tmp_path, value, masking):
+def test_an_old_key_warns_once_with_its_place_and_new_spelling(tmp_path, caplog, value, masking):
     path = tmp_path / "run.yaml"
     path.write_text(f"data:\n  split: 98,2,0\n  documents: {value}\n")
-    lines: list[str] = []
-    assert load(path, say=lines.append).data.intra_document_masking is masking
-    [line] = lines
+    assert load(path).data.intra_document_masking is masking
+    [line] = caplog.messages
     assert line.startswith(f"{path}:3: data.documents={value} is deprecated")
     assert line.endswith(f"write {NEW}={str(masking).lower()}")
-    lines.clear()
-    assert load(overrides=[f"data.documents={value}"], say=lines.append).data.intra_document_masking is masking
-    assert len(lines) == 1 and lines[0].startswith("command line: data.documents=")
+    caplog.clear()
+    assert load(overrides=[f"data.documents={value}"]).data.intra_document_masking is masking
+    [line] = caplog.messages
+    assert line.startswith("command line: data.documents=") and caplog.records[0].levelname == "WARNING"
+    caplog.clear()
+    assert load_saved(path).data.intra_document_masking is masking and caplog.messages == []
 
 
-def test_present_keys_do_not_warn():
-    lines: list[str] = []
-    load(recipe="tiny-pause", overrides=[f"{NEW}=true"], say=lines.append)
-    assert lines == []
+def test_present_keys_do_not_warn(caplog):
+    load(recipe="tiny-pause", overrides=[f"{NEW}=true"])
+    assert caplog.messages == []
 
 
 def test_both_names_in_one_source_are_refused(tmp_path):

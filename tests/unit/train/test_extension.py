@@ -119,7 +119,7 @@ def test_a_warm_up_that_the_added_steps_leave_no_room_for_is_shortened():
     extended = load(
         recipe="tiny-pause",
         overrides=["train.extended_from=1000", "train.steps=1010", "data.prefix=x"],
-        say=said.append,
+        notify=said.append,
     )
     assert extended.optim.warmup_steps == 1
     [line] = said
