@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -53,3 +54,15 @@ def test_every_key_of_the_glossary_exists():
         f"{name}.{key}" for name, field in RunConfig.model_fields.items() for key in field.annotation.model_fields
     }
     assert keys <= fields
+
+
+def test_the_public_names_are_listed_once_and_the_script_uses_them():
+    import pause_megatron
+
+    text = section("From Python")
+    rows = re.findall(r"^\| (`.+`) \| .+ \|$", text, re.MULTILINE)
+    names = [name for row in rows for name in re.findall(r"`(\w+)`", row)]
+    assert sorted(names) == sorted(pause_megatron.__all__)
+    script = ast.parse(text.split("```")[1].removeprefix("python\n"))
+    (imported,) = (node for node in script.body if isinstance(node, ast.ImportFrom))
+    assert {alias.name for alias in imported.names} <= set(names)
