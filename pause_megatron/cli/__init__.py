@@ -7,9 +7,11 @@ import errno
 import importlib
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from types import ModuleType
+from typing import NoReturn
 
 from pause_megatron.distributed.ranks import discover, discover_task
 from pause_megatron.errors import ConfigError, OutputError, PauseMegatronError, SharedError
@@ -132,6 +134,14 @@ def _dispatch(arguments: list[str]) -> int:
     return _module(verb).run(parser.parse_args(rest) if "--" in rest else parser.parse_intermixed_args(rest))
 
 
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose error explains how configuration keys are written."""
+
+    def error(self, message: str) -> NoReturn:
+        key = re.search(r"unrecognized arguments:.*?--([a-z_]+\.\w+)", message)
+        super().error(f"{message}; write configuration keys as {key[1]}=VALUE" if key else message)
+
+
 def parser_of(verb: str) -> argparse.ArgumentParser:
     """Return the options of one of `VERBS`.
 
@@ -139,7 +149,7 @@ def parser_of(verb: str) -> argparse.ArgumentParser:
         verb: Name of the verb.
     """
     module = _module(verb)
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=f"pause-megatron {verb}",
         description=module.HELP[0].upper() + module.HELP[1:] + ".",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -134,6 +134,9 @@ def test_errors_are_one_message_on_stderr(capsys):
     expected = "pause-megatron: error: command line: unknown key 'optim.rl'. Did you mean 'optim.lr'?\n"
     assert (out, err) == ("", expected)
     assert main(["pretrain", "--no-such-option"]) == 2
+    assert "write configuration keys" not in capsys.readouterr().err
+    assert main(["pretrain", "--optim.lr", "3e-4"]) == 2
+    assert "unrecognized arguments: --optim.lr; write configuration keys as optim.lr=VALUE" in capsys.readouterr().err
     assert main(["pretrain", "--recipe", "tiny-pause", "--config", "x.yaml"]) == 2
 
 
