@@ -1,4 +1,4 @@
-"""The program: one verb a file. Nothing heavy is imported before a verb runs, so that --help is instant."""
+"""The command line: one verb a file. Nothing heavy is imported before a verb runs, so that --help is instant."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pause_megatron.terminal.output import standard_streams
 
 log = logging.getLogger(__name__)
 
-# The one-line helps stand here as well as in the verbs' modules (a test compares), so that --help imports none of them.
+# A copy of each verb's HELP (a test compares), so that --help imports no verb.
 VERBS = {
     "train-tokenizer": "train a SentencePiece BPE tokenizer on shards of text",
     "prepare": "turn shards of text into a tokenized corpus (.bin, .idx, manifest)",
@@ -42,7 +42,7 @@ VERBS = {
     "doctor": "check what this machine has, what works, and what is missing",
 }
 
-# Those that train, and those that take GPUs for as long.
+# Verbs that train or occupy GPUs for long.
 _END_WITH_LAUNCHER = ("pretrain", "finetune", "benchmark", "evaluate", "experiment")
 
 EXIT_ERROR = 2
@@ -54,11 +54,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb.
 
     Args:
-        argv: the arguments after the program's name; default: the process's own.
+        argv: Arguments after the program's name; None for those of the process.
 
     Returns:
-        the exit code: the verb's own; 2 for input that cannot be run, or output that cannot be written; 130 after
-        Ctrl-C; 141 where the reader of the output is gone.
+        The exit code: that of the verb; 2 for input that cannot be run, or output that cannot be written; 130 after
+        Ctrl-C; 141 if the reader of the output is gone.
     """
     with standard_streams() as stdout, log_to_stderr(timestamps=False):
         try:
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None) -> int:
-    # For `module:attribute` of a user's own, as under `python -m`; last, so that nothing installed is hidden.
+    # `module:attribute` names resolve in the working folder, as under `python -m`; last, so that no package is hidden.
     if not {"", os.getcwd()} & set(sys.path):
         sys.path.append(os.getcwd())
     try:
@@ -105,7 +105,7 @@ def _main(argv: Sequence[str] | None) -> int:
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
-        _report(ConfigError(f"{error.filename}: {error.strerror}"))  # PREFIX.manifest.json of a PREFIX that just fits
+        _report(ConfigError(f"{error.filename}: {error.strerror}"))  # a PREFIX whose PREFIX.manifest.json is too long
         return EXIT_ERROR
     except KeyboardInterrupt:
         log.info("interrupted", extra=EVERY_RANK)
@@ -128,8 +128,8 @@ def _dispatch(arguments: list[str]) -> int:
         from pause_megatron.config.spelling import nearest
 
         raise ConfigError(f"unknown verb {verb!r}; expected one of {', '.join(VERBS)}{nearest(verb, VERBS)}")
-    # Intermixed: `pretrain --recipe R run.dir=a --dry-run log.every=1` may give overrides anywhere.
-    # That loses a "--", behind which a name may begin with "-".
+    # Intermixed: overrides may be anywhere (`pretrain --recipe R run.dir=a --dry-run log.every=1`). That loses a "--",
+    # after which names may begin with "-".
     parser = parser_of(verb)
     return _module(verb).run(parser.parse_args(rest) if "--" in rest else parser.parse_intermixed_args(rest))
 
@@ -175,12 +175,12 @@ def _overview() -> str:
 
 
 def _take_local_rank(arguments: list[str]) -> list[str]:
-    """Remove `--local_rank=N` or `--local-rank N`, which launchers put before or after the verb.
+    """Remove `--local_rank=N` or `--local-rank N`, which launchers add before or after the verb.
 
-    They set LOCAL_RANK too; where only the option is there (old torch launchers), it becomes LOCAL_RANK.
+    Launchers set LOCAL_RANK too. Old torch launchers give only the option: it becomes LOCAL_RANK.
 
     Raises:
-        ConfigError: the value is not a number.
+        ConfigError: The value is not a number.
     """
     kept, rest = [], iter(arguments)
     for argument in rest:
@@ -196,7 +196,11 @@ def _take_local_rank(arguments: list[str]) -> list[str]:
 
 
 def note(text: str) -> None:
-    """Log something about a run before it starts."""
+    """Log a note about a run before it starts.
+
+    Args:
+        text: One line.
+    """
     log.info(f"note: {text}")
 
 
@@ -235,7 +239,7 @@ def _report(error: PauseMegatronError) -> None:
     """Log an error once: a wrong configuration is the same on every rank; other errors name the rank that met them."""
     try:
         ranks = discover_task()
-    except ConfigError:  # without a place among others, it is not known who else reports it
+    except ConfigError:  # the rank is unknown, so no other rank is known to report it
         log.error(error)
         return
     # LOCAL_RANK is 0 on every rank where each sees its own GPU alone.

@@ -114,19 +114,19 @@ class _Validation:
 
 def _monitors(run: Run) -> list[Hook]:
     """Return the hooks that record and show steps, on rank 0; none of them can end the run."""
-    config, log, done = run.config, run.config.log, run.progress.step
+    config, logging_keys, done = run.config, run.config.log, run.progress.step
     throughput = Throughput.of(config, run.vocabulary.size, run.context)
     config_file, metrics_file = run.folder / "config.yaml", run.folder / "metrics.jsonl"
     monitors: list[Hook] = [
         BestEffort(config_file, "times", ConfigFile(config_file, config)),
         BestEffort("progress", "steps", ProgressBar(config.train.steps, done)),
-        Every(log.every, BestEffort(metrics_file, "lines", MetricsFile(metrics_file, throughput, done))),
+        Every(logging_keys.every, BestEffort(metrics_file, "lines", MetricsFile(metrics_file, throughput, done))),
     ]
-    if log.tensorboard:
+    if logging_keys.tensorboard:
         place = run.folder / "tensorboard"
         board = TensorBoard(place, throughput, resume_after=done, config_yaml=dump(config), show=run.data.show)
-        monitors.append(Every(log.every, BestEffort(place, "steps", board)))
-        if log.samples_every:
+        monitors.append(Every(logging_keys.every, BestEffort(place, "steps", board)))
+        if logging_keys.samples_every:
             samples = BestEffort(f"{place}: samples of text", "windows", board.show_sample)
-            monitors.append(Every(log.samples_every, samples, at_end=False))
+            monitors.append(Every(logging_keys.samples_every, samples, at_end=False))
     return monitors
