@@ -198,7 +198,7 @@ def _score(
             progress.report(name, done, total)
 
         entries = evaluate(generator, task, examples, settings, folder, batch_size=batch_size, report=report)
-    log.info(f"{name}: {counts[0]} records, {counts[1]} of them from an earlier run")
+    log.info(f"{name}: {counts[0]} records" + (f", {counts[1]} of them from an earlier run" if counts[1] else ""))
     return entries
 
 

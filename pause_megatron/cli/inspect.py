@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from pause_megatron.cli import at_least
+from pause_megatron.errors import ConfigError
 from pause_megatron.files.paths import path_option, prefix_option
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--png", type=path_option, metavar="FILE", help="draw the histograms")
     parser.add_argument("--json", action="store_true", help="print everything as one JSON object instead")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys as a run takes them: pause.rate=0.1")
     windows = parser.add_argument_group("windows, as in the configuration of a run")
     for key in KEYS:
         found = keys()[key]
@@ -54,7 +56,10 @@ def run(args: argparse.Namespace) -> int:
     from pause_megatron.data.corpus.corpus import open_corpus
 
     given = {key: getattr(args, key) for key in KEYS if getattr(args, key) is not None}
-    config = load(overrides=[f"{key}={value}" for key, value in given.items()])
+    for override in args.overrides:
+        if override.partition("=")[0] not in KEYS:
+            raise ConfigError(f"command line: expected one of {', '.join(KEYS)}, got {override!r}")
+    config = load(overrides=[*(f"{key}={value}" for key, value in given.items()), *args.overrides])
     corpus = open_corpus(args.prefix)
     silence_imports()
     from pause_megatron.cli.support.inspect_report import CorpusReport

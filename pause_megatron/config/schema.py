@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 from pause_megatron.config.blend import split_words
+from pause_megatron.config.pauses import PLACEMENTS
 from pause_megatron.files.paths import expanded, expanded_pattern
 
 PathText = Annotated[str, AfterValidator(expanded)]
@@ -160,7 +161,7 @@ class PauseSection(Section):
     )
     placement: str = Field(
         "uniform",
-        description="uniform, isolated, with_replacement, bernoulli, interval, or 'module:attribute' of a policy",
+        description=f"{', '.join(PLACEMENTS)}, or 'module:attribute' of a policy",
     )
     seed: int = Field(1234, ge=0, description="seed of the pause positions, independent of run.seed")
     embeddings: int = Field(

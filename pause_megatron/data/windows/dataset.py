@@ -43,7 +43,7 @@ class PauseGPTDatasetConfig(GPTDatasetConfig):
     """exact: fewer text tokens are drawn, and none is lost. trim: the paper's window, cut after insertion."""
 
     pause_placement: str = "uniform"
-    """uniform, isolated, with_replacement, bernoulli, interval, or 'module:attribute' of a PlacementPolicy."""
+    """A name in `config.pauses.PLACEMENTS`, or 'module:attribute' of a PlacementPolicy."""
 
     pause_seed: int = 1234
     """Seed of the placement, independent of random_seed."""

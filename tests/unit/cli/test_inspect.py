@@ -103,6 +103,8 @@ def test_no_pauses_and_many(inspect, rate: str) -> None:
 def test_wrong_options_and_corpora(prefix: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     for arguments, message in [
         ([str(prefix), "--pause.rate", "2"], "pause.rate"),
+        ([str(prefix), "pause.rate=2"], "command line: pause.rate: expected"),
+        ([str(prefix), "optim.lr=1"], "command line: expected one of pause.rate, "),
         ([str(tmp_path / "no")], "no corpus at"),
         ([str(prefix), "--data.sequence_length", "64", "--windows", "2", "--png", "/proc/x.png"], "cannot be written"),
     ]:

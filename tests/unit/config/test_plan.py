@@ -60,17 +60,18 @@ def test_expected_pause_fraction_is_the_mean_over_all_interleavings(window):
     assert counts.expected == pytest.approx(sum(kept) / len(ways))
 
 
-@pytest.mark.parametrize(
-    ("preset", "vocabulary", "millions"),
-    [("tiny", 8193, 1.90), ("130m", 32001, 134.1), ("1b", 32001, 1041.8), ("7b", 32000, 6738.415616)],
-)
+# Vocabulary, and millions of parameters.
+PRESET_SIZES = {"tiny": (8193, 1.90), "130m": (32001, 134.1), "1b": (32001, 1041.8), "7b": (32000, 6738.415616)}
+
+
+@pytest.mark.parametrize(("preset", "vocabulary", "millions"), [(name, *size) for name, size in PRESET_SIZES.items()])
 def test_preset_sizes(preset, vocabulary, millions):
     model = load(overrides=[f"model.preset={preset}"]).model
     assert parameters(model, vocabulary) / 1e6 == pytest.approx(millions, abs=0.05)
 
 
 def test_every_preset_is_tested():
-    assert set(PRESETS) == {"tiny", "130m", "1b", "7b"}
+    assert set(PRESETS) == set(PRESET_SIZES)
 
 
 def test_parameters_of_a_llama_2_7b():
