@@ -146,12 +146,7 @@ def resolve(config: RunConfig) -> ResolvedConfig:
     Raises:
         ConfigError: A size of the model is missing.
     """
-    per_step = config.batch.global_size * config.data.sequence_length
-    steps, tokens = config.train.steps, config.train.tokens
-    if steps is None and tokens is not None:
-        steps = -(-tokens // per_step)
-    elif steps is not None and tokens is None:
-        tokens = steps * per_step
+    steps, tokens = _length(config)
     split = config.data.split
     if split is None:
         split = "1,0,0" if config.data.valid_prefix else "99,1,0"
@@ -174,9 +169,22 @@ def scheduled(config: ResolvedConfig) -> ScheduledConfig:
     Raises:
         ConfigError: Neither `train.steps` nor `train.tokens` was given.
     """
-    if config.train.steps is None:
+    steps, tokens = _length(config)
+    if steps is None or tokens is None:
         raise ConfigError("train.steps or train.tokens: expected one of them, got neither")
-    return ScheduledConfig(**_sections(config) | {"train": ScheduledTrain(**config.train.model_dump())})
+    train = ScheduledTrain(**{**config.train.model_dump(), "steps": steps, "tokens": tokens})
+    return ScheduledConfig(**_sections(config) | {"train": train})
+
+
+def _length(config: RunConfig) -> tuple[int | None, int | None]:
+    """Return steps and raw tokens of a run: each follows from the other; None where neither is given."""
+    per_step = config.batch.global_size * config.data.sequence_length
+    steps, tokens = config.train.steps, config.train.tokens
+    if steps is None and tokens is not None:
+        steps = -(-tokens // per_step)
+    elif steps is not None and tokens is None:
+        tokens = steps * per_step
+    return steps, tokens
 
 
 def _sections(config: RunConfig) -> dict[str, Any]:

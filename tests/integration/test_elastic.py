@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.log_lines import captured_log
 from support.ranks import run_on_ranks
 from support.tiny_config import tiny_model
 
@@ -86,9 +87,6 @@ def part(corpus: str, folder: str, precision: str, tensor: int, zero: int, steps
 
 def load_and_save(corpus: str, folder: str, precision: str, tensor: int, zero: int, output: str) -> str:
     """Save what a resumed run starts with, before it takes a step. Returns its log."""
-    from contextlib import redirect_stderr
-    from io import StringIO
-
     from pause_megatron.checkpoint import save
     from pause_megatron.distributed import initialize
     from pause_megatron.model import parameter_groups
@@ -97,7 +95,7 @@ def load_and_save(corpus: str, folder: str, precision: str, tensor: int, zero: i
     from pause_megatron.train.start.start import find_start
 
     config = run_config(corpus, folder, precision, tensor, zero)
-    with initialize(config.parallel) as context, redirect_stderr(StringIO()) as said:
+    with initialize(config.parallel) as context, captured_log() as said:
         data = corpus_data(config, context.world_size)
         model = run.new_model(config, data)
         with torch.no_grad():

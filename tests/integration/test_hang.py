@@ -34,7 +34,9 @@ def test_a_stopped_rank_is_named_and_the_others_end(corpus, tmp_path):
     assert processes[0].exitcode == EXIT_HUNG, text
     assert "[rank 0 on " in text and f"nothing for {SECONDS} s (run.hang_seconds), last: step" in text
     assert "ranks that do not answer at all: 1 (on " in text
-    assert re.search(r"distributed_c10d\.py.* in all_\w+\n(.*\n)*.*run\.py.* in train\n", text), text  # where it waits
+    assert re.search(r"distributed_c10d\.py.* in all_\w+\n(.*\n)*.*training\.py.* in train\n", text), (
+        text
+    )  # where it waits
     os.kill(processes[1].pid, signal.SIGKILL)  # a launcher does that to what is left
     processes[1].join()
     assert processes[1].exitcode != 0

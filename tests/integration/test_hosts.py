@@ -127,7 +127,7 @@ def test_two_hosts_give_the_losses_of_one_and_a_lost_host_is_detected(hosts, cor
     assert process.exitcode == EXIT_HUNG, text
     assert time.monotonic() - vanished < 4 * seconds
     assert re.search(rf"\[rank \d on host-a\] nothing for {seconds} s \(run.hang_seconds\), last: step", text), text
-    assert re.search(r"run\.py.* in train\n", text), text  # where it waits
+    assert re.search(r"training\.py.* in train\n", text), text  # where it waits
 
 
 @pytest.mark.slow
@@ -141,7 +141,7 @@ def test_losing_the_host_of_rank_0_and_the_store_ends_the_other_host(hosts, corp
     end([first])
     hosts[0].appear()
     assert second.exitcode == EXIT_HUNG, log.read_text()
-    assert re.search(r"run\.py.* in train\n", log.read_text())
+    assert re.search(r"training\.py.* in train\n", log.read_text())
 
 
 def test_an_unreachable_address_is_an_error_that_names_the_variable(hosts, corpus, tmp_path):
@@ -203,6 +203,7 @@ def hold(host: Host, folder: Path, output: Path, lock: Path | None) -> None:
     from pause_megatron.config.schema import ParallelSection
     from pause_megatron.distributed import initialize
     from pause_megatron.errors import ConfigError
+    from pause_megatron.terminal.log import log_to_stderr
     from pause_megatron.train.guards.ownership import own_run
 
     with output.open("a") as file:
@@ -211,7 +212,7 @@ def hold(host: Host, folder: Path, output: Path, lock: Path | None) -> None:
     if lock is not None:
         mount_over(folder / ".lock", lock)
     try:
-        with initialize(ParallelSection()) as context, own_run(folder, context, BEAT):
+        with log_to_stderr(timestamps=False), initialize(ParallelSection()) as context, own_run(folder, context, BEAT):
             output.with_suffix(".owns").touch()
             time.sleep(600)
     except ConfigError as error:

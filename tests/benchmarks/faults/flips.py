@@ -5,8 +5,6 @@ Half of the flips are drawn by the bytes of a file, half by files, so that small
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 import os
 import random
@@ -18,6 +16,7 @@ from typing import Any
 
 from benchmarks.faults.results import Result
 from support.forked_ranks import fork
+from support.log_lines import captured_log
 from support.prose import train_model
 from support.saving import Saving
 
@@ -142,9 +141,8 @@ def _end_of(saving: WholeSaving, flipped: Path) -> str:
     from pause_megatron.errors import PauseMegatronError
 
     saving.fill(-1)
-    said = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with captured_log() as said:
             step = saving._load()
     except PauseMegatronError:
         return "refused in a sentence, though an older complete one is there"
