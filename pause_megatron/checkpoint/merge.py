@@ -65,7 +65,7 @@ class MergedReader:
         Args:
             name: Native parameter name.
             start: First row.
-            stop: Row behind the last.
+            stop: Row after the last.
             key: One of `ADAM_STATE`.
 
         Raises:

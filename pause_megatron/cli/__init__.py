@@ -29,7 +29,7 @@ VERBS = {
     "verify": "read a corpus whole and compare it with the digests of its manifest",
     "inspect": "show what a corpus holds, and its windows with their pauses",
     "pretrain": "pretrain a model on windows with pauses",
-    "finetune": "finetune a model on a task with pauses behind the prompts",
+    "finetune": "finetune a model on a task with pauses after the prompts",
     "import-hf": "import a Hugging Face folder of the Llama family as a checkpoint with pauses",
     "export-hf": "export a checkpoint to a Hugging Face folder for transformers and vLLM",
     "generate": "generate answers to prompts, with pauses in the prefill and never in the text",

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from pause_megatron.config.batching import BatchPlan
     from pause_megatron.config.schema import ResolvedConfig
 
-HELP = "finetune a model on a task with pauses behind the prompts"
+HELP = "finetune a model on a task with pauses after the prompts"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

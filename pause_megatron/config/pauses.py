@@ -26,7 +26,7 @@ class PauseCounts:
     """Pauses and text tokens of a window (Goyal et al., section 3.1).
 
     A window holds N + 1 tokens, of which the first N are inputs and the last N are targets. Its first token is always
-    text, so M pauses spread over the N places behind it (exact), or over N + M places of which the cut leaves N (trim).
+    text, so M pauses spread over the N places after it (exact), or over N + M places of which the cut leaves N (trim).
 
     Attributes:
         sequence_length: N, input tokens of a window.
@@ -55,7 +55,7 @@ class PauseCounts:
 
     @property
     def input_fraction(self) -> float:
-        """Expected pauses per input token: N - 1 of the N places behind the first token are inputs."""
+        """Expected pauses per input token: N - 1 of the N places after the first token are inputs."""
         return self.inserted / self._places * (self.sequence_length - 1) / self.sequence_length
 
     @property

@@ -16,7 +16,7 @@ class Completion:
         ids: Token ids of the answer without the end-of-sequence token. Tokens that began a stop text are included.
         finish: "eos", "stop" or "length".
         prompt_tokens: Tokens of the prompt, a BOS included, pauses not.
-        pauses: Pauses (or fillers) that the answer was generated behind.
+        pauses: Pauses (or fillers) before the answer.
         logits: Logits before suppression and sampling, fp32 [new tokens, vocab], on the CPU; None unless requested.
     """
 

@@ -51,7 +51,7 @@ class Vocabulary:
         Args:
             softmax: "keep" or "exclude".
             start: First id of the shard.
-            stop: Id behind the last of the shard.
+            stop: Id after the last of the shard.
 
         Returns:
             Half-open ranges of columns relative to `start`, ascending, with gaps between them.

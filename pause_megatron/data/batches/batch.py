@@ -28,7 +28,7 @@ class MicroBatch:
         pause_tokens: Number of pauses among the input tokens.
         dataset_ids: Number of the corpus in a blend, for each window, int64 [batch]. None: there is one corpus.
         segments: Documents of a window for intra-document masking, int32 [batch, seq], numbered from 0; -1 is padding.
-            None: every window is one document (with padding behind it, if any), so plain causal attention is correct.
+            None: every window is one document (with padding after it, if any), so plain causal attention is correct.
         prefix: Tokens with bidirectional attention to the marked tokens of their segment (a prefix-LM), bool
             [batch, seq]. None: causal. Segments and prefix stay on the host, because attention needs their lengths.
         padding_tokens: Number of input tokens that are padding.
@@ -181,5 +181,5 @@ def collate(
 
 
 def _is_one_document(segments: torch.Tensor) -> bool:
-    """Return whether each window is segment 0 with only padding behind it, which causal attention hides anyway."""
+    """Return whether each window is segment 0 with only padding after it, which causal attention hides anyway."""
     return bool((segments[:, 0] == 0).all()) and bool((segments.diff(dim=1) <= 0).all())

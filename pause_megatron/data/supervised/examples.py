@@ -33,7 +33,7 @@ class Prompting:
     """The use of pauses in prompts, for any number of them: in finetuning, generation and evaluation alike.
 
     Attributes:
-        location: One of LOCATIONS: pauses behind the prompt, or before it.
+        location: One of LOCATIONS: pauses after the prompt, or before it.
         filler: Text of one ordinary token that takes the place of the pause, a control. None: the pause itself.
         prefix_attention: One of PREFIX_ATTENTIONS.
 
@@ -60,7 +60,7 @@ class Example(Protocol):
     Attributes:
         id: The name of the example in messages.
         prompt: The text before the pauses. It carries no loss.
-        target: The text behind the pauses. It carries the loss.
+        target: The text after the pauses. It carries the loss.
     """
 
     @property
@@ -138,7 +138,7 @@ class Arrangement:
         prefix_attention: One of PREFIX_ATTENTIONS.
         batching: "packed" (several examples a window, with intra-document masking) or "padded" (one example a window).
         leading: Number of tokens at the beginning of a prompt (a BOS) that are never truncated. Prepended pauses stand
-            behind them.
+            after them.
     """
 
     sequence_length: int

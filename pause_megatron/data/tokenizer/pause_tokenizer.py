@@ -149,7 +149,7 @@ def _is_ordinary(tokenizer: Any, token: int) -> bool:
         if isinstance(added := _read(library, "added_tokens_decoder"), Mapping):  # Hugging Face
             if token in added and added[token].special:
                 return False
-        elif callable(_read(library, "is_control")):  # SentencePiece; megatron-core can add special tokens behind it
+        elif callable(_read(library, "is_control")):  # SentencePiece; megatron-core can add special tokens after it
             if token >= library.get_piece_size() or library.is_control(token) or library.is_unused(token):
                 return False
         elif (special := _read(library, "special_tokens_set")) is not None:  # tiktoken

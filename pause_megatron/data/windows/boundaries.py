@@ -1,6 +1,6 @@
 """Document boundaries in a window with pauses: positions, segments and `cu_seqlens` for intra-document masking.
 
-A pause belongs to the document of the text token that it stands behind. So pauses behind an EOD belong to the document
+A pause belongs to the document of the text token that it follows. So pauses after an EOD belong to the document
 that the EOD ends, and the next document begins at its first text token.
 """
 
@@ -54,7 +54,7 @@ def packed_documents(window: Window, lengths: Sequence[int]) -> dict[str, torch.
 
     Args:
         window: A window of N + 1 tokens, the last of which is only a target.
-        lengths: Text tokens that were drawn from each document, in order. Padding behind them counts to the last
+        lengths: Text tokens that were drawn from each document, in order. Padding after them counts to the last
             document with a token.
 
     Returns:

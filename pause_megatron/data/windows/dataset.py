@@ -105,8 +105,8 @@ class PauseGPTDataset(GPTDataset):
     int32 [N]. Where the next token is a pause, label and loss mask are 0, as GPTDataset does for padding.
 
     Document boundaries are those of the text, as if there were no pauses. A pause belongs to the document of the text
-    token that it stands behind. So with `eod_mask_loss` the first text token after an EOD is no target, even if pauses
-    stand between them. With `reset_position_ids` or `reset_attention_mask`, pauses behind an EOD continue the document
+    token that it follows. So with `eod_mask_loss` the first text token after an EOD is no target, even if pauses
+    come between them. With `reset_position_ids` or `reset_attention_mask`, pauses after an EOD continue the document
     that the EOD ends. The documents of `cu_seqlens` are those of the corpus, as in GPTDataset, with or without EOD.
 
     The arguments are those of GPTDataset, by position, as BlendedMegatronDatasetBuilder passes them. `indices` is None

@@ -32,7 +32,7 @@ from pause_megatron.seeds import philox_key
 
 @runtime_checkable
 class PlacementPolicy(Protocol):
-    """A function that chooses the text tokens that pauses stand behind.
+    """A function that chooses the text tokens that pauses follow.
 
     Any callable of this shape is a policy. `pause.placement=module:attribute` uses your own.
     """
@@ -54,8 +54,8 @@ class PlacementPolicy(Protocol):
 
 
 def uniform(text: np.ndarray, count: int, rate: float, rng: np.random.Generator) -> np.ndarray:
-    """Draw M gaps so that every interleaving of pauses with the text behind its first token is equally likely."""
-    # An interleaving is a choice of M of the T - 1 + M places behind the first token. The j-th pause (from 0), at
+    """Draw M gaps so that every interleaving of pauses with the text after its first token is equally likely."""
+    # An interleaving is a choice of M of the T - 1 + M places after the first token. The j-th pause (from 0), at
     # place p, has p - j text tokens before it besides the first.
     places = rng.choice(text.size - 1 + count, count, replace=False, shuffle=False)
     places.sort()
@@ -164,7 +164,7 @@ def inject(text: np.ndarray, gaps: np.ndarray, pause_ids: range, length: int | N
 
 
 LOCATIONS = ("append", "prepend")
-"""Locations of the pauses of a prompt: behind it, or before it."""
+"""Locations of the pauses of a prompt: after it, or before it."""
 
 
 def add_pauses(ids: np.ndarray, count: int, pause_ids: range, *, location: str, kept: int = 0) -> np.ndarray:
@@ -175,7 +175,7 @@ def add_pauses(ids: np.ndarray, count: int, pause_ids: range, *, location: str, 
         count: M.
         pause_ids: The K pause ids, used in turn; or the one id of a filler.
         location: One of LOCATIONS.
-        kept: Tokens at the beginning (a BOS) that prepended pauses stand behind.
+        kept: Tokens at the beginning (a BOS) that prepended pauses follow.
 
     Returns:
         Ids of prompt and pauses, int64 [tokens + M].
