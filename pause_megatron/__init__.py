@@ -11,7 +11,7 @@ from pause_megatron import moved
 if TYPE_CHECKING:
     from pause_megatron.config.load import load as load_config
     from pause_megatron.config.schema import ResolvedConfig
-    from pause_megatron.data.prepare.prepare import prepare
+    from pause_megatron.data.prepare.run import prepare
     from pause_megatron.data.tokenizer.pause_tokenizer import PauseTokenizer
     from pause_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
     from pause_megatron.data.windows.dataset import PauseGPTDataset, PauseGPTDatasetConfig
@@ -93,7 +93,7 @@ _PLACES = {
     "load_tokenizer": "data.tokenizer.tokenizer",
     "pad_batch": "hf.transform",
     "pause_windows": "hf.windows",
-    "prepare": "data.prepare.prepare",
+    "prepare": "data.prepare.run",
     "pretrain": "train.pretrain",
 }
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pause_megatron.files.paths import path_option, prefix_option
 
 if TYPE_CHECKING:
-    from pause_megatron.data.adopt.adopt import Adopted
+    from pause_megatron.data.adopt.run import Adopted
     from pause_megatron.data.adopt.tokenizer_check import Agreement
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Adopt the corpus and print a summary."""
-    from pause_megatron.data.adopt.adopt import adopt
+    from pause_megatron.data.adopt.run import adopt
     from pause_megatron.data.corpus.corpus import open_corpus
     from pause_megatron.data.corpus.first_use import record_as_read
     from pause_megatron.data.tokenizer.tokenizer import load_tokenizer

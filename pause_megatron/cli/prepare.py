@@ -117,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
     from pause_megatron.data.corpus.corpus import open_corpus
     from pause_megatron.data.corpus.first_use import check_and_record
     from pause_megatron.data.corpus.verify import raise_if_damaged
-    from pause_megatron.data.prepare.prepare import prepare, summary
+    from pause_megatron.data.prepare.run import prepare, summary
     from pause_megatron.data.text.sources import ReadOptions
     from pause_megatron.data.tokenizer.tokenizer import load_tokenizer
 

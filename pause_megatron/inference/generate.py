@@ -19,6 +19,7 @@ from pause_megatron.data.supervised.examples import Prompting
 from pause_megatron.errors import ConfigError
 from pause_megatron.inference.adaptive import FixedPauses, PausePolicy
 from pause_megatron.inference.answer import Answer
+from pause_megatron.inference.earlier_keywords import accept_earlier_keywords
 from pause_megatron.inference.limits import DEFAULT_LIMITS, Limits
 from pause_megatron.inference.prefill import Prefix, build_prefix, deduplicate, prefill
 from pause_megatron.inference.prompts import PauseInfo, PromptEncoder
@@ -56,6 +57,7 @@ class PauseGenerator:
         return self.pause.m_ft or 0
 
     @torch.no_grad()
+    @accept_earlier_keywords
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -118,6 +120,7 @@ class PauseGenerator:
         )
 
     @torch.no_grad()
+    @accept_earlier_keywords
     def score(
         self,
         prompts: Sequence[Prompt],

@@ -16,7 +16,7 @@ from benchmarks.timing import Timing, compare, environment
 from support.prose import documents, json_lines, write_shards
 
 from pause_megatron.data.corpus.records import Counts
-from pause_megatron.data.prepare.prepare import prepare
+from pause_megatron.data.prepare.run import prepare
 from pause_megatron.data.tokenizer.fast.encoders import GigatokenEncoder
 from pause_megatron.data.tokenizer.tokenizer import load_tokenizer
 from pause_megatron.data.tokenizer.train import train_tokenizer

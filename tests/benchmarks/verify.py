@@ -23,7 +23,7 @@ from pause_megatron.data.corpus.index_file import write_index
 from pause_megatron.data.corpus.manifest import Manifest
 from pause_megatron.data.corpus.records import BLOCK_BYTES, BlockRecord, FileRecord
 from pause_megatron.data.corpus.verify import damage_of
-from pause_megatron.data.prepare.prepare import prepare
+from pause_megatron.data.prepare.run import prepare
 from pause_megatron.files.durable import BlockDigests, DigestFile
 
 DOCUMENT_TOKENS = 500

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from pause_megatron import PauseExamples, PauseLoss, PauseTransform, add_pause_token, pad_batch, pause_windows
-from pause_megatron.data.prepare.prepare import prepare
+from pause_megatron.data.prepare.run import prepare
 from pause_megatron.data.tokenizer.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -14,7 +14,7 @@ from support.ranks import run_on_ranks
 from support.tiny_config import tiny_model
 
 from pause_megatron.cli import main
-from pause_megatron.data.prepare.prepare import prepare
+from pause_megatron.data.prepare.run import prepare
 
 
 def pretrain(overrides: list[str]) -> int:

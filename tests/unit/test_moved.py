@@ -43,6 +43,10 @@ def test_names_of_a_module_that_became_a_package():
         _ = package.NoSuchName
     with pytest.raises(ImportError):
         importlib.import_module("pause_megatron.data.no_such_module")
+    for name in ("prepare", "adopt"):
+        with pytest.warns(FutureWarning, match=rf"is now pause_megatron\.data\.{name}\.run\.{name}"):
+            function = getattr(importlib.import_module(f"pause_megatron.data.{name}"), name)
+        assert function.__module__ == f"pause_megatron.data.{name}.run"
     from pause_megatron.data.adopt import scan  # a module of the package, not the function of the old one
 
     assert scan.__name__ == "pause_megatron.data.adopt.scan"

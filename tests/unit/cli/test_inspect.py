@@ -13,7 +13,7 @@ from support.prose import documents, small_tokenizer, write_shards
 from pause_megatron.cli import main
 from pause_megatron.config.schema import PauseSection
 from pause_megatron.data.corpus.corpus import open_corpus
-from pause_megatron.data.prepare.prepare import prepare
+from pause_megatron.data.prepare.run import prepare
 from pause_megatron.data.windows.build import DatasetOptions, build_datasets
 from pause_megatron.data.windows.pause import POLICIES
 

@@ -11,7 +11,7 @@ from support.tiny_llama import llama
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from pause_megatron.data.prepare.prepare import prepare
+from pause_megatron.data.prepare.run import prepare
 from pause_megatron.errors import ConfigError, DataError
 from pause_megatron.hf.windows import LabelledWindows, pause_windows
 

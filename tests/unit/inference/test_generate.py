@@ -353,3 +353,29 @@ def test_a_model_brings_its_location_filler_and_prefix_attention(generator):
     assert back == Prompting() and info.override() == prompting
     assert torch.equal(first_logits(own, prompting=back), first_logits(generator, pauses=3))
     assert not torch.equal(first_logits(own), first_logits(own, prompting=back))
+
+
+def test_the_earlier_keywords_give_the_answers_of_the_records_and_warn(generator):
+    records = {
+        "prompting": Prompting(location="prepend"),
+        "sampling": Sampling(temperature=0.8, seed=3),
+        "limits": Limits(stop=("the",), ignore_eos=True),
+    }
+    with pytest.warns(FutureWarning, match=r"write prompting=Prompting\(location='prepend'\), sampling=") as found:
+        earlier = generator.generate(
+            PROMPTS[:2],
+            pauses=2,
+            max_new_tokens=5,
+            location="prepend",
+            temperature=0.8,
+            seed=3,
+            stop=("the",),
+            ignore_eos=True,
+        )
+    assert found[0].filename == __file__
+    assert earlier.completions == generator.generate(PROMPTS[:2], pauses=2, max_new_tokens=5, **records).completions
+    with pytest.warns(FutureWarning, match=r"filler=: write prompting=Prompting\(filler=''\)"):
+        scores, _ = generator.score(["A"], ["b"], pauses=1, filler="")
+    assert scores == generator.score(["A"], ["b"], pauses=1)[0]
+    with pytest.raises(TypeError, match="temperatur"):
+        generator.generate(["A"], temperatur=1.0)

@@ -27,7 +27,7 @@ from support.prose import documents, train_hugging_face, train_model, write_shar
 import pause_megatron.data.adopt.scan as adopt_scan
 from pause_megatron.cli import main
 from pause_megatron.config.schema import DataSection, PauseSection
-from pause_megatron.data.adopt.adopt import adopt
+from pause_megatron.data.adopt.run import adopt
 from pause_megatron.data.adopt.scan import scan
 from pause_megatron.data.adopt.tokenizer_check import agreement_of, sample_documents
 from pause_megatron.data.corpus.corpora import open_corpora
@@ -36,7 +36,7 @@ from pause_megatron.data.corpus.first_use import verify_at_use
 from pause_megatron.data.corpus.index_file import read_header
 from pause_megatron.data.corpus.manifest import Manifest
 from pause_megatron.data.corpus.verify import no_report, verify_corpus
-from pause_megatron.data.prepare.prepare import prepare
+from pause_megatron.data.prepare.run import prepare
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from pause_megatron.data.windows.build import DatasetOptions, build_datasets
 from pause_megatron.errors import DataError
@@ -524,7 +524,7 @@ def test_a_folder_in_the_tokenizers_place(theirs: Path, tokenizer: Tokenizer) ->
 _KILLED = """
 import os, signal, sys
 folder, left = sys.argv[1], int(sys.argv[2])
-from pause_megatron.data.adopt.adopt import adopt
+from pause_megatron.data.adopt.run import adopt
 from pause_megatron.data.tokenizer.tokenizer import load_tokenizer
 
 tokenizer = load_tokenizer(sys.argv[3])
@@ -583,7 +583,7 @@ def test_killed_at_every_file_operation_and_started_again(
 
 def test_killed_in_the_middle_of_the_reading(theirs: Path, folder: Path, tokenizer: Tokenizer) -> None:
     code = (
-        "import sys, time; from pause_megatron.data.adopt.adopt import adopt;"
+        "import sys, time; from pause_megatron.data.adopt.run import adopt;"
         "from pause_megatron.data.tokenizer.tokenizer import load_tokenizer\n"
         "def report(stage, done, total):\n"
         "    if stage.startswith('scan'):\n        print(stage, flush=True); time.sleep(100)\n"

@@ -14,7 +14,7 @@ from support.prose import documents, small_tokenizer, write_shards
 from pause_megatron.cli import main
 from pause_megatron.config.load import dump, load
 from pause_megatron.data.corpus.corpora import Corpora, open_corpora
-from pause_megatron.data.prepare.prepare import prepare
+from pause_megatron.data.prepare.run import prepare
 from pause_megatron.errors import DataError
 
 

@@ -11,7 +11,7 @@ from support.prose import documents, small_tokenizer, train_model, write_shards
 from pause_megatron.data.corpus.corpus import open_corpus, require_one_tokenizer
 from pause_megatron.data.corpus.manifest import Manifest
 from pause_megatron.data.corpus.verify import verify_corpus
-from pause_megatron.data.prepare.prepare import prepare
+from pause_megatron.data.prepare.run import prepare
 from pause_megatron.data.tokenizer.tokenizer import load_tokenizer
 from pause_megatron.errors import DataError
 

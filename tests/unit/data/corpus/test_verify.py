@@ -26,7 +26,7 @@ from pause_megatron.data.corpus.first_use import check_and_record, verify_at_use
 from pause_megatron.data.corpus.manifest import Manifest
 from pause_megatron.data.corpus.records import BlockRecord
 from pause_megatron.data.corpus.verify import damage_of, verify_corpus
-from pause_megatron.data.prepare.prepare import prepare
+from pause_megatron.data.prepare.run import prepare
 from pause_megatron.data.tokenizer.tokenizer import load_tokenizer
 from pause_megatron.errors import DataError
 from pause_megatron.files.durable import BlockDigests, digest_of

@@ -25,7 +25,7 @@ from pause_megatron.data.corpus.corpus import open_corpus
 from pause_megatron.data.corpus.manifest import Manifest
 from pause_megatron.data.corpus.verify import verify_corpus
 from pause_megatron.data.prepare.pool import PrepareProgress
-from pause_megatron.data.prepare.prepare import prepare, summary
+from pause_megatron.data.prepare.run import prepare, summary
 from pause_megatron.data.text.hub import HubOptions
 from pause_megatron.data.text.sources import ReadOptions
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer

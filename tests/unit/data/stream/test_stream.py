@@ -17,7 +17,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from support.prose import documents, json_lines, small_tokenizer, write_shards
 
 from pause_megatron.config.schema import DataSection
-from pause_megatron.data.prepare.prepare import prepare
+from pause_megatron.data.prepare.run import prepare
 from pause_megatron.data.stream.documents import MALFORMED_IN_A_ROW, open_documents
 from pause_megatron.data.stream.server import WindowClient, WindowServer
 from pause_megatron.data.stream.windows import StreamDataset, StreamPosition, TextWindows

@@ -12,7 +12,7 @@ from support.malformed import BAD_LINES, DAMAGED_SHARDS, DRESSES, damaged_shards
 from support.prose import compress, documents, json_lines, small_tokenizer
 
 from pause_megatron.data.corpus.manifest import Manifest
-from pause_megatron.data.prepare.prepare import prepare
+from pause_megatron.data.prepare.run import prepare
 from pause_megatron.data.text.documents import KINDS, PLACES_KEPT, parse_line
 from pause_megatron.data.text.malformed_limit import MalformedLimit
 from pause_megatron.data.text.shard_file import MAX_LINE_BYTES, ShardFile

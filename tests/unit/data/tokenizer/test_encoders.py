@@ -13,7 +13,7 @@ from support.prose import documents, train_hugging_face, train_model, write_shar
 from support.records import c4_texts
 from tokenizers import Regex, pre_tokenizers
 
-from pause_megatron.data.prepare.prepare import prepare, summary
+from pause_megatron.data.prepare.run import prepare, summary
 from pause_megatron.data.tokenizer.backends import Encoded
 from pause_megatron.data.tokenizer.fast import encoders, gigatoken_documents
 from pause_megatron.data.tokenizer.fast.encoders import (

@@ -23,7 +23,7 @@ from support.prose import documents, small_tokenizer, write_shards
 from support.ranks import run_on_ranks
 
 from pause_megatron.config.schema import PauseSection
-from pause_megatron.data.prepare.prepare import prepare
+from pause_megatron.data.prepare.run import prepare
 from pause_megatron.data.windows import index_cache
 from pause_megatron.data.windows.build import DatasetOptions, Datasets, build_datasets
 from pause_megatron.data.windows.dataset import PauseGPTDataset
