@@ -1,4 +1,19 @@
-"""Pause-token pretraining (Goyal et al., ICLR 2024) for Megatron datasets and models under DeepSpeed."""
+"""Pause-token pretraining (Goyal et al., ICLR 2024) for Megatron datasets and models under DeepSpeed.
+
+A run from Python:
+
+    config = load_config(recipe="tiny-pause", overrides=["data.prefix=data/c4", "run.dir=runs/a"])
+    pretrain(config)
+    export_hf("runs/a", "out/")
+    load_generator("out/").generate(["My fellow citizens,"], pauses=10)
+
+- Configuration and runs: `load_config`, `ResolvedConfig`, `pretrain`, `finetune`.
+- Corpora and windows: `prepare`, `Tokenizer`, `load_tokenizer`, `PausePlan`, `PauseInjector`, `inject`, `add_pauses`.
+- Megatron-LM scripts: `PauseGPTDatasetConfig`, `PauseGPTDataset`, `PauseTokenizer`, `PauseGPTModel`, `build_model`.
+- transformers: `add_pause_token`, `pause_windows`, `PauseTransform`, `PauseExamples`, `pad_batch`, `PauseLoss`.
+- Hugging Face folders and generation: `export_hf`, `import_hf`, `load_generator`, `PauseGenerator`.
+- Errors that a user can act on: `PauseMegatronError`, `ConfigError`.
+"""
 
 from __future__ import annotations
 

@@ -66,6 +66,8 @@ def load(
         ConfigError: A key does not exist, a value has the wrong type or range, or keys contradict each other; the
             message has the file and line (or "command line"), what was expected and what was given.
     """
+    if isinstance(overrides, str):
+        raise ConfigError(f"overrides: expected a list of key=value texts, got one text: {overrides!r}")
     if path is not None and recipe is not None:
         raise ConfigError(f"expected a file or a recipe, got both: {path} and {recipe}")
     source = recipe_path(recipe) if recipe is not None else path

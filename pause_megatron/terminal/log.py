@@ -92,7 +92,8 @@ def log_to_stderr(*, timestamps: bool) -> Iterator[None]:
 
 
 def log_run_to_stderr() -> contextlib.AbstractContextManager[None]:
-    """As `log_to_stderr` with time stamps; a program that has configured logging keeps its own handlers."""
-    handlers = logging.getLogger(ROOT).handlers or logging.getLogger().handlers
-    ours = all(isinstance(handler, _StderrHandler) for handler in handlers)
-    return log_to_stderr(timestamps=True) if ours else contextlib.nullcontext()
+    """As `log_to_stderr` with time stamps, unless a program handles the package's records of level INFO itself."""
+    logger = logging.getLogger(ROOT)
+    ours = any(isinstance(handler, _StderrHandler) for handler in logger.handlers)
+    handled = logger.hasHandlers() and logger.isEnabledFor(logging.INFO)
+    return contextlib.nullcontext() if handled and not ours else log_to_stderr(timestamps=True)

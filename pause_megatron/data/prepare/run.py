@@ -94,6 +94,8 @@ def prepare(
     begun = time.perf_counter()
     options = options or ReadOptions()
     limit = MalformedLimit(max_malformed)
+    if isinstance(inputs, str):
+        raise DataError(f"inputs: expected a list of shards, got one text: {inputs!r}")
     if workers is not None and workers < 1:
         raise DataError(f"--workers: expected 1 or more, got {workers}")
     sources = find_sources(inputs, hub, options.text_key, options.damaged_shards)

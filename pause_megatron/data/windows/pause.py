@@ -139,13 +139,14 @@ def inject(text: np.ndarray, gaps: np.ndarray, pause_ids: range, length: int | N
 
     Args:
         text: Text ids, int64 [T].
-        gaps: Gaps in 1..T, integers [M], ascending.
+        gaps: Gaps in 1..T, integers [M], in any order.
         pause_ids: The K pause ids, used in turn within each run of pauses, from the first on.
         length: Tokens to cut the window to (the paper's trim), at most T + M. None: all.
 
     Returns:
         A window of `length` or T + M tokens.
     """
+    gaps = np.sort(gaps)
     index = np.arange(gaps.size)
     places = gaps + index
     if length is None:

@@ -60,6 +60,18 @@ def test_a_run_has_time_stamps_and_gives_the_handler_back(capsys):
     assert logging.getLogger(ROOT).handlers == []
 
 
+def test_a_root_handler_at_its_default_level_does_not_silence_a_run(capsys):
+    """As after `logging.basicConfig()`, or one `logging.warning(...)` in a notebook."""
+    logger, level = logging.getLogger(ROOT), logging.getLogger(ROOT).level
+    logger.setLevel(logging.NOTSET)  # the root logger's, which is WARNING
+    try:
+        with log_run_to_stderr():
+            log.info("shown")
+    finally:
+        logger.setLevel(level)
+    assert capsys.readouterr().err.endswith("] shown\n")
+
+
 def test_a_program_with_its_own_logging_keeps_it(capsys):
     stream, root = io.StringIO(), logging.getLogger()
     handler = logging.StreamHandler(stream)
