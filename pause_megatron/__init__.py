@@ -115,19 +115,21 @@ _PLACES = {
 moved.install()
 
 
-def __getattr__(name: str) -> object:
-    """Return a public name, from the module that has it (PEP 562)."""
-    if name in _PLACES:
-        module, _, attribute = _PLACES[name].partition(":")
-        value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{module}"), attribute or name)
-        return value
-    # Asked for by importlib, copy and inspect, of every module; and by `from pause_megatron import MODULE`, which
-    # imports the module next: nothing else may be imported before it.
-    if name.startswith("__") or importlib.util.find_spec(f"{__name__}.{name}") is not None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from pause_megatron.config.spelling import nearest
+if not TYPE_CHECKING:  # type checkers know the names above, and report others
 
-    raise AttributeError(f"{__name__}: expected one of {', '.join(__all__)}, got {name!r}{nearest(name, __all__)}")
+    def __getattr__(name: str) -> object:
+        """Return a public name, from the module that has it (PEP 562)."""
+        if name in _PLACES:
+            module, _, attribute = _PLACES[name].partition(":")
+            value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{module}"), attribute or name)
+            return value
+        # Asked for by importlib, copy and inspect, of every module; and by `from pause_megatron import MODULE`, which
+        # imports the module next: nothing else may be imported before it.
+        if name.startswith("__") or importlib.util.find_spec(f"{__name__}.{name}") is not None:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from pause_megatron.config.spelling import nearest
+
+        raise AttributeError(f"{__name__}: expected one of {', '.join(__all__)}, got {name!r}{nearest(name, __all__)}")
 
 
 def __dir__() -> list[str]:

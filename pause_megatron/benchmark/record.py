@@ -121,7 +121,7 @@ class Measurement:
 
 
 def as_record(result: Measurement) -> dict[str, Any]:
-    """Return a measurement for `json.dumps`, in bytes, seconds and FLOPs; `plan --result` reads it.
+    """Return a measurement for `json.dumps`, in bytes, seconds and FLOPs; `plan --measured` reads it.
 
     Args:
         result: Result of a benchmark.

@@ -8,7 +8,7 @@ import stat
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,6 +26,8 @@ from pause_megatron.run_folder import LATEST
 from pause_megatron.terminal.log import EVERY_RANK
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def save(
@@ -65,13 +67,12 @@ def save(
         CheckpointError: A rank could not write (a full disk, say). Nothing is left of the new checkpoint.
     """
     hidden = store.hidden(step)
-    opened = _attempt(lambda: store.begin(step)) if context.rank == 0 else None
-    _raise_on_failure(hidden, step, gather_objects(opened), context.rank)
-    result = _attempt(lambda: _write_own_files(hidden, engine, context, config_yaml, save_tokenizer, extra))
-    outcomes = gather_objects(result)
-    _raise_on_failure(hidden, step, outcomes, context.rank)
-    written = {name: entry for outcome in outcomes for name, entry in outcome.items()}
-    failure: str | None = None
+    failure = _attempt(lambda: store.begin(step))[1] if context.rank == 0 else None
+    _raise_on_failure(hidden, step, gather_objects(failure), context.rank)
+    outcome = _attempt(lambda: _write_own_files(hidden, engine, context, config_yaml, save_tokenizer, extra))
+    outcomes = gather_objects(outcome)
+    _raise_on_failure(hidden, step, [error for _, error in outcomes], context.rank)
+    written = {name: entry for files, _ in outcomes for name, entry in (files or {}).items()}
     if context.rank == 0:
         manifest = Manifest(
             step=step,
@@ -84,7 +85,7 @@ def save(
             files=written,
             progress=dict(progress),
         )
-        failure = _attempt(lambda: _publish(store, hidden, manifest))
+        failure = _attempt(lambda: _publish(store, hidden, manifest))[1]
     _raise_on_failure(hidden, step, gather_objects(failure), context.rank)
     _tidy(store, step, keep, context.rank)
     barrier()
@@ -162,16 +163,16 @@ def _parameters(engine: Engine) -> dict[str, ParameterEntry]:
     return entries
 
 
-def _attempt(action: Callable[[], Any]) -> Any:
+def _attempt(action: Callable[[], T]) -> tuple[T | None, str | None]:
     """Return the action's result, or its error as text: a rank that raised alone would leave the others waiting."""
     try:
-        return action()
+        return action(), None
     except Exception as error:
-        return f"{type(error).__name__}: {error}"
+        return None, f"{type(error).__name__}: {error}"
 
 
-def _raise_on_failure(hidden: Path, step: int, outcomes: list[Any], rank: int) -> None:
-    failures = [f"rank {index}: {outcome}" for index, outcome in enumerate(outcomes) if isinstance(outcome, str)]
+def _raise_on_failure(hidden: Path, step: int, errors: list[str | None], rank: int) -> None:
+    failures = [f"rank {index}: {error}" for index, error in enumerate(errors) if error is not None]
     if not failures:
         return
     if rank == 0:

@@ -12,10 +12,12 @@ if TYPE_CHECKING:
 __all__ = ["ParallelContext", "Ranks", "discover", "initialize"]
 
 
-def __getattr__(name: str) -> Any:
-    # On demand: rank discovery alone needs no torch.
-    if name not in ("ParallelContext", "initialize"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from pause_megatron.distributed import context
+if not TYPE_CHECKING:  # type checkers know the names above, and report others
 
-    return getattr(context, name)
+    def __getattr__(name: str) -> Any:
+        # On demand: rank discovery alone needs no torch.
+        if name not in ("ParallelContext", "initialize"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from pause_megatron.distributed import context
+
+        return getattr(context, name)

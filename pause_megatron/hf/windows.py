@@ -145,10 +145,12 @@ def pause_windows(
     if documents is not None:
         if documents not in ("joined", "apart"):
             raise ConfigError(f"documents: expected 'joined' or 'apart', got {documents!r}")
+        if intra_document_masking:
+            raise ConfigError("expected intra_document_masking or its old name documents, got both")
         intra_document_masking = documents == "apart"
         warnings.warn(
             f"documents={documents!r} is deprecated; write intra_document_masking={intra_document_masking}",
-            DeprecationWarning,
+            FutureWarning,
             stacklevel=2,
         )
     PausePlan(length - 1, rate, window, placement, pause_seed)  # raises where they do not fit
@@ -193,7 +195,9 @@ def pause_windows(
 
 
 def _words(prefix: str | Path | Sequence[str]) -> tuple[str, ...]:
-    return tuple(str(prefix).split()) if isinstance(prefix, (str, Path)) else tuple(map(str, prefix))
+    if isinstance(prefix, Path):
+        return (str(prefix),)
+    return tuple(prefix.split()) if isinstance(prefix, str) else tuple(map(str, prefix))
 
 
 def _check_connected() -> None:

@@ -56,7 +56,9 @@ def _with_records(generator: PauseGenerator, earlier: dict[str, Any], keywords: 
     )
     records = dict(keywords)
     if "prompting" in fields:
-        records["prompting"] = generator.pause.override(**fields["prompting"])
+        given = keywords.get("prompting")
+        pause = generator.pause if given is None else replace(generator.pause, prompting=given)
+        records["prompting"] = pause.override(**fields["prompting"])
     if "sampling" in fields:
         records["sampling"] = replace(keywords.get("sampling", GREEDY), **fields["sampling"])
     if "limits" in fields:

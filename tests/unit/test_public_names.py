@@ -14,7 +14,7 @@ import pause_megatron
 
 def test_every_public_name_is_there_lazily_and_for_type_checkers():
     tree = ast.parse(Path(pause_megatron.__file__).read_text(encoding="utf-8"))
-    (block,) = (node for node in tree.body if isinstance(node, ast.If))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
     typed = {alias.asname or alias.name: (node.module, alias.name) for node in block.body for alias in node.names}
     assert sorted(typed) == sorted(pause_megatron.__all__)
     for name, (module, attribute) in typed.items():
