@@ -267,12 +267,15 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "a state file of other tensors": (lambda f: other_tensors(state(f), "no label", (300, 300)), "KEY.PARAMETER.START"),
     "a state file without the parameters": (
         lambda f: other_tensors(state(f), "param|x|0", (90_000,)),
-        "which the manifest has not",
+        "expected parameters of the manifest in the state files, got param x",
     ),
-    "a state file linked from elsewhere": (lambda f: moved_out(f, state(f).name), "a link out of the checkpoint"),
+    "a state file linked from elsewhere": (
+        lambda f: moved_out(f, state(f).name),
+        "expected a file inside the checkpoint, got a link out of it",
+    ),
     "a tokenizer linked from elsewhere": (
         lambda f: linked(f / "tokenizer" / "tokenizer.model", "/etc/passwd"),
-        "a link out of the checkpoint",
+        "expected a file inside the checkpoint, got a link out of it",
     ),
     "a pickled tokenizer": (lambda f: pickled(f / "tokenizer" / "tokenizer.model"), "expected a SentencePiece model"),
     "a pickled description": (
