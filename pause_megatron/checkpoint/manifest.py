@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
-import xxhash
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from pause_megatron.checkpoint.format import (
@@ -23,12 +22,13 @@ from pause_megatron.checkpoint.format import (
     state_file,
 )
 from pause_megatron.errors import CheckpointError
-from pause_megatron.files.durable import digest_of, read_regular, sync_file
+from pause_megatron.files.digest import PREFIX, bytes_digest, file_digest
+from pause_megatron.files.durable import read_regular, sync_file
 from pause_megatron.run_folder import step_of
 
 _LARGEST_BYTES = 1 << 30
-_DIGEST = re.compile(rb'"%s": "xxh3_128:([0-9a-f]{32})"' % DIGEST_KEY.encode())
-_NO_DIGEST = "xxh3_128:" + "0" * 32
+_DIGEST = re.compile(f'"{DIGEST_KEY}": "{PREFIX}([0-9a-f]{{32}})"'.encode())
+_NO_DIGEST = PREFIX + "0" * 32
 _STRICT = ConfigDict(strict=True, extra="forbid")
 _Count = Annotated[int, Field(ge=0)]
 _Size = Annotated[int, Field(ge=1)]
@@ -56,7 +56,7 @@ class FileEntry:
     def of(cls, path: Path) -> FileEntry:
         """Sync a file to disk and return its size and digest."""
         sync_file(path)
-        return cls(path.stat().st_size, digest_of(path))
+        return cls(path.stat().st_size, file_digest(path))
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Manifest:
         """Return the JSON text. Its digest is taken over the same bytes with 32 zeros in the digest's own place."""
         record = {FORMAT_KEY: FORMAT, VERSION_KEY: VERSION, DIGEST_KEY: _NO_DIGEST, **asdict(self)}
         text = json.dumps(record, indent=1)
-        return text.replace(_NO_DIGEST, f"xxh3_128:{xxhash.xxh3_128_hexdigest(text.encode())}", 1)
+        return text.replace(_NO_DIGEST, bytes_digest(text.encode()), 1)
 
     @classmethod
     def load(cls, folder: Path) -> Manifest:
@@ -213,7 +213,7 @@ def _digest_of(raw: bytes) -> str:
     if len(digests) != 1:
         return ""
     start, stop = digests[0].span(1)
-    return f"xxh3_128:{xxhash.xxh3_128_hexdigest(raw[:start] + b'0' * 32 + raw[stop:])}"
+    return bytes_digest(raw[:start] + b"0" * 32 + raw[stop:])
 
 
 def _one_bit_apart(one: str, other: str) -> bool:

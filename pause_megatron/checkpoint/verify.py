@@ -12,7 +12,7 @@ from pause_megatron.checkpoint.manifest import FileEntry, Manifest, NewerFormatE
 from pause_megatron.checkpoint.reader import CheckpointReader, state_file_faults
 from pause_megatron.distributed.collective import gather_objects
 from pause_megatron.errors import CheckpointError
-from pause_megatron.files.durable import digest_of
+from pause_megatron.files.digest import file_digest
 
 Report = Callable[[str, int, int], None]
 """A progress callback, called with (stage, bytes done, bytes in all)."""
@@ -139,7 +139,7 @@ def file_problem(path: Path, entry: FileEntry) -> str | None:
             return f"{path}: expected a regular file, got something else of that name"
         if status.st_size != entry.bytes:
             return f"{path}: expected {entry.bytes} bytes, got {status.st_size}"
-        if digest_of(path) != entry.digest:
+        if file_digest(path) != entry.digest:
             return f"{path}: expected the manifest's digest, got another: the file was altered after it was written"
     except (OSError, ValueError) as error:
         return f"{path}: {getattr(error, 'strerror', None) or error}"

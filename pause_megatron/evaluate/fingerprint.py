@@ -7,10 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-import xxhash
-
 from pause_megatron.errors import DataError
-from pause_megatron.files.durable import READ_BYTES, write_whole
+from pause_megatron.files.digest import PREFIX, Hasher, file_digest
+from pause_megatron.files.durable import write_whole
 from pause_megatron.files.typed_json import TypedJson, read_object
 
 # The files, besides the weights, that answers depend on.
@@ -68,14 +67,14 @@ def model_fingerprint(folder: Path, known: Path | None = None, report: Report | 
         entries = {name: (*stats[name], digests[name]) for name in sorted(stats)}
         cache = ModelDigests(folder=str(folder.resolve()), files=entries)
         write_whole(known, json.dumps(cache.model_dump(mode="json"), indent=2).encode() + b"\n")
-    whole = xxhash.xxh3_128()
+    whole = Hasher()
     for name in sorted(digests):
         whole.update(f"{name}\0{digests[name]}\0".encode())
-    return f"xxh3_128:{whole.hexdigest()}"
+    return whole.digest
 
 
 def _digest(path: Path, report: Report | None, done: int, total: int) -> str:
-    """Return the digest of a file.
+    """Return the digest of a file, without the prefix.
 
     Args:
         path: The file.
@@ -83,14 +82,14 @@ def _digest(path: Path, report: Report | None, done: int, total: int) -> str:
         done: Bytes of the files before it.
         total: Bytes of all files.
     """
-    hasher = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while block := file.read(16 * READ_BYTES):
-            hasher.update(block)
-            done += len(block)
-            if report is not None:
-                report("fingerprint of the model", done, total)
-    return hasher.hexdigest()
+
+    def on_read(size: int) -> None:
+        nonlocal done
+        done += size
+        if report is not None:
+            report("fingerprint of the model", done, total)
+
+    return file_digest(path, on_read=on_read).removeprefix(PREFIX)
 
 
 def _cached(known: Path | None, folder: Path, stats: dict[str, tuple[int, int]]) -> dict[str, str]:

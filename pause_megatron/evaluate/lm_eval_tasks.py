@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import xxhash
 from pydantic import JsonValue
 
 from pause_megatron.config.spelling import nearest
@@ -21,6 +20,7 @@ from pause_megatron.evaluate.journal import dump_samples
 from pause_megatron.evaluate.results import ResultsFolder
 from pause_megatron.evaluate.statistics import Mean
 from pause_megatron.evaluate.stored import ResultEntry, Sample, TotalCost
+from pause_megatron.files.digest import Hasher
 from pause_megatron.files.durable import write_whole
 from pause_megatron.inference import PauseGenerator
 
@@ -184,7 +184,7 @@ class Harness:
 
 def _fingerprint(tasks: dict[str, Any], limit: int | None) -> str:
     """Return the digest of the tasks' configurations and of the records that will be scored."""
-    hasher = xxhash.xxh3_128()
+    hasher = Hasher()
     for name in sorted(tasks):
         task = tasks[name]
         hasher.update(json.dumps([name, task.dump_config()], sort_keys=True, default=str).encode())
@@ -192,7 +192,7 @@ def _fingerprint(tasks: dict[str, Any], limit: int | None) -> str:
             if limit is not None and index >= limit:
                 break
             hasher.update(json.dumps(record, sort_keys=True, default=str).encode())
-    return f"xxh3_128:{hasher.hexdigest()}"
+    return hasher.digest
 
 
 def _entries(output: dict[str, Any], identity: Identity, model_path: str, seconds: float) -> list[ResultEntry]:

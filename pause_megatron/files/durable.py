@@ -11,9 +11,8 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import xxhash
-
 from pause_megatron.errors import DataError
+from pause_megatron.files.digest import Hasher
 from pause_megatron.files.locks import HeldError, Holding
 
 READ_BYTES = 1 << 20
@@ -21,8 +20,6 @@ READ_BYTES = 1 << 20
 
 class DigestFile:
     """A file that is written under a temporary name, its digest taken meanwhile. `publish` renames it.
-
-    xxh3_128 detects damage at memory speed (tens of GB/s). It is not cryptographic: it does not detect forgery.
 
     Args:
         path: Final path.
@@ -36,19 +33,19 @@ class DigestFile:
         self.path = path
         self._temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
         self._file = open(self._temporary, "wb")  # noqa: SIM115 - closed by publish or discard
-        self._hash = xxhash.xxh3_128()
+        self._hasher = Hasher()
         self.bytes = 0
 
     def write(self, data: bytes | memoryview) -> None:
         """Append bytes."""
         self._file.write(data)
-        self._hash.update(data)
+        self._hasher.update(data)
         self.bytes += len(data)
 
     @property
     def digest(self) -> str:
         """Digest of everything written so far, as 'xxh3_128:HEX'."""
-        return f"xxh3_128:{self._hash.hexdigest()}"
+        return self._hasher.digest
 
     def finish(self) -> None:
         """Sync the file to disk and close it; it keeps its temporary name."""
@@ -67,40 +64,6 @@ class DigestFile:
         with contextlib.suppress(OSError):  # closing flushes, which fails again on a full disk
             self._file.close()
         self._temporary.unlink(missing_ok=True)
-
-
-class BlockDigests:
-    """Digests of consecutive blocks of a file, updated as it is written.
-
-    Args:
-        block_bytes: Size of a block in bytes.
-
-    Attributes:
-        block_bytes: Size of a block in bytes.
-    """
-
-    def __init__(self, block_bytes: int) -> None:
-        self.block_bytes = block_bytes
-        self._finished: list[str] = []
-        self._hash = xxhash.xxh3_128()
-        self._filled = 0
-
-    def update(self, data: bytes) -> None:
-        """Append bytes."""
-        rest = memoryview(data)
-        while rest:
-            piece = rest[: self.block_bytes - self._filled]
-            self._hash.update(piece)
-            self._filled += len(piece)
-            rest = rest[len(piece) :]
-            if self._filled == self.block_bytes:
-                self._finished.append(f"xxh3_128:{self._hash.hexdigest()}")
-                self._hash, self._filled = xxhash.xxh3_128(), 0
-
-    @property
-    def digests(self) -> list[str]:
-        """Digests of the blocks so far, each as 'xxh3_128:HEX'; the last block may be shorter."""
-        return [*self._finished, f"xxh3_128:{self._hash.hexdigest()}"] if self._filled else [*self._finished]
 
 
 def write_whole(path: Path, data: bytes) -> None:
@@ -173,15 +136,6 @@ def read_regular(path: Path, largest: int) -> bytes:
     if status.st_size > largest:
         raise OSError(errno.EFBIG, f"expected at most {largest:,} bytes, got {status.st_size:,}")
     return path.read_bytes()
-
-
-def digest_of(path: Path) -> str:
-    """Return the digest of a whole file as 'xxh3_128:HEX'."""
-    hasher = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while block := file.read(READ_BYTES):
-            hasher.update(block)
-    return f"xxh3_128:{hasher.hexdigest()}"
 
 
 def own_temporary_folder() -> Path:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 
-import xxhash
-
 from pause_megatron.errors import ConfigError, DataError
+from pause_megatron.files.digest import Hasher
 from pause_megatron.tasks.task import Example, Split, Task
 
 
@@ -38,10 +37,10 @@ def read_examples(task: Task, split: Split, path: str | None = None, limit: int 
 
 def fingerprint(examples: Iterable[Example]) -> str:
     """Return the digest of all fields of the examples, as 'xxh3_128:HEX'."""
-    hasher = xxhash.xxh3_128()
+    hasher = Hasher()
     for example in examples:
         hasher.update(json.dumps(vars(example), sort_keys=True).encode() + b"\n")
-    return f"xxh3_128:{hasher.hexdigest()}"
+    return hasher.digest
 
 
 def _check(task: Task, example: Example) -> None:

@@ -24,7 +24,8 @@ from pause_megatron.data.corpus.manifest import Manifest
 from pause_megatron.data.corpus.records import BLOCK_BYTES, BlockRecord, FileRecord
 from pause_megatron.data.corpus.verify import damage_of
 from pause_megatron.data.prepare.run import prepare
-from pause_megatron.files.durable import BlockDigests, DigestFile
+from pause_megatron.files.digest import BlockDigests
+from pause_megatron.files.durable import DigestFile
 
 DOCUMENT_TOKENS = 500
 OPENINGS = 20

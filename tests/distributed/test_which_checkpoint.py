@@ -24,7 +24,7 @@ from pause_megatron.checkpoint.manifest import FileEntry, NewerFormatError
 from pause_megatron.checkpoint.store import open_newest
 from pause_megatron.checkpoint.verify import problems_of
 from pause_megatron.errors import CheckpointError
-from pause_megatron.files.durable import digest_of
+from pause_megatron.files.digest import file_digest
 from pause_megatron.run_folder import choose, last_published
 
 FLIPS, FULL_FLIPS = 300, 2500
@@ -383,7 +383,7 @@ def test_no_flipped_bit_is_silent_and_none_hides_an_older_checkpoint(run, full):
 def rewrite(folder: Path, manifest: Manifest) -> None:
     """A manifest whose own digest is right, over the files as they are now."""
     files = {
-        name: FileEntry((folder / name).stat().st_size, digest_of(folder / name))
+        name: FileEntry((folder / name).stat().st_size, file_digest(folder / name))
         if (folder / name).is_file()
         else entry
         for name, entry in manifest.files.items()

@@ -284,7 +284,7 @@ def test_without_its_corpus_a_checkpoint_is_compared_on_other_text(run, tmp_path
 def rewrite_manifest(folder: Path, manifest: Manifest) -> None:
     """Sizes and digests of the files as they are now: what somebody who forges a checkpoint would do."""
     from pause_megatron.checkpoint.manifest import FileEntry
-    from pause_megatron.files.durable import digest_of
+    from pause_megatron.files.digest import file_digest
 
-    files = {name: FileEntry((folder / name).stat().st_size, digest_of(folder / name)) for name in manifest.files}
+    files = {name: FileEntry((folder / name).stat().st_size, file_digest(folder / name)) for name in manifest.files}
     (folder / "manifest.json").write_text(replace(manifest, files=files).dumps())

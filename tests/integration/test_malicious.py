@@ -21,7 +21,7 @@ from pause_megatron.checkpoint.layout import VOCABULARY
 from pause_megatron.checkpoint.manifest import FileEntry, ParameterEntry
 from pause_megatron.data.tokenizer.tokenizer import load_tokenizer
 from pause_megatron.errors import DataError, PauseMegatronError
-from pause_megatron.files.durable import digest_of
+from pause_megatron.files.digest import file_digest
 from pause_megatron.hf.export import export
 from pause_megatron.hf.importing import import_folder
 
@@ -312,7 +312,7 @@ def test_no_checkpoint_does_harm(clean, tmp_path, canary, name):
     if "manifest" not in name:
         manifest = changed if isinstance(changed, Manifest) else manifest
         if "10 GB" not in name:
-            files = {n: FileEntry((folder / n).stat().st_size, digest_of(folder / n)) for n in manifest.files}
+            files = {n: FileEntry((folder / n).stat().st_size, file_digest(folder / n)) for n in manifest.files}
             manifest = replace(manifest, files=files)
         (folder / "manifest.json").write_text(manifest.dumps())
     elif isinstance(changed, Manifest):
@@ -327,7 +327,7 @@ def test_a_placement_policy_of_a_checkpoint_is_not_imported(clean, tmp_path, can
     folder = tmp_path / "native"
     shutil.copytree(clean / "native", folder)
     yaml_edit(folder, "placement: uniform", "placement: evil_module:run")
-    files = {n: FileEntry((folder / n).stat().st_size, digest_of(folder / n)) for n in Manifest.load(folder).files}
+    files = {n: FileEntry((folder / n).stat().st_size, file_digest(folder / n)) for n in Manifest.load(folder).files}
     (folder / "manifest.json").write_text(replace(Manifest.load(folder), files=files).dumps())
     export(folder, tmp_path / "out")
     assert not canary.exists()

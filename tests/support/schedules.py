@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
 from pause_megatron.checkpoint import Store
-from pause_megatron.files.durable import digest_of
+from pause_megatron.files.digest import file_digest
 from pause_megatron.run_folder import step_of
 from support.saving import Saving
 
@@ -86,7 +86,7 @@ class _Schedule(RuleBasedStateMachine):
 
     def files(self, step: int) -> dict[str, str]:
         folder = self.folder / f"step-{step:08d}"
-        return {str(p.relative_to(folder)): digest_of(p) for p in folder.rglob("*") if p.is_file()}
+        return {str(p.relative_to(folder)): file_digest(p) for p in folder.rglob("*") if p.is_file()}
 
     def inode(self, step: int) -> int | None:
         folder = self.folder / f"step-{step:08d}"

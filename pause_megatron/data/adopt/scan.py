@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import xxhash
 
 from pause_megatron.data.corpus.index_file import IndexHeader, read_lengths
 from pause_megatron.data.corpus.manifest import path_of
@@ -15,7 +14,7 @@ from pause_megatron.data.corpus.records import BLOCK_BYTES, BlockRecord, FileRec
 from pause_megatron.data.corpus.verify import Report
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer
 from pause_megatron.errors import DataError
-from pause_megatron.files.durable import BlockDigests
+from pause_megatron.files.digest import BlockDigests, Hasher, file_digest
 
 SHOWN = 5
 """Number of locations that a message lists."""
@@ -98,7 +97,7 @@ def scan(prefix: str | Path, header: IndexHeader, tokenizer: Tokenizer, report: 
         DataError: The file has become shorter or longer in the meantime.
     """
     path = path_of(prefix, "bin")
-    whole, blocks = xxhash.xxh3_128(), BlockDigests(BLOCK_BYTES)
+    whole, blocks = Hasher(), BlockDigests(BLOCK_BYTES)
     documents = _Documents(read_lengths(path_of(prefix, "idx"), header.documents))
     finder = _IdFinder(tokenizer)
     done, itemsize = 0, np.dtype(header.dtype).itemsize
@@ -117,7 +116,7 @@ def scan(prefix: str | Path, header: IndexHeader, tokenizer: Tokenizer, report: 
             f"{path}: expected {header.bin_bytes:,} bytes, got {done:,}: it was written to while it was read"
         )
     return Scan(
-        file=FileRecord(bytes=done, digest=f"xxh3_128:{whole.hexdigest()}"),
+        file=FileRecord(bytes=done, digest=whole.digest),
         blocks=BlockRecord(bytes=BLOCK_BYTES, digests=blocks.digests),
         tokens=done // itemsize,
         eod=finder.eod_count,
@@ -137,12 +136,15 @@ def digest_file(path: Path, stage: str, report: Report) -> FileRecord:
         stage: Name of the stage for `report`.
         report: Progress callback.
     """
-    size, done, digest = path.stat().st_size, 0, xxhash.xxh3_128()
-    for data in _pieces(path):
-        digest.update(data)
-        done += len(data)
+    size, done = path.stat().st_size, 0
+
+    def on_read(read: int) -> None:
+        nonlocal done
+        done += read
         report(stage, done, size)
-    return FileRecord(bytes=done, digest=f"xxh3_128:{digest.hexdigest()}")
+
+    digest = file_digest(path, on_read=on_read)
+    return FileRecord(bytes=done, digest=digest)
 
 
 def pause_slots(tokenizer: Tokenizer) -> range:

@@ -8,8 +8,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import xxhash
-
 from pause_megatron.config.blend import is_number, parse_blend
 from pause_megatron.config.schema import DataSection
 from pause_megatron.data.corpus.corpus import Corpus, open_corpus, require_one_tokenizer
@@ -18,6 +16,7 @@ from pause_megatron.data.corpus.manifest import Manifest, path_of
 from pause_megatron.data.corpus.verify import no_report
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from pause_megatron.errors import DataError
+from pause_megatron.files.digest import bytes_digest
 from pause_megatron.terminal.log import EVERY_RANK
 from pause_megatron.terminal.progress import StageProgress
 
@@ -98,8 +97,8 @@ def open_corpora(data: DataSection, pause_embeddings: int) -> Corpora:
     _refuse_overlap(corpora, valid)
     content = [corpus.manifest.fingerprint for corpus in corpora]
     # A single corpus keeps its own fingerprint; a blend has a digest of its parts and weights.
-    blend = xxhash.xxh3_128_hexdigest(repr((content, weights)).encode())
-    fingerprint = content[0] if len(content) == 1 else f"xxh3_128:{blend}"
+    blend = bytes_digest(repr((content, weights)).encode())
+    fingerprint = content[0] if len(content) == 1 else blend
     if corpora + valid:
         tokenizer = require_one_tokenizer(corpora + valid)
     elif data.tokenizer is not None:

@@ -11,8 +11,6 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
-import xxhash
-
 from pause_megatron.data.corpus.records import (
     AdoptionRecord,
     BlockRecord,
@@ -29,6 +27,7 @@ from pause_megatron.data.text.documents import LineLocation
 from pause_megatron.data.text.sources import DamagedShards
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer
 from pause_megatron.errors import DataError
+from pause_megatron.files.digest import bytes_digest
 from pause_megatron.files.durable import write_whole
 
 MANIFEST_VERSION: Literal[3] = 3
@@ -140,7 +139,7 @@ class Manifest(FrozenModel):
             return None
         later = {"adoption"} if self.version < 3 else set()
         content = json.dumps(self.model_dump(mode="json", exclude=later), sort_keys=True)
-        return f"xxh3_128:{xxhash.xxh3_128_hexdigest(content.encode())}"
+        return bytes_digest(content.encode())
 
 
 class _ManifestFile(Manifest):

@@ -6,16 +6,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import xxhash
-
 from pause_megatron.data.corpus.corpus import Corpus
 from pause_megatron.data.corpus.manifest import path_of
 from pause_megatron.errors import DataError
+from pause_megatron.files.digest import file_digest
 
 Report = Callable[[str, int, int], None]
 """Progress callback: name of the stage, bytes done, total bytes."""
-
-_READ_BYTES = 4 << 20
 
 
 def no_report(stage: str, done: int, total: int) -> None:
@@ -54,7 +51,7 @@ def damage_of(corpus: Corpus, report: Report = no_report) -> list[Damage]:
 
     Args:
         corpus: An opened corpus, whose file sizes have been checked.
-        report: Called after every few MiB.
+        report: Called after every MiB.
     """
     manifest = corpus.manifest
     total = sum(record.bytes for record in manifest.files.values())
@@ -79,7 +76,7 @@ def verify_corpus(corpus: Corpus, report: Report = no_report) -> None:
 
     Args:
         corpus: An opened corpus.
-        report: Called after every few MiB.
+        report: Called after every MiB.
 
     Raises:
         DataError: The corpus is damaged; the message lists every damaged range.
@@ -116,26 +113,13 @@ def describe_damage(corpus: Corpus, damage: Sequence[Damage]) -> str:
 def _damaged_blocks(
     path: Path, size: int, digests: Sequence[str], block_bytes: int, on_read: Callable[[int], None]
 ) -> Iterator[Damage]:
-    buffer = memoryview(bytearray(min(_READ_BYTES, block_bytes)))
     for number, expected in enumerate(digests):
         start, end = number * block_bytes, min((number + 1) * block_bytes, size)
         actual: str | None
         try:
-            actual = _digest(path, start, end, buffer, on_read)
+            actual = file_digest(path, start, end, on_read)
             reason = f"altered since it was written (expected {expected}, got {actual})"
         except OSError as error:
             actual, reason = None, f"cannot be read ({error.strerror})"
         if actual != expected:
             yield Damage(path, start, end, number, len(digests), reason)
-
-
-def _digest(path: Path, start: int, end: int, buffer: memoryview, on_read: Callable[[int], None]) -> str:
-    """Return the digest of a range of bytes, up to the end of the file if it has become shorter."""
-    hasher = xxhash.xxh3_128()
-    with open(path, "rb", buffering=0) as file:
-        file.seek(start)
-        while start < end and (read := file.readinto(buffer[: min(end - start, len(buffer))])):
-            hasher.update(buffer[:read])
-            start += read
-            on_read(read)
-    return f"xxh3_128:{hasher.hexdigest()}"

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-import xxhash
 from pydantic import Field
 
 from pause_megatron.data.corpus.manifest import path_of
 from pause_megatron.data.corpus.records import BLOCK_BYTES, BlockRecord, FileRecord, FrozenModel, read_record
 from pause_megatron.data.prepare.shard import PartRecord, part_path
 from pause_megatron.errors import DataError
-from pause_megatron.files.durable import READ_BYTES, BlockDigests, write_whole
+from pause_megatron.files.digest import BlockDigests, Hasher
+from pause_megatron.files.durable import READ_BYTES, write_whole
 
 
 class JoinState(FrozenModel):
@@ -133,7 +133,7 @@ class _Digests:
 
     def __init__(self) -> None:
         self.bytes = 0
-        self._whole, self._part = xxhash.xxh3_128(), xxhash.xxh3_128()
+        self._whole, self._part = Hasher(), Hasher()
         self._blocks = BlockDigests(BLOCK_BYTES)
 
     def update(self, data: bytes) -> None:
@@ -145,12 +145,12 @@ class _Digests:
 
     def end_part(self) -> str:
         """Return the digest of the current part, and begin the next one."""
-        digest = self._part.hexdigest()
-        self._part = xxhash.xxh3_128()
-        return f"xxh3_128:{digest}"
+        digest = self._part.digest
+        self._part = Hasher()
+        return digest
 
     def file_record(self) -> FileRecord:
-        return FileRecord(bytes=self.bytes, digest=f"xxh3_128:{self._whole.hexdigest()}")
+        return FileRecord(bytes=self.bytes, digest=self._whole.digest)
 
     def block_record(self) -> BlockRecord:
         return BlockRecord(bytes=self._blocks.block_bytes, digests=self._blocks.digests)

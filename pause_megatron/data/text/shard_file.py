@@ -7,9 +7,8 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
-import xxhash
-
 from pause_megatron.errors import DataError
+from pause_megatron.files.digest import Hasher
 
 SUFFIXES = (".json", ".jsonl", ".ndjson")
 COMPRESSIONS = {".gz": b"\x1f\x8b", ".zst": b"\x28\xb5\x2f\xfd"}
@@ -61,12 +60,12 @@ class ShardFile:
         self.read_bytes = 0
         self.text_bytes = 0
         self.line = 0
-        self._hash = xxhash.xxh3_128()
+        self._hasher = Hasher()
 
     @property
     def digest(self) -> str:
         """Digest 'xxh3_128:HEX' of the bytes read so far, as stored."""
-        return f"xxh3_128:{self._hash.hexdigest()}"
+        return self._hasher.digest
 
     def lines(self, limit: int = MAX_LINE_BYTES) -> Iterator[bytes | None]:
         """Yield the lines without their newlines, in order; None for a line that is too long.
@@ -111,7 +110,7 @@ class ShardFile:
     def _raw_blocks(self, file: BinaryIO) -> Iterator[bytes]:
         while block := file.read(_READ_BYTES):
             self.read_bytes += len(block)
-            self._hash.update(block)
+            self._hasher.update(block)
             yield block
 
     def _decompressed(self, raw: Iterator[bytes], compression: str) -> Iterator[bytes]:

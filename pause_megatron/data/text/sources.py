@@ -16,7 +16,7 @@ from pause_megatron.data.text.documents import Malformed, parse_lines, parse_rec
 from pause_megatron.data.text.hub import HUB_PREFIX, HubOptions, OptionNames, first_line, open_hub
 from pause_megatron.data.text.shard_file import DamagedShard, ShardFile, check_start, compression_of, is_shard_name
 from pause_megatron.errors import DataError
-from pause_megatron.files.durable import digest_of
+from pause_megatron.files.digest import file_digest
 
 DamagedShards = Literal["error", "keep"]
 """What to do with a damaged shard: stop with an error, or keep the readable part."""
@@ -309,7 +309,7 @@ def _is_special(name: str) -> bool:
 
 def _digest_if_readable(path: Path) -> str | None:
     try:
-        return digest_of(path)
+        return file_digest(path)
     except OSError:
         return None
 

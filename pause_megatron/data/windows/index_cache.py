@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
-import xxhash
 
 from pause_megatron.data.corpus.manifest import Manifest, path_of
 from pause_megatron.errors import ConfigError, DataError
-from pause_megatron.files.durable import digest_of, write_whole
+from pause_megatron.files.digest import Hasher, bytes_digest, file_digest
+from pause_megatron.files.durable import write_whole
 from pause_megatron.terminal.log import EVERY_RANK
 
 log = logging.getLogger(__name__)
@@ -72,10 +72,10 @@ def content_of(dataset_path: str | None, lengths: np.ndarray) -> Content:
     size = _CHUNK
     if manifest is not None and len(lengths) > _CHUNK:
         starts, size = np.linspace(0, len(lengths) - _SAMPLE, _SAMPLES, dtype=np.int64), _SAMPLE
-    hasher = xxhash.xxh3_128(str(len(lengths)).encode())
+    hasher = Hasher(str(len(lengths)).encode())
     for start in starts:
         hasher.update(np.ascontiguousarray(lengths[start : start + size]).data)
-    return {"lengths": f"xxh3_128:{hasher.hexdigest()}", "manifest": manifest}
+    return {"lengths": hasher.digest, "manifest": manifest}
 
 
 def _manifest_of(dataset_path: str | None) -> str | None:
@@ -113,7 +113,7 @@ class IndexCache:
             path = self.folder / name
             try:
                 changed = read or _stamp(path) != file["stamp"]
-                fits = path.stat().st_size == file["bytes"] and (not changed or digest_of(path) == file["digest"])
+                fits = path.stat().st_size == file["bytes"] and (not changed or file_digest(path) == file["digest"])
             except OSError:
                 fits = False
             if not fits:
@@ -156,7 +156,7 @@ class IndexCache:
                 temporary = Path(tempfile.mkdtemp(prefix=f"{self.key}.", suffix=_BUILDING, dir=self.folder))
                 closing.callback(shutil.rmtree, temporary, ignore_errors=True)
                 yield str(temporary)
-                digests = {path.name: digest_of(path) for path in sorted(temporary.iterdir())}
+                digests = {path.name: file_digest(path) for path in sorted(temporary.iterdir())}
                 for name in digests:  # a process that has mapped an older file keeps its content
                     os.replace(temporary / name, self.folder / name)
                 self._write_record(digests)
@@ -183,7 +183,7 @@ class IndexCache:
 
 
 def _digest(files: Mapping[str, CachedFile]) -> str:
-    return f"xxh3_128:{xxhash.xxh3_128_hexdigest(json.dumps(files, sort_keys=True).encode())}"
+    return bytes_digest(json.dumps(files, sort_keys=True).encode())
 
 
 def _stamp(path: Path) -> list[int]:

@@ -28,6 +28,7 @@ from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.data.corpus.corpora import Corpora
 from pause_megatron.data.windows.pause import PauseInjector, PausePlan
 from pause_megatron.errors import ConfigError
+from pause_megatron.files.digest import file_digest
 
 PACKAGE = Path(pause_megatron.__file__).parent
 _PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy", "triton", "transformer-engine")
@@ -199,6 +200,6 @@ def _loaded_files() -> Iterator[tuple[str, Path]]:
 
 def _digest(path: Path) -> str:
     try:
-        return xxhash.xxh3_128_hexdigest(path.read_bytes())
+        return file_digest(path)
     except OSError as error:
         return f"cannot be read: {error.strerror}"

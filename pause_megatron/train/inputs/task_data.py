@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import xxhash
-
 from pause_megatron.config.batching import pause_range
 from pause_megatron.config.follow import fitting_warmup
 from pause_megatron.config.load import resolve, scheduled
@@ -17,6 +15,7 @@ from pause_megatron.data.supervised.examples import Arrangement, continuations, 
 from pause_megatron.data.supervised.windows import SupervisedWindows, summarize
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from pause_megatron.errors import ConfigError, DataError
+from pause_megatron.files.digest import bytes_digest
 from pause_megatron.tasks import Task, fingerprint, load_task, read_examples
 
 
@@ -74,7 +73,7 @@ def open_task(config: ResolvedConfig) -> TaskData:
     encoded = encode_examples(examples, tokenizer)
     windows = SupervisedWindows(encoded, arrangement, seed=config.run.seed, task=task.name)
     content = (fingerprint(examples), tokenizer.fingerprint, tokenizer.eod, tokenizer.pause_id)
-    digest = f"xxh3_128:{xxhash.xxh3_128_hexdigest(repr(content).encode())}"
+    digest = bytes_digest(repr(content).encode())
     return TaskData(with_steps(config, windows), task, windows, tokenizer, pause_ids, digest)
 
 

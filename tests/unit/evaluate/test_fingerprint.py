@@ -8,7 +8,7 @@ import pytest
 
 from pause_megatron.errors import DataError
 from pause_megatron.evaluate import model_fingerprint
-from pause_megatron.files.durable import digest_of
+from pause_megatron.files.digest import file_digest
 
 
 def test_the_fingerprint_is_the_contents_not_the_place(tmp_path):
@@ -27,9 +27,9 @@ def test_the_fingerprint_is_the_contents_not_the_place(tmp_path):
     assert reports[-1] == ("fingerprint of the model", 11, 11)
     for name, text in (("config.json", "{ }"), ("model.safetensors", "Weights"), ("tokenizer.json", "[]")):
         assert model_fingerprint(model(f"changed-{name}.d", **{name: text})) != fingerprint
-    before, reports[:] = digest_of(known), []
+    before, reports[:] = file_digest(known), []
     assert model_fingerprint(one, known, lambda *report: reports.append(report)) == fingerprint
-    assert reports == [] and digest_of(known) == before  # nothing was read again
+    assert reports == [] and file_digest(known) == before  # nothing was read again
     (one / "model.safetensors").write_text("changed")
     assert model_fingerprint(one, known) not in (fingerprint, None) and json.loads(known.read_text())["files"]
     known.write_text("[]")

@@ -12,7 +12,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatase
 
 from pause_megatron.data.corpus.index_file import check_entries, read_header, read_lengths, token_dtype, write_index
 from pause_megatron.errors import DataError
-from pause_megatron.files.durable import DigestFile, digest_of
+from pause_megatron.files.digest import file_digest
+from pause_megatron.files.durable import DigestFile
 
 
 def _write(path: Path, dtype: str, lengths: list[int], cuts: list[int]) -> None:
@@ -20,7 +21,7 @@ def _write(path: Path, dtype: str, lengths: list[int], cuts: list[int]) -> None:
     chunks = np.split(np.array(lengths, dtype=np.int32), sorted(min(cut, len(lengths)) for cut in cuts))
     write_index(file, dtype, len(lengths), lambda: chunks)
     file.publish()
-    assert file.digest == digest_of(path)
+    assert file.digest == file_digest(path)
     assert file.bytes == path.stat().st_size
 
 

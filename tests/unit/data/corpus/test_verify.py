@@ -29,7 +29,7 @@ from pause_megatron.data.corpus.verify import damage_of, verify_corpus
 from pause_megatron.data.prepare.run import prepare
 from pause_megatron.data.tokenizer.tokenizer import load_tokenizer
 from pause_megatron.errors import DataError
-from pause_megatron.files.durable import BlockDigests, digest_of
+from pause_megatron.files.digest import BlockDigests, file_digest
 
 BLOCK = 4096
 FILES = ("bin", "idx", "manifest.json")
@@ -235,7 +235,7 @@ def test_blocks_do_not_depend_on_the_size_of_writes(tmp_path: Path) -> None:
             for start in range(0, len(content), cut):
                 blocks.update(content[start : start + cut])
             assert len(blocks.digests) == -(-len(content) // block_bytes)
-            assert blocks.digests[0] == digest_of(tmp_path / "x")
+            assert blocks.digests[0] == file_digest(tmp_path / "x")
 
 
 def test_manifests_of_the_first_version_are_still_read(corpus: Path) -> None:

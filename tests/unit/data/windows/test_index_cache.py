@@ -29,7 +29,7 @@ from pause_megatron.data.windows.build import DatasetOptions, Datasets, build_da
 from pause_megatron.data.windows.dataset import PauseGPTDataset
 from pause_megatron.data.windows.index_cache import IndexCacheError, choose_folder, content_of
 from pause_megatron.errors import ConfigError
-from pause_megatron.files.durable import digest_of
+from pause_megatron.files.digest import file_digest
 
 SAMPLES = 60
 
@@ -104,7 +104,7 @@ def test_caches_are_read_if_they_changed_or_with_verify_always(tmp_path: Path, m
     prefix, cache = write_corpus(tmp_path / "corpus", paragraphs(40)), tmp_path / "cache"
     _build([prefix], cache)
     read: list[Path] = []
-    monkeypatch.setattr(index_cache, "digest_of", lambda path: read.append(path) or digest_of(path))
+    monkeypatch.setattr(index_cache, "file_digest", lambda path: read.append(path) or file_digest(path))
     _build([prefix], cache)
     assert read == []
     _build([prefix], cache, read_cache=True)
