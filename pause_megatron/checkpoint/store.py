@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from pause_megatron.checkpoint.manifest import Manifest
-from pause_megatron.checkpoint.verify import Complete, Report, first_complete, no_report, problems_of
+from pause_megatron.checkpoint.verify import Complete, first_complete, problems_of
 from pause_megatron.distributed.collective import broadcast_object
 from pause_megatron.errors import CheckpointError
 from pause_megatron.files.durable import symlink_atomic, sync_folder
@@ -28,6 +28,7 @@ from pause_megatron.run_folder import (
     step_name,
     steps_in,
 )
+from pause_megatron.terminal.progress import Report, no_report
 
 log = logging.getLogger(__name__)
 

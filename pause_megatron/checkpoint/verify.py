@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +13,7 @@ from pause_megatron.checkpoint.reader import CheckpointReader, state_file_faults
 from pause_megatron.distributed.collective import gather_objects
 from pause_megatron.errors import CheckpointError
 from pause_megatron.files.digest import file_digest
-
-Report = Callable[[str, int, int], None]
-"""A progress callback, called with (stage, bytes done, bytes in all)."""
+from pause_megatron.terminal.progress import Report, no_report
 
 
 @dataclass(frozen=True)
@@ -31,10 +29,6 @@ class Complete:
     folder: Path
     manifest: Manifest
     complaints: tuple[str, ...]
-
-
-def no_report(stage: str, done: int, total: int) -> None:
-    """Report nothing."""
 
 
 def first_complete(

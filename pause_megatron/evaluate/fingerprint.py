@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -11,12 +10,10 @@ from pause_megatron.errors import DataError
 from pause_megatron.files.digest import PREFIX, Hasher, file_digest
 from pause_megatron.files.durable import write_whole
 from pause_megatron.files.typed_json import TypedJson, read_object
+from pause_megatron.terminal.progress import Report
 
 # The files, besides the weights, that answers depend on.
 _NAMES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
-
-Report = Callable[[str, int, int], None]
-"""(what is done, bytes done, bytes in all)."""
 
 
 class ModelDigests(TypedJson):

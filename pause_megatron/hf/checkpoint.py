@@ -7,7 +7,6 @@ from pathlib import Path
 
 from pause_megatron.checkpoint.merge import MergedReader
 from pause_megatron.checkpoint.store import open_newest
-from pause_megatron.checkpoint.verify import Report
 from pause_megatron.config.load import load_saved
 from pause_megatron.config.model_from import read_config_text
 from pause_megatron.config.schema import ResolvedConfig
@@ -15,6 +14,7 @@ from pause_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from pause_megatron.errors import CheckpointError, ConfigError, DataError
 from pause_megatron.hf.weights import native_shapes
 from pause_megatron.model import Vocabulary
+from pause_megatron.terminal.progress import Report
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from pause_megatron.checkpoint.merge import MergedReader
-from pause_megatron.checkpoint.verify import Report
 from pause_megatron.config.batching import pause_range
 from pause_megatron.errors import CheckpointError
 from pause_megatron.files.durable import sync_file, sync_folder
@@ -25,6 +24,7 @@ from pause_megatron.hf.tokenizer import HFTokenizer, convert_tokenizer, pause_en
 from pause_megatron.hf.tokenizer_files import generation_config, names_class, write_tokenizer
 from pause_megatron.hf.tokenizer_parity import tokenizer_agrees
 from pause_megatron.hf.weights import HFTensor, hf_tensors
+from pause_megatron.terminal.progress import Report
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _BLOCK_BYTES = 16 << 20

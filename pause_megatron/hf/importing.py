@@ -9,7 +9,6 @@ from typing import Literal
 
 import torch
 
-from pause_megatron.checkpoint.verify import Report
 from pause_megatron.config.load import dump, resolve
 from pause_megatron.config.rules import check
 from pause_megatron.config.schema import (
@@ -34,6 +33,7 @@ from pause_megatron.hf.parity import check_import
 from pause_megatron.hf.tokenizer import with_pauses
 from pause_megatron.hf.weights import HFTensor, hf_tensors
 from pause_megatron.model import Vocabulary
+from pause_megatron.terminal.progress import Report
 
 _UNUSED = ("rotary_emb.inv_freq",)
 _TOKENIZER_JSON = ("tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")

@@ -12,7 +12,6 @@ from torch import Tensor
 from pause_megatron.checkpoint.format import ADAM_STATE, MANIFEST, MASTER, TensorName, state_file
 from pause_megatron.checkpoint.layout import VOCABULARY, partition_dim, row_spans, shard_shape
 from pause_megatron.checkpoint.manifest import FileEntry, Manifest, ParameterEntry
-from pause_megatron.checkpoint.verify import Report
 from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.files.durable import write_whole
 from pause_megatron.hf.folder import SourceWeights
@@ -20,6 +19,7 @@ from pause_megatron.hf.safetensors_file import Entry, SafetensorsWriter
 from pause_megatron.hf.weights import HFRows, HFTensor, native_rows, native_shapes
 from pause_megatron.model import Vocabulary
 from pause_megatron.model.init import pause_row
+from pause_megatron.terminal.progress import Report
 
 _BLOCK_BYTES = 16 << 20
 

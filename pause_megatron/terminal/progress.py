@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
+Report = Callable[[str, int, int], None]
+"""A progress callback, called with (stage, units done, units in all)."""
+
 _TERMINAL_SECONDS, _LOG_SECONDS = 0.3, 10.0
+
+
+def no_report(stage: str, done: int, total: int) -> None:
+    """Ignore a progress report.
+
+    Args:
+        stage: What is being done.
+        done: Units done.
+        total: Units in all.
+    """
 
 
 def open_bar(stream: TextIO, description: str, **options: Any) -> tqdm:

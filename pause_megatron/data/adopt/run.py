@@ -29,11 +29,11 @@ from pause_megatron.data.corpus.corpus import open_corpus
 from pause_megatron.data.corpus.index_file import IndexHeader, check_entries, read_header
 from pause_megatron.data.corpus.manifest import Manifest, path_of, replace_tokenizer
 from pause_megatron.data.corpus.records import AdoptionRecord, Counts, TokenizerRecord
-from pause_megatron.data.corpus.verify import Report, no_report
 from pause_megatron.data.prepare.publish import remove_partial_files
 from pause_megatron.data.tokenizer.tokenizer import DESCRIPTION_NAME, Tokenizer
 from pause_megatron.errors import DataError
 from pause_megatron.files.durable import only_writer
+from pause_megatron.terminal.progress import Report, no_report
 
 MissingEod = Literal["error", "keep"]
 """What to do with documents that do not end with EOD: stop with an error, or keep and count them."""

@@ -11,10 +11,10 @@ import numpy as np
 from pause_megatron.data.corpus.index_file import IndexHeader, read_lengths
 from pause_megatron.data.corpus.manifest import path_of
 from pause_megatron.data.corpus.records import BLOCK_BYTES, BlockRecord, FileRecord
-from pause_megatron.data.corpus.verify import Report
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer
 from pause_megatron.errors import DataError
 from pause_megatron.files.digest import BlockDigests, Hasher, file_digest
+from pause_megatron.terminal.progress import Report
 
 SHOWN = 5
 """Number of locations that a message lists."""

@@ -13,12 +13,11 @@ from pause_megatron.config.schema import DataSection
 from pause_megatron.data.corpus.corpus import Corpus, open_corpus, require_one_tokenizer
 from pause_megatron.data.corpus.first_use import verify_at_use
 from pause_megatron.data.corpus.manifest import Manifest, path_of
-from pause_megatron.data.corpus.verify import no_report
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from pause_megatron.errors import DataError
 from pause_megatron.files.digest import bytes_digest
 from pause_megatron.terminal.log import EVERY_RANK
-from pause_megatron.terminal.progress import StageProgress
+from pause_megatron.terminal.progress import StageProgress, no_report
 
 log = logging.getLogger(__name__)
 

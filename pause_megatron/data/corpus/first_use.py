@@ -20,10 +20,11 @@ import xxhash
 
 from pause_megatron.data.corpus.corpus import Corpus
 from pause_megatron.data.corpus.manifest import path_of
-from pause_megatron.data.corpus.verify import Damage, Report, damage_of, describe_damage, no_report, raise_if_damaged
+from pause_megatron.data.corpus.verify import Damage, damage_of, describe_damage, raise_if_damaged
 from pause_megatron.errors import DataError
 from pause_megatron.files.durable import own_temporary_folder, write_whole
 from pause_megatron.files.locks import Backoff
+from pause_megatron.terminal.progress import Report, no_report
 
 # Between two looks of a process that waits. Thousands may wait, on a file system that serves others too.
 _SHORTEST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.05, 5.0

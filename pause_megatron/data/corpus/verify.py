@@ -10,13 +10,7 @@ from pause_megatron.data.corpus.corpus import Corpus
 from pause_megatron.data.corpus.manifest import path_of
 from pause_megatron.errors import DataError
 from pause_megatron.files.digest import file_digest
-
-Report = Callable[[str, int, int], None]
-"""Progress callback: name of the stage, bytes done, total bytes."""
-
-
-def no_report(stage: str, done: int, total: int) -> None:
-    """Ignore a progress report."""
+from pause_megatron.terminal.progress import Report, no_report
 
 
 @dataclass(frozen=True)

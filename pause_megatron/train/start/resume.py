@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from pause_megatron.checkpoint import Manifest, Store
-from pause_megatron.checkpoint.verify import no_report
 from pause_megatron.config.deepspeed import deepspeed_config
 from pause_megatron.config.load import load_saved, scheduled
 from pause_megatron.config.schema import ResolvedConfig, ScheduledConfig
 from pause_megatron.distributed import ParallelContext
 from pause_megatron.errors import CheckpointError
-from pause_megatron.terminal.progress import StageProgress
+from pause_megatron.terminal.progress import StageProgress, no_report
 from pause_megatron.train.loop import Progress
 from pause_megatron.train.start.extension import config_differences, how_to_extend
 

@@ -35,11 +35,12 @@ from pause_megatron.data.corpus.corpus import open_corpus
 from pause_megatron.data.corpus.first_use import verify_at_use
 from pause_megatron.data.corpus.index_file import read_header
 from pause_megatron.data.corpus.manifest import Manifest
-from pause_megatron.data.corpus.verify import no_report, verify_corpus
+from pause_megatron.data.corpus.verify import verify_corpus
 from pause_megatron.data.prepare.run import prepare
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from pause_megatron.data.windows.build import DatasetOptions, build_datasets
 from pause_megatron.errors import DataError
+from pause_megatron.terminal.progress import no_report
 
 TEXTS = documents(80)
 
