@@ -8,6 +8,7 @@ range are tested (tests/benchmarks/results/versions.md). To support a newer vers
 from __future__ import annotations
 
 import re
+from importlib import metadata
 from typing import NamedTuple
 
 
@@ -100,6 +101,18 @@ def release(version: str) -> tuple[int, ...]:
         raise ValueError(f"version: expected numbers with dots, got {version!r}")
     numbers = tuple(int(part) for part in match[0].split("."))
     return numbers + (0,) * (3 - len(numbers))
+
+
+def installed_version(distribution: str) -> str | None:
+    """Return the installed version of a distribution; None where it is not installed.
+
+    Args:
+        distribution: Name of the distribution.
+    """
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 PYTHON = Package("python", "3.10", "3.13", fixed=2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import platform
 from dataclasses import dataclass
 
@@ -11,6 +10,7 @@ import torch
 from pause_megatron.config.gpus import gpu_of_cuda
 from pause_megatron.distributed import ParallelContext
 from pause_megatron.plan.layout import Device
+from pause_megatron.versions import installed_version
 
 VERSIONS = ("torch", "megatron-core", "deepspeed", "triton")
 
@@ -51,12 +51,5 @@ class Machine:
             gpu=gpu.name if gpu else None,
             ranks=context.world_size,
             python=platform.python_version(),
-            packages={name: _version(name) for name in VERSIONS},
+            packages={name: installed_version(name) for name in VERSIONS},
         )
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 import pause_megatron
 from pause_megatron.cli.support.finding import Finding, Probe
 from pause_megatron.cli.support.packages import EXTRAS, absent_package
-from pause_megatron.versions import PYTHON, TRIED, Package, release
+from pause_megatron.versions import PYTHON, TRIED, Package, installed_version, release
 
 _TRITON_KERNELS = "pause_megatron.model.kernels.triton_kernels"
 
@@ -104,10 +104,7 @@ def _cure(package: Package, error: Exception) -> str:
 
 
 def _version(package: Package, module: object) -> str:
-    try:
-        return importlib.metadata.version(package.name)
-    except importlib.metadata.PackageNotFoundError:
-        return str(getattr(module, "__version__", "unknown version"))
+    return installed_version(package.name) or str(getattr(module, "__version__", "unknown version"))
 
 
 def tried_together() -> Iterator[Finding]:

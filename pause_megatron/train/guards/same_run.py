@@ -12,7 +12,6 @@ import stat
 import sys
 import sysconfig
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from pause_megatron.data.corpus.corpora import Corpora
 from pause_megatron.data.windows.pause import PauseInjector, PausePlan
 from pause_megatron.errors import ConfigError
 from pause_megatron.files.digest import file_digest
+from pause_megatron.versions import installed_version
 
 PACKAGE = Path(pause_megatron.__file__).parent
 _PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy", "triton", "transformer-engine")
@@ -65,7 +65,7 @@ def run_record(verb: str, config: ResolvedConfig, world_size: int) -> dict[str, 
     record |= {f"{key} for DeepSpeed": _text(value) for key, value in _flat(engine)}
     record["version of pause-megatron"] = f"{pause_megatron.__version__}, sources {code_digest()}"
     record["version of Python"] = ".".join(platform.python_version_tuple()[:2])
-    record |= {f"version of {name}": _version(name) for name in _PACKAGES}
+    record |= {f"version of {name}": installed_version(name) or "not installed" for name in _PACKAGES}
     return record | environment_record(os.environ)
 
 
@@ -136,13 +136,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _manifest(path: str) -> str:
