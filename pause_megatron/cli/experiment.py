@@ -88,9 +88,9 @@ def _run(args: argparse.Namespace) -> int:
             from pause_megatron.experiment.slurm import JobOptions, submit
 
             options = JobOptions(args.partition, args.time, args.nodes, args.gpus, args.cpus, tuple(args.sbatch))
-            return submit(directory, located, options, log=log.info)
+            return submit(directory, located, options)
         set_threads(args.jobs, args.ranks)
-        code = run_local(located, jobs=args.jobs, stop=_stop_on_signals(), log=log.info)
+        code = run_local(located, jobs=args.jobs, stop=_stop_on_signals())
     if code == 0:
         log.info(f"next: pause-megatron experiment report {shlex.quote(str(directory))}")
     return code
@@ -147,7 +147,7 @@ def _cell(args: argparse.Namespace) -> int:
     from pause_megatron.experiment.execute import run_cell, under_srun
 
     folder = _directory(args)
-    outcome = run_cell(folder, under_srun, _stop_on_signals(), log.info)
+    outcome = run_cell(folder, under_srun, _stop_on_signals())
     log.info(f"{folder.name}: {'done before' if outcome.cached else f'exit code {outcome.code}'}")
     return outcome.code
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shlex
 import shutil
@@ -24,6 +25,8 @@ from pause_megatron.files.locks import Backoff
 from pause_megatron.host.launcher import own_name
 from pause_megatron.host.launcher_search import VARIABLE
 
+log = logging.getLogger(__name__)
+
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_STOPPED = 75
@@ -31,8 +34,6 @@ EXIT_STOPPED = 75
 
 Launch = Callable[[Sequence[str], int], list[str]]
 """(program, ranks) -> the command line that starts the program on that many ranks."""
-
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class Stop:
         self._running: set[subprocess.Popen[bytes]] = set()
 
     def request(self) -> None:
-        """Let no further cell start, and send SIGTERM to the running verbs."""
+        """Start no further cell, and send SIGTERM to the running verbs."""
         self.requested = True
         for process in list(self._running):
             with contextlib.suppress(ProcessLookupError):
@@ -111,7 +112,7 @@ def under_srun(program: Sequence[str], ranks: int) -> list[str]:
     return python if ranks == 1 else ["srun", "--ntasks", str(ranks), "--kill-on-bad-exit=1", *python]
 
 
-def run_cell(folder: Path, launch: Launch, stop: Stop, log: Log = print) -> Outcome:
+def run_cell(folder: Path, launch: Launch, stop: Stop) -> Outcome:
     """Run the cell that FOLDER/cell.json describes, unless it is complete.
 
     The verb's process inherits the cell's lock. If this process is killed, the verb ends soon after it, and the next
@@ -121,14 +122,13 @@ def run_cell(folder: Path, launch: Launch, stop: Stop, log: Log = print) -> Outc
         folder: Folder of the cell.
         launch: How a program is started on several ranks.
         stop: The request to stop early.
-        log: Called with messages.
 
     Raises:
         DataError: cell.json cannot be used, or the verb exited with 0 and left no product.
     """
     cell = CellFile.read(folder)
     with contextlib.ExitStack() as closing:
-        lock = _wait_for_lock(folder, closing, stop, log)
+        lock = _wait_for_lock(folder, closing, stop)
         if is_done(folder, cell.fingerprint):
             return Outcome(EXIT_DONE, cached=True)
         if stop.requested or lock is None:
@@ -169,7 +169,7 @@ def last_lines(folder: Path, count: int = 15) -> str:
     return "\n".join(f"    {line}" for line in lines[-count:])
 
 
-def _wait_for_lock(folder: Path, closing: contextlib.ExitStack, stop: Stop, log: Log) -> int | None:
+def _wait_for_lock(folder: Path, closing: contextlib.ExitStack, stop: Stop) -> int | None:
     """Acquire the cell's lock; return its file descriptor, or None if a stop was requested while waiting."""
     waiting, backoff = False, Backoff(0.5, 0.5)
     while not stop.requested:
@@ -177,7 +177,7 @@ def _wait_for_lock(folder: Path, closing: contextlib.ExitStack, stop: Stop, log:
             return closing.enter_context(only_writer(folder / ".lock", f"the cell {folder.name}"))
         except DataError:
             if not waiting:
-                log(f"{folder.name}: a process of an earlier run still works on it; waiting")
+                log.info(f"{folder.name}: a process of an earlier run still works on it; waiting")
             waiting = True
             backoff.wait()
     return None
@@ -210,13 +210,13 @@ def _run_verb(folder: Path, cell: CellFile, launch: Launch, stop: Stop, lock: in
     if cell.verb == "export-hf":  # it needs a new folder, and cannot resume
         shutil.rmtree(folder / PRODUCT["export-hf"], ignore_errors=True)
     command = launch(["pause_megatron", cell.verb, *arguments_of(folder, cell)], cell.ranks)
-    with open(folder / "log.txt", "a", encoding="utf-8") as log:
-        log.write(f"$ {shlex.join(command)}\n")
-        log.flush()
+    with open(folder / "log.txt", "a", encoding="utf-8") as log_file:
+        log_file.write(f"$ {shlex.join(command)}\n")
+        log_file.flush()
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
-            stdout=log,
+            stdout=log_file,
             stderr=subprocess.STDOUT,
             # If this process is killed, the verb saves and ends as well.
             env={**os.environ, VARIABLE: own_name()},
@@ -225,7 +225,7 @@ def _run_verb(folder: Path, cell: CellFile, launch: Launch, stop: Stop, lock: in
         )
         with stop.registered(process):
             code = process.wait()
-        log.write(f"= exit code {code}\n")
+        log_file.write(f"= exit code {code}\n")
     return code
 
 

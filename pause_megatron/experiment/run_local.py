@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections import Counter, defaultdict
@@ -16,7 +17,6 @@ from pause_megatron.experiment.execute import (
     EXIT_DONE,
     EXIT_FAILED,
     EXIT_STOPPED,
-    Log,
     Outcome,
     Stop,
     alone_or_deepspeed,
@@ -25,6 +25,8 @@ from pause_megatron.experiment.execute import (
 )
 from pause_megatron.experiment.folder import LocatedCell
 
+log = logging.getLogger(__name__)
+
 
 @dataclass
 class _Summary:
@@ -32,7 +34,6 @@ class _Summary:
 
     total: int
     jobs: int
-    log: Log
     start: float = field(default_factory=time.monotonic)
     cached: int = 0
     done: int = 0
@@ -41,7 +42,7 @@ class _Summary:
 
     def started(self, entry: LocatedCell) -> None:
         """Log the start of a cell."""
-        self.log(f"{self._counter()} start   {entry.cell.name}")
+        log.info(f"{self._counter()} start   {entry.cell.name}")
 
     def ended(self, entry: LocatedCell, outcome: Outcome, remaining: Mapping[str, int]) -> None:
         """Count a cell that ended, and log how.
@@ -54,13 +55,13 @@ class _Summary:
         if outcome.code == EXIT_DONE:
             self.done += 1
             self.seconds[entry.cell.verb].append(outcome.seconds)
-            self.log(f"{self._counter()} done    {entry.cell.name}  {outcome.seconds:.0f} s{self._eta(remaining)}")
+            log.info(f"{self._counter()} done    {entry.cell.name}  {outcome.seconds:.0f} s{self._eta(remaining)}")
         elif outcome.code == EXIT_STOPPED:
-            self.log(f"{self._counter()} stopped {entry.cell.name}; the same command resumes it")
+            log.info(f"{self._counter()} stopped {entry.cell.name}; the same command resumes it")
         else:
             self.failed.append(entry.cell.name)
             path, end = entry.folder / "log.txt", last_lines(entry.folder)
-            self.log(f"{self._counter()} FAILED  {entry.cell.name}: exit code {outcome.code}, {path}\n{end}")
+            log.info(f"{self._counter()} FAILED  {entry.cell.name}: exit code {outcome.code}, {path}\n{end}")
 
     def exit_code(self, waiting: int, stop: Stop) -> int:
         """Log the counts and return the exit code.
@@ -70,12 +71,12 @@ class _Summary:
             stop: The request to stop.
         """
         minutes = (time.monotonic() - self.start) / 60
-        self.log(
+        log.info(
             f"{self.cached + self.done} of {self.total} cells done ({self.done} now, in {minutes:.1f} "
             f"min); {len(self.failed)} failed, {waiting} not run"
         )
         if self.failed:
-            self.log("failed: " + ", ".join(self.failed))
+            log.info("failed: " + ", ".join(self.failed))
             return EXIT_FAILED
         return EXIT_STOPPED if stop.requested else EXIT_DONE
 
@@ -91,22 +92,21 @@ class _Summary:
         return f", about {seconds / 60:.0f} min left" if seconds >= 90 else f", about {seconds:.0f} s left"
 
 
-def run_local(located: Mapping[str, LocatedCell], *, jobs: int, stop: Stop, log: Log = print) -> int:
+def run_local(located: Mapping[str, LocatedCell], *, jobs: int, stop: Stop) -> int:
     """Run every cell that is not complete. A failed cell blocks only the cells that depend on it.
 
     Args:
         located: The cells by fingerprint, inputs first.
         jobs: Number of cells at a time.
         stop: The request to stop; it reaches the running verbs, and no further cell starts.
-        log: Called with a message for every start and end.
 
     Returns:
         EXIT_DONE, EXIT_FAILED if a cell failed, or EXIT_STOPPED after a request to stop.
     """
     waiting = {fingerprint: entry for fingerprint, entry in located.items() if not entry.done}
     finished = set(located) - set(waiting)
-    summary = _Summary(len(located), jobs, log, cached=len(finished))
-    log(f"{len(located)} cells: {len(finished)} done before, {len(waiting)} to run, {jobs} at a time")
+    summary = _Summary(len(located), jobs, cached=len(finished))
+    log.info(f"{len(located)} cells: {len(finished)} done before, {len(waiting)} to run, {jobs} at a time")
     running: dict[Future[Outcome], LocatedCell] = {}
     gpus = visible_gpus()
     slots: SimpleQueue[int] = SimpleQueue()  # a slot is a share of the GPUs
@@ -118,7 +118,7 @@ def run_local(located: Mapping[str, LocatedCell], *, jobs: int, stop: Stop, log:
                 if stop.requested:
                     break
                 summary.started(entry)
-                running[pool.submit(_attempt, entry, gpus, slots, stop, log)] = waiting.pop(fingerprint)
+                running[pool.submit(_attempt, entry, gpus, slots, stop)] = waiting.pop(fingerprint)
             if not running:
                 break
             for future in wait(running, timeout=1.0, return_when=FIRST_COMPLETED).done:
@@ -149,7 +149,7 @@ def _ready(waiting: Mapping[str, LocatedCell], finished: set[str]) -> list[tuple
     ]
 
 
-def _attempt(entry: LocatedCell, gpus: tuple[str, ...], slots: SimpleQueue[int], stop: Stop, log: Log) -> Outcome:
+def _attempt(entry: LocatedCell, gpus: tuple[str, ...], slots: SimpleQueue[int], stop: Stop) -> Outcome:
     """Run a cell on its slot's GPUs; an error around its verb fails this cell only."""
     slot = slots.get()
 
@@ -157,9 +157,9 @@ def _attempt(entry: LocatedCell, gpus: tuple[str, ...], slots: SimpleQueue[int],
         return alone_or_deepspeed(program, ranks, gpus_of_slot(gpus, slot, ranks))
 
     try:
-        return run_cell(entry.folder, launch, stop, log)
+        return run_cell(entry.folder, launch, stop)
     except (PauseMegatronError, OSError) as error:
-        log(f"{entry.cell.name}: {error}")
+        log.info(f"{entry.cell.name}: {error}")
         return Outcome(EXIT_FAILED)
     finally:
         slots.put(slot)

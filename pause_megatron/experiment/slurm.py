@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
@@ -10,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pause_megatron.errors import ConfigError
-from pause_megatron.experiment.execute import Log
 from pause_megatron.experiment.folder import TRAINING, LocatedCell
 from pause_megatron.experiment.stored import CellFile, JobFile
 from pause_megatron.files.durable import write_whole
@@ -24,6 +24,8 @@ from pause_megatron.slurm.script import (
     directive_lines,
     fill,
 )
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,13 @@ class JobOptions:
     lines: tuple[str, ...] = ()
 
 
-def submit(directory: Path, located: Mapping[str, LocatedCell], options: JobOptions, log: Log) -> int:
+def submit(directory: Path, located: Mapping[str, LocatedCell], options: JobOptions) -> int:
     """Submit a job for every cell that is neither complete nor in the queue.
 
     Args:
         directory: Folder of the experiment.
         located: The cells by fingerprint, inputs first.
         options: Options of the jobs.
-        log: Called with a message for every job.
 
     Returns:
         The exit code, 0.
@@ -77,12 +78,12 @@ def submit(directory: Path, located: Mapping[str, LocatedCell], options: JobOpti
             dependency = jobs.get(entry.cell.input.fingerprint) if entry.cell.input else None
             job = _submit_one(entry, options, dependency)
             submitted += 1
-            log(f"job {job}{f' after {dependency}' if dependency else ''}: {entry.cell.name}")
+            log.info(f"job {job}{f' after {dependency}' if dependency else ''}: {entry.cell.name}")
         else:
             kept += 1
         jobs[fingerprint] = job
-    log(f"{submitted} jobs submitted, {kept} in the queue before, {done} cells done; look with: squeue --me")
-    log(f"or: pause-megatron experiment status {shlex.quote(str(directory))}")
+    log.info(f"{submitted} jobs submitted, {kept} in the queue before, {done} cells done; look with: squeue --me")
+    log.info(f"or: pause-megatron experiment status {shlex.quote(str(directory))}")
     return 0
 
 

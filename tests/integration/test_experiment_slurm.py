@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 
 import pytest
@@ -26,7 +27,7 @@ def entries(placed: dict[str, LocatedCell]) -> dict[str, LocatedCell]:
     return {entry.cell.name: entry for entry in placed.values()}
 
 
-def test_jobs_run_in_order_and_submitting_again_submits_what_is_left(cluster, tmp_path):
+def test_jobs_run_in_order_and_submitting_again_submits_what_is_left(cluster, tmp_path, caplog):
     a, d = cheap_cell("a"), cheap_cell("d")
     b = cheap_cell("b", a)
     placed = place_cells(tmp_path, [a, b, cheap_cell("c", b), d, cheap_cell("e", d)])
@@ -34,17 +35,18 @@ def test_jobs_run_in_order_and_submitting_again_submits_what_is_left(cluster, tm
     for name in "abce":  # d will fail: its verb leaves nothing
         give_product(named[name])
 
-    said: list[str] = []
+    caplog.set_level(logging.INFO, "pause_megatron")
     held = JobOptions(partition="main", time="10:00", lines=("--hold",))
-    assert submit(tmp_path, placed, held, said.append) == 0
+    assert submit(tmp_path, placed, held) == 0
+    said = caplog.messages
     assert said[-2].startswith("5 jobs submitted, 0 in the queue before, 0 cells done")
     jobs = {name: JobFile.read(entry.folder).job for name, entry in named.items()}
     assert said[1] == f"job {jobs['b']} after {jobs['a']}: b"
     assert all(job_in_queue(entry.folder, queued_jobs()) for entry in named.values())
 
-    said.clear()
-    submit(tmp_path, placed, held, said.append)
-    assert said[-2].startswith("0 jobs submitted, 5 in the queue before")
+    caplog.clear()
+    submit(tmp_path, placed, held)
+    assert caplog.messages[-2].startswith("0 jobs submitted, 5 in the queue before")
 
     cluster.run("scontrol", "release", ",".join(jobs.values()))
     cluster.wait_until_idle()
@@ -55,9 +57,9 @@ def test_jobs_run_in_order_and_submitting_again_submits_what_is_left(cluster, tm
     assert not (named["e"].folder / "job.txt").exists(), "e was started although d failed"
 
     give_product(named["d"])
-    said.clear()
-    submit(tmp_path, placed, JobOptions(), said.append)
-    assert said[-2].startswith("2 jobs submitted, 0 in the queue before, 3 cells done")
+    caplog.clear()
+    submit(tmp_path, placed, JobOptions())
+    assert caplog.messages[-2].startswith("2 jobs submitted, 0 in the queue before, 3 cells done")
     cluster.wait_until_idle()
     assert all(entry.done for entry in named.values())
     assert [(named[name].folder / "done.json").stat().st_mtime_ns for name in "abc"] == ends

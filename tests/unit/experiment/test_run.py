@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+import pytest
 from support.small_grid import cheap_cell, give_product, place_cells
 
 from pause_megatron.cli import main
@@ -19,6 +21,11 @@ from pause_megatron.experiment.ledger import Ledger, ledger_of, total
 from pause_megatron.experiment.run_local import run_local
 from pause_megatron.experiment.stored import CellFile, DoneFile, FailedFile, PlanFile
 from pause_megatron.files.durable import only_writer
+
+
+@pytest.fixture(autouse=True)
+def _info(caplog):
+    caplog.set_level(logging.INFO, "pause_megatron")
 
 
 def tree(directory: Path) -> dict[str, LocatedCell]:
@@ -37,10 +44,11 @@ def states(placed: dict[str, LocatedCell]) -> dict[str, str]:
     return {entry.cell.name: state_of(entry.folder) for entry in placed.values()}
 
 
-def test_a_failed_cell_blocks_its_dependents_only_and_the_next_run_resumes(tmp_path):
-    placed, said = tree(tmp_path), []
-    assert run_local(placed, jobs=2, stop=Stop(), log=said.append) == 1
+def test_a_failed_cell_blocks_its_dependents_only_and_the_next_run_resumes(tmp_path, caplog):
+    placed = tree(tmp_path)
+    assert run_local(placed, jobs=2, stop=Stop()) == 1
     assert states(placed) == {"a": "done", "b": "done", "c": "done", "d": "failed", "e": "waiting"}
+    said = caplog.messages
     assert said[0] == "5 cells: 0 done before, 5 to run, 2 at a time"
     assert said[-2:] == [said[-2], "failed: d"] and said[-2].startswith("3 of 5 cells done")
     starts = [line.split()[-1] for line in said if " start " in line]
@@ -48,21 +56,21 @@ def test_a_failed_cell_blocks_its_dependents_only_and_the_next_run_resumes(tmp_p
 
     before = {name: (entry.folder / "done.json").stat().st_mtime_ns for name, entry in placed.items() if entry.done}
     give_product(next(entry for entry in placed.values() if entry.cell.name == "d"))
-    said.clear()
-    assert run_local(placed, jobs=2, stop=Stop(), log=said.append) == 0
-    assert said[0] == "5 cells: 3 done before, 2 to run, 2 at a time"
+    caplog.clear()
+    assert run_local(placed, jobs=2, stop=Stop()) == 0
+    assert caplog.messages[0] == "5 cells: 3 done before, 2 to run, 2 at a time"
     assert all((placed[name].folder / "done.json").stat().st_mtime_ns == when for name, when in before.items())
     done = DoneFile.read(next(entry for entry in placed.values() if entry.cell.name == "d").folder)
     assert done.attempts == 2 and done.ledger.raw_tokens == 30 and done.ledger.pauses == 3
 
 
-def test_the_last_lines_of_a_failed_verb_are_shown(tmp_path):
-    placed, said = place_cells(tmp_path, [cheap_cell("a")]), []
+def test_the_last_lines_of_a_failed_verb_are_shown(tmp_path, caplog):
+    placed = place_cells(tmp_path, [cheap_cell("a")])
     (entry,) = placed.values()
     cell = CellFile.read(entry.folder)
     cell.model_copy(update={"arguments": ("--recipe", "tiny-sdt")}).write(entry.folder)
-    assert run_local(placed, jobs=1, stop=Stop(), log=said.append) == 1
-    failure = next(line for line in said if "FAILED" in line)
+    assert run_local(placed, jobs=1, stop=Stop()) == 1
+    failure = next(line for line in caplog.messages if "FAILED" in line)
     assert "exit code 2" in failure and "Did you mean 'tiny-std'?" in failure and str(entry.folder) in failure
     assert states(placed) == {"a": "failed"}
     assert FailedFile.read(entry.folder).code == 2
@@ -121,9 +129,9 @@ def test_a_verb_ends_with_its_runner(tmp_path):
 
 
 def test_asked_to_stop_nothing_starts(tmp_path):
-    placed, stop, said = tree(tmp_path), Stop(), []
+    placed, stop = tree(tmp_path), Stop()
     stop.request()
-    assert run_local(placed, jobs=2, stop=stop, log=said.append) == 75
+    assert run_local(placed, jobs=2, stop=stop) == 75
     assert set(states(placed).values()) == {"waiting"}
 
 
@@ -170,7 +178,7 @@ def test_ledgers_add_up(tmp_path):
 def test_status_says_what_is_done(tmp_path, capsys):
     placed = tree(tmp_path)
     PlanFile(cells=tuple(entry.folder.name for entry in placed.values()), points=()).write(tmp_path)
-    run_local(placed, jobs=1, stop=Stop(), log=lambda text: None)
+    run_local(placed, jobs=1, stop=Stop())
     assert main(["experiment", "status", str(tmp_path)]) == 0
     assert capsys.readouterr().out.endswith("5 cells: 3 done, 1 failed, 1 waiting\n")
     assert main(["experiment", "status", str(tmp_path / "nowhere")]) == 2
@@ -189,7 +197,7 @@ def test_cells_that_run_side_by_side_have_gpus_of_their_own(tmp_path, monkeypatc
     placed = place_cells(tmp_path, [cheap_cell(name) for name in "abcd"])
     for entry in placed.values():
         give_product(entry)
-    assert run_local(placed, jobs=4, stop=Stop(), log=lambda text: None) == 0
+    assert run_local(placed, jobs=4, stop=Stop()) == 0
     logs = [(entry.folder / "log.txt").read_text() for entry in placed.values()]
     assert sorted(log.split()[2] for log in logs) == [f"CUDA_VISIBLE_DEVICES={gpu}" for gpu in (4, 5, 6, 7)]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
