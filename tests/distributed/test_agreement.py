@@ -1,4 +1,4 @@
-"""All ranks are of one run, or none takes a step: what is compared, what is said, and what one rank's failure does."""
+"""Ranks of different runs do not take a step: what is compared, the messages, and failures on one rank."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from pause_megatron.errors import SharedError
 from pause_megatron.train.guards.same_run import PACKAGE, code_digest, environment_record, run_record
 
 
-def told(records: list[dict[str, str]], failures: dict[int, str] | None = None) -> set[str]:
-    """What the ranks with these records are told, each a thread; "": go on."""
+def messages(records: list[dict[str, str]], failures: dict[int, str] | None = None) -> set[str]:
+    """Return the messages of ranks with these records, one thread per rank; "" means that the run starts."""
     store, answers = dist.HashStore(), {}
 
     def compare(rank: int) -> None:
@@ -47,7 +47,7 @@ CONFIG = load(recipe="tiny-pause", overrides=["data.prefix=a", "train.steps=4"])
 
 
 def another(key: Key, config: RunConfig) -> RunConfig:
-    """The configuration with another value of the key: any of its type that is not the present one."""
+    """Return the configuration with a different valid value of the key."""
     section, name = key.path.split(".")
     group = getattr(config, section)
     field = next(field for field, info in type(group).model_fields.items() if (info.alias or field) == name)
@@ -80,7 +80,7 @@ def base() -> dict[str, str]:
 def test_a_key_that_differs_between_ranks_is_an_error_or_local(key, base):
     changed = another(key, CONFIG)
     assert changed != CONFIG
-    (text,) = told([base, run_record("pretrain", changed, 2), base])
+    (text,) = messages([base, run_record("pretrain", changed, 2), base])
     if key.local:
         assert text == "" and key.path in LOCAL_KEYS
         return
@@ -89,19 +89,19 @@ def test_a_key_that_differs_between_ranks_is_an_error_or_local(key, base):
     assert f"{key.path} is {base[key.path]} on ranks 0, 2 and " in line and line.endswith(" on rank 1")
 
 
-def test_the_local_keys_are_few_and_what_they_lead_to_is_compared():
+def test_the_local_keys_are_few_and_their_content_is_compared():
     assert {key.path for key in keys().values() if key.local} == LOCAL_KEYS
     assert {"data.prefix", "data.valid_prefix", "data.tokenizer", "task.path"} == LOCAL_KEYS
 
 
-def test_equal_records_go_on():
-    assert told([{"a": "1"}] * 4) == {""} and told([{}]) == {""}
+def test_equal_records_start():
+    assert messages([{"a": "1"}] * 4) == {""} and messages([{}]) == {""}
 
 
 def test_a_difference_names_ranks_and_key():
     one, other = {"optim.lr": "0.001", "a": "x"}, {"optim.lr": "0.01", "a": "x"}
     text = "expected the same run on every rank: optim.lr is 0.001 on ranks 0, 2-3 and 0.01 on rank 1"
-    assert told([one, other, one, one]) == {text}
+    assert messages([one, other, one, one]) == {text}
 
 
 def test_a_message_about_many_keys_stays_readable():
@@ -111,17 +111,17 @@ def test_a_message_about_many_keys_stays_readable():
     assert max(map(len, lines)) < 300
 
 
-def test_a_rank_that_does_something_else_is_named_by_that_alone():
-    assert told([{"verb": "pretrain", "a": "1"}, {"verb": "finetune"}]) == {
+def test_a_rank_with_another_verb_is_reported_by_its_verb_only():
+    assert messages([{"verb": "pretrain", "a": "1"}, {"verb": "finetune"}]) == {
         "expected the same run on every rank: verb is pretrain on rank 0 and finetune on rank 1"
     }
 
 
 def test_a_failure_of_one_rank_is_the_error_of_all_with_its_rank():
-    (text,) = told([{"a": "1"}, {"verb": "x"}, {"a": "1"}], {1: "no corpus at c"})
+    (text,) = messages([{"a": "1"}, {"verb": "x"}, {"a": "1"}], {1: "no corpus at c"})
     assert text.startswith("rank 1 on ") and text.endswith(": no corpus at c")
-    assert told([{}] * 3, dict.fromkeys(range(3), "no corpus at c")) == {"no corpus at c"}
-    (text,) = told([{}] * 4, {0: "a", 1: "b", 2: "b"})
+    assert messages([{}] * 3, dict.fromkeys(range(3), "no corpus at c")) == {"no corpus at c"}
+    (text,) = messages([{}] * 4, {0: "a", 1: "b", 2: "b"})
     assert text.startswith("rank 0 on ") and text.endswith(": a\nranks 1-2: b")
 
 
@@ -133,7 +133,7 @@ def test_ranks_are_listed_as_ranges(numbers, words):
     assert ranks_of(numbers) == words
 
 
-def test_another_byte_of_the_sources_is_another_version(tmp_path):
+def test_one_changed_byte_of_the_sources_is_a_different_version(tmp_path):
     copy = tmp_path / "pause_megatron"
     shutil.copytree(PACKAGE / "config", copy / "config", ignore=shutil.ignore_patterns("__pycache__"))
     before = code_digest(copy)
@@ -145,8 +145,8 @@ def test_another_byte_of_the_sources_is_another_version(tmp_path):
     assert len({before, changed, code_digest(copy)}) == 3
 
 
-def test_unreadable_sources_are_named_and_hidden_files_are_none(tmp_path):
-    """Locks and copies of editors, links that lead nowhere, folders and pipes with the name of a file."""
+def test_unreadable_sources_are_named_and_hidden_files_skipped(tmp_path):
+    """Editors' locks and backups, broken links, folders and pipes with a source's name."""
     (tmp_path / "plain.py").write_text("1\n")
     before = code_digest(tmp_path)
     (tmp_path / ".#plain.py").symlink_to("somebody@host.123:456")
@@ -169,13 +169,13 @@ def test_unreadable_sources_are_named_and_hidden_files_are_none(tmp_path):
     assert len({*digests}) == 5
 
 
-def test_the_folder_of_a_run_is_where_a_rank_finds_it(tmp_path, monkeypatch, base):
+def test_run_dir_is_compared_as_the_folder_that_a_rank_resolves(tmp_path, monkeypatch, base):
     monkeypatch.chdir(tmp_path)
-    (text,) = told([base, run_record("pretrain", CONFIG, 2)])
+    (text,) = messages([base, run_record("pretrain", CONFIG, 2)])
     assert "run.dir is" in text and repr(str(tmp_path / "runs/tiny-pause")) in text
 
 
-def test_one_folder_by_two_spellings_is_one(tmp_path):
+def test_two_spellings_of_one_folder_are_equal(tmp_path):
     origin = tmp_path / "there" / "origin"
     origin.mkdir(parents=True)
     (tmp_path / "link").symlink_to("there")
@@ -185,11 +185,11 @@ def test_one_folder_by_two_spellings_is_one(tmp_path):
         model = CONFIG.model.model_copy(update={"from_": str(folder / "origin")})
         return run_record("pretrain", CONFIG.model_copy(update={"run": run, "model": model}), 2)
 
-    assert told([record(tmp_path / "there"), record(tmp_path / "link")]) == {""}
+    assert messages([record(tmp_path / "there"), record(tmp_path / "link")]) == {""}
 
 
-def test_the_content_of_what_a_path_leads_to_is_compared(tmp_path, monkeypatch, base):
-    """A DeepSpeed file, a policy of the user's, a checkpoint to begin with: the same path, another content."""
+def test_the_content_at_a_path_is_compared(tmp_path, monkeypatch, base):
+    """A DeepSpeed file, a placement policy, an initial checkpoint: the same path with different content."""
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.delitem(sys.modules, "own_policy", raising=False)
     (tmp_path / "own_policy.py").write_text("def place(): ...\n")
@@ -209,7 +209,7 @@ def test_the_content_of_what_a_path_leads_to_is_compared(tmp_path, monkeypatch, 
     (tmp_path / "own_policy.py").write_text("def place(): return 1\n")
     engine.write_text(engine.read_text().replace('"stage": 1', '"stage": 1, "reduce_bucket_size": 12345'))
     (origin / "manifest.json").write_text("[]")
-    (text,) = told([before, run_record("pretrain", config, 2)])
+    (text,) = messages([before, run_record("pretrain", config, 2)])
     assert "source of own_policy:place is" in text and "content of model.from is" in text
     assert "zero_optimization.reduce_bucket_size for DeepSpeed is" in text and "12345 on rank 1" in text
 
@@ -220,11 +220,11 @@ def test_the_content_of_what_a_path_leads_to_is_compared(tmp_path, monkeypatch, 
         ("own:place", "own.py"),
         ("own:place", "beside.py"),  # a helper in the same folder
         ("own:place", "later.py"),  # imported when it is called
-        ("own:place", "elsewhere/far.py"),  # a helper in another one
+        ("own:place", "elsewhere/far.py"),  # a helper in another folder
         ("package:place", "package/inside.py"),
         ("package.inside:place", "package/__init__.py"),
         ("space.inside:place", "space/inside.py"),  # without an __init__.py
-        ("own:place", "gap.txt"),  # a file of data
+        ("own:place", "gap.txt"),  # a data file
     ],
 )
 def test_a_different_policy_is_an_error_wherever_its_code_differs(placement, changed, tmp_path, monkeypatch):
@@ -249,25 +249,25 @@ def test_a_different_policy_is_an_error_wherever_its_code_differs(placement, cha
     config = CONFIG.model_copy(update={"pause": CONFIG.pause.model_copy(update={"placement": placement})})
 
     def record() -> dict[str, str]:
-        """As a process of its own has it."""
+        """Return the record of a separate process."""
         for name in ("own", "beside", "later", "far", "package", "package.inside", "space", "space.inside"):
             monkeypatch.delitem(sys.modules, name, raising=False)
         importlib.invalidate_caches()
         return run_record("pretrain", config, 2)
 
     before = record()
-    assert told([before, record()]) == {""}
+    assert messages([before, record()]) == {""}
     (tmp_path / changed).write_text("4" if changed == "gap.txt" else f"{bodies[changed]}B = 2\n")
-    (text,) = told([before, record()])
+    (text,) = messages([before, record()])
     assert (f"pauses by {placement} is " if changed == "gap.txt" else f"source of {placement} is ") in text
 
 
-def test_variables_that_decide_bits_are_compared_but_not_threads():
+def test_variables_that_change_numerics_are_compared_but_not_threads():
     usual = environment_record({"OMP_NUM_THREADS": "1", "HOME": "/a"})
     assert usual == environment_record({"OMP_NUM_THREADS": "8", "HOME": "/b", "CUDA_VISIBLE_DEVICES": "1"})
-    (text,) = told([usual, environment_record({"NCCL_ALGO": "Ring"})])
+    (text,) = messages([usual, environment_record({"NCCL_ALGO": "Ring"})])
     assert text.endswith("variable NCCL_ALGO is not set on rank 0 and Ring on rank 1")
-    (text,) = told([environment_record({"NVTE_FLASH_ATTN": "0"}), usual])
+    (text,) = messages([environment_record({"NVTE_FLASH_ATTN": "0"}), usual])
     assert text.endswith("variable NVTE_FLASH_ATTN is 0 on rank 0 and not set on rank 1")
 
 

@@ -1,4 +1,4 @@
-"""Which checkpoint is meant, by whoever asks; what damage is found; and what is never lost."""
+"""Which checkpoint every reader selects, which damage is detected, and which checkpoints are kept."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FLIPS, FULL_FLIPS = 300, 2500
 
 
 def one_rank(folder: str, call) -> None:
-    """Calls `call(save)` on a rank that is alone; `save(step, keep=3)` saves its engine into a store of one process."""
+    """Call `call(save)` on a single rank; `save(step, keep=3)` saves its engine into a store of one process."""
     from pause_megatron.config.schema import ParallelSection
     from pause_megatron.distributed import initialize
 
@@ -70,7 +70,7 @@ def run(made, tmp_path) -> Path:
 
 
 def taken(run: Path) -> int:
-    """The step that everybody takes: resume, and export by each name that a user may type."""
+    """Return the step that resume selects, and export by each valid name."""
     resumed = Store(run / "checkpoints").newest_complete()[1].step
     for place in ("", "checkpoints", "checkpoints/latest"):
         assert open_newest(run / place).manifest.step == resumed, place
@@ -78,7 +78,7 @@ def taken(run: Path) -> int:
 
 
 def damage(folder: Path) -> None:
-    """One bit of a state file."""
+    """Flip one bit of a state file."""
     path = next(folder.glob("state-*"))
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
@@ -92,7 +92,7 @@ def point_by_hand(run: Path, target: str) -> None:
 
 
 def resolved_link(run: Path) -> None:
-    """As `cp -rL`, `scp -r` and object stores leave it."""
+    """Replace the link by its target, as `cp -rL`, `scp -r` and object stores do."""
     copy = run.with_name("copy")
     shutil.copytree(run, copy)
     shutil.rmtree(run)
@@ -111,7 +111,7 @@ def killed_before_the_pointer_moved(run: Path) -> None:
 
 
 def without_a_record(run: Path, minutes: int) -> None:
-    """`latest` names an older one, made so long after the newest was: a roll-back, or before: a save was killed."""
+    """Point `latest` at an older checkpoint, later than the newest (a roll-back) or earlier (a killed save)."""
     point_by_hand(run, "step-00000020")
     (run / ".checkpoints.json").unlink()
     made = (run / "checkpoints" / "step-00000030" / "manifest.json").stat().st_mtime + 60 * minutes
@@ -119,7 +119,7 @@ def without_a_record(run: Path, minutes: int) -> None:
 
 
 def only_the_copy_is_whole(run: Path) -> None:
-    """`cp -rL` writes `latest` first, and was cut."""
+    """`cp -rL` writes `latest` first, and was interrupted."""
     resolved_link(run)
     (run / "checkpoints" / "step-00000030" / "manifest.json").unlink()
     shutil.rmtree(run / "checkpoints" / "step-00000020")
@@ -154,7 +154,7 @@ CHANGES = {
     "a record that is none": (lambda run: (run / ".checkpoints.json").write_text("[" * 9999), 30),
     "other things beside them": (
         lambda run: [
-            (run / "checkpoints" / "step-0000000040").mkdir(),  # too many digits for that number
+            (run / "checkpoints" / "step-0000000040").mkdir(),  # more digits than this number needs
             (run / "checkpoints" / "step-00000050").touch(),
             (run / "checkpoints" / "step-99999999").symlink_to("nowhere"),
         ],
@@ -171,7 +171,7 @@ def test_resume_and_export_take_the_same_checkpoint(run, change):
 
 
 def test_only_latest_was_copied(run):
-    """`scp -r HOST:RUN/checkpoints/latest checkpoints/`: it is taken, and becomes a checkpoint at the next save."""
+    """`scp -r HOST:RUN/checkpoints/latest checkpoints/`: it is used, and becomes a checkpoint at the next save."""
     resolved_link(run)
     for step in (10, 20, 30):
         shutil.rmtree(run / "checkpoints" / f"step-{step:08d}")
@@ -184,7 +184,7 @@ def save_one(folder: str, step: int, keep: int = 3, applied: int | None = None) 
     one_rank(folder, lambda save, store, engine: save(step, keep=keep, applied=applied))
 
 
-def test_a_folder_in_place_of_latest_is_replaced_and_nothing_of_it_is_lost(run):
+def test_a_folder_in_place_of_latest_is_replaced_without_loss(run):
     resolved_link(run)
     run_on_ranks(1, save_one, str(run / "checkpoints"), 40)
     assert os.readlink(run / "checkpoints" / "latest") == "step-00000040"
@@ -192,14 +192,14 @@ def test_a_folder_in_place_of_latest_is_replaced_and_nothing_of_it_is_lost(run):
     assert taken(run) == 40
 
 
-def test_a_copy_that_a_run_went_on_from_is_kept_as_the_checkpoint_that_it_is(run):
+def test_a_copy_that_a_run_resumed_from_is_kept_as_a_checkpoint(run):
     only_the_copy_is_whole(run)
     run_on_ranks(1, save_one, str(run / "checkpoints"), 40)
     assert Store(run / "checkpoints").steps() == [10, 30, 40]
     assert not problems_of(run / "checkpoints" / "step-00000030")
 
 
-def test_a_link_that_leads_nowhere_is_named_and_in_nobodys_way(run):
+def test_a_broken_link_is_reported_and_does_no_harm(run):
     shutil.rmtree(run / "checkpoints" / "step-00000030")
     (run / "checkpoints" / "step-00000030").symlink_to("/not mounted/step-00000030")
     assert "step-00000030 links to /not mounted/step-00000030, which does not exist" in choose(run).note
@@ -207,8 +207,8 @@ def test_a_link_that_leads_nowhere_is_named_and_in_nobodys_way(run):
     assert taken(run) == 30 and (run / "checkpoints" / "set-aside-step-00000030").is_symlink()
 
 
-def test_what_cannot_be_set_aside_stays_and_no_save_fails(run):
-    """Another user's folder, say; the roll-back holds all the same."""
+def test_a_checkpoint_that_cannot_be_renamed_stays_and_saves_succeed(run):
+    """For example another user's folder; the roll-back still applies."""
     point_by_hand(run, "step-00000010")
     run_on_ranks(1, save_beside_another_users, str(run / "checkpoints"))
     assert Store(run / "checkpoints").steps() == [14, 15, 20, 30] and taken(run) == 15
@@ -237,7 +237,7 @@ def save_without_links(folder: str) -> None:
         Path.symlink_to = original
 
 
-def test_where_there_are_no_symbolic_links_latest_is_a_file(tmp_path):
+def test_without_symbolic_links_latest_is_a_file(tmp_path):
     run_on_ranks(1, save_without_links, str(tmp_path / "checkpoints"))
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000030\n"
     assert taken(tmp_path) == 30
@@ -245,7 +245,7 @@ def test_where_there_are_no_symbolic_links_latest_is_a_file(tmp_path):
     assert taken(tmp_path) == 40
 
 
-def test_a_roll_back_goes_on_from_there_and_sets_the_newer_ones_aside(run):
+def test_a_roll_back_resumes_there_and_sets_newer_checkpoints_aside(run):
     point_by_hand(run, "step-00000010")
     run_on_ranks(1, save_one, str(run / "checkpoints"), 15)
     checkpoints = run / "checkpoints"
@@ -256,7 +256,7 @@ def test_a_roll_back_goes_on_from_there_and_sets_the_newer_ones_aside(run):
 
 
 def interrupted_save(folder: str, call: str) -> None:
-    """A save that ends, as a kill would end it, before this call of the store."""
+    """Interrupt a save, as a kill would, before this call of the store."""
 
     class Killed(BaseException):
         pass
@@ -273,14 +273,14 @@ def interrupted_save(folder: str, call: str) -> None:
 
 
 @pytest.mark.parametrize(("call", "expected"), [("publish", 10), ("_set_aside", 10), ("move_latest", 15)])
-def test_a_roll_back_that_was_killed_while_it_saved_goes_on(run, call, expected):
+def test_a_roll_back_that_was_killed_during_a_save_resumes(run, call, expected):
     point_by_hand(run, "step-00000010")
     run_on_ranks(1, interrupted_save, str(run / "checkpoints"), call)
     assert taken(run) == expected
 
 
 def fail_after_publishing(folder: str) -> str:
-    """What is said on stderr when neither `latest` nor older checkpoints can be touched."""
+    """Return stderr of a save that can change neither `latest` nor older checkpoints."""
     import contextlib
     import io
 
@@ -312,11 +312,11 @@ def test_a_failure_after_publication_is_a_warning(run):
     assert last_published(run / "checkpoints") == 30
 
 
-# What goes
+# Pruning
 
 
-def test_damaged_ones_beside_it_never_cost_the_good_one(run):
-    """Newer damaged ones, resume, save: the new one and the one that it went on from are there."""
+def test_damaged_checkpoints_never_cost_an_intact_one(run):
+    """With newer damaged checkpoints: after resume and save, the new one and the resumed one exist."""
     for step in (20, 30):
         damage(run / "checkpoints" / f"step-{step:08d}")
     run_on_ranks(1, save_one, str(run / "checkpoints"), 12, 1)
@@ -334,7 +334,7 @@ def damage_then_save(folder: str) -> None:
     one_rank(folder, act)
 
 
-def test_only_complete_ones_count_also_when_they_are_damaged_meanwhile(run):
+def test_only_complete_checkpoints_count_even_if_damaged_meanwhile(run):
     run_on_ranks(1, damage_then_save, str(run / "checkpoints"))
     assert {10, 40} <= set(Store(run / "checkpoints").steps())
     damage(run / "checkpoints" / "step-00000040")
@@ -342,7 +342,7 @@ def test_only_complete_ones_count_also_when_they_are_damaged_meanwhile(run):
 
 
 def save_skipped(folder: str) -> None:
-    """Many saves without an applied step between them."""
+    """Save many times without an applied step in between."""
 
     def act(save, store, engine) -> None:
         for step in range(40, 100, 10):
@@ -351,16 +351,16 @@ def save_skipped(folder: str) -> None:
     one_rank(folder, act)
 
 
-def test_skipped_steps_push_out_nothing(run):
+def test_saves_of_skipped_steps_prune_nothing(run):
     run_on_ranks(1, save_skipped, str(run / "checkpoints"))
     assert Store(run / "checkpoints").steps() == [30, 80, 90]
 
 
-# What is found
+# Detection of damage
 
 
 def flips(folder: Path, count: int) -> list[tuple[Path, int, int]]:
-    """(file, byte, bit): half of them over the files by their size, half over the files alike."""
+    """Return (file, byte, bit): half weighted by file size, half uniform over files."""
     rng = random.Random(0)
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     by_size = rng.choices(files, [path.stat().st_size for path in files], k=count // 2)
@@ -381,7 +381,7 @@ def test_no_flipped_bit_is_silent_and_none_hides_an_older_checkpoint(run, full):
 
 
 def rewrite(folder: Path, manifest: Manifest) -> None:
-    """A manifest whose own digest is right, over the files as they are now."""
+    """Write a manifest with valid digests of the present files."""
     files = {
         name: FileEntry((folder / name).stat().st_size, file_digest(folder / name))
         if (folder / name).is_file()
@@ -399,7 +399,7 @@ def change_state(folder: Path, change) -> None:
 
 
 def doubled(tensors: dict) -> None:
-    """Half of a parameter twice in place of the whole."""
+    """Replace a parameter by its first half twice."""
     name = next(name for name in tensors if name.startswith("param|layers.0.weight|0"))
     values = tensors.pop(name)
     half = len(values) // 2
@@ -431,7 +431,7 @@ FORGED = {
 
 
 @pytest.mark.parametrize("kind", FORGED)
-def test_an_invalid_state_with_valid_digests_is_passed_over(run, kind):
+def test_an_invalid_state_with_valid_digests_is_skipped(run, kind):
     newest = run / "checkpoints" / "step-00000030"
     manifest = Manifest.load(newest)
     change_state(newest, FORGED[kind])
@@ -468,7 +468,7 @@ MANIFESTS = {
 
 
 @pytest.mark.parametrize("kind", MANIFESTS)
-def test_an_invalid_manifest_with_a_valid_digest_is_passed_over(run, kind):
+def test_an_invalid_manifest_with_a_valid_digest_is_skipped(run, kind):
     newest = run / "checkpoints" / "step-00000030"
     (newest / "manifest.json").write_text(MANIFESTS[kind](Manifest.load(newest)).dumps())
     _, found, complaints = Store(run / "checkpoints").newest_complete()
@@ -497,7 +497,7 @@ PLACES = {
 
 
 @pytest.mark.parametrize("kind", PLACES)
-def test_things_that_are_no_files_are_passed_over_and_nothing_hangs(run, kind):
+def test_entries_that_are_not_files_are_skipped_without_a_hang(run, kind):
     PLACES[kind](run / "checkpoints" / "step-00000030")
     assert Store(run / "checkpoints").newest_complete()[1].step == 20
 
@@ -556,7 +556,7 @@ def test_a_state_that_is_not_finite_is_not_saved(run):
     assert taken(run) == 30
 
 
-def test_choose_says_what_is_unusual(run):
+def test_choose_reports_what_is_unusual(run):
     assert choose(run).note == ""
     point_by_hand(run, "step-00000010")
     assert choose(run).note == (

@@ -47,7 +47,7 @@ PARTS = (
     Part("speed", 165, ("tests/gpu/test_speed_gpu.py",), alone=True),
     Part("zero", 90, ("tests/gpu/test_zero_gpu.py",)),
     Part("resume", 90, ("tests/gpu/test_resume_gpu.py",)),
-    Part("spans", 60, ("tests/gpu/test_spans_gpu.py",)),
+    Part("spans", 60, ("tests/gpu/test_variable_length_gpu.py",)),
     Part("signals", 130, ("tests/gpu/test_signals_gpu.py",)),
     Part("command line", 120, ("tests/gpu/test_command_line_gpu.py",)),
     Part("two ranks", 150, ("tests/gpu/test_two_ranks_gpu.py",)),

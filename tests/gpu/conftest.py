@@ -77,7 +77,7 @@ def cuda() -> None:
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Prefix of a prepared corpus of real English with a vocabulary of 1000; parts of one check share it."""
-    from benchmarks.one_loss_list import english
+    from benchmarks.version_losses import english
 
     folder = Path(os.environ.get("GPU_CHECK_SHARED") or tmp_path_factory.mktemp("english"))
     with _locked(folder / "lock"):

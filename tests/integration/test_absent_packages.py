@@ -1,4 +1,4 @@
-"""A verb that needs a package which is absent says so in one message that names the extra; the others do without it."""
+"""A verb that needs an absent package ends with one message that names the extra; other verbs work without it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Run at the start of every Python process, workers too: packages cannot be found, as where nobody installed them.
+# Runs at the start of every Python process, also of workers, and hides packages as if they were not installed.
 HIDING = """
 import importlib.machinery, os
 
@@ -29,7 +29,7 @@ importlib.machinery.PathFinder.find_spec = staticmethod(find_spec)
 
 @pytest.fixture(scope="module")
 def without(tmp_path_factory):
-    """Runs Python where some packages are absent; (exit code, what it said)."""
+    """Run Python with some packages hidden; return its exit code and output."""
     folder = tmp_path_factory.mktemp("hiding")
     (folder / "sitecustomize.py").write_text(HIDING)
     path = os.pathsep.join(filter(None, (str(folder), str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -98,13 +98,13 @@ PROGRAM = ("-m", "pause_megatron")
         ),
     ],
 )
-def test_one_message_says_what_is_absent(package, command, message, without, inputs):
+def test_one_message_names_the_absent_package(package, command, message, without, inputs):
     code, said = without(package, *PROGRAM, *command.format(inputs).split())
     assert code == 2 and message in said, said
     assert sum(line.startswith("pause-megatron: error: ") for line in said.splitlines()) == 1
 
 
-def test_gigatoken_is_only_needed_where_it_is_asked_for(without, inputs):
+def test_gigatoken_is_only_needed_for_its_encoder(without, inputs):
     tokenizer, output = inputs / "fast.model", inputs / "corpus"
     shard = ("--input", inputs / "shard.json.gz")
     train = ("train-tokenizer", *shard, "--vocab-size", 280, "--output", tokenizer)
@@ -116,7 +116,7 @@ def test_gigatoken_is_only_needed_where_it_is_asked_for(without, inputs):
     assert code == 0 and "encoder: library" in said, said
 
 
-def test_a_shard_of_a_worker_needs_zstandard(without, inputs):
+def test_a_zstd_shard_in_a_worker_needs_zstandard(without, inputs):
     tokenizer = inputs / "zst.model"
     train = ("train-tokenizer", "--input", inputs / "shard.json.gz", "--vocab-size", 280, "--output", tokenizer)
     assert without("", *PROGRAM, *train)[0] == 0

@@ -1,4 +1,4 @@
-"""The README's lines for transformers users, run as they stand, and what a real Trainer makes of our samples."""
+"""The README's code for transformers users, executed verbatim, and Trainer's loss on our samples."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ PAUSE = 600
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """What the README's reader has: llama/, shards/, and data/c4 prepared with the model's tokenizer."""
+    """A working folder as the README assumes: llama/, shards/, and data/llama prepared with the model's tokenizer."""
     folder = tmp_path_factory.mktemp("library")
     tokenizer = sentencepiece_tokenizer(folder / "llama", pause=False)
     for part in (tokenizer, llama(len(tokenizer), pauses=0)):
         part.save_pretrained(str(folder / "llama"))
     pattern = write_shards(folder / "shards", [text[:400] for text in documents(150)], 1)
-    prepare([pattern], load_tokenizer(folder / "llama"), folder / "data" / "c4", workers=1)
+    prepare([pattern], load_tokenizer(folder / "llama"), folder / "data" / "llama", workers=1)
     return folder
 
 
 def _definition(model, ids: Tensor) -> float:
-    """Mean loss of a batch [batch, seq] over text targets, each read from whatever stands before it."""
+    """Mean loss of a batch [batch, seq] over text targets, each predicted from the token before it."""
     with torch.no_grad():
         losses = cross_entropy(model(ids[:, :-1]).logits.transpose(1, 2), ids[:, 1:], reduction="none")
     return losses[ids[:, 1:] != PAUSE].mean().item()
@@ -94,11 +94,10 @@ def test_the_readmes_lines_train_a_model_with_pauses(folder, tmp_path, monkeypat
     assert _definition(model, ids) < before_loop - 0.1
 
 
-def test_the_three_lines_that_the_readme_begins_with_make_a_dataset(folder, monkeypatch):
+def test_the_first_python_block_of_the_readme_makes_a_dataset(folder, monkeypatch):
     monkeypatch.chdir(folder)
     block = re.search(r"^```python\n(.*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)[1]
     assert len([line for line in block.splitlines() if line]) == 3
-    block = block.replace("data/llama", "data/c4")  # here that one has the model's tokenizer
     loaders = {"tokenizer": AutoTokenizer, "model": AutoModelForCausalLM}
     names: dict[str, object] = {name: loader.from_pretrained("llama/") for name, loader in loaders.items()}
     _run(ast.parse(block).body, names)
@@ -143,7 +142,7 @@ def _train(make_data, folder: Path, micro: int = 8, accumulation: int = 1, **opt
 
 def _windows(folder, tokenizer, pause_ids):
     settings = {"rate": 0.3, "window": "trim", "placement": "bernoulli"}
-    return pause_windows(folder / "data" / "c4", 64, pause_ids=pause_ids, samples=40, **settings).train
+    return pause_windows(folder / "data" / "llama", 64, pause_ids=pause_ids, samples=40, **settings).train
 
 
 def _pairs(folder, tokenizer, pause_ids):
@@ -181,7 +180,7 @@ def test_two_ranks_are_one(folder):
 
 
 def test_a_collator_that_writes_labels_trains_on_pauses(folder):
-    """Why the README says to leave it alone."""
+    """The default collator must stay: this one trains on pauses."""
     tokenizer = sentencepiece_tokenizer(folder / "collator", pause=False)
     tokenizer.pad_token = tokenizer.eos_token
     sample = _windows(folder, tokenizer, range(PAUSE, PAUSE + 1))[0]

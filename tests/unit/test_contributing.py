@@ -58,7 +58,8 @@ def test_every_name_in_the_steps_exists():
 
 
 def test_the_release_checklist_names_every_file_that_holds_the_version():
-    for name in ("setup.py", "pause_megatron/__init__.py", "CITATION.cff", "CHANGELOG.md"):
+    assert "`setup.py`" in section("Release checklist")
+    for name in ("pause_megatron/__init__.py", "CITATION.cff", "CHANGELOG.md"):
         assert f"`{name}`" in section("Release checklist")
         assert __version__ in (ROOT / name).read_text(encoding="utf-8")
 

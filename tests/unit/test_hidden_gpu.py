@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
         ("", ["tests"], False),
         ("", ["tests/gpu", "tests/unit"], False),
         ("", ["tests/gpu"], True),
-        ("", ["tests/gpu/test_spans_gpu.py::test_kernel_is_the_mask"], True),
+        ("", ["tests/gpu/test_variable_length_gpu.py::test_kernel_is_the_mask"], True),
         ("", [], False),
         ("gpu", ["tests"], True),
         ("gpu and not slow", ["tests"], True),

@@ -27,7 +27,7 @@ def name_of(path: Path) -> str:
 
 
 def public_definitions(body: list[ast.stmt]) -> Iterator[Definition]:
-    """Public functions, classes and methods; what is defined inside a function is nobody's interface."""
+    """Public functions, classes and methods; what is defined inside a function is private."""
     for node in body:
         if isinstance(node, Definition) and not node.name.startswith("_") and not is_overload(node):
             yield node
@@ -36,7 +36,7 @@ def public_definitions(body: list[ast.stmt]) -> Iterator[Definition]:
 
 
 def is_overload(node: Definition) -> bool:
-    """Whether a definition is for type checkers alone, or sets a property whose getter is documented."""
+    """Whether a definition is for type checkers only, or sets a property whose getter is documented."""
     names = [ast.unparse(decorator) for decorator in node.decorator_list]
     return "overload" in names or any(name.endswith(".setter") for name in names)
 
@@ -108,9 +108,9 @@ def test_the_sentences_of_a_page_are_found():
 def test_the_readme_is_short_and_begins_with_code():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     assert len(text.split()) <= README_WORDS
-    python, shell = re.findall(r"^```(?:python|bash)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)[:2]
-    assert [len([line for line in block.splitlines() if line]) for block in (python, shell)] == [3, 3]
-    assert text.index("```python") < 600 and "run on a GPU" in text[:2500]
+    shell, python = re.findall(r"^```(?:python|bash)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)[:2]
+    assert [len([line for line in block.splitlines() if line]) for block in (shell, python)] == [3, 3]
+    assert text.index("```bash") < 600 and text.index("```python") < 1100 and "run on a GPU" in text[:2500]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)

@@ -14,6 +14,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 from support.compatibility import PARTS, is_part
 
+from pause_megatron import __version__
 from pause_megatron.versions import EXTRAS, PACKAGES, PYTHON, TRIED, TRITON, Package, Tried, release
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,7 +68,8 @@ def test_setup_asks_for_what_the_table_says(tmp_path):
     table = {"": {Requirement(package.requirement) for package in PACKAGES} | {Requirement(TRITON)}}
     table |= {extra: {Requirement(package.requirement) for package in packages} for extra, packages in EXTRAS.items()}
     assert asked == table
-    assert f"Requires-Python: {PYTHON.specifier}\n" in (folder / "PKG-INFO").read_text(encoding="utf-8")
+    metadata = (folder / "PKG-INFO").read_text(encoding="utf-8")
+    assert f"Requires-Python: {PYTHON.specifier}\n" in metadata and f"\nVersion: {__version__}\n" in metadata
 
 
 def test_the_table_needs_nothing_but_the_standard_library():

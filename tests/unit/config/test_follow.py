@@ -1,4 +1,4 @@
-"""A key that nobody chose follows one that somebody did; what was valid before, or was chosen, stays as it is."""
+"""Defaults follow the keys that a user sets; explicit and still valid values do not change."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def loaded(recipe: str | None, *overrides: str, path=None):
 
 
 @pytest.mark.parametrize("recipe", recipe_names())
-def test_every_recipe_takes_a_number_of_steps_alone(recipe, tmp_path):
+def test_train_steps_is_enough_to_shorten_every_recipe(recipe, tmp_path):
     given = load(recipe=recipe).optim.warmup_steps
     for steps in (1, 2, 3, 10, 11, 100, given, given + 1):
         config, said = loaded(recipe, f"train.steps={steps}")
@@ -33,7 +33,7 @@ def test_every_recipe_takes_a_number_of_steps_alone(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", recipe_names())
-def test_every_recipe_takes_a_batch_and_a_window_alone(recipe):
+def test_batch_and_window_are_enough_to_shrink_every_recipe(recipe):
     given = load(recipe=recipe).batch
     for size in (None, 1, 6, 131072):
         for length in (None, 64, 4096):
@@ -48,20 +48,20 @@ def test_every_recipe_takes_a_batch_and_a_window_alone(recipe):
 
 
 @pytest.mark.parametrize("recipe", PRETRAINING)
-def test_few_tokens_are_a_short_run(recipe):
+def test_few_tokens_give_a_short_run(recipe):
     config, said = loaded(recipe, "train.tokens=1e4")
     assert config.optim.warmup_steps < config.train.steps and len(said) == 1
     assert said[0].endswith("it follows train.tokens (command line)")
 
 
-def test_the_decay_of_wsd_keeps_its_room():
+def test_the_wsd_decay_keeps_its_steps():
     config, said = loaded("tiny-pause", "train.steps=20", "optim.schedule=wsd", "optim.decay_fraction=0.95")
     assert config.optim.warmup_steps == 1 and said
     config, said = loaded("tiny-pause", "optim.schedule=wsd", "train.steps=30")
     assert config.optim.warmup_steps == 3 and said
 
 
-def test_tensor_parallelism_of_one_takes_sequence_parallelism_along():
+def test_tensor_size_1_turns_sequence_parallelism_off():
     config, said = loaded("c4-7b-pause", "parallel.tensor=1")
     assert config.parallel.sequence is False
     assert said[0].startswith("parallel.sequence=false, not true (") and "parallel.tensor (command line)" in said[0]
@@ -78,7 +78,7 @@ def test_tensor_parallelism_of_one_takes_sequence_parallelism_along():
         (["train.steps=10", "train.tokens=1e9"], "only one of train.steps and train.tokens"),
     ],
 )
-def test_what_was_chosen_and_contradicts_is_refused(overrides, message):
+def test_contradicting_explicit_keys_are_refused(overrides, message):
     with pytest.raises(ConfigError) as caught:
         loaded("tiny-pause", *overrides)
     assert message in str(caught.value)
@@ -92,10 +92,10 @@ def test_a_file_that_contradicts_itself_is_refused(tmp_path):
             loaded(None, *overrides, path=path)
 
 
-def test_a_finetunings_own_file_counts_its_epochs_anew(tmp_path):
+def test_a_finetuning_with_its_own_file_recomputes_its_epochs(tmp_path):
     path = tmp_path / "config.yaml"
     config = load(recipe="finetune-gsm8k")
-    train = config.train.model_copy(update={"steps": 40, "tokens": 40 * 8 * 2048})  # as the examples settle it
+    train = config.train.model_copy(update={"steps": 40, "tokens": 40 * 8 * 2048})  # as computed from the examples
     path.write_text(dump(config.model_copy(update={"train": train})))
     assert load(path).train.steps == 40
     for override in ("finetune.pauses=50", "batch.global_size=16", "task.limit=10"):

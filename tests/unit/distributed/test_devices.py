@@ -1,4 +1,4 @@
-"""Which GPU a rank takes in every way that SLURM and torchrun hand them out; two ranks on one are refused."""
+"""The GPU of a rank under every GPU binding of SLURM and torchrun; two ranks on one GPU are refused."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pause_megatron.errors import ConfigError
 
 
 def step(local: int, **more: str) -> dict[str, str]:
-    """What srun tells the tasks of one host."""
+    """Variables that srun sets for the tasks of one host."""
     place = {"SLURM_PROCID": str(local), "SLURM_LOCALID": str(local), "SLURM_STEP_NUM_TASKS": "4"}
     return {**place, "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "gpu[1-2]", **more}
 
@@ -24,7 +24,7 @@ def torchrun(local: int, **more: str) -> dict[str, str]:
     return {**place, "MASTER_ADDR": "gpu1", "MASTER_PORT": "29500", "TORCHELASTIC_RUN_ID": "x", **more}
 
 
-# How a job asks for GPUs, what each of four tasks is told, and how many GPUs it then sees.
+# How a job requests GPUs, the variables of each of four tasks, and the number of GPUs that it sees.
 SEES_ALL = {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}
 BINDINGS = {
     "--gpus-per-node=4": (lambda local: step(local, **SEES_ALL), 4, [0, 1, 2, 3]),
@@ -67,11 +67,11 @@ def test_every_binding_gives_each_rank_its_gpu(binding):
     environments = [told(local) for local in range(4)]
     found = [device_index(discover(each).local_rank, visible, each) for each in environments]
     assert found == expected
-    assert all(index < visible for index in found)  # DeepSpeed makes LOCAL_RANK, which this becomes, the device
+    assert all(index < visible for index in found)  # DeepSpeed uses LOCAL_RANK, which is set to this, as the device
 
 
 @pytest.mark.parametrize("visible", [2, 3])
-def test_too_few_gpus_are_one_clear_error(visible):
+def test_too_few_gpus_are_one_error(visible):
     """`--gpu-bind=closest`, `--gpus-per-task=2`, or more tasks than GPUs."""
     environment = step(3, SLURM_GPU_BIND="closest", CUDA_VISIBLE_DEVICES="0,1")
     message = (
@@ -83,7 +83,7 @@ def test_too_few_gpus_are_one_clear_error(visible):
 
 
 def claim(port: int, uuids: list[str], errors: list[str]) -> str:
-    """What a rank with this GPU is told; its store is a real one."""
+    """Return the message on a rank with this GPU, through a real store."""
     import torch.distributed as dist
 
     from pause_megatron.distributed.devices import claim_gpu
@@ -98,7 +98,7 @@ def claim(port: int, uuids: list[str], errors: list[str]) -> str:
         error = str(refused)
     dist.barrier()
     keys = store.num_keys()
-    dist.barrier()  # the store lives in rank 0
+    dist.barrier()  # rank 0 hosts the store
     return error or f"{keys} keys"
 
 
@@ -108,31 +108,31 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def told(uuids: list[str], errors: list[str] | None = None) -> set[str]:
+def messages(uuids: list[str], errors: list[str] | None = None) -> set[str]:
     return set(run_on_ranks(len(uuids), claim, free_port(), uuids, errors or [""] * len(uuids)))
 
 
 def test_two_ranks_on_one_gpu_are_named_on_every_rank():
-    (text,) = told(["GPU-a", "GPU-b", "GPU-c", "GPU-b"])
+    (text,) = messages(["GPU-a", "GPU-b", "GPU-c", "GPU-b"])
     one, other = sorted(["rank 1", "rank 3"], key=lambda name: text.index(name))
     assert text.startswith(f"{one} and {other} on {socket.gethostname()}: expected a GPU each, got one, GPU-b (CUDA_")
     assert f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')}" in text
     assert "srun --gpus-per-task=1" in text
 
 
-def test_a_gpu_for_each_rank_is_fine_and_costs_a_few_keys():
-    (text,) = told(["GPU-a", "GPU-b", "GPU-c", "GPU-d"])
+def test_one_gpu_per_rank_passes_with_a_few_keys():
+    (text,) = messages(["GPU-a", "GPU-b", "GPU-c", "GPU-d"])
     # A count of rendezvous and a GPU for each rank; done, verdict, left, empty; torch's own count of its clients.
     assert int(text.split()[0]) <= 2 * 4 + 5
 
 
 def test_one_rank_s_error_is_every_rank_s():
-    (text,) = told(["GPU-a", ""], ["", "local rank 1 on h: expected to see one GPU"])
+    (text,) = messages(["GPU-a", ""], ["", "local rank 1 on h: expected to see one GPU"])
     assert text == "local rank 1 on h: expected to see one GPU"
 
 
 def take(port: int, visible: list[list[str]]) -> tuple[str, list]:
-    """What a rank that sees these GPUs takes; torch's word about them is given to it, its device is noted."""
+    """Return the device of a rank that sees these GPUs; torch's functions are replaced."""
     from types import SimpleNamespace
     from unittest import mock
 
@@ -165,13 +165,13 @@ def take(port: int, visible: list[list[str]]) -> tuple[str, list]:
         ([["a", "b"], ["b"]], ["cuda:0", "cuda:0"]),
     ],
 )
-def test_a_rank_takes_its_device_and_makes_it_the_current_one(visible, devices):
+def test_a_rank_makes_its_device_the_current_one(visible, devices):
     assert run_on_ranks(2, take, free_port(), visible) == [(device, [device]) for device in devices]
 
 
 @pytest.mark.parametrize(
     ("visible", "message"), [([["a"], ["a"]], "expected a GPU each, got one, a"), ([["a"], []], "")]
 )
-def test_none_is_current_where_one_rank_has_none_of_its_own(visible, message):
+def test_no_device_is_set_where_one_rank_has_none(visible, message):
     answers = run_on_ranks(2, take, free_port(), visible)
     assert answers[0] == answers[1] and message in answers[0][0] and answers[0][1] == []

@@ -1,4 +1,4 @@
-"""Running cells locally: order, contained failures, one runner at a time, costs. Real verbs, cheap ones."""
+"""Local execution of cells, with real, cheap verbs: order, isolated failures, one runner at a time, costs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _info(caplog):
 
 
 def tree(directory: Path) -> dict[str, LocatedCell]:
-    """a <- b <- c, and d <- e; d will fail: its verb leaves no product, and it has none."""
+    """a <- b <- c, and d <- e. The verb of d writes no output, so d fails."""
     a = cheap_cell("a")
     b = cheap_cell("b", a)
     d = cheap_cell("d")
@@ -76,11 +76,11 @@ def test_the_last_lines_of_a_failed_verb_are_shown(tmp_path, caplog):
     assert FailedFile.read(entry.folder).code == 2
 
 
-def test_a_cell_that_a_process_of_a_killed_run_still_works_on_is_waited_for(tmp_path):
+def test_a_run_waits_for_a_cell_of_a_killed_runner(tmp_path):
     placed, said = place_cells(tmp_path, [cheap_cell("a")]), []
     (entry,) = placed.values()
     give_product(entry)
-    # A process that inherited the lock, as a verb whose runner was killed.
+    # A process that inherited the lock, like a verb that survived its runner.
     code = "import sys, time; print('up', flush=True); time.sleep(600)"
     with only_writer(entry.folder / ".lock", "a") as lock:
         orphan = subprocess.Popen([sys.executable, "-c", code], pass_fds=(lock,), stdout=subprocess.PIPE)
@@ -98,7 +98,7 @@ def test_a_cell_that_a_process_of_a_killed_run_still_works_on_is_waited_for(tmp_
     assert states(placed) == {"a": "done"}
 
 
-# A runner whose verb takes long, and begins as every verb does.
+# A runner with a long verb, which starts like every verb.
 RUNS_A_CELL = """
 import sys
 from pathlib import Path
@@ -128,14 +128,14 @@ def test_a_verb_ends_with_its_runner(tmp_path):
         time.sleep(0.05)
 
 
-def test_asked_to_stop_nothing_starts(tmp_path):
+def test_no_cell_starts_after_a_stop_request(tmp_path):
     placed, stop = tree(tmp_path), Stop()
     stop.request()
     assert run_local(placed, jobs=2, stop=stop) == 75
     assert set(states(placed).values()) == {"waiting"}
 
 
-def test_a_cell_is_found_by_its_content_whatever_it_was_called(tmp_path):
+def test_a_cell_is_found_by_its_content_under_any_name(tmp_path):
     a = cheap_cell("a")
     (entry,) = place_cells(tmp_path, [a]).values()
     renamed = type(a)("other", a.verb, a.arguments, a.identity)
@@ -144,7 +144,7 @@ def test_a_cell_is_found_by_its_content_whatever_it_was_called(tmp_path):
     assert find_folder(tmp_path / "cells", cheap_cell("b")).name.startswith("b-")
 
 
-def test_arguments_get_folders_and_launchers_their_ranks(tmp_path):
+def test_placeholders_become_folders_and_launchers_get_their_ranks(tmp_path):
     a = cheap_cell("a")
     placed = place_cells(tmp_path, [a, type(a)("b", "export-hf", ("{input}", "{output}"), {}, a)])
     b = placed[list(placed)[1]].folder
@@ -175,7 +175,7 @@ def test_ledgers_add_up(tmp_path):
     assert total([trained, scored]) == Ledger(320.0, 240, 216, 24, 11.0, 24, 44, 2)
 
 
-def test_status_says_what_is_done(tmp_path, capsys):
+def test_status_lists_complete_cells(tmp_path, capsys):
     placed = tree(tmp_path)
     PlanFile(cells=tuple(entry.folder.name for entry in placed.values()), points=()).write(tmp_path)
     run_local(placed, jobs=1, stop=Stop())
@@ -185,7 +185,7 @@ def test_status_says_what_is_done(tmp_path, capsys):
     assert "experiment run` wrote, got none" in capsys.readouterr().err
 
 
-def test_cells_that_run_side_by_side_have_gpus_of_their_own(tmp_path, monkeypatch):
+def test_concurrent_cells_have_different_gpus(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5,6,7")
     gpus = visible_gpus()
     assert [gpus_of_slot(gpus, place, 2) for place in range(3)] == [("4", "5"), ("6", "7"), ("4", "5")]

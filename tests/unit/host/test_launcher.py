@@ -1,4 +1,4 @@
-"""Which process is a rank's launcher, and what becomes of the rank when it goes: real processes, no torch."""
+"""Detection of a rank's launcher, and the end of a rank when its launcher exits; real processes, no torch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ answer = [{name: each.pid for name, each in found.processes.items()}, found.gone
 open(sys.argv[1] + ".part", "w").write(json.dumps(answer))
 os.rename(sys.argv[1] + ".part", sys.argv[1])
 """
-# Starts a program with more variables and tells its number; ends at once where it shall orphan it.
+# Starts a program with further variables and prints its pid; with ORPHANED it exits at once.
 STARTS = """
 import os, subprocess, sys
 variables = dict(word.split("=", 1) for word in sys.argv[1].split())
@@ -43,7 +43,7 @@ child = subprocess.Popen(sys.argv[2:], env={**os.environ, **variables, **orphans
 if not orphans:
     child.wait()
 """
-# Starts a program, and takes the children of those that have ended.
+# Starts a program, and adopts orphaned processes.
 BECOMES_INIT = """
 import ctypes, os, subprocess, sys
 ctypes.CDLL(None).prctl(36, 1)
@@ -70,7 +70,7 @@ assert processes.Watched({"it": processes.Process(2**22, 1)}, {}).gone()
 def found_by(
     tmp_path: Path, *starters: tuple[str, str], wrapped: bool = False
 ) -> tuple[dict[str, int], list[str], list]:
-    """What a process finds that is started by the last starter, which is started by the one before it.
+    """Return the launcher that a process detects at the end of a chain of starters.
 
     Args:
         starters: (name of the program, variables that it gives its child).
@@ -100,7 +100,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 20) -> None:
         time.sleep(0.01)
 
 
-def test_the_launcher_is_the_nearest_ancestor_without_what_it_gives(tmp_path):
+def test_the_launcher_is_the_nearest_ancestor_without_its_variables(tmp_path):
     there, gone, agent = found_by(tmp_path, ("anything", "TORCHELASTIC_RUN_ID=none RANK=0 WORLD_SIZE=2"))
     assert (there, gone) == ({"torchrun": agent}, [])
     (tmp_path / "answer").unlink()
@@ -111,7 +111,7 @@ def test_the_launcher_is_the_nearest_ancestor_without_what_it_gives(tmp_path):
     assert (there, gone) == ({"mpirun": daemon}, [])
 
 
-def test_deepspeeds_runner_matters_as_well(tmp_path):
+def test_the_deepspeed_runner_is_watched_too(tmp_path):
     there, gone, runner = found_by(tmp_path, ("deepspeed", "A=1"), ("launch", "CROSS_RANK=0 RANK=0"))
     assert (
         there.pop("the deepspeed runner") == runner and there.pop("deepspeed") != runner and (there, gone) == ({}, [])
@@ -122,7 +122,7 @@ def test_deepspeeds_runner_matters_as_well(tmp_path):
     assert (there, gone) == ({"deepspeed": by_hand}, [])
 
 
-def test_a_runner_that_ends_while_it_is_looked_at_is_no_stranger(monkeypatch):
+def test_a_runner_that_exits_during_detection_is_recognized(monkeypatch):
     """Its command line is empty before its children get another parent."""
     parents, found = iter([70, 70, 1, 1, 1]), launcher_search.Found()
     monkeypatch.setattr(processes, "parent", lambda pid: next(parents))
@@ -135,14 +135,14 @@ def test_a_runner_that_ends_while_it_is_looked_at_is_no_stranger(monkeypatch):
 
 
 @pytest.mark.parametrize("variables", ["RANK=0 WORLD_SIZE=2 LOCAL_RANK=0", "A=1", "SLURM_PROCID=0 SLURM_NTASKS=4"])
-def test_what_a_shell_or_a_program_starts_by_itself_has_no_launcher(tmp_path, variables):
+def test_a_process_started_by_a_shell_or_a_program_has_no_launcher(tmp_path, variables):
     assert found_by(tmp_path, ("anything", variables))[:2] == ({}, [])
 
 
 @pytest.mark.parametrize(
     ("mark", "said"), [("TORCHELASTIC_RUN_ID", ["torchrun"]), ("CROSS_RANK", ["deepspeed"]), ("PMI_RANK", [])]
 )
-def test_a_rank_that_begins_as_an_orphan_knows_it_where_that_is_sure(tmp_path, mark, said):
+def test_a_rank_that_starts_as_an_orphan_detects_it_where_certain(tmp_path, mark, said):
     there, gone, _ = found_by(tmp_path, ("anything", f"{mark}=0 ORPHANED=1"))
     assert (there, gone) == ({}, said)
 
@@ -151,14 +151,14 @@ def test_a_rank_that_begins_as_an_orphan_knows_it_where_that_is_sure(tmp_path, m
     ("variables", "of_init", "said"),
     [
         ("TORCHELASTIC_RUN_ID=0 START=new_session", "", ["torchrun"]),
-        ("TORCHELASTIC_RUN_ID=0 START=new_session", "TORCHELASTIC_RUN_ID=0", []),  # that of a container: it is outside
+        ("TORCHELASTIC_RUN_ID=0 START=new_session", "TORCHELASTIC_RUN_ID=0", []),  # the launcher is outside
         ("TORCHELASTIC_RUN_ID=0", "", []),
         ("CROSS_RANK=0", "", []),
-        ("CROSS_RANK=0 GROUP=1", "", ["deepspeed"]),  # that of the one which has ended
+        ("CROSS_RANK=0 GROUP=1", "", ["deepspeed"]),  # variables of a launcher that has exited
     ],
 )
-def test_an_init_may_have_started_what_it_is_the_parent_of(tmp_path, variables, of_init, said):
-    """It is in the session of the init, as in a container."""
+def test_the_parent_init_may_be_the_launcher(tmp_path, variables, of_init, said):
+    """The process is in the session of init, as in a container."""
     answer = tmp_path / "answer"
     (tmp_path / "starts").write_text(STARTS)
     started = [sys.executable, str(tmp_path / "starts"), f"{variables} ORPHANED=1", sys.executable, "-c", FINDS, answer]
@@ -177,7 +177,7 @@ def test_an_init_may_have_started_what_it_is_the_parent_of(tmp_path, variables, 
 
 
 def namespace(script: str, folder: Path, environment: dict[str, str]) -> None:
-    """Run it by a shell that is the first process of a container, as far as process numbers go."""
+    """Run the program in a shell that is process 1 of a pid namespace, as in a container."""
     command = ["unshare", "--mount", "--pid", "--fork", *([] if os.getuid() == 0 else ["--map-root-user"]), "bash"]
     if subprocess.run([*command, "-c", "mount -t proc proc /proc"], stderr=subprocess.DEVNULL).returncode:
         pytest.skip("needs root, or namespaces for users")
@@ -186,8 +186,8 @@ def namespace(script: str, folder: Path, environment: dict[str, str]) -> None:
     subprocess.run([*command, "-c", script], cwd=folder, env=environment, check=True, timeout=60)
 
 
-def test_a_launcher_outside_of_the_container_is_not_gone(tmp_path):
-    """Its ranks are children of the first process, which knows the launcher's variables or does not, or are that."""
+def test_a_launcher_outside_of_the_container_has_not_exited(tmp_path):
+    """Its ranks are process 1, or children of it, with or without the launcher's variables there."""
     marks = {"TORCHELASTIC_RUN_ID": "x", "CROSS_RANK": "0", "OMPI_COMM_WORLD_RANK": "0", "PMIX_RANK": "0"}
     finds = "mount -t proc proc /proc; $PYTHON finds.py 1; setsid -w $PYTHON finds.py 2; :"
     namespace(f"{finds}; exec $PYTHON finds.py 3", tmp_path, marks)
@@ -199,15 +199,15 @@ def test_a_launcher_outside_of_the_container_is_not_gone(tmp_path):
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root, to be two users")
-def test_a_process_that_may_not_be_looked_at_is_not_gone(tmp_path):
-    """As on nodes where /proc shows a user's own processes alone, and a daemon of root's has started the rank."""
+def test_a_hidden_process_has_not_exited(tmp_path):
+    """As with hidepid, where /proc shows only a user's own processes, and a root daemon started the rank."""
     (tmp_path / "hidden.py").write_text(HIDDEN)
     script = "mount -t proc -o hidepid=2 proc /proc; bash -c '$PYTHON hidden.py; exit $?'"
     namespace(script, tmp_path, {"TORCHELASTIC_RUN_ID": "x", "CROSS_RANK": "0", "PMI_RANK": "0"})
 
 
-def test_variables_of_another_step_are_no_launcher(monkeypatch):
-    """A job that is submitted from a step inherits them; the step's port is closed, or somebody else's."""
+def test_variables_of_another_step_name_no_launcher(monkeypatch):
+    """A job submitted from a step inherits them; the step's port is closed, or belongs to another program."""
     for name, value in {"SLURM_STEP_NUM_TASKS": "1", "SLURM_LAUNCH_NODE_IPADDR": "127.0.0.1"}.items():
         monkeypatch.setenv(name, value)
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -223,7 +223,7 @@ def test_variables_of_another_step_are_no_launcher(monkeypatch):
     assert launcher_search.find() == launcher_search.Found()
 
 
-def test_a_launcher_of_ones_own_is_named_by_a_variable(monkeypatch):
+def test_a_variable_names_another_launcher(monkeypatch):
     host, own = socket.gethostname(), processes.process(os.getpid())
     for value, expected in ((f"{os.getpid()}@{host}", own), (str(os.getpid()), own), ("1@elsewhere", None)):
         monkeypatch.setenv(launcher_search.VARIABLE, value)
@@ -241,11 +241,11 @@ def test_a_launcher_of_ones_own_is_named_by_a_variable(monkeypatch):
     assert launcher_search.find() == launcher_search.Found()
 
 
-def test_a_number_that_is_used_again_is_another_process():
+def test_a_reused_pid_is_another_process():
     assert processes.runs(processes.process(os.getpid()))
     assert not processes.runs(Process(os.getpid(), 1))
     ended = subprocess.Popen(["true"])
-    wait_for(lambda: processes.process(ended.pid) is None)  # not yet waited for: a zombie has ended
+    wait_for(lambda: processes.process(ended.pid) is None)  # a zombie counts as exited
     ended.wait()
 
 
@@ -253,7 +253,7 @@ HOLDS_THE_INTERPRETER = "import ctypes; ctypes.PyDLL(None).sleep(60)"
 
 
 class Rank:
-    """A process that holds its interpreter, a launcher beside it, and a watcher in a thread of this process."""
+    """A process that holds its GIL, a launcher, and a watcher in a thread of this process."""
 
     def __init__(self) -> None:
         self.launcher = subprocess.Popen(["sleep", "60"])
@@ -289,43 +289,43 @@ def test_before_training_a_rank_ends_with_a_killed_launcher_only(rank):
     assert rank.seconds_until_it_ends() < 2 and rank.process.returncode == -signal.SIGKILL
 
 
-def test_while_steps_are_taken_it_is_told_and_has_a_moment(rank, monkeypatch, capfd):
+def test_during_training_a_rank_is_stopped_and_has_time_to_save(rank, monkeypatch, capfd):
     monkeypatch.setattr(processes, "SAVE_SECONDS", 1.0)
     rank.channel.send(TAKING_STEPS)
     time.sleep(2 * processes.LOOK_SECONDS)
     rank.launcher.kill()
     assert rank.channel.recv(1) == GONE
-    assert 0.8 < rank.seconds_until_it_ends() < 3  # although it holds the interpreter
+    assert 0.8 < rank.seconds_until_it_ends() < 3  # although it holds the GIL
     error = capfd.readouterr().err
     assert f"[rank 3] its launcher is gone: launcher (process {rank.launcher.pid}); finishing the step" in error
     assert "[rank 3] not ended 1 s after its launcher; ended" in error
 
 
-def test_a_save_that_a_signal_asked_for_has_more_time(rank, monkeypatch, capfd):
+def test_a_save_after_a_signal_has_more_time(rank, monkeypatch, capfd):
     monkeypatch.setattr(processes, "STOPPING_SECONDS", 1.5)
     monkeypatch.setattr(processes, "SAVE_SECONDS", 1.2)
     rank.channel.send(TAKING_STEPS)
     time.sleep(2 * processes.LOOK_SECONDS)
     rank.launcher.kill()
     assert rank.channel.recv(1) == GONE
-    rank.channel.send(STOP_ASKED)  # Ctrl-C: the launcher may be the first to end
+    rank.channel.send(STOP_ASKED)  # Ctrl-C: the launcher may exit first
     assert 1.3 < rank.seconds_until_it_ends() < 4
-    assert "its launcher is gone" not in capfd.readouterr().err  # who stopped it knows
+    assert "its launcher is gone" not in capfd.readouterr().err  # the user stopped it
 
 
-def test_a_frozen_rank_ends_too_and_the_watcher_ends_with_any(rank):
+def test_a_suspended_rank_ends_too_and_the_watcher_exits_with_it(rank):
     rank.process.send_signal(signal.SIGSTOP)
     rank.launcher.kill()
     assert rank.seconds_until_it_ends() < 2
 
 
-def test_the_watcher_ends_with_its_process(rank):
+def test_the_watcher_exits_with_its_process(rank):
     rank.process.kill()
     assert rank.seconds_until_it_ends() < 1
 
 
-def test_nobody_reads_the_standard_error(rank, monkeypatch):
-    """The message is dropped; the end is not."""
+def test_a_closed_stderr_does_not_keep_a_rank_alive(rank, monkeypatch):
+    """The message is lost, but the rank still ends."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     with contextlib.suppress(BlockingIOError):

@@ -1,4 +1,4 @@
-"""An adopted corpus equals the one that `prepare` would have made; every fault is an error before."""
+"""An adopted corpus equals the one that `prepare` would have made; every fault is an error before files are written."""
 
 from __future__ import annotations
 
@@ -89,8 +89,8 @@ def refusal(prefix: Path, tokenizer: Tokenizer, **options: object) -> str:
 
 
 @pytest.mark.parametrize("name", ["tok.model", "hf"])
-def test_it_is_the_corpus_that_prepare_makes(folder: Path, tmp_path: Path, capsys, name: str) -> None:
-    """Same bytes, so the same fingerprint, which checkpoints keep; and the verbs take it as they take the other."""
+def test_an_adopted_corpus_equals_that_of_prepare(folder: Path, tmp_path: Path, capsys, name: str) -> None:
+    """The bytes are equal, and so is the fingerprint that checkpoints hold; the verbs accept both corpora."""
     prefix, prepared = (
         preprocess(tmp_path / "theirs" / "c", TEXTS, *megatron_tokenizer(folder / name)),
         tmp_path / "ours" / "c",
@@ -194,7 +194,7 @@ def test_every_integer_dtype_gives_the_same_windows(folder: Path, original: Path
 
 
 def test_empty_texts(folder: Path, tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """preprocess_data.py writes an end of a document without a sequence for them; the datasets do not see it."""
+    """preprocess_data.py writes a document end without a sequence for them; datasets skip it."""
     texts = ["", *TEXTS[:40], "", "", *TEXTS[40:], ""]
     prefix = preprocess(tmp_path / "c", texts, *megatron_tokenizer(folder / "tok.model"))
     assert adopt(prefix, tokenizer).manifest.counts.documents == 80
@@ -215,12 +215,12 @@ def test_manifests_of_the_second_version_are_still_read(folder: Path, tokenizer:
         open_corpus(tmp_path / "c")
 
 
-# Ids that must not be there -------------------------------------------------------------------------------------------
+# Invalid ids ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def with_pause(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer that has <pause>, and two more tokens that it keeps free."""
+    """A tokenizer with <pause> and two further unused tokens."""
     return train_hugging_face(tmp_path_factory.mktemp("special") / "hf", special=("</s>", "<pause>", "<a>", "<b>"))
 
 
@@ -239,7 +239,7 @@ def test_literal_pauses_are_found_with_a_remedy(with_pause: Path, tmp_path: Path
 
 
 def test_further_pause_ids_that_the_corpus_holds(with_pause: Path, tmp_path: Path) -> None:
-    """With K pause embeddings the ids behind <pause> are pauses too: those in use are refused when a run starts."""
+    """With K pause embeddings the K - 1 ids after <pause> are pauses too; a run refuses a corpus that has them."""
     prefix = preprocess(tmp_path / "c", [*TEXTS, "a <b> c"], *megatron_tokenizer(with_pause))
     assert adopt(prefix, load_tokenizer(with_pause)).manifest.adoption.free_pause_ids == 2
     data = DataSection(prefix=[str(prefix)])
@@ -255,7 +255,7 @@ def test_ids_out_of_range(folder: Path, tokenizer: Tokenizer, tmp_path: Path) ->
     for position, value, dtype in [(3, 600, np.uint16), (1200, 65535, np.uint16), (1200, -1, np.int32)]:
         wrong = [*ids[:80], [*ids[80][:position], value, *ids[80][position + 1 :]]]
         said = refusal(write_ids(tmp_path / f"{position}{value}" / "c", wrong, dtype), tokenizer)
-        if position == 3:  # in the sample already
+        if position == 3:  # inside the sample
             assert "document 80: expected ids 0 to 599 of the tokenizer, got 600" in said
         else:
             assert (
@@ -269,7 +269,7 @@ def test_ids_out_of_range(folder: Path, tokenizer: Tokenizer, tmp_path: Path) ->
     piece=st.integers(1, 9),
 )
 def test_scan_finds_what_a_loop_over_documents_finds(tmp_path_factory, folder: Path, ids, piece: int) -> None:
-    """Wherever the pieces are cut, and with documents without tokens anywhere."""
+    """For any block size, also with empty documents at any position."""
     prefix = write_ids(tmp_path_factory.mktemp("scan") / "c", ids)
     tokenizer = load_tokenizer(folder / "tok.model")
     with pytest.MonkeyPatch.context() as patch:
@@ -296,13 +296,13 @@ LOSSY = {"model_type": "unigram", "byte_fallback": False, "normalization_rule_na
     "settings", [{"vocab_size": 700}, {"user_defined_symbols": "<x>"}, {"model_type": "unigram", "vocab_size": 700}]
 )
 def test_wrong_tokenizers(theirs: Path, tmp_path: Path, settings: dict) -> None:
-    """Each has an id for whatever stands in the corpus."""
+    """Each has a token for every id of the corpus."""
     said = refusal(theirs, load_tokenizer(train_model(tmp_path / "wrong.model", **settings)))
     assert "another tokenizer encoded it. With this one it begins: " in said
 
 
 def test_a_tokenizer_that_reproduces_everything_is_a_warning(theirs: Path, tmp_path: Path, capsys) -> None:
-    """A unigram model may cut any text that is made of its pieces into these pieces. Then people must look."""
+    """A unigram model can reproduce any text made of its pieces, so the user must check the text."""
     wrong = train_model(tmp_path / "wrong.model", **LOSSY, remove_extra_whitespaces=True)
     assert main(["adopt", str(theirs), "--tokenizer", str(wrong)]) == 0
     out, err = capsys.readouterr()
@@ -311,7 +311,7 @@ def test_a_tokenizer_that_reproduces_everything_is_a_warning(theirs: Path, tmp_p
 
 
 def test_right_tokenizers_agree_more_than_random_order(folder: Path, tmp_path: Path) -> None:
-    """Also a lossy one, which makes lower case of everything and does not know some characters."""
+    """Also a lossy one, which lowercases the text and lacks some characters."""
     lossy = train_model(tmp_path / "lossy.model", **LOSSY, vocab_size=1000, remove_extra_whitespaces=True)
     for place in (folder / "tok.model", folder / "hf", lossy):
         prefix = preprocess(tmp_path / place.stem / "c", TEXTS, *megatron_tokenizer(place))
@@ -340,7 +340,7 @@ def test_special_tokens_in_texts_do_not_lower_the_agreement(folder: Path, tmp_pa
 
 
 def test_special_tokens_in_the_text_are_shown(folder: Path, tmp_path: Path, capsys) -> None:
-    """A tokenizer with other tokens in these places would be noticed by nothing else."""
+    """No other check detects a tokenizer with other tokens at these ids."""
     tokenizer = load_tokenizer(folder / "tok.model")
     rows = [[1, *tokenizer.encode(text), 2] for text in TEXTS]
     prefix = write_ids(tmp_path / "c", rows)
@@ -486,11 +486,11 @@ def test_written_to_while_it_is_read(theirs: Path, tokenizer: Tokenizer) -> None
     assert there(theirs) == {"bin", "idx"}
 
 
-def test_a_folder_that_cannot_be_written_and_the_way_round_it(
+def test_a_read_only_corpus_is_adopted_through_symbolic_links(
     original: Path, tokenizer: Tokenizer, monkeypatch
 ) -> None:
-    """Corpora of others often lie where only they write: links to them can be adopted."""
-    with tempfile.TemporaryDirectory() as name:  # pytest's own folder may be entered by this user only
+    """A corpus in a read-only folder is adopted through symbolic links."""
+    with tempfile.TemporaryDirectory() as name:  # pytest's folder is accessible only to this user
         folder, mine = Path(name) / "their", Path(name) / "my"
         shutil.copytree(original.parent, folder, copy_function=shutil.copyfile)
         mine.mkdir()
@@ -498,7 +498,7 @@ def test_a_folder_that_cannot_be_written_and_the_way_round_it(
             path.chmod(mode)
         user = os.geteuid()
         if user == 0:
-            os.seteuid(65534)  # the superuser may write anywhere
+            os.seteuid(65534)  # root may write anywhere
         try:
             said = refusal(folder / "c", tokenizer)
             assert "Permission denied. The manifest is written beside the corpus: create links" in said
@@ -558,7 +558,7 @@ for number in range(1, 30):
 def test_killed_at_every_file_operation_and_started_again(
     folder: Path, tokenizer: Tokenizer, tmp_path: Path, adopted_before: bool
 ) -> None:
-    """At no moment is there a manifest that is not whole; the same command then adopts; .bin and .idx stay."""
+    """The manifest is always complete or absent; the same command then succeeds; .bin and .idx are unchanged."""
     few = preprocess(tmp_path / "few" / "c", TEXTS[:12], *megatron_tokenizer(folder / "tok.model"))
     content = {name: Path(f"{few}.{name}").read_bytes() for name in ("bin", "idx")}
     if adopted_before:

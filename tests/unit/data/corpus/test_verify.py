@@ -1,4 +1,4 @@
-"""Damage to a corpus: a thousand mutations, none undetected; and the check at first use, made once."""
+"""Damage to a corpus: all of a thousand mutations are detected; the check at first use runs once."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def zero(prefix: Path, other: Path, rng: random.Random) -> None:
 
 def truncate(prefix: Path, other: Path, rng: random.Random) -> None:
     path = Path(f"{prefix}.{rng.choice(FILES)}")
-    os.truncate(path, rng.randrange(path.stat().st_size - 1))  # the manifest's last byte is a newline that may go
+    os.truncate(path, rng.randrange(path.stat().st_size - 1))  # the manifest may lack its last newline
 
 
 def extend(prefix: Path, other: Path, rng: random.Random) -> None:
@@ -102,7 +102,7 @@ def extend(prefix: Path, other: Path, rng: random.Random) -> None:
 
 
 def swap_blocks(prefix: Path, other: Path, rng: random.Random) -> None:
-    """Two ranges of one length change places."""
+    """Two ranges of equal length, exchanged."""
 
     def change(content: bytearray) -> None:
         size = rng.choice([size for size in (2, 4, 8, 512, BLOCK) if len(content) >= 4 * size])
@@ -176,7 +176,7 @@ MUTATIONS = (
 
 
 def test_no_mutation_is_undetected(original: Path, tmp_path: Path, full: bool, capsys: pytest.CaptureFixture) -> None:
-    """Each is refused at opening or by the full check, in words that name the corpus."""
+    """Each is an error at opening or in the full check, and the message names the corpus."""
     at_opening = dict.fromkeys((mutation.__name__ for mutation in MUTATIONS), 0)
     by_reading, silent = dict(at_opening), []
     prefix = tmp_path / "c"
@@ -277,7 +277,7 @@ def test_once_until_the_files_change(corpus: Path, tmp_path: Path) -> None:
     assert use() and not use()
     before = Path(f"{corpus}.bin").stat().st_mtime_ns
     _edit(Path(f"{corpus}.bin"), lambda content: content.__setitem__(9, content[9] ^ 1))
-    for _ in range(2):  # the failure is not remembered as a verdict
+    for _ in range(2):  # the failure is not cached
         with pytest.raises(DataError, match=r"(?s)is damaged.*c\.bin: bytes"):
             use()
     _edit(Path(f"{corpus}.bin"), lambda content: content.__setitem__(9, content[9] ^ 1))
@@ -286,7 +286,7 @@ def test_once_until_the_files_change(corpus: Path, tmp_path: Path) -> None:
 
 
 def test_the_verb_writes_the_record_that_a_start_checks_for(corpus: Path, tmp_path: Path) -> None:
-    """Verified before the job is submitted: no start reads a byte, or asks for a lock. Until a file changes."""
+    """After verification no start reads data or takes a lock, until a file changes."""
 
     def use(cache: Path | None = None) -> bool:
         read = []
@@ -311,7 +311,7 @@ def test_damage_invalidates_the_record(corpus: Path, finder: str) -> None:
     _edit(Path(f"{corpus}.bin"), lambda content: content.__setitem__(9, content[9] ^ 1))
     for path, time_ns in times.items():
         os.utime(path, ns=(time_ns, time_ns))
-    assert not verify_at_use(open_corpus(corpus), "once")  # what a disk does in silence
+    assert not verify_at_use(open_corpus(corpus), "once")  # as after a silent disk error
     if finder == "verb":
         assert main(["verify", f"{corpus}"]) == 1
     else:
@@ -322,14 +322,14 @@ def test_damage_invalidates_the_record(corpus: Path, finder: str) -> None:
 
 
 def test_a_waiting_process_shows_progress_and_needs_no_lock(corpus: Path) -> None:
-    """Another process holds the lock all the time; the record alone releases the waiting process."""
+    """Another process holds the lock throughout; the record is enough to release the waiting process."""
     opened, said, result = open_corpus(corpus), [], []
     assert verify_at_use(opened, "once")
     (lock,) = corpus.parent.glob("cache/*.lock")
     lock.with_suffix(".verified").unlink()
     with open(lock, "r+b") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        file.truncate()  # what the reader of before has left
+        file.truncate()  # left by the previous reader
         file.write(json.dumps(["verify c (process 7 on n3)", 5, 9]).encode())
         file.flush()
         report = lambda *report: said.append(report)  # noqa: E731
@@ -345,7 +345,7 @@ def test_a_waiting_process_shows_progress_and_needs_no_lock(corpus: Path) -> Non
 
 
 def test_a_file_system_without_locks(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Then one process per machine reads: the lock is in its temporary folder."""
+    """One process per machine reads, with a lock in its temporary folder."""
     flock, asked = fcntl.flock, []
 
     def refused(descriptor: int, operation: int) -> None:

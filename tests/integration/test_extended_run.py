@@ -1,4 +1,4 @@
-"""A finished run is extended with its optimizer state; a run whose checkpoints are gone is refused."""
+"""A finished run is extended with its optimizer state; a run whose checkpoints are missing is refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pause_megatron.errors import PauseMegatronError
 
 
 def rank_that_says_errors(config: RunConfig) -> None:
-    """As the command line ends: an error is a message and exit code 2."""
+    """Run a verb as the command line does: an error is a message and exit code 2."""
     try:
         rank_main(config)
     except PauseMegatronError as error:
@@ -26,7 +26,7 @@ def rank_that_says_errors(config: RunConfig) -> None:
 
 
 class Run:
-    """A run folder, and the starts in it."""
+    """A run folder and the verbs that start in it."""
 
     def __init__(self, folder: Path, settings: RunConfig) -> None:
         self.folder, self.settings, self.log = folder, settings, folder.with_suffix(".log")
@@ -34,7 +34,7 @@ class Run:
         self._file.write_text(dump(settings))
 
     def __call__(self, *overrides: str, code: int = 0) -> str:
-        """One start on one rank; what it said."""
+        """Start the run on one rank; return its output."""
         self.log.unlink(missing_ok=True)
         config = load(self._file, overrides=[f"run.dir={self.folder}", *overrides])
         [process] = fork(rank_that_says_errors, (config,), self.log, ranks=1)
@@ -44,13 +44,13 @@ class Run:
         return said
 
     def copy(self, name: str) -> Run:
-        """The same folder under another name."""
+        """Copy the folder to another name."""
         other = Run(self.folder.with_name(name), self.settings)
         shutil.copytree(self.folder, other.folder, symlinks=True)
         return other
 
     def back_to(self, step: int) -> None:
-        """As if the run had been killed before it saved later steps."""
+        """Remove later checkpoints, as if the run had been killed before."""
         store = Store(self.folder / "checkpoints")
         for later in store.steps():
             if later > step:
@@ -111,8 +111,8 @@ def test_a_finished_run_is_extended_and_extended_again(finished):
 
 
 @pytest.mark.parametrize("text", ["corpus", "stream"])
-def test_moments_and_text_go_on_into_the_extension(finished, shards, text, tmp_path):
-    """At a constant rate the extension of a run, while the corpus lasts, is the run that was longer from the start."""
+def test_an_extension_continues_optimizer_moments_and_text(finished, shards, text, tmp_path):
+    """At a constant rate, within one epoch, an extended run equals one that was longer from the start."""
     keys = ["optim.schedule=constant", "optim.warmup_steps=0"]
     if text == "stream":
         one = min(shards.glob("c4-train.*"))
@@ -124,7 +124,7 @@ def test_moments_and_text_go_on_into_the_extension(finished, shards, text, tmp_p
     assert short.metrics == whole.metrics and short.state(4) == whole.state(4)
 
 
-def test_a_run_whose_checkpoints_are_gone_does_not_start_over_by_itself(finished):
+def test_a_run_without_its_checkpoints_does_not_start_over_by_itself(finished):
     run = finished.copy("gone")
     shutil.rmtree(run.folder / "checkpoints")
     metrics = (run.folder / "metrics.jsonl").read_bytes()

@@ -2,9 +2,9 @@
 
 Run it in each, then compare the files:
 
-    python -m tests.benchmarks.one_loss_list --output old.json
-    python -m tests.benchmarks.one_loss_list --output new.json
-    python -m tests.benchmarks.one_loss_list --compare old.json new.json
+    python -m tests.benchmarks.version_losses --output old.json
+    python -m tests.benchmarks.version_losses --output new.json
+    python -m tests.benchmarks.version_losses --compare old.json new.json
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def measure() -> dict[str, dict[str, list[float]]]:
     from support.ranks import close_pools, run_on_ranks
 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "integration"))
-    from test_one_loss_list import metrics, train
+    from test_topologies import metrics, train
 
     found = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -98,7 +98,7 @@ def test_this_torch_has_the_documented_parameters():
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("groups", KERNEL_GROUPS)
 def test_the_kernel_takes_our_call(groups, causal):
-    """Shapes, dtypes and argument names only, on tensors without data: tests/gpu/test_spans_gpu.py is the real one."""
+    """Shapes, dtypes and argument names only, on tensors without data: the computation is in test_variable_length_gpu.py."""
     spans = SegmentLengths.of(torch.tensor([9, 1, 27]), "meta")
     query, key, value = (
         torch.empty(37, heads, 8, dtype=torch.bfloat16, device="meta") for heads in (4, groups, groups)

@@ -74,7 +74,7 @@ def test_the_reference_learns_on_unequal_numbers_of_targets(reference):
 
 
 @pytest.mark.parametrize("topology", TOPOLOGIES, ids=lambda t: "-".join(map(str, t[:5])))
-def test_one_loss_list(corpus, tmp_path, reference, topology):
+def test_every_topology_gives_one_loss_list(corpus, tmp_path, reference, topology):
     ranks, tensor, sequence, zero, micro, extra = topology
     assert run_on_ranks(ranks, train, corpus, str(tmp_path), zero, micro, tensor, sequence, extra) == [0] * ranks
     lines = metrics(tmp_path)
