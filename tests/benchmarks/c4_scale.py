@@ -69,7 +69,7 @@ def generated_lengths(documents: int) -> Iterator[np.ndarray]:
 
 
 def write(folder: Path, documents: int) -> None:
-    """The `.idx`, a `.bin` of holes, and the manifest that `prepare` would write; nobody reads the `.bin`'s digest."""
+    """The `.idx`, a `.bin` of holes, and the manifest that `prepare` would write; the `.bin`'s digest is not read."""
     index = DigestFile(folder / "c4.idx")
     write_index(index, "uint16", documents, lambda: generated_lengths(documents))
     index.publish()

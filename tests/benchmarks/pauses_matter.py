@@ -8,7 +8,7 @@ many bits, modulo 4 (`tasks.counting`).
 
 Trains each setting with each seed through this project's finetuning (data path, DeepSpeed engine, loss; from initial
 weights), exports it, and lets the exported model answer evaluation prompts that were never trained on.
-FOLDER/results.jsonl gets a line for each run; the same command goes on where it was stopped. Then FOLDER/report.md and
+FOLDER/results.jsonl gets a line for each run; the same command resumes. Then FOLDER/report.md and
 FOLDER/accuracy.png are written.
 """
 

@@ -146,7 +146,7 @@ def test_embedding_and_head_are_what_plan_says(counts, name, kernels):
     [("plain", "1b", 4.65, 72), ("plain", "130m", 6.93, 72), ("triton", "1b", 2.07, 33), ("triton", "130m", 3.09, 33)],
 )
 def test_bounds_of_a_layer(counts, kernels, size, giga, launches):
-    """Bytes and kernels of a layer, forward and backward, as they are today: nobody makes them worse unseen."""
+    """Bytes and kernels of a layer, forward and backward, held at their present values, so that a regression fails."""
     if kernels in BOTH:
         assert a_layer(counts, size, kernels).bytes <= giga * 1e9
         assert a_layer(counts, size, kernels).kernels <= launches

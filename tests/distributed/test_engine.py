@@ -1,4 +1,4 @@
-"""The engine over any module: one gradient whatever the topology, and a state that comes back bit for bit."""
+"""The engine over any module: one gradient in every topology, and a state that is restored bit for bit."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ RANK = 9
 
 
 class Collectives(TorchDispatchMode):
-    """Counts the collectives that reach a process group, whoever calls them."""
+    """Count of the collectives on a process group, from any caller."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""How often the host waits for the device, in whatever code: never in a micro-batch, once in a step."""
+"""Host waits for the device in all code: none per micro-batch, one per step."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def keys(engine: str, precision: str) -> list[str]:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_waits_are_one_a_step_and_deepspeeds_own(precision):
+def test_waits_are_one_per_step_and_those_of_deepspeed(precision):
     for engine, (micro_batch, step) in OWN.items():
         for counted in run_on_ranks(2, waits_of_steps, [*SMALL, *keys(engine, precision)]):
             assert counted["micro_batch"] == micro_batch, (engine, counted["table"])
@@ -42,7 +42,7 @@ def test_waits_with_tensor_and_sequence_parallelism():
         assert (counted["micro_batch"], counted["step"]) == (0, 1), counted["table"]
 
 
-def test_waits_with_documents_apart():
+def test_waits_with_intra_document_masking():
     for counted in run_on_ranks(
         1, waits_of_steps, [*SMALL, *keys("zero1", "bf16"), "data.intra_document_masking=true"]
     ):
@@ -50,7 +50,7 @@ def test_waits_with_documents_apart():
 
 
 def waits_with(place: str) -> tuple[float, float, str]:
-    """The waits of steps in which somebody has added one."""
+    """Return the waits of steps with one added wait."""
     from pause_megatron.engine.engine import Engine
     from pause_megatron.model.head import OutputLayer
     from pause_megatron.model.layers import TransformerLayer
@@ -86,7 +86,7 @@ def _parameters(args):
 
 
 @pytest.mark.parametrize("place", ["forward", "loss", "sums", "engine", "loop"])
-def test_one_more_wait_anywhere_shows(place):
+def test_one_more_wait_anywhere_is_detected(place):
     ((micro_batch, step, table),) = run_on_ranks(1, waits_with, place)
     assert (micro_batch, step) == ((0, 2) if place in ("engine", "loop") else (1 + (place == "forward"), 1)), table
     assert "test_host_waits.py" in table

@@ -1,4 +1,4 @@
-"""The model under deepspeed.initialize: one loss list, whatever the ZeRO stage, tensor or sequence parallelism."""
+"""The model under deepspeed.initialize: one loss list for every ZeRO stage, tensor and sequence parallelism."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Saving when each of its calls to the file system fails in turn, or comes late."""
+"""Saves in which each file-system call fails or is delayed in turn."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ START = 3  # checkpoints that are there already
 
 
 class EachInTurn:
-    """Acts on one call of each save: the first that rank 0 makes, in the next save its second, and then the others'.
+    """Act on one call per save: the first of rank 0, in the next save its second, then those of other ranks.
 
     Args:
         folder: of the checkpoints
@@ -111,7 +111,7 @@ class Save:
 
 
 def saves_with(act: Callable[[int, FileCall], int], tmp_path: Path) -> list[Save]:
-    """A save for every call that a save makes on any rank."""
+    """Run one save per call that a save makes on any rank."""
     folder, told, output, log = (tmp_path / name for name in ("checkpoints", "told", "lines", "log.txt"))
     folder.mkdir()
     finish(start("pause-megatron", folder, saves=START), log)
@@ -128,7 +128,7 @@ def saves_with(act: Callable[[int, FileCall], int], tmp_path: Path) -> list[Save
     return saves
 
 
-def test_a_write_that_fails_anywhere_leaves_whole_checkpoints_and_is_named(tmp_path):
+def test_a_write_that_fails_leaves_complete_checkpoints_and_is_named(tmp_path):
     silent = []
     for save in saves_with(lambda *_: errno.ENOSPC, tmp_path):
         assert save.outcome == "resumed", save
@@ -157,7 +157,7 @@ def test_a_late_rank_never_lets_latest_precede_the_data(tmp_path):
 
     def late(rank: int, call: FileCall) -> int:
         look()
-        time.sleep(0.05)  # the others go on as far as they can
+        time.sleep(0.05)  # the other ranks continue as far as they can
         look()
         return 0
 

@@ -1,4 +1,4 @@
-"""What a run tells CUDA, cuBLAS, NCCL and torch, and that a training step obeys torch's deterministic mode."""
+"""Settings of CUDA, cuBLAS, NCCL and torch in a run, and deterministic mode in a training step."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def driver(*fails: str) -> SimpleNamespace:
     return SimpleNamespace(**{name: answer(name) for name in names})
 
 
-def test_the_capability_is_the_driver_s_word_or_not_known():
+def test_the_capability_is_the_driver_s_or_unknown():
     assert compute_capability(driver()) == (9, 0)
     for name in ("nvmlInit_v2", "nvmlDeviceGetHandleByIndex_v2", "nvmlDeviceGetCudaComputeCapability"):
         assert compute_capability(driver(name)) is None
@@ -114,7 +114,7 @@ def state() -> tuple:
     )
 
 
-def test_settings_last_as_long_as_the_run_and_the_user_s_own_win(monkeypatch):
+def test_settings_are_restored_and_the_user_s_take_precedence(monkeypatch):
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     before = state()

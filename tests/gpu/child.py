@@ -81,7 +81,7 @@ class Child:
         return True
 
     def kill(self) -> None:
-        """End what is left of it: the process and all that it started, whatever sessions they made."""
+        """Kill the process and all that it started, in any session."""
         if self._taken is None:
             self._taken = time.monotonic() - self._begun
         for pid in [*descendants(self._process.pid), *_session(self._process.pid)]:
@@ -94,7 +94,7 @@ class Child:
         self._process.wait()
 
     def outcome(self, stopped: bool = False) -> Outcome:
-        """What came of it."""
+        """Return the outcome."""
         record: dict[str, Any] = {"tests": [], "figures": {}, "lines": []}
         if self._record.exists():
             record = json.loads(self._record.read_text())

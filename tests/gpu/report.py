@@ -71,7 +71,7 @@ class Report:
         print(f"[{time.monotonic() - self._begun:5.0f} s] {text}", flush=True)
 
     def warn(self, text: str) -> None:
-        """Something that whoever reads the report must know."""
+        """Add a note for the reader of the report."""
         self.say(text)
         self._report["warnings"].append(text)
         self._write()

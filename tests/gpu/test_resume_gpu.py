@@ -1,4 +1,4 @@
-"""A run that is stopped and goes on, against one that never stopped."""
+"""A run that is stopped and resumed, compared with an uninterrupted one."""
 
 from __future__ import annotations
 

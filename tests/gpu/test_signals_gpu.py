@@ -1,4 +1,4 @@
-"""Real processes that are told to stop, and that hang: in their data, and in a kernel that does not end."""
+"""Real processes that get a stop signal, or hang in their data or in an endless kernel."""
 
 from __future__ import annotations
 

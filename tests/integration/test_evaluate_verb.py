@@ -94,7 +94,7 @@ def test_tasks_and_numbers_of_pauses_in_one_call(evaluate, tmp_path, monkeypatch
 
 
 def test_a_killed_evaluation_resumes(evaluate, folder, task_records, tmp_path, capsys):
-    """kill -9 in the middle of the second setting: nothing is asked twice, nothing is lost, the results are equal."""
+    """kill -9 in the middle of the second setting: no record is scored twice, none is lost, the results are equal."""
     options = ["--tasks", "lambada", "--pauses", "0,2", "--limit", "40", "--batch-size", "2"]
     given = ["--model", str(folder), "--task-path", str(task_records), "--output", str(tmp_path / "results")]
     process = subprocess.Popen([sys.executable, "-m", "pause_megatron", "evaluate", *given, *options])

@@ -1,4 +1,4 @@
-"""An experiment as SLURM jobs on a real cluster of two nodes: order, failure, submitting again."""
+"""An experiment as SLURM jobs on a real cluster of two nodes: order, failure, resubmission."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def entries(placed: dict[str, LocatedCell]) -> dict[str, LocatedCell]:
     return {entry.cell.name: entry for entry in placed.values()}
 
 
-def test_jobs_run_in_order_and_submitting_again_submits_what_is_left(cluster, tmp_path, caplog):
+def test_jobs_run_in_order_and_resubmission_covers_the_rest(cluster, tmp_path, caplog):
     a, d = cheap_cell("a"), cheap_cell("d")
     b = cheap_cell("b", a)
     placed = place_cells(tmp_path, [a, b, cheap_cell("c", b), d, cheap_cell("e", d)])
     named = entries(placed)
-    for name in "abce":  # d will fail: its verb leaves nothing
+    for name in "abce":  # d fails: its verb writes no output
         give_product(named[name])
 
     caplog.set_level(logging.INFO, "pause_megatron")
@@ -65,7 +65,7 @@ def test_jobs_run_in_order_and_submitting_again_submits_what_is_left(cluster, tm
     assert [(named[name].folder / "done.json").stat().st_mtime_ns for name in "abc"] == ends
 
 
-def test_a_job_script_asks_for_what_the_site_wants(tmp_path):
+def test_a_job_script_has_the_resources_of_the_options(tmp_path):
     folder = tmp_path / "with blanks"
     options = JobOptions(partition="gpu", time="4:00:00", nodes=2, gpus=1, cpus=8, lines=("--account=us",))
     script = render(folder, "pretrain", 16, options)

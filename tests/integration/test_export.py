@@ -1,4 +1,4 @@
-"""Export: transformers computes from the folder what the native model computes, whatever topology trained it."""
+"""Export: transformers computes the native model's results from the folder, for every training topology."""
 
 from __future__ import annotations
 
@@ -282,7 +282,7 @@ def test_without_its_corpus_a_checkpoint_is_compared_on_other_text(run, tmp_path
 
 
 def rewrite_manifest(folder: Path, manifest: Manifest) -> None:
-    """Sizes and digests of the files as they are now: what somebody who forges a checkpoint would do."""
+    """Sizes and digests of the files as they are now, as in a forged checkpoint."""
     from pause_megatron.checkpoint.manifest import FileEntry
     from pause_megatron.files.digest import file_digest
 

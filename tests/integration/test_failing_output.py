@@ -47,7 +47,7 @@ class Failing:
         return lost[0] if self._count[of] in lost[1] else 0
 
 
-def test_lines_that_find_no_room_are_counted_and_the_others_are_whole(corpus, tmp_path):
+def test_lines_on_a_full_disk_are_counted_and_the_others_complete(corpus, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     folder, log = tmp_path / "run", tmp_path / "log"
@@ -66,8 +66,8 @@ def test_lines_that_find_no_room_are_counted_and_the_others_are_whole(corpus, tm
     assert "train:" in (folder / "config.yaml").read_text()
 
 
-def test_a_run_all_of_whose_output_fails_trains_saves_and_stops_as_any_other(corpus, tmp_path):
-    """Every line of both ranks to a full device; nothing beside the checkpoints can be written. Then SIGHUP."""
+def test_a_run_without_any_working_output_trains_saves_and_stops(corpus, tmp_path):
+    """Every line of both ranks goes to a full device; only checkpoints can be written. Then SIGHUP."""
     straight, folder = tmp_path / "straight", tmp_path / "run"
     finish(start(run_config(corpus, straight, 1), tmp_path / "log"), tmp_path / "log")
     folder.mkdir()
@@ -157,7 +157,7 @@ def test_torchrun_waits_for_its_ranks_when_its_terminal_is_closed(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM, signal.SIGUSR2, signal.SIGPIPE])
 def test_a_run_of_two_ranks_under_torchrun_stops_on_any_signal(corpus, tmp_path, number):
-    """To torchrun alone; SIGPIPE, which it ignores as every Python does, to a rank."""
+    """Send the signal to torchrun only; SIGPIPE, which Python ignores, to a rank."""
     config = tmp_path / "run.yaml"
     config.write_text(dump(run_config(corpus, tmp_path / "run", 1)))
     metrics = tmp_path / "run" / "metrics.jsonl"

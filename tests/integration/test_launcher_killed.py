@@ -1,4 +1,4 @@
-"""kill -9 of the launcher alone, whenever it comes: no rank lives ten seconds later, and the next start goes on."""
+"""kill -9 of only the launcher, at any moment: no rank is alive ten seconds later, and the next start resumes."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def command(launcher: str, config: Path, output: Path, port: int) -> list[str]:
 
 @contextlib.contextmanager
 def launched(launcher: str, config: Path, output: Path, more: dict[str, str]) -> Iterator[subprocess.Popen]:
-    """A launcher with two ranks; whatever is left of them at the end is killed."""
+    """A launcher with two ranks; processes that remain at the end are killed."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -77,7 +77,7 @@ def launched(launcher: str, config: Path, output: Path, more: dict[str, str]) ->
 
 
 def give_back(environment: dict[str, str]) -> None:
-    """End what SLURM keeps of the jobs."""
+    """Cancel the remaining SLURM jobs."""
     end = time.monotonic() + 60
     subprocess.run(["scancel", "--name=killed"], env=environment, check=True)
     left = ["squeue", "--noheader", "--name=killed", "--format=%T"]
@@ -87,7 +87,7 @@ def give_back(environment: dict[str, str]) -> None:
 
 
 def ranks_of(config: Path) -> list[int]:
-    """The processes of the run that a launcher has given a rank, and that have not ended."""
+    """Return the running processes that a launcher has started as ranks."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -103,7 +103,7 @@ def ranks_of(config: Path) -> list[int]:
 
 
 class Moments:
-    """When to strike: as soon as two ranks are there, in a step, or in a save; and some time after that."""
+    """Wait for the moment of the kill: two ranks exist, a step, or a save; then a delay."""
 
     def __init__(self, config: Path, output: Path) -> None:
         self._config, self._output = config, output
@@ -128,7 +128,7 @@ class Moments:
 
 
 def kill_the_launcher(process: subprocess.Popen, config: Path) -> float:
-    """Seconds until the last rank has ended."""
+    """Return the seconds until the last rank has exited."""
     began = time.monotonic()
     # Only the launcher is in this group, and srun's own guard, which would have SLURM end the step.
     if b"srun" in Path(f"/proc/{process.pid}/cmdline").read_bytes():
@@ -141,7 +141,7 @@ def kill_the_launcher(process: subprocess.Popen, config: Path) -> float:
 
 
 def said(output: Path) -> str:
-    """What the launcher and the ranks have printed."""
+    """Return the output of the launcher and the ranks."""
     return "".join(path.read_text() for path in sorted(output.parent.glob(f"{output.name}*")))
 
 
@@ -172,7 +172,7 @@ def test_no_rank_outlives_its_launcher(corpus, tmp_path, request, launcher, mome
     if moment == "start":
         assert "its launcher is gone: " in text and "ended" in text and not (folder / "run" / "checkpoints").exists()
         return
-    # It had the time for its step and a save, and no step is lost.
+    # There was time for the step and a save, so no step is lost.
     saved = Store(folder / "run" / "checkpoints").newest_complete()[1].progress["step"]
     assert saved == metrics(folder / "run")[-1]["step"] < STEPS
     assert f"stopped after step {saved} (its launcher is gone)" in text
@@ -185,8 +185,8 @@ def test_no_rank_outlives_its_launcher(corpus, tmp_path, request, launcher, mome
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", "srun"])
-def test_at_twenty_moments(corpus, tmp_path, request, launcher):
-    """One run, killed again and again; each start goes on from the newest complete checkpoint."""
+def test_a_launcher_killed_at_twenty_moments(corpus, tmp_path, request, launcher):
+    """One run, killed repeatedly; each start resumes from the newest complete checkpoint."""
     folder, output, rng = tmp_path / "killed", tmp_path / "log", random.Random(launcher)
     config = run_config(corpus, folder / "run", 1)
     path = written(config, folder)

@@ -1,4 +1,4 @@
-"""The launchers and the README's commands, run as they stand on few steps."""
+"""The launchers and the README's commands, executed verbatim for a few steps."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def quickstart(tmp_path_factory) -> tuple[Path, str]:
     return folder, run(f"bash launchers/quickstart.sh {shlex.quote(str(folder))} {KEYS}", ROOT)
 
 
-def test_the_quickstart_leaves_what_it_says(quickstart):
+def test_the_quickstart_writes_the_files_that_it_names(quickstart):
     folder, output = quickstart
     assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "realised pause rate 10." in output and "realised pause rate 0.00%" in output
@@ -70,15 +70,15 @@ def test_the_quickstart_ends_with_a_model_that_was_prompted_both_ways(quickstart
     assert "What to expect: a model of 1.4 M parameters" in output
 
 
-def test_the_quickstart_says_nothing_that_is_not_its_users_business(quickstart):
-    """No warnings of libraries, no tracebacks, no losses of what does not exist."""
+def test_the_quickstart_prints_no_library_warnings(quickstart):
+    """No warnings of libraries, no tracebacks, no NaN losses."""
     _, output = quickstart
     unwanted = re.compile(r"\bnan\b|Warning|WARNING|deprecat|Traceback|hostfile|No CUDA runtime", re.MULTILINE)
     assert [line for line in output.splitlines() if unwanted.search(line)] == []
     assert output.count("note: optim.warmup_steps=1, not 25 (") == 2  # train.steps=4 alone is enough
 
 
-def test_the_quickstart_goes_on_and_finds_nothing_left_to_do(quickstart):
+def test_a_second_quickstart_resumes_and_has_nothing_to_do(quickstart):
     folder, _ = quickstart
     exported = (folder / "model" / "config.json").stat().st_mtime_ns
     output = run(f"bash launchers/quickstart.sh {shlex.quote(str(folder))} {KEYS}", ROOT)
@@ -87,14 +87,14 @@ def test_the_quickstart_goes_on_and_finds_nothing_left_to_do(quickstart):
     assert (folder / "model" / "config.json").stat().st_mtime_ns == exported
 
 
-def test_sigterm_to_the_quickstart_alone_ends_its_ranks_with_a_checkpoint(tmp_path):
-    """Only the script is told. Its ranks save and are gone before it is, and the same command goes on."""
+def test_sigterm_to_the_quickstart_only_ends_ranks_with_a_checkpoint(tmp_path):
+    """Only the script gets SIGTERM. Its ranks save and exit before it does, and the same command resumes."""
     keys = ["train.steps=2000", "checkpoint.every=0", "validation.every=0", "log.tensorboard=false"]
     command = ["bash", "launchers/quickstart.sh", str(tmp_path), *keys]
     metrics = tmp_path / "std" / "metrics.jsonl"
 
     def stopped_after(step: int) -> tuple[int, str]:
-        """Exit code and output; when the script is gone, so are its ranks."""
+        """Return exit code and output; the ranks exit before the script."""
         with open(tmp_path / "log", "w+") as log:
             script = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=log, stderr=subprocess.STDOUT)
             try:
@@ -119,7 +119,7 @@ def test_sigterm_to_the_quickstart_alone_ends_its_ranks_with_a_checkpoint(tmp_pa
 
 
 def ranks_of(folder: Path) -> list[int]:
-    """Processes that have the folder on their command line, but for the script: launcher and ranks."""
+    """Return launcher and ranks: processes with the folder on their command line, without the script."""
     found = []
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -132,7 +132,7 @@ def ranks_of(folder: Path) -> list[int]:
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen, seconds: float = 270) -> None:
-    """Until the condition holds; a process that ends before is an error."""
+    """Wait until the condition holds; a process that exits before is an error."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end and process.poll() is None
@@ -240,7 +240,7 @@ def check_pytest(words: list[str]) -> None:
 
 
 def check_script(words: list[str]) -> None:
-    """A script that there is; what follows launchers/test.sh goes to pytest."""
+    """The script exists; what follows launchers/test.sh goes to pytest."""
     assert (ROOT / words[0]).is_file()
     if words[0] == "launchers/test.sh":
         check_pytest(words[1:])

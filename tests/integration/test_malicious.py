@@ -323,7 +323,7 @@ def test_no_checkpoint_does_harm(clean, tmp_path, canary, name):
 
 
 def test_a_placement_policy_of_a_checkpoint_is_not_imported(clean, tmp_path, canary):
-    """pause.placement names a module: right for one's own run, not for somebody else's checkpoint."""
+    """pause.placement names a module: allowed for the user's run, but not from another user's checkpoint."""
     folder = tmp_path / "native"
     shutil.copytree(clean / "native", folder)
     yaml_edit(folder, "placement: uniform", "placement: evil_module:run")

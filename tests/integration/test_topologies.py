@@ -1,4 +1,4 @@
-"""One list of losses: the same 20 steps, however they are spread over ranks, micro-batches, shards and ZeRO stages."""
+"""One list of losses: the same 20 steps in every split over ranks, micro-batches, shards and ZeRO stages."""
 
 from __future__ import annotations
 

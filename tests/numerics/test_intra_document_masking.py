@@ -1,4 +1,4 @@
-"""data.intra_document_masking=true: every document of a window computes what it computes alone, its pauses included."""
+"""data.intra_document_masking=true: each document of a window, with its pauses, has the losses of a separate pass."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pause_megatron.data.batches.batch import collate
 
 EOD = TEXT_SIZE - 1
 WINDOWS = 8
-# Pauses, and how many vectors they have; the last puts runs of them on both sides of EODs.
+# Pauses and number of pause vectors; the last case has runs of pauses before and after EODs.
 PAUSES = {
     "none": PauseSection(rate=0.0),
     "exact": PauseSection(rate=0.25),
@@ -65,7 +65,7 @@ def windows(corpus: str, pause: PauseSection, masking: bool, eod_mask_loss: bool
 
 
 def documents_of(tokens: list[int]) -> list[slice]:
-    """Where the documents of a window stand, by the definition: one begins at the first text token behind an EOD."""
+    """Return the documents of a window by definition: one begins at the first text token after an EOD."""
     begins, ended = [0], False
     for place, token in enumerate(tokens):
         if token < TEXT_SIZE:  # a pause changes nothing
@@ -87,7 +87,7 @@ def losses(model: torch.nn.Module, samples: list[dict], pauses: int) -> torch.Te
 
 
 def together_and_alone(corpus: str, name: str, tensor: int) -> dict[str, float]:
-    """How far the losses of documents in windows and alone are apart (relative), and what the windows had in them."""
+    """Return the relative difference between losses in windows and in separate passes, and what the windows contain."""
     from pause_megatron.distributed import initialize
 
     pause, parallel = PAUSES[name], ParallelSection(tensor=tensor)
@@ -115,7 +115,7 @@ def together_and_alone(corpus: str, name: str, tensor: int) -> dict[str, float]:
 
 @pytest.mark.parametrize("name", PAUSES)
 @pytest.mark.parametrize("tensor", [1, 2])
-def test_a_document_computes_what_it_computes_alone(corpus: str, name: str, tensor: int) -> None:
+def test_a_document_in_a_window_equals_a_separate_pass(corpus: str, name: str, tensor: int) -> None:
     for seen in run_on_ranks(tensor, together_and_alone, corpus, name, tensor):
         assert seen["apart"] < 1e-5
         assert seen["documents"] > 1.5 * WINDOWS
@@ -126,7 +126,7 @@ def test_a_document_computes_what_it_computes_alone(corpus: str, name: str, tens
 
 
 def change_one(corpus: str, masking: bool) -> list[tuple[bool, bool]]:
-    """For each document of each window: whether the losses before it and behind it keep every bit if it is changed."""
+    """Whether losses before and after each document are bit-identical when that document changes."""
     from pause_megatron.distributed import initialize
 
     pause, outcomes = PAUSES["exact"], []

@@ -1,4 +1,4 @@
-"""Texts that share a window: each computes what it computes alone, and none knows of its neighbours."""
+"""Packed texts: each has the losses of a separate pass, and does not depend on its neighbours."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pause_megatron.data.batches.batch import MicroBatch, collate
 from pause_megatron.model.attention import SDPACoreAttention, segment_mask
 
 PAUSE = TEXT_SIZE
-# (tokens, tokens of the prefix); pauses stand at the end of a prefix.
+# (tokens, tokens of the prefix); a prefix ends with pauses.
 LENGTHS = [(5, 2), (7, 4), (3, 1), (9, 5)]
 PACKED = [[0, 1, 2], [3]]
 ALONE = [[number] for number in range(len(LENGTHS))]
@@ -27,7 +27,7 @@ def texts(seed: int = 0) -> list[torch.Tensor]:
 
 
 def window(numbers: list[int], every: list[torch.Tensor], bidirectional: bool, left: int = 0) -> dict:
-    """A sample with these texts one after the other, `left` tokens of padding before them and the rest behind."""
+    """Return a sample with these texts in order, `left` padding tokens before and the rest after them."""
     sample = {name: torch.zeros(SEQ, dtype=torch.int64) for name in ("tokens", "labels", "position_ids")}
     sample["loss_mask"] = torch.zeros(SEQ)
     sample["segments"] = torch.full((SEQ,), -1, dtype=torch.int32)
@@ -46,7 +46,7 @@ def window(numbers: list[int], every: list[torch.Tensor], bidirectional: bool, l
 
 
 def losses(batch: MicroBatch, layout: list[list[int]], values: torch.Tensor) -> dict[int, list[float]]:
-    """Token losses of each text, in order; `layout` says which texts the windows hold."""
+    """Return the token losses of each text, in order; `layout` lists the texts of each window."""
     found: dict[int, list[float]] = {}
     segments = batch.segments if batch.segments is not None else torch.zeros_like(batch.tokens)
     for row, value in zip(batch.target_rows.tolist(), values.tolist(), strict=True):
@@ -88,7 +88,7 @@ def run(
 
 
 def packed_and_alone(bidirectional: bool, tensor: int, sequence: bool, recompute: str) -> tuple[float, float]:
-    """How far losses (nats) and gradients (relative) of packed (by spans, by a mask), padded and separate texts are."""
+    """Return loss (nats) and gradient (relative) differences of packed, masked, padded and separate texts."""
     every, parallel = texts(), ParallelSection(tensor=tensor, sequence=sequence, recompute=recompute)
     single = [run([numbers], every, bidirectional, 0, ParallelSection(tensor=tensor)) for numbers in ALONE]
     expected = {number: values for of_one, _ in single for number, values in of_one.items()}
@@ -114,7 +114,7 @@ def test_packed_is_padded_is_one_at_a_time(bidirectional, tensor, sequence, reco
 
 
 def leak(bidirectional: bool) -> list[bool]:
-    """Whether each text's losses keep every bit when the tokens of text 0 are exchanged."""
+    """Whether each text's losses are bit-identical when the tokens of text 0 are replaced."""
     every, others = texts(), texts(seed=1)
     changed = [others[0], *every[1:]]
     before, _ = run(PACKED, every, bidirectional, 0, ParallelSection())

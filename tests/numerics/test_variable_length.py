@@ -1,4 +1,4 @@
-"""Attention span by span is attention under the mask: results and gradients, and what the CUDA kernel is asked for."""
+"""Attention per segment equals attention under the mask: results, gradients, and arguments of the CUDA kernel."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_this_torch_has_the_documented_parameters():
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("groups", KERNEL_GROUPS)
 def test_the_kernel_takes_our_call(groups, causal):
-    """Shapes, dtypes and argument names only, on tensors without data: the computation is in test_variable_length_gpu.py."""
+    """Shapes, dtypes and argument names only, on meta tensors; test_variable_length_gpu.py checks the results."""
     spans = SegmentLengths.of(torch.tensor([9, 1, 27]), "meta")
     query, key, value = (
         torch.empty(37, heads, 8, dtype=torch.bfloat16, device="meta") for heads in (4, groups, groups)

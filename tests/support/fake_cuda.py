@@ -189,7 +189,7 @@ def _fake_world(ranks: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _as_on_cuda(counts: Counts) -> Iterator[None]:
-    """An H100 to whoever asks, and its choice of kernels where C++ would look at the device."""
+    """Report an H100 to every caller, and its choice of kernels where C++ would look at the device."""
     changed: list[tuple[Any, str, Any]] = [
         (torch.cuda, "current_device", lambda: CUDA),
         (torch.cuda, "get_device_capability", lambda *_: (9, 0)),

@@ -1,8 +1,8 @@
-"""The system calls with which a process changes files, asked about one by one before the kernel carries them out.
+"""Interception of the system calls with which a process changes files, before the kernel executes them.
 
-A process that calls `hand_over` first thing can, from then on, be delayed or killed at a chosen call, or be told that
-the call failed: a full disk, a delay or a kill then falls where a test wants it, however fast the machine is, and in
-Rust and C++ code as well as in Python. This is seccomp's user notification (Linux 5.19 or newer), and needs no rights.
+After `hand_over` a process can be delayed or killed at a chosen call, or the call can fail with a chosen errno. So a
+test places a full disk, a delay or a kill exactly, on any machine, in Rust and C++ code as well as in Python. This uses
+seccomp's user notification (Linux 5.19 or newer), and needs no privileges.
 """
 
 from __future__ import annotations
@@ -205,14 +205,14 @@ class Counting:
 
 
 class Delay:
-    """A `Decide` that holds whoever makes a chosen call, once.
+    """A `Decide` that blocks the rank that makes a chosen call, once.
 
     Args:
         pick: calls that count
         after: how many of them happen before the one that is held
 
     Attributes:
-        reached: set when it has come; it happens after `release`
+        reached: Set when the call was reached; it is executed after `release`.
     """
 
     def __init__(self, pick: Pick, after: int) -> None:
@@ -225,7 +225,7 @@ class Delay:
         return 0
 
     def release(self) -> None:
-        """Lets the held calls happen, of ranks that still live."""
+        """Execute the blocked calls of ranks that are still alive."""
         self._released.set()
 
     def _comes(self, rank: int, call: FileCall) -> bool:
@@ -239,7 +239,7 @@ class Delay:
 
 
 class Ambush(Delay):
-    """Holds, from the chosen call on, every rank at its next call, so that all can be killed there."""
+    """Block, from the chosen call on, every rank at its next call, so that all can be killed there."""
 
     def __call__(self, rank: int, call: FileCall) -> int:
         if self._comes(rank, call) or self.reached.is_set():

@@ -63,7 +63,7 @@ def fork(
     """Processes that call `program(*arguments)` as ranks, and print to `output`.
 
     Args:
-        folder, decide: see `file_calls.watch`; None: nobody watches
+        folder, decide: see `file_calls.watch`; None: no interception
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -24,7 +24,7 @@ def asks_for_gpu(expression: str, paths: Sequence[str], root: Path) -> bool:
 
 
 def _chooses_gpu(expression: str) -> bool:
-    """Whether a test is chosen for its mark `gpu`, whatever its other marks are."""
+    """Whether a test is selected by its mark `gpu`, with any other marks."""
     chosen = Expression.compile(expression)
     for others in (False, True):
         with_gpu, without = (

@@ -19,6 +19,6 @@ def log_lines(text: str) -> list[str]:
 
 @contextlib.contextmanager
 def captured_log() -> Iterator[io.StringIO]:
-    """Yield a file that gets what this rank logs, and whatever else it writes to standard error."""
+    """Yield a file that gets the log and all other standard error of this rank."""
     with contextlib.redirect_stderr(io.StringIO()) as text, log_to_stderr(timestamps=False):
         yield text

@@ -5,7 +5,7 @@ backward pass included. The profiler runs from before the model is built, so the
 hold, and its maximum what a caching allocator without fragmentation would need. (Resident memory would add the
 interpreter, libraries and the C library's own caching.)
 
-Communication: every collective goes through an operator of torch's `c10d` namespace, whoever calls it; a dispatch mode
+Communication: every collective goes through an operator of torch's `c10d` namespace, from any caller; a dispatch mode
 sees them all, with their tensors and groups.
 """
 
@@ -85,7 +85,7 @@ def measure(overrides: Sequence[str]) -> Measured:
 
 
 def traffic(overrides: Sequence[str]) -> dict[str, int]:
-    """The traffic of the second of two steps, as in `Measured`, on whatever ranks there are."""
+    """The traffic of the second of two steps, as in `Measured`, on the present ranks."""
     from pause_megatron.config.load import load
     from pause_megatron.distributed import initialize
 

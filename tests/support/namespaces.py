@@ -55,7 +55,7 @@ class Host:
         socket.sethostname(self.name)
 
     def vanish(self) -> None:
-        """Its link goes down: whatever is sent to it or by it is lost, and nobody is told."""
+        """Take its link down: all packets to and from it are lost without an error."""
         _ip(f"-n {self.namespace} link set live0 down")
 
     def appear(self) -> None:
@@ -90,7 +90,7 @@ def two_hosts(folder: Path) -> Iterator[tuple[Host, Host]]:
             host.folder.mkdir()
             names = "".join(f"{other.address} {other.name}-live\n" for other in hosts)
             (host.folder / "hosts").write_text(f"127.0.0.1 localhost\n{host.dead_address} {host.name}\n{names}")
-            (host.folder / "resolv.conf").write_text("nameserver 127.0.0.1\n")  # nobody: an answer at once
+            (host.folder / "resolv.conf").write_text("nameserver 127.0.0.1\n")  # no server: an immediate error
         yield tuple(hosts)
     finally:
         for namespace in (*(host.namespace for host in hosts), switch):

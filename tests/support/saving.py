@@ -1,7 +1,7 @@
-"""A program that saves again and again, with plain DeepSpeed or with this package, for whoever kills it.
+"""A program that saves repeatedly, with plain DeepSpeed or with this package, for tests that kill it.
 
-Both systems save the same ZeRO-1 engine on two ranks. Every element of parameters and moments is the number of the
-step, so that a state which loads and is wrong shows.
+Both systems save the same ZeRO-1 engine on two ranks. Every element of parameters and moments equals the number of
+the step, so that a wrong state is detected.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ class Saving:
     """An engine, and how a system saves and restores it.
 
     Args:
-        system: "deepspeed" or "pause-megatron"
-        folder: of the checkpoints
-        context: this rank's place
-        width: of its four layers
+        system: "deepspeed" or "pause-megatron".
+        folder: Folder of the checkpoints.
+        context: Process groups of this rank.
+        width: Width of the four layers.
     """
 
     def __init__(self, system: str, folder: Path, context, width: int = WIDTH) -> None:
@@ -46,11 +46,11 @@ class Saving:
         self.kept, self.complaints = KEPT, []
 
     def path(self, step: int) -> Path:
-        """Of a checkpoint."""
+        """Return the path of a checkpoint."""
         return self.folder / f"step{step}" if self.system == "deepspeed" else self.store.path(step)
 
     def fill(self, step: int) -> None:
-        """A state that says which step it is of."""
+        """Set every element of the state to the step."""
         import torch
 
         from pause_megatron.engine import ADAM_STATE
@@ -64,7 +64,7 @@ class Saving:
         self.engine.state.step = max(step, 0)
 
     def is_of(self, step: int) -> bool:
-        """Whether every element is the step's."""
+        """Whether every element equals the step."""
         from pause_megatron.engine import ADAM_STATE
 
         state = self.engine.state
@@ -73,7 +73,7 @@ class Saving:
         )
 
     def save(self, step: int) -> None:
-        """As the system does it."""
+        """Save with the chosen system."""
         if self.system == "deepspeed":
             self.engine.deepspeed.save_checkpoint(str(self.folder), tag=f"step{step}", client_state={"step": step})
             if self.context.rank == 0:
@@ -94,7 +94,7 @@ class Saving:
         )
 
     def restore(self) -> tuple[str, int]:
-        """("fresh" | "resumed" | "wrong" | "refused: ...", step)."""
+        """Restore; return ("fresh" | "resumed" | "wrong" | "refused: ...", step)."""
         self.fill(-1)
         try:
             step = self._load()
@@ -121,7 +121,7 @@ class Saving:
 
 
 def program(system: str, folder: Path, saves: int | None) -> None:
-    """What is killed: restores, says how that went, and saves `saves` times, or until it is killed."""
+    """Restore, write the outcome to a file, and save `saves` times, or until killed."""
     from pause_megatron.config.schema import ParallelSection
     from pause_megatron.distributed import initialize
 
@@ -141,14 +141,14 @@ def program(system: str, folder: Path, saves: int | None) -> None:
 
 
 def start(system: str, folder: Path, *, saves: int | None = None, decide: Decide | None = None) -> list:
-    """Starts the program; `decide` is asked about every call on a file in `folder`."""
+    """Start the program; `decide` is called for every file call in `folder`."""
     for old in folder.parent.glob("outcome-*.json"):
         old.unlink()
     return fork(program, (system, folder, saves), folder.parent / "log.txt", folder=folder, decide=decide)
 
 
 def outcome_of(folder: Path, processes: list, seconds: float = 300) -> str:
-    """How restoring went on all ranks: the worst, once all have said so or none is alive."""
+    """Return the worst outcome of a restore over the ranks, once all have written theirs or have exited."""
     end = time.monotonic() + seconds
     said: list[str] = []
     while time.monotonic() < end:
@@ -163,7 +163,7 @@ def outcome_of(folder: Path, processes: list, seconds: float = 300) -> str:
 
 
 def kill(processes: list, pauses: list[float]) -> None:
-    """kill -9, in this order, with so many seconds after each."""
+    """Kill the processes with SIGKILL in this order, with these pauses in seconds."""
     for process, seconds in zip(processes, pauses, strict=True):
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
@@ -173,7 +173,7 @@ def kill(processes: list, pauses: list[float]) -> None:
 
 
 def named_by(pointer: Path) -> str | None:
-    """What `latest` says: ours is a symbolic link, DeepSpeed's a file."""
+    """Return the target of `latest`: a symbolic link here, a file in DeepSpeed."""
     try:
         return os.readlink(pointer) if pointer.is_symlink() else pointer.read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""Who may import whom, and words that must not stand in the package. Reads the sources; imports nothing."""
+"""Import rules between folders, and words that the package must not contain, from the sources."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What setup.sh says before it installs: pip's own resolution, over wheels in a folder that stands for an index."""
+"""Download and disk sizes that setup.sh prints: pip's resolution over a folder of wheels as the index."""
 
 from __future__ import annotations
 

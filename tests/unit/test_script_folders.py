@@ -1,4 +1,4 @@
-"""The scripts in launchers/ work in their own checkout, whatever CDPATH says and wherever they are called."""
+"""The scripts in launchers/ work in their own checkout, for any CDPATH and working folder."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ class WholeSaving(Saving):
 
 
 def flips(system: str, count: int) -> Result:
-    """R14, on one rank. A process that dies of a flip counts, and the next goes on behind it."""
+    """R14, on one rank. A process that crashes on a flip counts, and the next continues after it."""
     with tempfile.TemporaryDirectory() as name:
         journal, log = Path(name, "journal.jsonl"), Path(name, "log.txt")
         done: list[list[str]] = []

@@ -54,7 +54,7 @@ def start_over(system: str, folder: Path) -> None:
 
 
 def restart(system: str, folder: Path, decide=None) -> tuple[str, list]:
-    """What a start finds, and its processes; a folder that cannot be resumed is begun anew."""
+    """Return what a start finds, and its processes; a folder that cannot be resumed is restarted."""
     begun = any(folder.iterdir())
     processes = start(system, folder, decide=decide)
     outcome = outcome_of(folder, processes)
@@ -80,7 +80,7 @@ def kills(system: str, count: int) -> Result:
             if not ambush.reached.wait(120):
                 raise RuntimeError(f"{system}: the save did not come in 120 s; see {folder.parent / 'log.txt'}")
             order = rng.sample(processes, RANKS)
-            # Every third time one rank alone is killed, and the other goes on as far as it can in that time.
+            # Every third time only one rank is killed, and the other continues as far as it can.
             alone = rng.random() < 1 / 3
             timer = threading.Timer(0.01, ambush.release)
             if alone:

@@ -58,7 +58,7 @@ def test_documents_are_about_as_long_as_they_say():
     assert set(np.unique(made.text(0))) <= set(range(TEXT_SIZE))
 
 
-def test_documents_apart_have_segments():
+def test_intra_document_masking_gives_segments():
     data = windows("data.sequence_length=2048", "data.intra_document_masking=true", "data.eod_mask_loss=true")
     batch = micro_batch(data, range(4))
     documents = [int(row.max()) + 1 for row in batch.segments]

@@ -1,4 +1,4 @@
-"""Where rank 0's store listens, and what a port that is taken says."""
+"""Addresses of rank 0's store, and the error for a taken port."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pause_megatron.errors import ConfigError
 
 
 def listening(port: int) -> set[str]:
-    """The addresses that something on this machine listens at, by the kernel's own table."""
+    """Return the listening addresses of this machine, from the kernel's table."""
     found = set()
     for name in ("tcp", "tcp6"):
         for line in Path("/proc/net", name).read_text().splitlines()[1:]:
@@ -40,12 +40,12 @@ def free_port() -> int:
 
 
 def outside() -> str:
-    """An address of this machine that others may reach; loopback where it has no other."""
+    """Return an address of this machine that others may reach; loopback without one."""
     return next((address for address in interfaces().values() if not address.startswith("127.")), "127.0.0.1")
 
 
 @pytest.mark.parametrize("name", ["127.0.0.1", "localhost", "outside"])
-def test_the_store_listens_at_master_addr_s_own_address_alone(name):
+def test_the_store_listens_only_at_the_address_of_master_addr(name):
     address, port = outside() if name == "outside" else name, free_port()
     kept = open_store(Ranks(0, 0, 2, address, port, "environment"), 10)
     expected = {found for _, found in own_addresses(address)[:1]}
@@ -56,7 +56,7 @@ def test_the_store_listens_at_master_addr_s_own_address_alone(name):
 
 
 def test_a_name_that_is_not_this_host_s_listens_on_all_interfaces(monkeypatch):
-    """Behind address translation, or where /etc/hosts calls this host 127.0.1.1, nobody else knows its own address."""
+    """Behind NAT, or where /etc/hosts resolves this host to 127.0.1.1, other hosts use another address."""
     names = {"translated": "192.0.2.7", "debian": "127.0.1.1"}
     known = socket.getaddrinfo
     monkeypatch.setattr(socket, "getaddrinfo", lambda host, *rest, **more: known(names.get(host, host), *rest, **more))
@@ -105,7 +105,7 @@ sys.exit(cli.main())
 
 
 def test_a_program_that_is_no_store_is_one_message_with_its_code():
-    """A thread is in torch, and would abort the process if it came back while the interpreter ends."""
+    """A thread is inside torch, and would abort the process if it returned during interpreter shutdown."""
     accepted: list[socket.socket] = []
     with socket.create_server(("127.0.0.1", 0)) as listener:
 

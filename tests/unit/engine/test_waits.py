@@ -1,4 +1,4 @@
-"""What counts as a wait of the host: on a CPU, where every tensor but the host's own stands for one of the device."""
+"""Definition of a host wait, tested on a CPU: every tensor except the host's counts as a device tensor."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_what_only_enqueues_does_not_count(case):
     assert not waits_of(ENQUEUEING[case])
 
 
-def test_numbers_that_were_uploaded_are_of_the_device():
+def test_uploaded_numbers_count_as_device_tensors():
     assert len(waits_of(lambda: upload([1.0, 2.0], torch.device("cpu")).tolist())) == 1
 
 
@@ -105,7 +105,7 @@ def test_a_copy_to_the_gpu_waits_unless_it_is_asynchronous_and_pinned(monkeypatc
     assert _copy_waits("_to_copy", (host,), there) and _copy_waits("copy_", (device, host), {})
 
 
-def test_places_are_told_apart():
+def test_places_are_distinguished():
     with HostWaits() as record:
         X.tolist()
         with in_micro_batch():

@@ -82,7 +82,7 @@ def test_a_prompt_that_is_too_long_loses_its_left_end_and_nothing_else(generator
 
 
 def test_a_neighbours_long_choice_does_not_cut_a_prompt(generator, task, examples):
-    """Room is left for a record's own choices, whatever else stands in the batch."""
+    """The room kept for a record's choices does not depend on the rest of the batch."""
     chosen = replace(task, kind="choice", metrics=("choice_accuracy",), primary="choice_accuracy")
     encoder, positions = generator.encoder, generator.model.config.max_position_embeddings
     long = replace(examples[0], id="long", choices=(" war" * 40, " peace"))

@@ -100,7 +100,7 @@ def test_the_papers_grid_is_the_papers(paper):
     assert len(grid.tasks) == 9 and len(grid.seeds) == 5
     assert grid.tasks["gsm8k"].pauses == (2, 10, 25, 50)
     assert all(task.pauses == (10, 50) for name, task in grid.tasks.items() if name != "gsm8k")
-    # One model is pretrained once, whatever is made of it.
+    # Each model is pretrained once, for all of its variants.
     assert sorted(cell.name for cell in paper.cells if cell.verb == "pretrain") == sorted(
         f"pretrain-{name}" for name in grid.models
     )

@@ -1,4 +1,4 @@
-"""Whose a place is: processes at the same instant, dead ones, frozen ones, files that somebody else has made."""
+"""Lock files: concurrent processes, exited and suspended owners, and files that other users have created."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 def ended_process() -> processes.Process:
-    """One that was there."""
+    """A process that has exited."""
     process = subprocess.Popen(["sleep", "60"])
     known = processes.process(process.pid)
     process.kill()
@@ -42,7 +42,7 @@ def record_of(known: processes.Process, **other) -> bytes:
     return json.dumps({**record, "token": "t", "since": "now", **other}).encode()
 
 
-# In a process without threads, which may fork: each child takes the place at the same instant and says so.
+# In a process without threads, which may fork: all children try to take the lock at the same time.
 RACE = """
 import errno, json, multiprocessing, os, sys, time
 from pathlib import Path
@@ -82,8 +82,8 @@ print(json.dumps(answers))
 
 @pytest.mark.parametrize("left", [None, "dead"])
 @pytest.mark.parametrize("links", [True, False])
-def test_of_many_at_the_same_instant_one_has_it(tmp_path, left, links, full):
-    """Also where all of them find what a dead one has left, and where there are no hard links."""
+def test_one_of_many_concurrent_processes_gets_the_lock(tmp_path, left, links, full):
+    """Also with the stale lock of an exited process, and without hard links."""
     rounds = 20 if full else 1
     arguments = [str(tmp_path), record_of(ended_process()).decode() if left else "", str(links), str(rounds)]
     done = python(RACE, *arguments)
@@ -97,7 +97,7 @@ def python(code: str, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
 
 
-def test_a_living_process_is_named_and_a_number_that_is_used_again_is_not_it(tmp_path):
+def test_a_running_owner_is_named_and_a_reused_pid_is_not_an_owner(tmp_path):
     path, own = tmp_path / "owner", processes.process(os.getpid())
     path.write_bytes(record_of(own))
     with pytest.raises(HeldError, match=f"held by process {own.pid} on here, since now"):
@@ -107,10 +107,10 @@ def test_a_living_process_is_named_and_a_number_that_is_used_again_is_not_it(tmp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_one_that_was_taken_over_writes_nothing_and_knows_it(tmp_path):
+def test_an_owner_that_was_taken_over_detects_it_and_writes_nothing(tmp_path):
     path = tmp_path / "owner"
     frozen = Holding(path, BEAT)
-    path.unlink()  # as another machine does after some beats
+    path.unlink()  # as another machine does after missed heartbeats
     other = {**read_after_write(path, ended_process()), "host": "another-machine"}
     path.write_text(json.dumps(other))
     time.sleep(3 * BEAT)
@@ -125,18 +125,21 @@ def read_after_write(path: Path, known: processes.Process) -> dict:
     return dict(read(path))
 
 
-def test_the_file_is_looked_at_after_an_absence_only(tmp_path, monkeypatch):
+def test_the_file_is_checked_only_after_a_suspension(tmp_path, monkeypatch):
     held = Holding(tmp_path / "owner", 1000.0)
     (tmp_path / "owner").write_text(json.dumps({"token": "another", "process": 1}))
     assert held.taken_over_while_away() == ""
     clocks = holding._clocks
-    for jump in ((3001.0, 0.0), (0.0, 3001.0)):  # frozen; a machine that slept, whose first clock slept as well
+    for jump in (
+        (3001.0, 0.0),
+        (0.0, 3001.0),
+    ):  # suspended process; suspended machine, whose monotonic clock stopped too
         monkeypatch.setattr(holding, "_clocks", lambda jump=jump: tuple(map(sum, zip(clocks(), jump, strict=True))))
         assert held.taken_over_while_away().startswith("process 1 on")
     held.close()
 
 
-def test_a_file_that_was_deleted_is_made_again(tmp_path):
+def test_a_deleted_lock_file_is_created_again(tmp_path):
     held = Holding(tmp_path / "owner", BEAT)
     (tmp_path / "owner").unlink()
     assert held.taken_over() == "" and read(tmp_path / "owner")["process"] == os.getpid()
@@ -153,7 +156,7 @@ def test_a_file_that_was_deleted_is_made_again(tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"half a rec", b"[]", b"{}", b"\xff" * 100, b"[" * 200_000, b"null", b"7"])
 @pytest.mark.parametrize("seconds", [0, -3600, 3600])
-def test_what_cannot_be_read_is_waited_for_and_followed(tmp_path, content, seconds, caplog):
+def test_an_unreadable_lock_is_waited_for_and_taken_over(tmp_path, content, seconds, caplog):
     path = tmp_path / "owner"
     path.write_bytes(content)
     os.utime(path, (time.time() + seconds,) * 2)  # also from a clock that is ahead
@@ -165,7 +168,7 @@ def test_what_cannot_be_read_is_waited_for_and_followed(tmp_path, content, secon
 
 
 @pytest.mark.parametrize("kind", ["folder", "pipe", "link"])
-def test_what_is_no_file_is_refused(tmp_path, kind):
+def test_a_lock_path_that_is_no_file_is_refused(tmp_path, kind):
     path = tmp_path / "owner"
     {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path), "link": lambda: path.symlink_to(tmp_path / "else")}[kind]()
     with pytest.raises(OSError, match="expected a regular file or none"):
@@ -209,7 +212,7 @@ def test_without_file_locks_a_holder_excludes_and_a_killed_one_does_not(tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_orphan_is_known_by_its_launchers_end(tmp_path):
+def test_an_orphaned_owner_is_detected_by_its_launcher(tmp_path):
     launcher = subprocess.Popen(["sleep", "60"])
     orphan = subprocess.Popen([sys.executable, "-I", "-S", "-c", "import time; time.sleep(60)"])
     watched = asdict(Watched({"torchrun": processes.process(launcher.pid)}, {}))
@@ -231,7 +234,7 @@ def test_an_orphan_is_known_by_its_launchers_end(tmp_path):
         lambda folder, victim: folder.write_text(""),
     ],
 )
-def test_what_others_planted_in_the_shared_temporary_folder_is_not_used(
+def test_files_of_other_users_in_the_temporary_folder_are_not_used(
     tmp_path, monkeypatch, plant: Callable[[Path, Path], object]
 ):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -248,7 +251,7 @@ def test_what_others_planted_in_the_shared_temporary_folder_is_not_used(
 ODD = ["1e999", "-1e999", "NaN", "-1", "0", '"1"', '"\\u0000"', "[]", "{}", "null", "9" * 400]
 
 
-def test_a_record_with_odd_values_is_of_nobody_who_runs(tmp_path):
+def test_a_record_with_invalid_values_names_no_running_process(tmp_path):
     here = json.loads(record_of(processes.process(os.getpid())))
     ended = json.loads(record_of(ended_process()))
     for odd in map(json.loads, ODD):
@@ -256,7 +259,7 @@ def test_a_record_with_odd_values_is_of_nobody_who_runs(tmp_path):
             assert not holding.runs({**ended, name: odd}) and not is_orphan({**ended, name: odd})
         for given in (odd, {"processes": odd, "listeners": {}}, {"processes": {}, "listeners": odd}):
             assert not is_orphan({**here, "launcher": given})
-        for key in ("pid", "started"):  # some are of a launcher that is not there
+        for key in ("pid", "started"):  # some belong to a launcher that does not exist
             launcher = {"processes": {"it": {"pid": 1, "started": 1, key: odd}}, "listeners": {}}
             assert is_orphan({**here, "launcher": launcher}) in (True, False)
     (tmp_path / ".owner.json").write_text(json.dumps({**here, "process": float("inf")}))

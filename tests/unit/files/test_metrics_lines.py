@@ -62,7 +62,7 @@ def test_bad_lines_are_kept_aside_and_good_ones_byte_for_byte(tmp_path, bad, pla
 
 
 @given(st.lists(st.one_of(st.integers(1, 9).map(line), st.binary(max_size=60).map(lambda some: some + b"\n"))))
-def test_whatever_stands_between_them_good_lines_stay(tmp_path_factory, lines):
+def test_valid_lines_stay_with_any_content_between_them(tmp_path_factory, lines):
     path = tmp_path_factory.mktemp("metrics") / "metrics.jsonl"
     path.write_bytes(b"".join(lines))
     wanted = [each for each in path.read_bytes().splitlines(keepends=True) if each in {line(n) for n in range(1, 6)}]
@@ -80,7 +80,7 @@ def test_an_incomplete_last_line_is_dropped_and_a_valid_file_kept(tmp_path):
     assert keep_steps(tmp_path / "none.jsonl", 1) is None and os.listdir(tmp_path) == [path.name]
 
 
-def test_a_folder_or_a_pipe_in_its_place_stops_nobody(tmp_path):
+def test_a_folder_or_a_pipe_in_its_place_does_not_block(tmp_path):
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(DataError, match="expected the metrics of a run: Is a directory"):
         read_metrics(tmp_path / "metrics.jsonl")

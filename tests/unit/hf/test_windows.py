@@ -66,8 +66,8 @@ def test_the_models_own_loss_is_that_of_the_windows_mask(folder, model, settings
             assert set(made) == {"input_ids", "labels"}
 
 
-def test_the_last_pause_has_the_id_that_is_its_turn(folder):
-    """No label says it; the window itself does."""
+def test_the_last_pause_has_the_next_id_in_turn(folder):
+    """It has no label; the window itself is checked."""
     train = pause_windows(folder / "a", LENGTH, pause_ids=range(600, 602), rate=0.6, samples=60).train
     ends = []
     for number in range(60):
@@ -78,7 +78,7 @@ def test_the_last_pause_has_the_id_that_is_its_turn(folder):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_documents_apart_do_not_see_each_other_in_transformers(folder, attention):
+def test_intra_document_masking_holds_in_transformers(folder, attention):
     model = llama(601, attn_implementation=attention)
     train = pause_windows(folder / "a", 512, pause_ids=PAUSES, samples=12, intra_document_masking=True).train
     several = 0
@@ -121,7 +121,7 @@ def test_held_out_windows_with_and_without_pauses(folder):
     assert pause_windows(folder / "a", LENGTH, pause_ids=PAUSES, samples=8).valid is None
 
 
-def test_what_cannot_be_is_refused_before_anything_is_built(folder, monkeypatch):
+def test_invalid_arguments_are_refused_before_anything_is_built(folder, monkeypatch):
     with pytest.raises(ConfigError, match=r"pause_ids: expected ids from 600 on, .* got range\(601, 602\)"):
         pause_windows(folder / "a", LENGTH, pause_ids=range(601, 602))
     for settings, message in (

@@ -40,5 +40,5 @@ def test_a_draw_depends_on_seed_row_and_position_alone():
     assert together != replace(sampling, rows=range(50, 100)).select(rows, 4)
 
 
-def test_greedy_takes_the_likeliest_whatever_the_seed():
+def test_greedy_takes_the_most_likely_token_for_every_seed():
     assert Sampling(seed=9).select(LOGITS.expand(3, -1), 0) == [0, 0, 0]

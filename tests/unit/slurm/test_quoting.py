@@ -1,4 +1,4 @@
-"""Whatever a user writes into an option of a job comes back as it was, or is refused; none of it becomes a command."""
+"""Values of job options arrive unchanged or are refused; none is executed as a command."""
 
 from __future__ import annotations
 

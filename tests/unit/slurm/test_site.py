@@ -33,7 +33,7 @@ def test_partitions():
         ("gpu", False, 8, 8, 172800, 172800),
         ("debug", False, 2, 1, 1800, 300),
     ]
-    # Of the smallest node; 1 MB is what SLURM says of a node whose memory nobody configured.
+    # Of the smallest node; SLURM reports 1 MB for a node without configured memory.
     assert [(p.cpus, p.memory_mb) for p in known.values()] == [(32, 0), (64, 1024000), (48, 512000)]
 
 

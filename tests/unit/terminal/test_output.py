@@ -67,11 +67,11 @@ def test_a_failed_write_is_counted_for_messages_and_raised_for_results(why, make
     with pytest.raises(OutputError, match=r"^standard output: expected a place to write to: ") as raised:
         print("a line", file=result, flush=True)
     assert raised.value.reader_gone == (make is without_reader)
-    with pytest.raises(OutputError):  # also when somebody caught the first
+    with pytest.raises(OutputError):  # also after the first was caught
         result.flush()
 
 
-def test_a_stream_is_otherwise_what_it_was(tmp_path):
+def test_a_wrapped_stream_is_otherwise_unchanged(tmp_path):
     with open(tmp_path / "out", "w", encoding="ascii") as file:
         stream = StandardStream(file, "standard output", required=True)
         assert (stream.isatty(), stream.encoding, stream.fileno()) == (False, "ascii", file.fileno())
@@ -82,14 +82,14 @@ def test_a_stream_is_otherwise_what_it_was(tmp_path):
 
 
 @pytest.mark.usefixtures("_restored")
-def test_streams_are_put_in_place_once_and_taken_away(monkeypatch):
+def test_streams_are_wrapped_once_and_restored(monkeypatch):
     for name in ("stdout", "stderr", "__stderr__"):
         monkeypatch.setattr(sys, name, full_device())
     before = sys.stdout, sys.stderr, sys.__stderr__
     with standard_streams() as stdout, tolerant_output():
         assert sys.stdout is stdout and not stdout.required
         print("x", flush=True)
-        for stream in (sys.stderr, sys.__stderr__):  # the watch on ranks that hang writes to the second
+        for stream in (sys.stderr, sys.__stderr__):  # hang detection writes to the second
             print("x", file=stream, flush=True)
         assert [line.split(":")[0] for line in lost_output()] == ["standard output", "standard error"]
     assert (sys.stdout, sys.stderr, sys.__stderr__) == before and lost_output() == []
@@ -111,7 +111,7 @@ sys.exit(75)
     ("where", "broken"),
     [(">/dev/full", 1), ("2>/dev/full", 1), (">&-", 1), ("2>&-", 1), (">&- 2>&- <&-", 2), ("2>&1 | true", 2)],
 )
-def test_a_program_keeps_its_exit_code_and_nobodys_file_gets_its_lines(tmp_path, where, broken):
+def test_a_program_keeps_its_exit_code_and_writes_to_no_other_file(tmp_path, where, broken):
     (tmp_path / "program.py").write_text(PROGRAM)
     # The file is opened after the start: with a closed descriptor it would be number 1 or 2.
     script = f'cd {tmp_path}; "{sys.executable}" program.py said {where}; echo ${{PIPESTATUS[0]}} >code'
@@ -147,7 +147,7 @@ def test_a_closed_pipe_ends_quietly_and_a_full_device_is_an_error(arguments, mon
         assert said == ([expected] if make is full_device else [])
 
 
-def test_talk_does_not_wait_for_a_reader_that_stands_still(monkeypatch):
+def test_messages_do_not_wait_for_a_reader_that_hangs(monkeypatch):
     monkeypatch.setattr("pause_megatron.terminal.output._STALL_SECONDS", 0.05)
     reader, writer = os.pipe()
     stream = StandardStream(os.fdopen(writer, "w", buffering=1), "standard error", required=False)

@@ -37,7 +37,7 @@ def test_half_a_record_is_taken_back_and_the_next_ones_are_whole(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["file", "folder"])
-def test_what_was_deleted_is_made_anew(tmp_path, what):
+def test_a_deleted_file_is_created_again(tmp_path, what):
     path = tmp_path / "logs" / "log"
     file = AppendedFile(path, b"head\n")
     file.append(b"one\n")

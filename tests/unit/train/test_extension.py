@@ -1,4 +1,4 @@
-"""When train.extended_from may follow a checkpoint, and what a refusal tells to type."""
+"""When train.extended_from may extend a checkpoint, and the command that a refusal names."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def settings(task_records, tmp_path_factory) -> list[str]:
     return [*task, *batch, f"data.tokenizer={tokenizer}", "finetune.pauses=2..4"]
 
 
-def test_steps_follow_from_epochs_and_the_resolved_configuration_says_them(settings, tmp_path):
+def test_steps_follow_from_epochs_in_the_resolved_configuration(settings, tmp_path):
     data = open_task(load(overrides=[*settings, "finetune.epochs=2.5"]))
     steps = -(-data.windows.windows_in_epochs(2.5) // 4)
     assert data.config.train.steps == steps and data.config.train.tokens == steps * 4 * 256
@@ -36,8 +36,8 @@ def test_steps_follow_from_epochs_and_the_resolved_configuration_says_them(setti
     assert given.config.train.steps == 7
 
 
-def test_a_warm_up_that_the_epochs_leave_no_room_for_is_shortened_and_said(settings, tmp_path):
-    """Nobody can know the number of steps before the examples are read; given steps are another matter."""
+def test_a_warm_up_longer_than_the_epochs_is_shortened_with_a_note(settings, tmp_path):
+    """The number of steps is known only once the examples are read, unless train.steps is given."""
     asked = load(overrides=[*settings, "finetune.epochs=1", "optim.warmup_steps=50"])
     data = open_task(asked)
     steps = data.config.train.steps
@@ -53,7 +53,7 @@ def test_a_warm_up_that_the_epochs_leave_no_room_for_is_shortened_and_said(setti
 
 
 def test_a_finetuning_is_extended_by_epochs(settings):
-    """Epoch follows epoch whatever their number, so the added steps read the examples in new orders."""
+    """The order depends on the epoch, so the added steps read the examples in new orders."""
     one = open_task(load(overrides=[*settings, "finetune.epochs=1"]))
     ended = one.config.train.steps
     longer = [*settings, "optim.warmup_steps=50", f"train.extended_from={ended}"]
