@@ -132,7 +132,7 @@ class ReshardedReader:
         known = {merged.stored_name(name) for name in self._shapes}
         if unknown := sorted(merged.manifest.parameters.keys() - known):
             raise CheckpointError(
-                f"{merged.folder}: a checkpoint of another model: expected no parameter {unknown[0]}, got one"
+                f"{merged.folder}: the checkpoint has a different architecture: unexpected parameter {unknown[0]}"
             )
 
     @property
@@ -182,5 +182,6 @@ class ReshardedReader:
             fits = shape[0] >= self._live_rows and shape[1:] == expected[1:]
         if not fits:
             raise CheckpointError(
-                f"{self.folder}: a checkpoint of another model: {name}: expected shape {expected}, got {shape}"
+                f"{self.folder}: the checkpoint has a different architecture: {name}: expected shape {expected}, "
+                f"got {shape}"
             )

@@ -88,8 +88,8 @@ def restore_weights(model: nn.Module, reader: ShardReader) -> None:
     if expected != shapes:
         name = min(n for n in expected.keys() | shapes.keys() if expected.get(n) != shapes.get(n))
         raise CheckpointError(
-            f"{reader.folder}: a checkpoint of another model: {name}: expected shape {expected.get(name, 'none')}, got "
-            f"{shapes.get(name, 'none')}"
+            f"{reader.folder}: the checkpoint has a different architecture: {name}: expected shape "
+            f"{expected.get(name, 'none')}, got {shapes.get(name, 'none')}"
         )
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -246,7 +246,7 @@ class Store:
             self._warn_not_moved(error)
 
     def _warn_not_moved(self, error: OSError) -> None:
-        log.warning(f"a checkpoint that was passed over stays where it is: {error}")
+        log.warning(f"cannot rename a skipped checkpoint: {error}")
 
     def _set_aside(self, folder: Path) -> None:
         number, target = 1, self.folder / f"{SET_ASIDE}{folder.name}"
@@ -254,7 +254,7 @@ class Store:
             number += 1
             target = self.folder / f"{SET_ASIDE}{folder.name}.{number}"
         os.rename(folder, target)
-        log.info(f"{folder} was passed over: it is {target} now")
+        log.info(f"skipped {folder}; renamed to {target}")
 
     def _delete(self, folder: Path) -> None:
         if folder.is_symlink():

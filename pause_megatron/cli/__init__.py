@@ -33,8 +33,8 @@ VERBS = {
     "import-hf": "import a Hugging Face folder of the Llama family as a checkpoint with pauses",
     "export-hf": "export a checkpoint to a Hugging Face folder for transformers and vLLM",
     "generate": "generate answers to prompts, with pauses in the prefill and never in the text",
-    "evaluate": "score a model on tasks with several numbers of pauses; the same command resumes it",
-    "experiment": "run a grid of pretraining, finetuning and evaluation; report it beside the paper",
+    "evaluate": "score a model on tasks with several numbers of pauses; resumable",
+    "experiment": "run a grid of pretraining, finetuning and evaluation, and compare the results with the paper's",
     "launch": "write or submit the SLURM job of a run, after checks",
     "plot": "draw the loss curves of runs as a PNG",
     "plan": "estimate memory, communication, days and GPU-hours of a run on a cluster",
@@ -127,7 +127,7 @@ def _dispatch(arguments: list[str]) -> int:
     if verb not in VERBS:
         from pause_megatron.config.spelling import nearest
 
-        raise ConfigError(f"unknown verb {verb!r}; expected one of {', '.join(VERBS)}{nearest(verb, VERBS)}")
+        raise ConfigError(f"verb: expected one of {', '.join(VERBS)}; got {verb!r}{nearest(verb, VERBS)}")
     # Intermixed: overrides may be anywhere (`pretrain --recipe R run.dir=a --dry-run log.every=1`). That loses a "--",
     # after which names may begin with "-".
     parser = parser_of(verb)

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.epilog = (
         "example:\n"
-        "  pause-megatron adopt data/theirs_text_document --tokenizer tok.model\n\n"
+        "  pause-megatron adopt data/my_text_document --tokenizer tok.model\n\n"
         "Reads PREFIX.bin and PREFIX.idx whole and writes PREFIX.tokenizer/ and PREFIX.manifest.json beside them."
     )
     parser.add_argument(
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokenizer that encoded the corpus: SentencePiece .model, tokenizer.json, folder, or hf:NAME",
     )
     parser.add_argument(
-        "--eod-token", metavar="PIECE", help="piece that ends their documents (default: the tokenizer's eos)"
+        "--eod-token", metavar="PIECE", help="token that ends a document (default: the tokenizer's eos)"
     )
     parser.add_argument(
         "--pause-id",
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--min-agreement",
         type=_fraction,
         metavar="F",
-        help="minimal share of the ids of 200 documents that decoding and encoding must reproduce; less means "
+        help="minimum fraction of the ids of 200 documents that decoding and encoding must reproduce; less means "
         "another tokenizer (default: 0.9, or more where much is reproduced by chance)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing manifest")
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cache",
         type=path_option,
         metavar="FOLDER",
-        help="data.cache of the runs to come: the record there lets them start without reading the corpus again "
+        help="data.cache of future runs: the record there lets them start without reading the corpus again "
         "(default: 'cache' beside the corpus)",
     )
 
@@ -94,8 +94,8 @@ def run(args: argparse.Namespace) -> int:
     print(_summary(args.prefix, adopted, adopted.agreement))
     if not adopted.agreement.conclusive:
         log.warning(
-            "this kind of tokenizer reproduces almost any ids, so those of another one would not be detected: check "
-            "that the text above reads well"
+            "this kind of tokenizer reproduces almost any ids, so a wrong tokenizer would not be detected: check that "
+            "the text above reads well"
         )
     return 0
 

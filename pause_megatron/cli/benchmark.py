@@ -28,7 +28,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--config", type=path_option, metavar="FILE", help="a YAML file, for example a run's own config.yaml"
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="keys on top, for example batch.global_size=32"
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="override configuration keys, such as batch.global_size=32",
     )
     parser.add_argument("--steps", type=at_least(1), default=10, metavar="N", help="timed steps; default: 10")
     parser.add_argument(
@@ -39,7 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--top", type=at_least(0), default=10, metavar="N", help="kernels to list; default: 10")
     parser.add_argument(
-        "--vocab-size", type=at_least(1), metavar="N", help="ids of synthetic text; default: the corpus's, or 32000"
+        "--vocab-size",
+        type=at_least(1),
+        metavar="N",
+        help="vocabulary of the synthetic text; default: the corpus's, or 32000",
     )
     parser.epilog = (
         "Windows hold synthetic text, unless data.prefix, data.source or a task is given; pauses are those of a run.\n"

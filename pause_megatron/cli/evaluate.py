@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pause_megatron.inference import PauseGenerator
     from pause_megatron.tasks import Example, Task
 
-HELP = "score a model on tasks with several numbers of pauses; the same command resumes it"
+HELP = "score a model on tasks with several numbers of pauses; resumable"
 
 _LM_EVAL = "lm_eval/"
 

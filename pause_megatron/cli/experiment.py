@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pause_megatron.experiment.grid import CellGraph
     from pause_megatron.experiment.schema import Grid
 
-HELP = "run a grid of pretraining, finetuning and evaluation; report it beside the paper"
+HELP = "run a grid of pretraining, finetuning and evaluation, and compare the results with the paper's"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("action", choices=("run", "status", "report", "cell"), help="cell: one cell, as a job runs it")
     parser.add_argument("words", nargs="*", metavar="DIR|KEY=VALUE", help="status, report: DIR; run: overrides")
-    grid = parser.add_argument_group("run: which grid")
+    grid = parser.add_argument_group("run: grid")
     grid.add_argument("--recipe", metavar="NAME", help=f"one of {', '.join(recipe_names())}")
     grid.add_argument("--config", type=path_option, metavar="FILE", help="a grid file, for example DIR/grid.yaml")
     grid.add_argument(
@@ -45,12 +45,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output", type=path_option, metavar="DIR", help="default: runs/experiments/NAME; report: default DIR/report"
     )
     grid.add_argument("--dry-run", action="store_true", help="list cells, steps, FLOPs and order, and stop")
-    local = parser.add_argument_group("run: here")
+    local = parser.add_argument_group("run: local execution")
     local.add_argument("--jobs", type=at_least(1), default=1, metavar="N", help="cells at a time (default: 1)")
     local.add_argument(
         "--ranks", type=at_least(1), default=1, metavar="R", help="ranks of a training cell (default: 1)"
     )
-    slurm = parser.add_argument_group("run: as SLURM jobs")
+    slurm = parser.add_argument_group("run: SLURM")
     slurm.add_argument("--slurm", action="store_true", help="submit a job per cell, with dependencies, and return")
     slurm.add_argument("--partition", metavar="P", help="partition")
     slurm.add_argument("--time", metavar="T", help="time limit of a job, for example 4:00:00")

@@ -59,9 +59,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-new-tokens", type=int, default=64, metavar="N", help="maximum length in tokens (default: 64)"
     )
     answer.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 is greedy (default: 0)")
-    answer.add_argument("--top-k", type=int, default=0, metavar="N", help="the N likeliest tokens; 0: all (default: 0)")
     answer.add_argument(
-        "--top-p", type=float, default=1.0, metavar="X", help="the likeliest tokens that sum to X (default: 1)"
+        "--top-k", type=int, default=0, metavar="N", help="the N most likely tokens; 0: all (default: 0)"
+    )
+    answer.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="the most likely tokens that sum to X (default: 1)",
     )
     answer.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling (default: 0)")
     answer.add_argument(

@@ -24,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pause-token",
         default="<pause>",
         metavar="NAME",
-        help="special token of the tokenizer that serves as pause; its row stays (default: <pause>, added if missing)",
+        help="special token of the tokenizer that serves as pause; its embedding row is kept (default: <pause>, added "
+        "if missing)",
     )
     parser.add_argument(
         "--tensor-parallel",

@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="number of windows for the pause statistics (default: 200)",
     )
-    parser.add_argument("--png", type=path_option, metavar="FILE", help="draw the histograms")
+    parser.add_argument("--png", type=path_option, metavar="FILE", help="write the histograms as a PNG")
     parser.add_argument("--json", action="store_true", help="print everything as one JSON object instead")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys as a run takes them: pause.rate=0.1")
     windows = parser.add_argument_group("windows, as in the configuration of a run")

@@ -37,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--config", type=path_option, metavar="FILE", help="a YAML file, for example a run's own config.yaml"
     )
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys on top, for example optim.lr=3e-4")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="override configuration keys: for example optim.lr=3e-4"
+    )
     job = parser.add_argument_group("the job")
     job.add_argument("--nodes", type=at_least(1), default=1, metavar="N", help="number of nodes (default: 1)")
     job.add_argument("--gpus-per-node", type=at_least(0), default=8, metavar="N", help="default: 8; 0: on CPUs")
@@ -48,19 +50,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="CPUs of a rank; default: all of a node for a job with all its GPUs, else in proportion to its GPUs",
     )
-    job.add_argument("--mem", metavar="SIZE", help="memory of a node, 0: all; default: as for the CPUs")
+    job.add_argument(
+        "--mem",
+        metavar="SIZE",
+        help="memory of a node, 0: all; default: in proportion, as the CPUs",
+    )
     job.add_argument(
         "--exclusive",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="no other job on the nodes; default: for a job with all their GPUs",
+        help="no other job on the nodes; default: only for a job that uses all GPUs of its nodes",
     )
     job.add_argument("--partition", metavar="P", help="default: the site's")
     job.add_argument("--time", metavar="T", help="time limit, for example 24:00:00; default: the partition's")
     job.add_argument("--name", metavar="NAME", help="default: the verb")
     job.add_argument("--sbatch", action="append", default=[], metavar="LINE", help="a further #SBATCH line; repeatable")
     job.add_argument(
-        "--gpu", default="h100", metavar="NAME", help="kind of GPU, as in plan: the run must fit (default: h100)"
+        "--gpu",
+        default="h100",
+        metavar="NAME",
+        help="GPU model, as in plan; the run must fit (default: h100)",
     )
     start = parser.add_argument_group("how ranks start")
     start.add_argument(

@@ -28,13 +28,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument(
         "--config", type=path_option, metavar="FILE", help="a YAML file, for example a run's own config.yaml"
     )
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys on top, for example batch.micro_size=8")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="override configuration keys: for example batch.micro_size=8",
+    )
     parser.add_argument("--nodes", type=at_least(1), default=1, metavar="N", help="number of nodes; default: 1")
     parser.add_argument("--gpus-per-node", type=at_least(1), default=8, metavar="N", help="default: 8")
     parser.add_argument(
         "--gpu", default="h100", metavar="NAMES", help=f"one or several, with commas: {', '.join(GPUS)}; default: h100"
     )
-    parser.add_argument("--mfu", type=float, metavar="F", help="model FLOPs utilisation while computing, 0 to 1")
+    parser.add_argument("--mfu", type=float, metavar="F", help="MFU, excluding communication, 0 to 1")
     parser.add_argument(
         "--measured",
         type=path_option,
@@ -45,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--assume", action="append", default=[], metavar="NAME=VALUE", help="replace an assumption that the table lists"
     )
     parser.add_argument(
-        "--vocab-size", type=at_least(1), metavar="N", help="text tokens; default: the corpus's, or 32000"
+        "--vocab-size", type=at_least(1), metavar="N", help="text vocabulary size; default: the corpus's, or 32000"
     )
     parser.add_argument("--json", action="store_true", help="everything as JSON, in bytes and seconds")
     parser.epilog = "exit code: 0, or 2 when the run does not fit on one of the GPUs (remedies are listed)."
@@ -99,5 +104,5 @@ def _given(args: argparse.Namespace) -> dict[str, float]:
     if args.mfu is not None:
         changes["mfu"] = args.mfu
     if changes.get("mfu", 0) > 1:
-        raise ConfigError(f"--mfu: expected a share, 0 to 1, got {changes['mfu']}")
+        raise ConfigError(f"--mfu: expected a fraction between 0 and 1, got {changes['mfu']}")
     return changes

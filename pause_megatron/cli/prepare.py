@@ -44,8 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--encoder",
         choices=ENCODERS,
         default="auto",
-        help="what computes the ids, which do not depend on it: the tokenizer's own library, or the faster gigatoken; "
-        "auto: gigatoken where it is installed and proven for the tokenizer (default: auto)",
+        help="tokenization library; the ids are the same: the tokenizer's own library, or the faster gigatoken; auto: "
+        "gigatoken where it is installed and proven for the tokenizer (default: auto)",
     )
     parser.add_argument(
         "--eod-token", metavar="PIECE", help="token that ends a document (default: the tokenizer's eos)"
@@ -70,8 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="damaged shard, such as a truncated gzip: stop, or keep the readable part and count it as malformed "
         "(default: error)",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace a corpus of other sources or options")
-    parser.add_argument("--verify", action="store_true", help="then read the corpus whole and check its digests")
+    parser.add_argument("--overwrite", action="store_true", help="replace a corpus with other sources or options")
+    parser.add_argument("--verify", action="store_true", help="read the finished corpus and check its digests")
 
 
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
@@ -83,13 +83,13 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="SHARD",
         help="shards of JSON lines (.json, .jsonl, .ndjson, plain, .gz or .zst), paths or globs; or hf:NAME, a "
-        "Hugging Face data set that is streamed",
+        "Hugging Face dataset that is streamed",
     )
     parser.add_argument(
         "--text-key", default="text", metavar="KEY", help="key of the text in each JSON object (default: text)"
     )
     hub = parser.add_argument_group("with --input hf:NAME")
-    hub.add_argument("--hf-config", metavar="NAME", help="configuration of the data set, such as 'en'")
+    hub.add_argument("--hf-config", metavar="NAME", help="configuration of the dataset, such as 'en'")
     hub.add_argument("--hf-split", default="train", metavar="NAME", help="split (default: train)")
     hub.add_argument("--hf-revision", metavar="REV", help="branch, tag or commit")
     hub.add_argument(
@@ -103,7 +103,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def hub_options(args: argparse.Namespace) -> HubOptions:
-    """Return the part of a data set that the input options name."""
+    """Return the part of a dataset that the input options name."""
     from pause_megatron.data.text.hub import HubOptions
 
     return HubOptions(

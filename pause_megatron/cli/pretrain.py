@@ -37,7 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = [name for name in recipe_names() if not name.startswith("finetune-")]
     add_run_arguments(parser, recipes=f"one of {', '.join(names)}")
     parser.add_argument(
-        "--vocab-size", type=at_least(1), metavar="N", help="text tokens for --dry-run; default: the corpus's, or 32000"
+        "--vocab-size",
+        type=at_least(1),
+        metavar="N",
+        help="vocabulary for --dry-run; default: the corpus's, or 32000",
     )
 
 
@@ -53,7 +56,9 @@ def add_run_arguments(parser: argparse.ArgumentParser, *, recipes: str) -> None:
     source.add_argument(
         "--config", type=path_option, metavar="FILE", help="a YAML file, for example a run's own config.yaml"
     )
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="keys on top, for example optim.lr=3e-4")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="override configuration keys: for example optim.lr=3e-4"
+    )
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("--dry-run", action="store_true", help="print the arithmetic of the run and stop; needs no GPU")
     parser.add_argument(
@@ -177,7 +182,7 @@ def _key_table() -> str:
     from pause_megatron.config.keys import keys, sections
 
     lines = ["configuration keys (KEY=VALUE, or in the YAML file as groups):"]
-    lines.append("  The same on every rank; of those marked local, what they lead to is the same.")
+    lines.append("  Keys must be equal on every rank. Keys marked local may differ but must refer to the same content.")
     for section, cls in sections().items():
         lines += ["", f"  {section}: {(cls.__doc__ or '').splitlines()[0]}"]
         for key in keys().values():

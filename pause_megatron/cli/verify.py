@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cache",
         type=path_option,
         metavar="FOLDER",
-        help="data.cache of the runs to come: the record there lets them start without reading the corpus again "
+        help="data.cache of future runs: the record there lets them start without reading the corpus again "
         "(default: 'cache' beside the corpus)",
     )
     parser.epilog = (

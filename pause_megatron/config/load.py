@@ -234,14 +234,18 @@ def _known(entry: Entry) -> Key:
     section, _, name = entry.path.partition(".")
     if section in sections() and not name:
         raise ConfigError(f"{entry.where}: {section}: expected a group of keys, got {entry.value!r}")
+    # The same name in another section: `lr` and `train.lr` are `optim.lr`.
+    namesakes = [path for path in keys() if path.partition(".")[2] == (name or section)]
+    same_name = f". Did you mean {' or '.join(map(repr, namesakes))}?" if namesakes else ""
     if section in sections():
         names = [path.partition(".")[2] for path in keys() if path.startswith(f"{section}.")]
-        guess = nearest(name, names).replace("'", f"'{section}.", 1) or nearest(entry.path, keys())
+        guess = nearest(name, names).replace("'", f"'{section}.", 1) or same_name
+        guess = guess or nearest(entry.path, keys(), cutoff=0.8)  # transposed letters of a short name
         hint = guess or f". Keys of {section}: {', '.join(names)}"
     else:
-        namesakes = [path for path in keys() if path.endswith(f".{entry.path}")]
-        hint = f". Did you mean {' or '.join(map(repr, namesakes))}?" if namesakes else nearest(entry.path, keys())
-        hint = hint or nearest(section, sections()) or f". Groups: {', '.join(sections())}"
+        hint = "" if name else same_name
+        hint = hint or nearest(entry.path, keys()) or nearest(section, sections())
+        hint = hint or f". Groups: {', '.join(sections())}"
     raise ConfigError(f"{entry.where}: unknown key {entry.path!r}{hint}")
 
 

@@ -45,9 +45,9 @@ class RunSection(Section):
     )
     start_over: bool = Field(
         False,
-        description="permission to start at step 1 in a run folder whose checkpoints are gone (else refused); its "
-        "metrics.jsonl and tensorboard/ are kept as metrics.before-TIME.jsonl and tensorboard.before-TIME. A run with "
-        "a complete checkpoint resumes all the same",
+        description="allow a start at step 1 in a run folder whose checkpoints are missing; its metrics.jsonl and "
+        "tensorboard/ are kept as metrics.before-TIME.jsonl and tensorboard.before-TIME. A run with a complete "
+        "checkpoint still resumes",
     )
 
 
@@ -61,10 +61,10 @@ class DataSection(Section):
     )
     source: tuple[PatternText, ...] = Field(
         (),
-        description="in place of data.prefix: shards (paths or globs) or hf:NAME, streamed and tokenized during "
-        "training; hf:json may be followed by files",
+        description="shards (paths or globs) or hf:NAME, streamed and tokenized during training; alternative to "
+        "data.prefix; hf:json may be followed by files",
     )
-    source_config: str | None = Field(None, description="configuration of data.source=hf:NAME, for example en")
+    source_config: str | None = Field(None, description="dataset configuration of data.source=hf:NAME, for example en")
     source_split: str = Field("train", description="split of data.source=hf:NAME")
     text_key: str = Field("text", description="key of the text in data.source")
     sequence_length: int = Field(2048, ge=8, description="tokens of a window, pauses included")
@@ -74,12 +74,12 @@ class DataSection(Section):
     )
     split: str | None = Field(
         None,
-        description="shares of the documents for train, validation, test; default: 99,1,0, with data.valid_prefix "
-        "1,0,0",
+        description="relative sizes of the train, validation and test splits in documents; default: 99,1,0, with "
+        "data.valid_prefix 1,0,0",
     )
     tokenizer: PathText | None = Field(
         None,
-        description="required tokenizer (another one is refused); default: that of the corpus, in a finetuning that of "
+        description="required tokenizer (another one is refused); default: that of the corpus, for finetuning that of "
         "model.from",
     )
     cache: PathText | None = Field(
@@ -118,7 +118,7 @@ class ModelSection(Section):
         None,
         alias="from",
         description="checkpoint with the initial weights (a run folder, a checkpoint, or the output of import-hf); "
-        "sizes left out come from it. Optimizer state, step and data start anew",
+        "sizes left out come from it. Optimizer state, step and data are reset",
     )
     preset: Literal["tiny", "130m", "1b", "7b"] | None = Field(
         "tiny", description="default sizes; null: layers, hidden and heads must be given"
@@ -128,7 +128,9 @@ class ModelSection(Section):
     heads: int | None = Field(None, ge=1, description="attention heads")
     kv_heads: int | None = Field(None, ge=1, description="key/value heads (GQA); default: model.heads")
     ffn: int | None = Field(
-        None, ge=8, description="width of the SwiGLU feed-forward layer; default: 8/3 model.hidden, rounded up to 64s"
+        None,
+        ge=8,
+        description="width of the SwiGLU feed-forward layer; default: 8/3 model.hidden, rounded up to a multiple of 64",
     )
     tied: bool | None = Field(None, description="one weight matrix for input embedding and output layer")
     qkv_bias: bool = Field(False, description="biases on queries, keys and values, as in Qwen2")
@@ -173,7 +175,7 @@ class PauseSection(Section):
 
 
 class TaskSection(Section):
-    """The task of a finetuning; a run with a task is one."""
+    """The finetuning task; a run with task.name is a finetuning run."""
 
     name: PathText | None = Field(
         None, description="a task that ships, a YAML file, or 'module:attribute'; null: pretraining"
@@ -181,7 +183,9 @@ class TaskSection(Section):
     path: PathText | None = Field(
         None, description="folder with train.jsonl[.gz] and the evaluation file; default: the Hugging Face Hub"
     )
-    limit: int | None = Field(None, ge=1, description="number of training records, the first ones; default: all")
+    limit: int | None = Field(
+        None, ge=1, description="maximum number of training records, taken from the start; default: all"
+    )
 
 
 class FinetuneSection(Section):
@@ -199,7 +203,7 @@ class FinetuneSection(Section):
     filler: str | None = Field(None, description="text of one ordinary token in place of <pause>, as a control")
     batching: Literal["packed", "padded"] = Field(
         "packed",
-        description="packed: several examples a window, each with attention to itself only; padded: one a window",
+        description="packed: several examples per window, each with attention to itself only; padded: one per window",
     )
     epochs: float | None = Field(
         None, gt=0, description="passes over the examples; alternative to train.steps and train.tokens"
@@ -216,7 +220,7 @@ class TrainSection(Section):
         ge=1,
         description="step at which a finished run ended, to extend it to a larger train.steps with its optimizer "
         "state; optim.lr and the schedule may change at that step. constant stays at optim.lr, other schedules and "
-        "their warm-up start anew over the added steps. Unread windows follow, then the corpus repeats in a new order",
+        "their warm-up restart over the added steps. Unread windows follow, then the corpus repeats in a new order",
     )
     only: Literal["pause_rows"] | None = Field(
         None, description="trainable parameters; pause_rows: the pause embeddings (and pause logits) only; null: all"
@@ -239,7 +243,7 @@ class OptimSection(Section):
     schedule: Literal["cosine", "wsd", "constant"] = Field(
         "cosine", description="learning rate after the warm-up: cosine decay; stable, then linear decay (wsd); constant"
     )
-    decay_fraction: float = Field(0.2, gt=0, le=1, description="share of train.steps in the final decay of wsd")
+    decay_fraction: float = Field(0.2, gt=0, le=1, description="fraction of train.steps in the final decay of wsd")
     weight_decay: float = Field(0.1, ge=0, description="decoupled weight decay")
     clip: float = Field(1.0, ge=0, description="maximum global gradient norm; 0: no clipping")
     beta1: float = Field(0.9, ge=0, lt=1, description="decay of Adam's first moment")
@@ -272,8 +276,8 @@ class EngineSection(Section):
     )
     deterministic: bool = Field(
         False,
-        description="deterministic algorithms on a GPU (a slower attention backward pass, a fixed cuBLAS workspace); a "
-        "CPU always has them",
+        description="deterministic algorithms on a GPU (a slower attention backward pass, a fixed cuBLAS workspace); "
+        "always on for CPUs",
     )
 
 
@@ -281,7 +285,7 @@ class CheckpointSection(Section):
     """Saves in RUN/checkpoints/, each published when it is complete."""
 
     every: int = Field(1000, ge=0, description="steps between saves; 0: at the end and on a stop signal only")
-    keep: int = Field(3, ge=1, description="complete checkpoints that are kept, at least the newest two")
+    keep: int = Field(3, ge=1, description="newest complete checkpoints to keep; 1 keeps two")
     before_end_seconds: int = Field(
         300,
         ge=0,
@@ -301,10 +305,10 @@ class LogSection(Section):
     """Metrics and logs."""
 
     every: int = Field(1, ge=1, description="steps between lines of metrics.jsonl and TensorBoard points")
-    tensorboard: bool = Field(True, description="RUN/tensorboard/ is written")
+    tensorboard: bool = Field(True, description="write RUN/tensorboard/")
     samples_every: int = Field(500, ge=0, description="steps between logged sample texts with their pauses; 0: never")
     peak_tflops: float | None = Field(
-        None, gt=0, description="peak of one device for MFU, TFLOP/s; default: of known GPUs, else no MFU"
+        None, gt=0, description="peak TFLOP/s of one device, for MFU; default: of known GPUs, else no MFU"
     )
 
 

@@ -169,9 +169,12 @@ def _device_kind(device: str | torch.device | None) -> str:
     if kind not in ("cpu", "cuda"):
         raise ConfigError(f"device: expected 'cpu' or 'cuda', got {kind!r}")
     if kind == "cuda" and not available:
-        raise ConfigError("device: expected a CUDA device, but torch finds none on this host")
+        raise ConfigError("device: expected a CUDA device on this host, got none that torch can use")
     if kind == "cpu" and available:
-        raise ConfigError("device: 'cpu' on a machine with CUDA: start the program with CUDA_VISIBLE_DEVICES= (empty)")
+        count = torch.cuda.device_count()
+        raise ConfigError(
+            f"device: expected no visible CUDA device for 'cpu', got {count}; set CUDA_VISIBLE_DEVICES='' at the start"
+        )
     return kind
 
 
@@ -186,7 +189,7 @@ def _check_split(parallel: ParallelSection, world_size: int) -> None:
             f"parallel.tensor: expected a divisor of the number of ranks, {world_size}, got {parallel.tensor}"
         )
     if parallel.sequence and parallel.tensor == 1:
-        raise ConfigError("parallel.sequence: true needs parallel.tensor of 2 or more, got 1")
+        raise ConfigError("parallel.sequence=true: expected parallel.tensor >= 2, got 1")
 
 
 def _checked_device(parallel: ParallelSection, device: str | torch.device | None, world_size: int) -> tuple[str, str]:

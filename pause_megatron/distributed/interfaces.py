@@ -66,7 +66,8 @@ def own_endpoint(backend: str, environment: Mapping[str, str] | None = None) -> 
     chosen = _named(names, given) if backend == "nccl" else [name for name in names if name == given.split(",")[0]]
     if not chosen:
         raise ConfigError(
-            f"{VARIABLES[backend]}={given}: expected an interface of {socket.gethostname()}, one of {', '.join(names)}"
+            f"{VARIABLES[backend]}={given}: expected one of {', '.join(names)} (the interfaces of "
+            f"{socket.gethostname()}), got {given!r}"
         )
     return _first(chosen, f"{VARIABLES[backend]}={given}")
 

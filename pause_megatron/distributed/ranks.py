@@ -111,7 +111,7 @@ def first_host(node_list: str) -> str:
     entry = re.match(r"((?:[^,\[\]]|\[[^\[\],-][^\[\]]*\])+)(?:,|$)", node_list.strip())
     host = re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", entry.group(1)) if entry else ""
     if not host:
-        raise ConfigError(f"SLURM node list: expected something like 'node[01-04]', got {node_list!r}")
+        raise ConfigError(f"SLURM node list: expected a list such as 'node[01-04]', got {node_list!r}")
     return host
 
 
@@ -134,7 +134,7 @@ def _from_variables(env: Mapping[str, str], local_rank: int | None) -> Ranks:
     world_size, tasks = _number(values, "WORLD_SIZE"), _number(env, "SLURM_STEP_NUM_TASKS", default=1)
     if world_size < tasks:
         raise ConfigError(
-            f"environment: WORLD_SIZE={world_size} in a SLURM job step of {tasks} tasks; expected at least as many. "
+            f"environment: expected WORLD_SIZE of at least the {tasks} tasks of the SLURM job step, got {world_size}. "
             "If the shell that submitted the job had RANK and WORLD_SIZE set, unset them there: jobs inherit them"
         )
     rank, local = _number(values, "RANK"), _number(values, "LOCAL_RANK")
@@ -155,8 +155,8 @@ def _compare_with_task(rank: int, world_size: int, local: int, env: Mapping[str,
     if managers and all(int(env[name]) != rank for name, _, _ in managers):
         name, size, _ = managers[0]
         raise ConfigError(
-            f"environment: RANK={rank} beside {name}={env[name]} in a step of {env[size]} tasks ({size}); expected the "
-            "same number. RANK was exported before the tasks began, and each inherits it: unset RANK, WORLD_SIZE and "
+            f"environment: expected RANK equal to {name}={env[name]} in a step of {env[size]} tasks ({size}), got "
+            f"{rank}. RANK was exported before the tasks began, and each inherits it: unset RANK, WORLD_SIZE and "
             f"LOCAL_RANK there (srun needs none of them), or set them in the task: bash -c 'RANK=${name} ...'"
         )
     on_host = [(name, env[name]) for _, _, name in managers if env.get(name, "").isdecimal()]
@@ -165,8 +165,8 @@ def _compare_with_task(rank: int, world_size: int, local: int, env: Mapping[str,
     ):  # 0 is right where the task sees its own GPU alone
         name, value = on_host[0]
         raise ConfigError(
-            f"environment: LOCAL_RANK={local} beside {name}={value}; expected the same number, or 0 where each task "
-            "sees its own GPU alone. Unset LOCAL_RANK, or set it in the task"
+            f"environment: expected LOCAL_RANK equal to {name}={value}, or 0 where each task sees only its own GPU, "
+            f"got {local}. Unset LOCAL_RANK, or set it in the task"
         )
 
 

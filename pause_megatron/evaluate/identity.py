@@ -122,6 +122,6 @@ def refuse_mismatch(path: Path, expected: Mapping[str, Any], stored: Mapping[str
             refuse_mismatch(path, ours, theirs, f"{prefix}{name}.")
         elif ours != theirs:
             raise DataError(
-                f"{path}: {prefix}{name}: expected {ours!r} (this run), got {theirs!r}: results of another model, "
-                f"other data or other settings; give another --output, or remove them"
+                f"{path}: {prefix}{name}: expected {ours!r} (this run), got {theirs!r}: the results are from a "
+                f"different model, dataset or settings; give another --output, or remove them"
             )

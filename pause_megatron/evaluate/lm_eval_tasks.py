@@ -79,7 +79,7 @@ class Harness:
             )
         try:
             self._loaded[name] = dict(manager.load([name])["tasks"])
-        except Exception as error:  # data set loaders raise errors of many libraries
+        except Exception as error:  # dataset loaders raise errors of many libraries
             lines = str(error).strip().splitlines() or [""]
             raise DataError(
                 f"lm_eval/{name}: its records cannot be loaded ({type(error).__name__}: {lines[0]}). Without network, "

@@ -177,7 +177,7 @@ def _wait_for_lock(folder: Path, closing: contextlib.ExitStack, stop: Stop) -> i
             return closing.enter_context(only_writer(folder / ".lock", f"the cell {folder.name}"))
         except DataError:
             if not waiting:
-                log.info(f"{folder.name}: a process of an earlier run still works on it; waiting")
+                log.info(f"{folder.name}: is still being computed by an earlier process; waiting")
             waiting = True
             backoff.wait()
     return None

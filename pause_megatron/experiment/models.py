@@ -100,7 +100,7 @@ def resolve_models(grid: Grid, vocabulary: int) -> dict[str, Pretraining]:
     def run_of(name: str, dependents: tuple[str, ...]) -> Pretraining:
         if name in dependents:
             cycle = " -> ".join([*dependents, name])
-            raise ConfigError(f"models: expected a chain of budgets that ends at a model without one, got {cycle}")
+            raise ConfigError(f"models: expected budgets without a cycle, got {cycle}")
         if name not in done:
             section = grid.models[name]
             like = run_of(section.budget.like, (*dependents, name)) if section.budget else None

@@ -82,7 +82,7 @@ def submit(directory: Path, located: Mapping[str, LocatedCell], options: JobOpti
         else:
             kept += 1
         jobs[fingerprint] = job
-    log.info(f"{submitted} jobs submitted, {kept} in the queue before, {done} cells done; look with: squeue --me")
+    log.info(f"{submitted} jobs submitted, {kept} already queued, {done} cells done; monitor with: squeue --me")
     log.info(f"or: pause-megatron experiment status {shlex.quote(str(directory))}")
     return 0
 

@@ -272,7 +272,7 @@ def _wait_for_its_end(path: Path, last: _Snapshot, beat_seconds: float) -> None:
         return
     seconds, silent = BEATS_UNTIL_GONE * beat_seconds, _age(path)
     if silent <= seconds:
-        log.info(f"{path}: left by {name_of(record)}; waiting {seconds:.0f} s for a sign of life", extra=EVERY_RANK)
+        log.info(f"{path}: stale lock of {name_of(record)}; waiting {seconds:.0f} s for a heartbeat", extra=EVERY_RANK)
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             time.sleep(beat_seconds / 4)
@@ -281,7 +281,7 @@ def _wait_for_its_end(path: Path, last: _Snapshot, beat_seconds: float) -> None:
                     return
                 raise HeldError(f"{path}: held by {name_of(_unpacked(now.data))}", _unpacked(now.data))
         silent = max(silent, seconds)
-    log.info(f"{path}: {name_of(record)} gave no sign of life for {silent:.0f} s: taken over", extra=EVERY_RANK)
+    log.info(f"{path}: no heartbeat from {name_of(record)} for {silent:.0f} s: taking over the lock", extra=EVERY_RANK)
 
 
 def _age(path: Path) -> float:

@@ -81,9 +81,9 @@ def prefix_option(text: str) -> str:
 def _home(user: str) -> str:
     folder = os.path.expanduser(user)
     if user == "~" and not os.path.isabs(os.environ.get("HOME", folder)):
-        raise ValueError("expected a home folder for ~, got none (HOME is no absolute path, and the user is unknown)")
+        raise ValueError("expected a home folder for ~, got none (HOME is not absolute, and the user is unknown)")
     if folder == user:
-        raise ValueError(f"expected a user's name after ~, no user is called {user[1:]!r}; a file's name is ./{user}")
+        raise ValueError(f"expected a user's name after ~, got {user[1:]!r}, no such user; for a file, write ./{user}")
     return folder
 
 

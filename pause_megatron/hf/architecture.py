@@ -162,7 +162,7 @@ class _ConfigReader:
         for key in ("auto_map", "custom_generate", "trust_remote_code"):
             if self._config.get(key):
                 raise CheckpointError(
-                    f"{self._where}: {key} asks for code of the folder, which is never run here. "
+                    f"{self._where}: {key} requires code from the folder, which is never executed. "
                     "If the model is a plain Llama, Mistral or Qwen2, remove the key"
                 )
         family = self._config.get("model_type")

@@ -163,7 +163,7 @@ def _tokenizer(folder: SourceFolder, architecture: Architecture, token: str) -> 
     for name in _TOKENIZER_JSON:
         if folder.has(name) and folder.json(name).get("auto_map"):
             raise CheckpointError(
-                f"{folder.path / name}: auto_map asks for code of the folder, which is never run here; remove the key"
+                f"{folder.path / name}: auto_map requires code from the folder, which is never executed; remove the key"
             )
     names = [name for name in ("tokenizer.json", "tokenizer.model") if folder.has(name)]
     if not names:

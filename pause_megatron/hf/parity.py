@@ -201,8 +201,8 @@ def compare_logits(native: list[Tensor], exported: Iterator[Tensor], windows: Te
     if largest > tolerance:
         number, position, token = where
         raise CheckpointError(
-            f"the exported model computes something else: expected logits within {tolerance:.3g}, got a difference of "
-            f"{largest:.3g}, in window {number} at position {position} (input id {int(windows[number, position])}) "
+            f"the exported model's logits differ: expected a difference of at most {tolerance:.3g}, got {largest:.3g}, "
+            f"in window {number} at position {position} (input id {int(windows[number, position])}) "
             f"for id {token}"
         )
     return largest, tolerance

@@ -102,7 +102,7 @@ def compare_tokenizers(checkpoint: NativeCheckpoint, folder: Path, lines: Sequen
     if different:
         first = different[0]
         raise CheckpointError(
-            f"the converted tokenizer gives other ids for {len(different)} of {len(lines)} lines, for example "
+            f"the converted tokenizer produces different ids for {len(different)} of {len(lines)} lines, for example "
             f"{lines[first][:200]!r}: expected {list(expected[first])[:40]}, got {list(actual[first])[:40]}"
         )
     whole, alone = exported("a")["input_ids"], exported("a", add_special_tokens=False)["input_ids"]

@@ -43,7 +43,8 @@ class _WatcherChannel:
             return
         found = find()
         if found.gone:
-            text = f"its launcher is gone: {', '.join(found.gone)}; ended ({VARIABLE}=0 lets it go on without)"
+            gone = ", ".join(found.gone)
+            text = f"the launcher has exited: {gone}; stopping (set {VARIABLE}=0 to continue without it)"
             log.error(text)
             os._exit(1)
         if not found.processes and not found.listeners:
@@ -51,7 +52,7 @@ class _WatcherChannel:
         try:
             self._start(Watched(found.processes, found.listeners))
         except OSError as error:
-            log.warning(f"this process is not ended with its launcher: {error}", extra=EVERY_RANK)
+            log.warning(f"cannot watch the launcher, so this process may outlive it: {error}", extra=EVERY_RANK)
 
     def _start(self, watched: Watched) -> None:
         import subprocess

@@ -211,15 +211,15 @@ class Watcher:
             if not gone and (gone := self._watched.gone()):
                 since = time.monotonic()
                 if not self._saves:
-                    return self._end(f"its launcher is gone: {gone}")
+                    return self._end(f"the launcher has exited: {gone}")
                 with contextlib.suppress(OSError):
                     self._channel.send(GONE)
             seconds = time.monotonic() - since
             if gone and not reported and not self._stops and seconds > SILENT_SECONDS:
                 reported = True
-                self._say(f"its launcher is gone: {gone}; finishing the step, then saving, if that is quick")
+                self._report(f"the launcher has exited: {gone}; finishing the step, then saving, if that is quick")
             if gone and seconds > (STOPPING_SECONDS if self._stops else SAVE_SECONDS):
-                return self._end(f"not ended {seconds:.0f} s after its launcher")
+                return self._end(f"still running {seconds:.0f} s after its launcher exited")
 
     def _receive(self) -> None:
         for descriptor, _ in self._poll.poll(1000 * LOOK_SECONDS):
@@ -235,9 +235,9 @@ class Watcher:
     def _end(self, why: str) -> None:
         if runs(self._own):
             os.kill(self._own.pid, signal.SIGKILL)
-            self._say(f"{why}; ended")
+            self._report(f"{why}; killed")
 
-    def _say(self, text: str) -> None:
+    def _report(self, text: str) -> None:
         """Write to the rank's standard error, unless that would block."""
         writing = select.poll()
         writing.register(2, select.POLLOUT)

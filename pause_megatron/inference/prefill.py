@@ -57,11 +57,14 @@ class Prefix:
             )
         causal = prompting.prefix_attention == "causal"
         if self.adaptive and prompting.location != "append":
-            raise ConfigError("adaptive pauses need location=append: pauses before the prompt cannot be added later")
+            raise ConfigError(
+                f"location: expected append for adaptive pauses, got {prompting.location}: pauses before the prompt "
+                "cannot be added later"
+            )
         if self.adaptive and not causal:
             raise ConfigError(
-                "adaptive pauses need prefix_attention=causal: in a bidirectional prefix every further pause changes "
-                "the keys and values of all positions before it"
+                "prefix_attention: expected causal for adaptive pauses, got bidirectional: there, every further pause "
+                "changes the keys and values of all positions before it"
             )
         window = getattr(config, "sliding_window", None)
         if window is not None and total > window and (self.adaptive or not causal):
@@ -96,13 +99,13 @@ def build_prefix(
     filler = (encoder.filler_id(prompting.filler),) if prompting.filler else ()
     if policy.limit and not filler and not encoder.pause.ids:
         raise ConfigError(
-            "the model has no pause token: neither does its config.json name pause ids nor has its tokenizer a special "
-            'token <pause>. Use pauses=0, or a filler such as "."'
+            "the model has no pause token: its config.json has no pause ids, and its tokenizer has no special token "
+            '<pause>. Use pauses=0, or a filler such as "."'
         )
     prompt_ids = encoder.encode(prompt)
     ids = encoder.with_pauses(prompt_ids, policy.limit, prompting.location, filler)
     if len(ids) - policy.limit + policy.first == 0:
-        raise ConfigError(f"{name}: it is empty, and has no pause or BOS that the first new token could be read from")
+        raise ConfigError(f"{name}: expected a non-empty prompt, a pause or a BOS, got none of them")
     return Prefix(ids, len(prompt_ids), policy)
 
 

@@ -132,7 +132,7 @@ class Assumptions:
             if not 0 < value < float("inf"):
                 raise ConfigError(f"--assume {name}: expected a number > 0, got {value}")
             if value > 1 and name in SHARES:
-                raise ConfigError(f"--assume {name}: expected a share, 0 to 1, got {value:g}")
+                raise ConfigError(f"--assume {name}: expected a fraction between 0 and 1, got {value:g}")
             replaced[name] = replace(getattr(self, name) or OPTIONAL[name], value=value, source="given")
         return replace(self, **replaced)
 

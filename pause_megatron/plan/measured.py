@@ -49,7 +49,7 @@ def measured_values(
         )
     mfu = _number(record, "mfu", path)
     if mfu > 1:
-        raise ConfigError(f"--measured {path}: mfu: expected a share, 0 to 1, got {mfu}")
+        raise ConfigError(f"--measured {path}: mfu: expected a fraction between 0 and 1, got {mfu}")
     different = list(_differences(record, path, config, cluster, text_size + config.pause.embeddings))
     if different:
         raise ConfigError(f"--measured {path}: it measured another run: {'; '.join(different)}")

@@ -11,11 +11,11 @@ from pause_megatron.tasks.task import Example, Split, Task
 
 
 def read_examples(task: Task, split: Split, path: str | None = None, limit: int | None = None) -> list[Example]:
-    """Return the examples of a split in the order of the data set.
+    """Return the examples of a split in the order of the dataset.
 
     Args:
         task: The task.
-        split: "train" or "eval"; the task maps it to its data set's name of the split.
+        split: "train" or "eval"; the task maps it to its dataset's name of the split.
         path: Folder with the records of this task as JSON lines; None reads the Hugging Face Hub.
         limit: Number of examples to read from the start; None reads all. (A CoQA story gives several examples.)
 

@@ -18,9 +18,9 @@ _ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 
 
 class Dataset(Section):
-    """A data set on the Hugging Face Hub. A local folder holds the same records as JSON lines."""
+    """A dataset on the Hugging Face Hub. A local folder holds the same records as JSON lines."""
 
-    path: str = Field(min_length=1, description="data set on the Hub, OWNER/NAME")
+    path: str = Field(min_length=1, description="dataset on the Hub, OWNER/NAME")
     config: str | None = Field(None, description="its configuration, where it has several")
     revision: str | None = Field(None, description="branch, tag or commit; default: the newest")
 
@@ -70,15 +70,15 @@ def file_records(path: Path) -> Iterator[Record]:
 
 
 def hub_records(data: Dataset, split: str, hint: str) -> Iterator[Record]:
-    """Yield the records of a data set on the Hugging Face Hub, or in its local cache.
+    """Yield the records of a dataset on the Hugging Face Hub, or in its local cache.
 
     Args:
-        data: The data set.
-        split: The data set's name of the split.
+        data: The dataset.
+        split: The dataset's name of the split.
         hint: End of the error message: what to do without network.
 
     Raises:
-        DataError: The data set cannot be read.
+        DataError: The dataset cannot be read.
     """
     try:
         from datasets import load_dataset
@@ -87,7 +87,7 @@ def hub_records(data: Dataset, split: str, hint: str) -> Iterator[Record]:
     except Exception as error:  # loaders raise whatever their format's or the network's library raises
         lines = str(error).strip().splitlines() or [""]
         raise DataError(
-            f"the data set {data.path} (split {split}) cannot be read from the Hugging Face Hub "
+            f"the dataset {data.path} (split {split}) cannot be read from the Hugging Face Hub "
             f"({type(error).__name__}: {lines[0]}). {hint}"
         ) from error
     for number, values in enumerate(table, start=1):

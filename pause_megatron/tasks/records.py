@@ -1,4 +1,4 @@
-"""Typed access to the fields of one record of a data set."""
+"""Typed access to the fields of one record of a dataset."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pause_megatron.errors import DataError
 
 @dataclass(frozen=True)
 class Record:
-    """One record of a data set.
+    """One record of a dataset.
 
     Attributes:
         values: Its fields.

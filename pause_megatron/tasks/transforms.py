@@ -1,4 +1,4 @@
-"""Named functions that turn one record of a data set into the records that examples are made of."""
+"""Named functions that turn one record of a dataset into the records that examples are made of."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def coqa(record: Record) -> list[Record]:
     """Return one record per turn of a conversation about a story: story, conversation, question, answers.
 
     `conversation` holds the earlier turns, a line "Q: ..." and a line "A: ..." each; it is empty at the first turn.
-    `answers` are those of every human: the first one's, then `additional_answers`. Two layouts of the data set are
+    `answers` are those of every human: the first one's, then `additional_answers`. Two layouts of the dataset are
     read. Questions are a list or {input_text: [...]}; further answers are a list per turn, {human: {input_text:
     [...]}}, or absent.
     """

@@ -22,7 +22,7 @@ from pause_megatron.tasks.transforms import TRANSFORMS
 
 
 class Splits(Section):
-    """The data set's names of the two splits."""
+    """The dataset's names of the two splits."""
 
     train: str | None = Field(None, description="split for finetuning; null: none")
     eval: str = Field(description="split for evaluation")
@@ -116,7 +116,7 @@ class DeclaredTask(Section):
     def _records(self, split: Split, path: str | None) -> Iterator[Record]:
         name = self.splits.train if split == "train" else self.splits.eval
         if name is None:
-            raise ConfigError(f"task {self.name}: its data set {self.dataset.path} has no split for finetuning")
+            raise ConfigError(f"task {self.name}: its dataset {self.dataset.path} has no split for finetuning")
         if path is None:
             hint = (
                 f"Without network, give a folder with its records as JSON lines ({name}.jsonl or {name}.jsonl.gz): "

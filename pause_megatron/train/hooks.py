@@ -163,5 +163,5 @@ class SkippedStepLimit(Hook):
         if self._skipped >= self._limit:
             raise TrainingError(
                 f"step {result.step}: the gradient norm is {result.grad_norm}, and {self._skipped} steps in a row "
-                "were not finite and not applied. Lower optim.lr, or look at the data of these steps"
+                "were not finite and not applied. Lower optim.lr, or inspect the data of these steps"
             )

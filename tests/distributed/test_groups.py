@@ -83,13 +83,22 @@ def test_first_host_refuses(nodes):
         ({**TORCHRUN, "MASTER_PORT": "70000"}, "MASTER_PORT: expected a port, 1 to 65535, got 70000"),
         ({**TORCHRUN, "MASTER_PORT": "0"}, "MASTER_PORT: expected a port, 1 to 65535, got 0"),
         ({**SLURM, "MASTER_PORT": "65536"}, "MASTER_PORT: expected a port, 1 to 65535, got 65536"),
-        ({**TORCHRUN, "SLURM_STEP_NUM_TASKS": "8"}, r"WORLD_SIZE=4 in a SLURM job step of 8 tasks; .* unset them"),
+        (
+            {**TORCHRUN, "SLURM_STEP_NUM_TASKS": "8"},
+            r"WORLD_SIZE of at least the 8 tasks of the SLURM job step, got 4\. .* unset them",
+        ),
         # Exported in a batch script, where SLURM_PROCID is 0.
-        ({**TORCHRUN, **TASK, "RANK": "0"}, r"RANK=0 beside SLURM_PROCID=3 in a step of 4 tasks .* unset RANK"),
-        ({**TORCHRUN, **MPI, "RANK": "0"}, r"RANK=0 beside OMPI_COMM_WORLD_RANK=3 in a step of 4 tasks"),
+        (
+            {**TORCHRUN, **TASK, "RANK": "0"},
+            r"RANK equal to SLURM_PROCID=3 in a step of 4 tasks .* got 0\. .*unset",
+        ),
+        (
+            {**TORCHRUN, **MPI, "RANK": "0"},
+            r"RANK equal to OMPI_COMM_WORLD_RANK=3 in a step of 4 tasks .*, got 0",
+        ),
         (
             {**TORCHRUN, **TASK, "LOCAL_RANK": "2"},
-            r"LOCAL_RANK=2 beside SLURM_LOCALID=1; expected the same",
+            r"expected LOCAL_RANK equal to SLURM_LOCALID=1, .*, got 2",
         ),
     ],
 )

@@ -39,14 +39,14 @@ def test_jobs_run_in_order_and_resubmission_covers_the_rest(cluster, tmp_path, c
     held = JobOptions(partition="main", time="10:00", lines=("--hold",))
     assert submit(tmp_path, placed, held) == 0
     said = caplog.messages
-    assert said[-2].startswith("5 jobs submitted, 0 in the queue before, 0 cells done")
+    assert said[-2].startswith("5 jobs submitted, 0 already queued, 0 cells done")
     jobs = {name: JobFile.read(entry.folder).job for name, entry in named.items()}
     assert said[1] == f"job {jobs['b']} after {jobs['a']}: b"
     assert all(job_in_queue(entry.folder, queued_jobs()) for entry in named.values())
 
     caplog.clear()
     submit(tmp_path, placed, held)
-    assert caplog.messages[-2].startswith("0 jobs submitted, 5 in the queue before")
+    assert caplog.messages[-2].startswith("0 jobs submitted, 5 already queued")
 
     cluster.run("scontrol", "release", ",".join(jobs.values()))
     cluster.wait_until_idle()
@@ -59,7 +59,7 @@ def test_jobs_run_in_order_and_resubmission_covers_the_rest(cluster, tmp_path, c
     give_product(named["d"])
     caplog.clear()
     submit(tmp_path, placed, JobOptions())
-    assert caplog.messages[-2].startswith("2 jobs submitted, 0 in the queue before, 3 cells done")
+    assert caplog.messages[-2].startswith("2 jobs submitted, 0 already queued, 3 cells done")
     cluster.wait_until_idle()
     assert all(entry.done for entry in named.values())
     assert [(named[name].folder / "done.json").stat().st_mtime_ns for name in "abc"] == ends

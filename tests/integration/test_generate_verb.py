@@ -94,7 +94,7 @@ def test_controls_and_adaptive_pauses(generate):
         ([], "expected a prompt: --prompt TEXT"),
         (["--prompt", "a", "--pauses", "some"], "--pauses: expected a number, 0 or more, or auto, got 'some'"),
         (["--prompt", "a", "--pauses", "400"], "max_position_embeddings"),
-        (["--prompt", ""], "prompt 0: it is empty"),
+        (["--prompt", ""], "prompt 0: expected a non-empty prompt"),
         (["--prompts-file", "nowhere.txt"], "--prompts-file nowhere.txt: cannot be read"),
         (["--prompt", "a", "--model", "nowhere"], "there is no such folder"),
         (["--prompt", "a", "--batch-size", "0"], "--batch-size: expected 1 or more"),

@@ -249,5 +249,7 @@ def test_a_run_folder_has_one_owner_over_hosts_until_that_one_is_dead(hosts, tmp
     end([third])
     assert (owner["host"], owner["process"]) == ("host-b", third.pid)
     text = (tmp_path / "third").read_text()
-    assert f"left by process {first.pid} on host-a" in text and "waiting 1 s for a sign of life" in text
-    assert re.search(rf"process {first.pid} on host-a, since .* gave no sign of life for \d s: taken over", text), text
+    assert f"stale lock of process {first.pid} on host-a" in text and "waiting 1 s for a heartbeat" in text
+    assert re.search(
+        rf"no heartbeat from process {first.pid} on host-a, since .* for \d s: taking over the lock", text
+    ), text

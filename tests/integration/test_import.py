@@ -272,7 +272,7 @@ def edit(folder: Path, **changes: object) -> None:
         ({"hidden_size": 2**31}, "hidden_size"),
         ({"rms_norm_eps": "1e-5"}, "rms_norm_eps: expected a number above 0"),
         ({"tie_word_embeddings": True}, "lm_head.weight: expected the embedding"),
-        ({"auto_map": {"AutoModelForCausalLM": "evil.Model"}}, "auto_map asks for code"),
+        ({"auto_map": {"AutoModelForCausalLM": "evil.Model"}}, "auto_map requires code"),
     ],
 )
 def test_what_the_native_model_cannot_do_is_refused(tokenizers, tmp_path, changes, expected):

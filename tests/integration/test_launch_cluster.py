@@ -52,5 +52,5 @@ def test_a_rank_exported_by_a_batch_script_is_an_error_beside_srun(cluster, tmp_
     cluster.run(*words)
     cluster.wait_until_idle(60)
     text = (tmp_path / "out.txt").read_text()
-    assert "error: rank 1 on " in text and "RANK=0 beside SLURM_PROCID=1 in a step of 2 tasks" in text, text
+    assert "error: rank 1 on " in text and "RANK equal to SLURM_PROCID=1 in a step of 2 tasks" in text, text
     assert "run.connect_seconds" not in text

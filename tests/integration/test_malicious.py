@@ -147,15 +147,15 @@ FOLDERS: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: own_code(
             f, "config.json", {"auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}}
         ),
-        "auto_map asks for code",
+        "auto_map requires code",
     ),
     "a config that asks for trust": (
         lambda f: own_code(f, "config.json", {"trust_remote_code": True}),
-        "asks for code",
+        "requires code",
     ),
     "a tokenizer with code": (
         lambda f: own_code(f, "tokenizer_config.json", {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}}),
-        "auto_map asks for code",
+        "auto_map requires code",
     ),
     "an adapter": (
         lambda f: ((f / "adapter_config.json").write_text("{}"), torch_saved(f / "adapter_model.bin")),

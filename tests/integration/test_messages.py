@@ -114,7 +114,7 @@ def test_a_checkpoint_of_another_configuration(corpus, tmp_path):
     assert run_on_ranks(1, pretrain, *keys)[0][0] == 0
     before = sorted(path.name for path in (tmp_path / "run").rglob("*"))
     message = refused(1, *keys, "pause.rate=0.2", "optim.lr=0.5", "log.every=2")
-    assert "a checkpoint of another configuration" in message
+    assert "the checkpoint has another configuration" in message
     assert "pause.rate: 0.1 in the checkpoint, 0.2 in this run" in message
     assert "optim.lr: 0.002 in the checkpoint, 0.5 in this run" in message
     assert "log.every" not in message

@@ -157,7 +157,7 @@ def test_two_jobs_on_one_host_whose_folder_has_no_locks(tmp_path):
 
 @pytest.mark.parametrize("locks", [True, False])
 def test_the_end_of_an_orphan_is_waited_for(tmp_path, locks):
-    """It holds the lock, and its launcher is gone: it is about to end."""
+    """It holds the lock, and the launcher has exited: it is about to end."""
     launcher = subprocess.Popen(["sleep", "60"])
     gone = asdict(Watched({"torchrun": processes.process(launcher.pid)}, {}))
     launcher.kill()

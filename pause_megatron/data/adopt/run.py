@@ -99,7 +99,7 @@ def adopt(
             _check_ids(prefix, tokenizer, found, missing_eod)
             manifest = _manifest(prefix, tokenizer, header, found, agreement, report)
             if _stamps(prefix) != before:
-                raise DataError(f"{prefix}: its .bin or .idx was written to while it was read; adopt it after that")
+                raise DataError(f"{prefix}: its .bin or .idx was modified during the scan; adopt it once complete")
             replace_tokenizer(prefix, tokenizer)
             manifest.save(prefix)
     except OSError as error:
@@ -158,7 +158,7 @@ def _check_index(prefix: str | Path, report: Report) -> IndexHeader:
     if size != header.bin_bytes:
         raise DataError(
             f"{bin_path}: expected {header.bin_bytes:,} bytes, the size in {idx_path.name}, got {size:,}: it was "
-            "truncated or overwritten, or preprocess_data.py has not finished. Copy it again, or make it again"
+            "truncated or overwritten, or preprocess_data.py has not finished. Copy or regenerate it"
         )
     done, total = 0, idx_path.stat().st_size
 
@@ -201,8 +201,8 @@ def _check_sample(
         raise DataError(
             f"{prefix}.bin: expected {needed:.1%} or more of the ids of {len(sample):,} sampled documents to be "
             f"reproduced by decoding and encoding, got {agreement.share:.1%} ({agreement.by_chance:.1%} by chance): "
-            f"another tokenizer encoded it. With this one it begins: {agreement.text!r}. If that reads well, lower "
-            "--min-agreement"
+            f"the corpus was encoded with a different tokenizer. Decoded with this one, it starts: {agreement.text!r}. "
+            "If that reads well, lower --min-agreement"
         )
     return agreement
 

@@ -75,7 +75,7 @@ def prepare(
         inputs: Paths and globs of shards, or one `hf:NAME`.
         tokenizer: Tokenizer of the corpus; its EOD ends each document.
         output: PREFIX of the corpus.
-        hub: The part of the data set to read, for `hf:NAME`.
+        hub: The part of the dataset to read, for `hf:NAME`.
         options: Text key, and what to do with damaged shards.
         workers: Number of processes, a shard each; None for the number of cores. 1 uses a thread of this process.
         encoder: What computes the ids, which do not depend on it: "library" for the tokenizer's own library,

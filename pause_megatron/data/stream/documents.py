@@ -1,4 +1,4 @@
-"""Endless readers of documents with a resumable state: JSON-lines shards on disk, or a streamed Hugging Face data set.
+"""Endless readers of documents with a resumable state: JSON-lines shards on disk, or a streamed Hugging Face dataset.
 
 After the last document the first one follows again, as a new epoch. Malformed records are skipped and counted.
 """
@@ -21,7 +21,7 @@ MALFORMED_IN_A_ROW = 10_000
 _NAMES = OptionNames("data.source=", "data.source_config", "data.source_split", "data.text_key")
 
 ReaderState = dict[str, Any]
-"""The state of a reader between two documents: JSON values. `datasets` defines the part of a Hugging Face data set."""
+"""The state of a reader between two documents: JSON values. `datasets` defines the part of a Hugging Face dataset."""
 
 
 class Documents(Protocol):
@@ -29,7 +29,7 @@ class Documents(Protocol):
 
     @property
     def name(self) -> str:
-        """Name of the shard or data set that is being read."""
+        """Name of the shard or dataset that is being read."""
         ...
 
     @property
@@ -104,16 +104,16 @@ class ShardDocuments:
 
 
 class HubDocuments:
-    """Documents of a Hugging Face data set in streaming mode, resumed by its `state_dict`.
+    """Documents of a Hugging Face dataset in streaming mode, resumed by its `state_dict`.
 
     Args:
         dataset: Name on the Hub, a folder, or a loader such as "json".
-        options: The part of the data set to read.
+        options: The part of the dataset to read.
         text_key: Column of the text.
         state: The state to resume from. None: begin at the first document.
 
     Raises:
-        DataError: There is no such data set, configuration, split or column.
+        DataError: There is no such dataset, configuration, split or column.
     """
 
     def __init__(self, dataset: str, options: HubOptions, text_key: str, state: ReaderState | None) -> None:

@@ -1,1 +1,1 @@
-"""Readers that turn shards on disk or Hugging Face data sets into documents, and count every malformed line."""
+"""Readers that turn shards on disk or Hugging Face datasets into documents, and count every malformed line."""

@@ -187,7 +187,7 @@ def parse_record(record: Mapping[str, Any], number: int, text_key: str) -> str |
     """Check one record and return its text.
 
     Args:
-        record: A JSON object, or a row of a Hugging Face data set.
+        record: A JSON object, or a row of a Hugging Face dataset.
         number: Number of the record, from 1.
         text_key: Key of the text in the record.
 

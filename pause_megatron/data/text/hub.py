@@ -1,4 +1,4 @@
-"""Opening of Hugging Face data sets as streams, with errors that name the option to change."""
+"""Opening of Hugging Face datasets as streams, with errors that name the option to change."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HUB_PREFIX = "hf:"
 
 @dataclass(frozen=True, kw_only=True)
 class HubOptions:
-    """The part of a Hugging Face data set to read.
+    """The part of a Hugging Face dataset to read.
 
     Attributes:
         config: Name of the configuration, such as "en"; None for the default.
@@ -38,7 +38,7 @@ class OptionNames:
     """Spellings of the options in error messages: of the command line, or of the configuration file.
 
     Attributes:
-        source: Prefix of the data set's name, such as "--input ".
+        source: Prefix of the dataset's name, such as "--input ".
         config: Option of the configuration's name.
         split: Option of the split's name.
         text_key: Option of the text column's name.
@@ -51,19 +51,19 @@ class OptionNames:
 
 
 def open_hub(dataset: str, options: HubOptions, text_key: str, names: OptionNames) -> tuple[Any, Any]:
-    """Open a split of a data set as a stream, downloading only its metadata.
+    """Open a split of a dataset as a stream, downloading only its metadata.
 
     Args:
-        dataset: Name of a data set on the Hub, a folder, or a loader.
-        options: The part of the data set to read.
-        text_key: Column of the text; checked where the data set declares its columns.
+        dataset: Name of a dataset on the Hub, a folder, or a loader.
+        options: The part of the dataset to read.
+        text_key: Column of the text; checked where the dataset declares its columns.
         names: Spellings of the options, for errors.
 
     Returns:
-        The `datasets` builder of the data set, and the `IterableDataset` of the split.
+        The `datasets` builder of the dataset, and the `IterableDataset` of the split.
 
     Raises:
-        DataError: No such data set, configuration, split or column.
+        DataError: No such dataset, configuration, split or column.
     """
     from datasets import load_dataset_builder
 
@@ -102,7 +102,7 @@ def first_line(error: Exception) -> str:
 
 def _cannot_open(what: str, names: OptionNames, error: Exception) -> DataError:
     return DataError(
-        f"{names.source}{what}: datasets cannot open it ({first_line(error)}); expected a data set of the Hugging Face "
+        f"{names.source}{what}: datasets cannot open it ({first_line(error)}); expected a dataset of the Hugging Face "
         "Hub, a folder, or a loader such as hf:json with files"
     )
 
@@ -112,7 +112,7 @@ def _configs(dataset: str, options: HubOptions) -> list[str]:
 
     try:
         return get_dataset_config_names(dataset, revision=options.revision, data_files=options.files_by_split)
-    except Exception:  # no such data set, or the Hub is unreachable: the caller reports the first error
+    except Exception:  # no such dataset, or the Hub is unreachable: the caller reports the first error
         return []
 
 

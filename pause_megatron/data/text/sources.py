@@ -1,4 +1,4 @@
-"""Sources of documents: shards on disk, or shards of a Hugging Face data set. One process reads one source."""
+"""Sources of documents: shards on disk, or shards of a Hugging Face dataset. One process reads one source."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ReadOptions:
     """Options of the parsing of shards into documents. They are part of the spec of a corpus.
 
     Attributes:
-        text_key: Key of the text in a JSON object, or column of a data set.
+        text_key: Key of the text in a JSON object, or column of a dataset.
         damaged_shards: Whether a damaged shard is an error, or its readable part is kept.
     """
 
@@ -42,7 +42,7 @@ class Source(Protocol):
 
     @property
     def name(self) -> str:
-        """Path or data set, for messages and the manifest."""
+        """Path or dataset, for messages and the manifest."""
 
     @property
     def bytes(self) -> int | None:
@@ -154,11 +154,11 @@ class FileReader:
 
 @dataclass(frozen=True)
 class HubSource:
-    """One shard of a Hugging Face data set that is streamed, such as `hf:allenai/c4`.
+    """One shard of a Hugging Face dataset that is streamed, such as `hf:allenai/c4`.
 
     Attributes:
-        dataset: Name of the data set on the Hub, a folder, or a loader.
-        options: The part of the data set to read.
+        dataset: Name of the dataset on the Hub, a folder, or a loader.
+        options: The part of the dataset to read.
         shard: Index of this shard, from 0.
         shards: Number of shards of the split.
         origin: Commit of the Hub, or modification times of local files.
@@ -178,7 +178,7 @@ class HubSource:
         return f"{HUB_PREFIX}{self.dataset}[{self.options.split}] shard {self.shard} of {self.shards}"
 
     def identity(self) -> dict[str, JsonValue]:
-        """Return the data set, the shard and the options that were given."""
+        """Return the dataset, the shard and the options that were given."""
         return {
             "name": self.name,
             "config": self.options.config,
@@ -200,7 +200,7 @@ class HubSource:
 
 
 class HubReader:
-    """One pass over a shard of a Hugging Face data set.
+    """One pass over a shard of a Hugging Face dataset.
 
     Attributes:
         read_bytes: Always 0; the size as stored is not known.
@@ -218,7 +218,7 @@ class HubReader:
         """Yield the documents and the malformed records in order.
 
         Raises:
-            DataError: `datasets` cannot open the data set, or stops before its end.
+            DataError: `datasets` cannot open the dataset, or stops before its end.
         """
         source = self._source
         number = 0
@@ -243,8 +243,8 @@ def find_sources(
 
     Args:
         inputs: Paths and globs of shards, or one `hf:NAME`. The files of a glob are in natural order (2 before 10).
-        hub: The part of the data set to read, for `hf:NAME`.
-        text_key: Column of the text; checked where the data set declares its columns.
+        hub: The part of the dataset to read, for `hf:NAME`.
+        text_key: Column of the text; checked where the dataset declares its columns.
         damaged_shards: "error" checks the first bytes of each shard now; "keep" leaves that to the reader.
 
     Returns:

@@ -1,4 +1,4 @@
-"""A wrapper that adds pause ids to any tokenizer, for data sets and Megatron-LM scripts."""
+"""A wrapper that adds pause ids to any tokenizer, for datasets and Megatron-LM scripts."""
 
 from __future__ import annotations
 

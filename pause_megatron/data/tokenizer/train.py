@@ -64,7 +64,7 @@ def train_tokenizer(
         inputs: Paths and globs of shards, or one `hf:NAME`.
         output: Path of the `.model` file, which is written atomically.
         vocab_size: Number of pieces, the 259 special and byte pieces included.
-        hub: The part of the data set to read, for `hf:NAME`.
+        hub: The part of the dataset to read, for `hf:NAME`.
         text_key: Key of the text in a JSON object.
         max_documents: Largest number of documents; None for no limit but `max_bytes`.
         max_bytes: Largest size of the text as UTF-8.
@@ -146,6 +146,10 @@ def _train(sample: _Sample, vocab_size: int, split_digits: bool) -> bytes:
         failure = (str(error).strip().splitlines() or ["unknown"])[-1]
     if sample.error:
         raise sample.error
+    if limit := re.search(r"Vocabulary size too high .*<= (\d+)", failure):
+        raise DataError(
+            f"--vocab-size: expected at most {int(limit[1])} for {sample.text_bytes:,} bytes of text, got {vocab_size}"
+        )
     if failure:
         raise DataError(
             f"SentencePiece could not train {vocab_size:,} pieces on {sample.documents:,} documents "

@@ -200,9 +200,11 @@ def _existing(key: str, words: Sequence[str]) -> Blend | None:
 def _check_split(split: str) -> None:
     shares = [float(word) if is_number(word) else None for word in split.split(",")]
     if len(shares) > len(Split) or any(share is None or not 0 <= share < float("inf") for share in shares):
-        raise ConfigError(f"data.split: expected shares for train, validation, test such as 99,1,0, got {split!r}")
+        raise ConfigError(
+            f"data.split: expected sizes of the train, validation and test splits such as 99,1,0, got {split!r}"
+        )
     if not shares[0]:
-        raise ConfigError(f"data.split: expected a share above 0 for training, got {split!r}")
+        raise ConfigError(f"data.split: expected a training split above 0, got {split!r}")
 
 
 def _build_train(plan: _Plan) -> TrainWindows | None:

@@ -293,5 +293,5 @@ def _check_not_empty(
     if not any(indexed_dataset.sequence_lengths[chunk].any() for chunk in chunks):
         raise DataError(
             f"{dataset_path}: expected text in the {split.name} split, got no token in its {len(indexed_indices)} "
-            f"documents. Give the split a larger share, or leave it out"
+            f"documents. Enlarge the split, or omit it"
         )

@@ -117,7 +117,7 @@ class IndexCache:
             except OSError:
                 fits = False
             if not fits:
-                log.warning(f"{path}: not the index that was written there; it is built again", extra=EVERY_RANK)
+                log.warning(f"{path}: digest mismatch; rebuilding the index", extra=EVERY_RANK)
                 return False
         if any(_stamp(self.folder / name) != file["stamp"] for name, file in files.items()):
             with contextlib.suppress(OSError):  # a read-only folder: they are read again at the next start
@@ -162,7 +162,7 @@ class IndexCache:
                 self._write_record(digests)
             except OSError as error:
                 reason = error.strerror or f"{error}; is the disk full?"
-                raise IndexCacheError(f"{self.folder}: expected to write index caches there, got: {reason}") from error
+                raise IndexCacheError(f"{self.folder}: cannot write index caches: {reason}") from error
 
     def _write_record(self, digests: Mapping[str, str]) -> None:
         files: dict[str, CachedFile] = {

@@ -108,7 +108,7 @@ def resolve_policy(placement: str) -> PlacementPolicy:
     try:
         policy = getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{expected}: {error}") from error
+        raise ConfigError(f"{expected}: {error}; its module must be in this folder or on PYTHONPATH") from error
     if not callable(policy):
         raise ConfigError(f"{expected}, a {type(policy).__name__}, which cannot be called")
     return policy

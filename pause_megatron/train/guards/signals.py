@@ -59,7 +59,7 @@ class StopRequest:
         if self.reason is None and self._deadline is not None and time.time() >= self._deadline:
             self.reason = "the job's time is nearly over"
         if self.reason is None and launcher.gone():
-            self.reason = "its launcher is gone"
+            self.reason = "the launcher has exited"
         return self.reason is not None
 
     @contextlib.contextmanager

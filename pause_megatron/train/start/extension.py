@@ -72,7 +72,7 @@ def _check_run_ended_at(extended: int, before: ScheduledConfig, now: ScheduledCo
     place = f"train.extended_from={extended}: expected the step at which the finished run ended"
     if step < steps:
         raise CheckpointError(
-            f"{place}, got a run that stands at step {step:,} of {steps:,}. Finish it first: {_finish(before, now)}"
+            f"{place}, got a run at step {step:,} of {steps:,}. Finish it first: {_finish(before, now)}"
         )
     if extended != steps:
         raise CheckpointError(f"{place}, {steps:,}. Give train.extended_from={steps}, and a train.steps above it")

@@ -58,7 +58,7 @@ def find_checkpoint(
         differences.append(f"corpus: {manifest.corpus} in the checkpoint, {corpus} in this run")
     if differences:
         raise CheckpointError(
-            f"{folder}: a checkpoint of another configuration. Give back its values, or another run.dir:\n  "
+            f"{folder}: the checkpoint has another configuration. Restore these values, or choose another run.dir:\n  "
             + "\n  ".join(differences)
             + how_to_extend(saved, config, manifest.step)
         )

@@ -98,8 +98,8 @@ def find_start(store: Store, config: ScheduledConfig, data: TrainingData, contex
     found = find_checkpoint(store, config, data.fingerprint, context)
     if found is not None:
         if config.run.start_over and context.rank == 0:
-            note = "run.start_over=true has no effect beside a complete checkpoint. To begin anew name another run.dir"
-            log.warning(f"{note}, or move {store.folder} away")
+            note = "run.start_over=true has no effect beside a complete checkpoint. To restart from step 1, choose"
+            log.warning(f"{note} another run.dir, or move {store.folder} away")
         return Start(found.folder, resumes=True, progress=found.progress)
     check_no_lost_checkpoint(config, store.folder, context)
     if config.model.from_ is not None:

@@ -70,7 +70,7 @@ def not_a_folder(checkpoints: Path) -> str | None:
     if checkpoints.is_dir() or not (link or checkpoints.exists()):
         return None
     found = f"a link to {checkpoints.readlink()}, which is no folder" if link else "a file"
-    return f"{checkpoints}: expected a folder, got {found}. Give the folder back (not mounted?), or remove that"
+    return f"{checkpoints}: expected a folder, got {found}. Restore the folder (not mounted?), or remove that"
 
 
 def lost_step(folder: Path, config: ResolvedConfig) -> int | None:
@@ -125,10 +125,10 @@ def _lost_checkpoint_error(config: ResolvedConfig, checkpoints: Path, lost: int)
         "run.start_over=true" if config.train.extended_from is None else "run.start_over=true train.extended_from=null"
     )
     last = metrics_lines.last_step(metrics)
-    evidence = f"{metrics} goes up to step {last:,}" if last is not None else f"{record_of(checkpoints)} says so"
-    state = "is not there" if not checkpoints.exists() else "holds no checkpoint"
+    evidence = f"{metrics} goes up to step {last:,}" if last is not None else f"{record_of(checkpoints)} has it"
+    state = "does not exist" if not checkpoints.exists() else "holds no checkpoint"
     return (
         f"{checkpoints}: expected the checkpoint of step {lost:,} or a later one, got none: {evidence}, but "
-        f"{checkpoints} {state}. Give the checkpoints back (moved? not mounted?), or give {keys} to begin at step 1: "
+        f"{checkpoints} {state}. Restore the checkpoints (moved, or not mounted?), or set {keys} to start at step 1: "
         f"the old metrics are then kept as {metrics.stem}.before-DATE-TIME{metrics.suffix}"
     )

@@ -71,7 +71,7 @@ def test_a_warning_is_printed(capsys):
         (["--gpu", "h10"], "gb300; got 'h10'. Did you mean 'h100'?"),
         (["--assume", "mfu"], "--assume: expected NAME=NUMBER, got 'mfu'"),
         (["--assume", "mf=1"], "--assume: expected one of mfu,"),
-        (["--mfu", "42"], "--mfu: expected a share, 0 to 1, got 42"),
+        (["--mfu", "42"], "--mfu: expected a fraction between 0 and 1, got 42"),
         (["--nodes", "3"], "batch.global_size: expected a multiple of batch.micro_size (4)"),
         (["--nodes", "0"], "expected an integer >= 1, got '0'"),
         (["parallel.tensor=3"], "expected model.heads to be a multiple of parallel.tensor"),

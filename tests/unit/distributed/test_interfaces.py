@@ -31,7 +31,9 @@ def test_nccls_variable_is_a_list_of_prefixes_or_names_or_what_to_leave_out(give
 def test_a_variable_decides_and_must_name_an_interface(backend, variable):
     endpoint = own_endpoint(backend, {variable: "lo"})
     assert (endpoint.address, endpoint.interface, endpoint.reason) == ("127.0.0.1", "lo", f"{variable}=lo")
-    with pytest.raises(ConfigError, match=f"{variable}=nothing0: expected an interface of .*, one of lo"):
+    with pytest.raises(
+        ConfigError, match=f"{variable}=nothing0: expected one of lo.* \\(the interfaces of .*, got 'nothing0'"
+    ):
         own_endpoint(backend, {variable: "nothing0"})
 
 

@@ -123,7 +123,7 @@ def test_a_verb_ends_with_its_runner(tmp_path):
     while state_of(entry.folder) == "running":
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    while "its launcher is gone: PAUSE_MEGATRON_LAUNCHER_PID" not in log.read_text():
+    while "the launcher has exited: PAUSE_MEGATRON_LAUNCHER_PID" not in log.read_text():
         assert time.monotonic() < deadline
         time.sleep(0.05)
 

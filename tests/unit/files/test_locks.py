@@ -163,7 +163,7 @@ def test_an_unreadable_lock_is_waited_for_and_taken_over(tmp_path, content, seco
     began = time.monotonic()
     Holding(path, 0.02).close()
     assert (time.monotonic() - began > 4 * 0.02) or seconds == -3600
-    assert "an unknown process gave no sign of life for" in caplog.text
+    assert "no heartbeat from an unknown process for" in caplog.text
     assert list(tmp_path.iterdir()) == []
 
 

@@ -138,7 +138,7 @@ def test_a_path_on_the_command_line_is_the_path(name):
     ("text", "message"),
     [
         ("", "expected a path, got nothing"),
-        ("~nobody-is-called-so/x", "no user is called 'nobody-is-called-so'; a file's name is ./~nobody-is-called-so"),
+        ("~nobody-is-called-so/x", "got 'nobody-is-called-so', no such user; for a file, write ./~nobody-is-called-so"),
         ("a\nb", "the character U+000A at 1"),
         ("a\0", "the character U+0000 at 1"),
         ("\x1b[31m", "the character U+001B at 0"),

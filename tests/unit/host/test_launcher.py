@@ -297,8 +297,8 @@ def test_during_training_a_rank_is_stopped_and_has_time_to_save(rank, monkeypatc
     assert rank.channel.recv(1) == GONE
     assert 0.8 < rank.seconds_until_it_ends() < 3  # although it holds the GIL
     error = capfd.readouterr().err
-    assert f"[rank 3] its launcher is gone: launcher (process {rank.launcher.pid}); finishing the step" in error
-    assert "[rank 3] not ended 1 s after its launcher; ended" in error
+    assert f"[rank 3] the launcher has exited: launcher (process {rank.launcher.pid}); finishing the step" in error
+    assert "[rank 3] still running 1 s after its launcher exited; killed" in error
 
 
 def test_a_save_after_a_signal_has_more_time(rank, monkeypatch, capfd):
@@ -310,7 +310,7 @@ def test_a_save_after_a_signal_has_more_time(rank, monkeypatch, capfd):
     assert rank.channel.recv(1) == GONE
     rank.channel.send(STOP_ASKED)  # Ctrl-C: the launcher may exit first
     assert 1.3 < rank.seconds_until_it_ends() < 4
-    assert "its launcher is gone" not in capfd.readouterr().err  # the user stopped it
+    assert "the launcher has exited" not in capfd.readouterr().err  # who stopped it knows
 
 
 def test_a_suspended_rank_ends_too_and_the_watcher_exits_with_it(rank):

@@ -119,9 +119,9 @@ def test_any_policy_of_the_protocols_shape_is_one(calm):
 
 def test_adaptive_pauses_need_room_and_an_appended_causal_prefix(calm, sentencepiece):
     settled = SettledPauses(limit=20)
-    with pytest.raises(ConfigError, match="adaptive pauses need location=append"):
+    with pytest.raises(ConfigError, match="location: expected append for adaptive pauses, got prepend"):
         calm.generate(["A"], pauses=settled, prompting=Prompting(location="prepend"))
-    with pytest.raises(ConfigError, match="adaptive pauses need prefix_attention=causal"):
+    with pytest.raises(ConfigError, match="prefix_attention: expected causal for adaptive pauses, got bidirectional"):
         calm.generate(["A"], pauses=settled, prompting=Prompting(prefix_attention="bidirectional"))
     with pytest.raises(ConfigError, match=r"\+ 250 pauses \+ 64 new tokens"):
         calm.generate(["A"], pauses=SettledPauses(limit=250))

@@ -281,7 +281,7 @@ def test_wrong_settings_are_refused_before_any_work(generator, passes, settings,
 
 
 def test_prompts_that_cannot_be_continued(generator, passes):
-    with pytest.raises(ConfigError, match="prompt 1: it is empty"):
+    with pytest.raises(ConfigError, match="prompt 1: expected a non-empty prompt"):
         generator.generate(["a", ""])
     with pytest.raises(ConfigError, match="prompts: expected a list of prompts, got one string"):
         generator.generate("text")

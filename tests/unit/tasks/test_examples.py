@@ -217,9 +217,7 @@ def test_records_through_datasets(tmp_path):
     )
     first, message = done.stdout.strip().split("\n")
     assert first == fingerprint(read_examples(load_task("squad"), "eval", str(folder)))
-    assert message.startswith(
-        "the data set rajpurkar/squad (split validation) cannot be read from the Hugging Face Hub"
-    )
+    assert message.startswith("the dataset rajpurkar/squad (split validation) cannot be read from the Hugging Face Hub")
     assert message.endswith("validation.jsonl.gz): task.path=DIR, or --task-path ROOT with ROOT/squad/")
 
 

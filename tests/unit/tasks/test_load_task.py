@@ -137,7 +137,7 @@ def test_a_file_of_ones_own(tmp_path):
     assert (task.name, task.folder, task.target) == ("quiz", "quiz", " {answer}")
     (example,) = read_examples(task, "eval", str(tmp_path))
     assert example == Example(id="1", prompt="Who?", target=" me", references=("me",))
-    with pytest.raises(ConfigError, match="task quiz: its data set me/mine has no split for finetuning"):
+    with pytest.raises(ConfigError, match="task quiz: its dataset me/mine has no split for finetuning"):
         read_examples(task, "train", str(tmp_path))
 
 

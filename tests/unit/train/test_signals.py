@@ -145,7 +145,7 @@ def test_a_launcher_that_is_gone_requests_a_stop(monkeypatch):
         with StopRequest() as stop, stop.during_steps(None):
             assert theirs.recv(16) == TAKING_STEPS and not stop
             theirs.send(GONE)
-            assert stop and stop.reason == "its launcher is gone"
+            assert stop and stop.reason == "the launcher has exited"
         with StopRequest() as stop:
             os.kill(os.getpid(), signal.SIGTERM)
             assert theirs.recv(16) == STOP_ASKED and stop.reason == "SIGTERM"

@@ -72,8 +72,8 @@ def test_a_run_whose_checkpoints_are_gone_is_refused(run, tmp_path, last, every,
     assert message.startswith(
         f"{tmp_path}/checkpoints: expected the checkpoint of step {lost} or a later one, got none"
     )
-    assert (f"metrics.jsonl goes up to step {last}" if last else ".checkpoints.json says so") in message
-    assert "Give the checkpoints back" in message and "run.start_over=true" in message
+    assert (f"metrics.jsonl goes up to step {last}" if last else ".checkpoints.json has it") in message
+    assert "Restore the checkpoints" in message and "run.start_over=true" in message
     assert (tmp_path / "metrics.jsonl").read_bytes() == lines
 
 
@@ -98,7 +98,7 @@ def test_something_else_in_the_place_of_the_folder_is_named(run, tmp_path, start
         run(f"run.start_over={start_over}")
     place.unlink()
     place.write_text("")
-    with pytest.raises(CheckpointError, match=r"checkpoints: expected a folder, got a file\. Give the folder back"):
+    with pytest.raises(CheckpointError, match=r"checkpoints: expected a folder, got a file\. Restore the folder"):
         run(f"run.start_over={start_over}")
     assert (tmp_path / "metrics.jsonl").exists()
 
@@ -119,7 +119,7 @@ def test_an_extension_does_not_start_over(run, tmp_path):
         run("train.extended_from=50", "run.start_over=true")
     lines = ran(tmp_path, 50, published=50)
     with pytest.raises(
-        CheckpointError, match=r"of step 50 .*give run\.start_over=true train\.extended_from=null to begin"
+        CheckpointError, match=r"of step 50 .*set run\.start_over=true train\.extended_from=null to start"
     ):
         run("train.extended_from=50", "run.start_over=true")
     assert (tmp_path / "metrics.jsonl").read_bytes() == lines

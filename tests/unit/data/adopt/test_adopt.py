@@ -298,7 +298,7 @@ LOSSY = {"model_type": "unigram", "byte_fallback": False, "normalization_rule_na
 def test_wrong_tokenizers(theirs: Path, tmp_path: Path, settings: dict) -> None:
     """Each has a token for every id of the corpus."""
     said = refusal(theirs, load_tokenizer(train_model(tmp_path / "wrong.model", **settings)))
-    assert "another tokenizer encoded it. With this one it begins: " in said
+    assert "encoded with a different tokenizer. Decoded with this one, it starts: " in said
 
 
 def test_a_tokenizer_that_reproduces_everything_is_a_warning(theirs: Path, tmp_path: Path, capsys) -> None:
@@ -306,7 +306,7 @@ def test_a_tokenizer_that_reproduces_everything_is_a_warning(theirs: Path, tmp_p
     wrong = train_model(tmp_path / "wrong.model", **LOSSY, remove_extra_whitespaces=True)
     assert main(["adopt", str(theirs), "--tokenizer", str(wrong)]) == 0
     out, err = capsys.readouterr()
-    assert "those of another one would not be detected: check that the text above reads well" in err
+    assert "a wrong tokenizer would not be detected: check that the text above reads well" in err
     assert re.search(r"it begins: '.*'", out)
 
 
@@ -481,7 +481,7 @@ def test_written_to_while_it_is_read(theirs: Path, tokenizer: Tokenizer) -> None
         if stage.startswith("scan"):
             os.utime(f"{theirs}.bin")
 
-    with pytest.raises(DataError, match="was written to while it was read"):
+    with pytest.raises(DataError, match="was modified during the scan"):
         adopt(theirs, tokenizer, report=touch)
     assert there(theirs) == {"bin", "idx"}
 

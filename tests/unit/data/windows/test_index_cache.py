@@ -221,7 +221,7 @@ def test_damage_anywhere_in_a_cache_is_repaired(tmp_path: Path, full: bool, capl
         assert _windows(_build([prefix], cache)) == right
         logged = caplog.text
         caplog.clear()
-        assert f"{path}: not the index that was written there; it is built again" in logged or not altered
+        assert f"{path}: digest mismatch; rebuilding the index" in logged or not altered
         assert all(path.read_bytes() == whole[path] for path in files if path.suffix != ".json")
 
 
@@ -240,7 +240,7 @@ def test_an_index_that_cannot_be_written_leaves_nothing(tmp_path: Path, monkeypa
                 save(path, array, **options)
 
             monkeypatch.setattr(np, "save", full_disk)
-            with pytest.raises(ConfigError, match=rf"data.cache: {cache}: expected to write index caches there, got: "):
+            with pytest.raises(ConfigError, match=rf"data.cache: {cache}: cannot write index caches: "):
                 _build([prefix], cache)
             assert list(cache.iterdir()) == []
     monkeypatch.undo()
@@ -410,7 +410,7 @@ def test_a_read_only_folder_with_caches_is_used(tmp_path: Path) -> None:
         assert not os.access(cache, os.W_OK)
         assert choose_folder(str(cache), prefix, run / "cache") == (str(cache), None)
         assert _windows(_build([prefix], cache)) == right
-        with pytest.raises(ConfigError, match=r"data\.cache: .*expected to write index caches there, got: Permission"):
+        with pytest.raises(ConfigError, match=r"data\.cache: .*cannot write index caches: Permission"):
             _build([prefix], cache, samples=SAMPLES + 1)
         folder, note = choose_folder(None, prefix, run / "cache")
         assert folder == str(run / "cache") and "cannot be written (Permission denied)" in note
