@@ -175,7 +175,7 @@ def test_swapped_files_are_found(two_checkpoints, tmp_path):
     assert len(complaints) == 2
 
 
-def test_when_every_checkpoint_is_damaged_the_run_does_not_begin_anew(two_checkpoints, tmp_path):
+def test_a_run_with_only_damaged_checkpoints_does_not_restart(two_checkpoints, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(two_checkpoints, copy, symlinks=True)
     for manifest in copy.glob("*/manifest.json"):

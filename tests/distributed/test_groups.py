@@ -27,7 +27,7 @@ TASK = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_STEP_NUM_TASKS": "4"}
 MPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
 
 
-def test_launchers_are_told_apart():
+def test_launchers_are_distinguished():
     ranks = discover({**TORCHRUN, "TORCHELASTIC_RUN_ID": "x"})
     assert (ranks.rank, ranks.local_rank, ranks.world_size, ranks.launcher) == (3, 1, 4, "torchrun")
     assert (ranks.master_addr, ranks.master_port) == ("h", 29500)
@@ -49,7 +49,7 @@ def test_slurm_step_agrees_on_host_and_port():
     assert discover({**SLURM, "MASTER_ADDR": "chosen", "MASTER_PORT": "7"}).master_addr == "chosen"
 
 
-def test_batch_script_without_srun_is_alone():
+def test_a_batch_script_without_srun_is_one_rank():
     batch = {key: value for key, value in SLURM.items() if "STEP" not in key}
     assert discover(batch).launcher == "alone"
 
@@ -166,7 +166,7 @@ def test_impossible_splits_are_refused():
     assert all("parallel.sequence" in text for text in run_on_ranks(2, impossible, 1, True))
 
 
-def test_alone_starts_and_closes_its_own_world():
+def test_a_single_process_starts_and_closes_its_own_world():
     import torch.distributed as dist
 
     assert not dist.is_initialized()

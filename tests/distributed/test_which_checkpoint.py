@@ -504,7 +504,7 @@ def test_entries_that_are_not_files_are_skipped_without_a_hang(run, kind):
 
 @pytest.mark.parametrize("version", [VERSION + 1, 99, 10**9])
 @pytest.mark.parametrize("digested", [True, False])
-def test_a_newer_format_is_an_error_that_says_so(run, version, digested, monkeypatch):
+def test_a_newer_format_is_an_error_that_names_it(run, version, digested, monkeypatch):
     newest = run / "checkpoints" / "step-00000030"
     if digested:
         manifest = Manifest.load(newest)

@@ -44,7 +44,7 @@ def final_state(folder: Path) -> dict[str, bytes]:
     ("precision", "deterministic", "masking"),
     [("bf16", False, "false"), ("bf16", True, "false"), ("bf16", True, "true"), ("fp32", True, "false")],
 )
-def test_a_run_goes_on_as_if_it_had_not_stopped(corpus, tmp_path, figures, precision, deterministic, masking):
+def test_a_resumed_run_equals_the_uninterrupted_one(corpus, tmp_path, figures, precision, deterministic, masking):
     more = [f"engine.precision={precision}", f"data.intra_document_masking={masking}"]
     more.append(f"engine.deterministic={str(deterministic).lower()}")
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"

@@ -35,7 +35,7 @@ def count(folder: Path) -> int:
     return len(place.read_text().splitlines()) if place.exists() else 0
 
 
-def test_sigterm_saves_and_says_so(corpus, tmp_path, figures):
+def test_sigterm_saves_and_logs_it(corpus, tmp_path, figures):
     from pause_megatron.checkpoint import Store
 
     folder, log = tmp_path / "run", tmp_path / "log"

@@ -1,4 +1,4 @@
-"""The machine: what it has, what `doctor` says of it, and how fast its memory and its matrix units really are."""
+"""The machine: devices and versions, `doctor`, and measured speed of memory and matrix products."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`pause-megatron benchmark` on real ranks: its JSON is true to itself, and to the run that it stands for."""
+"""`pause-megatron benchmark` on real ranks: its JSON is consistent, and agrees with a real run."""
 
 from __future__ import annotations
 

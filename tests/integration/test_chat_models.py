@@ -162,7 +162,7 @@ def test_an_answer_ends_where_it_ended_with_pauses_and_without(tmp_path, capsys)
         assert (completion["finish"], completion["new_tokens"]) == ("eos", text)
 
 
-def test_where_an_answer_ends_may_stand_in_config_json_alone(tmp_path):
+def test_end_of_answer_ids_may_be_only_in_config_json(tmp_path):
     source = chat_model(tmp_path / "hf", "Llama", "PreTrainedTokenizerFast")
     ends = json.loads((source / "generation_config.json").read_text())["eos_token_id"]
     (source / "generation_config.json").unlink()

@@ -53,7 +53,7 @@ def _of_an_end(category: type[Warning]) -> bool:
     return issubclass(category, (FutureWarning, DeprecationWarning, PendingDeprecationWarning))
 
 
-def test_the_fixture_hears_what_transformers_says(announced):
+def test_the_fixture_captures_the_warnings_of_transformers(announced):
     from transformers.utils import logging as of_transformers
 
     of_transformers.get_logger("transformers.modeling").warning_once("`a` is deprecated, use `b`")

@@ -132,7 +132,7 @@ def test_a_fingerprint_is_of_the_very_configuration_that_ran(straight):
             assert {key for key in named if named[key] != ran[key]} <= {"model.from", "model.preset"}
 
 
-def test_the_report_of_it_stands_alone_and_counts_every_cell_once(straight, tmp_path, capsys):
+def test_its_report_is_self_contained_and_counts_each_cell_once(straight, tmp_path, capsys):
     assert main(["experiment", "report", str(straight), "--output", str(tmp_path)]) == 0
     assert {path.name for path in tmp_path.iterdir()} >= {"index.html", "figure3.png", "variants.png", "summary.json"}
     summary = json.loads((tmp_path / "summary.json").read_text())

@@ -156,7 +156,7 @@ def test_half_precision_is_the_rounding_of_the_weights_and_nothing_else(run, tmp
     assert all(torch.equal(high[name].to(rounded.dtype), rounded) for name, rounded in low.items())
 
 
-def test_the_command_says_what_it_proved_and_writes_a_card(run, tmp_path, capsys):
+def test_the_command_prints_its_checks_and_writes_a_card(run, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["export-hf", str(run / "checkpoints" / "latest"), str(out), "--finetuned-pauses", "7"]) == 0
     said = capsys.readouterr().out

@@ -107,7 +107,7 @@ def timeless(folder: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key not in TIMING} for line in metrics(folder)]
 
 
-def test_the_reference_learns_behind_pauses(reference):
+def test_the_reference_learns_after_pauses(reference):
     lines = metrics(reference)
     assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
     assert len({line["targets"] for line in lines}) > 5

@@ -90,7 +90,7 @@ def test_the_summary_fits_a_terminal_whatever_the_logs_are(tmp_path):
     assert summary.count("the last lines of its log") == 2 and summary.rstrip().endswith("logs: logs.txt")
 
 
-def test_no_part_goes_on_after_the_time_of_all(tmp_path, monkeypatch):
+def test_no_part_continues_after_the_total_time_limit(tmp_path, monkeypatch):
     monkeypatch.setattr("check.LEAST_SECONDS", 2)
     parts = [part(tmp_path, "slow", "def test_one():\n    time.sleep(987)\n"), part(tmp_path, "late", FINE)]
     found, _ = checked(tmp_path, parts, seconds=4)
@@ -119,7 +119,7 @@ def test_the_check_runs_to_its_end_on_a_cpu(tmp_path):
     assert found["machine"]["torch"] == metadata.version("torch") and found["machine"]["gpus"] == []
 
 
-def test_a_check_that_is_told_to_end_leaves_its_report_and_no_process(tmp_path):
+def test_a_stopped_check_leaves_its_report_and_no_process(tmp_path):
     process = launch(tmp_path, "--parts", "zero")
     for line in process.stdout:
         if "zero: started" in line:

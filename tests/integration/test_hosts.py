@@ -1,4 +1,4 @@
-"""Two hosts with an address each: how ranks find each other, what a wrong address does, and a host that vanishes."""
+"""Two hosts with an address each: rendezvous, wrong addresses, and a lost host."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def started(host: Host, environment: dict[str, str], arguments: list[str], outpu
 
 
 def ranks_on(hosts: Hosts, address: str, config: RunConfig, folder: Path, **environment: str) -> list[tuple]:
-    """A rank on each host, all told the same MASTER_ADDR: (process, its log)."""
+    """Start one rank per host, all with the same MASTER_ADDR; return (process, log)."""
     file = folder / "given.yaml"
     file.write_text(dump(config), encoding="utf-8")
     found = []
@@ -172,7 +172,7 @@ def rendezvous_for_nccl(host: Host, rank: int, output: Path) -> None:
 
 
 @pytest.mark.slow
-def test_for_nccl_it_is_a_warning_and_the_start_goes_on(hosts, tmp_path):
+def test_for_nccl_it_is_a_warning_and_the_start_continues(hosts, tmp_path):
     logs = [tmp_path / host.name for host in hosts]
     processes = [
         _context.Process(target=rendezvous_for_nccl, args=(host, rank, logs[rank])) for rank, host in enumerate(hosts)
@@ -219,8 +219,8 @@ def hold(host: Host, folder: Path, output: Path, lock: Path | None) -> None:
         output.write_text(str(error))
 
 
-def test_a_run_folder_has_one_owner_over_hosts_until_that_one_is_dead(hosts, tmp_path):
-    """Each host sees locks of its own only, as on Lustre with localflock: a file of its own stands for the lock."""
+def test_a_run_folder_has_one_owner_across_hosts_until_it_exits(hosts, tmp_path):
+    """Each host sees only its own locks, as on Lustre with localflock: a local file replaces the lock."""
     folder, lock = tmp_path / "run", tmp_path / "lock"
     folder.mkdir()
     (folder / ".lock").touch()

@@ -1,4 +1,4 @@
-"""One job at a time in a run folder; and what a dead one leaves behind is no obstacle."""
+"""One job at a time in a run folder; files of an exited job do not block the next."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_a_job_on_another_machine_is_known_by_its_signs_of_life(tmp_path):
     living.join()
 
 
-def test_what_a_dead_job_of_another_machine_left_behind_is_taken_over(tmp_path):
+def test_the_lock_of_an_exited_job_on_another_machine_is_taken_over(tmp_path):
     owner = tmp_path / ".owner.json"
     for age in (0.0, 3600.0):  # it died just now, and then it waits for a sign of life; or long ago
         owner.write_text(json.dumps(ELSEWHERE))

@@ -1,4 +1,4 @@
-"""Retrofit: pause rows trained alone, everything else as it was to the bit; and LoRA on an exported folder."""
+"""Retrofit: only pause rows are trained, everything else is bit-identical; and LoRA on an exported folder."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ def test_other_task_records_and_mixed_verbs_are_refused(words, shards, corpus, t
     assert "verb is pretrain on rank 0 and finetune on rank 1" in text
 
 
-def test_a_corpus_that_one_rank_lacks_is_told_to_all(words, tmp_path):
+def test_a_corpus_that_one_rank_lacks_is_an_error_on_all(words, tmp_path):
     codes, text = ended(tmp_path, words, [*words, "data.prefix=/nowhere/corpus"])
     assert codes == [2, 2], text
     (message,) = messages(text)
@@ -172,7 +172,7 @@ def test_another_verb_and_a_dry_run_on_one_rank_are_refused(words, tmp_path):
         ),
     ],
 )
-def test_ranks_that_are_told_wrongly_say_so_at_once(environments, line, words, tmp_path):
+def test_ranks_with_wrong_variables_fail_at_once(environments, line, words, tmp_path):
     codes, text = ended(tmp_path, words, words, environments=environments)
     assert codes == [2, 2], text
     assert re.search(line, text), text

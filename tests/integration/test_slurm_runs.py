@@ -1,4 +1,4 @@
-"""Runs as jobs of a real SLURM cluster of two nodes: preempted, killed, requeued in a save, hung: one run."""
+"""Runs as jobs of a real SLURM cluster of two nodes: preemption, kills, requeue during a save, and hangs in one run."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def assert_same_run(job: Job, straight: Job) -> None:
 
 @pytest.fixture(scope="module")
 def straight(cluster, corpus, tmp_path_factory) -> Callable[[int], Job]:
-    """Steps -> the run that nothing interrupts, begun when first asked for. DeepSpeed's launcher starts it."""
+    """Return the uninterrupted run of N steps, started once with DeepSpeed's launcher."""
     jobs: dict[int, Job] = {}
 
     def begin(steps: int) -> Job:

@@ -54,7 +54,7 @@ def test_a_signal_to_one_rank_stops_all_and_loses_no_step(corpus, straight, tmp_
     assert_same(tmp_path, straight)
 
 
-def test_a_complete_run_says_so(corpus, straight):
+def test_a_complete_run_reports_that(corpus, straight):
     output = straight / "log"
     finish(start(run_config(corpus, straight, 1), output), output)
     end = log_lines(output.read_text())[-1]

@@ -35,7 +35,7 @@ def _losses(folder: Path) -> list[tuple]:
 
 
 @pytest.mark.parametrize(("source", "masking"), [("shards", "false"), ("datasets", "true")])
-def test_a_stream_goes_on_from_a_checkpoint(tmp_path: Path, source: str, masking: str) -> None:
+def test_a_stream_resumes_from_a_checkpoint(tmp_path: Path, source: str, masking: str) -> None:
     tokenizer = small_tokenizer(tmp_path)
     shards = write_shards(tmp_path / "s", documents(60), 3)
     prepare([write_shards(tmp_path / "v", documents(80)[60:], 1)], tokenizer, tmp_path / "valid", workers=1)

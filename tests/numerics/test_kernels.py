@@ -73,7 +73,7 @@ def test_rotation_rounds_once(form, dtype):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_swiglu_rounds_once_and_keeps_its_input_alone(form, dtype):
+def test_swiglu_rounds_once_and_keeps_only_its_input(form, dtype):
     generator = torch.Generator().manual_seed(1)
     for width in (1, 48, 1100):  # less and more than a program's block
         x = 2 * torch.randn(3, 2, 2 * width, generator=generator).to(dtype)
@@ -356,7 +356,7 @@ def test_batch_is_what_the_documents_above_assume():
 
 
 @pytest.mark.parametrize("form", ["compiled", "triton"])
-def test_a_machine_that_cannot_compile_is_told_before_the_first_step(form, monkeypatch):
+def test_a_machine_without_a_compiler_is_an_error_before_step_1(form, monkeypatch):
     from pause_megatron.model.kernels import fused
 
     def without_compiler(*_: object) -> None:

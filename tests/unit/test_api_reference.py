@@ -26,7 +26,7 @@ def test_the_reference_has_a_page_for_every_module_below(tmp_path):
     assert "PlacementPolicy" in page and "<h6" in page  # the Google sections are headings
 
 
-def test_without_pdoc_one_line_says_what_to_install(tmp_path):
+def test_without_pdoc_one_line_names_what_to_install(tmp_path):
     (tmp_path / "pdoc.py").write_text("raise ModuleNotFoundError('no pdoc', name='pdoc')\n")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     words = [sys.executable, str(SCRIPT), "--output", str(tmp_path / "api"), "pause_megatron.errors"]

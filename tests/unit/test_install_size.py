@@ -65,7 +65,7 @@ def constraint(tmp_path: Path) -> list[str]:
     return ["torch", "--constraint", str(file)]
 
 
-def test_a_cuda_build_is_told_from_a_cpu_build(venv, indexes, tmp_path):
+def test_a_cuda_build_is_distinguished_from_a_cpu_build(venv, indexes, tmp_path):
     code, text = said(venv, str(indexes["cuda"]), *constraint(tmp_path))
     first, second, *advice = text.splitlines()
     assert code == 0

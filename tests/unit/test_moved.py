@@ -23,7 +23,7 @@ def test_the_table_names_modules_that_are_there(old, new):
 
 
 @pytest.mark.parametrize("old", ["data.pause", "durable", "tasks.counting", "config.plan"])
-def test_an_old_module_is_the_new_one_and_a_warning_says_its_name(old):
+def test_an_old_module_is_the_new_one_and_a_warning_names_it(old):
     name, new = f"pause_megatron.{old}", f"pause_megatron.{MOVED[old]}"
     sys.modules.pop(name, None)
     with pytest.warns(FutureWarning, match=f"{name} is now {new}"):

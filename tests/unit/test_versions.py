@@ -49,7 +49,7 @@ def test_builds_and_pre_releases_count_as_their_release():
         release("unknown version")
 
 
-def test_setup_asks_for_what_the_table_says(tmp_path):
+def test_setup_requires_what_the_table_has(tmp_path):
     done = subprocess.run(
         [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", str(tmp_path)],
         cwd=ROOT, capture_output=True, text=True,

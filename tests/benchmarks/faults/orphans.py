@@ -1,4 +1,4 @@
-"""R16: kill -9 of torchrun alone, at random moments from its start on. Do its ranks live on?"""
+"""R16: kill -9 of only torchrun, at random moments after its start. Do its ranks survive?"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run of plain DeepSpeed and one of this program, small and alike, and what they leave behind."""
+"""A run of plain DeepSpeed and one of this program, small and equal, and their outputs."""
 
 from __future__ import annotations
 

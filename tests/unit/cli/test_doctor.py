@@ -1,4 +1,4 @@
-"""`doctor`: probes stand alone, the exit code says whether training can run, and versions are held to the table."""
+"""`doctor`: independent probes, the exit code for machines that cannot train, and versions against the table."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def test_every_pretraining_recipe_plans_on_four_ranks(name, capsys):
     assert ranks in ("4 = 4 data parallel x 1 tensor parallel", "4 = 2 data parallel x 2 tensor parallel")
 
 
-def test_a_process_that_is_alone_in_a_job_counts_one_rank(capsys, monkeypatch):
+def test_a_single_process_in_a_job_counts_one_rank(capsys, monkeypatch):
     """A shell of salloc or a batch script has SLURM's variables; only the tasks of srun are ranks."""
     for name, value in {"SLURM_JOB_ID": "7", "SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0"}.items():
         monkeypatch.setenv(name, value)

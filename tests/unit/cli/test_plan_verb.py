@@ -52,7 +52,7 @@ def test_json_has_every_assumption_with_unit_and_source(capsys):
     assert record["fits"] is True and record["remedies"] == []
 
 
-def test_what_does_not_fit_ends_with_2_and_says_what_would(capsys):
+def test_a_run_that_does_not_fit_ends_with_2_and_remedies(capsys):
     assert main([*RUN, "--gpu", "h200,a100-40", "batch.micro_size=1", "model.layers=150"]) == 2
     captured = capsys.readouterr()
     assert "a100-40: does not fit" in captured.out

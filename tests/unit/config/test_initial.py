@@ -1,4 +1,4 @@
-"""`model.from`: sizes come from the checkpoint unless they are given; a resolved configuration stands on its own."""
+"""`model.from`: sizes come from the checkpoint unless they are given; a resolved configuration is self-contained."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def test_what_does_not_fit_is_cut_from_the_text(generator, location):
         model.tok_batch_encode([request.args[0]], "left", 10)
 
 
-def test_no_context_is_asked_behind_the_prefix_token(generator):
+def test_an_empty_context_becomes_the_prefix_token(generator):
     model = PauseLM(generator, pauses=2, quiet=True)
     [(found, _)] = model.loglikelihood(asked("loglikelihood", [("", " and peace")]))
     [score], _ = generator.score([[model.prefix_token_id]], [" and peace"], pauses=2)

@@ -64,7 +64,7 @@ def test_results_hold_every_task_metric_and_setting_once(tmp_path):
     assert names[2:] == ["t-m5-append-filler-%2F.-seed0.json", "t-m5-append-filler-%2F.-seed0.jsonl"]
 
 
-def test_another_model_or_other_data_is_refused_even_where_samples_are_gone(tmp_path):
+def test_another_model_or_data_is_refused_even_without_samples(tmp_path):
     folder = ResultsFolder(tmp_path, "m", "out")
     finish(folder, identity())
     with pytest.raises(DataError, match=r"results.json: model: expected n \(other\), got m \(out\)"):

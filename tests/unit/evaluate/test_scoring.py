@@ -107,7 +107,7 @@ def test_a_neighbours_long_choice_does_not_cut_a_prompt(generator, task, example
         ([5, 6, 7], 2, [6, 7]),
     ],
 )
-def test_cutting_keeps_the_right_end_behind_a_bos(ids, room, expected):
+def test_truncation_keeps_the_right_end_after_a_bos(ids, room, expected):
     assert cut_left(ids, [1], room) == expected
 
 

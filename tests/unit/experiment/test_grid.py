@@ -1,4 +1,4 @@
-"""Grids: errors that name the line, cells that are shared, fingerprints that depend on content alone."""
+"""Grids: errors that name the line, cells that are shared, fingerprints that depend only on content."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_shipped_experiments_load_and_dump_loads_back(recipe, tmp_path):
     assert load_grid(write_grid(tmp_path / "again.yaml", dump_grid(grid))) == grid
 
 
-def test_the_large_experiments_differ_in_size_alone():
+def test_the_large_experiments_differ_only_in_size():
     large, small = (load_grid(recipe=f"paper-{size}").model_dump_json() for size in ("1b", "130m"))
     for old, new in (("paper-1b", "paper-130m"), ("paper_1b", "paper_130m"), ("1B", "130M")):
         large = large.replace(old, new)
@@ -208,7 +208,7 @@ def test_budgets_make_models_equally_long(tmp_path):
         resolve_models(load_grid(write_grid(tmp_path / "g.yaml", circle)), 1000)
 
 
-def test_ten_pauses_behind_100_tokens_cost_about_two_layers_of_24():
+def test_ten_pauses_after_100_tokens_cost_about_two_layers_of_24():
     model = fill_sizes(ModelSection(preset="1b", layers=24))
     wanted = ExtraLayers(pauses=10, prefix_tokens=100)
     assert count_extra_layers(model, wanted, vocabulary=0) == 2

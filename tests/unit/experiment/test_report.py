@@ -105,7 +105,7 @@ def test_tables_show_errors_and_the_paper_and_mark_supported_differences():
     assert "400 records, 3 seeds" in limit and "nothing follows about pauses" in limit
 
 
-def test_pictures_and_page_stand_alone(tmp_path):
+def test_plots_and_page_are_self_contained(tmp_path):
     paper = published()
     summaries = summarise([*scores("StdPT_StdFT", 0.3, m_ft="0", m_inf=0), *scores("PausePT_PauseFT", 0.4)])
     main = {(each.variant, each.task): each for each in summaries.values()}

@@ -1,4 +1,4 @@
-"""Lines of a user's text end at newlines alone; what is no UTF-8 text is refused by line."""
+"""Lines of a user's text end only at newlines; text that is not UTF-8 is an error with its line."""
 
 from __future__ import annotations
 

@@ -115,7 +115,7 @@ def test_every_reader_takes_the_good_lines(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\n", b'{"step": 1}\n', None])
-def test_every_reader_says_in_a_line_what_it_cannot_use(tmp_path: Path, capsys, content):
+def test_every_reader_reports_unusable_metrics_in_one_line(tmp_path: Path, capsys, content):
     path = tmp_path / "metrics.jsonl"
     path.mkdir() if content is None else path.write_bytes(content)
     assert main(["plot", str(tmp_path), "--output", str(tmp_path / "loss.png")]) == 2

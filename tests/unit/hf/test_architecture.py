@@ -79,7 +79,7 @@ def test_a_key_that_is_missing_is_read_as_transformers_reads_it(family, layout):
 
 
 @pytest.mark.parametrize("positions", [4096, 8192])
-def test_a_mistral_that_says_no_window_has_one_of_4096(positions):
+def test_a_mistral_without_the_window_key_has_one_of_4096(positions):
     config = written("mistral", "old") | {"max_position_embeddings": positions}
     del config["sliding_window"]
     assert window_of(config) == 4096

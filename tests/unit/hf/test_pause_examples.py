@@ -60,7 +60,7 @@ def test_it_is_what_finetune_trains_on(tokenizer):
         assert torch.equal(sample["labels"][1:][supervised], native["labels"][:size][supervised])
 
 
-def test_the_loss_is_that_of_each_target_behind_its_prefix(tokenizer):
+def test_the_loss_is_that_of_each_target_after_its_prefix(tokenizer):
     examples, model = _examples(tokenizer, pauses=3), llama(601)
     terms = []
     for sample in examples:

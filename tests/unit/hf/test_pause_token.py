@@ -1,4 +1,4 @@
-"""`<pause>` for a transformers model: the row, what is left alone, and what the model's folder says afterwards."""
+"""`<pause>` for a transformers model: the new row, unchanged weights, and the saved folder."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_rows_that_only_pad_the_vocabulary_are_used_and_do_not_count(tokenizer):
         torch.testing.assert_close(weight[600 + index], _row(VOCABULARY[1], weight, index))
 
 
-def test_one_more_pause_vector_leaves_the_learned_one_alone(tokenizer):
+def test_a_further_pause_vector_leaves_the_learned_one_unchanged(tokenizer):
     model = llama(600, pauses=0)
     add_pause_token(tokenizer, model)
     learned = model.lm_head.weight.detach()[600].clone()
@@ -62,7 +62,7 @@ def test_one_more_pause_vector_leaves_the_learned_one_alone(tokenizer):
     assert model.config.pause["ids"] == [600, 601] and model.config.pause["tokens"] == ["<pause>", "<pause_1>"]
 
 
-def test_a_saved_model_pauses_in_generate_and_never_says_so(tmp_path):
+def test_a_saved_model_pauses_in_generate_and_never_emits_pauses(tmp_path):
     tokenizer, model = byte_level_tokenizer(tmp_path / "tokenizer"), llama(600, pauses=0, eos_token_id=None)
     size = len(tokenizer)  # has <pause> already, as its last token
     model.resize_token_embeddings(size - 1, mean_resizing=False)
@@ -81,7 +81,7 @@ def test_a_saved_model_pauses_in_generate_and_never_says_so(tmp_path):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_lora_learns_the_row_if_it_is_told_to(tokenizer, tied):
+def test_lora_trains_the_row_if_it_is_listed(tokenizer, tied):
     """As hf/README.md says."""
     model = llama(600, pauses=0, tie_word_embeddings=tied)
     pause_ids = add_pause_token(tokenizer, model)

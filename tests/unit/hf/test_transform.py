@@ -1,4 +1,4 @@
-"""Blocks with pauses: what stays, what grows, and that a row's number alone decides where they stand."""
+"""Blocks with pauses: unchanged text, longer rows, and positions that depend only on the row number."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_text_stays_in_order_and_is_predicted_once(rate, window):
                 assert ids.size == length == transform.text_length(length)
 
 
-def test_places_depend_on_seed_names_and_number_alone():
+def test_positions_depend_only_on_seed_names_and_number():
     block = _blocks(64)[0]
     made = [
         PauseTransform(PAUSES, **settings)(block, number)["input_ids"]

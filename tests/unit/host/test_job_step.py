@@ -60,7 +60,7 @@ def test_what_a_step_submits_is_not_in_the_step(title, more, size):
         ("0::/user.slice\n", None),
     ],
 )
-def test_the_control_group_says_it_where_the_daemon_is_hidden(group, found, monkeypatch):
+def test_the_cgroup_names_the_step_where_the_daemon_is_hidden(group, found, monkeypatch):
     monkeypatch.setattr(Path, "read_text", lambda path, **_: group)
     monkeypatch.setattr(job_step.processes, "ancestors", lambda: iter(()))
     assert job_step.own_step() == found

@@ -95,7 +95,7 @@ def test_a_score_can_be_adaptive(calm):
 
 @dataclass
 class Everywhere:
-    """A user's policy: stops at the index it was told."""
+    """A user's policy that stops at a given index."""
 
     index: int | None
     first: int = 1

@@ -1,4 +1,4 @@
-"""A chat template that ends in the pauses, rendered and encoded by transformers alone."""
+"""A chat template that ends in the pauses, rendered and encoded only by transformers."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_a_message_cannot_smuggle_pauses_in(sentencepiece):
         ids_of(tokenizer, [{"role": "user", "content": "a <pause> b"}])
 
 
-def test_it_lies_beside_the_tokenizer(tmp_path):
+def test_it_is_next_to_the_tokenizer(tmp_path):
     from transformers import AutoTokenizer
 
     folder = write_folder(tmp_path / "out")

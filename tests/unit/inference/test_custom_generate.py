@@ -45,7 +45,7 @@ def test_without_pauses_it_is_transformers_own_greedy_search(sentencepiece, batc
     assert torch.equal(ours, model.generate(**batch, **settings))
 
 
-def test_with_pauses_it_is_plain_generate_behind_pause_ids(sentencepiece):
+def test_with_pauses_it_is_plain_generate_after_pause_ids(sentencepiece):
     model = llama(len(sentencepiece), seed=2)
     model.config.pause["m_ft"] = 6
     ids = sentencepiece(PROMPTS[0], return_tensors="pt")["input_ids"]

@@ -1,4 +1,4 @@
-"""Draws come from the distribution, depend on their address alone, and stay inside top-k and top-p."""
+"""Draws come from the distribution, depend only on their key, and stay inside top-k and top-p."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_top_k_and_top_p():
     assert draws(Sampling(temperature=1.0, top_k=100), 300).count_nonzero() >= 4
 
 
-def test_a_draw_depends_on_seed_row_and_position_alone():
+def test_a_draw_depends_only_on_seed_row_and_position():
     sampling = Sampling(temperature=1.0, seed=3, rows=range(50))
     rows = LOGITS.expand(50, -1)
     together = sampling.select(rows, 4)

@@ -1,4 +1,4 @@
-"""The table of ds_configs/README.md: every row is what `plan` says."""
+"""The table of ds_configs/README.md: every row equals `plan`'s result."""
 
 from __future__ import annotations
 

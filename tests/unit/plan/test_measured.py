@@ -69,7 +69,7 @@ def test_what_was_measured_counts(planned, found, tmp_path):
     assert record["assumptions"]["mfu"]["source"].startswith(f"measured: {tmp_path / 'bench.json'}, 8 ranks of NVIDIA")
 
 
-def test_the_table_says_so(planned, found):
+def test_the_table_reports_it(planned, found):
     code, printed, _ = planned(as_record(found))
     text = " ".join(printed.split())
     assert code == 0

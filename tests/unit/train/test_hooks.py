@@ -82,7 +82,7 @@ def test_a_run_ends_after_too_many_skipped_steps_in_a_row():
         limit(result(6, applied=False))
 
 
-def test_metrics_are_whole_lines_and_a_resumed_run_takes_its_steps_again(tmp_path):
+def test_metrics_are_whole_lines_and_a_resumed_run_repeats_its_steps(tmp_path):
     path, rates = tmp_path / "metrics.jsonl", Throughput(flops, peak_flops=1e12)
     file = MetricsFile(path, rates, resume_after=0)
     for step in range(1, 5):
@@ -153,7 +153,7 @@ def test_an_exception_of_an_action_without_best_effort_ends_the_run():
         Every(1, invalid)(result(1))
 
 
-def test_losses_are_split_by_what_stands_before_them():
+def test_losses_are_split_by_the_token_before_them():
     sums = LossSums(torch.device("cpu"))
     sums.add(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([True, False, False]))
     sums.add(torch.tensor([5.0]), torch.tensor([True]))
@@ -172,7 +172,7 @@ def test_losses_of_the_corpora_of_a_blend():
 
 
 def test_a_run_without_pauses_logs_no_loss_after_pauses(tmp_path, caplog):
-    """On the terminal, in metrics.jsonl and in TensorBoard; a loss that is not finite is said, and drawn nowhere."""
+    """On the terminal, in metrics.jsonl and in TensorBoard; a non-finite loss is logged, but not plotted."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     rates = Throughput(flops, peak_flops=None)

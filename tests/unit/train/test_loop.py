@@ -1,4 +1,4 @@
-"""The loop around the steps: when it stops, and what it says about its time."""
+"""The loop around the steps: when it stops, and the times that it reports."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def test_a_model_needs_a_tokenizer(settings, tmp_path):
         open_task(load(overrides=[*without, f"run.dir={tmp_path}", "finetune.epochs=1"]))
 
 
-def test_a_run_resumes_with_its_own_tokenizer_when_the_original_is_gone(settings, tmp_path):
+def test_a_run_resumes_with_its_tokenizer_if_the_original_is_missing(settings, tmp_path):
     whole = load(overrides=[*settings, f"run.dir={tmp_path}", "finetune.epochs=1"])
     folder = tmp_path / "checkpoints" / "latest"
     load_tokenizer(whole.data.tokenizer).save(folder / "tokenizer")

@@ -131,7 +131,7 @@ def test_batches_of_gpt_dataset_need_no_pauses(tmp_path: Path) -> None:
     assert batch.pause_tokens == 0
 
 
-def test_each_target_of_a_blend_knows_its_corpus(dataset: PauseGPTDataset) -> None:
+def test_each_target_of_a_blend_has_its_corpus(dataset: PauseGPTDataset) -> None:
     samples = [{"dataset_id": np.int16(7 - number), **dataset[number]} for number in range(3)]
     batch = collate(samples, sample_ids=range(3), pause_ids=range(PAUSE, PAUSE + 2))
     assert batch.dataset_ids.tolist() == [7, 6, 5]

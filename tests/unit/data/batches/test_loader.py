@@ -70,7 +70,7 @@ def test_loader_is_direct_reads(dataset: PauseGPTDataset, prefetch: int, ranks: 
     assert not threads()
 
 
-def test_for_a_gpu_each_micro_batch_lies_in_one_pinned_buffer(dataset, monkeypatch) -> None:
+def test_for_a_gpu_each_micro_batch_is_one_pinned_buffer(dataset, monkeypatch) -> None:
     """Page-locked memory needs a GPU: here ordinary memory stands in for it."""
     pinned, places, empty = [], [], torch.empty
 

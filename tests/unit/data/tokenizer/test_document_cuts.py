@@ -102,7 +102,7 @@ def test_any_text(models, texts: list[str]) -> None:
             assert [ids.tolist() for ids in pieces.encode(texts)] == whole.encode(texts, num_threads=1)
 
 
-def test_no_boundary_that_is_cut_stands_inside_a_piece(models, tiny_chunks) -> None:
+def test_no_cut_is_inside_a_piece(models, tiny_chunks) -> None:
     """The premise of the proof, looked at from the other side: every piece as a text is one chunk."""
     for whole, pieces in models.values():
         for index in range(whole.get_piece_size()):

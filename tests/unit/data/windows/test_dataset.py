@@ -229,7 +229,7 @@ def settings_of_a_dataset(draw: st.DrawFn) -> dict[str, object]:
 
 @given(chosen=settings_of_a_dataset())
 @settings(max_examples=60, deadline=None)
-def test_samples_are_what_the_definition_says(short_documents: str, chosen: dict[str, object]) -> None:
+def test_samples_follow_the_definition(short_documents: str, chosen: dict[str, object]) -> None:
     """All policies x windows x rates x K x end-of-document options, with a padded last sequence where there is one."""
     dataset = make_dataset(short_documents, make_config(short_documents, **chosen), split=Split.valid)
     for sample in {0, len(dataset) // 2, *range(max(0, len(dataset) - 3), len(dataset))}:
