@@ -113,7 +113,7 @@ def hub_options(args: argparse.Namespace) -> HubOptions:
 
 def run(args: argparse.Namespace) -> int:
     """Prepare the corpus and print a summary."""
-    from pause_megatron.cli.support.prepare_progress import ProgressBar
+    from pause_megatron.cli.support.prepare_progress import PrepareBar
     from pause_megatron.data.corpus.corpus import open_corpus
     from pause_megatron.data.corpus.first_use import check_and_record
     from pause_megatron.data.corpus.verify import raise_if_damaged
@@ -122,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
     from pause_megatron.data.tokenizer.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(args.tokenizer, eod_token=args.eod_token, pause_id=args.pause_id)
-    with ProgressBar(sys.stderr) as bar:
+    with PrepareBar(sys.stderr) as bar:
         prepared = prepare(
             args.input,
             tokenizer,

@@ -21,7 +21,7 @@ from pause_megatron.tasks import METRICS, Example, Task, answer_in
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedExample:
     """A tokenized example that fits the model.
 
     Attributes:
@@ -38,7 +38,7 @@ class Prepared:
 
 
 @dataclass(frozen=True)
-class Answer:
+class DecodedAnswer:
     """A decoded answer.
 
     Attributes:
@@ -72,7 +72,7 @@ class Scorer:
         self._chooses = any(METRICS[name].reads == "choices" for name in task.metrics)
         check_settings(generator, settings)
 
-    def prepare(self, examples: Sequence[Example]) -> list[Prepared]:
+    def prepare(self, examples: Sequence[Example]) -> list[PreparedExample]:
         """Tokenize the examples and sort them, longest prompt first, so that batches need little padding.
 
         The order depends on examples, model and settings only.
@@ -86,17 +86,17 @@ class Scorer:
                 raise DataError(f"{self.task.name}: id {example.id!r}: expected once, got twice")
         return sorted((self._fit(example) for example in examples), key=lambda item: -len(item.prompt))
 
-    def batches(self, prepared: Sequence[Prepared]) -> Iterator[Sequence[Prepared]]:
+    def batches(self, prepared: Sequence[PreparedExample]) -> Iterator[Sequence[PreparedExample]]:
         """Yield batches of prepared examples, each as large as a forward pass allows."""
         widest = max((len(item.choices) for item in prepared), default=0)
         size = self._batch_size if self._decodes else max(1, self._batch_size // max(widest, 1))
         return (prepared[start : start + size] for start in range(0, len(prepared), size))
 
-    def score(self, batch: Sequence[Prepared]) -> tuple[list[Sample], BatchCost]:
+    def score(self, batch: Sequence[PreparedExample]) -> tuple[list[Sample], BatchCost]:
         """Return the outcomes of a batch, and its cost."""
         start = time.perf_counter()
         costs: list[Cost] = []
-        answers: Sequence[Answer | None] = self._decode(batch, costs) if self._decodes else [None] * len(batch)
+        answers: Sequence[DecodedAnswer | None] = self._decode(batch, costs) if self._decodes else [None] * len(batch)
         likelihoods: Sequence[list[float] | None] = (
             self._log_likelihoods(batch, costs) if self._chooses else [None] * len(batch)
         )
@@ -108,7 +108,7 @@ class Scorer:
             seconds=time.perf_counter() - start,
         )
 
-    def _fit(self, example: Example) -> Prepared:
+    def _fit(self, example: Example) -> PreparedExample:
         """Tokenize an example; a prompt that is too long for the model is cut from the left, after a BOS."""
         encoder = self._generator.encoder
         where = f"{self.task.name}: record {example.id!r}"
@@ -127,9 +127,9 @@ class Scorer:
                 f"{where}: prompt: expected room for at least one token, but {self.settings.pauses} pauses and {new} "
                 f"new tokens leave {room} positions for its {len(prompt)} tokens"
             )
-        return Prepared(example, kept, choices, len(prompt) - len(kept))
+        return PreparedExample(example, kept, choices, len(prompt) - len(kept))
 
-    def _decode(self, batch: Sequence[Prepared], costs: list[Cost]) -> list[Answer]:
+    def _decode(self, batch: Sequence[PreparedExample], costs: list[Cost]) -> list[DecodedAnswer]:
         """Return the answer of each record, and append the cost."""
         generation = self._generator.generate(
             [item.prompt for item in batch],
@@ -138,9 +138,9 @@ class Scorer:
             **_options(self.settings),
         )
         costs.append(generation.cost)
-        return [Answer(completion.text, len(completion.ids)) for completion in generation.completions]
+        return [DecodedAnswer(completion.text, len(completion.ids)) for completion in generation.completions]
 
-    def _log_likelihoods(self, batch: Sequence[Prepared], costs: list[Cost]) -> list[list[float]]:
+    def _log_likelihoods(self, batch: Sequence[PreparedExample], costs: list[Cost]) -> list[list[float]]:
         """Return the log-likelihood of every choice of each record in nats, and append the costs."""
         rows = [(item.prompt, choice) for item in batch for choice in item.choices]
         sums: list[float] = []
@@ -159,7 +159,7 @@ class Scorer:
                 )
         return likelihoods
 
-    def _sample(self, item: Prepared, answer: Answer | None, likelihoods: list[float] | None) -> Sample:
+    def _sample(self, item: PreparedExample, answer: DecodedAnswer | None, likelihoods: list[float] | None) -> Sample:
         """Return the line of the samples file."""
         example = item.example
         prediction = None if answer is None else answer_in(answer.text, self.task.decoding.stop)

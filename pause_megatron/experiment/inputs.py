@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pause_megatron.config.blend import is_number
-from pause_megatron.data.corpus.manifest import Manifest
+from pause_megatron.data.corpus.manifest import CorpusManifest
 from pause_megatron.errors import ConfigError
 from pause_megatron.experiment.schema import Grid
 from pause_megatron.tasks import fingerprint, load_task, read_examples
@@ -65,7 +65,7 @@ def read_inputs(grid: Grid) -> Inputs:
             "data.prefix: expected the prefix of a prepared corpus (see pause-megatron prepare), got none"
         )
     words = grid.data.prefix
-    manifests = {word: Manifest.load(word) for word in words if not is_number(word)}
+    manifests = {word: CorpusManifest.load(word) for word in words if not is_number(word)}
     corpus = " ".join(manifests[word].fingerprint if word in manifests else word for word in words)
     vocabulary = next(iter(manifests.values())).tokenizer.vocab_size
     return Inputs(corpus, vocabulary, {name: _records(grid, name) for name in grid.tasks})

@@ -109,7 +109,7 @@ class PauseExamples(Dataset[dict[str, Tensor]]):
         number, within = self.windows.locate(int(idx))
         epoch = self.windows.epoch(number)
         (item,) = epoch.windows[within]
-        whole, prefix = self.windows.arrangement.lay(self.windows.examples[item], int(epoch.counts[item]))
+        whole, prefix = self.windows.arrangement.arrange(self.windows.examples[item], int(epoch.counts[item]))
         input_ids = torch.from_numpy(whole)
         labels = input_ids.clone()
         labels[:prefix] = IGNORED

@@ -19,7 +19,7 @@ from pause_megatron.hf.atomic_dir import atomic_dir, output_folder
 from pause_megatron.hf.checkpoint import NativeCheckpoint, open_checkpoint
 from pause_megatron.hf.model_card import model_card
 from pause_megatron.hf.parity import Parity, check_export
-from pause_megatron.hf.safetensors_file import Entry, SafetensorsWriter, split_into_files
+from pause_megatron.hf.safetensors_file import SafetensorsWriter, TensorEntry, split_into_files
 from pause_megatron.hf.tokenizer import HFTokenizer, convert_tokenizer, pause_entry
 from pause_megatron.hf.tokenizer_files import generation_config, names_class, write_tokenizer
 from pause_megatron.hf.tokenizer_parity import tokenizer_agrees
@@ -120,7 +120,7 @@ def write_weights(
     """
     tensors = hf_tensors(checkpoint.config.model, checkpoint.vocabulary.size, family)
     by_name = {tensor.name: tensor for tensor in tensors}
-    files = split_into_files([Entry(t.name, t.shape, dtype) for t in tensors], max_shard_size)
+    files = split_into_files([TensorEntry(t.name, t.shape, dtype) for t in tensors], max_shard_size)
     total, done = sum(entry.bytes for file in files for entry in file), 0
     weight_map, names = {}, []
     for number, entries in enumerate(files, start=1):

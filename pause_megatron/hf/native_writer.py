@@ -15,7 +15,7 @@ from pause_megatron.checkpoint.manifest import FileEntry, Manifest, ParameterEnt
 from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.files.durable import write_whole
 from pause_megatron.hf.folder import SourceWeights
-from pause_megatron.hf.safetensors_file import Entry, SafetensorsWriter
+from pause_megatron.hf.safetensors_file import SafetensorsWriter, TensorEntry
 from pause_megatron.hf.weights import HFRows, HFTensor, native_rows, native_shapes
 from pause_megatron.model import Vocabulary
 from pause_megatron.model.init import pause_row
@@ -70,7 +70,7 @@ def write_native(
         entries = {}
         for tensor in (TensorName(key, name, 0) for key in ADAM_STATE for name in shapes):
             shape = shard_shape(tensor.parameter, shapes[tensor.parameter], ranks)
-            entries[tensor] = Entry(str(tensor), (_numel(shape),), torch.float32)
+            entries[tensor] = TensorEntry(str(tensor), (_numel(shape),), torch.float32)
         path = folder / state_file(rank, ranks, 0, 1)
         with SafetensorsWriter(path, list(entries.values())) as writer:
             for tensor, entry in entries.items():

@@ -22,7 +22,7 @@ _ALIGNMENT = 8
 
 
 @dataclass(frozen=True)
-class Entry:
+class TensorEntry:
     """Name, shape and type of one tensor of a file."""
 
     name: str
@@ -43,7 +43,7 @@ class SafetensorsWriter:
         entries: The tensors.
     """
 
-    def __init__(self, path: Path, entries: Sequence[Entry]) -> None:
+    def __init__(self, path: Path, entries: Sequence[TensorEntry]) -> None:
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         offset = 0
         for entry in entries:
@@ -92,14 +92,14 @@ class SafetensorsWriter:
             data = data[self._file.write(data) :]
 
 
-def split_into_files(entries: Iterable[Entry], largest: int) -> list[list[Entry]]:
+def split_into_files(entries: Iterable[TensorEntry], largest: int) -> list[list[TensorEntry]]:
     """Group consecutive tensors into files; a tensor larger than `largest` gets a file of its own.
 
     Args:
         entries: The tensors, in order.
         largest: Maximum size of a file, in bytes.
     """
-    files: list[list[Entry]] = []
+    files: list[list[TensorEntry]] = []
     size = 0
     for entry in entries:
         if not files or size + entry.bytes > largest:

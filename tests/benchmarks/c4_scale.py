@@ -36,7 +36,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from pause_megatron.config.schema import PauseSection
 from pause_megatron.data.corpus.index_file import read_header, write_index
-from pause_megatron.data.corpus.manifest import Manifest
+from pause_megatron.data.corpus.manifest import CorpusManifest
 from pause_megatron.data.corpus.records import Counts, FileRecord, TokenizerRecord
 from pause_megatron.data.windows.build import DatasetOptions, Datasets, build_datasets
 from pause_megatron.files.durable import DigestFile
@@ -80,7 +80,7 @@ def write(folder: Path, documents: int) -> None:
     tokenizer = TokenizerRecord(
         kind="benchmark", fingerprint=own.fingerprint, vocab_size=own.vocab_size, eod=own.eod, pause_id=own.vocab_size
     )
-    Manifest(
+    CorpusManifest(
         tokenizer=tokenizer,
         text_key="text",
         damaged_shards="error",

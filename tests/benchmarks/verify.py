@@ -20,7 +20,7 @@ from support.prose import documents, small_tokenizer, write_shards
 
 from pause_megatron.data.corpus.corpus import open_corpus
 from pause_megatron.data.corpus.index_file import write_index
-from pause_megatron.data.corpus.manifest import Manifest
+from pause_megatron.data.corpus.manifest import CorpusManifest
 from pause_megatron.data.corpus.records import BLOCK_BYTES, BlockRecord, FileRecord
 from pause_megatron.data.corpus.verify import damage_of
 from pause_megatron.data.prepare.run import prepare
@@ -80,7 +80,7 @@ def _enlarge(small: Path, large: Path, megabytes: int) -> None:
     write_index(idx_file, "uint16", documents, lambda: [np.full(documents, DOCUMENT_TOKENS, dtype=np.int32)])
     for file in (bin_file, idx_file):
         file.publish()
-    manifest = Manifest.load(small)
+    manifest = CorpusManifest.load(small)
     counts = manifest.counts.model_copy(update={"documents": documents, "tokens": documents * DOCUMENT_TOKENS})
     records = {"bin": bin_file, "idx": idx_file}
     manifest.model_copy(

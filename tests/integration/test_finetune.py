@@ -173,7 +173,7 @@ def native_scores(folder: str, base: str, data: str, counts: tuple[int, ...]) ->
         for count in counts:
             of_count = []
             for example in task.windows.examples[:4]:
-                whole, marked = task.windows.arrangement.lay(example, count)
+                whole, marked = task.windows.arrangement.arrange(example, count)
                 tokens = torch.from_numpy(whole)[None]
                 where = torch.arange(tokens.shape[1] - 1)[None]
                 mask = segment_mask(torch.zeros_like(where), where < marked)

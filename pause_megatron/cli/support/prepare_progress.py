@@ -15,7 +15,7 @@ _FORMAT = "{desc} {percentage:3.0f}% |{bar:20}| {elapsed}<{remaining}{postfix}"
 _FORMAT_OPEN = "{desc} {elapsed}{postfix}"
 
 
-class ProgressBar:
+class PrepareBar:
     """A progress bar for `PrepareProgress` reports. Its rates do not count the shards of earlier runs.
 
     Args:
@@ -28,7 +28,7 @@ class ProgressBar:
         self._first: PrepareProgress | None = None
         self._begun = time.perf_counter()
 
-    def __enter__(self) -> ProgressBar:
+    def __enter__(self) -> PrepareBar:
         return self
 
     def __exit__(self, *exc: object) -> None:

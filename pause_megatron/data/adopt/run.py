@@ -27,7 +27,7 @@ from pause_megatron.data.adopt.tokenizer_check import (
 )
 from pause_megatron.data.corpus.corpus import open_corpus
 from pause_megatron.data.corpus.index_file import IndexHeader, check_entries, read_header
-from pause_megatron.data.corpus.manifest import Manifest, path_of, replace_tokenizer
+from pause_megatron.data.corpus.manifest import CorpusManifest, path_of, replace_tokenizer
 from pause_megatron.data.corpus.records import AdoptionRecord, Counts, TokenizerRecord
 from pause_megatron.data.prepare.publish import remove_partial_files
 from pause_megatron.data.tokenizer.tokenizer import DESCRIPTION_NAME, Tokenizer
@@ -52,7 +52,7 @@ class Adopted:
         special: Number of occurrences by special token, without EOD and pauses.
     """
 
-    manifest: Manifest
+    manifest: CorpusManifest
     agreement: Agreement | None
     seconds: float
     special: Mapping[str, int] = field(default_factory=dict)
@@ -122,11 +122,11 @@ def _check_there(prefix: str | Path) -> None:
         raise DataError(f"{path}: expected the .{name} file of a corpus, got no such file{hint}")
 
 
-def _adopted_before(prefix: str | Path, tokenizer: Tokenizer) -> Manifest | None:
+def _adopted_before(prefix: str | Path, tokenizer: Tokenizer) -> CorpusManifest | None:
     """Return the manifest of a corpus that was adopted with this tokenizer, None if there is no manifest."""
     if not path_of(prefix, "manifest.json").exists():
         return None
-    manifest = Manifest.load(prefix)
+    manifest = CorpusManifest.load(prefix)
     if manifest.adoption is not None and manifest.tokenizer == TokenizerRecord.of(tokenizer):
         open_corpus(prefix)
         return manifest
@@ -267,8 +267,8 @@ def _manifest(
     found: Scan,
     agreement: Agreement,
     report: Report,
-) -> Manifest:
-    return Manifest(
+) -> CorpusManifest:
+    return CorpusManifest(
         tokenizer=TokenizerRecord.of(tokenizer),
         text_key=None,
         damaged_shards=None,

@@ -12,7 +12,7 @@ from pause_megatron.config.blend import is_number, parse_blend
 from pause_megatron.config.schema import DataSection
 from pause_megatron.data.corpus.corpus import Corpus, open_corpus, require_one_tokenizer
 from pause_megatron.data.corpus.first_use import verify_at_use
-from pause_megatron.data.corpus.manifest import Manifest, path_of
+from pause_megatron.data.corpus.manifest import CorpusManifest, path_of
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from pause_megatron.errors import DataError
 from pause_megatron.files.digest import bytes_digest
@@ -65,7 +65,7 @@ class Corpora:
             DataError: A corpus was prepared again in the meantime.
         """
         for corpus in self.corpora + self.valid:
-            if Manifest.load(corpus.prefix).fingerprint != corpus.manifest.fingerprint:
+            if CorpusManifest.load(corpus.prefix).fingerprint != corpus.manifest.fingerprint:
                 raise DataError(f"{corpus.prefix}: prepared again while this run was opening it. Start the run again")
 
     def show(self, ids: Sequence[int]) -> str:

@@ -10,7 +10,7 @@ from typing import get_args
 import numpy as np
 
 from pause_megatron.data.corpus.index_file import read_header
-from pause_megatron.data.corpus.manifest import Manifest, path_of
+from pause_megatron.data.corpus.manifest import CorpusManifest, path_of
 from pause_megatron.data.corpus.records import FileName, TokenizerRecord
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from pause_megatron.errors import DataError
@@ -27,7 +27,7 @@ class Corpus:
     """
 
     prefix: str
-    manifest: Manifest
+    manifest: CorpusManifest
     tokenizer: Tokenizer
 
 
@@ -45,7 +45,7 @@ def open_corpus(prefix: str | Path, tokenizer: Tokenizer | str | Path | None = N
         DataError: The corpus is unfinished, truncated, without a manifest, made of files of several corpora, or
             tokenized with another tokenizer.
     """
-    manifest = Manifest.load(prefix)
+    manifest = CorpusManifest.load(prefix)
     _check_files(prefix, manifest)
     kept = load_tokenizer(path_of(prefix, "tokenizer"))
     if tokenizer is not None:
@@ -83,7 +83,7 @@ def require_one_tokenizer(corpora: Sequence[Corpus]) -> Tokenizer:
     return first.tokenizer
 
 
-def _check_files(prefix: str | Path, manifest: Manifest) -> None:
+def _check_files(prefix: str | Path, manifest: CorpusManifest) -> None:
     bin_path, idx_path = path_of(prefix, "bin"), path_of(prefix, "idx")
     sizes: dict[FileName, int] = {}
     for name in get_args(FileName):

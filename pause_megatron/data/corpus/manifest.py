@@ -35,7 +35,7 @@ TEMPORARY_FOLDERS = ("tokenizer.tmp", "tokenizer.old.tmp")
 """Extensions of the folders that a killed `replace_tokenizer` leaves."""
 
 
-class Manifest(FrozenModel):
+class CorpusManifest(FrozenModel):
     """The content of `PREFIX.manifest.json`, without the digest over it that the file ends with.
 
     Attributes:
@@ -112,7 +112,7 @@ class Manifest(FrozenModel):
         write_whole(path_of(prefix, "manifest.json"), (text + "\n").encode())
 
     @classmethod
-    def load(cls, prefix: str | Path) -> Manifest:
+    def load(cls, prefix: str | Path) -> CorpusManifest:
         """Read `PREFIX.manifest.json`.
 
         Raises:
@@ -142,7 +142,7 @@ class Manifest(FrozenModel):
         return bytes_digest(content.encode())
 
 
-class _ManifestFile(Manifest):
+class _ManifestFile(CorpusManifest):
     blocks: BlockRecord | None = None
     adoption: AdoptionRecord | None = None
     digest: str | None = None

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from pause_megatron.data.corpus.index_file import read_lengths, write_index
-from pause_megatron.data.corpus.manifest import TEMPORARY_FOLDERS, Manifest, path_of, replace_tokenizer
+from pause_megatron.data.corpus.manifest import TEMPORARY_FOLDERS, CorpusManifest, path_of, replace_tokenizer
 from pause_megatron.data.corpus.records import CorpusSpec, FileRecord, SourceCounts
 from pause_megatron.data.prepare.joined import JoinedBin, JoinedFile
 from pause_megatron.data.prepare.pool import PrepareProgress
@@ -27,7 +27,7 @@ def join_parts(
     parts: Sequence[PartRecord],
     tokenizer: Tokenizer,
     on_progress: Callable[[PrepareProgress], None],
-) -> Manifest:
+) -> CorpusManifest:
     """Join the finished parts into a corpus, replacing an older one, and remove PREFIX.parts/.
 
     Args:
@@ -108,8 +108,8 @@ def merge_tallies(tallies: Iterable[Tally]) -> Tally:
 
 def _manifest(
     spec: CorpusSpec, parts: Sequence[PartRecord], joined: JoinedBin, idx_record: FileRecord, malformed: Tally
-) -> Manifest:
-    return Manifest(
+) -> CorpusManifest:
+    return CorpusManifest(
         tokenizer=spec.tokenizer,
         text_key=spec.text_key,
         damaged_shards=spec.damaged_shards,

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pause_megatron.data.corpus.manifest import Manifest, path_of
+from pause_megatron.data.corpus.manifest import CorpusManifest, path_of
 from pause_megatron.data.corpus.records import CorpusSpec, TokenizerRecord
 from pause_megatron.data.prepare.pool import PrepareProgress, run_tasks
 from pause_megatron.data.prepare.publish import join_parts, merge_tallies
@@ -49,7 +49,7 @@ class Prepared:
         encoder: What computed the ids, "library" or "gigatoken".
     """
 
-    manifest: Manifest
+    manifest: CorpusManifest
     already_done: bool
     parts_reused: int
     seconds: float

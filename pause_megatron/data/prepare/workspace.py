@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pause_megatron.data.corpus.corpus import open_corpus
-from pause_megatron.data.corpus.manifest import Manifest, path_of
+from pause_megatron.data.corpus.manifest import CorpusManifest, path_of
 from pause_megatron.data.corpus.records import CorpusSpec, read_record
 from pause_megatron.data.prepare.joined import JoinedFile
 from pause_megatron.data.prepare.publish import remove_partial_files
@@ -36,7 +36,7 @@ class Workspace:
         self.sources = sources
         self.folder = path_of(output, "parts")
 
-    def complete(self) -> Manifest | None:
+    def complete(self) -> CorpusManifest | None:
         """Return the manifest of a complete corpus of the same spec, or None if there is no corpus.
 
         Raises:
@@ -46,7 +46,7 @@ class Workspace:
         if not path_of(self.output, "manifest.json").exists():
             self._refuse_foreign_files()
             return None
-        manifest = Manifest.load(self.output)
+        manifest = CorpusManifest.load(self.output)
         spec = manifest.spec
         if spec is None:
             raise DataError(

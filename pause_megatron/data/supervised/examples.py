@@ -181,8 +181,8 @@ class Arrangement:
         """Return how many input tokens an example takes with `count` pauses."""
         return self.prompt_tokens(example, count) + count + example.target.size - 1
 
-    def lay(self, example: EncodedExample, count: int) -> tuple[np.ndarray, int]:
-        """Lay out an example with its pauses. A prompt that is too long is truncated on the left.
+    def arrange(self, example: EncodedExample, count: int) -> tuple[np.ndarray, int]:
+        """Arrange an example with its pauses. A prompt that is too long is truncated on the left.
 
         Args:
             example: The encoded example.

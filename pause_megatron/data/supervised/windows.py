@@ -122,7 +122,7 @@ class SupervisedWindows:
         mask, segments = np.zeros(size, dtype=np.float32), np.full(size, -1, dtype=np.int32)
         prefix, start = np.zeros(size, dtype=bool), 0
         for segment, item in enumerate(items):
-            ids, prefix_size = self.arrangement.lay(self.examples[item], int(counts[item]))
+            ids, prefix_size = self.arrangement.arrange(self.examples[item], int(counts[item]))
             stop = start + ids.size - 1
             tokens[start:stop], segments[start:stop] = ids[:-1], segment
             positions[start:stop] = np.arange(stop - start)
@@ -143,7 +143,7 @@ class SupervisedWindows:
 
 
 @dataclass(frozen=True)
-class Summary:
+class EpochSummary:
     """Counts of the first epoch.
 
     Attributes:
@@ -165,13 +165,13 @@ class Summary:
     truncated: int
 
 
-def summarize(data: SupervisedWindows) -> Summary:
+def summarize(data: SupervisedWindows) -> EpochSummary:
     """Count the examples, windows, tokens and padding of the first epoch."""
     epoch, arrangement = data.epoch(0), data.arrangement
     pairs = list(zip(data.examples, epoch.counts.tolist(), strict=True))
     tokens = sum(arrangement.length(example, count) for example, count in pairs)
     positions = len(epoch.windows) * arrangement.sequence_length
-    return Summary(
+    return EpochSummary(
         examples=len(pairs),
         windows=len(epoch.windows),
         tokens=tokens,

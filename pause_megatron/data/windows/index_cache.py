@@ -20,7 +20,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from pause_megatron.data.corpus.manifest import Manifest, path_of
+from pause_megatron.data.corpus.manifest import CorpusManifest, path_of
 from pause_megatron.errors import ConfigError, DataError
 from pause_megatron.files.digest import Hasher, bytes_digest, file_digest
 from pause_megatron.files.durable import write_whole
@@ -81,7 +81,7 @@ def content_of(dataset_path: str | None, lengths: np.ndarray) -> Content:
 def _manifest_of(dataset_path: str | None) -> str | None:
     """Return the fingerprint of a corpus's manifest; None without one, or where it belongs to other files."""
     with contextlib.suppress(DataError, OSError):
-        manifest = Manifest.load(str(dataset_path))
+        manifest = CorpusManifest.load(str(dataset_path))
         sizes = {name: path_of(str(dataset_path), name).stat().st_size for name in manifest.files}
         if all(manifest.files[name].bytes == size for name, size in sizes.items()):
             return manifest.fingerprint

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from pause_megatron.hf.safetensors_file import Entry, SafetensorsWriter, split_into_files
+from pause_megatron.hf.safetensors_file import SafetensorsWriter, TensorEntry, split_into_files
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -19,7 +19,7 @@ def test_what_is_written_in_pieces_is_read_whole(tmp_path, dtype):
         "c": torch.randn(64, 33).to(dtype),
     }
     with SafetensorsWriter(
-        tmp_path / "x.safetensors", [Entry(n, tuple(t.shape), dtype) for n, t in tensors.items()]
+        tmp_path / "x.safetensors", [TensorEntry(n, tuple(t.shape), dtype) for n, t in tensors.items()]
     ) as w:
         for tensor in tensors.values():
             for rows in tensor.split(2):
@@ -31,13 +31,13 @@ def test_what_is_written_in_pieces_is_read_whole(tmp_path, dtype):
 
 def test_views_are_written_as_they_look(tmp_path):
     whole = torch.arange(24.0).view(4, 6)
-    with SafetensorsWriter(tmp_path / "x.safetensors", [Entry("a", (4, 3), torch.float32)]) as writer:
+    with SafetensorsWriter(tmp_path / "x.safetensors", [TensorEntry("a", (4, 3), torch.float32)]) as writer:
         writer.write(whole[:, 3:])
     assert torch.equal(load_file(tmp_path / "x.safetensors")["a"], whole[:, 3:])
 
 
 def test_zeros_are_zeros_wherever_they_stand(tmp_path):
-    entries = [Entry(name, (1000,), torch.float32) for name in "abc"]
+    entries = [TensorEntry(name, (1000,), torch.float32) for name in "abc"]
     with SafetensorsWriter(tmp_path / "x.safetensors", entries) as writer:
         writer.zeros(1000)
         writer.write(torch.ones(1000))
@@ -47,7 +47,7 @@ def test_zeros_are_zeros_wherever_they_stand(tmp_path):
 
 
 def test_a_file_that_is_not_what_was_announced_is_a_bug(tmp_path):
-    writer = SafetensorsWriter(tmp_path / "x.safetensors", [Entry("a", (4,), torch.float32)])
+    writer = SafetensorsWriter(tmp_path / "x.safetensors", [TensorEntry("a", (4,), torch.float32)])
     with pytest.raises(AssertionError, match="announced"), writer:
         writer.write(torch.ones(3))
 
@@ -55,7 +55,7 @@ def test_a_file_that_is_not_what_was_announced_is_a_bug(tmp_path):
 @settings(max_examples=50)
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=30), st.integers(4, 300))
 def test_files_are_as_full_as_they_may_be(sizes, largest):
-    entries = [Entry(str(number), (size,), torch.float32) for number, size in enumerate(sizes)]
+    entries = [TensorEntry(str(number), (size,), torch.float32) for number, size in enumerate(sizes)]
     files = split_into_files(entries, largest)
     assert [entry for file in files for entry in file] == entries
     for file, following in zip(files, [*files[1:], None], strict=True):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 
-from pause_megatron.cli.support.prepare_progress import ProgressBar
+from pause_megatron.cli.support.prepare_progress import PrepareBar
 from pause_megatron.data.prepare.pool import PrepareProgress
 from pause_megatron.terminal.progress import bar_file
 
@@ -16,7 +16,7 @@ class Terminal(io.StringIO):
 
 def drawn_on(stream: io.StringIO) -> str:
     """What `prepare` draws of two shards."""
-    with ProgressBar(stream) as bar:
+    with PrepareBar(stream) as bar:
         for done in (0, 1, 2):
             bar.update(PrepareProgress("read", 10 * done, 900 * done, 4_000 * done, 0, 50 * done, 100, done, 2))
         for done in (0, 2):

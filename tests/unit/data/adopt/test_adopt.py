@@ -34,7 +34,7 @@ from pause_megatron.data.corpus.corpora import open_corpora
 from pause_megatron.data.corpus.corpus import open_corpus
 from pause_megatron.data.corpus.first_use import verify_at_use
 from pause_megatron.data.corpus.index_file import read_header
-from pause_megatron.data.corpus.manifest import Manifest
+from pause_megatron.data.corpus.manifest import CorpusManifest
 from pause_megatron.data.corpus.verify import verify_corpus
 from pause_megatron.data.prepare.run import prepare
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -171,7 +171,7 @@ def test_every_integer_dtype_gives_the_same_windows(folder: Path, original: Path
     prefix = preprocess(tmp_path / "c", TEXTS, *megatron_tokenizer(folder / "tok.model"), dtype=dtype)
     manifest = adopt(prefix, tokenizer).manifest
     assert manifest.dtype == dtype.__name__
-    assert not verify_at_use(open_corpus(prefix), "never") and Manifest.load(prefix) == manifest
+    assert not verify_at_use(open_corpus(prefix), "never") and CorpusManifest.load(prefix) == manifest
     verify_corpus(open_corpus(prefix))
 
     def windows(prefix: Path) -> list[list[int]]:

@@ -9,7 +9,7 @@ import pytest
 from support.prose import documents, small_tokenizer, train_model, write_shards
 
 from pause_megatron.data.corpus.corpus import open_corpus, require_one_tokenizer
-from pause_megatron.data.corpus.manifest import Manifest
+from pause_megatron.data.corpus.manifest import CorpusManifest
 from pause_megatron.data.corpus.verify import verify_corpus
 from pause_megatron.data.prepare.run import prepare
 from pause_megatron.data.tokenizer.tokenizer import load_tokenizer
@@ -32,9 +32,9 @@ def corpus(original: Path, tmp_path: Path) -> Path:
 
 
 def test_manifest_comes_back(corpus: Path) -> None:
-    manifest = Manifest.load(corpus)
+    manifest = CorpusManifest.load(corpus)
     manifest.save(corpus)
-    assert Manifest.load(corpus) == manifest
+    assert CorpusManifest.load(corpus) == manifest
 
 
 def test_opening_returns_the_tokenizer_and_accepts_the_right_one(corpus: Path, original: Path) -> None:

@@ -23,7 +23,7 @@ from support.prose import documents, small_tokenizer, train_model, write_shards
 from pause_megatron.cli import main
 from pause_megatron.data.corpus.corpus import open_corpus
 from pause_megatron.data.corpus.first_use import check_and_record, verify_at_use
-from pause_megatron.data.corpus.manifest import Manifest
+from pause_megatron.data.corpus.manifest import CorpusManifest
 from pause_megatron.data.corpus.records import BlockRecord
 from pause_megatron.data.corpus.verify import damage_of, verify_corpus
 from pause_megatron.data.prepare.run import prepare
@@ -40,7 +40,7 @@ def _in_blocks(prefix: Path) -> None:
     blocks = BlockDigests(BLOCK)
     blocks.update(Path(f"{prefix}.bin").read_bytes())
     record = BlockRecord(bytes=BLOCK, digests=blocks.digests)
-    Manifest.load(prefix).model_copy(update={"blocks": record}).save(prefix)
+    CorpusManifest.load(prefix).model_copy(update={"blocks": record}).save(prefix)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from support.prose import documents, json_lines, small_tokenizer, train_model, w
 from support.records import FOLDERS, c4_shards, c4_texts
 
 from pause_megatron.data.corpus.corpus import open_corpus
-from pause_megatron.data.corpus.manifest import Manifest
+from pause_megatron.data.corpus.manifest import CorpusManifest
 from pause_megatron.data.corpus.verify import verify_corpus
 from pause_megatron.data.prepare.pool import PrepareProgress
 from pause_megatron.data.prepare.run import prepare, summary
@@ -74,7 +74,7 @@ def _read(prefix: Path) -> list[list[int]]:
 def test_the_stock_reader_returns_each_document_with_its_eod(folder: Path, reference, tokenizer: Tokenizer) -> None:
     assert _read(folder / "reference") == [[*tokenizer.encode(text), tokenizer.eod] for text in TEXTS]
     assert set(reference) == {".bin", ".idx", ".manifest.json", *(f".tokenizer/{n}" for n in _TOKENIZER_FILES)}
-    manifest = Manifest.load(folder / "reference")
+    manifest = CorpusManifest.load(folder / "reference")
     assert manifest.counts.documents == len(TEXTS)
     assert manifest.counts.tokens * 2 == len(reference[".bin"])
     assert manifest.counts.text_bytes == sum(len(text.encode()) for text in TEXTS)
@@ -141,11 +141,11 @@ def test_literal_pause_never_becomes_the_id(tmp_path: Path, tokenizer: Tokenizer
 def test_dtype_follows_the_vocabulary_and_the_pause_id(tmp_path: Path, shards: str, folder: Path, tokenizer) -> None:
     wide = load_tokenizer(folder / "tok.model", pause_id=65536)
     prepare([shards], wide, tmp_path / "wide", workers=1)
-    assert Manifest.load(tmp_path / "wide").dtype == "int32"
+    assert CorpusManifest.load(tmp_path / "wide").dtype == "int32"
     assert IndexedDataset(str(tmp_path / "wide")).index.dtype == np.int32
     last = load_tokenizer(folder / "tok.model", pause_id=65535)
     prepare([shards], last, tmp_path / "last", workers=1)
-    assert Manifest.load(tmp_path / "last").dtype == "uint16"
+    assert CorpusManifest.load(tmp_path / "last").dtype == "uint16"
 
 
 def test_malformed_lines_are_counted_and_good_documents_unaffected(
@@ -391,7 +391,7 @@ def test_joining_needs_room_for_one_more_part(tmp_path: Path, shards: str, refer
             room.append(sum(path.stat().st_size for path in tmp_path.rglob("*.bin*")))
 
     prepare([shards], tokenizer, tmp_path / "c", workers=1, on_progress=measure)
-    largest = max(record.counts.tokens for record in Manifest.load(tmp_path / "c").sources) * 2
+    largest = max(record.counts.tokens for record in CorpusManifest.load(tmp_path / "c").sources) * 2
     assert len(reference[".bin"]) < max(room) <= len(reference[".bin"]) + largest
     _assert_whole(tmp_path / "c", reference)
 

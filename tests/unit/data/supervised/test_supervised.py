@@ -103,7 +103,7 @@ def test_ids_are_those_of_inference_with_the_exported_tokenizer(task_records, tm
         assert target.tolist() == [*encoder.encode_continuation(example.target), native.eod]
     for location in ("append", "prepend"):
         arrangement = Arrangement(2048, range(3, 4), pause_ids, location=location, leading=len(native.leading))
-        whole, marked = arrangement.lay(encoded[0], 3)
+        whole, marked = arrangement.arrange(encoded[0], 3)
         assert whole[:marked].tolist() == encoder.with_pauses(encoder.encode(examples[0].prompt), 3, location)
     assert continuations(native).filler_id(".") == encoder.filler_id(".")
 
@@ -158,7 +158,7 @@ def test_a_long_prompt_is_cut_on_the_left_and_nothing_else_is():
     example = EncodedExample("x", np.arange(1, 31, dtype=np.int32), np.array([50, 51, 52], dtype=np.int32))
     for location in ("append", "prepend"):
         arrangement = arranged(sequence_length=16, pauses=range(4, 5), location=location, leading=1)
-        whole, marked = arrangement.lay(example, 4)
+        whole, marked = arrangement.arrange(example, 4)
         assert arrangement.length(example, 4) == 16 == whole.size - 1
         text = [token for token in whole[:marked].tolist() if token not in PAUSES]
         assert text == [1, *range(22, 31)]  # the BOS stays

@@ -11,7 +11,7 @@ import pytest
 from support.malformed import BAD_LINES, DAMAGED_SHARDS, DRESSES, damaged_shards, long_line, mixed_lines
 from support.prose import compress, documents, json_lines, small_tokenizer
 
-from pause_megatron.data.corpus.manifest import Manifest
+from pause_megatron.data.corpus.manifest import CorpusManifest
 from pause_megatron.data.prepare.run import prepare
 from pause_megatron.data.text.documents import KINDS, PLACES_KEPT, parse_line
 from pause_megatron.data.text.malformed_limit import MalformedLimit
@@ -89,7 +89,7 @@ def test_malformed_lines_among_as_many_good_ones(
         prepare([f"{place}/clean/x.jsonl"], tokenizer, place / "c", workers=1)
         for name in ("bin", "idx"):
             assert Path(f"{place}/m.{name}").read_bytes() == Path(f"{place}/c.{name}").read_bytes()
-        manifest = Manifest.load(place / "m")
+        manifest = CorpusManifest.load(place / "m")
         assert manifest.counts.documents == len(good)
         assert manifest.counts.malformed == {kind: len(places) for kind, places in sorted(expected.items())}
         assert set(expected) == set(KINDS)
