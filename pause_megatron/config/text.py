@@ -37,7 +37,7 @@ _PLAIN_TAGS = {"null", "bool", "int", "float", "str", "seq", "map"}
 
 
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict = {}  # noqa: RUF012 (PyYAML's own class attribute; filled below)
+    yaml_implicit_resolvers: dict[Any, Any] = {}  # noqa: RUF012 (PyYAML's own class attribute; filled below)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -163,7 +163,7 @@ def read_override(override: str) -> Entry:
     return Entry(path.strip(), value, text if plain else written, where)
 
 
-def write_yaml(data: dict) -> str:
+def write_yaml(data: dict[str, Any]) -> str:
     """Return nested dictionaries of plain values as YAML in block style, keys in their order.
 
     Args:

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
@@ -164,7 +164,7 @@ def difference(records: Sequence[Mapping[str, str]]) -> str:
     return "\n  ".join(lines)
 
 
-def _message(by_rank: Sequence[Mapping]) -> str:
+def _message(by_rank: Sequence[Mapping[str, Any]]) -> str:
     failures: dict[str, list[int]] = {}
     for rank, one in enumerate(by_rank):
         if one["failure"]:

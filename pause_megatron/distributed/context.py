@@ -57,7 +57,7 @@ class ParallelContext:
     device: torch.device
     mpu: MPU
     owns_world: bool = field(repr=False)
-    _earlier_groups: frozenset = field(repr=False)
+    _earlier_groups: frozenset[dist.ProcessGroup] = field(repr=False)
     _environment: Mapping[str, str | None] = field(repr=False)
 
     def close(self) -> None:

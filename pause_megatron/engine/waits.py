@@ -159,7 +159,9 @@ class _Operators(TorchDispatchMode):
         super().__init__()
         self._record = record
 
-    def __torch_dispatch__(self, operator: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_dispatch__(
+        self, operator: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if self._waits(operator.overloadpacket.__name__, args, kwargs):
             self._record.note(str(operator.overloadpacket))
@@ -170,7 +172,7 @@ class _Operators(TorchDispatchMode):
             setattr(result, _HOST, True)
         return result
 
-    def _waits(self, name: str, args: tuple, kwargs: dict) -> bool:
+    def _waits(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         on_device = any(isinstance(a, Tensor) and self._record.on_device(a) for a in args)
         if name in _READING:
             return on_device
@@ -186,7 +188,7 @@ class _Operators(TorchDispatchMode):
         return False
 
 
-def _copy_waits(name: str, args: tuple, kwargs: dict) -> bool:
+def _copy_waits(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Return whether a copy between host and GPU blocks: it does unless it is asynchronous and pinned."""
     source = args[1] if name == "copy_" else args[0]
     target = args[0].device if name == "copy_" else torch.device(kwargs.get("device") or source.device)
@@ -202,7 +204,9 @@ class _Calls(TorchFunctionMode):
         super().__init__()
         self._record = record
 
-    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         name = getattr(function, "__name__", "")
         if self._waits(name, args, kwargs):
@@ -221,7 +225,7 @@ class _Calls(TorchFunctionMode):
             delattr(result, _HOST)  # on a CPU it may be the same tensor
         return result
 
-    def _waits(self, name: str, args: tuple, kwargs: dict) -> bool:
+    def _waits(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if name in _DOWNLOADING or name in _UPLOADING:
             return isinstance(args[0], Tensor) and self._record.on_device(args[0])
         if name in _FACTORIES and not isinstance(args[0] if args else None, Tensor):
@@ -230,7 +234,7 @@ class _Calls(TorchFunctionMode):
         return False
 
 
-def _names_a_device(args: tuple, kwargs: dict) -> bool:
+def _names_a_device(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return "device" in kwargs or any(isinstance(argument, (torch.device, str)) for argument in args[1:])
 
 
@@ -242,12 +246,12 @@ def _synchronizations(record: HostWaits) -> Iterator[None]:
         (torch.cuda.Stream, "Stream"),
         (torch.cuda.Event, "Event"),
     )
-    originals: list[tuple[Any, Callable]] = []
+    originals: list[tuple[Any, Callable[..., Any]]] = []
     for owner, label in owners:
         original = owner.synchronize
         originals.append((owner, original))
 
-        def counted(*args: Any, _original: Callable = original, _label: str = label, **kwargs: Any) -> Any:
+        def counted(*args: Any, _original: Callable[..., Any] = original, _label: str = label, **kwargs: Any) -> Any:
             with record.noted(f"{_label}.synchronize"):
                 return _original(*args, **kwargs)
 

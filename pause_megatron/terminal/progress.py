@@ -23,7 +23,7 @@ def no_report(stage: str, done: int, total: int) -> None:
     """
 
 
-def open_bar(stream: TextIO, description: str, **options: Any) -> tqdm:
+def open_bar(stream: TextIO, description: str, **options: Any) -> tqdm[Any]:
     """Open a tqdm bar on a stream.
 
     Args:
@@ -72,7 +72,7 @@ class StageProgress:
 
     def __init__(self, stream: TextIO, unit: str = "B") -> None:
         self._stream, self._unit = stream, unit
-        self._bar: tqdm | None = None
+        self._bar: tqdm[Any] | None = None
         self._stage = ""
 
     def __enter__(self) -> StageProgress:

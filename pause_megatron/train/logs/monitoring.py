@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -110,7 +111,7 @@ class ProgressBar(Monitor):
 
     def __init__(self, total_steps: int, done: int) -> None:
         self._total, self._before, self._begun = total_steps, done, time.monotonic()
-        self._bar: tqdm | None = None
+        self._bar: tqdm[Any] | None = None
         if sys.stderr.isatty():
             self._bar = open_bar(sys.stderr, "", total=total_steps, initial=done, unit="step", dynamic_ncols=True)
         self._last_line = 0.0
