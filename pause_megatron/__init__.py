@@ -79,7 +79,7 @@ __all__ = [
     "pretrain",
 ]
 
-# Imported when they are asked for: the command line prints --help at once, and `inject` needs numpy alone.
+# Imported when they are asked for: the command line prints --help at once, and `inject` needs only numpy.
 # Public name -> module, and ":attribute" where it has another name there.
 _PLACES = {
     "ConfigError": "errors",

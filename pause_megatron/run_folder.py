@@ -1,4 +1,4 @@
-"""Names in a run folder, and the rule that chooses one of its checkpoints. No torch.
+"""Names in a run folder, and the rule that chooses one of its checkpoints.
 
     RUN/.checkpoints.json              the published step: the one that a save last moved `latest` to
     RUN/checkpoints/latest             a symbolic link to a checkpoint; without symbolic links, a file with its name

@@ -1,6 +1,6 @@
 """Seeds of random generators, derived from an address such as (seed, corpus, split): no generator has a state to save.
 
-A draw is a function of its address alone, not of ranks, workers, or the step at which a run was resumed.
+A draw is a function of only its address, not of ranks, workers, or the step at which a run was resumed.
 """
 
 from __future__ import annotations

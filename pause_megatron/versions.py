@@ -1,6 +1,6 @@
 """Supported versions of dependencies: one table for setup.py, `doctor` and launchers/README.md.
 
-setup.py executes this file before anything is installed, so it imports the standard library alone. Both ends of each
+setup.py executes this file before anything is installed, so it imports only the standard library. Both ends of each
 range are tested (tests/benchmarks/results/versions.md). To support a newer version: change it here, run
 `pytest -m compat` with it, then change launchers/constraints.txt.
 """
@@ -20,7 +20,7 @@ class Package(NamedTuple):
         lowest: Lowest tested version.
         newest: Newest tested version.
         fixed: How many parts of `newest` a later version must share: 2 where minor releases change interfaces that are
-            used here, 1 where major releases do, 0 for this version alone.
+            used here, 1 where major releases do, 0 for this version only.
         module: Module that `doctor` imports, where a plain import of the package would not show that it works.
         marker: Environment marker (PEP 508).
     """

@@ -1,4 +1,4 @@
-"""Measure training steps with the model, engine, loader and loop of a run; nothing is saved."""
+"""Measurement of training steps with the model, engine, loader and loop of a run; nothing is saved."""
 
 from __future__ import annotations
 

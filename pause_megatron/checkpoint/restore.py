@@ -112,7 +112,7 @@ def restore_engine(engine: Engine, reader: ShardReader) -> None:
 
 
 def restore_masters(engine: Engine, reader: ShardReader) -> None:
-    """Overwrite the fp32 masters alone; the moments and the step stay as they are.
+    """Overwrite only the fp32 masters; the moments and the step stay as they are.
 
     Args:
         engine: Built from a model that `load_weights` filled.

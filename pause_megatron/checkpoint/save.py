@@ -123,7 +123,7 @@ def _write_own_files(
 
 
 def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file with the umask's permissions; the library makes it readable to its owner alone."""
+    """Write a safetensors file with the umask's permissions; the library makes it readable only to its owner."""
     path.touch()
     mode = path.stat().st_mode
     save_file(tensors, path)

@@ -59,7 +59,7 @@ class Store:
 
     Args:
         folder: Path of the folder; created by the first save.
-        rank: Rank of this process; rank 0 alone renames and deletes.
+        rank: Rank of this process; only rank 0 renames and deletes.
         world_size: Number of ranks.
     """
 

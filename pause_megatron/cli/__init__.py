@@ -81,7 +81,7 @@ def _main(argv: Sequence[str] | None) -> int:
     try:
         arguments = _take_local_rank(list(sys.argv[1:] if argv is None else argv))
         set_rank(_rank_or_zero())
-        # Only as the main program: a caller of `main` decides itself when it ends.
+        # Only as the main program: a program that calls `main` decides when it exits.
         if (
             argv is None
             and arguments[:1]
@@ -242,7 +242,7 @@ def _report(error: PauseMegatronError) -> None:
     except ConfigError:  # the rank is unknown, so no other rank is known to report it
         log.error(error)
         return
-    # LOCAL_RANK is 0 on every rank where each sees its own GPU alone.
+    # LOCAL_RANK is 0 on every rank where each sees only its own GPU.
     reported_by_another = ranks.rank if isinstance(error, SharedError) else ranks.local_rank
     if not (isinstance(error, ConfigError) and reported_by_another):
         log.error(error)

@@ -1,4 +1,4 @@
-"""The verb `adopt`: check a corpus of Megatron-LM's preprocess_data.py and write its manifest."""
+"""`pause-megatron adopt`: check a corpus of Megatron-LM's preprocess_data.py and write its manifest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`pause-megatron evaluate`: scores a model on tasks with several numbers of pauses."""
+"""`pause-megatron evaluate`: score a model on tasks with several numbers of pauses."""
 
 from __future__ import annotations
 

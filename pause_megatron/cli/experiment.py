@@ -1,4 +1,4 @@
-"""`pause-megatron experiment`: runs a grid, shows the state of its cells, and writes its report."""
+"""`pause-megatron experiment`: run a grid, show the state of its cells, and write its report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verb `inspect`: statistics of a corpus, and its windows with pauses."""
+"""`pause-megatron inspect`: show statistics of a corpus, and its windows with pauses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`pause-megatron launch`: write or submit the SLURM job of a run, after checks. No torch."""
+"""`pause-megatron launch`: write or submit the SLURM job of a run, after checks."""
 
 from __future__ import annotations
 

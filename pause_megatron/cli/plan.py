@@ -1,4 +1,4 @@
-"""`pause-megatron plan`: memory, communication, time and cost of a run before it is submitted. No torch."""
+"""`pause-megatron plan`: estimate memory, communication, time and cost of a run before it is submitted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`pause-megatron plot`: draws the loss curves of one or more runs."""
+"""`pause-megatron plot`: draw the loss curves of one or more runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verb `prepare`: tokenize shards of text into a corpus."""
+"""`pause-megatron prepare`: tokenize shards of text into a corpus."""
 
 from __future__ import annotations
 

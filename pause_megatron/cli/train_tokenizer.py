@@ -1,4 +1,4 @@
-"""The verb `train-tokenizer`: train a SentencePiece BPE model on shards of text."""
+"""`pause-megatron train-tokenizer`: train a SentencePiece BPE model on shards of text."""
 
 from __future__ import annotations
 

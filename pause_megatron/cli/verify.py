@@ -1,4 +1,4 @@
-"""The verb `verify`: read corpora whole and compare them with the digests of their manifests."""
+"""`pause-megatron verify`: read corpora whole and compare them with the digests of their manifests."""
 
 from __future__ import annotations
 

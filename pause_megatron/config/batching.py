@@ -1,4 +1,4 @@
-"""Batch arithmetic: micro-batch x gradient accumulation x data parallel = global batch; tokens and steps. No torch."""
+"""Batch arithmetic: micro-batch x gradient accumulation x data parallel = global batch; tokens and steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parse blends of corpora as Megatron-LM's --data-path writes them: WEIGHT PREFIX WEIGHT PREFIX ..., or prefixes."""
+"""Blends of corpora as Megatron-LM's --data-path writes them: WEIGHT PREFIX WEIGHT PREFIX ..., or prefixes."""
 
 from __future__ import annotations
 

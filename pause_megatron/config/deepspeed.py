@@ -1,4 +1,4 @@
-"""Merge a run's configuration into a ds_configs/*.json file: fill "auto", refuse contradictions and unknown keys.
+"""DeepSpeed settings from a run's configuration and a ds_configs/*.json file, without contradictions or unknown keys.
 
 Each setting has one owner. The JSON file sets how states are partitioned, offloaded and communicated. The run sets
 batch sizes, clipping and precision. DeepSpeed ignores keys that it does not know, so they are refused here.

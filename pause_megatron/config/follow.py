@@ -1,4 +1,4 @@
-"""Adjust a recipe's dependent values to overrides: warm-up, micro-batch, sequence parallelism.
+"""Values of a recipe that follow overrides: warm-up, micro-batch, sequence parallelism.
 
 `--recipe R train.steps=10` has the recipe's warm-up, which may be longer than ten steps. The warm-up is then shortened,
 with a note. Values that fit stay. Keys that were given together and contradict each other are refused by `rules`.

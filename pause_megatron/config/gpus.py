@@ -1,4 +1,4 @@
-"""Data-sheet figures of GPUs and of the machines they usually sit in, for `plan`, `benchmark` and MFU. No torch."""
+"""Data-sheet figures of GPUs and of the machines they usually sit in, for `plan`, `benchmark` and MFU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The number of pauses and text tokens in a window, and which pause options fit together. No torch.
+"""The number of pauses and text tokens in a window, and which pause options fit together.
 
 Used by `config.rules` for a configuration and by `data.windows.pause` for a dataset in a script.
 """

@@ -1,4 +1,4 @@
-"""Model sizes by name, and their parameters and FLOPs. No torch."""
+"""Model sizes by name, and their parameters and FLOPs."""
 
 from __future__ import annotations
 

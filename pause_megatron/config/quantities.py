@@ -1,4 +1,4 @@
-"""Large numbers with SI prefixes. No torch."""
+"""Large numbers with SI prefixes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ _PREFIXES = ((24, "Y"), (21, "Z"), (18, "E"), (15, "P"), (12, "T"), (9, "G"), (6
 
 
 def scaled(value: float) -> str:
-    """Return a number with three decimals and an SI prefix, to stand before a unit: 1234567 is "1.235 M".
+    """Return a number with three decimals and an SI prefix, for use before a unit: 1234567 is "1.235 M".
 
     Args:
         value: A number; below a thousand it has no decimals and no prefix ("12 ").

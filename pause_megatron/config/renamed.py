@@ -1,4 +1,4 @@
-"""Keys of earlier versions and their present names. No torch.
+"""Keys of earlier versions and their present names.
 
 `load` accepts an old name in a file and on the command line, with a warning; nothing else writes or lists one. A
 `config.yaml` with an old name therefore loads, resumes and compares as the run that it was.
@@ -32,7 +32,7 @@ class RenamedKey:
         """Translate a value.
 
         Args:
-            value: What stands under the old name.
+            value: Value of the old key.
             place: Where it was written, for the message.
 
         Raises:
@@ -44,7 +44,7 @@ class RenamedKey:
         return self.values[value]
 
     def old_value(self, value: object) -> str:
-        """Return what stood under the old name where `value` stands now."""
+        """Return the value of the old key that corresponds to `value` of the new one."""
         return next(old for old, new in self.values.items() if new == value)
 
 

@@ -1,4 +1,4 @@
-"""The keys of a run: frozen, typed sections with defaults, ranges and the descriptions that --help shows. No torch.
+"""The keys of a run: frozen, typed sections with defaults, ranges and the descriptions that --help shows.
 
 `pause_megatron.config.load` fills in values that depend on others (a preset's sizes, the steps of a token budget) once.
 Nothing is changed afterwards.

@@ -1,8 +1,8 @@
-"""Comparing ranks before the first step, and turning one rank's failure into the same error on every rank.
+"""Comparison of ranks before the first step, and errors of one rank raised on every rank.
 
-A rank with another learning rate, corpus or version would train silently wrong, or hang in a collective. So each rank
-makes a record of what must be the same, and its digest goes through the store at MASTER_ADDR. Only where digests
-differ, or a rank has failed, are the records read, and all ranks end with one message.
+A rank with another learning rate, corpus or version would silently corrupt training, or hang in a collective. So
+each rank makes a record of what must be the same, and its digest goes through the store at MASTER_ADDR. Only where
+digests differ, or a rank has failed, are the records read, and all ranks end with one message.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Device assignment: which GPU a rank uses under SLURM and torchrun, one rank a GPU.
 
-A task either sees its own GPU alone (`--gpus-per-task=1`, `--gpu-bind=single:1`, `map_gpu`, `--ntasks-per-gpu=1`, a
+A task either sees only its own GPU (`--gpus-per-task=1`, `--gpu-bind=single:1`, `map_gpu`, `--ntasks-per-gpu=1`, a
 CUDA_VISIBLE_DEVICES of its own), which is then device 0, or all GPUs of its host, of which it takes the one of its
 local rank. DeepSpeed makes LOCAL_RANK the current device, so LOCAL_RANK is the index of the device.
 """
@@ -21,7 +21,7 @@ from pause_megatron.errors import ConfigError
 
 _REPORTED = ("CUDA_VISIBLE_DEVICES", "SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND", "SLURM_STEP_GPUS")
 _ADVICE = (
-    "let each task see its own GPU alone (srun --gpus-per-task=1) or all of its host (--gpus-per-node=N "
+    "let each task see only its own GPU (srun --gpus-per-task=1) or all of its host (--gpus-per-node=N "
     "--gpu-bind=none, CUDA_VISIBLE_DEVICES not set), and start one rank for each GPU"
 )
 

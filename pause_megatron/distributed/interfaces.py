@@ -1,4 +1,4 @@
-"""Network interfaces: which of a host's addresses gloo or NCCL will use to reach the other ranks. No torch.
+"""Network interfaces: which of a host's addresses gloo or NCCL will use to reach the other ranks.
 
 By default gloo uses the address of the host name, and NCCL the first interface. GLOO_SOCKET_IFNAME and
 NCCL_SOCKET_IFNAME choose another one; nothing here sets them.

@@ -162,7 +162,7 @@ def _compare_with_task(rank: int, world_size: int, local: int, env: Mapping[str,
     on_host = [(name, env[name]) for _, _, name in managers if env.get(name, "").isdecimal()]
     if (
         local and on_host and all(int(value) != local for _, value in on_host)
-    ):  # 0 is right where the task sees its own GPU alone
+    ):  # 0 is right where the task sees only its own GPU
         name, value = on_host[0]
         raise ConfigError(
             f"environment: expected LOCAL_RANK equal to {name}={value}, or 0 where each task sees only its own GPU, "

@@ -1,7 +1,7 @@
 """The key-value store at MASTER_ADDR, through which ranks exchange their first messages.
 
 Rank 0 serves it, unless torchrun's agent does. Any process that reaches its port may read and write it, since torch has
-no authentication there. So it listens at MASTER_ADDR's own address alone, where that is an address of rank 0's host.
+no authentication there. So it listens only at MASTER_ADDR's own address, where that is an address of rank 0's host.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _CONNECT_SECONDS = 10.0  # for one of a name's addresses to accept a connection
 
 
 def open_store(ranks: Ranks, seconds: float) -> Store:
-    """Open the store on rank 0, connect to it on the others. Waits for rank 0 alone.
+    """Open the store on rank 0, connect to it on the others. Waits only for rank 0.
 
     Args:
         ranks: Rank, world size and MASTER_ADDR of this process.

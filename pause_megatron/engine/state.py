@@ -82,11 +82,22 @@ class OptimizerState:
         return list(self._layout.needed())
 
     def get(self, address: Address, key: str) -> Tensor:
-        """Return a piece of one of `ADAM_STATE`, fp32 [numel] on the CPU."""
+        """Return a piece of one of `ADAM_STATE`, fp32 [numel] on the CPU.
+
+        Args:
+            address: Parameter and its elements.
+            key: One of `ADAM_STATE`.
+        """
         return self._layout.get(address, key).detach().to("cpu", torch.float32)
 
     def set(self, address: Address, key: str, values: Tensor) -> None:
-        """Overwrite a piece of one of `ADAM_STATE` with fp32 [numel]."""
+        """Overwrite a piece of one of `ADAM_STATE`.
+
+        Args:
+            address: Parameter and its elements.
+            key: One of `ADAM_STATE`.
+            values: New values, fp32 [numel].
+        """
         with torch.no_grad():
             self._layout.set(address, key, values)
 

@@ -4,7 +4,7 @@ While the host waits, it enqueues no kernels, and the device idles. A wait hides
 `bool(tensor)`, `tensor.tolist()`, a boolean mask as an index, `torch.tensor(number, device=...)`, a copy from memory
 that is not pinned. `HostWaits` counts these in all code that runs within it, including DeepSpeed and megatron-core. It
 needs no GPU: on a CPU every tensor counts as one of the device. There it cannot tell whether memory is pinned, and in
-a backward pass it sees operators alone. On a GPU `torch.cuda.set_sync_debug_mode` reports all.
+a backward pass it sees only operators. On a GPU `torch.cuda.set_sync_debug_mode` reports all.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class DecodedAnswer:
 
 
 class Scorer:
-    """Scores examples of one task with one model under one setting.
+    """Scorer of examples of one task with one model under one setting.
 
     Args:
         generator: The model.

@@ -218,5 +218,5 @@ class ResultEntry(Stored):
 
     @property
     def key(self) -> tuple[str | int | None, ...]:
-        """What two entries must not share. An lm-eval task may be asked for alone and as part of a group."""
+        """Key that is unique among entries. An lm-eval task may be requested by itself and as part of a group."""
         return self.task, self.metric, self.asked, *asdict(self.settings).values()

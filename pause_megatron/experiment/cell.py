@@ -1,4 +1,4 @@
-"""A cell of a grid: one call of one verb, and the fingerprint of everything that determines its result. No torch."""
+"""A cell of a grid: one call of one verb, and the fingerprint of everything that determines its result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The GPUs of this machine, divided among cells that run side by side. No torch."""
+"""The GPUs of this machine, divided among cells that run side by side."""
 
 from __future__ import annotations
 

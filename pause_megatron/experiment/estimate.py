@@ -1,4 +1,4 @@
-"""The dry run of a grid as text: cells, steps, FLOPs and order. No torch."""
+"""The dry run of a grid as text: cells, steps, FLOPs and order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Running one cell: its verb in a process of its own, its log, its ledger, and done.json. No torch."""
+"""Running one cell: its verb in a process of its own, its log, its ledger, and done.json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder of an experiment: grid.yaml, plan.json and cells/, and the state of each cell. No torch."""
+"""The folder of an experiment: grid.yaml, plan.json and cells/, and the state of each cell."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Expansion of a grid into cells, and what each evaluation stands for. Starts and writes nothing. No torch."""
+"""Expansion of a grid into cells, and the points that each evaluation measures. Starts and writes nothing."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _INHERITED = frozenset({*(f"model.{name}" for name in SHAPE), *PAUSES, *OF_A_TAS
 
 @dataclass(frozen=True)
 class Point:
-    """What an evaluate cell stands for. Several points may share a cell.
+    """One point of a table or curve that an evaluate cell measures. Several points may share a cell.
 
     Attributes:
         variant: Name of the variant.
         task: Name of the task in the grid.
         m_ft: Pauses in finetuning as the grid has them: "10", "0..50"; "0" with standard finetuning.
         seed: Seed of the finetuning.
-        m_inf: Pauses at inference that the variant stands for; further ones belong to curves.
+        m_inf: Pauses at inference of the variant; further ones belong to curves.
         cell: The evaluate cell.
     """
 
@@ -46,7 +46,7 @@ class Point:
 
 @dataclass(frozen=True)
 class CellGraph:
-    """The cells of a grid, each once, and what its evaluations stand for.
+    """The cells of a grid, each once, and the points that its evaluations measure.
 
     Attributes:
         cells: The cells, inputs before the cells that depend on them.
@@ -235,7 +235,7 @@ def _export(finetuned: Cell) -> Cell:
 
 
 def _own_pauses(variant: Variant, m_ft: Pauses) -> tuple[int, ...]:
-    """Return the M_inf that a variant stands for."""
+    """Return the M_inf of a variant."""
     return variant.inference.pauses or (highest(m_ft),)
 
 

@@ -1,4 +1,4 @@
-"""The inputs of a grid (corpus and task records) by their content. No torch."""
+"""The inputs of a grid (corpus and task records) by their content."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Costs of a cell (model FLOPs, tokens, pauses, time), read from what its verb wrote. No torch."""
+"""Costs of a cell (model FLOPs, tokens, pauses, time), read from what its verb wrote."""
 
 from __future__ import annotations
 

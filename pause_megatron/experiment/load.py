@@ -1,4 +1,4 @@
-"""Loading a grid from a file and `path=value` overrides, with errors that name the line. No torch."""
+"""Loader of grids from a file and `path=value` overrides, with errors that name the line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pretraining runs of a grid, with sizes and budgets derived from other runs. No torch."""
+"""The pretraining runs of a grid, with sizes and budgets derived from other runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Running the cells of a grid on this machine, several at a time, each after its input cell. No torch."""
+"""Running the cells of a grid on this machine, several at a time, each after its input cell."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sections of a grid file as frozen, typed models. No torch.
+"""The sections of a grid file as frozen, typed models.
 
 A grid declares pretrained models, variants of them, tasks, numbers of pauses and seeds. `load.py` reads a grid, and
 `grid.py` expands it into cells.

@@ -1,4 +1,4 @@
-"""Submission of the cells of a grid to SLURM: a job per cell, each after the job of its input cell. No torch."""
+"""Submission of the cells of a grid to SLURM: a job per cell, each after the job of its input cell."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The JSON files of an experiment's folder and of its cells, as typed records. No torch."""
+"""The JSON files of an experiment's folder and of its cells, as typed records."""
 
 from __future__ import annotations
 
@@ -180,14 +180,14 @@ class JobFile(StoredFile):
 
 
 class StoredPoint(TypedJson):
-    """What an evaluate cell stands for; see `grid.Point`.
+    """One point of a table or curve that an evaluate cell measures; see `grid.Point`.
 
     Attributes:
         variant: Name of the variant.
         task: Name of the task in the grid.
         m_ft: Pauses in finetuning, as the grid has them.
         seed: Seed of the finetuning.
-        m_inf: Pauses at inference that the variant stands for.
+        m_inf: Pauses at inference of the variant.
         cell: Name of the cell's folder.
     """
 
@@ -200,7 +200,7 @@ class StoredPoint(TypedJson):
 
 
 class PlanFile(StoredFile):
-    """plan.json: the cells of an experiment, and what each evaluation stands for.
+    """plan.json: the cells of an experiment, and the points that each evaluation measures.
 
     Attributes:
         cells: Folder names, inputs first.

@@ -1,1 +1,1 @@
-"""Files: atomic writes, locks, paths, and text lines. No torch."""
+"""Files: atomic writes, locks, paths, and text lines."""

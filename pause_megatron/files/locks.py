@@ -156,7 +156,7 @@ class Holding:
 
 
 class Backoff:
-    """Waits between attempts to take a lock; each wait is twice the one before, up to the longest.
+    """Waiting times between attempts to take a lock; each wait is twice the one before, up to the longest.
 
     Args:
         shortest_seconds: The first wait.

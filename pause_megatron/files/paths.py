@@ -1,4 +1,4 @@
-"""Paths as users type them: one type for every configuration key and option that takes a path. No torch.
+"""Paths as users type them: one type for every configuration key and option that takes a path.
 
 A leading `~` or `~user` is expanded to the home folder: bash expands it only at the start of a word (not in
 `run.dir=~/x`), YAML never. Relative paths stay relative. Environment variables are not expanded, since `$` is a valid

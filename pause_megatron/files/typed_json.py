@@ -40,6 +40,10 @@ class TypedJson(BaseModel):
 def parse_object(content: bytes, where: str) -> dict[str, Any]:
     """Return the JSON object in a text.
 
+    Args:
+        content: The text, UTF-8.
+        where: Place of the text, for messages.
+
     Raises:
         DataError: The text is no JSON object.
     """

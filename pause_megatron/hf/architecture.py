@@ -246,7 +246,7 @@ class _ConfigReader:
 
 
 def _defaults(family: str) -> dict[str, Any]:
-    """Defaults of transformers' configuration class, for keys that a config.json leaves out.
+    """Return the defaults of transformers' configuration class, for keys that a config.json leaves out.
 
     A default of None follows from other keys (num_key_value_heads, head_dim).
     """

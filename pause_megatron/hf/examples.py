@@ -27,11 +27,11 @@ class _Example:
 
 
 class PauseExamples(Dataset[dict[str, Tensor]]):
-    """Prompt, M pauses, target, end of text; loss on the target alone (Goyal et al., ICLR 2024, section 3.2).
+    """Prompt, M pauses, target, end of text; loss only on the target (Goyal et al., ICLR 2024, section 3.2).
 
     These are the examples of `pause-megatron finetune` in its order, epoch after epoch, one in a sample. Use them with
     `data_collator=pad_batch` and one epoch of `Trainer`, since the dataset contains all epochs: a range of `pauses` is
-    drawn again in each. Order and pauses depend on (seed, task, epoch, example) alone.
+    drawn again in each. Order and pauses depend only on (seed, task, epoch, example).
 
     Args:
         examples: Pairs of prompt and target. A blank between them belongs to the target. Text that spells a special

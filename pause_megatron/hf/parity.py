@@ -209,7 +209,7 @@ def compare_logits(native: list[Tensor], exported: Iterator[Tensor], windows: Te
 
 
 def _windows(checkpoint: NativeCheckpoint, tokens: np.ndarray) -> Tensor:
-    """Windows of text with pauses, int64 [windows, seq].
+    """Return windows of text with pauses, int64 [windows, seq].
 
     They use the default placement policy, since the configuration of an untrusted checkpoint could name any module.
     """

@@ -59,7 +59,7 @@ def _check_whole(weight: Tensor) -> None:
 
 
 def _token_ids(tokenizer: Any, names: tuple[str, ...]) -> tuple[range, list[int]]:
-    """Ids of the pause tokens, which are added where missing, and ids of the added ones."""
+    """Return the ids of the pause tokens, which are added where missing, and the ids of the added ones."""
     from transformers import AddedToken
 
     known = tokenizer.get_vocab()

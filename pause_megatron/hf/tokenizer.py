@@ -107,7 +107,7 @@ def with_pauses(
 
 
 def _names(document: Mapping[str, Any]) -> dict[int, str]:
-    """Tokens by id, of the vocabulary and of the added tokens."""
+    """Return the tokens by id, of the vocabulary and of the added tokens."""
     vocabulary = document["model"]["vocab"]
     if isinstance(vocabulary, list):  # Unigram
         names = {index: str(entry[0]) for index, entry in enumerate(vocabulary)}

@@ -21,7 +21,7 @@ _ANY_LENGTH = 2**16
 
 
 class PauseTransform:
-    """Inserts pauses into a block of token ids, at positions that depend on (seed, dataset, split, number) alone.
+    """Transform that inserts pauses into a block of token ids; positions depend on (seed, dataset, split, number) only.
 
     `datasets` calls it with a block and its number: `map(transform, with_indices=True)`. The dataset may be in memory,
     on disk, or streamed by one reader. Workers of a DataLoader and ranks of `split_dataset_by_node` each count their
@@ -135,7 +135,7 @@ class PauseTransform:
         return text, labels
 
     def _length(self, text_length: int) -> int:
-        """Tokens of a block with its pauses: the smallest number whose plan has this much text."""
+        """Return the length of a block with its pauses: the smallest number whose plan has this much text."""
         length = text_length
         if self._plan.window == "exact":
             # One more token adds one text token or none, so a step of the missing number of tokens never overshoots.

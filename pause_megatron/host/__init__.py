@@ -1,1 +1,1 @@
-"""Processes of this host: liveness, ancestors, and the launcher of a rank. No torch."""
+"""Processes of this host: liveness, ancestors, and the launcher of a rank."""

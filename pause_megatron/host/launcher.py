@@ -1,4 +1,4 @@
-"""Ending a rank together with its launcher: torchrun, deepspeed, srun, mpirun, or the process that a variable names.
+"""End of a rank together with its launcher: torchrun, deepspeed, srun, mpirun, or the process that a variable names.
 
 Ranks outlive a killed launcher: torchrun starts them in sessions of their own, DeepSpeed's runner starts a launcher
 that starts the ranks, and under SLURM they are children of a daemon. They would hang in a collective, or keep training

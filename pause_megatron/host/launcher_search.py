@@ -1,4 +1,4 @@
-"""Finding the launcher of a rank: torchrun, deepspeed, srun, mpirun, or the process that a variable names.
+"""Search for the launcher of a rank: torchrun, deepspeed, srun, mpirun, or the process that a variable names.
 
 Only visible processes are watched, and only processes that have certainly ended count as gone. A launcher may be
 another user's, on another host, or outside of the rank's container.

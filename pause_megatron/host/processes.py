@@ -1,6 +1,6 @@
 """Processes of this host through /proc: identity, liveness, ancestors; and the watcher of a rank's launcher.
 
-The file is also a program that `host/launcher.py` starts with the standard library alone, so it imports nothing of the
+The file is also a program that `host/launcher.py` starts with only the standard library, so it imports nothing of the
 package. The watcher is a process of its own because a rank's threads do not run while an import, a compiler or a
 library holds the interpreter's lock, and because a rank may be suspended.
 """

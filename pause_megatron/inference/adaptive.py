@@ -19,7 +19,7 @@ from pause_megatron.errors import ConfigError
 
 @runtime_checkable
 class PausePolicy(Protocol):
-    """Decides how many pauses one prompt gets. Any object with these members is a policy."""
+    """Policy that decides how many pauses one prompt gets. Any object with these members is a policy."""
 
     @property
     def first(self) -> int:

@@ -71,7 +71,7 @@ class Answer:
         return min(offsets, default=None)
 
     def _uncertain(self, text: str) -> int:
-        """Characters at the end that later tokens may change: part of a character, or the start of a stop text."""
+        """Return the number of final characters that may change: part of a character, or the start of a stop text."""
         incomplete = len(text) - len(text.rstrip(_INCOMPLETE))
         starts = [
             length

@@ -1,4 +1,4 @@
-"""Loading of model folders for inference: safetensors only, no code of the folder is run, nothing is unpickled."""
+"""Loader of model folders for inference: safetensors only, no code of the folder is run, nothing is unpickled."""
 
 from __future__ import annotations
 

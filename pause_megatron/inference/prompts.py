@@ -201,7 +201,7 @@ class PromptEncoder:
         return self.tokenizer.decode(shown, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _leading(self) -> list[int]:
-        """Ids that the tokenizer puts before a text. Ids after a text (an EOS) would end the prompt: left out."""
+        """Return the ids that the tokenizer puts before a text, without those after it (an EOS), which would end it."""
         whole = self.tokenizer("a", add_special_tokens=True, split_special_tokens=True)["input_ids"]
         return ids_before(whole, self._encode("a"))
 

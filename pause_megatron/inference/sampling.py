@@ -1,4 +1,4 @@
-"""Token selection: greedy or sampled with temperature, top-k and top-p; each draw depends on its address alone."""
+"""Token selection: greedy or sampled with temperature, top-k and top-p; each draw depends only on its address."""
 
 from __future__ import annotations
 

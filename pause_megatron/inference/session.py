@@ -93,7 +93,7 @@ class Session:
         return None if self._valid.all() else self._valid.long()
 
     def _prefix_mask(self, valid: Tensor) -> Tensor:
-        """Additive attention mask [batch, 1, slots, slots] in which every valid slot attends to every valid slot.
+        """Return the additive mask [batch, 1, slots, slots] in which every valid slot attends to every valid slot.
 
         Invalid slots attend to themselves, so that no softmax is over an empty set.
         """

@@ -255,7 +255,15 @@ class PauseGPTModel(LanguageModule):
         packed_seq_params: PackedSeqParams | None = None,
         extra_block_kwargs: dict[str, Any] | None = None,
     ) -> Tensor:
-        """Compute the input of the head; arguments as `forward`.
+        """Compute the input of the head.
+
+        Args:
+            input_ids: As in `forward`.
+            position_ids: As in `forward`.
+            attention_mask: As in `forward`.
+            decoder_input: As in `forward`.
+            packed_seq_params: As in `forward`.
+            extra_block_kwargs: As in `forward`.
 
         Returns:
             [seq, batch, hidden], or under sequence parallelism this rank's part of the sequence.

@@ -1,4 +1,4 @@
-"""Weight initialization that depends on the seed and the parameter's name alone, not on ranks, padding or order.
+"""Weight initialization that depends only on the seed and the parameter's name, not on ranks, padding or order.
 
 Every matrix is drawn whole on the model's device, in fp32, from a generator of its own, and sharded afterwards. A CPU
 and a CUDA device draw different numbers from the same seed.

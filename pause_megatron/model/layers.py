@@ -24,7 +24,7 @@ from pause_megatron.model.norm import RMSNorm
 
 
 class RecomputedLayer(TransformerLayer):
-    """A transformer layer with full activation recomputation: it saves its input alone.
+    """A transformer layer with full activation recomputation: it saves only its input.
 
     megatron-core's own recomputation saves and restores CUDA random states; nothing here is random. It is reentrant,
     because ZeRO-3 frees parameters between the two forward passes, and non-reentrant checkpointing compares the tensors

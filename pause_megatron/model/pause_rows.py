@@ -1,4 +1,4 @@
-"""Training the pause rows alone, as in the first stage of a retrofit: all other parameters stay bit for bit.
+"""Training of only the pause rows, as in the first stage of a retrofit: all other parameters stay bit for bit.
 
 A pause row is a row of a matrix that text uses, too, and checkpoints hold every parameter. So all parameters stay in
 the optimizer, and hooks set the gradient of all others to exactly zero before DeepSpeed gets it, at any ZeRO stage.

@@ -198,7 +198,19 @@ def _kernel_parameters() -> tuple[str, ...]:
 def varlen_kernel_attention(
     query: Tensor, key: Tensor, value: Tensor, lengths: SegmentLengths, *, causal: bool, scale: float
 ) -> Tensor:
-    """Compute `varlen_attention` in one kernel (torch.nn.attention.varlen). Arguments as there."""
+    """Compute `varlen_attention` in one kernel (torch.nn.attention.varlen).
+
+    Args:
+        query: [tokens, heads, channels].
+        key: [tokens, query groups, channels].
+        value: [tokens, query groups, channels].
+        lengths: The segments.
+        causal: Whether a token attends to no later one.
+        scale: Factor of the scores.
+
+    Returns:
+        [tokens, heads, channels].
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     grouped: dict[str, Any] = {"enable_gqa": True} if query.shape[1] != key.shape[1] else {}

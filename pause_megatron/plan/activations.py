@@ -1,4 +1,4 @@
-"""Bytes of activations that a forward pass keeps, and the workspace of LM head and layers. No torch.
+"""Bytes of activations that a forward pass keeps, and the workspace of LM head and layers.
 
 Korthikanti et al. 2022 (section 4), for this model: RMSNorm, SwiGLU, no dropout, attention that keeps its output and
 one number a row instead of the scores, an LM head that keeps its gradients only.

@@ -1,4 +1,4 @@
-"""Exact bytes of the collectives of one optimizer step, by purpose. No torch.
+"""Exact bytes of the collectives of one optimizer step, by purpose.
 
 Counted are parameters, gradients, activations and token losses. Not counted are a few scalars a step (gradient norms,
 overflow flags, token counts).

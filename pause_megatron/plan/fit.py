@@ -1,4 +1,4 @@
-"""Fit of a run into a GPU's memory, the largest micro-batch that fits, and remedies where none does. No torch."""
+"""Fit of a run into a GPU's memory, the largest micro-batch that fits, and remedies where none does."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Sizes of a run on one rank, from which memory, communication and time follow. No torch."""
+"""Sizes of a run on one rank, from which memory, communication and time follow."""
 
 from __future__ import annotations
 

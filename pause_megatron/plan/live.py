@@ -1,4 +1,4 @@
-"""Parameters that ZeRO stage 3 gathers: how many per micro-batch, and how many are live at one time. No torch.
+"""Parameters that ZeRO stage 3 gathers: how many per micro-batch, and how many are live at one time.
 
 DeepSpeed frees a gathered parameter after the module that used it, unless a module within `stage3_max_reuse_distance`
 elements uses it again (partitioned_param_coordinator.py). Parameters of at most `stage3_param_persistence_threshold`

@@ -1,4 +1,4 @@
-"""Assumptions about a cluster, each with its unit and source. No torch."""
+"""Assumptions about a cluster, each with its unit and source."""
 
 from __future__ import annotations
 

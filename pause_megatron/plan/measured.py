@@ -1,4 +1,4 @@
-"""Measurements of `pause-megatron benchmark` in place of assumptions. No torch."""
+"""Measurements of `pause-megatron benchmark` in place of assumptions."""
 
 from __future__ import annotations
 

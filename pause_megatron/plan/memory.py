@@ -1,4 +1,4 @@
-"""Bytes of tensors on one rank, by kind, in the phases of a step that may be the peak. No torch."""
+"""Bytes of tensors on one rank, by kind, in the phases of a step that may be the peak."""
 
 from __future__ import annotations
 

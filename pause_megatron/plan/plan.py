@@ -1,4 +1,4 @@
-"""Plan a run on one kind of GPU, from its configuration to days and GPU-hours. No torch."""
+"""The plan of a run on one kind of GPU, from its configuration to days and GPU-hours."""
 
 from __future__ import annotations
 

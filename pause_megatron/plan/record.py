@@ -1,4 +1,4 @@
-"""Plans as JSON records. No torch."""
+"""Plans as JSON records."""
 
 from __future__ import annotations
 

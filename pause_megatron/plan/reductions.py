@@ -1,4 +1,4 @@
-"""Reductions of a backward pass over the data-parallel ranks, bucket by bucket. No torch."""
+"""Reductions of a backward pass over the data-parallel ranks, bucket by bucket."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plans as a table with one column for each kind of GPU. No torch."""
+"""Plans as a table with one column for each kind of GPU."""
 
 from __future__ import annotations
 

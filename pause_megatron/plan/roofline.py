@@ -1,4 +1,4 @@
-"""Seconds of computing in a step, from the work of a GPU and its assumed speeds (roofline model). No torch."""
+"""Seconds of computing in a step, from the work of a GPU and its assumed speeds (roofline model)."""
 
 from __future__ import annotations
 

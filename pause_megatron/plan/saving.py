@@ -1,4 +1,4 @@
-"""The best checkpoint interval, from the time of a save and of a failure. No torch.
+"""The best checkpoint interval, from the time of a save and of a failure.
 
 With d seconds a save and M seconds between failures, saving every T seconds loses about d / T to saves and T / 2M to
 steps (a failure loses half an interval on average). The sum is least at T = sqrt(2 d M): Young 1974, "A first order

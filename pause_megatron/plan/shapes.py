@@ -1,4 +1,4 @@
-"""Name, shape and optimizer group of each parameter of a tensor-parallel rank. No torch."""
+"""Name, shape and optimizer group of each parameter of a tensor-parallel rank."""
 
 from __future__ import annotations
 

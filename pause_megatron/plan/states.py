@@ -1,4 +1,4 @@
-"""Bytes of weights, gradients, optimizer state and communication buffers on one rank, for each ZeRO stage. No torch.
+"""Bytes of weights, gradients, optimizer state and communication buffers on one rank, for each ZeRO stage.
 
 ZeRO's formulas (Rajbhandari et al. 2020, section 3), with what DeepSpeed 0.19 keeps in addition: fp32 sums of gradients
 over micro-batches, flat copies during a reduction, buckets, and the parameters that stage 3 gathers.

@@ -1,4 +1,4 @@
-"""Seconds of a step: computing, and communication that does not overlap with it. No torch."""
+"""Seconds of a step: computing, and communication that does not overlap with it."""
 
 from __future__ import annotations
 

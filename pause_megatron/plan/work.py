@@ -1,4 +1,4 @@
-"""Work of a GPU in a step: FLOPs of matrix products and attention, bytes of other kernels, kernel launches. No torch.
+"""Work of a GPU in a step: FLOPs of matrix products and attention, bytes of other kernels, kernel launches.
 
 Matrix products and attention are compute-bound. All other kernels are memory-bound: they read each input once and write
 each output once. A test compares these formulas with the real model on fake CUDA tensors (`tests/support/counting.py`).

@@ -1,1 +1,1 @@
-"""SLURM jobs: scripts from one template, calls of SLURM's commands, and checks before submission. No torch."""
+"""SLURM jobs: scripts from one template, calls of SLURM's commands, and checks before submission."""

@@ -1,4 +1,4 @@
-"""Quote a user's text for a job script: `#SBATCH` lines, which sbatch parses by its own rules, and shell words.
+"""Quoting of a user's text for a job script: `#SBATCH` lines, which sbatch parses by its own rules, and shell words.
 
 Text that cannot be quoted so that it is read back unchanged is refused, with the option it was given to.
 """

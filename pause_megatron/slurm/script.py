@@ -1,4 +1,4 @@
-"""Render job scripts from one template, for `launch`, the files in launchers/ and the cells of an experiment."""
+"""Job scripts from one template, for `launch`, the files in launchers/ and the cells of an experiment."""
 
 from __future__ import annotations
 

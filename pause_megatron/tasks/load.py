@@ -1,4 +1,4 @@
-"""Loading a task by its name: a task that ships, a YAML file, or an object named as 'module:attribute'."""
+"""Loader of tasks by name: a task that ships, a YAML file, or an object named as 'module:attribute'."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class Example:
 
 
 class Decoding(Section):
-    """How an answer is generated. Decoding is greedy."""
+    """Settings of the generation of an answer. Decoding is greedy."""
 
     max_new_tokens: int = Field(ge=1, description="tokens of the longest answer")
     stop: tuple[str, ...] = Field((), description="texts that end an answer and are no part of it")
@@ -57,7 +57,7 @@ class Task(Protocol):
 
     @property
     def kind(self) -> Kind:
-        """How the task is scored: "generate" decodes the answer, "choice" compares log-likelihoods of the choices."""
+        """Kind of scoring: "generate" decodes the answer, "choice" compares log-likelihoods of the choices."""
 
     @property
     def folder(self) -> str:
@@ -73,7 +73,7 @@ class Task(Protocol):
 
     @property
     def decoding(self) -> Decoding:
-        """How an answer is generated."""
+        """Decoding settings."""
 
     @property
     def finetune(self) -> FinetuneDefaults:

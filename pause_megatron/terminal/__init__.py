@@ -1,1 +1,1 @@
-"""Standard output and standard error: streams that may fail, logging, and progress bars. No torch."""
+"""Standard output and standard error: streams that may fail, logging, and progress bars."""

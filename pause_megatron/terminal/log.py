@@ -1,7 +1,7 @@
 """Log records on standard error: the standard library's `logging`, filtered by rank.
 
 Modules log to `logging.getLogger(__name__)`. Rank 0 writes records of every level. Other ranks write errors and records
-with `extra=EVERY_RANK`, behind "[rank N]". The command line installs the handler. A program that imports the package
+with `extra=EVERY_RANK`, after "[rank N]". The command line installs the handler. A program that imports the package
 gets the records through its own logging configuration.
 """
 
@@ -21,7 +21,7 @@ _LEVELS = {logging.WARNING: "warning: ", logging.ERROR: "error: ", logging.CRITI
 
 
 class RankFilter(logging.Filter):
-    """Passes every record on rank 0; on other ranks errors and records with `extra=EVERY_RANK`.
+    """Filter that passes every record on rank 0; on other ranks errors and records with `extra=EVERY_RANK`.
 
     Attributes:
         rank: Global rank of this process; 0 until `set_rank` is called.
@@ -55,7 +55,7 @@ class _Formatter(logging.Formatter):
 
 
 class _StderrHandler(logging.Handler):
-    """Writes to what `sys.stderr` is at that moment; on a terminal above a progress bar, not into it."""
+    """Handler that writes to what `sys.stderr` is at that moment; on a terminal above a progress bar, not into it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -92,7 +92,7 @@ def log_to_stderr(*, timestamps: bool) -> Iterator[None]:
 
 
 def log_run_to_stderr() -> contextlib.AbstractContextManager[None]:
-    """As `log_to_stderr` with time stamps, unless a program handles the package's records of level INFO itself."""
+    """Log to stderr with time stamps, as `log_to_stderr` does, unless a program handles the package's INFO records."""
     logger = logging.getLogger(ROOT)
     ours = any(isinstance(handler, _StderrHandler) for handler in logger.handlers)
     handled = logger.hasHandlers() and logger.isEnabledFor(logging.INFO)

@@ -45,7 +45,7 @@ def bar_file(stream: TextIO) -> Any:
 
 
 class _Lines:
-    """A bar is drawn again and again behind carriage returns, which would be one endless line of a log."""
+    """A bar is redrawn after carriage returns, which would be one endless line of a log."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream, self._last = stream, ""

@@ -42,7 +42,7 @@ class Hook:
 
 
 class Every(Hook):
-    """Calls an action at an interval of steps, and after the last step.
+    """Hook that calls an action at an interval of steps, and after the last step.
 
     Args:
         steps: The interval; 0: after the last step only.
@@ -77,7 +77,7 @@ class Every(Hook):
 
 
 class Monitor:
-    """Records or shows steps: a log file, TensorBoard, a progress bar. Wrapped in `BestEffort`, it cannot end a run."""
+    """Log of steps: a file, TensorBoard or a progress bar. Wrapped in `BestEffort`, it cannot end a run."""
 
     def open(self) -> None:
         """Prepare for the first step."""
@@ -141,7 +141,7 @@ class BestEffort(Hook):
 
 
 class SkippedStepLimit(Hook):
-    """Ends a run whose gradient is not finite in several consecutive steps: it will not recover.
+    """Hook that ends a run whose gradient is not finite in several consecutive steps: it will not recover.
 
     Args:
         limit: Consecutive skipped steps at which the run ends.

@@ -74,7 +74,7 @@ class StepResult:
         applied: False when the gradient was not finite and the step was skipped.
         tokens: Raw tokens of this step, over all ranks.
         text_tokens: Text tokens of this step, over all ranks.
-        seconds: Wall time from asking for the batch to the end of the step on the host. The device may still be busy
+        seconds: Wall time from requesting the batch to the end of the step on the host. The device may still be busy
             with the optimizer's part, which the next step then waits for.
         loader_seconds: The part of `seconds` that waited for the batch.
         hook_seconds: Wall time between the previous step (or the start) and this one: logging, validation, saves. The

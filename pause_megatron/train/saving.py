@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class CheckpointSaver:
-    """Saves a checkpoint of the step that it is called with. Every rank calls it.
+    """Action that saves a checkpoint of the step that it is called with. Every rank calls it.
 
     Args:
         run: The run; its `saved_step` is updated.

@@ -95,7 +95,7 @@ def _log_failures(hooks: Sequence[Hook]) -> None:
 
 
 class _Validation:
-    """Scores the held-out windows of a run, and returns their losses."""
+    """Validation on the held-out windows of a run, which returns their losses."""
 
     def __init__(self, run: Run, held_out: HeldOut) -> None:
         self._run, self._held_out = run, held_out

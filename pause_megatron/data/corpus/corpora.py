@@ -31,7 +31,7 @@ class Corpora:
         valid: Validation corpora, in the order of data.valid_prefix.
         tokenizer: The tokenizer that all of them share.
         fingerprint: Digest of the content and the weights of the training corpora; it does not depend on their paths.
-            With data.source, a fingerprint of the tokenizer alone.
+            With data.source, a fingerprint of the tokenizer only.
     """
 
     corpora: tuple[Corpus, ...]

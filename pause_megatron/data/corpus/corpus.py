@@ -1,4 +1,4 @@
-"""Opening of a tokenized corpus, with all checks that take constant time."""
+"""A tokenized corpus, opened with all checks that take constant time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parsing of JSON lines into documents, and an exact tally of malformed lines by kind."""
+"""Parser of JSON lines into documents, and an exact tally of malformed lines by kind."""
 
 from __future__ import annotations
 

@@ -240,7 +240,7 @@ class PauseGPTDataset(GPTDataset):
         if config.eod_mask_loss or config.reset_position_ids or config.reset_attention_mask:
             begins = document_begins(window, config.tokenizer.eod)
         labels, loss_mask = supervise(window, begins if config.eod_mask_loss else None)
-        # A text that is too short is padded at its end. Only a tokenizer's own padding id can stand elsewhere.
+        # A text that is too short is padded at its end. Only a tokenizer's own padding id can be elsewhere.
         if self._pad_token_id != NO_PAD or text[-1] == NO_PAD:
             loss_mask[labels == self._pad_token_id] = 0
             labels[labels == self._pad_token_id] = 0

@@ -8,7 +8,7 @@ does not depend on the number. So the windows after the first `before` are:
   otherwise                                                       the corpora read again, as another epoch, with an
                                                                   order and pauses of its own.
 
-Both are functions of the configuration alone, so that an extended run resumes like any other.
+Both are functions of only the configuration, so that an extended run resumes like any other.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def train_windows(build: Build, config: PauseGPTDatasetConfig, samples: int | No
 
 
 def _is_one_epoch(corpus: PauseGPTDataset) -> bool:
-    """Return whether each document of the split stands once in the document index of the corpus."""
+    """Return whether each document of the split occurs once in the document index of the corpus."""
     count = float(len(corpus.dataset.sequence_lengths))
     first, end = (round(bound * count) for bound in corpus.config.split_matrix[corpus.index_split.value])
     return len(corpus.document_index) <= end - first

@@ -60,7 +60,7 @@ def content_of(dataset_path: str | None, lengths: np.ndarray) -> Content:
     """Return the content of a corpus, as far as windows depend on it: not names or times, so it is equal on every host.
 
     The indices follow from the lengths of the documents, so a digest of all lengths is exact. For C4, it reads 1.5 GB.
-    Where a manifest fits the files, its fingerprint stands for their content. A sample of the lengths then detects
+    Where a manifest fits the files, its fingerprint represents their content. A sample of the lengths then detects
     files that another program has rewritten beside an old manifest.
 
     Args:

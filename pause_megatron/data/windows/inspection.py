@@ -92,7 +92,7 @@ class WindowView:
 
     Attributes:
         sample: Sample number.
-        text: The decoded window. Pauses stand in it as <pause>, EOD as <eod>.
+        text: The decoded window. Pauses are shown as <pause>, EOD as <eod>.
         tokens: Input tokens.
         pauses: Pauses among them.
         targets: Supervised positions.

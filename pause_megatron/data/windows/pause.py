@@ -48,9 +48,12 @@ class PlacementPolicy(Protocol):
             rng: The generator of this sample. A draw from anything else makes samples irreproducible.
 
         Returns:
-            Gaps in 1..T, integers [number of pauses], in any order. A gap that stands twice gets two pauses.
+            Gaps in 1..T, integers [number of pauses], in any order. A gap given twice gets two pauses.
         """
         ...
+
+
+# The policies that ship. Their arguments are described at `PlacementPolicy`.
 
 
 def uniform(text: np.ndarray, count: int, rate: float, rng: np.random.Generator) -> np.ndarray:
@@ -63,7 +66,7 @@ def uniform(text: np.ndarray, count: int, rate: float, rng: np.random.Generator)
 
 
 def isolated(text: np.ndarray, count: int, rate: float, rng: np.random.Generator) -> np.ndarray:
-    """Draw M distinct gaps, every choice equally likely, so that no two pauses stand side by side."""
+    """Draw M distinct gaps, every choice equally likely, so that no two pauses are adjacent."""
     return rng.choice(text.size, count, replace=False, shuffle=False) + 1
 
 
@@ -181,7 +184,7 @@ def add_pauses(ids: np.ndarray, count: int, pause_ids: range, *, location: str, 
     Returns:
         Ids of prompt and pauses, int64 [tokens + M].
     """
-    # inject() inserts nothing before the first token, so a dummy token stands there, which is removed again.
+    # inject() inserts nothing before the first token, so a dummy token is put there and removed again.
     gap = 1 + (ids.size if location == "append" else kept)
     return inject(np.concatenate([[0], ids]), np.full(count, gap, dtype=np.int64), pause_ids).tokens[1:]
 

@@ -26,7 +26,7 @@ class Score:
         m_ft: Pauses in finetuning, as the grid has them.
         m_inf: Pauses at inference.
         seed: Seed of the finetuning.
-        own: Whether the variant stands for this M_inf; otherwise a curve requested it.
+        own: Whether this M_inf is the variant's own; otherwise a curve requested it.
         metric: The task's primary metric.
         value: Mean over records, 0..1.
         standard_error: Standard error over records; None for one record.

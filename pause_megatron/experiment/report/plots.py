@@ -9,7 +9,7 @@ from typing import Any
 from pause_megatron.experiment.report.compare import Summary
 from pause_megatron.experiment.report.published import VARIANTS, Published
 
-# Okabe & Ito's colours, distinct for any colour vision. A colour stands for a variant.
+# Okabe & Ito's colours, distinct for any colour vision. Each variant has one colour.
 COLORS = {
     "StdPT_StdFT": "#7f7f7f",
     "StdPT_PauseFT": "#56b4e9",

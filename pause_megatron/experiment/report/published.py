@@ -60,7 +60,7 @@ class PublishedCurve(_Section):
 
     @property
     def label(self) -> str:
-        """What the curve shows."""
+        """Label of the curve."""
         return self.variant if self.m_ft is None else f"{self.variant}, M_ft={self.m_ft}"
 
 

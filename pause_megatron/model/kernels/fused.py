@@ -84,7 +84,7 @@ class _Rotate(torch.autograd.Function):
 
 
 class _SwiGLU(torch.autograd.Function):
-    """SwiGLU. It saves its input alone, and recomputes silu and product in the backward pass."""
+    """SwiGLU. It saves only its input, and recomputes silu and product in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, forward: Callable[..., Tensor], backward: Callable[..., Tensor]) -> Tensor:

@@ -44,7 +44,7 @@ _ORPHAN_SECONDS = STOPPING_SECONDS + 5
 
 
 class Ownership:
-    """Whether the run folder is still this job's; rank 0 checks it.
+    """Ownership of the run folder by this job, checked on rank 0.
 
     Args:
         folder: The run folder.
@@ -84,7 +84,7 @@ class Ownership:
 
 
 class WhileOwner(Hook):
-    """Calls a hook that writes to the run folder until another job takes it over; then the run is asked to stop.
+    """Wrapper of a hook that writes to the run folder; when another job takes the folder over, the run stops.
 
     Args:
         hook: The hook.

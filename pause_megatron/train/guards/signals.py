@@ -97,7 +97,7 @@ class StopRequest:
 
 
 class _SentPipeSignals:
-    """Receives SIGPIPE from other processes, and not from failed writes. Start and stop it in the main thread.
+    """Receiver of SIGPIPE from other processes, and not from failed writes. Start and stop it in the main thread.
 
     The signal of a failed write goes to the thread that wrote; one that is sent goes to any thread of the process. So
     it is blocked in the main thread and in those that it starts, where that of a failed write has no effect (Python

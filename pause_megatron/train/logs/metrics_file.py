@@ -110,7 +110,7 @@ def metrics_record(result: StepResult, throughput: Throughput) -> dict[str, floa
 
 
 class MetricsFile(Monitor):
-    """Appends one JSON object per step.
+    """Log file with one JSON object per step.
 
     Args:
         path: The file; created where it does not exist, also when it was deleted during the run.

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class ConfigFile(Monitor):
-    """Writes `RUN/config.yaml` at the start, and again at the end where it is missing then.
+    """Hook that writes `RUN/config.yaml` at the start, and again at the end where it is missing then.
 
     Args:
         path: The file.

@@ -46,7 +46,7 @@ TAGS = {
 
 
 class TensorBoard(Monitor):
-    """Appends to an event file of this run.
+    """Writer of an event file of this run.
 
     Args:
         folder: Folder of the event files.
