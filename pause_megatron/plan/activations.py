@@ -80,7 +80,7 @@ def activations(layout: Layout, device: Device) -> Activations:
 
 
 def _norm(layout: Layout, device: Device, residual: int) -> int:
-    """Return what a norm keeps: its input and a number a row; composed, input and normalised input in fp32."""
+    """Return what a norm keeps: its input and one number per row; composed, input and normalized input in fp32."""
     row = 4 * layout.tokens // layout.sequence_split
     return row + (8 * residual if device == "cpu" else layout.element * residual)
 

@@ -12,7 +12,7 @@ from pause_megatron.experiment.report.compare import Summary
 from pause_megatron.experiment.report.plots import COLUMNS, pyplot, save
 from pause_megatron.experiment.report.published import PublishedCurve
 
-# Dashes and markers separate lines of one colour (a variant with several M_ft).
+# Dashes and markers separate lines of one color (a variant with several M_ft).
 _DASHES, _MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D")
 _OFFSET = 0.07
 """Offset between lines at the same number of pauses, in ticks, so that no error bar hides another."""
@@ -84,7 +84,7 @@ def draw_curves(path: Path, panels: Sequence[Panel], axis: str) -> None:
 
 
 def _ranks(panels: Sequence[Panel]) -> dict[str, int]:
-    """Return the index of each label among the lines of its colour, the same in all panels."""
+    """Return the index of each label among the lines of its color, the same in all panels."""
     of_color: Counter[str] = Counter()
     ranks: dict[str, int] = {}
     for line in (line for panel in panels for line in panel.lines):

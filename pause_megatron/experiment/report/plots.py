@@ -9,7 +9,7 @@ from typing import Any
 from pause_megatron.experiment.report.compare import Summary
 from pause_megatron.experiment.report.published import VARIANTS, Published
 
-# Okabe & Ito's colours, distinct for any colour vision. Each variant has one colour.
+# Okabe & Ito's colors, distinct for any color vision. Each variant has one color.
 COLORS = {
     "StdPT_StdFT": "#7f7f7f",
     "StdPT_PauseFT": "#56b4e9",
@@ -23,7 +23,7 @@ _SHORT |= {"PausePT_PauseFT": "Pause/Pause"}
 
 
 def color_of(variant: str, variants: Sequence[str]) -> str:
-    """Return the colour of a variant.
+    """Return the color of a variant.
 
     Args:
         variant: Name of the variant.

@@ -35,13 +35,13 @@ class Stream:
     """The training windows of a run on `data.source`, as one rank reads them. Made by `open_stream`.
 
     Args:
-        dataset: Sample number -> window with pauses.
+        dataset: See Attributes.
         windows: This host's reader (on its first rank), or a connection to it.
         rank: Rank of this process.
         global_size: Windows per step over all ranks.
 
     Attributes:
-        dataset: As above.
+        dataset: Windows with pauses, by sample number.
     """
 
     def __init__(
