@@ -120,7 +120,7 @@ class Job:
 
     def logs(self) -> str:
         """The script's output and every rank's."""
-        files = sorted(path for path in self.folder.rglob("*.txt") if path.is_file())
+        files = sorted((path for path in self.folder.rglob("*.txt") if path.is_file()), key=_by_number)
         return "\n".join(f"--- {path.name}\n{path.read_text(errors='replace')}" for path in files)
 
     def _output(self) -> str:
@@ -164,3 +164,8 @@ def _state(process: int) -> str:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
         return "X"
+
+
+def _by_number(path: Path) -> list[tuple[int, str]]:
+    """Sort key of paths: job 9 comes before job 10."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", str(path))]

@@ -66,7 +66,7 @@ def test_infinite_log_likelihoods_survive():
 
 def test_a_field_is_still_found_by_its_key_with_a_warning():
     sample = Sample(id="1", scores={"f1": 0.5})
-    with pytest.warns(FutureWarning, match=r'record\["scores"\] is now record\.scores; .* until 0\.3'):
+    with pytest.warns(FutureWarning, match=r'record\["scores"\] is now record\.scores; .* until 0\.2'):
         assert sample["scores"]["f1"] == 0.5
     with pytest.warns(FutureWarning), pytest.raises(KeyError):
         _ = sample["prediction"]
