@@ -257,5 +257,5 @@ def test_another_model_is_refused_by_parameter_name(tmp_path):
     run_on_ranks(2, write, str(tmp_path), 1, "fp32", 2)
     reader = CheckpointReader(tmp_path / f"step-{HALF:08d}", 0)
     other = torch.nn.Sequential(torch.nn.Linear(3, 3))
-    with pytest.raises(CheckpointError, match=r"another model: 0\.bias: expected shape \(3,\), got none"):
+    with pytest.raises(CheckpointError, match=r"a different architecture: 0\.bias: expected shape \(3,\), got none"):
         restore_weights(other, reader)
