@@ -62,7 +62,7 @@ def test_every_verb_is_a_module_of_that_name(verb):
 def test_version_is_the_packages(capsys):
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"pause-megatron {__version__}\n"
-    assert f'version="{__version__}"' in (ROOT / "setup.py").read_text()
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()  # setup.py: see test_versions
     assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
