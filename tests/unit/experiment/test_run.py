@@ -76,8 +76,8 @@ def test_the_last_lines_of_a_failed_verb_are_shown(tmp_path, caplog):
     assert FailedFile.read(entry.folder).code == 2
 
 
-def test_a_run_waits_for_a_cell_of_a_killed_runner(tmp_path):
-    placed, said = place_cells(tmp_path, [cheap_cell("a")]), []
+def test_a_run_waits_for_a_cell_of_a_killed_runner(tmp_path, caplog):
+    placed = place_cells(tmp_path, [cheap_cell("a")])
     (entry,) = placed.values()
     give_product(entry)
     # A process that inherited the lock, like a verb that survived its runner.
@@ -85,11 +85,10 @@ def test_a_run_waits_for_a_cell_of_a_killed_runner(tmp_path):
     with only_writer(entry.folder / ".lock", "a") as lock:
         orphan = subprocess.Popen([sys.executable, "-c", code], pass_fds=(lock,), stdout=subprocess.PIPE)
         orphan.stdout.readline()
-        runner = threading.Thread(
-            target=run_local, args=(placed,), kwargs={"jobs": 1, "stop": Stop(), "log": said.append}
-        )
+        runner = threading.Thread(target=run_local, args=(placed,), kwargs={"jobs": 1, "stop": Stop()})
         runner.start()
-        while not any("earlier run" in line for line in said):
+        while not any("an earlier process" in line for line in caplog.messages):
+            assert runner.is_alive()
             time.sleep(0.05)
         assert state_of(entry.folder) == "running"
     orphan.kill()
