@@ -258,5 +258,5 @@ class Windows:
             fewest=min(pauses),
             most=max(pauses),
             runs=shares.tolist(),
-            longest_run=int(runs.max()) if runs.size else 0,
+            longest_run=int(np.max(runs, initial=0)),
         )
