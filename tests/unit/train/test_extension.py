@@ -65,8 +65,8 @@ def test_inside_the_extension_nothing_may(change, step):
     [
         (FINISHED, 100, 90, r"expected the step at which the finished run ended, 100\. Give train\.extended_from=100"),
         (FINISHED, 100, 110, r"expected the step at which the finished run ended, 100"),
-        (FINISHED, 40, 100, r"stands at step 40 of 100\. Finish it first: .*extended_from=null train\.steps=100$"),
-        (EXTENDED, 120, 150, r"stands at step 120 of 150\. Finish it first: .*extended_from=100 train\.steps=150$"),
+        (FINISHED, 40, 100, r"got a run at step 40 of 100\. Finish it first: .*extended_from=null train\.steps=100$"),
+        (EXTENDED, 120, 150, r"got a run at step 120 of 150\. Finish it first: .*extended_from=100 train\.steps=150$"),
         (
             config("train.extended_from=100", "train.steps=150", "optim.schedule=constant", "optim.lr=0.5"),
             *(120, 150, r"extended_from=100 train\.steps=150 optim\.lr=0\.5 optim\.schedule=constant$"),
