@@ -18,7 +18,7 @@ pytestmark = [
 @pytest.mark.parametrize("prefix", [None, PREFIX], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("groups", [4, 2, 1])
 def test_kernel_is_the_mask(groups, prefix):
-    """Against the mask in fp64. Written without a GPU at hand: it has never been run."""
+    """Against the mask in fp64."""
     import inspect
 
     from torch.nn.attention.varlen import varlen_attn

@@ -110,7 +110,7 @@ def test_the_readme_is_short_and_begins_with_code():
     assert len(text.split()) <= README_WORDS
     shell, python = re.findall(r"^```(?:python|bash)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)[:2]
     assert [len([line for line in block.splitlines() if line]) for block in (shell, python)] == [3, 3]
-    assert text.index("```bash") < 600 and text.index("```python") < 1100 and "run on a GPU" in text[:2500]
+    assert text.index("```bash") < 600 and text.index("```python") < 1100 and "run on two GPUs" in text[:2500]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
