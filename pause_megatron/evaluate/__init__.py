@@ -12,7 +12,18 @@ if TYPE_CHECKING:
     from pause_megatron.evaluate.journal import read_samples
     from pause_megatron.evaluate.results import ResultsFolder, opened, read_results
     from pause_megatron.evaluate.scoring import Scorer, check_settings, own_settings
-    from pause_megatron.evaluate.statistics import Difference, Mean, mean, paired_bootstrap
+    from pause_megatron.evaluate.statistics import (
+        Difference,
+        Mean,
+        PairedT,
+        holm,
+        interval,
+        logit_interval,
+        mean,
+        paired_bootstrap,
+        paired_t,
+        wilson,
+    )
     from pause_megatron.evaluate.stored import ResultEntry, Sample
 
 __all__ = [
@@ -21,6 +32,7 @@ __all__ = [
     "Identity",
     "Mean",
     "OwnDecoding",
+    "PairedT",
     "ResultEntry",
     "ResultsFolder",
     "Sample",
@@ -28,14 +40,19 @@ __all__ = [
     "Settings",
     "check_settings",
     "evaluate",
+    "holm",
     "identify",
+    "interval",
+    "logit_interval",
     "mean",
     "model_fingerprint",
     "opened",
     "own_settings",
     "paired_bootstrap",
+    "paired_t",
     "read_results",
     "read_samples",
+    "wilson",
 ]
 
 # Imported on first use, so that reading results (experiment/report) does not import torch.
@@ -46,7 +63,8 @@ _MODULES = {
     "read_samples": "journal",
     **dict.fromkeys(("ResultsFolder", "opened", "read_results"), "results"),
     **dict.fromkeys(("Scorer", "check_settings", "own_settings"), "scoring"),
-    **dict.fromkeys(("Difference", "Mean", "mean", "paired_bootstrap"), "statistics"),
+    **dict.fromkeys(("Difference", "Mean", "PairedT", "holm", "interval", "logit_interval", "mean"), "statistics"),
+    **dict.fromkeys(("paired_bootstrap", "paired_t", "wilson"), "statistics"),
     **dict.fromkeys(("ResultEntry", "Sample"), "stored"),
 }
 

@@ -1,7 +1,8 @@
-"""Means, standard errors and the paired bootstrap of per-record scores.
+"""Means of per-record scores, their errors and intervals, and comparisons of two models or of several seeds.
 
-A score is 0 or 1 (exact match, accuracy) or a fraction (F1). Two models with answers to the same records are compared
-record by record: the difficulty of a record, which both share, then cancels.
+A score is 0 or 1 (exact match, accuracy) or a fraction (F1). Records of one group (`Example.group`) are not
+independent; every error here counts groups. Two models with answers to the same records are compared record by record:
+the difficulty of a record, which both share, then cancels.
 """
 
 from __future__ import annotations
@@ -9,11 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
 from pause_megatron.errors import DataError
+from pause_megatron.evaluate.clusters import Clusters
+from pause_megatron.evaluate.student import quantile, two_sided
 
+_NORMAL = NormalDist()
 _BLOCK = 1 << 22
 
 
@@ -23,14 +28,16 @@ class Mean:
 
     Attributes:
         value: The mean.
-        standard_error: Sample standard deviation (n - 1) / sqrt(n). For scores of 0 and 1 it is the binomial one,
-            sqrt(p (1 - p) / (n - 1)). None for a single score.
+        standard_error: Standard error, clustered by group; see `Clusters`. Without groups, for scores of 0 and 1, it is
+            the binomial one, sqrt(p (1 - p) / (n - 1)). None for a single score or group.
         n: Number of scores.
+        groups: Number of groups; n without groups. None if unknown.
     """
 
     value: float
     standard_error: float | None
     n: int
+    groups: int | None = None
 
 
 @dataclass(frozen=True)
@@ -38,13 +45,15 @@ class Difference:
     """The difference of two means over the same records, with its interval.
 
     Attributes:
-        value: Mean of a - b.
-        low: Lower end of the percentile interval.
-        high: Upper end of the percentile interval.
+        value: Mean of one - other.
+        low: Lower end of the interval.
+        high: Upper end of the interval.
         confidence: Confidence level, 0..1.
         n: Number of records.
         resamples: Number of resamples.
         seed: Seed of the resampling.
+        p_value: Two-sided p-value of no difference; with r resamples it is not below about 2 / r.
+        groups: Number of groups.
     """
 
     value: float
@@ -54,38 +63,110 @@ class Difference:
     n: int
     resamples: int
     seed: int
+    p_value: float = 1.0
+    groups: int = 0
 
 
-def mean(scores: Sequence[float]) -> Mean:
-    """Return mean and standard error of scores, one for each record or one for each seed.
+@dataclass(frozen=True)
+class PairedT:
+    """Paired differences, such as one for each seed, by Student's t.
+
+    Attributes:
+        value: Mean difference.
+        low: Lower end of the 95 % interval; None for fewer than two differences, or if all of them are equal.
+        high: Upper end; None likewise.
+        p_value: Two-sided p-value of no difference; None likewise.
+        n: Number of differences.
+    """
+
+    value: float
+    low: float | None
+    high: float | None
+    p_value: float | None
+    n: int
+
+
+def mean(values: Sequence[float], groups: Sequence[str] | None = None) -> Mean:
+    """Return mean and standard error of values, one for each record or one for each seed.
+
+    Args:
+        values: The values.
+        groups: Group of each value; "", or None for all of them: the value is its own group.
 
     Raises:
-        DataError: There are no scores.
+        DataError: There are no values.
     """
-    if not len(scores):
+    if not len(values):
         raise DataError("mean: expected at least one score, got none")
-    values = np.asarray(scores, dtype=np.float64)
-    error = float(values.std(ddof=1) / math.sqrt(values.size)) if values.size > 1 else None
-    return Mean(float(values.mean()), error, values.size)
+    clusters = Clusters.of(values, groups)
+    return Mean(clusters.mean, clusters.standard_error, clusters.records, clusters.count)
+
+
+def wilson(successes: float, n: float, confidence: float = 0.95) -> tuple[float, float]:
+    """Return Wilson's interval of a proportion (1927): 0 of 200 allows up to 1.9 %.
+
+    Args:
+        successes: Number of successes, 0..n.
+        n: Number of trials, above 0.
+        confidence: Confidence level, between 0 and 1.
+    """
+    return _score_interval(successes / n, n, _NORMAL.inv_cdf((1 + confidence) / 2))
+
+
+def interval(
+    scores: Sequence[float], groups: Sequence[str] | None = None, confidence: float = 0.95
+) -> tuple[float, float]:
+    """Return the interval of a mean of scores in [0, 1], which it does not leave.
+
+    Scores of 0 and 1 without groups: Wilson's interval. Otherwise Wilson's interval of the effective number of records,
+    value (1 - value) / standard error^2 (Kish's design effect), with Student's t at the degrees of freedom of the
+    standard error (`Clusters.freedom`). If all scores are equal the standard error says nothing. A group then counts
+    as one record (`Clusters.effective`): with all 200 records wrong in 48 groups of equal size, 0 of 48.
+
+    Args:
+        scores: The scores, at least one.
+        groups: Group of each score; "", or None for all of them: the score is its own group.
+        confidence: Confidence level, between 0 and 1.
+    """
+    clusters = Clusters.of(scores, groups)
+    value = min(max(clusters.mean, 0.0), 1.0)
+    single = clusters.count == clusters.records
+    if single and all(score in (0, 1) for score in scores):
+        return wilson(value * clusters.records, clusters.records, confidence)
+    error = clusters.standard_error
+    if error is None:
+        return wilson(value, 1, confidence)
+    freedom, effective = clusters.freedom, clusters.effective
+    if error > 1e-12 and 0 < value < 1:
+        effective = value * (1 - value) / error**2
+        if all(score in (0, 1) for score in scores):  # groups never make records worth more than they are
+            effective = min(effective, clusters.records)
+    return _score_interval(value, effective, quantile(confidence, freedom))
 
 
 def paired_bootstrap(
-    a: Mapping[str, float],
-    b: Mapping[str, float],
-    *,
+    one: Mapping[str, float],
+    other: Mapping[str, float],
+    groups: Mapping[str, str] | None = None,
     seed: int = 0,
+    *,
     resamples: int = 10_000,
     confidence: float = 0.95,
 ) -> Difference:
-    """Return the difference of two means over the same records, with a bootstrap interval over records.
+    """Return the difference of two means over the same records, with a bootstrap interval over groups of records.
 
-    The percentile interval of Efron & Tibshirani, "An Introduction to the Bootstrap", chapter 13. Differences with few
-    distinct values (0/1 scores: -1, 0, 1) are resampled as counts. The distribution is the same, and no table of
-    records x resamples is needed.
+    Groups are resampled whole. The interval is the expanded percentile interval (Hesterberg, "What Teachers Should Know
+    About the Bootstrap", 2015, section 5.3): percentiles at the normal probabilities of t * sqrt(G / (G - 1)), with the
+    degrees of freedom of `Clusters.freedom`. With many groups it is the percentile interval (Efron & Tibshirani, "An
+    Introduction to the Bootstrap", chapter 13). The p-value belongs to it: it is below 0.05 where 0 is outside.
+
+    If all groups have the same difference, resampling shows no spread. The interval then extends by the upper end of
+    Wilson's interval for 0 of `Clusters.effective` groups.
 
     Args:
-        a: Score of each record by record id.
-        b: Scores of the other model on the same records.
+        one: Score of each record, 0..1, by record id.
+        other: Scores of the other model on the same records.
+        groups: Group of each record by its id; "" or absent: the record is its own group.
         seed: Seed of the resampling; the same seed gives the same interval.
         resamples: Number of resamples; 10,000 fix the ends of a 95 % interval to about 2 % of its width.
         confidence: Confidence level, between 0 and 1.
@@ -93,41 +174,117 @@ def paired_bootstrap(
     Raises:
         DataError: The ids differ, there are no records, or an argument is out of range.
     """
+    _check_paired(one, other, resamples, confidence)
+    ids = sorted(one)  # the interval does not depend on the order of records
+    differences = np.array([one[record] - other[record] for record in ids], dtype=np.float64)
+    clusters = Clusters.of(differences, None if groups is None else [groups.get(record, "") for record in ids])
+    value, count = clusters.mean, clusters.count
+    facts = {"confidence": confidence, "n": len(ids), "resamples": resamples, "seed": seed, "groups": count}
+    if np.abs(clusters.residuals).max() <= 1e-12 * clusters.sizes.max():
+        unseen = wilson(0, clusters.effective, confidence)[1]
+        z = math.sqrt(clusters.effective * abs(value) / max(1 - abs(value), 1e-12))  # where the interval touches 0
+        p_value = 2 * _NORMAL.cdf(-z)
+        return Difference(value, max(value - unseen, -1.0), min(value + unseen, 1.0), p_value=p_value, **facts)
+    means = resampled_means(clusters, np.random.default_rng(seed), resamples)
+    stretch, freedom = math.sqrt(count / (count - 1)), clusters.freedom
+    tail = _NORMAL.cdf(-quantile(confidence, freedom) * stretch)
+    low, high = np.quantile(means, [tail, 1 - tail])
+    beyond = (min(int((means <= 0).sum()), int((means >= 0).sum())) + 1) / (resamples + 1)
+    p_value = two_sided(_NORMAL.inv_cdf(min(beyond, 0.5)) / stretch, freedom)
+    return Difference(value, float(low), float(high), p_value=p_value, **facts)
+
+
+def resampled_means(clusters: Clusters, rng: np.random.Generator, resamples: int) -> np.ndarray:
+    """Return the means of samples of whole groups with replacement, fp64 [resamples].
+
+    Groups with few distinct (sum, size), as single records with 0/1 scores have, are resampled as counts. The
+    distribution is the same, and no table of groups x resamples is needed.
+
+    Args:
+        clusters: The values by group.
+        rng: Random generator.
+        resamples: Number of resamples.
+    """
+    kinds, counts = np.unique(np.stack([clusters.sums, clusters.sizes]), axis=1, return_counts=True)
+    count = clusters.count
+    if counts.size <= 64:
+        drawn = rng.multinomial(count, counts / count, size=resamples)
+        return (drawn @ kinds[0]) / (drawn @ kinds[1])
+    means = np.empty(resamples)
+    step = max(1, _BLOCK // count)
+    for start in range(0, resamples, step):
+        size = min(step, resamples - start)
+        picked = rng.integers(count, size=(size, count))
+        means[start : start + size] = clusters.sums[picked].sum(axis=1) / clusters.sizes[picked].sum(axis=1)
+    return means
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Return p-values adjusted for their number by Holm's step-down procedure (1979), in the given order."""
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        adjusted[index] = largest
+    return adjusted
+
+
+def logit_interval(
+    values: Sequence[float], confidence: float = 0.95, records: int = 1000
+) -> tuple[float, float] | None:
+    """Return the t-interval over seeds on the logit scale, which stays within [0, 1]; None for fewer than two values.
+
+    Args:
+        values: One value for each seed, 0..1.
+        confidence: Confidence level, between 0 and 1.
+        records: Number of records behind each value. A value of 0 or 1, which has no logit, counts as half a record.
+    """
+    if len(values) < 2:
+        return None
+    edge = 0.5 / records
+    inside = [min(max(value, edge), 1 - edge) for value in values]
+    found = mean([math.log(value / (1 - value)) for value in inside])
+    assert found.standard_error is not None
+    half = quantile(confidence, len(values) - 1) * found.standard_error
+    low, high = (1 / (1 + math.exp(-end)) for end in (found.value - half, found.value + half))
+    return low, high
+
+
+def paired_t(differences: Sequence[float], confidence: float = 0.95) -> PairedT:
+    """Return the mean of paired differences, its interval and p-value by Student's t.
+
+    Args:
+        differences: One difference for each seed.
+        confidence: Confidence level, between 0 and 1.
+
+    Raises:
+        DataError: There are no differences.
+    """
+    found = mean(differences)
+    if not found.standard_error or found.standard_error <= 1e-12 * max(map(abs, differences)):
+        return PairedT(found.value, None, None, None, found.n)
+    half = quantile(confidence, found.n - 1) * found.standard_error
+    p_value = two_sided(found.value / found.standard_error, found.n - 1)
+    return PairedT(found.value, found.value - half, found.value + half, p_value, found.n)
+
+
+def _score_interval(value: float, n: float, z: float) -> tuple[float, float]:
+    """Return Wilson's interval for a proportion of n (effective) trials and a quantile z."""
+    centre = (value + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(value * (1 - value) / n + z * z / (4 * n * n))
+    low = 0.0 if value == 0 else max(centre - half, 0.0)
+    return low, 1.0 if value == 1 else min(centre + half, 1.0)
+
+
+def _check_paired(one: Mapping[str, float], other: Mapping[str, float], resamples: int, confidence: float) -> None:
     if resamples < 1 or not 0 < confidence < 1:
         raise DataError(
             f"paired bootstrap: expected 1 resample or more and 0 < confidence < 1, got {resamples} and {confidence}"
         )
-    if a.keys() != b.keys():
-        only = [sorted(set(one) - set(other)) for one, other in ((a, b), (b, a))]
+    if one.keys() != other.keys():
+        only = [sorted(set(a) - set(b)) for a, b in ((one, other), (other, one))]
         raise DataError(
             f"paired bootstrap: expected scores of the same records, got {len(only[0])} ids only on the left "
             f"(such as {only[0][:2]}) and {len(only[1])} only on the right (such as {only[1][:2]})"
         )
-    if not a:
+    if not one:
         raise DataError("paired bootstrap: expected at least one record, got none")
-    ids = sorted(a)  # the interval does not depend on the order of records
-    differences = np.array([a[record] - b[record] for record in ids], dtype=np.float64)
-    means = resampled_means(differences, np.random.default_rng(seed), resamples)
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return Difference(float(differences.mean()), float(low), float(high), confidence, len(ids), resamples, seed)
-
-
-def resampled_means(differences: np.ndarray, rng: np.random.Generator, resamples: int) -> np.ndarray:
-    """Return the means of samples with replacement, fp64 [resamples].
-
-    Args:
-        differences: The values, fp64 [records].
-        rng: Random generator.
-        resamples: Number of resamples.
-    """
-    values, counts = np.unique(differences, return_counts=True)
-    n = differences.size
-    if values.size <= 64:
-        return rng.multinomial(n, counts / n, size=resamples) @ values / n
-    means = np.empty(resamples)
-    step = max(1, _BLOCK // n)
-    for start in range(0, resamples, step):
-        size = min(step, resamples - start)
-        means[start : start + size] = differences[rng.integers(n, size=(size, n))].mean(axis=1)
-    return means

@@ -36,10 +36,16 @@ def read_examples(task: Task, split: Split, path: str | None = None, limit: int 
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
-    """Return the digest of all fields of the examples, as 'xxh3_128:HEX'."""
+    """Return the digest of all that a model reads or is scored by, as 'xxh3_128:HEX'.
+
+    `group` is left out, because no answer depends on it; `hints` where there are none, as before they existed.
+    """
     hasher = Hasher()
     for example in examples:
-        hasher.update(json.dumps(vars(example), sort_keys=True).encode() + b"\n")
+        fields = {name: value for name, value in vars(example).items() if name != "group"}
+        if not example.hints:
+            del fields["hints"]
+        hasher.update(json.dumps(fields, sort_keys=True).encode() + b"\n")
     return hasher.digest
 
 

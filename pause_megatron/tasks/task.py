@@ -24,6 +24,9 @@ class Example:
         references: Accepted answers; for CoQA one per human, repeated where two humans agree.
         choices: Continuations for option scoring, written as `target` is; () for a task without options.
         gold: Index of the right choice; None for a task without options.
+        group: Name of the text that the example shares with others (an article, a story), the unit of sampling and of
+            errors. Empty: the example is its own group.
+        hints: Targets for pause positions, or for auxiliary heads; each is one token of text.
     """
 
     id: str
@@ -32,6 +35,8 @@ class Example:
     references: tuple[str, ...]
     choices: tuple[str, ...] = ()
     gold: int | None = None
+    group: str = ""
+    hints: tuple[str, ...] = ()
 
 
 class Decoding(Section):

@@ -1,0 +1,97 @@
+"""Records in groups: sums by group, the standard error of a mean that groups correlate, and its degrees of freedom.
+
+Records that share a text (an article, a story) are right or wrong together. The groups are therefore the independent
+units: the residual of a group is the sum of its records' deviations from the mean (the linearised ratio estimator;
+Cochran, "Sampling Techniques", 1977, section 6.3).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """Values summed by group.
+
+    Attributes:
+        sums: Sum of the values of each group, fp64 [groups].
+        sizes: Number of records of each group, fp64 [groups].
+    """
+
+    sums: np.ndarray
+    sizes: np.ndarray
+
+    @classmethod
+    def of(cls, values: Sequence[float] | np.ndarray, groups: Sequence[str] | None = None) -> Clusters:
+        """Return the sums of values by group.
+
+        Args:
+            values: One value for each record, at least one.
+            groups: Group of each record; "" (or None for all): the record is a group of its own.
+        """
+        flat = np.asarray(values, dtype=np.float64)
+        if groups is None:
+            return cls(flat, np.ones_like(flat))
+        if len(groups) != flat.size:
+            raise ValueError(f"groups: expected one for each of {flat.size} values, got {len(groups)}")
+        numbers: dict[object, int] = {}
+        keys = [group if group else index for index, group in enumerate(groups)]
+        index = np.array([numbers.setdefault(key, len(numbers)) for key in keys])
+        return cls(np.bincount(index, weights=flat), np.bincount(index).astype(np.float64))
+
+    @property
+    def count(self) -> int:
+        """Number of groups, G."""
+        return self.sums.size
+
+    @property
+    def records(self) -> int:
+        """Number of records, n."""
+        return int(self.sizes.sum())
+
+    @property
+    def mean(self) -> float:
+        """Mean over records."""
+        return float(self.sums.sum() / self.sizes.sum())
+
+    @property
+    def effective(self) -> float:
+        """Number of groups of equal size with the same sum of squared sizes: (sum m)^2 / sum m^2."""
+        return float(self.sizes.sum() ** 2 / (self.sizes**2).sum())
+
+    @property
+    def residuals(self) -> np.ndarray:
+        """Sum of the deviations from the mean in each group, fp64 [groups]."""
+        return self.sums - self.mean * self.sizes
+
+    @property
+    def standard_error(self) -> float | None:
+        """Standard error of the mean: sqrt(G / (G - 1) * sum of squared residuals) / n. None for one group.
+
+        For groups of one record it is the sample standard deviation (n - 1) / sqrt(n).
+        """
+        if self.count < 2:
+            return None
+        squares = float((self.residuals**2).sum())
+        return math.sqrt(self.count / (self.count - 1) * squares) / self.records
+
+    @property
+    def freedom(self) -> int:
+        """Degrees of freedom of the standard error, 1 to G - 1.
+
+        2 v^2 / Var(v), with the variance of v = sum of squared residuals estimated from their fourth powers
+        (Satterthwaite 1946). Where few groups carry the spread, as near the floor or with one very large group, the
+        standard error is itself uncertain, and the degrees of freedom are few.
+        """
+        squares = self.residuals**2
+        total = float(squares.sum())
+        spread = float((squares**2).sum()) - total**2 / self.count
+        most = max(self.count - 1, 1)
+        if spread <= 1e-12 * total**2:
+            return most
+        return max(1, min(most, int(2 * total**2 / spread)))
