@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from pause_megatron.tasks.examples import fingerprint, read_examples
+from pause_megatron.tasks.examples import Part, fingerprint, read_examples
 from pause_megatron.tasks.load import load_task, task_names
 from pause_megatron.tasks.metrics.registry import METRICS, Metric, answer_in, register_metric
+from pause_megatron.tasks.sampling import divide, sample
 from pause_megatron.tasks.task import Decoding, Example, FinetuneDefaults, Task
 from pause_megatron.tasks.yaml_task import DeclaredTask
 
@@ -15,11 +16,14 @@ __all__ = [
     "Example",
     "FinetuneDefaults",
     "Metric",
+    "Part",
     "Task",
     "answer_in",
+    "divide",
     "fingerprint",
     "load_task",
     "read_examples",
     "register_metric",
+    "sample",
     "task_names",
 ]

@@ -4,29 +4,62 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from typing import Literal, get_args
 
 from pause_megatron.errors import ConfigError, DataError
 from pause_megatron.files.digest import Hasher
+from pause_megatron.tasks.sampling import divide, sample
 from pause_megatron.tasks.task import Example, Split, Task
 
 
-def read_examples(task: Task, split: Split, path: str | None = None, limit: int | None = None) -> list[Example]:
-    """Return the examples of a split in the order of the dataset.
+Part = Literal["train", "held-out", "eval"]
+"""A split, or the part of the train split that is held out from finetuning."""
+
+
+def read_examples(
+    task: Task,
+    part: Part,
+    path: str | None = None,
+    limit: int | None = None,
+    held_out: float | None = None,
+    *,
+    from_start: bool = False,
+) -> list[Example]:
+    """Return the examples of a split, or of a part of it, in the order of the dataset.
 
     Args:
         task: The task.
-        split: "train" or "eval"; the task maps it to its dataset's name of the split.
+        part: "train", "eval", or "held-out" of the train split. The task maps splits to its dataset's names.
         path: Folder with the records of this task as JSON lines; None reads the Hugging Face Hub.
-        limit: Number of examples to read from the start; None reads all. (A CoQA story gives several examples.)
+        limit: Number of examples; None for all. They are a `sample` of all examples. A task that generates its examples
+            (without `ordered`) gives the first ones.
+        held_out: Fraction of the train split that is held out, by group; None or 0: none.
+        from_start: Take the first `limit` examples, as earlier versions did.
 
     Raises:
         DataError: The split or a field is missing, or a record is not as declared. Names file, line and field.
-        ConfigError: The task has no such split, or `limit` is below 1.
+        ConfigError: The task has no such split, there is nothing to hold out, or `limit` is below 1.
     """
-    if split not in ("train", "eval"):
-        raise ConfigError(f"split: expected train or eval, got {split!r}")
+    if part not in get_args(Part):
+        raise ConfigError(f"split: expected {', '.join(get_args(Part))}, got {part!r}")
     if limit is not None and limit < 1:
         raise ConfigError(f"task.limit: expected at least 1, got {limit}")
+    if part == "eval" or not held_out:
+        if part == "held-out":
+            raise ConfigError(f"task.held_out: expected a fraction above 0, got {held_out!r}: nothing is held out")
+        draws = getattr(task, "ordered", False) and not from_start
+        examples = sample(_all(task, part, path, None if draws else limit), limit)
+    else:
+        kept, held = divide(_all(task, "train", path, None), held_out)
+        if part == "train" and limit is not None and limit > len(kept) + len(held):
+            ids = {example.id for example in held}  # a task that generates as many as are asked for
+            kept = [example for example in _all(task, "train", path, limit) if example.id not in ids]
+        examples = sample(held if part == "held-out" else kept, limit)
+    return examples
+
+
+def _all(task: Task, split: Split, path: str | None, limit: int | None) -> list[Example]:
+    """Return checked examples as the task gives them."""
     examples = task.examples(split, path, limit)
     if not examples:
         raise DataError(f"task {task.name}: expected at least one example in its {split} split, got none")
@@ -56,6 +89,8 @@ def _check(task: Task, example: Example) -> None:
         problem = f"a prompt that is not empty and does not end in white space, got {example.prompt[-40:]!r}"
     elif not example.target.strip():
         problem = f"a target that is not empty, got {example.target!r}"
+    elif not isinstance(example.group, str):
+        problem = f"a group that is a text, got {example.group!r}"
     elif not example.references:
         problem = "at least one reference, got none"
     elif bool(example.choices) != (example.gold is not None):

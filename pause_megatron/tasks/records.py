@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -60,6 +60,27 @@ class Record:
     def any_text(self, path: str) -> str:
         """Return a text as it is written; it may be empty."""
         return self._characters(path, self.get(path))
+
+    def first_label(self, paths: Sequence[str]) -> str:
+        """Return the first of several fields that is not blank, a text or an integer; "" if all of them are blank.
+
+        Raises:
+            DataError: The record has none of the fields, or one is neither a text nor an integer.
+        """
+        missing = 0
+        for path in paths:
+            try:
+                value = self.get(path)
+            except DataError:
+                missing += 1
+                if missing == len(paths):
+                    raise
+                continue
+            if type(value) is int:
+                return str(value)
+            if value is not None and (text := self._characters(path, value).strip()):
+                return text
+        return ""
 
     def index(self, path: str, size: int) -> int:
         """Return an index, an integer or its digits, in [0, size).

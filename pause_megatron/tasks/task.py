@@ -87,6 +87,10 @@ class Task(Protocol):
     def examples(self, split: Split, path: str | None, limit: int | None) -> list[Example]:
         """Return examples of a split in a fixed order.
 
+        Where the order means something (records sorted by article), the task also has an attribute `ordered = True`. A
+        limit then asks for all examples and draws a sample of them. Without it, a limit takes the first examples, so
+        that a task that generates examples generates no more than needed.
+
         Args:
             split: "train" or "eval".
             path: Folder with the task's records (`task.path`); None if the user gave none.

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from pause_megatron.config.schema import Section
 from pause_megatron.config.spelling import nearest
 from pause_megatron.errors import ConfigError
+from pause_megatron.files.digest import bytes_digest
 from pause_megatron.tasks.metrics.registry import METRICS
 from pause_megatron.tasks.record_files import Dataset, file_records, find_file, hub_records
 from pause_megatron.tasks.records import Record
@@ -28,6 +29,9 @@ class Splits(Section):
     eval: str = Field(description="split for evaluation")
 
 
+_LONGEST_GROUP = 100
+
+
 class DeclaredTask(Section):
     """A task declared by a YAML file, which gives the task its name. Nothing in the file is executed.
 
@@ -35,6 +39,8 @@ class DeclaredTask(Section):
     in braces in `prompt` and `target` stand for text fields, and `{answer}` in `target` for an accepted answer. Dotted
     paths (`answers.text`) lead to a text or a list of texts.
     """
+
+    ordered: ClassVar[bool] = True  # a dataset may be sorted, so that a limit must draw a sample
 
     name: str = Field(min_length=1, description="the file's name without .yaml")
     kind: Literal["generate", "choice"] = Field(description="generate: decode the answer; choice: score the options")
@@ -47,12 +53,15 @@ class DeclaredTask(Section):
     references: str | None = Field(None, description="path of the accepted answers; default: the right choice")
     choices: tuple[str, ...] = Field((), description="path of a list of options, or several paths of one each")
     gold: str | None = Field(None, description="path of the right option's index, from 0")
+    group: tuple[str, ...] = Field(
+        (), description="field of the record that names the text it shares with others; of several, the first not empty"
+    )
     metrics: tuple[str, ...] = Field(min_length=1, description="names in METRICS")
     primary: str = Field(description="the metric that tables show")
     decoding: Decoding
     finetune: FinetuneDefaults = FinetuneDefaults()
 
-    @field_validator("choices", "metrics", mode="before")
+    @field_validator("choices", "group", "metrics", mode="before")
     @classmethod
     def _listed(cls, value: object) -> object:
         return (value,) if isinstance(value, str) else value
@@ -129,10 +138,16 @@ class DeclaredTask(Section):
     def _examples(self, records: Iterable[Record]) -> Iterator[Example]:
         transform = TRANSFORMS[self.transform] if self.transform else lambda record: [record]
         for number, record in enumerate(records, start=1):
+            group = self._group(record)
             for part in transform(record):
-                yield self._example(part, str(number) if part.part is None else f"{number}.{part.part}")
+                yield self._example(part, str(number) if part.part is None else f"{number}.{part.part}", group)
 
-    def _example(self, record: Record, name: str) -> Example:
+    def _group(self, record: Record) -> str:
+        """Return the name of a record's group; a digest in place of a long text."""
+        name = record.first_label(self.group) if self.group else ""
+        return name if len(name) <= _LONGEST_GROUP else bytes_digest(name.encode())
+
+    def _example(self, record: Record, name: str, group: str = "") -> Example:
         choices, gold = self._choices(record)
         references = record.texts(self.references) if self.references else ()
         if gold is not None:
@@ -149,6 +164,7 @@ class DeclaredTask(Section):
             references=references,
             choices=tuple(map(written, choices)),
             gold=gold,
+            group=group,
         )
 
     def _choices(self, record: Record) -> tuple[tuple[str, ...], int | None]:

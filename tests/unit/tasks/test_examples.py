@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from pause_megatron.errors import ConfigError, DataError
-from pause_megatron.tasks import METRICS, answer_in, fingerprint, load_task, read_examples, task_names
+from pause_megatron.tasks import METRICS, answer_in, fingerprint, load_task, read_examples, sample, task_names
 
 MADE = {
     "commonsense_qa": {"train": 60, "eval": 16},
@@ -84,12 +84,13 @@ def test_reading_tasks_imports_no_torch_and_no_datasets(task_records):
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
-def test_limit_is_a_prefix_and_counts_examples(task_records):
+def test_limit_is_a_sample_and_counts_examples(task_records):
     task = load_task("coqa")
     folder = str(task_records / "coqa")
     everything = read_examples(task, "eval", folder)
     for limit in (1, 12, 13, 100):
-        assert read_examples(task, "eval", folder, limit) == everything[:limit]
+        assert read_examples(task, "eval", folder, limit) == sample(everything, limit)
+        assert read_examples(task, "eval", folder, limit, from_start=True) == everything[:limit]
     with pytest.raises(ConfigError, match=r"task\.limit: expected at least 1, got 0"):
         read_examples(task, "eval", folder, 0)
 
