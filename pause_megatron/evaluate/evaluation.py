@@ -76,6 +76,7 @@ def evaluate(
             journal.append(*scorer.score(batch))
             if report is not None:
                 report(len(journal.samples), len(prepared), resumed)
-        entries = folder.summarise(identity, journal.samples, task.primary)
+        groups = {example.id: example.group for example in examples}
+        entries = folder.summarise(identity, journal.samples, task.primary, groups)
     folder.add(entries)
     return entries

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import quote
 
 import xxhash
@@ -15,6 +15,7 @@ from pause_megatron.errors import DataError
 
 VERSION = 1
 HARNESS = "pause-megatron"
+Split = Literal["eval", "held-out"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,7 @@ class Settings:
         prefix_attention: "causal" or "bidirectional".
         seed: Label of this evaluation, such as the seed of the finetuning. Answers do not depend on it.
         dtype: Dtype of the weights: "fp32", "bf16" or "fp16".
+        split: "eval", or "held-out": the part of the train split that finetuning holds out.
     """
 
     pauses: int
@@ -36,6 +38,11 @@ class Settings:
     prefix_attention: str = "causal"
     seed: int = 0
     dtype: str = "fp32"
+    split: Split = "eval"
+
+    def document(self) -> dict[str, Any]:
+        """Return the settings as plain JSON; the split only where it is not "eval", as before there were others."""
+        return {name: value for name, value in asdict(self).items() if name != "split" or value != "eval"}
 
     def name(self, task: str) -> str:
         """Return the stem of the samples files of a task under these settings."""
@@ -43,7 +50,8 @@ class Settings:
         attention = "" if self.prefix_attention == "causal" else f"-{self.prefix_attention}"
         dtype = "" if self.dtype == "fp32" else f"-{self.dtype}"
         stem = quote(task.replace("/", "."), safe="")
-        return f"{stem}-m{self.pauses}-{self.location}{filler}{attention}{dtype}-seed{self.seed}"
+        split = "" if self.split == "eval" else f"-{self.split}"
+        return f"{stem}-m{self.pauses}-{self.location}{filler}{attention}{dtype}{split}-seed{self.seed}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +104,8 @@ class Identity:
 
     def document(self) -> dict[str, Any]:
         """Return the identity as plain JSON, the content of samples/NAME.json."""
-        return {"version": VERSION, **json.loads(json.dumps(asdict(self)))}
+        plain = {**asdict(self), "settings": self.settings.document()}
+        return {"version": VERSION, **json.loads(json.dumps(plain))}
 
 
 def digest(document: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ from pause_megatron.errors import ConfigError, DataError
 from pause_megatron.evaluate.identity import HarnessDecoding, Identity, Settings, digest
 from pause_megatron.evaluate.journal import dump_samples
 from pause_megatron.evaluate.results import ResultsFolder
-from pause_megatron.evaluate.statistics import Mean
+from pause_megatron.evaluate.statistics import Mean, interval_of
 from pause_megatron.evaluate.stored import ResultEntry, Sample, TotalCost
 from pause_megatron.files.digest import Hasher
 from pause_megatron.files.durable import write_whole
@@ -211,6 +211,7 @@ def _entries(output: dict[str, Any], identity: Identity, model_path: str, second
             model_path,
             score.metric,
             score.mean,
+            interval_of(score.mean),
             cost,
             primary=score.primary,
             task=f"lm_eval/{task}",

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 from pause_megatron.errors import DataError
 from pause_megatron.evaluate.identity import VERSION, Identity, refuse_mismatch
 from pause_megatron.evaluate.journal import Journal
-from pause_megatron.evaluate.statistics import mean
+from pause_megatron.evaluate.statistics import interval, mean
 from pause_megatron.evaluate.stored import ResultEntry, Sample, TotalCost
 from pause_megatron.files.durable import only_writer, write_whole
 from pause_megatron.files.typed_json import read_object
@@ -89,25 +90,35 @@ class ResultsFolder:
         self.entries = sorted([*kept, *new.values()], key=lambda entry: json.dumps(entry.key))
         write_whole(self.path / "results.json", dump_results(self.entries))
 
-    def summarise(self, identity: Identity, samples: list[Sample], primary: str | None) -> list[ResultEntry]:
+    def summarise(
+        self,
+        identity: Identity,
+        samples: list[Sample],
+        primary: str | None,
+        groups: Mapping[str, str] = MappingProxyType({}),
+    ) -> list[ResultEntry]:
         """Return the entries of a finished task, one for each metric.
 
         Args:
             identity: What was evaluated.
             samples: Outcomes of all examples.
             primary: Name of the task's primary metric.
+            groups: Group of each example by its id, where samples of an earlier version have none.
         """
         cost = TotalCost.of_samples(samples)
+        of_each = [sample.group or groups.get(sample.id, "") for sample in samples]
+        scores = {metric: [sample.scores[metric] for sample in samples] for metric in samples[0].scores}
         return [
             ResultEntry.of(
                 identity,
                 self.model_path,
                 metric,
-                mean([sample.scores[metric] for sample in samples]),
+                mean(values, of_each),
+                interval(values, of_each),
                 cost,
                 primary=metric == primary,
             )
-            for metric in samples[0].scores
+            for metric, values in scores.items()
         ]
 
 

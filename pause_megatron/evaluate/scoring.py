@@ -165,7 +165,7 @@ class Scorer:
         prediction = None if answer is None else answer_in(answer.text, self.task.decoding.stop)
         text_arguments = (prediction, example.references)
         choice_arguments = (likelihoods, example.choices, example.gold)
-        outcome = {"prediction": prediction, "log_likelihoods": likelihoods}
+        outcome = {"group": example.group or None, "prediction": prediction, "log_likelihoods": likelihoods}
         return Sample(
             id=example.id,
             **{name: value for name, value in outcome.items() if value is not None},

@@ -144,6 +144,24 @@ def interval(
     return _score_interval(value, effective, quantile(confidence, freedom))
 
 
+def interval_of(found: Mean, confidence: float = 0.95) -> tuple[float, float]:
+    """Return the interval of a mean whose scores are not known, as of lm-eval, which gives value and standard error.
+
+    Within [0, 1] it is Wilson's interval of the effective number of records. It is the normal interval for a value
+    outside, such as a perplexity.
+
+    Args:
+        found: The mean.
+        confidence: Confidence level, between 0 and 1.
+    """
+    value, error = found.value, found.standard_error
+    if not 0 <= value <= 1:
+        half = _NORMAL.inv_cdf((1 + confidence) / 2) * (error or 0.0)
+        return value - half, value + half
+    effective = value * (1 - value) / error**2 if error and 0 < value < 1 else max(found.n, 1)
+    return wilson(value * effective, effective, confidence)
+
+
 def paired_bootstrap(
     one: Mapping[str, float],
     other: Mapping[str, float],

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from pause_megatron.evaluate.identity import Identity, Settings
+from pause_megatron.evaluate.identity import Identity, Settings, Split
 from pause_megatron.evaluate.statistics import Mean
 from pause_megatron.files.typed_json import Number, TypedJson
 
@@ -68,6 +68,7 @@ class Sample(Stored):
 
     Attributes:
         id: The example's id.
+        group: The example's group; unset where it has none.
         prediction: The decoded answer; unset for a task that is not decoded. Of lm-eval: its filtered responses.
         log_likelihoods: Log-likelihood of each choice, nats; unset for a task without choices.
         scores: Score by metric, 0..1.
@@ -78,6 +79,7 @@ class Sample(Stored):
     """
 
     id: str
+    group: str = ""
     prediction: JsonValue = None
     log_likelihoods: list[float] | None = None
     scores: dict[str, Number]
@@ -131,14 +133,18 @@ class ResultEntry(Stored):
         metric: Name of the metric.
         primary: Whether it is the task's primary metric.
         value: Mean of the per-record scores.
-        standard_error: Standard error of the mean; None for one record.
+        standard_error: Standard error of the mean, clustered by group; None for one group. Earlier versions: by record.
+        low: Lower end of the 95 % interval of the value (`statistics.interval`); unset in files of earlier versions.
+        high: Upper end of that interval.
         n: Number of records.
-        pauses: See `Settings`, as for the next five.
+        groups: Number of groups of records; unset for lm-eval and in files of earlier versions.
+        pauses: See `Settings`, as for the next six.
         location: See `Settings`.
         filler: See `Settings`.
         prefix_attention: See `Settings`.
         seed: See `Settings`.
         dtype: See `Settings`.
+        split: See `Settings`; unset for "eval".
         model: Fingerprint of the model.
         model_path: Path of the model folder at that time.
         data: Fingerprint of the examples.
@@ -156,13 +162,17 @@ class ResultEntry(Stored):
     primary: bool = True
     value: Number
     standard_error: Number | None = None
+    low: Number | None = None
+    high: Number | None = None
     n: int
+    groups: int | None = None
     pauses: int
     location: str
     filler: str | None
     prefix_attention: str
     seed: int
     dtype: str
+    split: Split = "eval"
     model: str
     model_path: str | None = None
     data: str
@@ -181,6 +191,7 @@ class ResultEntry(Stored):
         model_path: str,
         metric: str,
         score: Mean,
+        interval: tuple[float, float],
         cost: TotalCost,
         *,
         primary: bool,
@@ -193,6 +204,7 @@ class ResultEntry(Stored):
             model_path: Path of the model folder.
             metric: Name of the metric.
             score: Mean of its scores.
+            interval: 95 % interval of the mean.
             cost: Cost of the evaluation, shared by all metrics of a task.
             primary: Whether it is the primary metric.
             **more: Other values of `task` and `asked`, for lm-eval's groups.
@@ -201,8 +213,10 @@ class ResultEntry(Stored):
             "task": identity.task,
             "metric": metric,
             "primary": primary,
-            **asdict(score),
-            **asdict(identity.settings),
+            **{name: value for name, value in asdict(score).items() if name != "groups" or value is not None},
+            "low": interval[0],
+            "high": interval[1],
+            **identity.settings.document(),
             "model": identity.model,
             "model_path": model_path,
             "data": identity.data,

@@ -11,7 +11,6 @@ from pause_megatron.files.digest import Hasher
 from pause_megatron.tasks.sampling import divide, sample
 from pause_megatron.tasks.task import Example, Split, Task
 
-
 Part = Literal["train", "held-out", "eval"]
 """A split, or the part of the train split that is held out from finetuning."""
 

@@ -56,12 +56,37 @@ def test_results_hold_every_task_metric_and_setting_once(tmp_path):
     ]
     assert entries[2].as_json() == {
         **{"task": "t", "metric": "f1", "primary": True, "value": 0.5, "standard_error": 0.0, "n": 6},
+        **{"low": pytest.approx(0.1380, abs=1e-4), "high": pytest.approx(0.8620, abs=1e-4), "groups": 6},
         **{"pauses": 2, "location": "append", "filler": None, "prefix_attention": "causal", "seed": 0, "dtype": "fp32"},
         **{"model": "m", "model_path": "out", "data": "d", "harness": "pause-megatron", "cut": 0, "seconds": 0.5},
         **{"tokens": {"prompt": 18, "pauses": 12, "new": 6}, "positions": 9, "forward_passes": 1},
     }
     names = sorted(path.name for path in (tmp_path / "samples").iterdir())
     assert names[2:] == ["t-m5-append-filler-%2F.-seed0.json", "t-m5-append-filler-%2F.-seed0.jsonl"]
+
+
+def test_errors_count_the_groups_of_the_samples_or_of_the_examples(tmp_path):
+    folder, of = ResultsFolder(tmp_path, "m", "out"), identity()
+    samples = [
+        record(name).model_copy(update={"scores": {"exact_match": float(name in "012")}, "group": "ab"[int(name) // 3]})
+        for name in ORDER
+    ]
+    [entry] = folder.summarise(of, samples, "exact_match")
+    assert (entry.value, entry.standard_error, entry.n, entry.groups) == (0.5, pytest.approx(0.5), 6, 2)
+    assert 0 <= entry.low < 0.05 and 0.95 < entry.high <= 1
+    earlier = [sample.model_copy(update={"group": ""}) for sample in samples]
+    [again] = folder.summarise(of, earlier, "exact_match", {sample.id: sample.group for sample in samples})
+    assert again == entry
+
+
+def test_the_held_out_part_has_results_of_its_own(tmp_path):
+    folder = ResultsFolder(tmp_path, "m", "out")
+    finish(folder, identity())
+    finish(folder, identity(data="other records", settings=Settings(pauses=2, split="held-out")))
+    entries = read_results(tmp_path)
+    assert [entry.split for entry in entries] == ["eval", "held-out"] * 2
+    assert ["split" in entry.as_json() for entry in entries] == [False, True] * 2
+    assert (tmp_path / "samples" / "t-m2-append-held-out-seed0.jsonl").is_file()
 
 
 def test_another_model_or_data_is_refused_even_without_samples(tmp_path):
