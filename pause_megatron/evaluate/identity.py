@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import quote
@@ -62,11 +62,15 @@ class OwnDecoding:
         max_new_tokens: Length limit of an answer, tokens.
         stop: Texts that end an answer.
         metrics: Names of the metrics.
+        code: Digest of the code of each metric of one's own.
+        few_shot: Solved examples before each prompt.
     """
 
     max_new_tokens: int
     stop: tuple[str, ...]
     metrics: tuple[str, ...]
+    code: Mapping[str, str] = field(default_factory=dict)
+    few_shot: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,8 +107,11 @@ class Identity:
     harness: str = HARNESS
 
     def document(self) -> dict[str, Any]:
-        """Return the identity as plain JSON, the content of samples/NAME.json."""
+        """Return the identity as plain JSON, the content of samples/NAME.json; newer keys only where they are set."""
         plain = {**asdict(self), "settings": self.settings.document()}
+        for name in ("code", "few_shot"):
+            if not plain["decoding"].get(name, True):
+                del plain["decoding"][name]
         return {"version": VERSION, **json.loads(json.dumps(plain))}
 
 

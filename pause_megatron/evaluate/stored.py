@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
-from pause_megatron.evaluate.identity import Identity, Settings, Split
+from pause_megatron.evaluate.identity import Identity, OwnDecoding, Settings, Split
 from pause_megatron.evaluate.statistics import Mean
 from pause_megatron.files.typed_json import Number, TypedJson
 
@@ -155,6 +155,7 @@ class ResultEntry(Stored):
         forward_passes: See `TotalCost`.
         seconds: See `TotalCost`.
         asked: Of lm-eval only: the name in `--tasks`, which may be a group's.
+        few_shot: Solved examples before each prompt, as the task's file has them; unset for none.
     """
 
     task: str
@@ -183,6 +184,7 @@ class ResultEntry(Stored):
     forward_passes: int | None = None
     seconds: Number | None = None
     asked: str | None = None
+    few_shot: int | None = None
 
     @classmethod
     def of(
@@ -223,6 +225,8 @@ class ResultEntry(Stored):
             "harness": identity.harness,
             **vars(cost),
         }
+        if isinstance(identity.decoding, OwnDecoding) and identity.decoding.few_shot:
+            fields["few_shot"] = identity.decoding.few_shot
         return cls(**{**fields, **more})
 
     @property

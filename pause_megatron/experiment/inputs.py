@@ -10,7 +10,7 @@ from pause_megatron.config.blend import is_number
 from pause_megatron.data.corpus.manifest import CorpusManifest
 from pause_megatron.errors import ConfigError
 from pause_megatron.experiment.schema import Grid
-from pause_megatron.tasks import fingerprint, load_task, read_examples
+from pause_megatron.tasks import METRICS, fingerprint, load_task, read_examples
 
 ASSUMED_VOCABULARY = 32_000
 NOT_READ = "not read"
@@ -23,7 +23,7 @@ class TaskRecords:
     Attributes:
         folder: Folder of this task; None for the Hugging Face Hub.
         train: Fingerprint of the training examples.
-        evaluation: Fingerprint of the evaluation examples.
+        evaluation: Fingerprint of the evaluation examples, and of the code of metrics of one's own.
         scored: Number of examples that an evaluation scores; None if not read.
     """
 
@@ -80,4 +80,5 @@ def _records(grid: Grid, name: str) -> TaskRecords:
         raise ConfigError(f"tasks.{name}: task.limit: expected an integer, got {limit!r}")
     train = read_examples(task, "train", path=folder, limit=limit)
     scored = read_examples(task, "eval", path=folder, limit=section.limit or grid.evaluate.limit)
-    return TaskRecords(folder, fingerprint(train), fingerprint(scored), len(scored))
+    code = "".join(f" {METRICS[metric].code}" for metric in task.metrics if METRICS[metric].code)
+    return TaskRecords(folder, fingerprint(train), fingerprint(scored) + code, len(scored))

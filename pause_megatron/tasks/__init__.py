@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pause_megatron.tasks.examples import Part, fingerprint, read_examples
+from pause_megatron.tasks.few_shot import FewShot, with_shots
 from pause_megatron.tasks.load import load_task, task_names
 from pause_megatron.tasks.metrics.registry import METRICS, Metric, answer_in, register_metric
 from pause_megatron.tasks.sampling import divide, sample
@@ -14,6 +15,7 @@ __all__ = [
     "DeclaredTask",
     "Decoding",
     "Example",
+    "FewShot",
     "FinetuneDefaults",
     "Metric",
     "Part",
@@ -26,4 +28,5 @@ __all__ = [
     "register_metric",
     "sample",
     "task_names",
+    "with_shots",
 ]

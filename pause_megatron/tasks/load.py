@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import importlib
+import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, get_args
 
 from pydantic import BaseModel, ValidationError
 
 from pause_megatron.config.spelling import nearest
 from pause_megatron.config.text import Entry, read_entries
 from pause_megatron.errors import ConfigError
-from pause_megatron.tasks.metrics.registry import METRICS
-from pause_megatron.tasks.task import TASK_MEMBERS, Task
+from pause_megatron.tasks.imports import import_attribute
+from pause_megatron.tasks.metrics.registry import find_metric
+from pause_megatron.tasks.task import TASK_MEMBERS, Decoding, FinetuneDefaults, Kind, Task
 from pause_megatron.tasks.yaml_task import DeclaredTask
 
 FOLDER = Path(__file__).resolve().parent
@@ -66,7 +67,7 @@ def _read_yaml(path: Path) -> DeclaredTask:
         else:
             nested[section] = value
     try:
-        return DeclaredTask.model_validate(nested)
+        return DeclaredTask.model_validate(nested, context={"folders": (path.parent, Path.cwd())})
     except ValidationError as error:
         problems = [_problem(path, entries, dict(problem)) for problem in error.errors()]
     raise ConfigError("\n".join(problems))
@@ -98,21 +99,40 @@ def _keys(parents: list[str]) -> list[str]:
 
 
 def _import(name: str) -> Task:
-    module, _, attribute = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+        found = import_attribute(name)
+    except ConfigError as error:
         raise ConfigError(
-            f"task.name: {name!r} cannot be imported ({error}); its module must be in this folder or on PYTHONPATH"
+            f"task.name: {name!r} cannot be imported: {error}; its module must be in this folder or on PYTHONPATH"
         ) from None
     if isinstance(found, type) or not isinstance(found, Task):
         absent = [member for member in TASK_MEMBERS if not hasattr(found, member)]
         what = "is a class; name an instance" if isinstance(found, type) else f"lacks {', '.join(absent)}"
         raise ConfigError(f"task.name: expected {name!r} to have {', '.join(TASK_MEMBERS)}; it {what}")
-    for metric in (*found.metrics, found.primary):
-        if metric not in METRICS:
-            raise ConfigError(
-                f"task {name}: expected metrics of {', '.join(METRICS)}, got unknown metric {metric!r}"
-                f"{nearest(metric, METRICS)}"
-            )
+    _check_members(found, name)
     return found
+
+
+def _check_members(task: Task, name: str) -> None:
+    """Check what a user's object gives."""
+
+    def refuse(member: str, expected: str) -> NoReturn:
+        raise ConfigError(f"task {name}: {member}: expected {expected}, got {getattr(task, member)!r}")
+
+    if task.kind not in get_args(Kind):
+        refuse("kind", "'generate' or 'choice'")
+    if not isinstance(task.metrics, (tuple, list)) or not task.metrics:
+        refuse("metrics", "a tuple of names")
+    for member, kind in (("decoding", Decoding), ("finetune", FinetuneDefaults)):
+        if not isinstance(getattr(task, member), kind):
+            refuse(member, f"an instance of {kind.__name__}")
+    file = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)
+    folders = (*((Path(file).parent,) if file else ()), Path.cwd())
+    try:
+        reads = {metric: find_metric(metric, folders).reads for metric in task.metrics}
+    except ConfigError as error:
+        raise ConfigError(f"task {name}: metrics: {error}") from None
+    if task.primary not in task.metrics:
+        refuse("primary", f"one of metrics ({', '.join(map(str, task.metrics))})")
+    if reads[task.primary] != ("choices" if task.kind == "choice" else "text"):
+        refuse("primary", f"a metric that scores kind {task.kind}")

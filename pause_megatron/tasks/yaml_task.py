@@ -8,13 +8,14 @@ from itertools import islice
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from pause_megatron.config.schema import Section
 from pause_megatron.config.spelling import nearest
 from pause_megatron.errors import ConfigError
 from pause_megatron.files.digest import bytes_digest
-from pause_megatron.tasks.metrics.registry import METRICS
+from pause_megatron.tasks.few_shot import FewShot, with_shots
+from pause_megatron.tasks.metrics.registry import METRICS, find_metric
 from pause_megatron.tasks.record_files import Dataset, file_records, find_file, hub_records
 from pause_megatron.tasks.records import Record
 from pause_megatron.tasks.task import Decoding, Example, FinetuneDefaults, Split
@@ -33,7 +34,9 @@ _LONGEST_GROUP = 100
 
 
 class DeclaredTask(Section):
-    """A task declared by a YAML file, which gives the task its name. Nothing in the file is executed.
+    """A task declared by a YAML file, which gives the task its name.
+
+    Code is executed only where `metrics` name it ('module:function', beside the file or in the working folder).
 
     `transform` turns a record into one or several records; without it, the record stays. Each becomes an Example. Names
     in braces in `prompt` and `target` stand for text fields, and `{answer}` in `target` for an accepted answer. Dotted
@@ -56,9 +59,10 @@ class DeclaredTask(Section):
     group: tuple[str, ...] = Field(
         (), description="field of the record that names the text it shares with others; of several, the first not empty"
     )
-    metrics: tuple[str, ...] = Field(min_length=1, description="names in METRICS")
+    metrics: tuple[str, ...] = Field(min_length=1, description="names in METRICS, or 'module:function'")
     primary: str = Field(description="the metric that tables show")
-    decoding: Decoding
+    decoding: Decoding = Field(Decoding(max_new_tokens=1), description="needed by metrics that read a decoded answer")
+    few_shot: FewShot | None = Field(None, description="solved examples before each prompt; null: none")
     finetune: FinetuneDefaults = FinetuneDefaults()
 
     @field_validator("choices", "group", "metrics", mode="before")
@@ -75,10 +79,12 @@ class DeclaredTask(Section):
 
     @field_validator("metrics")
     @classmethod
-    def _known_metrics(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+    def _known_metrics(cls, names: tuple[str, ...], info: ValidationInfo) -> tuple[str, ...]:
         for name in names:
-            if name not in METRICS:
-                raise ValueError(f"expected names of {', '.join(METRICS)}, got {name!r}{nearest(name, METRICS)}")
+            try:
+                find_metric(name, (info.context or {}).get("folders", ()))
+            except ConfigError as error:
+                raise ValueError(str(error)) from None
         return names
 
     @field_validator("prompt")
@@ -110,6 +116,11 @@ class DeclaredTask(Section):
                 raise ValueError(f"metrics: {name} compares choices; expected choices and gold")
         if METRICS[self.primary].reads != ("choices" if self.kind == "choice" else "text"):
             raise ValueError(f"primary: {self.primary} does not score kind {self.kind}")
+        decoded = [name for name in self.metrics if METRICS[name].reads == "text"]
+        if decoded and "decoding" not in self.model_fields_set:
+            raise ValueError(f"expected the key 'decoding', got none ({decoded[0]} reads a decoded answer)")
+        if self.few_shot and (self.few_shot.from_ or self.splits.train) in (None, self.splits.eval):
+            raise ValueError(f"few_shot.from: expected a split besides that of evaluation ({self.splits.eval})")
         return self
 
     def examples(self, split: Split, path: str | None = None, limit: int | None = None) -> list[Example]:
@@ -120,10 +131,15 @@ class DeclaredTask(Section):
             path: Folder of JSON lines; None reads the Hugging Face Hub.
             limit: Number of examples from the start; None returns all.
         """
-        return list(islice(self._examples(self._records(split, path)), limit))
+        examples = list(islice(self._examples(self._records(split, path)), limit))
+        if self.few_shot is None:
+            return examples
+        shots, pool = self.few_shot, self._examples(self._records("train", path, self.few_shot.from_))
+        return with_shots(examples, list(pool), count=shots.count, seed=shots.seed, separator=shots.separator)
 
-    def _records(self, split: Split, path: str | None) -> Iterator[Record]:
-        name = self.splits.train if split == "train" else self.splits.eval
+    def _records(self, split: Split, path: str | None, name: str | None = None) -> Iterator[Record]:
+        """Yield the records of a split, or of the one that `name` gives."""
+        name = name or (self.splits.train if split == "train" else self.splits.eval)
         if name is None:
             raise ConfigError(f"task {self.name}: its dataset {self.dataset.path} has no split for finetuning")
         if path is None:

@@ -94,7 +94,7 @@ def test_an_object_plugs_in(name):
         ("Sums", "is a class; name an instance"),
         ("DECLARATION", "lacks name, kind"),
         ("NOTHING", "cannot be imported"),
-        ("UNJUDGED", "got unknown metric 'exact_macht'. Did you mean 'exact_match'"),
+        ("UNJUDGED", "task .*: metrics: expected .*, got 'exact_macht'. Did you mean 'exact_match'"),
     ],
 )
 def test_an_object_that_is_no_task(attribute, message):

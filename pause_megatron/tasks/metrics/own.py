@@ -1,0 +1,154 @@
+"""Metrics of one's own: what a function reads, its checked score, and the digest of its code.
+
+The names of the parameters say what a function reads:
+
+    def starts_right(prediction, references): ...         # a decoded answer
+    def margin(log_likelihoods, choices, gold): ...       # log-likelihoods of choices
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import marshal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from pause_megatron.errors import ConfigError, DataError
+from pause_megatron.files.digest import Hasher, bytes_digest
+from pause_megatron.tasks.imports import raised_at
+
+Reads = Literal["text", "choices"]
+PARAMETERS: dict[Reads, tuple[str, ...]] = {
+    "text": ("prediction", "references"),
+    "choices": ("log_likelihoods", "choices", "gold"),
+}
+"""The parameters of a metric, by what it reads."""
+
+_INSTALLED = {"site-packages", "dist-packages"}
+
+
+def reads_of(function: object, name: str) -> Reads:
+    """Return what a function reads, by the names of its parameters.
+
+    Args:
+        function: The function.
+        name: Its name in messages.
+
+    Raises:
+        ConfigError: It is no function, or has other parameters.
+    """
+    if isinstance(function, type) or not callable(function):
+        what = f"the class {function.__name__}" if isinstance(function, type) else repr(function)
+        raise ConfigError(f"{name}: expected a function, got {what}")
+    forms = " or ".join(f"({', '.join(names)})" for names in PARAMETERS.values())
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some built-in functions have none
+        raise ConfigError(
+            f"{_place(function, name)}: expected the parameters {forms}, got none that are known"
+        ) from None
+    needed = {each.name for each in signature.parameters.values() if each.default is each.empty}
+    for reads, names in PARAMETERS.items():
+        positional = list(signature.parameters)[: len(names)]
+        if tuple(positional) == names and needed <= set(names):
+            return reads
+    raise ConfigError(f"{_place(function, name)}: expected the parameters {forms}, got {signature}")
+
+
+def checked(function: Callable[..., Any], name: str) -> Callable[..., float]:
+    """Return the function with its score checked: a number in [0, 1].
+
+    Args:
+        function: The metric.
+        name: Its name in messages.
+    """
+
+    @functools.wraps(function)
+    def score(*arguments: Any) -> float:
+        try:
+            value = function(*arguments)
+        except Exception as error:  # a user's code may raise anything
+            raise DataError(
+                f"{raised_at(error) or _place(function, name)}: metric {name}: expected a score, got "
+                f"{type(error).__name__}: {error}, for {_shown(arguments)}"
+            ) from error
+        try:
+            number = float("nan") if isinstance(value, (str, bytes)) else float(value)
+        except (TypeError, ValueError):
+            number = float("nan")
+        if not 0.0 <= number <= 1.0:
+            raise DataError(
+                f"{_place(function, name)}: metric {name}: expected a number in [0, 1], got {value!r}, "
+                f"for {_shown(arguments)}"
+            )
+        return number
+
+    return score
+
+
+@functools.cache
+def code_digest(function: Callable[..., Any]) -> str:
+    """Return the digest of a metric's code: its file, and the files of that folder that it imports.
+
+    A function without a file, as of a notebook, is digested by its compiled code.
+
+    Args:
+        function: The function.
+    """
+    if isinstance(function, functools.partial):
+        return bytes_digest(f"{code_digest(function.func)} {function.args} {function.keywords}".encode())
+    bodies = [each if hasattr(each, "__globals__") else type(each).__call__ for each in _unwrapped(function)]
+    files = _sources([getattr(body, "__globals__", {}) for body in bodies])
+    hasher = Hasher(getattr(function, "__qualname__", "").encode())
+    for name in sorted(files):
+        hasher.update(f"{name}\0{bytes_digest(files[name])}\0".encode())
+    if not files:
+        code = getattr(bodies[-1], "__code__", None)
+        hasher.update(repr(function).encode() if code is None else marshal.dumps(code))
+    return hasher.digest
+
+
+def _unwrapped(function: Any) -> list[Any]:
+    """Return a function and those that it wraps."""
+    chain = [function]
+    while hasattr(chain[-1], "__wrapped__"):
+        chain.append(chain[-1].__wrapped__)
+    return chain
+
+
+def _sources(namespaces: list[dict[str, Any]]) -> dict[str, bytes]:
+    """Return the files of namespaces, and those beside and below the last one's that their names lead to."""
+    first = namespaces[-1].get("__file__")
+    if not first or not Path(first).is_file():
+        return {}
+    folder, found = Path(first).resolve().parent, dict[str, bytes]()
+    while namespaces:
+        namespace = namespaces.pop()
+        path = Path(namespace.get("__file__") or "").resolve()
+        ours = str(namespace.get("__name__", "")).partition(".")[0] == "pause_megatron"
+        if ours or not path.is_file() or not path.is_relative_to(folder):
+            continue
+        relative = path.relative_to(folder)
+        if relative.as_posix() in found or (found and (_INSTALLED & {*relative.parts, folder.name})):
+            continue
+        found[relative.as_posix()] = path.read_bytes()
+        for value in list(namespace.values()):
+            module = value if isinstance(value, ModuleType) else sys.modules.get(str(getattr(value, "__module__", "")))
+            if module is not None:
+                namespaces.append(vars(module))
+    return found
+
+
+def _place(function: Any, name: str) -> str:
+    """Return FILE:LINE of a function, or its name."""
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code is not None else name
+
+
+def _shown(arguments: tuple[Any, ...]) -> str:
+    text = ", ".join(map(repr, arguments))
+    return f"({text})" if len(text) <= 160 else f"({text[:160]}...)"
