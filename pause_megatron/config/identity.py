@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pause_megatron.config.blend import is_number
+from pause_megatron.config.renamed import with_old_names
 from pause_megatron.config.schema import ResolvedConfig
 
 # Keys that may change when a run resumes, because they do not affect the losses.
@@ -28,6 +29,8 @@ LENGTH_KEYS = ("train.steps", "train.tokens", "train.extended_from", "finetune.e
 SCHEDULE_KEYS = (
     *("optim.lr", "optim.min_lr_fraction", "optim.warmup_steps", "optim.schedule", "optim.decay_fraction"),
 )
+# Keys that were added after digests of configurations had been stored. A digest leaves them out at this, their default.
+ADDED_KEYS = {"model.loops": 1}
 # Keys that may differ between the ranks of a run: paths of copies whose content the ranks compare.
 LOCAL_KEYS = frozenset({"data.prefix", "data.valid_prefix", "data.tokenizer", "task.path"})
 
@@ -43,6 +46,17 @@ def deciding_keys(config: ResolvedConfig) -> dict[str, Any]:
         for key, value in _keys(config)
         if key.partition(".")[0] not in FREE_SECTIONS and key not in FREE_KEYS
     }
+
+
+def digest_keys(config: ResolvedConfig) -> dict[str, Any]:
+    """Return `deciding_keys` as digests have them: under their earliest names, without added keys at their default.
+
+    Args:
+        config: Resolved configuration.
+    """
+    missing = object()
+    kept = {key: value for key, value in deciding_keys(config).items() if value != ADDED_KEYS.get(key, missing)}
+    return with_old_names(kept)
 
 
 def corpus_names(words: Iterable[str]) -> tuple[str, ...]:

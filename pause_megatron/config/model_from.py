@@ -6,13 +6,14 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
+from pause_megatron.config.identity import ADDED_KEYS
 from pause_megatron.config.renamed import with_new_names
 from pause_megatron.config.schema import DataSection
 from pause_megatron.config.text import Entry, read_entries
 from pause_megatron.errors import ConfigError
 from pause_megatron.run_folder import choose
 
-SHAPE = ("layers", "hidden", "heads", "kv_heads", "ffn", "tied", "qkv_bias", "rope_base", "norm_eps")
+SHAPE = ("layers", "hidden", "heads", "kv_heads", "ffn", "tied", "qkv_bias", "rope_base", "norm_eps", "loops")
 """Keys of the model section that decide what a model computes with given weights."""
 
 PAUSES = ("pause.embeddings", "pause.softmax")
@@ -93,7 +94,12 @@ def with_initial_sizes(entries: Mapping[str, Entry]) -> dict[str, Entry]:
     missing = [name for name in wanted if name not in entries]
     if origin is None or origin.value is None or not missing:
         return dict(entries)
-    path = checkpoint_config(str(origin.value))
+    try:
+        path = checkpoint_config(str(origin.value))
+    except ConfigError:
+        if set(missing) <= set(ADDED_KEYS):  # a run's own config.yaml, written before these keys existed
+            return dict(entries)
+        raise
     written, _ = with_new_names(read_entries(read_config_text(path), str(path)))
     theirs = {entry.path: entry for entry in written}
     taken = {name: theirs[name] for name in ("model.preset", *missing) if name in theirs and name not in entries}

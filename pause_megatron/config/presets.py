@@ -73,7 +73,8 @@ def parameters(model: ResolvedModel, vocabulary: int) -> int:
 def flops_per_token(model: ResolvedModel, vocabulary: int, sequence_length: int) -> int:
     """Return the FLOPs of forward and backward pass for one raw token: 6 N + 12 L d T (PaLM, appendix B).
 
-    N counts the parameters that multiply: layers, norms and the output layer, not the input embedding (a look-up).
+    N counts the parameters that multiply: layers, norms and the output layer, not the input embedding (a look-up). Of a
+    looped model, N and L count each layer as often as it runs.
     T is the window; the masked half of the attention matrix is counted too, as published figures do.
 
     Args:
@@ -96,8 +97,8 @@ def step_flops(model: ResolvedModel, vocabulary: int, sequence_length: int, *, t
         tokens: Raw input tokens, pauses included.
         targets: Rows that have a target.
     """
-    body = model.layers * layer_parameters(model) + model.hidden
-    attention = 12 * model.layers * model.hidden * sequence_length
+    body = model.depth * layer_parameters(model) + model.hidden
+    attention = 12 * model.depth * model.hidden * sequence_length
     return (6 * body + attention) * tokens + 6 * vocabulary * model.hidden * targets
 
 

@@ -124,6 +124,13 @@ class ModelSection(Section):
         "tiny", description="default sizes; null: layers, hidden and heads must be given"
     )
     layers: int | None = Field(None, ge=1, description="transformer layers")
+    loops: int = Field(
+        1,
+        ge=1,
+        le=1024,
+        description="how many times a forward pass runs through all layers, with the same weights; an export has "
+        "layers x loops layers",
+    )
     hidden: int | None = Field(None, ge=8, description="width of the residual stream")
     heads: int | None = Field(None, ge=1, description="attention heads")
     kv_heads: int | None = Field(None, ge=1, description="key/value heads (GQA); default: model.heads")
@@ -349,6 +356,11 @@ class ResolvedModel(ModelSection):
     kv_heads: int = Field(ge=1)
     ffn: int = Field(ge=8)
     tied: bool
+
+    @property
+    def depth(self) -> int:
+        """Layers that a forward pass runs through."""
+        return self.layers * self.loops
 
 
 class ResolvedConfig(RunConfig):

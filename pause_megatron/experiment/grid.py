@@ -6,11 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from pause_megatron.config.identity import deciding_keys
+from pause_megatron.config.identity import deciding_keys, digest_keys
 from pause_megatron.config.load import load, recipe_names, recipe_path
 from pause_megatron.config.model_from import OF_A_TASK, PAUSES, SHAPE
 from pause_megatron.config.presets import flops_per_token
-from pause_megatron.config.renamed import with_old_names
 from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.config.text import read_entries
 from pause_megatron.errors import ConfigError
@@ -136,7 +135,7 @@ class _Expansion:
             f"pretrain-{name}",
             "pretrain",
             (*model.source, *model.overrides, *prefix, f"run.dir={OUTPUT}"),
-            {"config": _plain(with_old_names(deciding_keys(model.config))), "corpus": self.inputs.corpus},
+            {"config": _plain(digest_keys(model.config)), "corpus": self.inputs.corpus},
             estimate=Estimate(train.steps, train.tokens, model.flops_per_token, model.parameters),
         )
 
@@ -166,7 +165,7 @@ class _Expansion:
                 *folder,
                 f"run.dir={OUTPUT}",
             ),
-            {"config": _plain(with_old_names(deciding_keys(config))), "records": records.train},
+            {"config": _plain(digest_keys(config)), "records": records.train},
             pretrained,
             Estimate(config.train.steps, config.train.tokens, per_token),
         )

@@ -62,6 +62,8 @@ def config_json(
 ) -> dict[str, Any]:
     """Return the `config.json` of a plain LlamaForCausalLM or Qwen2ForCausalLM.
 
+    A looped model is a plain model of layers x loops layers; "loops" notes how often the weights repeat.
+
     Args:
         model: Sizes of the model.
         family: "llama" or "qwen2".
@@ -77,7 +79,7 @@ def config_json(
         "vocab_size": live_rows,
         "hidden_size": model.hidden,
         "intermediate_size": model.ffn,
-        "num_hidden_layers": model.layers,
+        "num_hidden_layers": model.depth,
         "num_attention_heads": model.heads,
         "num_key_value_heads": model.kv_heads,
         "max_position_embeddings": sequence_length,
@@ -99,6 +101,8 @@ def config_json(
         config |= {"head_dim": model.hidden // model.heads, "attention_bias": model.qkv_bias, "mlp_bias": False}
     else:
         config |= {"use_sliding_window": False}
+    if model.loops > 1:
+        config["loops"] = model.loops
     return config
 
 

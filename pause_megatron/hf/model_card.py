@@ -75,6 +75,9 @@ predicts before the last pause is ignored. The model must not emit pauses: `gene
 """
 
 
+_LOOPS = "{} times through {} layers with the same weights, here {} layers whose weights repeat"
+
+
 def _title(config: ResolvedConfig, pause: Mapping[str, Any]) -> str:
     pretrained = f"pretrained {'with' if pause['rate'] else 'without'} pauses"
     if config.task.name is None:
@@ -93,6 +96,7 @@ def _recipe(
             "layers, hidden, heads, key/value heads, ffn",
             f"{model.layers}, {model.hidden}, {model.heads}, {model.kv_heads}, {model.ffn}",
         ),
+        *([("loops", _LOOPS.format(model.loops, model.layers, model.depth))] if model.loops > 1 else []),
         ("window", f"{config.data.sequence_length:,} tokens, pauses included"),
         ("optimizer steps", f"{step:,} of {config.batch.global_size:,} windows"),
         ("raw tokens seen", f"{progress.get('tokens', 0):,}"),

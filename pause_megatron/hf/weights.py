@@ -57,7 +57,7 @@ class HFRows:
 
 
 def hf_tensors(model: ResolvedModel, live_rows: int, family: str = "llama") -> list[HFTensor]:
-    """Return every tensor of the Hugging Face model, in the order of its layers.
+    """Return every tensor of the Hugging Face model, in the order of its layers; those of a looped model are repeated.
 
     Args:
         model: Sizes of the model.
@@ -65,8 +65,8 @@ def hf_tensors(model: ResolvedModel, live_rows: int, family: str = "llama") -> l
         family: "llama", "mistral" or "qwen2".
     """
     tensors = [_whole("model.embed_tokens.weight", EMBEDDING, (live_rows, model.hidden))]
-    for layer in range(model.layers):
-        hf, native = f"model.layers.{layer}.", f"decoder.layers.{layer}."
+    for layer in range(model.depth):
+        hf, native = f"model.layers.{layer}.", f"decoder.layers.{layer % model.layers}."
         tensors += _layer(model, hf, native)
         if model.qkv_bias and family == "llama":
             tensors.append(HFTensor(f"{hf}self_attn.o_proj.bias", (model.hidden,), ()))
@@ -99,7 +99,7 @@ def native_shapes(model: ResolvedModel, padded_rows: int) -> dict[str, tuple[int
         padded_rows: Vocabulary rows, padding included.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    for tensor in hf_tensors(model, padded_rows):
+    for tensor in hf_tensors(model.model_copy(update={"loops": 1}), padded_rows):
         for rows in tensor.rows:
             length = max(shapes.get(rows.name, (0,))[0], rows.start + rows.count)
             shapes[rows.name] = (length, *tensor.shape[1:])

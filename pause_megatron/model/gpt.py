@@ -28,8 +28,8 @@ from torch import Tensor
 from pause_megatron.model.attention import MaskAndRotation, Rotation, SDPACoreAttention, additive_mask
 from pause_megatron.model.head import LMLoss, OutputLayer
 from pause_megatron.model.kernels import Kernels, load_kernels
-from pause_megatron.model.layers import use_swiglu
-from pause_megatron.model.unsupported import check_supported
+from pause_megatron.model.layers import loop, use_swiglu
+from pause_megatron.model.unsupported import check_loops, check_supported
 from pause_megatron.model.variable_length import PackedSegments
 from pause_megatron.model.vocabulary import Softmax, Vocabulary
 
@@ -68,6 +68,7 @@ class PauseGPTModel(LanguageModule):
         head_chunk: Rows of logits that exist at one time; None: by memory (`config.presets.head_chunk_rows`).
         kernels: Kernels of rotary embedding, SwiGLU (where the config has `use_te_activation_func`) and cross-entropy;
             default: plain.
+        loops: How many times a forward pass runs through all layers, with the same weights.
 
     Raises:
         ConfigError: The configuration has a feature of GPTModel that is not supported: multi-token prediction,
@@ -100,8 +101,10 @@ class PauseGPTModel(LanguageModule):
         softmax: Softmax = "keep",
         head_chunk: int | None = None,
         kernels: Kernels | None = None,
+        loops: int = 1,
     ) -> None:
         check_supported(config, position_embedding_type, fp16_lm_cross_entropy, mtp_block_spec)
+        check_loops(loops, config, whole=pre_process and post_process)
         super().__init__(config, pg_collection)
         self.vocabulary = vocabulary
         self.kernels = kernels or load_kernels("plain", "cpu")
@@ -144,6 +147,8 @@ class PauseGPTModel(LanguageModule):
             pg_collection=groups,
             vp_stage=vp_stage,
         )
+        if loops > 1:
+            loop(self.decoder, loops)
         self._shares_mask = any(isinstance(module, SDPACoreAttention) for module in self.decoder.modules())
         self._rotates_in_core = (
             self.kernels.fused

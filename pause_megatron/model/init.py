@@ -36,7 +36,7 @@ def initialize_weights(
         model: This rank's shard.
         seed: Seed of the run.
         std: Standard deviation.
-        layers: Number of transformer layers.
+        layers: Number of transformer layers that a forward pass runs through (layers times loops).
         vocabulary: Text, pause and padding rows.
         rank: Tensor-parallel rank.
         ranks: Tensor-parallel size.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -13,10 +13,10 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 )
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from pause_megatron.errors import ConfigError
 from pause_megatron.model.attention import SDPACoreAttention
@@ -28,8 +28,10 @@ class RecomputedLayer(TransformerLayer):
 
     megatron-core's own recomputation saves and restores CUDA random states; nothing here is random. It is reentrant,
     because ZeRO-3 frees parameters between the two forward passes, and non-reentrant checkpointing compares the tensors
-    of both.
+    of both. In a looped stack (`loop`) it is not: each inner backward pass would hand DeepSpeed a part of a gradient.
     """
+
+    repeated = False
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, Any]:
         """Run the layer as TransformerLayer does.
@@ -44,10 +46,51 @@ class RecomputedLayer(TransformerLayer):
         """
         if not (self.training and torch.is_grad_enabled()):
             return super().forward(hidden_states, *args, **kwargs)
-        run = super().forward
-        return checkpoint(
-            lambda hidden: run(hidden, *args, **kwargs), hidden_states, use_reentrant=True, preserve_rng_state=False
-        )
+        inner = super().forward
+
+        def run(hidden: torch.Tensor) -> tuple[torch.Tensor, Any]:
+            return inner(hidden, *args, **kwargs)
+
+        if not self.repeated:
+            return checkpoint(run, hidden_states, use_reentrant=True, preserve_rng_state=False)
+        # ZeRO-3 gathers and frees in hooks of the whole forward pass, so it must not stop at the last saved tensor, and
+        # between both passes the saved weights have other shapes.
+        with set_checkpoint_early_stop(False):
+            return checkpoint(
+                run, hidden_states, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
+            )
+
+
+class LoopedLayers(nn.ModuleList):
+    """Layers of a block that iterate `loops` times; their modules, parameters and names are there once.
+
+    megatron-core's block iterates over its layers and applies the last norm afterwards.
+
+    Args:
+        layers: The layers.
+        loops: How many times a forward pass runs through them.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module], loops: int) -> None:
+        super().__init__(layers)
+        self.loops = loops
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        for _ in range(self.loops):
+            yield from self._modules.values()
+
+
+def loop(block: TransformerBlock, loops: int) -> None:
+    """Make a block run through its layers several times, with the same weights.
+
+    Args:
+        block: The transformer block.
+        loops: How many times.
+    """
+    block.layers = LoopedLayers(block.layers, loops)
+    for layer in block.layers.children():
+        if isinstance(layer, RecomputedLayer):
+            layer.repeated = True
 
 
 def use_swiglu(block: nn.Module, swiglu: Callable[[torch.Tensor], torch.Tensor]) -> None:

@@ -32,3 +32,24 @@ def check_supported(
     for name in ("multi_latent_attention", "mtp_num_layers", "use_mup", "defer_embedding_wgrad_compute"):
         if value := getattr(config, name, None):
             raise ConfigError(f"{name}: expected it to be off for PauseGPTModel, got {value!r}")
+
+
+def check_loops(loops: int, config: TransformerConfig, *, whole: bool) -> None:
+    """Check that the layers can run several times.
+
+    Args:
+        loops: How many times.
+        config: As GPTModel.
+        whole: Whether this pipeline stage has both the embedding and the head.
+
+    Raises:
+        ConfigError: Pipeline parallelism, or recomputation that megatron-core runs by layer number.
+    """
+    if loops < 1:
+        raise ConfigError(f"loops: expected 1 or more, got {loops}")
+    if loops > 1 and not whole:
+        raise ConfigError(f"loops: expected 1 under pipeline parallelism, got {loops}")
+    if loops > 1 and config.recompute_granularity == "full":
+        raise ConfigError(
+            f"loops: expected 1 with recompute_granularity='full', got {loops}; use block_spec(recompute='full')"
+        )

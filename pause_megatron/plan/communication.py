@@ -83,7 +83,7 @@ def _reduces_whole(layout: Layout) -> bool:
 
 def _tensor_parallel(layout: Layout) -> list[Traffic]:
     """Return the collectives of tensor (Shoeybi et al. 2019) and sequence parallelism (Korthikanti et al. 2022)."""
-    ranks, layers, passes = layout.tensor, layout.model.layers, layout.batch.accumulation
+    ranks, layers, passes = layout.tensor, layout.model.depth, layout.batch.accumulation
     hidden = layout.element * layout.model.hidden
     whole, targets = layout.tokens * hidden, layout.target_rows * hidden
     forwards = 2 if layout.recompute else 1
@@ -100,7 +100,7 @@ def _tensor_parallel(layout: Layout) -> list[Traffic]:
             traffic("head gradients", "all_reduce", targets),
             losses,
         ]
-    norms = (2 * layers + 1) * hidden
+    norms = (2 * layout.model.layers + 1) * hidden  # summed over loops first
     return [
         traffic("layer activations", "all_gather", 2 * layers * forwards * whole),
         traffic("layer activations", "reduce_scatter", 2 * layers * forwards * whole),

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from pause_megatron.config.identity import ADDED_KEYS
 from pause_megatron.config.renamed import stored_value
 from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.errors import ConfigError
@@ -16,10 +17,11 @@ from pause_megatron.plan.machine import OPTIONAL, Assumptions, Cluster
 FORMAT, VERSION = "pause-megatron benchmark", 1
 # Keys that decide the work of a step: a benchmark with another value has another MFU.
 SHAPE = (
-    *(f"model.{name}" for name in ("layers", "hidden", "heads", "kv_heads", "ffn", "tied", "qkv_bias", "attention")),
+    *(f"model.{name}" for name in ("layers", "loops", "hidden", "heads", "kv_heads", "ffn", "tied", "qkv_bias")),
     *("data.sequence_length", "data.intra_document_masking", "batch.micro_size", "engine.precision"),
     *("parallel.tensor", "parallel.sequence", "parallel.recompute"),
-    *("model.head_chunk", "model.vocab_multiple", "pause.rate", "pause.window", "pause.softmax", "pause.embeddings"),
+    *("model.attention", "model.head_chunk", "model.vocab_multiple"),
+    *("pause.rate", "pause.window", "pause.softmax", "pause.embeddings"),
     *("engine.deterministic", "train.only"),
 )
 
@@ -105,6 +107,8 @@ def _differences(
         section, name = key.split(".")
         _part(stored, section, path)
         measured, now = stored_value(stored, key), planned[section][name]
+        if measured is None:  # a key that the version which measured lacked
+            measured = ADDED_KEYS.get(key)
         if measured != now:
             yield f"{key}={measured}, planned {now}"
     fused = planned["engine"]["kernels"] != "plain"

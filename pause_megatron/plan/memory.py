@@ -60,7 +60,7 @@ def rank_memory(layout: Layout, device: Device = "cuda") -> RankMemory:
 
 def _phases(layout: Layout, states: TrainingStates, kept: Activations) -> dict[str, dict[str, int]]:
     """Return the bytes of each kind in each phase, where they differ from those that always exist."""
-    layers = layout.model.layers
+    layers = layout.model.depth
     all_layers = kept.angles + layers * (kept.layer_input if layout.recompute else kept.layer)
     again = kept.layer + kept.layer_input if layout.recompute else 0  # with its output, recomputed
     buffers = states.buffers + kept.gather_buffer

@@ -57,13 +57,16 @@ def reductions(layout: Layout, kept: Activations, bucket: int) -> list[Reduction
 
 
 def _gradients(layout: Layout, kept: Activations) -> Iterator[tuple[int, int]]:
-    """Yield elements of each gradient in the order of the backward pass, and the activations that still exist."""
+    """Yield elements of each gradient in the order of the backward pass, and the activations that still exist.
+
+    The gradient of a looped layer is complete at the end of its first run, when later loops keep nothing.
+    """
     numels = {p.name: p.numel for p in layout.parameters}
     layer = kept.layer_input if layout.recompute else kept.layer
     halves = {"both": kept.layer, "attention": kept.attention, "none": 0}
     if not layout.model.tied:
-        yield numels["output_layer.weight"], layout.model.layers * layer + kept.final_norm
-    yield numels["decoder.final_layernorm.weight"], layout.model.layers * layer
+        yield numels["output_layer.weight"], layout.model.depth * layer + kept.final_norm
+    yield numels["decoder.final_layernorm.weight"], layout.model.depth * layer
     for index in reversed(range(layout.model.layers)):
         for name, left in _BACKWARD:
             numel = numels.get(f"decoder.layers.{index}.{name}")

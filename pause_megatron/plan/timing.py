@@ -101,7 +101,7 @@ def step_time(
 def _forward_flops(layout: Layout) -> int:
     """Return the FLOPs per token of a forward pass, a third of 6 N + 12 d T of each layer."""
     model = layout.model
-    return model.layers * (2 * layer_parameters(model) + 4 * model.hidden * layout.batch.sequence_length)
+    return model.depth * (2 * layer_parameters(model) + 4 * model.hidden * layout.batch.sequence_length)
 
 
 def _seconds(traffic: Traffic, layout: Layout, cluster: Cluster, assumptions: Assumptions) -> float:

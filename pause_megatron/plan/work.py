@@ -72,7 +72,7 @@ def step_work(layout: Layout) -> StepWork:
     forward, backward = layer_work(layout)
     layer = forward + backward + (forward if layout.recompute else Work())
     return StepWork(
-        layers=layer * layout.model.layers,
+        layers=layer * layout.model.depth,
         head=head_work(layout),
         ends=_ends(layout),
         gradients=_gradients(layout),

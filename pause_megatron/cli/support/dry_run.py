@@ -100,13 +100,14 @@ def _model_rows(
 ) -> list[tuple[str, str]]:
     """Return the rows about vocabulary, model and FLOPs, which are those of full windows, padding included."""
     size, model = text_size + config.pause.embeddings, config.model
+    loops = f" run {model.loops} times" if model.loops > 1 else ""
     flops = step_flops(model, size, plan.sequence_length, tokens=plan.raw_tokens, targets=plan.targets)
     return [
         ("vocabulary", f"{size:,} = {text_size:,} text ({origin}) + {config.pause.embeddings} pause"),
         (
             "model",
-            f"{model.layers} layers x {model.hidden} hidden, {model.heads} heads, {model.kv_heads} key/value heads, "
-            f"{model.ffn} ffn, {'tied' if model.tied else 'untied'}",
+            f"{model.layers} layers{loops} x {model.hidden} hidden, {model.heads} heads, "
+            f"{model.kv_heads} key/value heads, {model.ffn} ffn, {'tied' if model.tied else 'untied'}",
         ),
         ("parameters", f"{parameters(model, size):,}"),
         ("FLOPs a step", f"{scaled(flops)}FLOP ({scaled(flops / plan.world_size)}FLOP a rank)"),

@@ -8,11 +8,11 @@ from hypothesis import strategies as st
 
 from pause_megatron.checkpoint.layout import partition_dim, row_spans, shard_shape
 from pause_megatron.config.presets import parameters
-from pause_megatron.config.schema import ModelSection
+from pause_megatron.config.schema import ResolvedModel
 from pause_megatron.hf.weights import hf_tensors, native_rows, native_shapes
 
 sections = st.builds(
-    lambda layers, groups, queries, channels, ffn, tied, bias: ModelSection(
+    lambda layers, groups, queries, channels, ffn, tied, bias: ResolvedModel(
         preset=None,
         layers=layers,
         hidden=groups * queries * channels * 2,
@@ -50,6 +50,21 @@ def test_parameters_are_counted_as_they_are(model, rows):
     assert size == parameters(model, rows)
 
 
+@given(sections, st.integers(1, 50), st.integers(2, 4))
+def test_a_looped_model_is_written_as_one_whose_layers_repeat(model, rows, loops):
+    looped = model.model_copy(update={"loops": loops})
+    deep = model.model_copy(update={"layers": model.layers * loops})
+    assert native_shapes(looped, rows) == native_shapes(model, rows)
+    written, plain = (hf_tensors(each, rows, "qwen2") for each in (looped, deep))
+    assert [(t.name, t.shape) for t in written] == [(t.name, t.shape) for t in plain]
+    for tensor, unrolled in zip(written, plain, strict=True):
+        for rows_of, of_deep in zip(tensor.rows, unrolled.rows, strict=True):
+            head, *layer = of_deep.name.split(".layers.")
+            index, _, rest = "".join(layer).partition(".")
+            expected = f"{head}.layers.{int(index) % model.layers}.{rest}" if layer else head
+            assert (rows_of.name, rows_of.start, rows_of.count) == (expected, of_deep.start, of_deep.count)
+
+
 @given(st.sampled_from([1, 2, 4, 8]), st.integers(1, 5))
 def test_the_spans_of_a_parameter_tile_its_rows_and_its_shards(ranks, share):
     for name in ("linear_qkv.weight", "linear_qkv.bias", "linear_fc1.weight", "output_layer.weight", "norm.weight"):
@@ -80,7 +95,7 @@ def test_a_gated_layer_is_cut_in_halves():
 def test_the_table_names_what_transformers_names(cls, tied):
     import transformers
 
-    model = ModelSection(
+    model = ResolvedModel(
         preset=None, layers=2, hidden=32, heads=4, kv_heads=2, ffn=48, tied=tied, qkv_bias=cls == "Qwen2"
     )
     config = getattr(transformers, f"{cls}Config")(
