@@ -162,6 +162,7 @@ def _take(setup: _Setup, sizes: Sizes, closing: ExitStack) -> _Steps:
         StepSchedule(config.optim, max(config.train.steps, sizes.all_steps)),
         StopRequest(),  # without signal handlers: there is nothing to save
         corpora=data.names,
+        hint_weight=config.finetune.hint_weight,
     )
 
     def take(number: int) -> Iterator[StepResult]:

@@ -7,7 +7,7 @@ Rows of a *merged* parameter are those of the same model at tensor-parallel size
     linear_fc1 (SwiGLU)       the gate, then the up projection. A rank holds its part of the gate, then its part of the
                               up projection: shards laid end to end would interleave the two
     linear_proj, linear_fc2   sharded by columns
-    norms                     whole on every rank
+    norms, auxiliary heads    whole on every rank
 """
 
 from __future__ import annotations
@@ -27,6 +27,14 @@ _BY_ROWS = (
     "linear_fc1.weight",
 )
 _GATED = "linear_fc1.weight"
+
+
+_AUXILIARY = "auxiliary_heads."
+
+
+def is_auxiliary(name: str) -> bool:
+    """Return whether a parameter is of the auxiliary heads of a finetuning, which a model works without."""
+    return name.startswith(_AUXILIARY)
 
 
 @dataclass(frozen=True)

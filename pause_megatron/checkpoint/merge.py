@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pause_megatron.checkpoint.format import MASTER
-from pause_megatron.checkpoint.layout import VOCABULARY, partition_dim, row_spans
+from pause_megatron.checkpoint.layout import VOCABULARY, is_auxiliary, partition_dim, row_spans
 from pause_megatron.checkpoint.manifest import Manifest
 from pause_megatron.checkpoint.reader import CheckpointReader
 from pause_megatron.engine import Address
@@ -130,7 +130,8 @@ class ReshardedReader:
         for name in self._shapes:
             self._check(name)
         known = {merged.stored_name(name) for name in self._shapes}
-        if unknown := sorted(merged.manifest.parameters.keys() - known):
+        unknown = sorted(name for name in merged.manifest.parameters.keys() - known if not is_auxiliary(name))
+        if unknown:
             raise CheckpointError(
                 f"{merged.folder}: the checkpoint has a different architecture: unexpected parameter {unknown[0]}"
             )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pause_megatron.checkpoint.format import ADAM_STATE, MASTER
+from pause_megatron.checkpoint.layout import is_auxiliary
 from pause_megatron.checkpoint.manifest import Manifest
 from pause_megatron.checkpoint.merge import MergedReader, ReshardedReader
 from pause_megatron.checkpoint.reader import CheckpointReader
@@ -46,7 +47,9 @@ class ShardReader(Protocol):
         ...
 
 
-def load_weights(model: nn.Module, merged: MergedReader, *, live_rows: int, rank: int, ranks: int) -> ShardReader:
+def load_weights(
+    model: nn.Module, merged: MergedReader, *, live_rows: int, rank: int, ranks: int, heads: bool = True
+) -> ShardReader:
     """Copy a checkpoint's fp32 master weights into one rank's shard of a model, before DeepSpeed wraps it.
 
     The rank reads its own shards where the checkpoint's are the model's. Otherwise they are resharded.
@@ -57,6 +60,8 @@ def load_weights(model: nn.Module, merged: MergedReader, *, live_rows: int, rank
         live_rows: Vocabulary rows that are text or pauses. Padding rows become 0 where the state is resharded.
         rank: Tensor-parallel rank.
         ranks: Tensor-parallel size.
+        heads: Whether auxiliary heads of the model are restored, as in a resumed run; otherwise they stay as they are.
+            Those of a checkpoint are not read where the model has none.
 
     Returns:
         The rank's shards, for `restore_engine` or `restore_masters`.
@@ -64,27 +69,28 @@ def load_weights(model: nn.Module, merged: MergedReader, *, live_rows: int, rank
     Raises:
         CheckpointError: A parameter is missing or has another shape: it is a checkpoint of another model.
     """
-    shapes, manifest = _shapes(model), merged.manifest
+    shapes, manifest = _shapes(model, heads), merged.manifest
     reader: ShardReader
     if manifest.tensor_parallel == ranks and manifest.shard_shapes == shapes:
         reader = CheckpointReader(merged.folder, rank)
     else:
         reader = ReshardedReader(merged, shapes, live_rows=live_rows, rank=rank, ranks=ranks)
-    restore_weights(model, reader)
+    restore_weights(model, reader, heads=heads)
     return reader
 
 
-def restore_weights(model: nn.Module, reader: ShardReader) -> None:
+def restore_weights(model: nn.Module, reader: ShardReader, *, heads: bool = True) -> None:
     """Copy shards of the fp32 master weights into a model of the same shapes, before DeepSpeed wraps it.
 
     Args:
         model: A fresh model.
         reader: The rank's shards.
+        heads: As in `load_weights`.
 
     Raises:
         CheckpointError: Names or shapes differ: it is a checkpoint of another model.
     """
-    expected, shapes = _shapes(model), reader.shapes
+    expected, shapes = _shapes(model, heads), reader.shapes
     if expected != shapes:
         name = min(n for n in expected.keys() | shapes.keys() if expected.get(n) != shapes.get(n))
         raise CheckpointError(
@@ -93,7 +99,7 @@ def restore_weights(model: nn.Module, reader: ShardReader) -> None:
         )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
+            if name in expected:
                 values = reader.read(Address(name, 0, parameter.numel()), MASTER)
                 parameter.copy_(values.view_as(parameter))
 
@@ -112,15 +118,20 @@ def restore_engine(engine: Engine, reader: ShardReader) -> None:
 
 
 def restore_masters(engine: Engine, reader: ShardReader) -> None:
-    """Overwrite only the fp32 masters; the moments and the step stay as they are.
+    """Overwrite only the fp32 masters, without auxiliary heads; the moments and the step stay as they are.
 
     Args:
         engine: Built from a model that `load_weights` filled.
         reader: The rank's shards.
     """
     for address in engine.state.needed():
-        engine.state.set(address, MASTER, reader.read(address, MASTER))
+        if not is_auxiliary(address.name):
+            engine.state.set(address, MASTER, reader.read(address, MASTER))
 
 
-def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+def _shapes(model: nn.Module, heads: bool) -> dict[str, tuple[int, ...]]:
+    return {
+        name: tuple(p.shape)
+        for name, p in model.named_parameters()
+        if p.requires_grad and (heads or not is_auxiliary(name))
+    }

@@ -223,6 +223,47 @@ def epochs_are_of_a_task(config: ResolvedConfig) -> Broken:
 
 
 @_rule
+def hints_have_one_place(config: ResolvedConfig) -> Broken:
+    """Check that hints are of a finetuning, and are predicted by pauses or by heads."""
+    finetune = config.finetune
+    if finetune.pause_targets and finetune.auxiliary_heads:
+        keys = ("finetune.pause_targets", "finetune.auxiliary_heads")
+        return keys, "only one of finetune.pause_targets and finetune.auxiliary_heads"
+    for key in ("pause_targets", "auxiliary_heads"):
+        if getattr(finetune, key) and config.task.name is None:
+            return (f"finetune.{key}", "task.name"), f"task.name with finetune.{key}; hints are of a task's examples"
+    return None
+
+
+@_rule
+def pause_targets_need_appended_pauses(config: ResolvedConfig) -> Broken:
+    """Check that a pause after the prompt is there for a hint, beside the last one, which predicts the answer."""
+    finetune = config.finetune
+    if not finetune.pause_targets:
+        return None
+    if finetune.location != "append":
+        keys = ("finetune.location", "finetune.pause_targets")
+        return keys, "finetune.location=append with finetune.pause_targets; a prepended pause does not see the prompt"
+    try:
+        fewest = pause_range(finetune.pauses)[0]
+    except ConfigError:
+        return None  # another rule says so
+    if fewest < 2:
+        keys = ("finetune.pauses", "finetune.pause_targets")
+        return keys, "at least 2 finetune.pauses with finetune.pause_targets (the last one predicts the answer)"
+    return None
+
+
+@_rule
+def auxiliary_heads_are_trained(config: ResolvedConfig) -> Broken:
+    """Check that the heads are not frozen."""
+    if config.finetune.auxiliary_heads and config.train.only is not None:
+        keys = ("train.only", "finetune.auxiliary_heads")
+        return keys, "train.only=null with finetune.auxiliary_heads, whose heads are trained"
+    return None
+
+
+@_rule
 def masks_need_torch_attention(config: ResolvedConfig) -> Broken:
     """Check that packed examples and a bidirectional prefix use an attention core that can mask."""
     finetune = config.finetune

@@ -215,6 +215,19 @@ class FinetuneSection(Section):
     epochs: float | None = Field(
         None, gt=0, description="passes over the examples; alternative to train.steps and train.tokens"
     )
+    pause_targets: bool = Field(
+        False,
+        description="loss on the task's hints at the pauses: pause k predicts hint k. The last pause predicts the "
+        "answer, so n hints need n + 1 appended pauses or more; further pauses have no target",
+    )
+    auxiliary_heads: bool = Field(
+        False,
+        description="loss on the task's hints without pauses for them, as a control: one linear head a hint, at the "
+        "position that predicts the answer. Checkpoints hold the heads, an export does not",
+    )
+    hint_weight: float = Field(
+        1.0, ge=0, description="weight of a hint in the loss; a token of the answer has weight 1"
+    )
 
 
 class TrainSection(Section):

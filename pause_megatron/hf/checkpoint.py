@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from pause_megatron.checkpoint.layout import is_auxiliary
 from pause_megatron.checkpoint.merge import MergedReader
 from pause_megatron.checkpoint.store import open_newest
 from pause_megatron.config.load import load_saved
@@ -86,7 +87,6 @@ def _check_parameters(config: ResolvedConfig, vocabulary: Vocabulary, reader: Me
                 f"{reader.folder}: parameter {name}: expected shape {shape} (config.yaml, a vocabulary of "
                 f"{vocabulary.size:,} padded to {padded:,}), got {reader.shape(name)} in the manifest"
             )
-    if len(parameters) != len(expected):
-        raise CheckpointError(
-            f"{reader.folder}: expected {len(expected)} parameters, got {len(parameters)} in the manifest"
-        )
+    count = sum(not is_auxiliary(name) for name in parameters)
+    if count != len(expected):
+        raise CheckpointError(f"{reader.folder}: expected {len(expected)} parameters, got {count} in the manifest")

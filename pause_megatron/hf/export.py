@@ -199,7 +199,8 @@ def pause_record(checkpoint: NativeCheckpoint, names: Sequence[str], finetuned_p
     """Return the "pause" entry of config.json: tokens, ids, training settings and defaults of inference.
 
     `m_ft`, `location`, `filler` and `prefix_attention` are those of the finetuning, and the defaults of inference. m_ft
-    is the upper end of a range. `realised_rate` is that of a pretraining.
+    is the upper end of a range. `realised_rate` is that of a pretraining. `pause_targets` and `auxiliary_heads` tell
+    that the finetuning had them; the heads themselves are not exported.
 
     Args:
         checkpoint: The checkpoint to export.
@@ -222,6 +223,7 @@ def pause_record(checkpoint: NativeCheckpoint, names: Sequence[str], finetuned_p
         "prefix_attention": finetune.prefix_attention if finetuned else "causal",
         "location": finetune.location if finetuned else "append",
         "filler": finetune.filler if finetuned else None,
+        **{name: True for name in ("pause_targets", "auxiliary_heads") if getattr(finetune, name)},
     }
 
 

@@ -29,6 +29,7 @@ def build_model(
     seed: int = 0,
     kernels: KernelChoice = "auto",
     draw: bool = True,
+    auxiliary_heads: int = 0,
 ) -> PauseGPTModel:
     """Build this rank's shard of a Llama-like model on the current CUDA device, or on the CPU where there is none.
 
@@ -44,7 +45,9 @@ def build_model(
         precision: "fp32" or "bf16" parameters.
         seed: Seed of the initial weights, which do not depend on the number of ranks or on padding.
         kernels: As `engine.kernels`.
-        draw: False leaves the weights uninitialized, for a model that is about to be loaded.
+        draw: False leaves the weights uninitialized, for a model that is about to be loaded. Auxiliary heads begin at 0
+            in either case.
+        auxiliary_heads: Number of auxiliary heads, for the hints of a finetuning.
 
     Raises:
         ConfigError: A size is missing or not divisible by the tensor-parallel size.
@@ -65,6 +68,7 @@ def build_model(
         share_embeddings_and_output_weights=model.tied,
         position_embedding_type="rope",
         rotary_base=model.rope_base,
+        auxiliary_heads=auxiliary_heads,
     )
     if draw:
         initialize_weights(

@@ -7,7 +7,8 @@ head would have to override private methods.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
@@ -26,12 +27,30 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from pause_megatron.model.attention import MaskAndRotation, Rotation, SDPACoreAttention, additive_mask
+from pause_megatron.model.auxiliary import AuxiliaryHeads
 from pause_megatron.model.head import LMLoss, OutputLayer
 from pause_megatron.model.kernels import Kernels, load_kernels
 from pause_megatron.model.layers import loop, use_swiglu
 from pause_megatron.model.unsupported import check_loops, check_supported
 from pause_megatron.model.variable_length import PackedSegments
 from pause_megatron.model.vocabulary import Softmax, Vocabulary
+
+
+class Hints(NamedTuple):
+    """Further targets of a micro-batch. A named tuple, because DeepSpeed's hooks look for tensors in tuples only.
+
+    Attributes:
+        rows: Rows that predict them, as `target_rows`, int64 [hints]; those of auxiliary head 0 first.
+        targets: Target ids, int64 [hints].
+        by_head: Hints of each auxiliary head; () without heads.
+        weight: Weight of a hint in the loss.
+    """
+
+    rows: Tensor
+    targets: Tensor
+    by_head: tuple[int, ...] = ()
+    weight: float = 1.0
+
 
 PositionEmbedding = Literal["rope", "learned_absolute", "none"]
 AttentionMask = Tensor | PackedSegments
@@ -69,6 +88,7 @@ class PauseGPTModel(LanguageModule):
         kernels: Kernels of rotary embedding, SwiGLU (where the config has `use_te_activation_func`) and cross-entropy;
             default: plain.
         loops: How many times a forward pass runs through all layers, with the same weights.
+        auxiliary_heads: Number of auxiliary heads, for hints.
 
     Raises:
         ConfigError: The configuration has a feature of GPTModel that is not supported: multi-token prediction,
@@ -102,6 +122,7 @@ class PauseGPTModel(LanguageModule):
         head_chunk: int | None = None,
         kernels: Kernels | None = None,
         loops: int = 1,
+        auxiliary_heads: int = 0,
     ) -> None:
         check_supported(config, position_embedding_type, fp16_lm_cross_entropy, mtp_block_spec)
         check_loops(loops, config, whole=pre_process and post_process)
@@ -176,6 +197,7 @@ class PauseGPTModel(LanguageModule):
                 gather_output=not parallel_output,
                 tp_group=groups.tp,
             )
+        self.auxiliary_heads = AuxiliaryHeads(auxiliary_heads, config) if post_process and auxiliary_heads else None
         if pre_process or post_process:
             self.setup_embeddings_and_output_layer()
         for name, module in self.named_modules():
@@ -194,6 +216,7 @@ class PauseGPTModel(LanguageModule):
         target_rows: Tensor | None = None,
         targets: Tensor | None = None,
         loss_scale: Tensor | float = 1.0,
+        hints: Hints | None = None,
         loss_mask: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
         extra_block_kwargs: dict[str, Any] | None = None,
@@ -214,6 +237,7 @@ class PauseGPTModel(LanguageModule):
                 int64 [targets], ascending.
             targets: Target ids of those rows, int64 [targets].
             loss_scale: Factor of the sum of token losses.
+            hints: With `targets`: further targets, at pauses or for the auxiliary heads.
             loss_mask: With `labels`: no logits are computed where it is 0, [batch, seq].
             packed_seq_params: As GPTModel, for the TransformerBlock.
             extra_block_kwargs: As GPTModel, for the TransformerBlock.
@@ -244,7 +268,7 @@ class PauseGPTModel(LanguageModule):
         if targets is not None:
             if target_rows is None:
                 raise TypeError("PauseGPTModel.forward: expected target_rows with targets, got None")
-            return self._loss(hidden, target_rows, targets, loss_scale)
+            return self._loss(hidden, target_rows, targets, loss_scale, hints)
         if labels is not None:
             return self._token_losses(hidden, labels, loss_mask)
         logits, _ = self.output_layer(hidden, runtime_gather_output=runtime_gather_output)
@@ -327,29 +351,54 @@ class PauseGPTModel(LanguageModule):
             return angles  # a context-parallel rank has the angles of its part
         return angles[:, 0, 0][position_ids].transpose(0, 1).unsqueeze(2)
 
-    def _loss(self, hidden: Tensor, target_rows: Tensor, targets: Tensor, loss_scale: Tensor | float) -> LMLoss:
+    def _loss(
+        self, hidden: Tensor, target_rows: Tensor, targets: Tensor, loss_scale: Tensor | float, hints: Hints | None
+    ) -> LMLoss:
         if not isinstance(loss_scale, Tensor):
             loss_scale = torch.full((), loss_scale, dtype=torch.float32, device=hidden.device)
-        rows = self._rows(hidden, target_rows)
-        loss, total, token_losses = self.output_layer(rows, targets=targets, loss_scale=loss_scale)
-        return LMLoss(loss, total, targets.shape[0], token_losses)
+        count = targets.shape[0]
+        if hints is None and self.auxiliary_heads is None:
+            rows = self._rows(hidden, target_rows)
+            loss, total, token_losses = self.output_layer(rows, targets=targets, loss_scale=loss_scale)
+            return LMLoss(loss, total, count, token_losses)
+        if hints is None:  # the heads run all the same: under ZeRO-3 all ranks gather their weight together
+            hints = Hints(target_rows[:0], targets[:0])
+        rows = self._rows(hidden, torch.cat([target_rows, hints.rows]), count, hints.by_head)
+        loss, total, losses = self.output_layer(
+            rows,
+            targets=torch.cat([targets, hints.targets]),
+            loss_scale=loss_scale,
+            hints=hints.targets.shape[0],
+            hint_weight=hints.weight,
+        )
+        return LMLoss(loss, total, count, losses[:count], losses[count:])
 
     def _token_losses(self, hidden: Tensor, labels: Tensor, loss_mask: Tensor | None) -> Tensor:
         batch, seq = labels.shape
         labels = labels.t().reshape(-1)
         kept = torch.ones_like(labels, dtype=torch.bool) if loss_mask is None else loss_mask.t().reshape(-1) != 0
         kept = kept.nonzero().squeeze(1)
-        (losses,) = self.output_layer(self._rows(hidden, kept), targets=labels[kept])
+        (losses,) = self.output_layer(self._rows(hidden, kept, kept.shape[0]), targets=labels[kept])
         everywhere = losses.new_zeros(seq * batch).index_copy(0, kept, losses)
         return everywhere.view(seq, batch).t().contiguous()
 
-    def _rows(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """Select rows of the hidden states, [rows, hidden]; their gradient is summed over tensor-parallel ranks."""
+    def _rows(self, hidden: Tensor, rows: Tensor, answers: int = 0, by_head: Sequence[int] = ()) -> Tensor:
+        """Select rows of the hidden states, [rows, hidden]; their gradient is summed over tensor-parallel ranks.
+
+        Args:
+            hidden: As `hidden_states` returns them.
+            rows: Rows in the sequence-first flattening.
+            answers: Rows before those of the auxiliary heads.
+            by_head: Rows of each auxiliary head.
+        """
         group = self.pg_collection.tp
         if self.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=True, group=group)
-            return hidden.view(-1, hidden.shape[-1]).index_select(0, rows)
         selected = hidden.view(-1, hidden.shape[-1]).index_select(0, rows)
+        if self.auxiliary_heads is not None:
+            selected = torch.cat([selected[:answers], self.auxiliary_heads(selected[answers:], by_head)])
+        if self.config.sequence_parallel:
+            return selected
         return copy_to_tensor_model_parallel_region(selected, group=group)
 
 

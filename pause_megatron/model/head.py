@@ -1,9 +1,9 @@
 """The LM head: logits and cross-entropy of the rows that have a target, one chunk of rows at a time.
 
 Goyal et al. (ICLR 2024, section 3) mask every position whose next token is a pause. Such rows do not reach this head,
-so nothing is computed for them. The other rows are processed in chunks. The gradients of a chunk are computed in the
-forward pass, so that logits exist for one chunk at a time (as in torchtitan's chunked loss). The cross-entropy itself
-is in `pause_megatron.model.kernels`.
+so nothing is computed for them. The other rows are processed in chunks; the last rows may be hints, with a weight. The
+gradients of a chunk are computed in the forward pass, so that logits exist for one chunk at a time (as in torchtitan's
+chunked loss). The cross-entropy itself is in `pause_megatron.model.kernels`.
 """
 
 from __future__ import annotations
@@ -28,15 +28,17 @@ class LMLoss(NamedTuple):
 
     Attributes:
         loss: loss_scale * sum, scalar fp32; the only differentiable field.
-        sum: Sum of the token losses in nats, scalar fp32.
-        count: Number of targets.
+        sum: Sum of the token losses in nats, hints excluded, scalar fp32.
+        count: Number of targets, hints excluded.
         token_losses: Loss of each target, fp32 [targets].
+        hint_losses: Loss of each hint, fp32 [hints]; None: there are none.
     """
 
     loss: Tensor
     sum: Tensor
     count: int  # type: ignore[assignment]  # hides tuple.count
     token_losses: Tensor
+    hint_losses: Tensor | None = None
 
 
 class _Weighted(Protocol):
@@ -83,6 +85,8 @@ class OutputLayer(tensor_parallel.ColumnParallelLinear):
         *,
         targets: Tensor | None = None,
         loss_scale: Tensor | None = None,
+        hints: int = 0,
+        hint_weight: float = 1.0,
     ) -> tuple[Any, ...]:
         """Compute logits, or the loss.
 
@@ -92,10 +96,12 @@ class OutputLayer(tensor_parallel.ColumnParallelLinear):
             runtime_gather_output: As in ColumnParallelLinear.
             targets: Target ids, int64 [rows]. A target on a masked column has an infinite loss.
             loss_scale: Scalar fp32. None: each token loss is differentiable, and all logits exist at one time.
+            hints: Number of rows at the end that are hints.
+            hint_weight: Weight of each of them in the scaled sum.
 
         Returns:
-            Without targets (logits, bias), as ColumnParallelLinear. With targets and a scale: (scaled sum, sum, token
-            losses [rows]). With targets only: (token losses [rows],).
+            Without targets (logits, bias), as ColumnParallelLinear. With targets and a scale: (scaled sum, sum without
+            hints, token losses [rows]). With targets only: (token losses [rows],).
         """
         (embedding,) = self._tied_to
         if weight is None and embedding is not None:
@@ -111,7 +117,8 @@ class OutputLayer(tensor_parallel.ColumnParallelLinear):
         chunk = head_chunk_rows(
             self.chunk, columns=weight.shape[0], element=weight.element_size(), device=weight.device.type
         )
-        task = _Task(self._cross_entropy, self.masked, chunk, self.tp_group, torch.is_grad_enabled())
+        differentiable = torch.is_grad_enabled()
+        task = _Task(self._cross_entropy, self.masked, chunk, self.tp_group, differentiable, hints, hint_weight)
         return _ChunkedCrossEntropy.apply(input_, weight, targets, loss_scale, task)
 
 
@@ -141,6 +148,20 @@ class _Task(NamedTuple):
     chunk: int
     group: dist.ProcessGroup
     differentiable: bool
+    hints: int
+    hint_weight: float
+
+    def spans(self, rows: int, scale: Tensor) -> list[tuple[int, int, Tensor]]:
+        """Return the chunks of the rows, as (first, one past the last, factor of the gradient); none mixes in hints."""
+        answers = rows - self.hints
+        parts = [(0, answers, scale)]
+        if self.hints:
+            parts.append((answers, rows, scale * self.hint_weight))
+        return [
+            (start, min(start + self.chunk, last), factor)
+            for first, last, factor in parts
+            for start in range(first, last, self.chunk)
+        ]
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -154,33 +175,37 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, rows: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, task: _Task
     ) -> tuple[Tensor, Tensor, Tensor]:
-        count, chunk = rows.shape[0], task.chunk
+        count = rows.shape[0]
+        spans = task.spans(count, scale)
         token_losses = torch.empty(count, dtype=torch.float32, device=rows.device)
         grad_rows = torch.empty_like(rows) if task.differentiable and ctx.needs_input_grad[0] else None
         grad_weight = None
         if task.differentiable and ctx.needs_input_grad[1]:
-            grad_weight = _WeightGradient(weight, chunks=-(-count // chunk))
+            grad_weight = _WeightGradient(weight, chunks=len(spans))
         # One buffer for all chunks: on a CPU, new pages for each chunk cost more than the softmax.
-        buffer = rows.new_empty(min(chunk, count), weight.shape[0])
-        for start in range(0, count, chunk):
-            x = rows[start : start + chunk]
+        buffer = rows.new_empty(min(task.chunk, count), weight.shape[0])
+        for start, stop, factor in spans:
+            x = rows[start:stop]
             logits = torch.mm(x, weight.t(), out=buffer[: x.shape[0]])
             for low, high in task.masked:
                 logits[:, low:high] = float("-inf")
-            token_losses[start : start + chunk], grad_logits = task.cross_entropy(
-                logits, targets[start : start + chunk], scale, task.group, task.differentiable
+            token_losses[start:stop], grad_logits = task.cross_entropy(
+                logits, targets[start:stop], factor, task.group, task.differentiable
             )
             if grad_logits is None:
                 continue
             if grad_rows is not None:
-                torch.mm(grad_logits, weight, out=grad_rows[start : start + chunk])
+                torch.mm(grad_logits, weight, out=grad_rows[start:stop])
             if grad_weight is not None:
                 grad_weight.add(grad_logits, x)
         ctx.gradients = grad_rows, None if grad_weight is None else grad_weight.result()
-        total = token_losses.sum()
+        total = token_losses[: count - task.hints].sum()
+        objective = scale * total
+        if task.hints:
+            objective = objective + scale * task.hint_weight * token_losses[count - task.hints :].sum()
         ctx.mark_non_differentiable(total, token_losses)
         ctx.set_materialize_grads(False)
-        return scale * total, total, token_losses
+        return objective, total, token_losses
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:

@@ -29,8 +29,8 @@ def initialize_weights(
     """Fill all parameters of a model that `build_model` made.
 
     Matrices are normal(0, std); those that write into the residual stream normal(0, std / sqrt(2 layers)) (GPT-2,
-    Megatron-LM); norms 1; biases 0. A pause row is normal with the mean and standard deviation of the text rows, per
-    channel; padding rows are 0.
+    Megatron-LM); norms 1; biases and auxiliary heads 0. A pause row is normal with the mean and standard deviation of
+    the text rows, per channel; padding rows are 0.
 
     Args:
         model: This rank's shard.
@@ -57,7 +57,7 @@ def initialize_weights(
         elif name.endswith(("linear_proj.weight", "linear_fc2.weight")):
             whole = draw(name, (shape[0], shape[1] * ranks), std / math.sqrt(2 * layers))
             value = whole.chunk(ranks, dim=1)[rank]
-        elif name.endswith("linear_qkv.bias"):
+        elif name.endswith(("linear_qkv.bias", "auxiliary_heads.weight")):
             value = torch.zeros(shape, device=parameter.device)
         elif parameter.dim() == 1 and "norm" in name:
             value = torch.ones(shape, device=parameter.device)

@@ -71,7 +71,7 @@ def task_record(task: TaskData, data: TrainingData) -> dict[str, str]:
     valid = xxhash.xxh3_128()
     windows = data.valid.windows if data.valid else None
     for example in windows.examples if isinstance(windows, SupervisedWindows) else ():
-        valid.update(np.concatenate([[len(example.prompt)], example.prompt, example.target]).tobytes())
+        valid.update(np.concatenate([[len(example.prompt)], example.prompt, example.target, example.hints]).tobytes())
     return {
         "content of task.path": task.fingerprint,
         "content of task.path for validation": valid.hexdigest(),
@@ -114,6 +114,7 @@ def training_data(data: TaskData) -> TrainingData:
         fingerprint=data.fingerprint,
         description=data.description,
         show=lambda batch: show_window(batch, data.tokenizer),
+        auxiliary_heads=data.auxiliary_heads,
     )
 
 

@@ -118,6 +118,7 @@ def training_steps(
     progress: Progress = Progress(),
     corpora: Sequence[str] = (),
     long_hooks: Sequence[int] = (),
+    hint_weight: float = 1.0,
 ) -> Iterator[StepResult]:
     """Take optimizer steps until the last one or a stop request.
 
@@ -134,6 +135,7 @@ def training_steps(
         progress: Counters of the run at the start.
         corpora: Names of the corpora of a blend, whose losses are reported separately.
         long_hooks: Intervals, in steps, of hooks that take long (validation, saves); the same on all ranks.
+        hint_weight: Weight of a hint in the loss, where a token of an answer has weight 1.
 
     Yields:
         The result of each step.
@@ -149,7 +151,7 @@ def training_steps(
             return
         loaded = time.perf_counter()
         lr = schedule.learning_rate(step + 1)
-        sums = _StepSums(micro_batches, context, corpora, stop)
+        sums = _StepSums(micro_batches, context, corpora, stop, hint_weight)
         outcome = engine.train_step(
             [batch.to(context.device) for batch in micro_batches],
             sums.losses.forward,
@@ -189,16 +191,24 @@ class _StepSums:
     """Numbers of a step that are summed over all ranks on the device, and read by the host once.
 
     Attributes:
-        counts: float64 [3] on the device, over all ranks: targets, raw tokens, text tokens.
+        counts: float64 [3] on the device, over all ranks: targets with their weights, raw tokens, text tokens.
         losses: Sums of the token losses.
     """
 
     def __init__(
-        self, micro_batches: Sequence[MicroBatch], context: ParallelContext, corpora: Sequence[str], stop: StopRequest
+        self,
+        micro_batches: Sequence[MicroBatch],
+        context: ParallelContext,
+        corpora: Sequence[str],
+        stop: StopRequest,
+        hint_weight: float,
     ) -> None:
         self._context, self._stop = context, stop
-        self.losses = LossSums(context.device, corpora)
-        local = [(batch.targets_count, batch.raw_tokens, batch.text_tokens) for batch in micro_batches]
+        self.losses = LossSums(context.device, corpora, hint_weight)
+        local = [
+            (batch.targets_count + hint_weight * batch.hints_count, batch.raw_tokens, batch.text_tokens)
+            for batch in micro_batches
+        ]
         # Whole numbers stay exact in float64 up to 2**53.
         self.counts = upload([sum(each) for each in zip(*local, strict=True)], context.device)
         if context.world_size > 1:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pause_megatron.data.batches.batch import MicroBatch
 from pause_megatron.distributed import ParallelContext
-from pause_megatron.model import LMLoss
+from pause_megatron.model import Hints, LMLoss
 from pause_megatron.model.variable_length import PackedSegments
 
 
@@ -29,6 +29,8 @@ class Losses:
         after_pause_targets: Number of targets directly after a pause.
         by_corpus: Mean over the targets of each corpus of a blend, by name; None for one without targets. Empty for
             one corpus.
+        hints: Mean over the targets of pauses or auxiliary heads, which the other means exclude; None: there are none.
+        hint_targets: Number of these targets.
     """
 
     mean: float
@@ -37,6 +39,8 @@ class Losses:
     targets: int
     after_pause_targets: int
     by_corpus: dict[str, float | None] = field(default_factory=dict)
+    hints: float | None = None
+    hint_targets: int = 0
 
     @classmethod
     def from_sums(
@@ -46,6 +50,7 @@ class Losses:
         targets: float,
         after_pause_targets: float,
         by_corpus: dict[str, tuple[float, float]] | None = None,
+        hints: tuple[float, float] = (0.0, 0.0),
     ) -> Losses:
         """Return the means of sums.
 
@@ -55,6 +60,7 @@ class Losses:
             targets: Number of targets.
             after_pause_targets: Number of targets directly after a pause.
             by_corpus: (sum, number of targets) of each corpus, by name.
+            hints: (sum, number of targets) of the hints.
         """
         others, mean = targets - after_pause_targets, _mean(total, targets)
         return cls(
@@ -64,6 +70,8 @@ class Losses:
             targets=int(targets),
             after_pause_targets=int(after_pause_targets),
             by_corpus={name: _mean(*sums) for name, sums in (by_corpus or {}).items()},
+            hints=_mean(*hints),
+            hint_targets=int(hints[1]),
         )
 
 
@@ -71,17 +79,21 @@ def _mean(total: float, count: float) -> float | None:
     return total / count if count else None
 
 
-def lm_loss(module: nn.Module, batch: MicroBatch, scale: Tensor | float) -> LMLoss:
+def lm_loss(module: nn.Module, batch: MicroBatch, scale: Tensor | float, hint_weight: float = 1.0) -> LMLoss:
     """Run the forward pass of a micro-batch.
 
     Args:
         module: A `PauseGPTModel`, or DeepSpeed's wrapper of one.
         batch: The micro-batch, on the model's device.
-        scale: Factor of the differentiable loss: loss = scale x sum of the token losses.
+        scale: Factor of the differentiable loss: loss = scale x (sum of the token losses + weighted sum of the hints').
+        hint_weight: Weight of a hint.
     """
     spans = None
     if batch.segments is not None:
         spans = PackedSegments.of(batch.segments, batch.prefix, device=batch.tokens.device)
+    hints = None
+    if batch.hint_rows is not None and batch.hint_targets is not None:
+        hints = Hints(batch.hint_rows, batch.hint_targets, batch.hints_by_head, hint_weight)
     output: LMLoss = module(
         batch.tokens,
         batch.position_ids,
@@ -89,6 +101,7 @@ def lm_loss(module: nn.Module, batch: MicroBatch, scale: Tensor | float) -> LMLo
         target_rows=batch.target_rows,
         targets=batch.targets,
         loss_scale=scale,
+        hints=hints,
     )
     return output
 
@@ -99,10 +112,12 @@ class LossSums:
     Args:
         device: Device of the token losses.
         corpora: Names of the corpora of a blend, in the order of their dataset_id; empty for one corpus.
+        hint_weight: Weight of a hint in the loss that is differentiated.
     """
 
-    def __init__(self, device: torch.device, corpora: Sequence[str] = ()) -> None:
-        self._corpora = corpora
+    def __init__(self, device: torch.device, corpora: Sequence[str] = (), hint_weight: float = 1.0) -> None:
+        self._corpora, self._hint_weight = corpora, hint_weight
+        self._hints = torch.zeros(2, dtype=torch.float64, device=device)
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
         self._of_corpora = torch.zeros(len(corpora), 2, dtype=torch.float64, device=device)
 
@@ -114,9 +129,21 @@ class LossSums:
             batch: As in `lm_loss`.
             scale: As in `lm_loss`; a scalar on the device.
         """
-        output = lm_loss(module, batch, scale)
-        self.add(output.token_losses, batch.after_pause, batch.target_datasets)
+        output = lm_loss(module, batch, scale, self._hint_weight)
+        self.add_output(output, batch)
         return output.loss
+
+    def add_output(self, output: LMLoss, batch: MicroBatch) -> None:
+        """Add the token losses of a micro-batch, and those of its hints, to the sums.
+
+        Args:
+            output: What `lm_loss` returned.
+            batch: The micro-batch.
+        """
+        self.add(output.token_losses, batch.after_pause, batch.target_datasets)
+        if output.hint_losses is not None:
+            losses = output.hint_losses.double()
+            self._hints += torch.stack([losses.sum(), losses.new_full((), losses.numel())])
 
     def add(self, token_losses: Tensor, after_pause: Tensor, datasets: Tensor | None = None) -> None:
         """Add token losses to the sums.
@@ -140,17 +167,19 @@ class LossSums:
         Args:
             context: Process groups of this rank.
         """
-        sums = torch.cat([self._sums, self._of_corpora.flatten()])
+        sums = torch.cat([self._sums, self._hints, self._of_corpora.flatten()])
         if context.world_size > 1:
             dist.all_reduce(sums, group=context.dp_group)
         return sums
 
     def means(self, sums: Sequence[float]) -> Losses:
         """Return the means of the sums that `reduced` gave, read by the host."""
-        total, after_pause, targets, after_pause_targets = sums[:4]
-        pairs = zip(sums[4::2], sums[5::2], strict=True)
+        total, after_pause, targets, after_pause_targets, hints, hint_targets = sums[:6]
+        pairs = zip(sums[6::2], sums[7::2], strict=True)
         by_corpus = dict(zip(self._corpora, pairs, strict=True))
-        return Losses.from_sums(total, after_pause, targets, after_pause_targets, by_corpus)
+        return Losses.from_sums(
+            total, after_pause, targets, after_pause_targets, by_corpus, hints=(hints, hint_targets)
+        )
 
     def totals(self, context: ParallelContext) -> Losses:
         """Return the means over all ranks. Every rank calls this; the host waits for the device.

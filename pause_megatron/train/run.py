@@ -168,6 +168,7 @@ def new_model(config: ResolvedConfig, data: TrainingData, *, draw: bool = True) 
         seed=config.run.seed,
         kernels=config.engine.kernels,
         draw=draw,
+        auxiliary_heads=data.auxiliary_heads,
     )
     if config.train.only == "pause_rows":
         train_pause_rows_only(model)

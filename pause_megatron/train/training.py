@@ -52,6 +52,7 @@ def train(run: Run) -> None:
             progress=run.progress,
             corpora=run.data.names,
             long_hooks=(config.checkpoint.every, config.validation.every),
+            hint_weight=config.finetune.hint_weight,
         ):
             watch.beat(f"step {result.step} done")
             for hook in hooks:

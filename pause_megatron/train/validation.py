@@ -57,7 +57,7 @@ def evaluate_loss(
         with torch.no_grad():
             for batch in _micro_batches(held_out, micro_size, pause_ids, context):
                 batch = batch.to(context.device)
-                sums.add(lm_loss(module, batch, 1.0).token_losses, batch.after_pause, batch.target_datasets)
+                sums.add_output(lm_loss(module, batch, 1.0), batch)
     finally:
         module.train()
     return sums.totals(context)
@@ -75,6 +75,7 @@ def validation_losses(with_pauses: Losses, without_pauses: Losses) -> Metrics:
         "valid_loss_after_pause": with_pauses.after_pause,
         "valid_loss_elsewhere": with_pauses.elsewhere,
         "valid_loss_without_pauses": without_pauses.mean,
+        **({} if with_pauses.hints is None else {"valid_loss_hints": with_pauses.hints}),
         **{f"valid_loss/{name}": loss for name, loss in with_pauses.by_corpus.items()},
     }
 
@@ -94,5 +95,11 @@ def _micro_batches(
 
 def _without_targets(batch: MicroBatch) -> MicroBatch:
     return replace(
-        batch, target_rows=batch.target_rows[:0], targets=batch.targets[:0], after_pause=batch.after_pause[:0]
+        batch,
+        target_rows=batch.target_rows[:0],
+        targets=batch.targets[:0],
+        after_pause=batch.after_pause[:0],
+        hint_rows=None,
+        hint_targets=None,
+        hints_by_head=(),
     )

@@ -77,6 +77,7 @@ def describe_task(data: TaskData, plan: BatchPlan, engine: dict[str, Any]) -> st
             "tokens an epoch",
             f"{facts.tokens:,} read ({facts.pauses / facts.tokens:.2%} pauses), {facts.targets:,} targets",
         ),
+        *([("hints an epoch", f"{facts.hints:,}, weight {finetune.hint_weight:g}")] if arrangement.hints else []),
         ("steps", f"{steps:,}, about {epochs:.2f} epochs (by the first one's windows)"),
         ("learning rate", _schedule(config)),
         *_model_rows(config, plan, engine, data.tokenizer.vocab_size, "the tokenizer's"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 
@@ -32,6 +33,9 @@ class MicroBatch:
         prefix: Tokens with bidirectional attention to the marked tokens of their segment (a prefix-LM), bool
             [batch, seq]. None: causal. Segments and prefix stay on the host, because attention needs their lengths.
         padding_tokens: Number of input tokens that are padding.
+        hint_rows: Rows that predict hints, int64 [H]; ascending by head where heads predict them. None: no hints.
+        hint_targets: The hint at each of these rows, int64 [H]; never a pause.
+        hints_by_head: Number of hints of each auxiliary head, in order; () where pauses predict the hints.
     """
 
     tokens: torch.Tensor
@@ -45,6 +49,9 @@ class MicroBatch:
     segments: torch.Tensor | None = None
     prefix: torch.Tensor | None = None
     padding_tokens: int = 0
+    hint_rows: torch.Tensor | None = None
+    hint_targets: torch.Tensor | None = None
+    hints_by_head: tuple[int, ...] = ()
 
     @property
     def target_datasets(self) -> torch.Tensor | None:
@@ -55,6 +62,11 @@ class MicroBatch:
     def targets_count(self) -> int:
         """R, the number of supervised positions."""
         return self.targets.numel()
+
+    @property
+    def hints_count(self) -> int:
+        """H, the number of supervised hints."""
+        return 0 if self.hint_targets is None else self.hint_targets.numel()
 
     @property
     def raw_tokens(self) -> int:
@@ -132,6 +144,8 @@ class MicroBatch:
             after_pause=tensors["after_pause"],
             sample_ids=tensors["sample_ids"],
             dataset_ids=tensors.get("dataset_ids"),
+            hint_rows=tensors.get("hint_rows"),
+            hint_targets=tensors.get("hint_targets"),
         )
 
 
@@ -143,7 +157,7 @@ def collate(
     Args:
         samples: Dictionaries with tokens, labels, position_ids int64 [seq] and loss_mask float [seq] of zeros and ones.
             Samples of a BlendedDataset also have a dataset_id. All samples may have segments int32 [seq] and prefix
-            bool [seq], as in MicroBatch.
+            bool [seq], as in MicroBatch, and hints int64 [hints, 3]: position, head or -1, target.
         sample_ids: Global sample numbers, one for each sample.
         pause_ids: The K pause ids.
 
@@ -177,7 +191,22 @@ def collate(
         segments=segments,
         prefix=prefix,
         padding_tokens=padding_tokens,
+        **(_hints([sample["hints"] for sample in samples]) if "hints" in samples[0] else {}),
     )
+
+
+def _hints(hints: Sequence[torch.Tensor]) -> dict[str, Any]:
+    """Return the fields of a micro-batch about the hints of its samples."""
+    rows = torch.cat([each[:, 0] * len(hints) + number for number, each in enumerate(hints)])
+    heads, targets = torch.cat([each[:, 1] for each in hints]), torch.cat([each[:, 2] for each in hints])
+    if not len(heads) or int(heads[0]) < 0:
+        return {"hint_rows": rows, "hint_targets": targets}
+    order = heads.argsort(stable=True)
+    return {
+        "hint_rows": rows[order],
+        "hint_targets": targets[order],
+        "hints_by_head": tuple(heads.bincount().tolist()),
+    }
 
 
 def _is_one_document(segments: torch.Tensor) -> bool:

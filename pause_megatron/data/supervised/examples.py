@@ -13,7 +13,7 @@ are appended, that token is the last pause.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -23,6 +23,9 @@ from pause_megatron.data.tokenizer.continuation import Continuations
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer
 from pause_megatron.data.windows.pause import LOCATIONS, add_pauses
 from pause_megatron.errors import ConfigError, DataError
+
+HINT_PLACES = ("pauses", "heads")
+"""What predicts the hints of an example: its first pauses, or auxiliary heads where the answer is predicted."""
 
 PREFIX_ATTENTIONS = ("causal", "bidirectional")
 """Attention within a prefix: causal, or prompt and pauses see each other in both directions (a prefix-LM)."""
@@ -79,6 +82,19 @@ class Example(Protocol):
         ...
 
 
+class Hinted(Protocol):
+    """An example with hints.
+
+    Attributes:
+        hints: Targets for pauses or auxiliary heads, in order; each the text of one token.
+    """
+
+    @property
+    def hints(self) -> tuple[str, ...]:
+        """Targets for pauses or auxiliary heads, in order; each the text of one token."""
+        ...
+
+
 class EncodedExample(NamedTuple):
     """An example as token ids.
 
@@ -86,11 +102,13 @@ class EncodedExample(NamedTuple):
         id: The name of the example in messages.
         prompt: Token ids, int32 [P].
         target: Token ids, int32 [T]. The last one is EOD.
+        hints: Token ids of the hints, int32 [hints].
     """
 
     id: str
     prompt: np.ndarray
     target: np.ndarray
+    hints: np.ndarray = np.zeros(0, dtype=np.int32)
 
 
 def continuations(tokenizer: Tokenizer) -> Continuations:
@@ -126,6 +144,36 @@ def encode_examples(examples: Sequence[Example], tokenizer: Tokenizer) -> list[E
     return encoded
 
 
+def with_hints(
+    encoded: Iterable[EncodedExample], examples: Iterable[Hinted], tokenizer: Tokenizer
+) -> list[EncodedExample]:
+    """Return encoded examples with the token ids of their hints.
+
+    Args:
+        encoded: What `encode_examples` returned.
+        examples: The same examples as text.
+        tokenizer: The tokenizer of the model that is trained.
+
+    Raises:
+        DataError: A hint is not one token. The message names the example and the hint.
+    """
+    one_token = continuations(tokenizer).one_token
+    known: dict[str, int] = {}
+    arrays: dict[tuple[str, ...], np.ndarray] = {}  # examples with the same hints share them
+    result = []
+    for ids, example in zip(encoded, examples, strict=True):
+        if example.hints not in arrays:
+            for number, hint in enumerate(example.hints, start=1):
+                if hint not in known:
+                    try:
+                        known[hint] = one_token(hint)
+                    except DataError as error:
+                        raise DataError(f"example {ids.id}: hint {number}: {error}") from None
+            arrays[example.hints] = np.array([known[hint] for hint in example.hints], dtype=np.int32)
+        result.append(ids._replace(hints=arrays[example.hints]))
+    return result
+
+
 @dataclass(frozen=True)
 class Arrangement:
     """The layout of examples in windows.
@@ -139,6 +187,7 @@ class Arrangement:
         batching: "packed" (several examples a window, with intra-document masking) or "padded" (one example a window).
         leading: Number of tokens at the beginning of a prompt (a BOS) that are never truncated. Prepended pauses stand
             after them.
+        hints: One of HINT_PLACES; None: hints have no loss.
     """
 
     sequence_length: int
@@ -148,6 +197,7 @@ class Arrangement:
     prefix_attention: str = "causal"
     batching: str = "packed"
     leading: int = 0
+    hints: str | None = None
 
     def check(self, example: EncodedExample) -> None:
         """Check that an example fits into a window with the largest and the smallest M that can be drawn.
@@ -156,8 +206,10 @@ class Arrangement:
             example: The encoded example.
 
         Raises:
-            DataError: Its target and pauses leave no room for the last token of the prompt, or its prefix is empty.
+            DataError: Its target and pauses leave no room for the last token of the prompt, its prefix is empty, or
+                its hints are missing or more than the pauses before the last one.
         """
+        self._check_hints(example)
         most, targets = self.pauses[-1], example.target.size
         kept = min(example.prompt.size, max(self.leading, 1))
         if kept + most + targets > self.sequence_length + 1:
@@ -172,6 +224,34 @@ class Arrangement:
                 f"example {example.id}: expected a prompt, or pauses that predict the target, got an empty prompt "
                 "without pauses"
             )
+
+    def _check_hints(self, example: EncodedExample) -> None:
+        if self.hints is None:
+            return
+        count, fewest = example.hints.size, self.pauses[0]
+        if not count:
+            raise DataError(
+                f"example {example.id}: expected hints of the task, for finetune.pause_targets or "
+                "finetune.auxiliary_heads, got none"
+            )
+        if self.hints == "pauses" and fewest < count + 1:
+            raise DataError(
+                f"example {example.id}: expected at least {count + 1} finetune.pauses for its {count} hints "
+                f"(finetune.pause_targets: the last pause predicts the answer), got {fewest}"
+            )
+
+    def hint_positions(self, example: EncodedExample, count: int, prefix_size: int) -> np.ndarray:
+        """Return the position at which each hint is predicted, int64 [hints]; none where hints have no loss.
+
+        Args:
+            example: The encoded example.
+            count: M, its pauses.
+            prefix_size: Tokens of its prefix, as `arrange` returns them.
+        """
+        size = example.hints.size
+        if self.hints == "pauses":
+            return prefix_size - count + np.arange(size)
+        return np.full(size if self.hints == "heads" else 0, prefix_size - 1)
 
     def prompt_tokens(self, example: EncodedExample, count: int) -> int:
         """Return how many tokens of the prompt are kept beside `count` pauses."""

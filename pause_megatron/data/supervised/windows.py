@@ -64,8 +64,8 @@ class SupervisedWindows:
             idx: Number of the window over all epochs, from 0.
 
         Returns:
-            tokens, labels and position_ids int64 [N], loss_mask fp32 [N], segments int32 [N] and, with a bidirectional
-            prefix, prefix bool [N].
+            tokens, labels and position_ids int64 [N], loss_mask fp32 [N], segments int32 [N]; with a bidirectional
+            prefix, prefix bool [N]; with hints, hints int64 [hints, 3] (position, head or -1, target).
         """
         number, within = self.locate(idx)
         epoch = self.epoch(number)
@@ -121,6 +121,7 @@ class SupervisedWindows:
         tokens, labels, positions = (np.zeros(size, dtype=np.int64) for _ in range(3))
         mask, segments = np.zeros(size, dtype=np.float32), np.full(size, -1, dtype=np.int32)
         prefix, start = np.zeros(size, dtype=bool), 0
+        hints: list[np.ndarray] = [np.zeros((0, 3), dtype=np.int64)]
         for segment, item in enumerate(items):
             ids, prefix_size = self.arrangement.arrange(self.examples[item], int(counts[item]))
             stop = start + ids.size - 1
@@ -129,6 +130,7 @@ class SupervisedWindows:
             first = start + prefix_size - 1  # the last token of the prefix predicts the first target
             labels[first:stop], mask[first:stop] = ids[prefix_size:], 1.0
             prefix[start : first + 1] = True
+            hints.append(self._hints(self.examples[item], int(counts[item]), prefix_size, start))
             start = stop
         sample = {
             "tokens": tokens,
@@ -139,7 +141,15 @@ class SupervisedWindows:
         }
         if self.arrangement.prefix_attention == "bidirectional":
             sample["prefix"] = prefix
+        if self.arrangement.hints is not None:
+            sample["hints"] = np.concatenate(hints)
         return {name: torch.from_numpy(values) for name, values in sample.items()}
+
+    def _hints(self, example: EncodedExample, count: int, prefix_size: int, start: int) -> np.ndarray:
+        """Return (position in the window, head or -1, target) of each hint, int64 [hints, 3]."""
+        positions = start + self.arrangement.hint_positions(example, count, prefix_size)
+        heads = np.arange(positions.size) if self.arrangement.hints == "heads" else np.full(positions.size, -1)
+        return np.stack([positions, heads, example.hints[: positions.size]], axis=1).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -151,7 +161,8 @@ class EpochSummary:
         windows: Number of windows.
         tokens: Input tokens, pauses included, padding excluded.
         pauses: Pauses (or fillers) among the input tokens.
-        targets: Supervised targets.
+        targets: Supervised targets of answers.
+        hints: Supervised hints.
         padding: Fraction of the windows' positions that is padding.
         truncated: Examples whose prompt is truncated.
     """
@@ -161,6 +172,7 @@ class EpochSummary:
     tokens: int
     pauses: int
     targets: int
+    hints: int
     padding: float
     truncated: int
 
@@ -177,6 +189,7 @@ def summarize(data: SupervisedWindows) -> EpochSummary:
         tokens=tokens,
         pauses=int(epoch.counts.sum()),
         targets=sum(example.target.size for example, _ in pairs),
+        hints=sum(example.hints.size for example, _ in pairs) if arrangement.hints else 0,
         padding=1 - tokens / positions,
         truncated=sum(arrangement.prompt_tokens(example, count) < example.prompt.size for example, count in pairs),
     )

@@ -57,10 +57,24 @@ class Continuations:
         Raises:
             ConfigError: The text is not a single token.
         """
+        try:
+            return self.one_token(text)
+        except DataError as error:
+            raise ConfigError(f"filler: {error}") from None
+
+    def one_token(self, text: str) -> int:
+        """Return the id of a text that is a single token.
+
+        Args:
+            text: The text.
+
+        Raises:
+            DataError: It is none, or several.
+        """
         ids = self._plain_encode(text)
         if len(ids) == 2 and self.decode(ids[:1]) in ("", " "):
             ids = ids[1:]  # SentencePiece puts a bare space before a piece that has no space-prefixed form
         if len(ids) != 1:
             pieces = " ".join(repr(self.decode([token_id])) for token_id in ids)
-            raise ConfigError(f"filler: expected the text of one token, got {text!r}, which is {len(ids)} ({pieces})")
+            raise DataError(f"expected the text of one token, got {text!r}, which is {len(ids)} ({pieces})")
         return ids[0]

@@ -45,6 +45,10 @@ class SyntheticTask:
         """Yield (bits, answer) of every example of a split, in the same order in every run."""
         raise NotImplementedError
 
+    def hints(self, bits: str) -> tuple[str, ...]:
+        """Return the hints of a prompt, one digit each; none by default."""
+        return ()
+
     @property
     def folder(self) -> str:
         """Folder of records under `--task-path`; the task reads none."""
@@ -64,7 +68,7 @@ class SyntheticTask:
         if path is not None:
             raise ConfigError(f"task.path: expected none, task {self.name} generates its examples; got {path!r}")
         return [
-            Example(id=str(number), prompt=f"{bits}=", target=answer, references=(answer,))
+            Example(id=str(number), prompt=f"{bits}=", target=answer, references=(answer,), hints=self.hints(bits))
             for number, (bits, answer) in enumerate(islice(self.pairs(split), limit), start=1)
         ]
 

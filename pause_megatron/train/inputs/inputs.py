@@ -44,6 +44,7 @@ class TrainingData:
         names: Names of the corpora that `train` blends; empty for one corpus.
         stream: Opens the stream of `data.source` where a checkpoint's folder left it (None: its beginning). Every rank
             calls it.
+        auxiliary_heads: Number of auxiliary heads that the windows' hints need.
     """
 
     train: Samples | None
@@ -56,3 +57,4 @@ class TrainingData:
     show: Callable[[MicroBatch], str]
     names: tuple[str, ...] = ()
     stream: Callable[[ParallelContext, Path | None], Stream] | None = None
+    auxiliary_heads: int = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,12 +12,18 @@ from pause_megatron.config.load import resolve, scheduled
 from pause_megatron.config.model_from import checkpoint_config
 from pause_megatron.config.rules import check, warmup_ends
 from pause_megatron.config.schema import ResolvedConfig, ScheduledConfig
-from pause_megatron.data.supervised.examples import Arrangement, continuations, encode_examples
+from pause_megatron.data.supervised.examples import (
+    Arrangement,
+    EncodedExample,
+    continuations,
+    encode_examples,
+    with_hints,
+)
 from pause_megatron.data.supervised.windows import SupervisedWindows, summarize
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from pause_megatron.errors import ConfigError, DataError
 from pause_megatron.files.digest import bytes_digest
-from pause_megatron.tasks import Task, fingerprint, load_task, read_examples
+from pause_megatron.tasks import Example, Task, fingerprint, load_task, read_examples
 
 
 @dataclass(frozen=True)
@@ -40,15 +47,24 @@ class TaskData:
     fingerprint: str
 
     @property
+    def auxiliary_heads(self) -> int:
+        """Number of auxiliary heads: the most hints of an example; 0 without `finetune.auxiliary_heads`."""
+        heads = self.windows.arrangement.hints == "heads"
+        return max(example.hints.size for example in self.windows.examples) if heads else 0
+
+    @property
     def description(self) -> str:
         """What a step reads and what the first epoch holds, in a few words."""
         facts, finetune = summarize(self.windows), self.config.finetune
         pauses = "pauses" if finetune.filler is None else f"fillers {finetune.filler!r}"
+        places = {"pauses": "the pauses", "heads": f"{self.auxiliary_heads} auxiliary heads"}
+        place = self.windows.arrangement.hints
+        hints = f", {facts.hints:,} hints as targets of {places[place]}" if place else ""
         cut = f", {facts.truncated:,} prompts cut on the left" if facts.truncated else ""
         return (
             f"{self.config.batch.global_size:,} windows; {self.config.task.name}: {facts.examples:,} examples in "
             f"{facts.windows:,} {finetune.batching} windows, {facts.padding:.1%} padding, {finetune.pauses} {pauses} "
-            f"each ({finetune.location}, prefix {finetune.prefix_attention}){cut}"
+            f"each ({finetune.location}, prefix {finetune.prefix_attention}){hints}{cut}"
         )
 
 
@@ -70,7 +86,7 @@ def open_task(config: ResolvedConfig) -> TaskData:
     pause_ids = range(tokenizer.pause_id, tokenizer.pause_id + config.pause.embeddings)
     examples = read_examples(task, "train", config.task.path, config.task.limit)
     arrangement = _arrangement(config, tokenizer, pause_ids)
-    encoded = encode_examples(examples, tokenizer)
+    encoded = _encoded(examples, tokenizer, arrangement)
     windows = SupervisedWindows(encoded, arrangement, seed=config.run.seed, task=task.name)
     content = (fingerprint(examples), tokenizer.fingerprint, tokenizer.eod, tokenizer.pause_id)
     digest = bytes_digest(repr(content).encode())
@@ -92,11 +108,11 @@ def held_out(data: TaskData) -> tuple[SupervisedWindows, SupervisedWindows]:
     except (ConfigError, DataError) as error:
         reason = f"validation.every={config.validation.every} scores held-out examples; validation.every=0 needs none"
         raise type(error)(f"{error}. {reason}") from None
-    encoded = encode_examples(examples, data.tokenizer)
-    most = data.windows.arrangement.pauses[-1]
+    arrangement = data.windows.arrangement
+    encoded, most = _encoded(examples, data.tokenizer, arrangement), arrangement.pauses[-1]
     with_pauses, without = (
-        SupervisedWindows(encoded, replace(data.windows.arrangement, pauses=range(m, m + 1)), seed=0, task=task.name)
-        for m in (most, 0)
+        SupervisedWindows(encoded, replace(arrangement, pauses=range(m, m + 1), hints=hints), seed=0, task=task.name)
+        for m, hints in ((most, arrangement.hints), (0, None))
     )
     return with_pauses, without if most else with_pauses
 
@@ -163,4 +179,10 @@ def _arrangement(config: ResolvedConfig, tokenizer: Tokenizer, pause_ids: range)
         prefix_attention=finetune.prefix_attention,
         batching=finetune.batching,
         leading=len(tokenizer.leading),
+        hints="pauses" if finetune.pause_targets else "heads" if finetune.auxiliary_heads else None,
     )
+
+
+def _encoded(examples: Sequence[Example], tokenizer: Tokenizer, arrangement: Arrangement) -> list[EncodedExample]:
+    encoded = encode_examples(examples, tokenizer)
+    return with_hints(encoded, examples, tokenizer) if arrangement.hints else encoded

@@ -31,7 +31,8 @@ class Throughput:
         (6 x parameters of layers and norms + 12 x layers x hidden x window) x raw tokens
         + 6 x vocabulary x hidden x targets
 
-    Recomputed activations do not count, nor does the output layer on rows without a target. The seconds include waiting
+    Hints are targets here. Recomputed activations do not count, nor do the matrices of auxiliary heads, nor the output
+    layer on rows without a target. The seconds include waiting
     for the loader, but not hooks: those are `hook_seconds`.
 
     Args:
@@ -66,7 +67,7 @@ class Throughput:
         Args:
             result: Result of the step.
         """
-        flops = self._flops(result.tokens, result.losses.targets)
+        flops = self._flops(result.tokens, result.losses.targets + result.losses.hint_targets)
         return {
             "tokens_per_second": result.tokens / result.seconds,
             "text_tokens_per_second": result.text_tokens / result.seconds,
@@ -91,11 +92,13 @@ def metrics_record(result: StepResult, throughput: Throughput) -> dict[str, floa
         "loss_after_pause": result.losses.after_pause,
         "loss_elsewhere": result.losses.elsewhere,
         **{f"loss/{name}": loss for name, loss in result.losses.by_corpus.items()},
+        **({} if result.losses.hints is None else {"loss_hints": result.losses.hints}),
         "grad_norm": result.grad_norm,
         "lr": result.lr,
         "tokens": result.progress.tokens,
         "text_tokens": result.progress.text_tokens,
         "targets": result.losses.targets,
+        **({} if result.losses.hints is None else {"hint_targets": result.losses.hint_targets}),
         "pause_fraction": 1.0 - result.text_tokens / result.tokens,
         "applied": result.applied,
         **result.metrics,

@@ -62,7 +62,8 @@ class Start:
             return None
         reader = MergedReader(self.checkpoint)
         live = model.vocabulary.size
-        return load_weights(model, reader, live_rows=live, rank=context.tp_rank, ranks=context.tp_size)
+        rank, ranks = context.tp_rank, context.tp_size
+        return load_weights(model, reader, live_rows=live, rank=rank, ranks=ranks, heads=self.resumes)
 
     def load_state(self, engine: Engine, shards: ShardReader | None) -> None:
         """Copy the fp32 master weights into the engine, and in a resumed run Adam's moments and step.

@@ -48,6 +48,18 @@ BROKEN = {
     ),
     "finetune_pauses_can_be_counted": (["finetune.pauses=50..0"], "a range LOW..HIGH such as 0..50; got"),
     "epochs_are_of_a_task": (["finetune.epochs=2"], "task.name with finetune.epochs"),
+    "hints_have_one_place": (
+        ["finetune.pause_targets=true", "finetune.auxiliary_heads=true", "finetune.pauses=9", "task.name=a:b"],
+        "only one of finetune.pause_targets and finetune.auxiliary_heads",
+    ),
+    "pause_targets_need_appended_pauses": (
+        ["finetune.pause_targets=true", "finetune.pauses=1..9", "task.name=a:b"],
+        "at least 2 finetune.pauses with finetune.pause_targets (the last one predicts the answer); got",
+    ),
+    "auxiliary_heads_are_trained": (
+        ["finetune.auxiliary_heads=true", "train.only=pause_rows", "task.name=a:b"],
+        "train.only=null with finetune.auxiliary_heads",
+    ),
     "masks_need_torch_attention": (
         ["task.name=gsm8k", "model.attention=te"],
         "model.attention=sdpa with packed examples or a bidirectional prefix",
@@ -62,6 +74,22 @@ BROKEN = {
     ),
     "run_dir_is_named": (["run.dir=' '"], "the name of a folder"),
 }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["finetune.auxiliary_heads=true"], "task.name with finetune.auxiliary_heads"),
+        (
+            ["finetune.pause_targets=true", "finetune.pauses=9", "finetune.location=prepend", "task.name=a:b"],
+            "finetune.location=append with finetune.pause_targets",
+        ),
+    ],
+)
+def test_hints_need_a_task_and_appended_pauses(overrides, expected):
+    with pytest.raises(ConfigError) as caught:
+        load(overrides=overrides)
+    assert expected in str(caught.value)
 
 
 def test_every_rule_has_a_case():
