@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,7 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     from pause_megatron.tasks import task_names
 
     parser.epilog = (
-        "The same command resumes an interrupted evaluation; finished batches are not computed again.\n\nexamples:\n"
+        "The same command resumes an interrupted evaluation; finished batches are not computed again. Prompts that are "
+        "too long for the model are cut from the left, and counted; generate refuses them.\n\nexamples:\n"
         "  pause-megatron evaluate --model out/ --tasks gsm8k,squad --pauses 0,2,5,10,25,50 --output results/\n"
         "  pause-megatron evaluate --model out/ --tasks lambada --task-path data/ --filler . --output results/\n"
         "  pause-megatron evaluate --model out/ --tasks lm_eval/arc_easy --pauses 0,10 --output results/"
@@ -60,7 +63,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="ROOT",
         help="folder that holds a folder of JSON lines for each task (default: the Hugging Face Hub)",
     )
-    data.add_argument("--limit", metavar="N", help="score the first N records of each task (default: all)")
+    data.add_argument(
+        "--limit",
+        metavar="N",
+        help="score a random sample of N records of each task, in which every article or story has its share; the same "
+        "for all models (default: all)",
+    )
+    data.add_argument(
+        "--split",
+        choices=("eval", "held-out"),
+        default="eval",
+        help="eval; or held-out: the part of the train split that finetuning does not train on, to choose the number "
+        "of pauses without the records that the result is reported on",
+    )
+    data.add_argument(
+        "--held-out",
+        metavar="FRACTION",
+        default="0.05",
+        help="task.held_out of the finetuning, with --split held-out (default: 0.05)",
+    )
     data.add_argument(
         "--include-path", type=path_option, metavar="DIR", help="folder of further lm-eval task files (*.yaml)"
     )
@@ -83,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     limit = None if args.limit is None else _number("--limit", args.limit, least=1)
     seed = _number("--seed", args.seed, least=0)
     names = list(dict.fromkeys(args.tasks))
-    tasks = _examples([name for name in names if not name.startswith(_LM_EVAL)], args.task_path, limit)
+    tasks = _examples([name for name in names if not name.startswith(_LM_EVAL)], args, limit)
     of_lm_eval = [name.removeprefix(_LM_EVAL) for name in names if name.startswith(_LM_EVAL)]
     harness = _harness(of_lm_eval, args)
 
@@ -112,9 +133,10 @@ def _names(text: str) -> list[str]:
     return [path_option(name.strip()) for name in text.split(",")]
 
 
-def _examples(names: Sequence[str], root: str | None, limit: int | None) -> list[tuple[Task, list[Example]]]:
+def _examples(names: Sequence[str], args: argparse.Namespace, limit: int | None) -> list[tuple[Task, list[Example]]]:
     from pause_megatron.tasks import load_task, read_examples
 
+    root, fraction = args.task_path, _fraction("--held-out", args.held_out)
     tasks = [load_task(name) for name in names]
     found = []
     for task in tasks:
@@ -123,7 +145,7 @@ def _examples(names: Sequence[str], root: str | None, limit: int | None) -> list
             raise DataError(
                 f"--task-path {root}: expected the folder {task.folder} with the records of {task.name}, got none"
             )
-        found.append((task, read_examples(task, "eval", None if path is None else str(path), limit)))
+        found.append((task, read_examples(task, args.split, None if path is None else str(path), limit, fraction)))
     return found
 
 
@@ -131,6 +153,8 @@ def _harness(names: Sequence[str], args: argparse.Namespace) -> Harness | None:
     """Return lm-eval with its tasks and their records loaded; None if no task of lm-eval is given."""
     if not names:
         return None
+    if args.split != "eval":
+        raise ConfigError(f"lm_eval tasks: expected --split eval, got {args.split}: lm-eval holds out no records")
     if args.prefix_attention == "bidirectional":
         raise ConfigError(
             "lm_eval tasks: expected --prefix-attention causal, got bidirectional, which lm-eval does not support"
@@ -151,7 +175,7 @@ def _settings(
 
     given = {"location": args.location, "filler": args.filler, "prefix_attention": args.prefix_attention}
     counts = counts or [default_pauses(generator)]
-    found = [own_settings(generator, **given, pauses=count, seed=seed) for count in counts]
+    found = [replace(own_settings(generator, **given, pauses=count, seed=seed), split=args.split) for count in counts]
     for settings in found:
         check_settings(generator, settings)
     return found
@@ -204,15 +228,17 @@ def _score(
 
 def _table(entries: Sequence[ResultEntry]) -> str:
     """Return a table with a line for each task, metric and M."""
-    head = ("task", "metric", "M", "value", "+- s.e.", "n")
+    head = ("task", "metric", "M", "value", "95 % interval", "+- s.e.", "n", "groups")
     rows = [
         (
             entry.task,
             entry.metric,
             str(entry.pauses),
             f"{entry.value:.4f}",
+            "" if entry.low is None or entry.high is None else f"{entry.low:.4f} .. {entry.high:.4f}",
             "" if entry.standard_error is None else f"{entry.standard_error:.4f}",
             f"{entry.n:,}",
+            "" if entry.groups is None else f"{entry.groups:,}",
         )
         for entry in entries
     ]
@@ -237,3 +263,10 @@ def _number(option: str, text: str, *, least: int) -> int:
     if not text.isdecimal() or int(text) < least:
         raise ConfigError(f"{option}: expected a number, {least} or more, got {text!r}")
     return int(text)
+
+
+def _fraction(option: str, text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < 1:
+            return float(text)
+    raise ConfigError(f"{option}: expected a number above 0 and below 1, got {text!r}")

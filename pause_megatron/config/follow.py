@@ -21,7 +21,15 @@ _OF_A_SCHEDULE = ("optim.schedule", "optim.decay_fraction")
 # Keys that decide how many windows an epoch of a task has.
 _OF_AN_EPOCH = (
     *_OF_A_STEP,
-    *("finetune.pauses", "finetune.filler", "finetune.batching", "task.name", "task.path", "task.limit"),
+    *(
+        "finetune.pauses",
+        "finetune.filler",
+        "finetune.batching",
+        "task.name",
+        "task.path",
+        "task.limit",
+        "task.held_out",
+    ),
 )
 _LENGTHS = ("train.steps", "train.tokens")
 _OF_A_WARMUP = (*_LENGTHS, "train.extended_from", *_OF_A_STEP, *_OF_A_SCHEDULE)

@@ -38,13 +38,16 @@ LOCAL_KEYS = frozenset({"data.prefix", "data.valid_prefix", "data.tokenizer", "t
 def deciding_keys(config: ResolvedConfig) -> dict[str, Any]:
     """Return the keys that decide the losses, by their dotted path, in the order of the schema.
 
+    `task.held_out` is left out where nothing is held out (also without a task), so that digests of earlier runs stay.
+
     Args:
         config: Resolved configuration.
     """
+    unused = set() if config.task.name is not None and config.task.held_out else {"task.held_out"}
     return {
         key: value
         for key, value in _keys(config)
-        if key.partition(".")[0] not in FREE_SECTIONS and key not in FREE_KEYS
+        if key.partition(".")[0] not in FREE_SECTIONS and key not in FREE_KEYS and key not in unused
     }
 
 

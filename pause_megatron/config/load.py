@@ -83,13 +83,16 @@ def load(
 def load_saved(path: str | Path) -> ResolvedConfig:
     """Load the `config.yaml` of a run or checkpoint: as `load`, without warnings about keys under earlier names.
 
+    A file from before a key existed has the value that it had in effect: `task.held_out` is null.
+
     Args:
         path: The file.
 
     Raises:
         ConfigError: As `load`.
     """
-    return _load(path, ())[0]
+    known = any(entry.path == "task.held_out" for entry in _read_file(Path(path)))
+    return _load(path, () if known else ("task.held_out=null",))[0]
 
 
 def _load(source: str | Path | None, overrides: Iterable[str]) -> tuple[ResolvedConfig, list[str], list[str]]:

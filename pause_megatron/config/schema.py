@@ -191,7 +191,18 @@ class TaskSection(Section):
         None, description="folder with train.jsonl[.gz] and the evaluation file; default: the Hugging Face Hub"
     )
     limit: int | None = Field(
-        None, ge=1, description="maximum number of training records, taken from the start; default: all"
+        None,
+        ge=1,
+        description="maximum number of training records, a random sample in which every article or story has its "
+        "share; default: all",
+    )
+    held_out: float | None = Field(
+        0.05,
+        ge=0,
+        lt=1,
+        description="fraction of the training records, by article or story, that validates and is not trained on; "
+        "0: no validation; null: as before this key existed (a limit counts from the start, validation reads the "
+        "evaluation split)",
     )
 
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+_BLOCK = 1 << 22
+
 
 @dataclass(frozen=True)
 class Clusters:
@@ -95,3 +97,25 @@ class Clusters:
         if spread <= 1e-12 * total**2:
             return most
         return max(1, min(most, int(2 * total**2 / spread)))
+
+    def resampled_means(self, rng: np.random.Generator, resamples: int) -> np.ndarray:
+        """Return the means of samples of whole groups with replacement, fp64 [resamples].
+
+        Groups with few distinct (sum, size), as single records with 0/1 scores have, are resampled as counts. The
+        distribution is the same, and no table of groups x resamples is needed.
+
+        Args:
+            rng: Random generator.
+            resamples: Number of resamples.
+        """
+        kinds, counts = np.unique(np.stack([self.sums, self.sizes]), axis=1, return_counts=True)
+        if counts.size <= 64:
+            drawn = rng.multinomial(self.count, counts / self.count, size=resamples)
+            return (drawn @ kinds[0]) / (drawn @ kinds[1])
+        means = np.empty(resamples)
+        step = max(1, _BLOCK // self.count)
+        for start in range(0, resamples, step):
+            size = min(step, resamples - start)
+            picked = rng.integers(self.count, size=(size, self.count))
+            means[start : start + size] = self.sums[picked].sum(axis=1) / self.sizes[picked].sum(axis=1)
+        return means

@@ -23,6 +23,7 @@ from pause_megatron.evaluate.stored import ResultEntry, Sample, TotalCost
 from pause_megatron.files.digest import Hasher
 from pause_megatron.files.durable import write_whole
 from pause_megatron.inference import PauseGenerator
+from pause_megatron.seeds import address_digest
 
 if TYPE_CHECKING:
     from lm_eval.tasks import TaskManager
@@ -107,7 +108,7 @@ class Harness:
             settings: Pauses and dtype.
             folder: Output folder; this process must hold its lock.
             batch_size: Rows of a forward pass.
-            limit: Number of records of each task; None for all.
+            limit: Number of records of each task, a random sample; None for all. lm-eval knows no groups of records.
 
         Returns:
             The entries of results.json.
@@ -117,10 +118,11 @@ class Harness:
             DataError: The records cannot be loaded, or the folder holds results of something else.
         """
         tasks = self.load(name)
+        chosen = _sampled(tasks, limit)
         identity = Identity(
             task=f"lm_eval/{name}",
             model=folder.model,
-            data=_fingerprint(tasks, limit),
+            data=_fingerprint(tasks, chosen),
             settings=settings,
             decoding=HarnessDecoding(limit=limit, versions={task: tasks[task].VERSION for task in sorted(tasks)}),
             harness=self.version,
@@ -132,7 +134,7 @@ class Harness:
             return found
         start = time.perf_counter()
         cache = folder.path / "lm_eval" / samples.stem
-        output = self._run(generator, name, settings, cache, batch_size, limit)
+        output = self._run(generator, name, settings, cache, batch_size, chosen)
         entries = _entries(output, identity, folder.model_path, time.perf_counter() - start)
         folder.path.joinpath("samples").mkdir(exist_ok=True)
         write_whole(samples.with_suffix(".json"), json.dumps(identity.document(), indent=2).encode() + b"\n")
@@ -155,7 +157,13 @@ class Harness:
         return TaskManager(include_path=self._include_path)
 
     def _run(
-        self, generator: PauseGenerator, name: str, settings: Settings, cache: Path, batch_size: int, limit: int | None
+        self,
+        generator: PauseGenerator,
+        name: str,
+        settings: Settings,
+        cache: Path,
+        batch_size: int,
+        chosen: dict[str, list[int]],
     ) -> dict[str, Any]:
         from lm_eval import simple_evaluate
 
@@ -176,21 +184,31 @@ class Harness:
             model=model,
             tasks=[name],
             task_manager=self._manager(name),
-            limit=limit,
+            samples=chosen or None,
             use_cache=str(cache),
             bootstrap_iters=1000,
         )
 
 
-def _fingerprint(tasks: dict[str, Any], limit: int | None) -> str:
+def _sampled(tasks: dict[str, Any], limit: int | None) -> dict[str, list[int]]:
+    """Return the numbers of a random sample of the records of each task that has more than `limit`, ascending."""
+    chosen = {}
+    for name, task in tasks.items():
+        count = len(task.eval_docs)
+        if limit is not None and limit < count:
+            draws = sorted((address_digest("lm_eval", name, number, size=8), number) for number in range(count))
+            chosen[name] = sorted(number for _, number in draws[:limit])
+    return chosen
+
+
+def _fingerprint(tasks: dict[str, Any], chosen: dict[str, list[int]]) -> str:
     """Return the digest of the tasks' configurations and of the records that will be scored."""
     hasher = Hasher()
     for name in sorted(tasks):
         task = tasks[name]
         hasher.update(json.dumps([name, task.dump_config()], sort_keys=True, default=str).encode())
-        for index, record in enumerate(task.eval_docs):
-            if limit is not None and index >= limit:
-                break
+        records = task.eval_docs
+        for record in (records[number] for number in chosen[name]) if name in chosen else records:
             hasher.update(json.dumps(record, sort_keys=True, default=str).encode())
     return hasher.digest
 

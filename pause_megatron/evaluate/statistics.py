@@ -19,7 +19,6 @@ from pause_megatron.evaluate.clusters import Clusters
 from pause_megatron.evaluate.student import quantile, two_sided
 
 _NORMAL = NormalDist()
-_BLOCK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -203,38 +202,13 @@ def paired_bootstrap(
         z = math.sqrt(clusters.effective * abs(value) / max(1 - abs(value), 1e-12))  # where the interval touches 0
         p_value = 2 * _NORMAL.cdf(-z)
         return Difference(value, max(value - unseen, -1.0), min(value + unseen, 1.0), p_value=p_value, **facts)
-    means = resampled_means(clusters, np.random.default_rng(seed), resamples)
+    means = clusters.resampled_means(np.random.default_rng(seed), resamples)
     stretch, freedom = math.sqrt(count / (count - 1)), clusters.freedom
     tail = _NORMAL.cdf(-quantile(confidence, freedom) * stretch)
     low, high = np.quantile(means, [tail, 1 - tail])
     beyond = (min(int((means <= 0).sum()), int((means >= 0).sum())) + 1) / (resamples + 1)
     p_value = two_sided(_NORMAL.inv_cdf(min(beyond, 0.5)) / stretch, freedom)
     return Difference(value, float(low), float(high), p_value=p_value, **facts)
-
-
-def resampled_means(clusters: Clusters, rng: np.random.Generator, resamples: int) -> np.ndarray:
-    """Return the means of samples of whole groups with replacement, fp64 [resamples].
-
-    Groups with few distinct (sum, size), as single records with 0/1 scores have, are resampled as counts. The
-    distribution is the same, and no table of groups x resamples is needed.
-
-    Args:
-        clusters: The values by group.
-        rng: Random generator.
-        resamples: Number of resamples.
-    """
-    kinds, counts = np.unique(np.stack([clusters.sums, clusters.sizes]), axis=1, return_counts=True)
-    count = clusters.count
-    if counts.size <= 64:
-        drawn = rng.multinomial(count, counts / count, size=resamples)
-        return (drawn @ kinds[0]) / (drawn @ kinds[1])
-    means = np.empty(resamples)
-    step = max(1, _BLOCK // count)
-    for start in range(0, resamples, step):
-        size = min(step, resamples - start)
-        picked = rng.integers(count, size=(size, count))
-        means[start : start + size] = clusters.sums[picked].sum(axis=1) / clusters.sizes[picked].sum(axis=1)
-    return means
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pause_megatron.config.blend import is_number
+from pause_megatron.config.schema import TaskSection
 from pause_megatron.data.corpus.manifest import CorpusManifest
 from pause_megatron.errors import ConfigError
 from pause_megatron.experiment.schema import Grid
@@ -75,10 +76,13 @@ def _records(grid: Grid, name: str) -> TaskRecords:
     section = grid.tasks[name]
     task = load_task(section.task or name)
     folder = os.path.join(grid.data.tasks, task.folder) if grid.data.tasks else None
-    limit = {**grid.finetune.set, **section.set}.get("task.limit")
+    keys = {**grid.finetune.set, **section.set}
+    limit, held_out = keys.get("task.limit"), keys.get("task.held_out", TaskSection.model_fields["held_out"].default)
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int)):
         raise ConfigError(f"tasks.{name}: task.limit: expected an integer, got {limit!r}")
-    train = read_examples(task, "train", path=folder, limit=limit)
+    if held_out is not None and (isinstance(held_out, bool) or not isinstance(held_out, (int, float))):
+        raise ConfigError(f"tasks.{name}: task.held_out: expected a number or null, got {held_out!r}")
+    train = read_examples(task, "train", folder, limit, held_out, from_start=held_out is None)
     scored = read_examples(task, "eval", path=folder, limit=section.limit or grid.evaluate.limit)
     code = "".join(f" {METRICS[metric].code}" for metric in task.metrics if METRICS[metric].code)
     return TaskRecords(folder, fingerprint(train), fingerprint(scored) + code, len(scored))

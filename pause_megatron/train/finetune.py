@@ -27,6 +27,11 @@ from pause_megatron.train.training import train
 
 log = logging.getLogger(__name__)
 
+_READS_EVALUATION = (
+    "task.held_out=null, as for runs that began before the key existed: validation reads the evaluation split, so do "
+    "not choose settings by its curves; a new run with task.held_out=0.05 validates on a part of the train split"
+)
+
 
 def finetune(config: ResolvedConfig, stop: StopRequest | None = None) -> int:
     """Train on the examples of `task.name`; checkpoints, resume, hooks and exit codes are those of `pretrain`.
@@ -56,6 +61,8 @@ def finetune(config: ResolvedConfig, stop: StopRequest | None = None) -> int:
         with initialize(config.parallel, timeout=timeout, connect_seconds=connect_seconds, same=same) as context:
             if context.rank == 0 and (line := shorter_warmup(config, task.config)):
                 log.info(line)
+            if context.rank == 0 and task.config.task.held_out is None:
+                log.warning(_READS_EVALUATION)
             with open_run(task.config, data, context, stop) as run:  # checkpoint or initial weights, model, engine
                 train(run)
             return finish(run)
@@ -100,10 +107,10 @@ def training_data(data: TaskData) -> TrainingData:
         data: The training examples.
 
     Raises:
-        PauseMegatronError: Validation is on, and an evaluation example is missing or malformed.
+        PauseMegatronError: Validation is on, and a held-out example is missing or malformed.
     """
     valid = without_pauses = None
-    if data.config.validation.every:
+    if data.config.validation.every and data.config.task.held_out != 0:
         valid, without_pauses = (HeldOut(windows, windows.windows_in_epochs(1)) for windows in held_out(data))
     return TrainingData(
         train=data.windows,

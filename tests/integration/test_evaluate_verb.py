@@ -24,7 +24,7 @@ from support.tiny_llama import write_folder
 from pause_megatron.cli import main
 from pause_megatron.cli.evaluate import add_arguments
 from pause_megatron.evaluate import read_results, read_samples
-from pause_megatron.tasks import load_task
+from pause_megatron.tasks import load_task, read_examples
 
 README = Path(__file__).resolve().parents[2] / "pause_megatron" / "evaluate" / "README.md"
 COUNTS = (0, 1, 10)
@@ -71,7 +71,9 @@ def test_the_readmes_commands_and_files_are_what_the_verb_takes():
 def test_tasks_and_numbers_of_pauses_in_one_call(evaluate, tmp_path, monkeypatch, capsys):
     code, out, err = evaluate("--tasks", "squad,piqa,lambada", "--pauses", "0,2", "--limit", "5", "--batch-size", "4")
     assert code == 0, err
-    assert out.splitlines()[0].split() == ["task", "metric", "M", "value", "+-", "s.e.", "n"]
+    assert out.splitlines()[0].split() == [
+        *("task", "metric", "M", "value", "95", "%", "interval", "+-", "s.e.", "n", "groups")
+    ]
     assert "prompts cut from the left to fit the model: squad M=0: 5, squad M=2: 5" in out
     entries = read_results(tmp_path / "results")
     assert {(entry.task, entry.pauses) for entry in entries if entry.primary} == {
@@ -90,7 +92,21 @@ def test_tasks_and_numbers_of_pauses_in_one_call(evaluate, tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     [statistics] = [code for code in blocks("python") if "paired_bootstrap" in code]
     exec(compile(statistics, str(README), "exec"), {})
-    assert "n=5, resamples=10000, seed=0)" in capsys.readouterr().out
+    assert "n=5, resamples=10000, seed=0," in capsys.readouterr().out
+
+
+def test_the_held_out_part_of_train_is_scored_beside_the_evaluation_split(evaluate, task_records, tmp_path):
+    options = ["--tasks", "squad", "--pauses", "0", "--limit", "3"]
+    assert evaluate(*options)[0] == 0
+    code, _, err = evaluate(*options, "--split", "held-out", "--held-out", "0.2")
+    assert code == 0, err
+    entries = [entry for entry in read_results(tmp_path / "results") if entry.primary]
+    assert [entry.split for entry in entries] == ["eval", "held-out"]
+    samples = read_samples(tmp_path / "results" / "samples" / "squad-m0-append-held-out-seed0.jsonl")
+    path = str(task_records / "squad")
+    train = {example.id: example.group for example in read_examples(load_task("squad"), "train", path, held_out=0.2)}
+    assert samples and not train.keys() & samples.keys()
+    assert not set(train.values()) & {sample.group for sample in samples.values()}
 
 
 def test_a_killed_evaluation_resumes(evaluate, folder, task_records, tmp_path, capsys):
@@ -139,6 +155,11 @@ def timeless(found):
         (["--tasks", "piqa", "--pauses", "300"], "max_position_embeddings"),
         (["--tasks", "piqa", "--batch-size", "0"], "--batch-size: expected a number, 1 or more, got '0'"),
         (["--tasks", "piqa", "--limit", "0"], "--limit: expected a number, 1 or more, got '0'"),
+        (
+            ["--tasks", "piqa", "--split", "held-out", "--held-out", "1"],
+            "--held-out: expected a number above 0 and below 1, got '1'",
+        ),
+        (["--tasks", "lm_eval/piqa", "--split", "held-out"], "lm_eval tasks: expected --split eval, got held-out"),
         (["--tasks", "piqa", "--seed", "x"], "--seed: expected a number, 0 or more, got 'x'"),
         (
             ["--tasks", "piqa", "--task-path", "nowhere"],

@@ -9,9 +9,10 @@ from pathlib import Path
 from pause_megatron.config.batching import pause_range
 from pause_megatron.config.follow import fitting_warmup
 from pause_megatron.config.load import resolve, scheduled
-from pause_megatron.config.model_from import checkpoint_config
+from pause_megatron.config.model_from import checkpoint_config, read_config_text
 from pause_megatron.config.rules import check, warmup_ends
-from pause_megatron.config.schema import ResolvedConfig, ScheduledConfig
+from pause_megatron.config.schema import ResolvedConfig, ScheduledConfig, TaskSection
+from pause_megatron.config.text import read_entries
 from pause_megatron.data.supervised.examples import (
     Arrangement,
     EncodedExample,
@@ -80,11 +81,15 @@ def open_task(config: ResolvedConfig) -> TaskData:
     """
     if config.task.name is None:
         raise ConfigError("task.name: expected a task to finetune on, got none (--recipe finetune-gsm8k names one)")
+    config = as_begun(config)
     task = load_task(config.task.name)
     tokenizer = _tokenizer(config)
     tokenizer.check_pause_ids(config.pause.embeddings)
     pause_ids = range(tokenizer.pause_id, tokenizer.pause_id + config.pause.embeddings)
-    examples = read_examples(task, "train", config.task.path, config.task.limit)
+    examples = read_examples(
+        *(task, "train", config.task.path, config.task.limit, config.task.held_out),
+        from_start=config.task.held_out is None,
+    )
     arrangement = _arrangement(config, tokenizer, pause_ids)
     encoded = _encoded(examples, tokenizer, arrangement)
     windows = SupervisedWindows(encoded, arrangement, seed=config.run.seed, task=task.name)
@@ -93,18 +98,42 @@ def open_task(config: ResolvedConfig) -> TaskData:
     return TaskData(with_steps(config, windows), task, windows, tokenizer, pause_ids, digest)
 
 
+def as_begun(config: ResolvedConfig) -> ResolvedConfig:
+    """Return the configuration with `task.held_out=null` for a run that began before the key existed, and resumes.
+
+    Args:
+        config: Configuration of a finetuning run.
+    """
+    if config.task.held_out != TaskSection.model_fields["held_out"].default:
+        return config
+    try:
+        path = checkpoint_config(config.run.dir)
+        known = {entry.path for entry in read_entries(read_config_text(path), str(path))}
+    except ConfigError:  # the run has no checkpoint, or resuming says what is wrong with it
+        return config
+    if "task.held_out" in known or "task.name" not in known:
+        return config
+    return config.model_copy(update={"task": config.task.model_copy(update={"held_out": None})})
+
+
 def held_out(data: TaskData) -> tuple[SupervisedWindows, SupervisedWindows]:
-    """Return the windows of the first `validation.samples` evaluation examples: with M_ft pauses, and without.
+    """Return the windows of `validation.samples` held-out examples: with M_ft pauses, and without.
+
+    They are of the train split. Only with `task.held_out=null` are they the first ones of the evaluation split.
 
     Args:
         data: The run's training examples; their arrangement is used.
 
     Raises:
-        PauseMegatronError: There are no evaluation examples, or one is malformed.
+        PauseMegatronError: There are no such examples, or one is malformed.
     """
     config, task = data.config, data.task
+    fraction, samples = config.task.held_out, config.validation.samples
     try:
-        examples = read_examples(task, "eval", config.task.path, config.validation.samples)
+        if fraction is None:
+            examples = read_examples(task, "eval", config.task.path, samples, from_start=True)
+        else:
+            examples = read_examples(task, "held-out", config.task.path, samples, fraction)
     except (ConfigError, DataError) as error:
         reason = f"validation.every={config.validation.every} scores held-out examples; validation.every=0 needs none"
         raise type(error)(f"{error}. {reason}") from None

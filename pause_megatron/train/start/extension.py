@@ -81,9 +81,9 @@ def _check_run_ended_at(extended: int, before: ScheduledConfig, now: ScheduledCo
 def _differences(before: ScheduledConfig, now: ScheduledConfig, free: frozenset[str]) -> list[str]:
     old, new = deciding_keys(before), deciding_keys(now)
     lines = [
-        f"{key}: {old[key]!r} in the checkpoint, {new[key]!r} in this run"
-        for key in new
-        if old[key] != new[key] and key not in free
+        f"{key}: {old.get(key)!r} in the checkpoint, {new.get(key)!r} in this run"
+        for key in {**old, **new}
+        if old.get(key) != new.get(key) and key not in free
     ]
     names = [corpus_names(config.data.prefix) for config in (before, now)]
     if now.pause.rate and names[0] != names[1]:

@@ -10,7 +10,7 @@ import pytest
 from pause_megatron.errors import DataError
 from pause_megatron.evaluate import holm, interval, logit_interval, mean, paired_bootstrap, paired_t, wilson
 from pause_megatron.evaluate.clusters import Clusters
-from pause_megatron.evaluate.statistics import Mean, resampled_means
+from pause_megatron.evaluate.statistics import Mean, interval_of
 from pause_megatron.evaluate.student import quantile, two_sided
 
 
@@ -93,8 +93,8 @@ def test_ninety_five_percent_intervals_hold_the_truth_as_often_as_they_say(few):
 def test_the_two_ways_of_resampling_have_one_distribution():
     values = np.random.default_rng(7).choice([-1.0, 0.0, 1.0], 100)
     noisy = values + np.random.default_rng(9).normal(0, 1e-9, 100)
-    counted = resampled_means(Clusters.of(values), np.random.default_rng(8), 20_000)
-    drawn = resampled_means(Clusters.of(noisy), np.random.default_rng(10), 20_000)
+    counted = Clusters.of(values).resampled_means(np.random.default_rng(8), 20_000)
+    drawn = Clusters.of(noisy).resampled_means(np.random.default_rng(10), 20_000)
     levels = [0.01, 0.025, 0.25, 0.5, 0.75, 0.975, 0.99]
     assert np.quantile(counted, levels) == pytest.approx(np.quantile(drawn, levels), abs=0.011)
 
@@ -152,6 +152,14 @@ def test_intervals_stay_on_the_scale_and_are_never_a_point():
             assert low <= sum(scores) / len(scores) <= high
     of_groups = interval([0.0] * 200, [str(index // 10) for index in range(200)])
     assert of_groups[1] > wilson(0, 20)[1] > wilson(0, 200)[1]
+
+
+def test_an_interval_from_value_and_error_alone_is_wilsons_or_the_normal_one():
+    n, share = 263, 81 / 263
+    found = Mean(share, math.sqrt(share * (1 - share) / n), n)
+    assert interval_of(found) == pytest.approx(wilson(81, n))
+    assert interval_of(Mean(0.0, 0.0, 200)) == pytest.approx(wilson(0, 200))
+    assert interval_of(Mean(12.0, 0.5, 200)) == pytest.approx((12 - 0.98, 12 + 0.98), abs=1e-3)
 
 
 def test_students_t_has_the_tables_values():

@@ -8,19 +8,27 @@ import pytest
 import torch
 from support.prose import train_model
 
-from pause_megatron.config.load import dump, load
+from pause_megatron.config.identity import deciding_keys
+from pause_megatron.config.load import dump, load, load_saved, scheduled
 from pause_megatron.data.batches.batch import collate
 from pause_megatron.data.tokenizer.tokenizer import load_tokenizer
 from pause_megatron.errors import ConfigError, DataError
+from pause_megatron.tasks import load_task, read_examples
 from pause_megatron.train.finetune import shorter_warmup, show_window, training_data
 from pause_megatron.train.inputs.task_data import held_out, open_task
+from pause_megatron.train.start.extension import config_differences
 
 
 @pytest.fixture(scope="module")
 def settings(task_records, tmp_path_factory) -> list[str]:
     """A finetuning from initial weights on 40 records."""
     tokenizer = train_model(tmp_path_factory.mktemp("tokenizer") / "t.model")
-    task = ["task.name=commonsense_qa", f"task.path={task_records / 'commonsense_qa'}", "task.limit=40"]
+    task = [
+        "task.name=commonsense_qa",
+        f"task.path={task_records / 'commonsense_qa'}",
+        "task.limit=40",
+        "task.held_out=0.15",
+    ]
     batch = ["data.sequence_length=256", "batch.global_size=4", "batch.micro_size=4", "validation.samples=6"]
     return [*task, *batch, f"data.tokenizer={tokenizer}", "finetune.pauses=2..4"]
 
@@ -71,15 +79,46 @@ def test_the_fingerprint_is_of_the_examples(settings):
     assert one.fingerprint.startswith("xxh3_128:") and one.fingerprint != fewer.fingerprint
 
 
-def test_held_out_examples_that_are_not_there(settings, task_records, tmp_path):
-    """Refused before the first step, with the key that does without them."""
+def test_finetuning_never_reads_the_evaluation_split_unless_asked(settings, task_records, tmp_path):
+    """Where it is asked and there is none: refused before the first step, with the key that does without it."""
     for path in (task_records / "commonsense_qa").iterdir():
         if path.name.startswith("train"):
             shutil.copy(path, tmp_path / path.name)
     alone = [*settings, f"task.path={tmp_path}", "finetune.epochs=1"]
+    data = training_data(open_task(load(overrides=alone)))
+    trained, held = ({example.id for example in windows.examples} for windows in (data.train, data.valid.windows))
+    whole = {example.id for example in read_examples(load_task("commonsense_qa"), "train", str(tmp_path))}
+    assert len(trained) == 40 and len(held) == 6
+    assert not trained & held and trained | held <= whole
+    assert training_data(open_task(load(overrides=[*alone, "task.held_out=0"]))).valid is None
+    alone.append("task.held_out=null")
     with pytest.raises(DataError, match=r"no eval split of commonsense_qa.*validation\.every=0 needs none"):
         training_data(open_task(load(overrides=alone)))
     assert training_data(open_task(load(overrides=[*alone, "validation.every=0"]))).valid is None
+
+
+def test_a_run_from_before_there_was_a_held_out_part_resumes_as_it_was(settings, tmp_path, task_records):
+    """Its config.yaml lacks the key: the first records train, and validation reads the evaluation split."""
+    asked = [each for each in settings if "held_out" not in each] + [f"run.dir={tmp_path}", "finetune.epochs=1"]
+    now = open_task(load(overrides=asked))
+    folder = tmp_path / "checkpoints" / "latest"
+    folder.mkdir(parents=True)
+    before = dump(open_task(load(overrides=[*asked, "task.held_out=null"])).config)
+    (folder / "manifest.json").write_text("{}")
+    (folder / "config.yaml").write_text(before.replace("  held_out: null\n", ""))
+    assert "held_out" not in (folder / "config.yaml").read_text()
+    resumed = open_task(load(overrides=asked))
+    path = str(task_records / "commonsense_qa")
+    first = [example.id for example in read_examples(load_task("commonsense_qa"), "train", path)][:40]
+    assert [example.id for example in resumed.windows.examples] == first
+    assert resumed.config.task.held_out is None and now.config.task.held_out == 0.05
+    scored = training_data(resumed).valid.windows.examples
+    evaluation = read_examples(load_task("commonsense_qa"), "eval", path)[:6]
+    assert [example.id for example in scored] == [example.id for example in evaluation]
+    saved = scheduled(load_saved(folder / "config.yaml"))
+    assert config_differences(saved, resumed.config, 3) == []
+    assert config_differences(saved, now.config, 3) == ["task.held_out: None in the checkpoint, 0.05 in this run"]
+    assert "task.held_out" not in deciding_keys(saved)
 
 
 def test_a_model_needs_a_tokenizer(settings, tmp_path):
