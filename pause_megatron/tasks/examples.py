@@ -96,6 +96,8 @@ def _check(task: Task, example: Example) -> None:
         problem = f"choices and gold, or neither, got {len(example.choices)} choices and gold {example.gold}"
     elif example.gold is not None and not 0 <= example.gold < len(example.choices):
         problem = f"gold in 0..{len(example.choices) - 1}, got {example.gold}"
+    elif not all(choice.strip() for choice in example.choices):
+        problem = f"choices that are not blank, got {example.choices!r}"
     elif task.kind == "choice" and not example.choices:
         problem = "choices, because the task scores options, got none"
     if problem:

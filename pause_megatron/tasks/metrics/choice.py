@@ -48,5 +48,7 @@ def _accuracy(log_likelihoods: Sequence[float], lengths: Sequence[int], gold: in
         raise ValueError(f"expected {len(lengths)} log-likelihoods, one per choice, got {len(log_likelihoods)}")
     if any(map(math.isnan, log_likelihoods)):
         raise ValueError(f"expected log-likelihoods without NaN, got {list(log_likelihoods)}")
+    if not all(lengths):
+        raise ValueError(f"expected choices that are not blank, got choice {lengths.index(0)} without a character")
     scores = [value / length for value, length in zip(log_likelihoods, lengths, strict=True)]
     return float(scores.index(max(scores)) == gold)

@@ -14,7 +14,7 @@ from pause_megatron.tasks.imports import import_attribute
 from pause_megatron.tasks.metrics.choice import choice_accuracy, choice_accuracy_bytes, choice_accuracy_norm
 from pause_megatron.tasks.metrics.number import final_number, final_number_flexible
 from pause_megatron.tasks.metrics.own import Reads, checked, code_digest, reads_of
-from pause_megatron.tasks.metrics.text import coqa_f1, exact_match, f1, last_word
+from pause_megatron.tasks.metrics.text import coqa_exact_match, coqa_f1, exact_match, f1, last_word, nq_exact_match
 
 Function = TypeVar("Function", bound=Callable[..., float])
 
@@ -118,7 +118,10 @@ def answer_in(text: str, stop: Iterable[str] = ()) -> str:
     return text[: min(ends, default=len(text))].strip()
 
 
-for _text_function in (exact_match, f1, coqa_f1, final_number, final_number_flexible, last_word):
+for _text_function in (
+    *(exact_match, f1, nq_exact_match, coqa_f1, coqa_exact_match),
+    *(final_number, final_number_flexible, last_word),
+):
     register_metric(reads="text")(_text_function)
 for _choice_function in (choice_accuracy, choice_accuracy_norm, choice_accuracy_bytes):
     register_metric(reads="choices")(_choice_function)

@@ -1,6 +1,7 @@
-"""Metrics of short text answers: SQuAD's exact match and F1, CoQA's F1, LAMBADA's last word.
+"""Metrics of short text answers: SQuAD's, CoQA's and Natural Questions' exact match and F1, LAMBADA's last word.
 
-Sources: the evaluation scripts of SQuAD v1.1 (Rajpurkar et al. 2016) and CoQA (Reddy et al. 2019).
+Sources: the evaluation scripts of SQuAD v1.1 (Rajpurkar et al. 2016), CoQA (Reddy et al. 2019) and the open Natural
+Questions (Lee et al. 2019, language/orqa/utils/eval_utils.py).
 """
 
 from __future__ import annotations
@@ -32,6 +33,19 @@ def exact_match(prediction: str, references: Sequence[str]) -> float:
     return float(any(answer == normalised(reference) for reference in references))
 
 
+def nq_exact_match(prediction: str, references: Sequence[str]) -> float:
+    """Return `exact_match` after Unicode's canonical decomposition (NFD), as the open Natural Questions score it.
+
+    "é" written as one character then equals "e" with a combining accent.
+
+    Args:
+        prediction: The answer, `answer_in` of the generated text.
+        references: Accepted answers.
+    """
+    decomposed = [unicodedata.normalize("NFD", reference) for reference in references]
+    return exact_match(unicodedata.normalize("NFD", prediction), decomposed)
+
+
 def f1(prediction: str, references: Sequence[str]) -> float:
     """Return the best F1 of the bags of words over the references (SQuAD v1.1).
 
@@ -59,9 +73,18 @@ def coqa_f1(prediction: str, references: Sequence[str]) -> float:
     for reference in references:
         words = normalised(reference).split()
         scores.append(_bag_f1(answer, words) if answer and words else float(answer == words))
-    if len(scores) == 1:
-        return scores[0]
-    return sum(max(scores[:out] + scores[out + 1 :]) for out in range(len(scores))) / len(scores)
+    return _each_left_out(scores)
+
+
+def coqa_exact_match(prediction: str, references: Sequence[str]) -> float:
+    """Return CoQA's exact match: references are left out in turn as in `coqa_f1`.
+
+    Args:
+        prediction: The answer, `answer_in` of the generated text.
+        references: Accepted answers.
+    """
+    answer = normalised(prediction)
+    return _each_left_out([float(answer == normalised(reference)) for reference in references])
 
 
 def last_word(prediction: str, references: Sequence[str]) -> float:
@@ -74,6 +97,13 @@ def last_word(prediction: str, references: Sequence[str]) -> float:
     words = prediction.split(maxsplit=1)
     word = _strip_punctuation(words[0]) if words else ""
     return float(bool(word) and any(word == _strip_punctuation(reference) for reference in references))
+
+
+def _each_left_out(scores: Sequence[float]) -> float:
+    """Return the best score without each reference in turn, averaged; one score stays as it is."""
+    if len(scores) == 1:
+        return scores[0]
+    return sum(max((*scores[:out], *scores[out + 1 :])) for out in range(len(scores))) / len(scores)
 
 
 def _bag_f1(answer: Sequence[str], reference: Sequence[str]) -> float:

@@ -118,9 +118,10 @@ def test_a_line_that_is_no_record(tmp_path, line, message):
     assert str(caught.value).startswith(f"{file}:3: ") and message in str(caught.value), caught.value
 
 
-def test_a_bad_record_after_the_limit_is_not_read(tmp_path):
+def test_a_limit_draws_from_all_records_so_that_a_bad_one_is_named(tmp_path):
     (tmp_path / "test.jsonl").write_text(json.dumps(GOOD["gsm8k"]) + "\n{")
-    assert len(read_examples(load_task("gsm8k"), "eval", str(tmp_path), limit=1)) == 1
+    with pytest.raises(DataError, match=r"test\.jsonl:2: expected a JSON object"):
+        read_examples(load_task("gsm8k"), "eval", str(tmp_path), limit=1)
 
 
 def test_damaged_and_empty_files(tmp_path):

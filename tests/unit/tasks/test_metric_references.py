@@ -10,6 +10,7 @@ import json
 import random
 import re
 import string
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator
 from decimal import Decimal, InvalidOperation
@@ -133,15 +134,33 @@ def coqa_scores() -> Callable[[list[str], str], dict[str, float]]:
     return names["compute_scores"]
 
 
-def test_coqa_f1_is_lm_evals(record_folder, coqa_scores):
+def test_coqas_f1_and_exact_match_are_lm_evals(record_folder, coqa_scores):
     examples = read_examples(load_task("coqa"), "eval", str(record_folder / "coqa"))
     examples = examples[:: max(1, len(examples) // RECORDS)]
     assert len(examples) >= 25 and all(len(example.references) >= 4 for example in examples)
     for number, prediction in predictions([example.references[0] for example in examples], seed=2):
         everyone = examples[number].references
         for references in (everyone, everyone[:1], everyone[:2]):
-            ours = METRICS["coqa_f1"].per_record(prediction, references)
-            assert ours == pytest.approx(coqa_scores(list(references), prediction)["f1"], abs=1e-12)
+            theirs = coqa_scores(list(references), prediction)
+            for name, metric in (("f1", "coqa_f1"), ("em", "coqa_exact_match")):
+                ours = METRICS[metric].per_record(prediction, references)
+                assert ours == pytest.approx(theirs[name], abs=1e-12)
+
+
+def nq_normal_form(text: str) -> str:
+    """The open Natural Questions' published rules: NFD, then as SQuAD."""
+    return squad_normal_form(unicodedata.normalize("NFD", text))
+
+
+def test_natural_questions_exact_match_follows_its_own_rules(record_folder):
+    examples = read_examples(load_task("natural_questions"), "eval", str(record_folder / "nq_open"), RECORDS)
+    answers = [example.references[0].replace("e", "é").replace("o", "o\u0308") for example in examples]
+    for number, prediction in predictions(answers, seed=4):
+        references = (answers[number], *examples[number].references)
+        for form in ("NFC", "NFD", "NFKC"):
+            said = unicodedata.normalize(form, prediction)
+            expected = any(nq_normal_form(said) == nq_normal_form(reference) for reference in references)
+            assert METRICS["nq_exact_match"].per_record(said, references) == expected
 
 
 # GSM8K: lm-eval's filters and exact match, with the settings of its own file.

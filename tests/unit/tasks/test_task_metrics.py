@@ -55,6 +55,10 @@ def test_it_does_not_matter_where_generation_stopped(text, stop):
         ("coqa_f1", "", ["the"], 1.0),
         ("coqa_f1", "black cat", ["cat"], 2 / 3),
         ("coqa_f1", "yes", ["yes", "no", "no", "no"], 0.75),  # right only where "yes" is not left out
+        ("coqa_exact_match", "Yes.", ["yes", "no", "no", "no"], 0.75),
+        ("coqa_exact_match", "the yes", ["yes"], 1.0),
+        ("nq_exact_match", "Beyonce\u0301", ["beyonc\u00e9"], 1.0),
+        ("exact_match", "Beyonce\u0301", ["beyonc\u00e9"], 0.0),
         ("final_number", "9 + 9 = 18\n#### 18", ["...\n#### 18"], 1.0),
         ("final_number", "It is 18", ["...\n#### 18"], 0.0),
         ("final_number_flexible", "It is $18.00.", ["...\n#### 18"], 1.0),
@@ -84,6 +88,12 @@ def test_three_ways_of_comparing_choices(metric, gold):
     assert [METRICS["choice_accuracy"].per_record(values, choices, right) for right in range(3)] == [1.0, 0.0, 0.0]
     assert sum(scores) == 1.0
     assert scores[gold] == 1.0
+
+
+@pytest.mark.parametrize("metric", ["choice_accuracy_norm", "choice_accuracy_bytes"])
+def test_a_blank_choice_has_no_length_to_divide_by(metric):
+    with pytest.raises(ValueError, match="expected choices that are not blank, got choice 1 without a character"):
+        METRICS[metric].per_record([-1.0, -2.0], [" yes", "  "], 0)
 
 
 def test_choices_need_a_log_likelihood_each():

@@ -161,5 +161,5 @@ def test_a_window_is_shown_with_pauses_and_targets(settings, batching):
         prefix, _, target = line.partition("[[")
         count = int(data.windows.epoch(0).counts[item])
         assert prefix.endswith("Answer:" + "<pause>" * count) and prefix.count("<pause>") == count
-        _, _, ids = data.windows.examples[item]
+        ids = data.windows.examples[item].target
         assert target == data.tokenizer.decode([data.tokenizer.encode("a")[-1], *ids])[1:]
