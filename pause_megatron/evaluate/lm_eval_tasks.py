@@ -6,8 +6,10 @@ import functools
 import glob
 import json
 import logging
+import re
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -80,6 +82,8 @@ class Harness:
             )
         try:
             self._loaded[name] = dict(manager.load([name])["tasks"])
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"lm_eval/{name}: {_needed(error)}") from None
         except Exception as error:  # dataset loaders raise errors of many libraries
             lines = str(error).strip().splitlines() or [""]
             raise DataError(
@@ -188,6 +192,19 @@ class Harness:
             use_cache=str(cache),
             bootstrap_iters=1000,
         )
+
+
+def _needed(error: ModuleNotFoundError) -> str:
+    """Return how to install a package that a task of lm-eval needs; lm-eval's extras list it."""
+    wanted = (error.name or "").partition(".")[0].replace("_", "-")
+    if not wanted:  # raised by lm-eval itself, with its own advice
+        return " ".join(str(error).split())
+    for requirement in metadata.requires("lm-eval") or ():
+        package = re.match(r"[A-Za-z0-9_.-]+", requirement)
+        extra = re.search(r"extra == ['\"]([\w-]+)['\"]", requirement)
+        if package and extra and package[0].replace("_", "-").lower() == wanted.lower():
+            return f"needs the package {wanted}, which is not installed: pip install 'lm-eval[{extra[1]}]'"
+    return f"needs the package {wanted}, which is not installed: pip install '{wanted}'"
 
 
 def _sampled(tasks: dict[str, Any], limit: int | None) -> dict[str, list[int]]:

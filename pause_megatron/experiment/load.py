@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -46,8 +47,10 @@ def load_grid(path: str | Path | None = None, *, recipe: str | None = None, over
     tree, locations = read_tree(text, str(file))
     if not isinstance(tree, dict):
         raise ConfigError(f"{file}:1: expected groups of keys ('models:', 'variants:'), got {tree!r}")
+    _spell_out_tasks(tree, locations, file)
     for override in overrides:
         _put(tree, locations, override)
+    _spell_out_tasks(tree, locations, file)
     try:
         grid = Grid.model_validate(tree)
     except ValidationError as error:
@@ -73,6 +76,64 @@ def _grid_path(path: str | Path | None, recipe: str | None) -> Path:
     if recipe not in names:
         raise ConfigError(f"--recipe: expected one of {', '.join(names)}, got {recipe!r}{nearest(recipe, names)}")
     return RECIPES / f"{recipe}.yaml"
+
+
+def _spell_out_tasks(tree: dict[str, Any], locations: Locations, file: Path) -> None:
+    """Write out the short forms of `tasks`: a list of tasks, and a file or module:attribute in place of a name.
+
+    Args:
+        tree: The grid; its `tasks` become {name: {task: ..., ...}}.
+        locations: FILE:LINE of each key; the places of renamed keys are added.
+        file: The grid's file; task files are relative to its folder.
+
+    Raises:
+        ConfigError: A task file does not exist, two tasks have one name, or an item of the list is no task.
+    """
+    given = tree.get("tasks")
+    given = (given,) if isinstance(given, str) else given
+    if isinstance(given, Mapping):
+        written = [(key, key, section) for key, section in given.items()]
+    elif isinstance(given, (tuple, list)):
+        written = [(str(index), task, None) for index, task in enumerate(given)]
+    else:
+        return
+    spelled: dict[str, Any] = {}
+    for key, task, section in written:
+        where = _at(locations, "tasks", key)
+        if not isinstance(task, str):
+            raise ConfigError(
+                f"{where}: tasks: expected the name or file of a task in the list, got {task!r}; for a task with keys "
+                f"of its own write a group instead of the list: tasks: {{gsm8k: {{}}, quiz.yaml: {{pauses: [3]}}}}"
+            )
+        name, keys = _named(task, where, file)
+        if name in spelled:
+            raise ConfigError(
+                f"{where}: tasks: expected one task named {name}, got two; write OTHER_NAME: {{task: {task}}}"
+            )
+        spelled[name] = {**keys, **section} if isinstance(section, Mapping) else keys if section is None else section
+        for path in [path for path in locations if path[:2] == ("tasks", key)]:
+            locations[("tasks", name, *path[2:])] = locations[path]
+    tree["tasks"] = spelled
+
+
+def _named(task: str, where: str, file: Path) -> tuple[str, dict[str, str]]:
+    """Return the name that a task has in the grid, and its keys: {} for a name, {task: ...} for a file or an object."""
+    if task.endswith((".yaml", ".yml")):
+        path = file.parent / task
+        if not path.is_file():
+            raise ConfigError(
+                f"{where}: tasks: expected the task file {task} in the grid's folder ({file.parent}), got none; "
+                f"write its path from there, or NAME: {{task: PATH}} with a path from the working folder"
+            )
+        return _name_of(task), {"task": str(path)}
+    if ":" in task:
+        return task.rpartition(":")[2].rpartition(".")[2].strip("_"), {"task": task}
+    return task, {}
+
+
+def _name_of(file: str) -> str:
+    """Return the name of a task file in a grid: my-quiz.yaml is my_quiz."""
+    return re.sub(r"[^A-Za-z0-9]+", "_", Path(file).stem).strip("_")
 
 
 def _put(tree: dict[str, Any], locations: Locations, override: str) -> None:
@@ -101,6 +162,12 @@ def _message(problem: ErrorDetails, locations: Locations) -> str:
         return f"{where}: unknown key {shown!r}{nearest(path[-1], known) or '. Keys here: ' + ', '.join(known)}"
     if problem["type"] == "missing":
         return f"{where}: {'.'.join(map(str, problem['loc']))}: expected a value, got none"
+    if problem["type"] == "string_pattern_mismatch" and "tasks" in problem["loc"]:
+        expected = "a name of letters, digits and _, a task file (quiz.yaml) or module:attribute"
+        if problem["loc"][-1] != "[key]":
+            expected = f"the task's name in this grid ({_name_of(str(problem['input']))})"
+        elsewhere = "" if problem["loc"][-1] != "[key]" else "; to name a task yourself write NAME: {task: FILE.yaml}"
+        return f"{where}: {shown}: expected {expected}, got {problem['input']!r}{elsewhere}"
     return f"{where}: {shown}: {_plain(problem['msg'])}, got {problem['input']!r}"
 
 

@@ -93,9 +93,9 @@ def _keys(parents: list[str]) -> list[str]:
     section: type[BaseModel] = DeclaredTask
     for parent in parents:
         annotation = section.model_fields[parent].annotation
-        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-            section = annotation
-    return [name for name in section.model_fields if name != "name"]
+        kinds = [kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type)]
+        section = next((kind for kind in kinds if issubclass(kind, BaseModel)), section)
+    return [field.alias or name for name, field in section.model_fields.items() if name != "name"]
 
 
 def _import(name: str) -> Task:

@@ -138,8 +138,8 @@ class DeclaredTask(Section):
         return with_shots(examples, list(pool), count=shots.count, seed=shots.seed, separator=shots.separator)
 
     def _records(self, split: Split, path: str | None, name: str | None = None) -> Iterator[Record]:
-        """Yield the records of a split, or of the one that `name` gives."""
-        name = name or (self.splits.train if split == "train" else self.splits.eval)
+        """Yield the records of a split, or of the dataset's split of that name."""
+        given, name = name, name or (self.splits.train if split == "train" else self.splits.eval)
         if name is None:
             raise ConfigError(f"task {self.name}: its dataset {self.dataset.path} has no split for finetuning")
         if path is None:
@@ -148,7 +148,7 @@ class DeclaredTask(Section):
                 f"task.path=DIR, or --task-path ROOT with ROOT/{self.folder}/"
             )
             return hub_records(self.dataset, name, hint)
-        names = (name, "train") if split == "train" else (name,)
+        names = (name, "train") if split == "train" and given is None else (name,)
         return file_records(find_file(self.name, split, names, Path(path)))
 
     def _examples(self, records: Iterable[Record]) -> Iterator[Example]:

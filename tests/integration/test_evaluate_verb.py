@@ -27,6 +27,7 @@ from pause_megatron.evaluate import read_results, read_samples
 from pause_megatron.tasks import load_task, read_examples
 
 README = Path(__file__).resolve().parents[2] / "pause_megatron" / "evaluate" / "README.md"
+TASKS_README = README.parents[1] / "tasks" / "README.md"
 COUNTS = (0, 1, 10)
 NEW_TOKENS, RECORDS = 8, 6
 
@@ -143,6 +144,43 @@ def timeless(found):
     if isinstance(found, dict):
         return {key: timeless(value) for key, value in found.items() if key != "seconds"}
     return [timeless(item) for item in found] if isinstance(found, list) else found
+
+
+def test_a_task_of_ones_own_by_its_documentation_alone(folder, tmp_path, monkeypatch, capsys):
+    """The files of tasks/README.md as they are written there, and its commands."""
+    text = TASKS_README.read_text(encoding="utf-8")
+    data = tmp_path / "data" / "quiz"
+    data.mkdir(parents=True)
+    [records] = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    for split in ("train", "test"):
+        (data / f"{split}.jsonl").write_text(records)
+    for name in re.findall(r"^```\w+\n# (\w+\.\w+)$", text, re.MULTILINE):
+        [content] = re.findall(rf"^```\w+\n(# {re.escape(name)}\n.*?)^```", text, re.MULTILINE | re.DOTALL)
+        (tmp_path / name).write_text(content)
+    commands = re.findall(r"^pause-megatron (evaluate .*)$", text, re.MULTILINE)
+    assert len(commands) == 2
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for command in commands:
+        words = shlex.split(command.replace("--limit 100", "--limit 3"))
+        assert main([str(folder) if word == "out/" else word for word in words]) == 0, capsys.readouterr().err
+    entries = [entry for entry in read_results("results") if entry.task == "quiz"]
+    assert {(entry.metric, entry.pauses) for entry in entries} == {
+        (metric, count) for metric in ("exact_match", "my_metrics:starts_right") for count in (0, 10)
+    }
+    assert {(entry.few_shot, entry.n) for entry in entries} == {(2, 4)}
+    identity = json.loads(Path("results/samples/quiz-m10-append-seed0.json").read_text())
+    assert list(identity["decoding"]["code"]) == ["my_metrics:starts_right"]
+
+    (tmp_path / "my_metrics.py").write_text("def starts_right(prediction, references):\n    return 0.5\n")
+    words = [str(folder) if word == "out/" else word for word in shlex.split(commands[0])]
+    assert main(words) == 2
+    message = (
+        r"decoding\.code\.my_metrics:starts_right: expected .* \(this run\), got .*: the results are from a different"
+    )
+    assert re.search(message, capsys.readouterr().err)
+    assert main([*words[:-1], "anew"]) == 0
+    assert {entry.value for entry in read_results("anew") if entry.metric.startswith("my_")} == {0.5}
 
 
 @pytest.mark.parametrize(

@@ -228,3 +228,52 @@ def test_the_dry_run_lists_cells_steps_flops_and_order(small, capsys):
     assert out[-2] == "7 cells: 1 pretrain, 2 finetune, 2 export-hf, 2 evaluate; 0 done"
     assert main(["experiment", "run", "--config", str(small)]) == 2
     assert "data.prefix: expected the prefix of a prepared corpus" in capsys.readouterr().err
+
+
+def test_task_files_stand_in_a_grid_by_themselves(tmp_path):
+    """The short forms give the cells of the long one; files are relative to the grid, wherever the command runs."""
+    (tmp_path / "my-quiz.yaml").write_text("")
+    long = GRID.replace("web_questions:", f"my_quiz: {{task: {tmp_path}/my-quiz.yaml, pauses: [3]}}\n  gsm8k:", 1)
+    forms = {
+        "group": GRID.replace("web_questions:", "my-quiz.yaml: {pauses: [3]}\n  gsm8k:", 1),
+        "list": GRID.replace("  web_questions: {pauses: [3]}", "  - my-quiz.yaml\n  - gsm8k", 1),
+    }
+    expected = load_grid(write_grid(tmp_path / "long.yaml", long))
+    for name, text in forms.items():
+        path = write_grid(tmp_path / f"{name}.yaml", text)
+        given = ["tasks.my_quiz.pauses=[3]", "tasks.gsm8k.pauses=[3]"] if name == "list" else []
+        grid = load_grid(path, overrides=given)
+        assert grid == expected
+        assert load_grid(write_grid(tmp_path / "again.yaml", dump_grid(grid))) == grid
+        assert by_name(plan_of(path, *given)) == by_name(plan_of(tmp_path / "long.yaml"))
+    grid = load_grid(tmp_path / "list.yaml", overrides=["tasks=[my_tasks:PARITY, gsm8k]"])
+    assert {name: task.task for name, task in grid.tasks.items()} == {"PARITY": "my_tasks:PARITY", "gsm8k": None}
+    alone = GRID.replace("tasks:\n  web_questions: {pauses: [3]}", "tasks: my-quiz.yaml", 1)
+    assert list(load_grid(write_grid(tmp_path / "one.yaml", alone)).tasks) == ["my_quiz"]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "line", "message"),
+    [
+        ("  - gsm8k\n  - quizz.yaml", 2, r"expected the task file quizz\.yaml in the grid's folder .*, got none"),
+        ("  quizz.yaml: {pauses: [3]}", 1, r"or NAME: \{task: PATH\}"),
+        ("  - quiz.yaml: {pauses: [3]}", 1, r"write a group instead of the list: tasks: \{gsm8k: \{\}, quiz\.yaml"),
+        ("  - 3", 1, r"expected the name or file of a task in the list, got 3"),
+        ("  - quiz.yaml\n  - quiz.yml", 2, r"one task named quiz, got two; write OTHER_NAME: \{task: quiz\.yml\}"),
+        ("  my-quiz: {pauses: [3]}", 1, r"got 'my-quiz'; to name a task yourself write NAME: \{task: FILE\.yaml\}"),
+        ("  quiz.yaml: {pausses: [3]}", 1, r"unknown key 'tasks\.quiz\.pausses'\. Did you mean 'pauses'"),
+    ],
+)
+def test_a_task_file_that_cannot_be_used_says_what_to_write(tmp_path, tasks, line, message):
+    for name in ("quiz.yaml", "quiz.yml"):
+        (tmp_path / name).write_text("")
+    path = write_grid(tmp_path / "grid.yaml", GRID.replace("  web_questions: {pauses: [3]}", tasks, 1))
+    start = GRID[: GRID.index("  web_questions")].count("\n")
+    with pytest.raises(ConfigError, match=rf"grid\.yaml:{start + line}: .*{message}"):
+        load_grid(path)
+
+
+def test_a_task_file_in_a_variant_is_refused_with_its_name(tmp_path):
+    text = GRID.replace("finetune: standard", "finetune: standard, tasks: [web-questions.yaml]", 1)
+    with pytest.raises(ConfigError, match=r"expected the task's name in this grid \(web_questions\), got 'web-q"):
+        load_grid(write_grid(tmp_path / "grid.yaml", text))

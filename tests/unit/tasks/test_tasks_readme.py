@@ -42,11 +42,23 @@ def test_the_prompts_are_those_of_records(task_records, name):
     assert any(re.fullmatch(pieces, example.prompt + example.target, re.S) for example in examples)
 
 
-def test_the_file_of_ones_own(tmp_path):
+def test_the_files_of_ones_own(tmp_path):
     (tmp_path / "quiz.yaml").write_text(block("yaml", "# quiz.yaml"))
-    (tmp_path / "test.jsonl").write_text(re.search(r'This reads `(\{"question.*?\})`', README).group(1))
-    (example,) = read_examples(load_task(str(tmp_path / "quiz.yaml")), "eval", str(tmp_path))
-    assert (example.prompt, example.target, example.references) == ("Question: Who?\nAnswer:", " me", ("me", "I"))
+    (tmp_path / "my_metrics.py").write_text(block("python", "# my_metrics.py"))
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.jsonl").write_text(block("json", "{"))
+    task = load_task(str(tmp_path / "quiz.yaml"))
+    first, second, *_ = read_examples(task, "eval", str(tmp_path))
+    shots = [
+        "Question: What is Biscuit?\nAnswer: a goat",
+        "Question: Who discovered Miriel?\nAnswer: Odalys Brandt",
+    ]
+    *given, own = first.prompt.split("\n\n")
+    assert sorted(given) == shots and own == "Question: What is the capital of Ostrey?\nAnswer:"
+    assert first.group == "Ostrey" == second.group  # the other question about the same page is not drawn
+    assert (first.target, first.references) == (" Lantern Bay", ("Lantern Bay", "the Bay"))
+    metric = METRICS["my_metrics:starts_right"]
+    assert metric.reads == "text" and metric.per_record("Lantern Bay, I think", first.references) == 1.0
 
 
 def test_the_object_of_ones_own(tmp_path, monkeypatch):
@@ -56,8 +68,9 @@ def test_the_object_of_ones_own(tmp_path, monkeypatch):
     examples = read_examples(task, "train", limit=50)
     assert {example.target for example in examples} == {" odd", " even"}
     assert examples == read_examples(task, "train", limit=50) != read_examples(task, "eval", limit=50)
+    assert all(len(example.prompt.split("\n\n")) == 3 for example in examples)
     assert json.dumps([vars(example) for example in examples])
-    metric = METRICS["starts_right"]
+    metric = METRICS["my_tasks:starts_right"]
     assert metric.reads == "text" and [metric.per_record(text, ["odd"]) for text in ("odd one", "even")] == [1.0, 0.0]
     assert load_task("my_tasks:PARITY") is task
 
@@ -66,5 +79,5 @@ def test_modules_of_the_table_exist():
     table = README.partition("| module | content |")[2]
     folder = Path(pause_megatron.tasks.__file__).parent
     cells = re.findall(r"^\| (`.*?) \|", table, re.M)
-    assert len(cells) == 7
+    assert len(cells) == 8
     assert all((folder / name).exists() for cell in cells for name in re.findall(r"`([^`]+)`", cell))
