@@ -80,9 +80,9 @@ def hub_records(data: Dataset, split: str, hint: str) -> Iterator[Record]:
     Raises:
         DataError: The dataset cannot be read.
     """
-    try:
-        from datasets import load_dataset
+    from datasets import load_dataset
 
+    try:
         table = load_dataset(data.path, data.config, split=split, revision=data.revision)
     except Exception as error:  # loaders raise whatever their format's or the network's library raises
         lines = str(error).strip().splitlines() or [""]

@@ -86,6 +86,11 @@ PROGRAM = ("-m", "pause_megatron")
         ),
         ("lm_eval", "evaluate --model out --tasks lm_eval/x --output {0}/r", "pip install 'pause-megatron[evaluate]'"),
         (
+            "datasets",
+            "evaluate --model out --tasks gsm8k --output {0}/r",
+            "evaluate: needs the package datasets, which is not installed: pip install 'datasets'",
+        ),
+        (
             "accelerate",
             "evaluate --model out --tasks lm_eval/x --output {0}/r",
             "need lm-eval and accelerate, which cannot be imported here (No module named 'accelerate'): "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -16,6 +17,7 @@ from lm_eval.api.model import CachingLM
 from lm_eval.models.huggingface import HFLM
 
 from pause_megatron.evaluate.lm_eval_model import PauseLM
+from pause_megatron.evaluate.lm_eval_tasks import _needed
 
 NEW = {"until": ["\n"], "max_gen_toks": 6, "do_sample": False}
 SETTINGS = [
@@ -181,3 +183,16 @@ def test_lm_evals_store_of_answers_survives_and_knows_its_pauses(without_pause, 
         DataError, match=r"use_cache: expected answers with 3 x append '\.\.\.', got a cache of answers"
     ):
         CachingLM(PauseLM(without_pause, **{**options, "pauses": 3}), store)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ModuleNotFoundError("x", name="langdetect"), "langdetect, .* pip install 'lm-eval\\[ifeval\\]'"),
+        (ModuleNotFoundError("x", name="math_verify.parser"), "math-verify, .* pip install 'lm-eval\\[math\\]'"),
+        (ModuleNotFoundError("x", name="of_nobody"), "needs the package of-nobody, .* pip install 'of-nobody'"),
+        (ModuleNotFoundError("Please install\nfrom there"), "^Please install from there$"),
+    ],
+)
+def test_a_package_of_one_task_is_named_with_its_extra(error, message):
+    assert re.search(message, _needed(error))
