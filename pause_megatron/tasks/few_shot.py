@@ -55,8 +55,7 @@ def _with_shots(example: Example, pool: Sequence[Example], count: int, seed: int
                 f"few_shot: expected {count} examples besides {example.id!r} to draw from, got {len(shots)}"
             )
         other = pool[index]
-        group = getattr(example, "group", "")
-        same_group = group != "" and getattr(other, "group", "") == group
+        same_group = example.group != "" and other.group == example.group
         if other.prompt != example.prompt and not same_group:
             shots.append(other.prompt + other.target)
     return replace(example, prompt=separator.join([*shots, example.prompt]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from unit.tasks.test_load_task import DECLARATION
@@ -44,6 +45,14 @@ def test_no_record_draws_itself():
     same = [example(number, "Q5:") for number in range(3)]
     with pytest.raises(DataError, match="got 0"):
         with_shots(same, same, count=1)
+
+
+def test_examples_about_the_same_text_are_not_drawn():
+    pool = [replace(each, group=f"page {int(each.id) % 2}") for each in POOL]
+    for found in with_shots(pool[:6], pool, count=20):
+        assert {int(shot.split()[-1]) % 2 for shot in found.prompt.split("\n\n")[:-1]} == {1 - int(found.id) % 2}
+    with pytest.raises(DataError, match="got 20"):
+        with_shots(pool, pool, count=21)
 
 
 def test_every_example_is_drawn_as_often():
