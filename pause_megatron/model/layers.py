@@ -53,12 +53,39 @@ class RecomputedLayer(TransformerLayer):
 
         if not self.repeated:
             return checkpoint(run, hidden_states, use_reentrant=True, preserve_rng_state=False)
+
+        def begun_by_its_output(hidden: torch.Tensor) -> tuple[torch.Tensor, Any]:
+            output, context = run(hidden)
+            return _Begin.apply(output), context
+
         # ZeRO-3 gathers and frees in hooks of the whole forward pass, so it must not stop at the last saved tensor, and
         # between both passes the saved weights have other shapes.
         with set_checkpoint_early_stop(False):
             return checkpoint(
-                run, hidden_states, use_reentrant=False, preserve_rng_state=False, determinism_check="none"
+                begun_by_its_output,
+                hidden_states,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                determinism_check="none",
             )
+
+
+class _Begin(torch.autograd.Function):
+    """Identity that saves a tensor, so that non-reentrant recomputation runs before the layer's backward pass begins.
+
+    It would run at the first saved tensor otherwise, which is within a linear layer: ZeRO-3 has gathered its weight for
+    the backward pass, and the recomputation would free it.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(output)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        _ = ctx.saved_tensors
+        return gradient
 
 
 class LoopedLayers(nn.ModuleList):
