@@ -1,9 +1,8 @@
-"""Synthetic task of decoding a noisy codeword, which needs several attention patterns over the prompt.
+"""Synthetic task of decoding a noisy codeword, whose bits a decoder weighs differently for each codeword.
 
 A prompt is a codeword of n bits with t of them flipped; the answer is the codeword's number. Any two codewords differ
-in at least 2 t + 1 bits, so exactly one codeword is t flips away. The best decoder weights the bits differently for
-each codeword, with weights of both signs. One attention head at the answering position gives one set of positive
-weights; each pause gives another. `tests/benchmarks/pauses_matter.py` measures the effect.
+in at least 2 t + 1 bits, so exactly one codeword is t flips away. `tests/benchmarks/pauses_matter` compares models with
+pauses on it with controls of as many FLOPs.
 
 All prompts are enumerated, and every eighth, by a hash, is for evaluation only. The task is
 `task.name=pause_megatron.tasks.synthetic.codewords:CODE_OF_16` without `task.path`; its tokenizer is

@@ -1,9 +1,7 @@
-"""Synthetic task of counting the ones among n bits modulo q, which needs parallel computation after the prompt.
+"""Synthetic task of counting the ones among n bits modulo q.
 
 With q = 2 this is parity, which London and Kanade (2025, arXiv:2505.21024) use to separate transformers with pauses
-from those without. One attention head can average over the prompt, which gives the number of ones. The remainder has
-n/q periods in that number. Separating n + 1 values takes hidden units at the answering position, and a narrow model has
-few. Each pause adds a position with as many units. `tests/benchmarks/pauses_matter.py` measures the effect.
+from those without.
 
 The number of ones is uniform on 0..n (fair coins would nearly always give about n/2); their positions are drawn next.
 The task is `task.name=pause_megatron.tasks.synthetic.counting:MOD4_OF_24` without `task.path`.
