@@ -213,9 +213,10 @@ def test_the_verdict_names_every_control_that_is_not_passed():
     assert low.passed and low.p_value < 0.001 and low.difference == pytest.approx(0.448)
     assert not (equal.passed or large.passed or same.passed)
     assert (equal.same_size, large.same_size) == (True, False) and same.p_value == 1
-    assert "every control: no; not against equal, large, same." in verdict(comparisons)
-    assert "same size: no; not against equal, same." in verdict(comparisons)
-    assert "every control: yes" in verdict([low])
+    assert "every control: no; not against equal, large, same." in verdict(comparisons, 5, 5)
+    assert "same size: no; not against equal, same." in verdict(comparisons, 5, 5)
+    assert "every control: yes" in verdict([low], 5, 5)
+    assert verdict([low], 4, 5) == "**Undecided: 4 of 5 declared seeds.**"
     assert all(0 < one.low < one.high < 1 for one in found.values())
     with pytest.raises(DataError, match="two seeds or more, got 1"):
         measured([0.5], 1000)

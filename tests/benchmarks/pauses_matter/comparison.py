@@ -100,8 +100,16 @@ def _end(end: float | None, test: PairedT) -> float:
     return test.value if end is None else end
 
 
-def verdict(comparisons: Sequence[Comparison]) -> str:
-    """Whether the claim survives, against all controls and against those of the subject's size."""
+def verdict(comparisons: Sequence[Comparison], seeds: int, declared: int) -> str:
+    """Whether the claim survives, against all controls and against those of the subject's size.
+
+    Args:
+        comparisons: one for each control.
+        seeds: number of seeds that every setting was trained with.
+        declared: number of seeds that it was to be trained with; before all are there, nothing is said.
+    """
+    if seeds < declared:
+        return f"**Undecided: {seeds} of {declared} declared seeds.**"
 
     def line(what: str, some: Sequence[Comparison]) -> str:
         failed = [one.control for one in some if not one.passed]

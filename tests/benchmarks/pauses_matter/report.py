@@ -45,7 +45,7 @@ def write_report(
     parts = [
         f"# {declaration.title}",
         f"Claim: {declaration.claim}",
-        verdict(comparisons),
+        verdict(comparisons, len(found[declaration.subject].values), len(declaration.seeds)),
         RULE,
         "![accuracy of each setting](accuracy.png)",
         settings_table(declared, plans, found, chosen(declaration, lines)),
