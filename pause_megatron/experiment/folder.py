@@ -95,6 +95,7 @@ def write_plan(directory: Path, grid: Grid, graph: CellGraph, ranks: int) -> dic
             seed=point.seed,
             m_inf=point.m_inf,
             cell=located[point.cell.fingerprint].folder.name,
+            held_out=located[point.held_out.fingerprint].folder.name if point.held_out else None,
         )
         for point in graph.points
     )

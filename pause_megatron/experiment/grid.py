@@ -10,7 +10,7 @@ from pause_megatron.config.identity import deciding_keys, digest_keys
 from pause_megatron.config.load import load, recipe_names, recipe_path
 from pause_megatron.config.model_from import OF_A_TASK, PAUSES, SHAPE
 from pause_megatron.config.presets import flops_per_token
-from pause_megatron.config.schema import ResolvedConfig
+from pause_megatron.config.schema import ResolvedConfig, TaskSection
 from pause_megatron.config.text import read_entries
 from pause_megatron.errors import ConfigError
 from pause_megatron.experiment.cell import INPUT, OUTPUT, Cell, Estimate
@@ -33,6 +33,8 @@ class Point:
         seed: Seed of the finetuning.
         m_inf: Pauses at inference of the variant; further ones belong to curves.
         cell: The evaluate cell.
+        held_out: The evaluate cell of the held-out part of train, on which M_ft and M_inf are chosen; None where there
+            is nothing to choose, or `evaluate.select` is eval.
     """
 
     variant: str
@@ -41,6 +43,7 @@ class Point:
     seed: int
     m_inf: tuple[int, ...]
     cell: Cell
+    held_out: Cell | None = None
 
 
 @dataclass(frozen=True)
@@ -120,8 +123,13 @@ class _Expansion:
         pretrained = self._shared(self._pretrain(variant.model))
         finetuned = self._shared(self._finetune(which, pretrained))
         exported = self._shared(_export(finetuned))
-        scored = self._shared(self._evaluate(which, exported))
-        return Point(which.variant, which.task, str(which.m_ft), which.seed, _own_pauses(variant, which.m_ft), scored)
+        own = _own_pauses(variant, which.m_ft)
+        m_inf = _all_pauses(self.grid, which.variant, which.task, which.m_ft)
+        scored = self._shared(self._evaluate(which, exported, m_inf))
+        held = None
+        if self.grid.evaluate.select == "held_out" and (fraction := _held_out(self.grid, which)):
+            held = self._shared(self._evaluate(which, exported, own, fraction))
+        return Point(which.variant, which.task, str(which.m_ft), which.seed, own, scored, held)
 
     def _shared(self, cell: Cell) -> Cell:
         """Return the cell, or the earlier one of the same content."""
@@ -170,11 +178,13 @@ class _Expansion:
             Estimate(config.train.steps, config.train.tokens, per_token),
         )
 
-    def _evaluate(self, which: Combination, exported: Cell) -> Cell:
+    def _evaluate(
+        self, which: Combination, exported: Cell, m_inf: tuple[int, ...], held_out: float | None = None
+    ) -> Cell:
+        """Return the cell that scores a model, on the held-out part of train if its fraction is given."""
         grid, section = self.grid, self.grid.tasks[which.task]
         variant = grid.variants[which.variant]
         inference, config = variant.inference, self.models[variant.model].config
-        m_inf = _all_pauses(grid, which.variant, which.task, which.m_ft)
         deciding = {
             "--tasks": section.task or which.task,
             "--pauses": ",".join(map(str, m_inf)),
@@ -182,6 +192,8 @@ class _Expansion:
             "--seed": which.seed,
             "--location": inference.location,
             "--filler": inference.filler,
+            "--split": held_out and "held-out",
+            "--held-out": held_out,
         }
         given = deciding | {
             "--task-path": grid.data.tasks,
@@ -193,13 +205,14 @@ class _Expansion:
         location = "" if inference.location is None else f"-{inference.location}"
         curve = f"-curve{m_inf[0]}to{m_inf[-1]}" if len(m_inf) > 1 else f"-at{m_inf[0]}"
         rows = self.inputs.vocabulary + config.pause.embeddings
+        records = self.inputs.tasks[which.task]
         return Cell(
-            exported.name.replace("export", "evaluate", 1) + filler + location + curve,
+            exported.name.replace("export", "evaluate", 1) + filler + location + curve + "-held-out" * bool(held_out),
             "evaluate",
             ("--model", INPUT, *options, "--output", OUTPUT),
             {
                 "options": {name: value for name, value in deciding.items() if value is not None},
-                "records": self.inputs.tasks[which.task].evaluation,
+                "records": records.held_out if held_out else records.evaluation,
             },
             exported,
             # The forward pass is a third. The number of tokens depends on the records' lengths and is unknown here.
@@ -231,6 +244,17 @@ def _finetuning_config(
 
 def _export(finetuned: Cell) -> Cell:
     return Cell(finetuned.name.replace("finetune", "export", 1), "export-hf", (INPUT, OUTPUT), {}, finetuned)
+
+
+def _held_out(grid: Grid, which: Combination) -> float | None:
+    """Return the held-out fraction of train where the variant has several M_ft or M_inf to choose from; else None."""
+    variant, section = grid.variants[which.variant], grid.tasks[which.task]
+    of_m_ft = 1 if variant.finetune == "standard" else len(variant.pauses or section.pauses)
+    if of_m_ft == 1 and len(_own_pauses(variant, which.m_ft)) == 1:
+        return None
+    default = TaskSection.model_fields["held_out"].default
+    found = {**grid.finetune.set, **section.set, **variant.set}.get("task.held_out", default)
+    return found if isinstance(found, float) and found else None
 
 
 def _own_pauses(variant: Variant, m_ft: Pauses) -> tuple[int, ...]:

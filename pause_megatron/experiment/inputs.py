@@ -25,12 +25,14 @@ class TaskRecords:
         folder: Folder of this task; None for the Hugging Face Hub.
         train: Fingerprint of the training examples.
         evaluation: Fingerprint of the evaluation examples, and of the code of metrics of one's own.
+        held_out: The same of the held-out part of the training examples; not read where nothing is chosen on it.
         scored: Number of examples that an evaluation scores; None if not read.
     """
 
     folder: str | None
     train: str = NOT_READ
     evaluation: str = NOT_READ
+    held_out: str = NOT_READ
     scored: int | None = None
 
 
@@ -83,6 +85,10 @@ def _records(grid: Grid, name: str) -> TaskRecords:
     if held_out is not None and (isinstance(held_out, bool) or not isinstance(held_out, (int, float))):
         raise ConfigError(f"tasks.{name}: task.held_out: expected a number or null, got {held_out!r}")
     train = read_examples(task, "train", folder, limit, held_out, from_start=held_out is None)
-    scored = read_examples(task, "eval", path=folder, limit=section.limit or grid.evaluate.limit)
+    scored_limit = section.limit or grid.evaluate.limit
+    scored = read_examples(task, "eval", folder, scored_limit)
     code = "".join(f" {METRICS[metric].code}" for metric in task.metrics if METRICS[metric].code)
-    return TaskRecords(folder, fingerprint(train), fingerprint(scored) + code, len(scored))
+    held = NOT_READ
+    if held_out and grid.evaluate.select == "held_out":
+        held = fingerprint(read_examples(task, "held-out", folder, scored_limit, held_out)) + code
+    return TaskRecords(folder, fingerprint(train), fingerprint(scored) + code, held, len(scored))

@@ -74,6 +74,11 @@ class Evaluation(GridSection):
     limit: int | None = Field(None, ge=1, description="records of a task that are scored; null: all")
     batch_size: int | None = Field(None, ge=1)
     device: str | None = None
+    select: Literal["held_out", "eval"] = Field(
+        "held_out",
+        description="records on which a variant with several M_ft or M_inf chooses one: the held-out part of train, "
+        "which is then scored too, or the evaluation split, which biases the result upwards",
+    )
 
 
 class GridTask(GridSection):

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from pydantic import SerializerFunctionWrapHandler, model_serializer
 from typing_extensions import Self
 
 from pause_megatron import __version__
@@ -189,6 +190,7 @@ class StoredPoint(TypedJson):
         seed: Seed of the finetuning.
         m_inf: Pauses at inference of the variant.
         cell: Name of the cell's folder.
+        held_out: Name of the folder of the cell that scored the held-out part of train; None where nothing is chosen.
     """
 
     variant: str
@@ -197,6 +199,12 @@ class StoredPoint(TypedJson):
     seed: int
     m_inf: tuple[int, ...]
     cell: str
+    held_out: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `held_out` out where there is none, as files of earlier versions do."""
+        return {name: value for name, value in handler(self).items() if name != "held_out" or value is not None}
 
 
 class PlanFile(StoredFile):

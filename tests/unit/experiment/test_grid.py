@@ -64,7 +64,7 @@ def test_a_wrong_grid_names_the_line_and_what_was_meant(tmp_path, old, new, mess
 
 @pytest.fixture(scope="module")
 def paper() -> CellGraph:
-    """The cells of the paper's experiment: 1300 of them."""
+    """The cells of the paper's experiment: 1645 of them."""
     grid = load_grid(recipe="paper-1b")
     return expand(grid, assumed_inputs(grid))
 
@@ -277,3 +277,23 @@ def test_a_task_file_in_a_variant_is_refused_with_its_name(tmp_path):
     text = GRID.replace("finetune: standard", "finetune: standard, tasks: [web-questions.yaml]", 1)
     with pytest.raises(ConfigError, match=r"expected the task's name in this grid \(web_questions\), got 'web-q"):
         load_grid(write_grid(tmp_path / "grid.yaml", text))
+
+
+def test_the_number_of_pauses_is_chosen_on_the_held_out_part_of_train(small):
+    """A variant with one M_ft and one M_inf has nothing to choose; its cells stay as they were."""
+    alone, several = plan_of(small), plan_of(small, "tasks.web_questions.pauses=[3,5]")
+    assert not any(point.held_out for point in alone.points)
+    chosen = {point.m_ft: point.held_out for point in several.points if point.variant == "StdPT_PauseFT"}
+    assert {"3", "5"} == chosen.keys() and all(chosen.values())
+    [point] = [each for each in several.points if each.variant == "StdPT_PauseFT" and each.m_ft == "5"]
+    held = point.held_out
+    assert held.input is point.cell.input and held.name.endswith("-held-out") and held in several.cells
+    given = dict(zip(held.arguments[::2], held.arguments[1::2], strict=True))
+    assert (given["--split"], given["--held-out"], given["--pauses"]) == ("held-out", "0.05", "5")
+    assert not any(each.held_out for each in several.points if each.variant == "StdPT_StdFT")
+    names = by_name(several)
+    for other in ("evaluate.select=eval", "finetune.set.task.held_out=0.0"):
+        changed = plan_of(small, "tasks.web_questions.pauses=[3,5]", other)
+        assert not any(each.held_out for each in changed.points)
+        same = {name for name, mark in by_name(changed).items() if names[name] == mark}
+        assert ("select" not in other) == any(name.startswith("finetune") and name not in same for name in names)
