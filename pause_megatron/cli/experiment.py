@@ -79,7 +79,8 @@ def _run(args: argparse.Namespace) -> int:
     grid, graph = _expanded(args)
     directory = Path(args.output or f"runs/experiments/{grid.name}").resolve()
     if args.dry_run:
-        print(describe(list(locate_cells(directory, graph).values())))
+        baseline = f"pretrain-{grid.variants[grid.baseline].model}"
+        print(describe(list(locate_cells(directory, graph).values()), baseline))
         return 0
     directory.mkdir(parents=True, exist_ok=True)
     with only_writer(directory / ".lock", f"the experiment {directory}"):

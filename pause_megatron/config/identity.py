@@ -30,7 +30,12 @@ SCHEDULE_KEYS = (
     *("optim.lr", "optim.min_lr_fraction", "optim.warmup_steps", "optim.schedule", "optim.decay_fraction"),
 )
 # Keys that were added after digests of configurations had been stored. A digest leaves them out at this, their default.
-ADDED_KEYS = {"model.loops": 1}
+ADDED_KEYS: dict[str, int | float] = {
+    "model.loops": 1,
+    "finetune.pause_targets": False,
+    "finetune.auxiliary_heads": False,
+    "finetune.hint_weight": 1.0,
+}
 # Keys that may differ between the ranks of a run: paths of copies whose content the ranks compare.
 LOCAL_KEYS = frozenset({"data.prefix", "data.valid_prefix", "data.tokenizer", "task.path"})
 

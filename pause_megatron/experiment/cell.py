@@ -31,12 +31,14 @@ class Estimate:
         raw_tokens: Text and pause tokens; None if unknown.
         flops_per_token: Model FLOPs of a raw token: forward and backward pass in training, forward pass in evaluation.
         parameters: Number of parameters of the model.
+        about: What a pretraining spends in place of pauses, as text.
     """
 
     steps: int | None = None
     raw_tokens: int | None = None
     flops_per_token: float = 0.0
     parameters: int = 0
+    about: str = ""
 
     @property
     def flops(self) -> float | None:

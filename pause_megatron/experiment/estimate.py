@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
+from pause_megatron.experiment.cell import Cell
 from pause_megatron.experiment.folder import LocatedCell
 
 
@@ -16,11 +17,12 @@ def si(value: float) -> str:
     return f"{value:.3g} "
 
 
-def describe(located: Sequence[LocatedCell]) -> str:
-    """Return a line for each cell in the order of the run, then sums.
+def describe(located: Sequence[LocatedCell], baseline: str = "") -> str:
+    """Return a line for each cell in the order of the run, then the pretrained models beside the baseline, then sums.
 
     Args:
         located: The cells, inputs first.
+        baseline: Name of the baseline's pretraining cell.
     """
     number = {entry.cell.fingerprint: index for index, entry in enumerate(located, start=1)}
     width = max(len(entry.cell.name) for entry in located)
@@ -34,8 +36,28 @@ def describe(located: Sequence[LocatedCell]) -> str:
         done = "  done" if entry.done else ""
         index = number[cell.fingerprint]
         lines.append(f"{index:>5}  {cell.name:{width}}  {after:>5}  {steps:>9}  {tokens:>10}  {flops:>8}{done}")
-    lines += ["", *_sums(located)]
+    lines += [*_models([entry.cell for entry in located], baseline), "", *_sums(located)]
     return "\n".join(lines)
+
+
+def _models(cells: Sequence[Cell], baseline: str) -> list[str]:
+    """Return each pretrained model with its parameters and FLOPs relative to those of the baseline's."""
+    models = [cell for cell in cells if cell.verb == "pretrain"]
+    base = next((cell.estimate for cell in models if cell.name == baseline), None)
+    if base is None or len(models) < 2:
+        return []
+    width = max(len(cell.name) for cell in models)
+    lines = ["", f"{'relative to ' + baseline:{width}}  {'parameters':>10}  {'FLOP a token':>12}  {'FLOP in all':>11}"]
+    for cell in models:
+        cost = cell.estimate
+        ratios = (
+            cost.parameters / base.parameters,
+            cost.flops_per_token / base.flops_per_token,
+            (cost.flops or 0) / (base.flops or 1),
+        )
+        shown = [f"{ratio:>{room}.3f}" for ratio, room in zip(ratios, (10, 12, 11), strict=True)]
+        lines.append("  ".join([f"{cell.name:{width}}", *shown, cost.about]).rstrip())
+    return lines
 
 
 def _sums(located: Sequence[LocatedCell]) -> list[str]:

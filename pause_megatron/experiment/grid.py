@@ -144,7 +144,13 @@ class _Expansion:
             "pretrain",
             (*model.source, *model.overrides, *prefix, f"run.dir={OUTPUT}"),
             {"config": _plain(digest_keys(model.config)), "corpus": self.inputs.corpus},
-            estimate=Estimate(train.steps, train.tokens, model.flops_per_token, model.parameters),
+            estimate=Estimate(
+                train.steps,
+                train.tokens,
+                model.flops_per_token,
+                model.parameters,
+                model.spent.about if model.spent else "",
+            ),
         )
 
     def _finetune(self, which: Combination, pretrained: Cell) -> Cell:
@@ -158,7 +164,11 @@ class _Expansion:
             f"finetune.pauses={which.m_ft}",
             f"run.seed={which.seed}",
         )
-        config = _finetuning_config(which.task, recipe, overrides, self.models[variant.model].config)
+        model = self.models[variant.model]
+        config = _finetuning_config(which.task, recipe, overrides, model.config)
+        if model.spent and model.spent.longer != 1:
+            overrides = (*overrides, _longer(config, model.spent.longer))
+            config = _finetuning_config(which.task, recipe, overrides, model.config)
         name = f"finetune-{variant.model}-{which.task}-m{which.m_ft}{_marks(variant.set)}-s{which.seed}"
         folder = () if records.folder is None else as_overrides({"task.path": records.folder})
         rows = self.inputs.vocabulary + config.pause.embeddings
@@ -240,6 +250,13 @@ def _finetuning_config(
         return load(recipe=recipe, overrides=(*as_overrides({"model.preset": None, **inherited}), *overrides))
     except ConfigError as error:
         raise ConfigError(f"tasks.{task}: {error}") from None
+
+
+def _longer(config: ResolvedConfig, factor: float) -> str:
+    """Return the override that multiplies the length of a finetuning."""
+    if config.finetune.epochs is not None:
+        return f"finetune.epochs={config.finetune.epochs * factor:.6g}"
+    return f"train.steps={round((config.train.steps or 0) * factor)}"
 
 
 def _export(finetuned: Cell) -> Cell:

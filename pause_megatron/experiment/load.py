@@ -13,6 +13,7 @@ from pydantic_core import ErrorDetails
 from pause_megatron.config.spelling import nearest
 from pause_megatron.config.text import read_override, read_tree, write_yaml
 from pause_megatron.errors import ConfigError
+from pause_megatron.experiment.renamed import with_new_keys
 from pause_megatron.experiment.schema import Grid
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes" / "experiments"
@@ -51,6 +52,7 @@ def load_grid(path: str | Path | None = None, *, recipe: str | None = None, over
     for override in overrides:
         _put(tree, locations, override)
     _spell_out_tasks(tree, locations, file)
+    with_new_keys(tree, locations)
     try:
         grid = Grid.model_validate(tree)
     except ValidationError as error:

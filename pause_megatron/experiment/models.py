@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pause_megatron.config.batching import batch_plan
 from pause_megatron.config.load import load
 from pause_megatron.config.presets import flops_per_token, parameters
-from pause_megatron.config.schema import ResolvedConfig, ResolvedModel
+from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.errors import ConfigError
-from pause_megatron.experiment.schema import Budget, ExtraLayers, Grid, Keys, Model
+from pause_megatron.experiment.extra import Spent, spend
+from pause_megatron.experiment.schema import Budget, Grid, Keys, Model
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Pretraining:
         config: The resolved configuration.
         flops_per_token: Model FLOPs of forward and backward pass of one raw token.
         parameters: Number of parameters of the model, pause rows included.
+        spent: What it gets in place of pauses.
     """
 
     source: tuple[str, str]
@@ -30,15 +32,7 @@ class Pretraining:
     config: ResolvedConfig
     flops_per_token: float
     parameters: int
-
-    def with_layers(self, layers: int, vocabulary: int) -> Pretraining:
-        """Return the run with another depth.
-
-        Args:
-            layers: Number of layers.
-            vocabulary: Number of text tokens.
-        """
-        return pretraining(self.source, (*self.overrides, f"model.layers={layers}"), vocabulary)
+    spent: Spent | None = None
 
     def with_tokens(self, tokens: int, vocabulary: int) -> Pretraining:
         """Return the run with another number of raw tokens in place of its own duration.
@@ -114,7 +108,7 @@ def resolve_models(grid: Grid, vocabulary: int) -> dict[str, Pretraining]:
 
 
 def _resolve_model(section: Model, like: Pretraining | None, vocabulary: int) -> Pretraining:
-    """Return a run with its depth and its budget.
+    """Return a run with what it gets in place of pauses, and its budget.
 
     Args:
         section: The model in the grid.
@@ -123,35 +117,15 @@ def _resolve_model(section: Model, like: Pretraining | None, vocabulary: int) ->
     """
     source = ("--recipe", section.recipe) if section.recipe else ("--config", str(section.config))
     run = pretraining(source, as_overrides(section.set), vocabulary)
-    if section.extra_layers:
-        extra = count_extra_layers(run.config.model, section.extra_layers, vocabulary)
-        run = run.with_layers(run.config.model.layers + extra, vocabulary)
+    spent = spend(run.config.model, section.extra, vocabulary) if section.extra else None
+    if spent and spent.keys:
+        run = pretraining(source, (*run.overrides, *as_overrides(spent.keys)), vocabulary)
     if section.budget and like is not None:
         run = run.with_tokens(_tokens(section.budget, run, like), vocabulary)
+    if spent and spent.longer != 1:
+        run = run.with_tokens(round(run.tokens * spent.longer), vocabulary)
     _ = run.tokens  # refuses a run without a duration
-    return run
-
-
-def count_extra_layers(model: ResolvedModel, wanted: ExtraLayers, vocabulary: int) -> int:
-    """Return how many extra layers cost as much on a prefix without pauses as the pauses after that prefix.
-
-    It is the number (1 or more) with the nearest forward FLOPs. Goyal et al. compare 10 pauses after 100 tokens with 2
-    layers in addition to 24.
-
-    Args:
-        model: The model without extra layers.
-        wanted: Numbers of pauses and of prefix tokens.
-        vocabulary: Number of text tokens.
-    """
-    length = wanted.prefix_tokens + wanted.pauses
-    with_pauses = flops_per_token(model, vocabulary, length) * length
-
-    def cost(layers: int) -> int:
-        deeper = model.model_copy(update={"layers": layers})
-        return flops_per_token(deeper, vocabulary, wanted.prefix_tokens) * wanted.prefix_tokens
-
-    candidates = range(1, 2 * model.layers * wanted.pauses // wanted.prefix_tokens + 3)
-    return min(candidates, key=lambda extra: abs(cost(model.layers + extra) - with_pauses))
+    return replace(run, spent=spent)
 
 
 def as_overrides(keys: Keys) -> tuple[str, ...]:

@@ -38,9 +38,10 @@ class Data(GridSection):
         return split_words(value)
 
 
-class ExtraLayers(GridSection):
-    """Extra layers with the cost of this many pauses on a prefix of this length."""
+class Extra(GridSection):
+    """The FLOPs of this many pauses after a prefix of this length, spent in another way."""
 
+    spend: Literal["layers", "ffn", "loops", "training"]
     pauses: int = Field(ge=1)
     prefix_tokens: int = Field(ge=1)
 
@@ -53,12 +54,12 @@ class Budget(GridSection):
 
 
 class Model(GridSection):
-    """One pretraining run: a recipe or a file, overrides, extra layers and the budget of another model."""
+    """One pretraining run: a recipe or a file, overrides, an extra, and the budget of another model."""
 
     recipe: str | None = None
     config: PathText | None = None
     set: Keys = {}
-    extra_layers: ExtraLayers | None = None
+    extra: Extra | None = Field(None, description="what the model gets in place of pauses")
     budget: Budget | None = None
 
 

@@ -8,15 +8,18 @@ import json
 import pytest
 from support.small_grid import GRID, write_grid
 
+from pause_megatron.config.identity import ADDED_KEYS
+from pause_megatron.config.keys import keys
 from pause_megatron.config.load import load
-from pause_megatron.config.presets import fill_sizes
+from pause_megatron.config.presets import fill_sizes, flops_per_token
 from pause_megatron.config.schema import ModelSection
 from pause_megatron.errors import ConfigError
+from pause_megatron.experiment.extra import spend as spend_extra
 from pause_megatron.experiment.grid import CellGraph, expand
 from pause_megatron.experiment.inputs import assumed_inputs
 from pause_megatron.experiment.load import dump_grid, load_grid, recipe_names
-from pause_megatron.experiment.models import count_extra_layers, resolve_models
-from pause_megatron.experiment.schema import ExtraLayers
+from pause_megatron.experiment.models import resolve_models
+from pause_megatron.experiment.schema import Extra
 
 
 @pytest.fixture
@@ -208,14 +211,77 @@ def test_budgets_make_models_equally_long(tmp_path):
         resolve_models(load_grid(write_grid(tmp_path / "g.yaml", circle)), 1000)
 
 
+def extra(model, spend: str, pauses: int = 10, vocabulary: int = 0) -> tuple[int | None, float, str]:
+    """The chosen size, the factor of training, and the text of an extra after 100 tokens."""
+    found = spend_extra(model, Extra(spend=spend, pauses=pauses, prefix_tokens=100), vocabulary)
+    return found.keys.get(f"model.{spend}"), found.longer, found.about
+
+
 def test_ten_pauses_after_100_tokens_cost_about_two_layers_of_24():
     model = fill_sizes(ModelSection(preset="1b", layers=24))
-    wanted = ExtraLayers(pauses=10, prefix_tokens=100)
-    assert count_extra_layers(model, wanted, vocabulary=0) == 2
-    assert count_extra_layers(model, wanted, vocabulary=32_000) in (2, 3)
-    assert count_extra_layers(model, ExtraLayers(pauses=50, prefix_tokens=100), vocabulary=0) == pytest.approx(
-        12, abs=1
+    assert extra(model, "layers")[0] == 26
+    assert extra(model, "layers", vocabulary=32_000)[0] in (26, 27)
+    assert extra(model, "layers", pauses=50)[0] == pytest.approx(36, abs=1)
+
+
+def test_every_way_to_spend_pauses_has_the_nearest_flops():
+    model = fill_sizes(ModelSection(preset="1b", layers=24))
+
+    def cost(tokens: int, **changes: int) -> int:
+        changed = model.model_copy(update=changes)
+        return flops_per_token(changed, 32_001, tokens) * tokens
+
+    for spend, step in (("layers", 1), ("ffn", 64), ("loops", 1)):
+        for pauses in (10, 50, 200):
+            size, longer, about = extra(model, spend, pauses, 32_001)
+            wanted = cost(100 + pauses)
+            gaps = [abs(cost(100, **{spend: near}) - wanted) for near in (size - step, size, size + step)]
+            smallest = getattr(model, spend) + step
+            assert longer == 1 and gaps[1] <= gaps[2] and (size == smallest or gaps[1] <= gaps[0])
+            assert f"{cost(100, **{spend: size}) / wanted:.3f} of the FLOPs of {pauses} pauses" in about
+    size, longer, _ = extra(model, "training", 10, 32_001)
+    assert size is None and longer == pytest.approx(cost(110) / cost(100))
+
+
+def test_longer_training_multiplies_pretraining_and_finetuning(small):
+    spent = [
+        "models.StdPT.extra.spend=training",
+        "models.StdPT.extra.pauses=50",
+        "models.StdPT.extra.prefix_tokens=100",
+    ]
+    before, after = (
+        {cell.verb: cell.estimate for cell in plan_of(small, "models.StdPT.set.train.steps=2000", *more).cells}
+        for more in ([], spent)
     )
+    ratio = float(after["pretrain"].about.split()[1])
+    assert 1.5 < ratio < 1.6
+    assert after["pretrain"].flops / before["pretrain"].flops == pytest.approx(ratio, rel=1e-3)
+    assert after["finetune"].steps == round(before["finetune"].steps * ratio)
+
+
+def test_the_old_name_of_extra_layers_is_read_with_a_warning(tmp_path):
+    """The same cells, and one way only."""
+    spelled = {
+        "new": "extra: {spend: layers, pauses: 50, prefix_tokens: 100}",
+        "old": "extra_layers: {pauses: 50, prefix_tokens: 100}",
+    }
+    grids = {key: GRID.replace("recipe: tiny-std", f"recipe: tiny-std\n    {text}", 1) for key, text in spelled.items()}
+    new = by_name(plan_of(write_grid(tmp_path / "new.yaml", grids["new"])))
+    old = write_grid(tmp_path / "old.yaml", grids["old"])
+    with pytest.warns(FutureWarning, match=r"old\.yaml:\d+: models.StdPT: extra_layers is now extra: {spend: layers"):
+        assert by_name(plan_of(old)) == new
+    both = grids["old"].replace("extra_layers", f"{spelled['new']}\n    extra_layers")
+    with pytest.raises(ConfigError, match="got both"):
+        plan_of(write_grid(tmp_path / "both.yaml", both))
+
+
+def test_a_key_at_its_default_leaves_the_identity_as_it_was(small):
+    """`ADDED_KEYS` are defaults of the schema; a looped model is another cell."""
+    configs = [cell.identity["config"] for cell in plan_of(small).cells if "config" in cell.identity]
+    assert configs and not any(set(ADDED_KEYS) & set(config) for config in configs)
+    assert {key: keys()[key].default for key in ADDED_KEYS} == ADDED_KEYS
+    looped = plan_of(small, "models.StdPT.set.model.loops=3").cells
+    assert {cell.identity["config"]["model.loops"] for cell in looped if "config" in cell.identity} == {3}
 
 
 def test_the_dry_run_lists_cells_steps_flops_and_order(small, capsys):
