@@ -30,7 +30,7 @@ STEPS, SAMPLES, TOLERANCE = 3, 6, 1e-5
 CASES = [
     (1, 1, 0, ["model.tied=true", "model.kv_heads=8", "pause.embeddings=3"]),
     (2, 1, 3, ["model.tied=false", "model.kv_heads=1", "model.qkv_bias=true", "model.rope_base=500.0"]),
-    (2, 2, 2, ["model.tied=true", "model.kv_heads=2", "pause.softmax=exclude", "model.norm_eps=1e-3"]),
+    (2, 2, 2, ["model.tied=true", "model.kv_heads=2", "pause.softmax=exclude", "model.norm_eps=1e-3", "model.loops=2"]),
     (4, 4, 1, ["model.tied=false", "model.kv_heads=4", "parallel.sequence=true", "pause.embeddings=2"]),
     *(
         pytest.param(*case, marks=pytest.mark.slow)
@@ -123,6 +123,8 @@ def test_exported_logits_and_validation_loss_are_the_native_ones(corpus, tmp_pat
     tokenizer = AutoTokenizer.from_pretrained(out, trust_remote_code=False)
     assert tokenizer("Fellow citizens" + "<pause>" * 3)["input_ids"][-3:] == [model.config.pause["ids"][0]] * 3
     assert model.generation_config.suppress_tokens == model.config.pause["ids"]
+    assert model.config.num_hidden_layers == config.model.depth
+    assert getattr(model.config, "loops", 1) == config.model.loops
     assert model.config.vocab_size == model.config.pause["ids"][-1] + 1
     assert ("lm_head.weight" in names(out)) == (not config.model.tied)
     # transformers 5.0 reads the tokenizer of a Qwen2 folder as it is; with later ones the export becomes a Llama.

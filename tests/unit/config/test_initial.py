@@ -16,7 +16,16 @@ SIZES = [*tiny_model(layers=3, hidden=48, heads=4, kv_heads=2, ffn=80)]
 @pytest.fixture
 def run(tmp_path):
     """A run folder with one checkpoint, as far as the configuration looks at it."""
-    config = load(overrides=[*SIZES, "model.tied=true", "model.rope_base=5e5", "model.qkv_bias=true", "optim.lr=0.5"])
+    config = load(
+        overrides=[
+            "optim.lr=0.5",
+            *SIZES,
+            "model.tied=true",
+            "model.rope_base=5e5",
+            "model.qkv_bias=true",
+            "model.loops=2",
+        ]
+    )
     folder = tmp_path / "run" / "checkpoints" / "step-00000007"
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(dump(config))
@@ -30,6 +39,7 @@ def test_sizes_come_from_the_checkpoint(run, place):
     model = load(recipe="tiny-pause", overrides=[f"model.from={run / place}"]).model
     assert (model.layers, model.hidden, model.heads, model.kv_heads, model.ffn) == (3, 48, 4, 2, 80)
     assert (model.tied, model.rope_base, model.qkv_bias, model.preset) == (True, 5e5, True, None)
+    assert (model.loops, model.depth) == (2, 6)
     assert model.from_ == str(run / place)
 
 
@@ -52,6 +62,14 @@ def test_pause_vectors_come_from_it_and_a_finetuning_takes_the_window_too(tmp_pa
     )
     path.write_text(dump(load(overrides=[*SIZES, "data.sequence_length=131072"])))
     assert load(recipe="finetune-gsm8k", overrides=[f"model.from={run}"]).data.sequence_length == 2048
+
+
+def test_a_configuration_from_before_a_key_existed_needs_no_initial_checkpoint(tmp_path, run):
+    config = load(overrides=[f"model.from={run}", "model.loops=1"])
+    written = tmp_path / "config.yaml"
+    written.write_text("".join(line for line in dump(config).splitlines(True) if "loops:" not in line))
+    shutil.rmtree(run)
+    assert load(written) == config
 
 
 def test_a_size_that_is_given_stays(run):
