@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -23,6 +24,8 @@ from pause_megatron.data.tokenizer.continuation import Continuations
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer
 from pause_megatron.data.windows.pause import LOCATIONS, add_pauses
 from pause_megatron.errors import ConfigError, DataError
+
+_BLOCK = 4096  # examples
 
 HINT_PLACES = ("pauses", "heads")
 """What predicts the hints of an example: its first pauses, or auxiliary heads where the answer is predicted."""
@@ -131,8 +134,10 @@ def encode_examples(examples: Sequence[Example], tokenizer: Tokenizer) -> list[E
     """
     if not examples:
         raise DataError("examples: expected at least one, got none")
-    as_continuation = continuations(tokenizer).encode
-    prompts = tokenizer.encode_batch([example.prompt for example in examples])
+    as_continuation = cache(continuations(tokenizer).encode)
+    # In blocks: a tokenizer keeps much more than the ids of a batch until the batch is done.
+    blocks = (examples[start : start + _BLOCK] for start in range(0, len(examples), _BLOCK))
+    prompts = (ids for block in blocks for ids in tokenizer.encode_batch([example.prompt for example in block]))
     encoded = []
     for example, prompt in zip(examples, prompts, strict=True):
         try:
