@@ -36,7 +36,7 @@ setup(
     package_dir={"pause_megatron.ds_configs": "ds_configs"},
     package_data={
         "pause_megatron": ["py.typed", "recipes/*.yaml", "recipes/experiments/*.yaml", "tasks/*.yaml"],
-        "pause_megatron.experiment": ["*.yaml", "report/*.css"],
+        "pause_megatron.experiment": ["*.yaml", "report/*.css", "report/*.js"],
         "pause_megatron.slurm": ["*.sbatch"],
         "pause_megatron.ds_configs": ["*.json"],
     },

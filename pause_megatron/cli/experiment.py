@@ -6,6 +6,7 @@ import argparse
 import logging
 import shlex
 import signal
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,18 +32,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "examples:\n"
         "  pause-megatron experiment run --recipe tiny data.prefix=runs/quickstart/english --task-path data/\n"
         "  pause-megatron experiment status runs/experiments/tiny\n"
-        "  pause-megatron experiment report runs/experiments/tiny --output report/"
+        "  pause-megatron experiment report runs/experiments/tiny --output report/\n"
+        "  pause-megatron experiment diff DIR evaluate-StdPT-piqa-m10-s1@0 evaluate-StdPT-piqa-m10-s1@10\n"
+        "  pause-megatron experiment declare --config mine.yaml --output declared.yaml --question 'Do pauses help?'"
     )
-    parser.add_argument("action", choices=("run", "status", "report", "cell"), help="cell: one cell, as a job runs it")
-    parser.add_argument("words", nargs="*", metavar="DIR|KEY=VALUE", help="status, report: DIR; run: overrides")
-    grid = parser.add_argument_group("run: grid")
+    parser.add_argument(
+        "action",
+        choices=("run", "declare", "status", "report", "diff", "cell"),
+        help="declare: write the runs of a grid to a file for its key 'declared'; diff: answers that differ between "
+        "two evaluations; cell: one cell, as a job runs it",
+    )
+    parser.add_argument(
+        "words",
+        nargs="*",
+        metavar="WORD",
+        help="status, report: DIR; diff: DIR CELL CELL, each the beginning of an evaluation's folder in DIR/cells, "
+        "with @M for M pauses at inference; run, declare: KEY=VALUE overrides",
+    )
+    parser.add_argument("--question", default="", metavar="TEXT", help="declare: what the experiment decides, in words")
+    parser.add_argument(
+        "--examples", type=at_least(0), default=5, metavar="N", help="diff: examples of each direction (default: 5)"
+    )
+    grid = parser.add_argument_group("run, declare: grid")
     grid.add_argument("--recipe", metavar="NAME", help=f"one of {', '.join(recipe_names())}")
     grid.add_argument("--config", type=path_option, metavar="FILE", help="a grid file, for example DIR/grid.yaml")
     grid.add_argument(
-        "--task-path", type=path_option, metavar="ROOT", help="folder with a folder of records per task (data.tasks)"
+        "--task-path",
+        type=path_option,
+        metavar="ROOT",
+        help="folder with a folder of records per task (data.tasks); report, diff: for prompts (default: as evaluated)",
     )
     grid.add_argument(
-        "--output", type=path_option, metavar="DIR", help="default: runs/experiments/NAME; report: default DIR/report"
+        "--output",
+        type=path_option,
+        metavar="DIR",
+        help="default: runs/experiments/NAME; report: default DIR/report; declare: the file",
     )
     grid.add_argument("--dry-run", action="store_true", help="list cells, steps, FLOPs and order, and stop")
     local = parser.add_argument_group("run: local execution")
@@ -66,13 +90,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the action and return the exit code."""
-    actions = {"run": _run, "status": _status, "report": _report, "cell": _cell}
+    actions = {
+        "run": _run,
+        "declare": _declare,
+        "status": _status,
+        "report": _report,
+        "diff": _diff,
+        "cell": _cell,
+    }
     return actions[args.action](args)
 
 
 def _run(args: argparse.Namespace) -> int:
     from pause_megatron.experiment.estimate import describe
     from pause_megatron.experiment.folder import locate_cells, write_plan
+    from pause_megatron.experiment.load import grid_path
+    from pause_megatron.experiment.provenance import keep_declaration, record_start
     from pause_megatron.experiment.run_local import run_local, set_threads
     from pause_megatron.files.durable import only_writer
 
@@ -84,6 +117,8 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     directory.mkdir(parents=True, exist_ok=True)
     with only_writer(directory / ".lock", f"the experiment {directory}"):
+        keep_declaration(directory, Path(grid.declared) if grid.declared else None)
+        record_start(directory, sys.argv[1:], grid_path(args.config, args.recipe))
         located = write_plan(directory, grid, graph, args.ranks)
         if args.slurm:
             from pause_megatron.experiment.slurm import JobOptions, submit
@@ -139,7 +174,35 @@ def _report(args: argparse.Namespace) -> int:
 
     directory = _directory(args)
     output = Path(args.output) if args.output else directory / "report"
-    for line in write_report(directory, output):
+    for line in write_report(directory, output, args.task_path):
+        print(line)
+    return 0
+
+
+def _declare(args: argparse.Namespace) -> int:
+    from pause_megatron.experiment.declared import declare
+    from pause_megatron.files.durable import write_whole
+
+    if args.output is None:
+        raise ConfigError("experiment declare: --output: expected the file to write, got none")
+    _, graph = _expanded(args)
+    path = Path(args.output)
+    if path.exists():
+        raise ConfigError(f"experiment declare: --output: expected a new file, got {path}, which exists")
+    write_whole(path, declare(graph, args.question).encode())
+    log.info(f"wrote {path}, {len(graph.points)} runs; commit it, and give the grid the key declared: {path}")
+    return 0
+
+
+def _diff(args: argparse.Namespace) -> int:
+    from pause_megatron.experiment.report.flips import find_outcomes, flips, read_records
+    from pause_megatron.experiment.report.pairs import diff_text
+
+    if len(args.words) != 3:
+        raise ConfigError(f"experiment diff: expected DIR CELL CELL, got {len(args.words)} words")
+    directory = _folder(args.words[0], "diff")
+    one, other = (find_outcomes(directory, word) for word in args.words[1:])
+    for line in diff_text(flips(one, other), read_records(one, args.task_path), args.examples):
         print(line)
     return 0
 
@@ -157,10 +220,14 @@ def _directory(args: argparse.Namespace) -> Path:
     """Return the folder that status, report or cell was given."""
     if len(args.words) != 1:
         raise ConfigError(f"experiment {args.action}: expected one folder, got {len(args.words)}")
+    return _folder(args.words[0], args.action)
+
+
+def _folder(word: str, action: str) -> Path:
     try:
-        return Path(expanded(args.words[0])).resolve()
+        return Path(expanded(word)).resolve()
     except ValueError as error:
-        raise ConfigError(f"experiment {args.action}: {error}") from None
+        raise ConfigError(f"experiment {action}: {error}") from None
 
 
 def _stop_on_signals() -> Stop:

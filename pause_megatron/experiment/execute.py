@@ -19,6 +19,7 @@ from pathlib import Path
 from pause_megatron.errors import DataError
 from pause_megatron.experiment.cell import INPUT, OUTPUT, PRODUCT
 from pause_megatron.experiment.ledger import ledger_of
+from pause_megatron.experiment.provenance import OriginFile, origin
 from pause_megatron.experiment.stored import Attempt, AttemptsFile, CellFile, DoneFile, FailedFile, is_done
 from pause_megatron.files.durable import only_writer
 from pause_megatron.files.locks import Backoff
@@ -189,6 +190,7 @@ def _attempt(folder: Path, cell: CellFile, launch: Launch, stop: Stop, lock: int
     earlier = (AttemptsFile.read_if_present(folder) or AttemptsFile()).attempts
     attempt = Attempt(begun=time.time(), seconds=None)
     AttemptsFile(attempts=(*earlier, attempt)).write(folder)
+    OriginFile(origin=origin()).write(folder)
     code = _run_verb(folder, cell, launch, stop, lock)
     seconds = time.time() - attempt.begun
     attempts = (*earlier, Attempt(begun=attempt.begun, seconds=seconds))

@@ -40,7 +40,7 @@ def load_grid(path: str | Path | None = None, *, recipe: str | None = None, over
         ConfigError: The file or recipe does not exist or is not YAML, a key is unknown, a value does not fit, or a name
             is used but not defined. Names file and line.
     """
-    file = _grid_path(path, recipe)
+    file = grid_path(path, recipe)
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -68,7 +68,16 @@ def dump_grid(grid: Grid) -> str:
     return write_yaml(grid.model_dump(mode="json"))
 
 
-def _grid_path(path: str | Path | None, recipe: str | None) -> Path:
+def grid_path(path: str | Path | None, recipe: str | None) -> Path:
+    """Return the file of a grid, exactly one of both.
+
+    Args:
+        path: A grid file.
+        recipe: A name of `recipe_names`.
+
+    Raises:
+        ConfigError: Both or neither are given, or no recipe has that name.
+    """
     if path is not None and recipe is None:
         return Path(path)
     if recipe is None or path is not None:

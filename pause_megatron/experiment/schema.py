@@ -90,6 +90,7 @@ class GridTask(GridSection):
     pauses: tuple[Pauses, ...] = Field((10,), min_length=1)
     set: Keys = {}
     limit: int | None = Field(None, ge=1, description="records that are scored; null: evaluate.limit")
+    chance: float | None = Field(None, ge=0, le=100, description="score of guessing, per cent; null: the paper's")
 
 
 class Inference(GridSection):
@@ -135,6 +136,7 @@ class Grid(GridSection):
     variants: dict[Name, Variant] = Field(min_length=1)
     baseline: Name = Field("StdPT_StdFT", description="variant that others are compared with")
     curves: tuple[Curve, ...] = ()
+    declared: PathText | None = Field(None, description="file that `experiment declare` wrote before the runs")
 
 
 def highest(pauses: int | str) -> int:

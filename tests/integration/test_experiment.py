@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -134,9 +135,14 @@ def test_a_fingerprint_is_of_the_very_configuration_that_ran(straight):
 
 def test_its_report_is_self_contained_and_counts_each_cell_once(straight, tmp_path, capsys):
     assert main(["experiment", "report", str(straight), "--output", str(tmp_path)]) == 0
-    assert {path.name for path in tmp_path.iterdir()} >= {"index.html", "figure3.png", "variants.png", "summary.json"}
+    assert {path.name for path in tmp_path.iterdir()} >= {
+        *("index.html", "figure3-web_questions.png", "variants-web_questions.png", "summary.json", "seeds.csv")
+    }
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["cells"] == {"done": 7, "all": 7}
+    (start,), (machine,) = summary["provenance"]["starts"], summary["provenance"]["cells"]
+    assert start["command"][:2] == ["experiment", "run"] and machine["cells"] == 7
+    assert machine["machine"] == start["origin"]["machine"] and machine["packages"]["torch"] == version("torch")
     assert {(score["variant"], score["m_inf"]) for score in summary["scores"]} == {
         *(("StdPT_StdFT", 0), ("StdPT_PauseFT", 0), ("StdPT_PauseFT", 3))
     }

@@ -79,6 +79,7 @@ def test_everything_that_ships_is_in_the_wheel(installed):
         ("experiment", "*.yaml", ROOT / "pause_megatron" / "experiment"),
         ("slurm", "*.sbatch", ROOT / "pause_megatron" / "slurm"),
         ("experiment/report", "*.css", ROOT / "pause_megatron" / "experiment" / "report"),
+        ("experiment/report", "*.js", ROOT / "pause_megatron" / "experiment" / "report"),
         ("ds_configs", "*.json", ROOT / "ds_configs"),
         (".", "**/*.py", ROOT / "pause_megatron"),
         (".", "py.typed", ROOT / "pause_megatron"),

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pause_megatron.errors import DataError
 from pause_megatron.evaluate.journal import read_samples
 from pause_megatron.evaluate.results import read_results
+from pause_megatron.evaluate.statistics import interval, wilson
 from pause_megatron.experiment.cell import PRODUCT
 from pause_megatron.experiment.ledger import Ledger
 from pause_megatron.experiment.load import load_grid
+from pause_megatron.experiment.provenance import Origin, OriginFile
 from pause_megatron.experiment.schema import Grid
 from pause_megatron.experiment.stored import CellFile, DoneFile, PlanFile, StoredPoint
 
@@ -29,10 +32,14 @@ class Score:
         own: Whether this M_inf is the variant's own; otherwise a curve requested it.
         metric: The task's primary metric.
         value: Mean over records, 0..1.
-        standard_error: Standard error over records; None for one record.
+        standard_error: Standard error over records, clustered by group; None for one record.
         n: Number of records.
         records: Score of each record by its id; empty if the harness kept none.
         cell: Folder name of the evaluation.
+        groups: Group of each record that has one (records that share a text), by its id.
+        samples: Name of the samples file in the cell's results.
+        model: Fingerprint of the model.
+        data: Fingerprint of the records.
     """
 
     variant: str
@@ -47,6 +54,22 @@ class Score:
     n: int
     records: Mapping[str, float]
     cell: str
+    groups: Mapping[str, str] = field(default_factory=dict)
+    samples: str = ""
+    model: str = ""
+    data: str = ""
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """The 95 % interval over records, 0..1."""
+        if self.records:
+            return interval(list(self.records.values()), [self.groups.get(name, "") for name in self.records])
+        return wilson(self.value * self.n, self.n)
+
+    @property
+    def group_count(self) -> int:
+        """Number of groups; a record without one is its own."""
+        return len(set(self.groups.values())) + self.n - len(self.groups)
 
 
 @dataclass(frozen=True)
@@ -59,6 +82,9 @@ class CellFacts:
         input: Folder name of its input cell.
         parameters: Number of parameters of the model, of pretraining cells.
         ledger: Costs; None until it is complete.
+        fingerprint: See `Cell.fingerprint`.
+        identity: See `Cell.identity`.
+        origin: Program and machine of its last attempt; None if an earlier version ran it.
     """
 
     name: str
@@ -66,6 +92,9 @@ class CellFacts:
     input: str | None
     parameters: int
     ledger: Ledger | None
+    fingerprint: str
+    identity: Mapping[str, Any]
+    origin: Origin | None
 
 
 @dataclass(frozen=True)
@@ -120,7 +149,9 @@ def collect(directory: Path) -> Collected:
 def _facts(folder: Path) -> CellFacts:
     cell, done = CellFile.read(folder), DoneFile.read_if_present(folder)
     ledger = done.ledger if done is not None and done.fingerprint == cell.fingerprint else None
-    return CellFacts(cell.name, cell.verb, cell.input, cell.parameters, ledger)
+    found = OriginFile.read_if_present(folder)
+    origin = None if found is None else found.origin
+    return CellFacts(cell.name, cell.verb, cell.input, cell.parameters, ledger, cell.fingerprint, cell.identity, origin)
 
 
 def _scores(folder: Path, point: StoredPoint) -> Iterator[Score]:
@@ -132,6 +163,7 @@ def _scores(folder: Path, point: StoredPoint) -> Iterator[Score]:
     for entry in entries:
         path = results / "samples" / f"{entry.settings.name(entry.task)}.jsonl"
         samples = read_samples(path) if path.exists() else {}
+        groups = {name: sample.group for name, sample in samples.items() if sample.group}
         yield Score(
             variant=point.variant,
             task=point.task,
@@ -145,4 +177,8 @@ def _scores(folder: Path, point: StoredPoint) -> Iterator[Score]:
             n=entry.n,
             records={name: sample.scores[entry.metric] for name, sample in samples.items()},
             cell=folder.name,
+            groups=groups,
+            samples=path.name if samples else "",
+            model=entry.model,
+            data=entry.data,
         )

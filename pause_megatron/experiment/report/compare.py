@@ -1,18 +1,18 @@
-"""Scores over seeds, and comparisons of variants with the baseline, with their intervals."""
+"""Scores over seeds with their intervals, and comparisons of variants with the baseline, corrected for their number."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from pause_megatron.evaluate.statistics import Difference, mean, paired_bootstrap
-from pause_megatron.experiment.report.collect import Collected, Score
+from pause_megatron.evaluate.statistics import holm, interval, logit_interval, mean, paired_bootstrap, paired_t, wilson
+from pause_megatron.experiment.report.collect import Score
 
-# Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
-_T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-_T95_BEYOND = 2.13
+LEVEL = 0.05
+"""Corrected p-values below it are called supported."""
 
 Key = tuple[str, str, str, int]
 
@@ -35,6 +35,13 @@ class Summary:
         own: See `Score`.
         records: Score of each record averaged over seeds, 0..1.
         by_seed: Value of each seed, per cent.
+        groups: Number of groups of records.
+        record_low: Lower end of the 95 % interval over records (of the records' means over seeds; by group).
+        record_high: Upper end of that interval.
+        seed_low: Lower end of the 95 % interval over seeds (Student's t on the logit scale); None with one seed.
+        seed_high: Upper end of that interval; None with one seed.
+        group_of: Group of each record that has one.
+        cells: Folder names of the evaluations by seed.
     """
 
     variant: str
@@ -50,11 +57,23 @@ class Summary:
     own: bool
     records: Mapping[str, float]
     by_seed: Mapping[int, float]
+    groups: int
+    record_low: float
+    record_high: float
+    seed_low: float | None
+    seed_high: float | None
+    group_of: Mapping[str, str]
+    cells: Mapping[int, str]
 
     @property
-    def error(self) -> float | None:
-        """Length of error bars: the standard error over seeds, or over records with one seed."""
-        return self.over_records if self.over_seeds is None else self.over_seeds
+    def low(self) -> float:
+        """Lower end of the 95 % interval that tables and plots show: the lower one of both intervals."""
+        return self.record_low if self.seed_low is None else min(self.record_low, self.seed_low)
+
+    @property
+    def high(self) -> float:
+        """Upper end of the 95 % interval that tables and plots show: the higher one of both intervals."""
+        return self.record_high if self.seed_high is None else max(self.record_high, self.seed_high)
 
 
 @dataclass(frozen=True)
@@ -63,10 +82,14 @@ class Comparison:
 
     Attributes:
         difference: Mean over records and seeds.
-        low: Lower end of the 95 % interval of the paired bootstrap over records.
+        low: Lower end of the 95 % interval of the paired bootstrap over records, by group.
         high: Upper end of that interval.
         seed_low: Lower end of the 95 % interval over seeds (paired by seed, Student's t); None with one seed.
         seed_high: Upper end of that interval; None with one seed.
+        p_records: Two-sided p-value over records.
+        p_seeds: Two-sided p-value over seeds; None with one seed, or if all seeds differ by the same.
+        seeds: Number of seeds that both have.
+        p_holm: `p` adjusted for the number of comparisons in the report; None without `p`.
     """
 
     difference: float
@@ -74,13 +97,20 @@ class Comparison:
     high: float
     seed_low: float | None
     seed_high: float | None
+    p_records: float
+    p_seeds: float | None
+    seeds: int
+    p_holm: float | None = None
+
+    @property
+    def p(self) -> float | None:
+        """The larger p-value: that neither records nor seeds explain the difference. None if one is unknown."""
+        return None if self.p_seeds is None else max(self.p_records, self.p_seeds)
 
     @property
     def supported(self) -> bool:
-        """Whether both intervals exclude 0, so that neither records nor seeds explain the difference."""
-        if self.seed_low is None or self.seed_high is None:
-            return False
-        return (self.low > 0 or self.high < 0) and (self.seed_low > 0 or self.seed_high < 0)
+        """Whether neither records nor seeds explain the difference, after the correction."""
+        return self.p_holm is not None and self.p_holm < LEVEL
 
 
 def summarise(scores: Iterable[Score]) -> dict[Key, Summary]:
@@ -89,29 +119,6 @@ def summarise(scores: Iterable[Score]) -> dict[Key, Summary]:
     for score in scores:
         groups[score.variant, score.task, score.m_ft, score.m_inf].append(score)
     return {key: _summary(key, group) for key, group in groups.items()}
-
-
-def main_summaries(collected: Collected, summaries: Mapping[Key, Summary]) -> dict[tuple[str, str], Summary]:
-    """Return the summary that represents a variant on a task, by (variant, task).
-
-    Of several M_ft (or, for a control at inference, several M_inf) it is the best one: the paper reports the better of
-    10 and 50. It is selected on the reported records, which biases it upwards.
-
-    Args:
-        collected: The experiment.
-        summaries: See `summarise`.
-    """
-    found: dict[tuple[str, str], Summary] = {}
-    for summary in summaries.values():
-        key = summary.variant, summary.task
-        if summary.own and (key not in found or summary.value > found[key].value):
-            found[key] = summary
-    return {
-        (variant, task): found[variant, task]
-        for variant in collected.grid.variants
-        for task in collected.grid.tasks
-        if (variant, task) in found
-    }
 
 
 def compare(one: Summary, baseline: Summary) -> Comparison | None:
@@ -123,51 +130,76 @@ def compare(one: Summary, baseline: Summary) -> Comparison | None:
     """
     if not one.records or one.records.keys() != baseline.records.keys():
         return None
-    over_records: Difference = paired_bootstrap(one.records, baseline.records)
     seeds = sorted(one.by_seed.keys() & baseline.by_seed.keys())
-    differences = [one.by_seed[seed] - baseline.by_seed[seed] for seed in seeds]
-    low, high = t_interval(differences)
-    return Comparison(100 * over_records.value, 100 * over_records.low, 100 * over_records.high, low, high)
+    over_records = paired_bootstrap(one.records, baseline.records, one.group_of)
+    over_seeds = paired_t([one.by_seed[seed] - baseline.by_seed[seed] for seed in seeds]) if seeds else None
+    return Comparison(
+        100 * over_records.value,
+        100 * over_records.low,
+        100 * over_records.high,
+        over_seeds.low if over_seeds else None,
+        over_seeds.high if over_seeds else None,
+        over_records.p_value,
+        over_seeds.p_value if over_seeds else None,
+        len(seeds),
+    )
 
 
-def t_interval(values: Sequence[float]) -> tuple[float, float] | tuple[None, None]:
-    """Return the 95 % interval of a mean by Student's t; (None, None) for fewer than two values."""
-    found = mean(values) if values else None
-    if found is None or found.standard_error is None:
-        return None, None
-    freedom = len(values) - 1
-    half = (_T95[freedom - 1] if freedom <= len(_T95) else _T95_BEYOND) * found.standard_error
-    return found.value - half, found.value + half
-
-
-def smallest_visible(n: int, chance: float) -> float:
-    """Return the smallest difference of two models that n records can resolve, in per cent.
-
-    It is twice the standard error of a difference of two independent proportions. Pairing reduces it; seeds add to it.
+def corrected(comparisons: Mapping[tuple[str, str], Comparison]) -> dict[tuple[str, str], Comparison]:
+    """Return the comparisons with p-values adjusted for their number (Holm); one without p-value counts as p = 1.
 
     Args:
-        n: Number of records.
-        chance: The proportions, per cent; at least 5 is assumed.
+        comparisons: All comparisons of a report by (variant, task).
     """
-    share = min(max(chance, 5.0), 95.0) / 100
-    return 100 * 2 * math.sqrt(2 * share * (1 - share) / n)
+    adjusted = holm([1.0 if each.p is None else each.p for each in comparisons.values()])
+    return {
+        key: dataclasses.replace(each, p_holm=None if each.p is None else value)
+        for (key, each), value in zip(comparisons.items(), adjusted, strict=True)
+    }
+
+
+def smallest_visible(one: Summary) -> float:
+    """Return the smallest difference of two models that the records can resolve, in per cent.
+
+    It is twice the standard error of a difference of two independent models, from the clustered standard error, and not
+    less than that of independent proportions of at least 5 %. Pairing reduces it; seeds add to it.
+
+    Args:
+        one: A model's summary.
+    """
+    share = min(max(one.value, 5.0), 95.0) / 100
+    independent = 100 * math.sqrt(share * (1 - share) / one.n)
+    return 2 * math.sqrt(2) * max(independent, one.over_records or 0.0)
 
 
 def _summary(key: Key, group: Sequence[Score]) -> Summary:
-    over_seeds = mean([100 * score.value for score in group])
+    values = [score.value for score in group]
+    over_seeds = mean([100 * value for value in values])
     errors = [score.standard_error for score in group if score.standard_error is not None]
-    ids = group[0].records.keys()
+    first, ids = group[0], group[0].records.keys()
     same = all(score.records.keys() == ids for score in group)
     records = {each: mean([score.records[each] for score in group]).value for each in ids} if same else {}
+    if records:
+        by_record = interval(list(records.values()), [first.groups.get(name, "") for name in records])
+    else:
+        by_record = wilson(over_seeds.value / 100 * first.n, first.n)
+    by_seed = logit_interval(values, records=first.n) or (None, None)
     return Summary(
         *key,
-        metric=group[0].metric,
+        metric=first.metric,
         value=over_seeds.value,
         over_seeds=over_seeds.standard_error,
         over_records=100 * mean(errors).value if errors else None,
         seeds=len(group),
-        n=group[0].n,
-        own=group[0].own,
+        n=first.n,
+        own=first.own,
         records=records,
         by_seed={score.seed: 100 * score.value for score in group},
+        groups=first.group_count,
+        record_low=100 * by_record[0],
+        record_high=100 * by_record[1],
+        seed_low=None if by_seed[0] is None else 100 * by_seed[0],
+        seed_high=None if by_seed[1] is None else 100 * by_seed[1],
+        group_of=first.groups,
+        cells={score.seed: score.cell for score in group},
     )

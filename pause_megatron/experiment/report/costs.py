@@ -13,7 +13,7 @@ from pause_megatron.experiment.cell import PRODUCT
 from pause_megatron.experiment.estimate import si
 from pause_megatron.experiment.ledger import Ledger, total
 from pause_megatron.experiment.report.collect import Collected
-from pause_megatron.experiment.report.tables import table
+from pause_megatron.experiment.report.page import Row, table
 from pause_megatron.files.metrics_lines import NAME, read_metrics
 
 TOTAL = "all cells, each once"
@@ -101,7 +101,7 @@ def pretrained_table(models: Sequence[PretrainedModel]) -> str:
     """Return the models as an HTML table; "" without models."""
     head = ["model", "layers", "hidden", "parameters", "pause rate", "steps", "raw tokens", "text tokens"]
     head += ["held-out loss", "without pauses"]
-    rows = [
+    rows: list[Row] = [
         [
             model.name,
             str(model.layers),

@@ -1,7 +1,8 @@
-"""The plots of Figure 4: scores over a number of pauses, above the paper's, both from 0."""
+"""The pictures of Figure 4, one for each task: scores over a number of pauses, above the paper's, both from 0."""
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from pause_megatron.experiment.report.compare import Summary
-from pause_megatron.experiment.report.plots import COLUMNS, pyplot, save
+from pause_megatron.experiment.report.plots import CHANCE, WIDTH, described, lengths, pyplot, save
 from pause_megatron.experiment.report.published import PublishedCurve
 
 # Dashes and markers separate lines of one color (a variant with several M_ft).
 _DASHES, _MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D")
-_OFFSET = 0.07
-"""Offset between lines at the same number of pauses, in ticks, so that no error bar hides another."""
+_OFFSET = 0.012
+"""Offset between lines at the same number of pauses, as a share of the axis, so that no error bar hides another."""
 
 
 @dataclass(frozen=True)
@@ -56,54 +57,46 @@ class Panel:
         return sorted({count for line in self.lines for count in line.points} | set(published))
 
 
-def draw_curves(path: Path, panels: Sequence[Panel], axis: str) -> None:
-    """Draw a panel per task, and below each row of panels the paper's curves of its tasks.
+def draw_curves(path: Path, panel: Panel, axis: str) -> str:
+    """Draw the curves of a task, and the paper's below them.
+
+    The axis is the number of pauses on a square-root scale, so that 0, 2, 5 and 50 have room. Lines join only measured
+    numbers of pauses of one finetuned model, or of models that differ in M_ft alone.
 
     Args:
         path: PNG to write.
-        panels: The panels.
+        panel: The task.
         axis: Label of the x axis.
+
+    Returns:
+        The alternative text.
     """
-    columns = min(COLUMNS, len(panels))
-    rows = [panels[start : start + columns] for start in range(0, len(panels), columns)]
-    ratios = [ratio for row in rows for ratio in ((2.0, 1.3) if any(p.published for p in row) else (2.0,))]
-    figure = pyplot().figure(figsize=(4.0 * columns, 0.5 + 1.5 * sum(ratios)), layout="constrained")
-    grid = figure.add_gridspec(len(ratios), columns, height_ratios=ratios)
-    ranks, top = _ranks(panels), 0
-    named: dict[str, Any] = {}
-    for row in rows:
-        for column, panel in enumerate(row):
-            axes = figure.add_subplot(grid[top, column])
-            _lines(axes, panel, axis, ranks)
-            named |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-            if panel.published:
-                _published_line(figure.add_subplot(grid[top + 1, column]), panel, panel.published, axis)
-        top += 2 if any(panel.published for panel in row) else 1
-    figure.legend(named.values(), named.keys(), loc="outside upper left", ncols=2 * columns - 1, fontsize=8)
+    rows = 2 if panel.published else 1
+    figure = pyplot().figure(figsize=(WIDTH, 5.2 if panel.published else 3.4), layout="constrained")
+    grid = figure.add_gridspec(rows, 1, height_ratios=[2.0, 1.3][:rows])
+    axes = figure.add_subplot(grid[0, 0])
+    _lines(axes, panel, axis)
+    if panel.published:
+        _published_line(figure.add_subplot(grid[1, 0]), panel, panel.published, axis)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower left", fontsize=8)
     save(figure, path)
+    points = {f"{line.label} at {count}": one for line in panel.lines for count, one in sorted(line.points.items())}
+    return described(f"{panel.title} over {axis}", points, panel.chance)
 
 
-def _ranks(panels: Sequence[Panel]) -> dict[str, int]:
-    """Return the index of each label among the lines of its color, the same in all panels."""
-    of_color: Counter[str] = Counter()
-    ranks: dict[str, int] = {}
-    for line in (line for panel in panels for line in panel.lines):
-        if line.label not in ranks:
-            ranks[line.label] = of_color[line.color]
-            of_color[line.color] += 1
-    return ranks
-
-
-def _lines(axes: Any, panel: Panel, axis: str, ranks: Mapping[str, int]) -> None:
-    counts, tops = panel.counts, [1.0, panel.chance or 0.0]
+def _lines(axes: Any, panel: Panel, axis: str) -> None:
+    tops, of_color = [1.0, panel.chance or 0.0], Counter[str]()
+    step = _OFFSET * (math.sqrt(max(panel.counts)) - math.sqrt(min(panel.counts)))
     for number, line in enumerate(panel.lines):
-        shift = (number - (len(panel.lines) - 1) / 2) * _OFFSET
-        x, rank = sorted(line.points), ranks[line.label]
-        y, errors = [line.points[count].value for count in x], [line.points[count].error or 0.0 for count in x]
+        shift = (number - (len(panel.lines) - 1) / 2) * step
+        rank = of_color[line.color]
+        of_color[line.color] += 1
+        x = sorted(line.points)
+        summaries = [line.points[count] for count in x]
         axes.errorbar(
-            [counts.index(count) + shift for count in x],
-            y,
-            yerr=errors,
+            [math.sqrt(count) + shift for count in x],
+            [each.value for each in summaries],
+            yerr=lengths(summaries),
             marker=_MARKERS[rank % len(_MARKERS)],
             linestyle=_DASHES[rank % len(_DASHES)],
             markersize=4,
@@ -111,28 +104,30 @@ def _lines(axes: Any, panel: Panel, axis: str, ranks: Mapping[str, int]) -> None
             color=line.color,
             label=line.label,
         )
-        tops += [value + error for value, error in zip(y, errors, strict=True)]
+        tops += [each.high for each in summaries]
     if panel.chance:
-        axes.axhline(panel.chance, color="#aa0000", linestyle=":", linewidth=1.5, label="chance")
+        axes.axhline(panel.chance, color=CHANCE, linestyle=":", linewidth=1.5, label="chance")
     axes.set_title(panel.title, fontsize=9)
-    _frame(axes, counts, axis, "ours, per cent", max(tops))
+    _frame(axes, panel.counts, axis, "ours, per cent", max(tops))
 
 
 def _published_line(axes: Any, panel: Panel, curve: PublishedCurve, axis: str) -> None:
-    x = [panel.counts.index(count) for count in sorted(curve.points)]
-    y = [curve.points[count] for count in sorted(curve.points)]
+    counts = sorted(curve.points)
+    x, y = [math.sqrt(count) for count in counts], [curve.points[count] for count in counts]
     axes.plot(x, y, "s--", color="#7f7f7f", markersize=4)
     for point in zip(x, y, strict=True):
-        axes.annotate(f"{point[1]:.1f}", point, (0, 4), textcoords="offset points", ha="center", fontsize=7)
+        axes.annotate(f"{point[1]:.1f}", point, (0, 4), textcoords="offset points", ha="center", fontsize=8)
     axes.set_title(f"{panel.title} in the paper: {curve.label}", fontsize=8)
     _frame(axes, panel.counts, axis, "paper, 1B", max(y))
 
 
 def _frame(axes: Any, counts: Sequence[int], axis: str, label: str, top: float) -> None:
-    axes.set_xlim(-0.4, len(counts) - 0.6)
-    axes.set_xticks(range(len(counts)), counts, fontsize=8)
-    axes.set_ylim(0, 1.2 * top)
+    first, last = math.sqrt(min(counts)), math.sqrt(max(counts))
+    margin = 0.06 * (last - first) or 1.0
+    axes.set_xlim(first - margin, last + margin)
+    axes.set_xticks([math.sqrt(count) for count in counts], counts, fontsize=8)
+    axes.set_ylim(0, 1.15 * top)
     axes.set_xlabel(axis, fontsize=8)
     axes.set_ylabel(label, fontsize=8)
-    axes.tick_params(axis="y", labelsize=7)
+    axes.tick_params(axis="y", labelsize=8)
     axes.grid(alpha=0.25)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from pause_megatron.experiment.report.collect import Collected
@@ -20,21 +20,26 @@ class Figure:
     """The panels of a figure, and their tables.
 
     Attributes:
-        panels: The panels.
+        axis: "M_ft" or "M_inf".
+        panels: The panels by task.
         tables: HTML, a table for each panel.
     """
 
-    panels: tuple[Panel, ...]
+    axis: str
+    panels: Mapping[str, Panel]
     tables: str
 
 
-def over_m_ft(collected: Collected, summaries: Mapping[Key, Summary], paper: Published) -> Figure:
+def over_m_ft(
+    collected: Collected, summaries: Mapping[Key, Summary], paper: Published, where: Callable[[str], str]
+) -> Figure:
     """Return the M_ft ablation: each model with the number of pauses of its finetuning (fixed numbers only).
 
     Args:
         collected: The experiment.
         summaries: Scores over seeds.
         paper: The published numbers.
+        where: Relative path of a cell's folder by its name.
     """
     found: dict[str, dict[str, dict[int, Summary]]] = {}
     for summary in summaries.values():
@@ -45,16 +50,19 @@ def over_m_ft(collected: Collected, summaries: Mapping[Key, Summary], paper: Pub
         task: {variant: (variant, points) for variant, points in lines.items() if len(points) > 1}
         for task, lines in found.items()
     }
-    return _figure(collected, curves, {task: paper.over_m_ft(task) for task in curves}, paper, "M_ft")
+    return _figure(collected, curves, {task: paper.over_m_ft(task) for task in curves}, paper, "M_ft", where)
 
 
-def over_m_inf(collected: Collected, summaries: Mapping[Key, Summary], paper: Published) -> Figure:
+def over_m_inf(
+    collected: Collected, summaries: Mapping[Key, Summary], paper: Published, where: Callable[[str], str]
+) -> Figure:
     """Return the M_inf curves: each model with other numbers of pauses than in its finetuning.
 
     Args:
         collected: The experiment.
         summaries: Scores over seeds.
         paper: The published numbers.
+        where: Relative path of a cell's folder by its name.
     """
     found: dict[str, dict[tuple[str, str], dict[int, Summary]]] = {}
     for summary in summaries.values():
@@ -69,7 +77,7 @@ def over_m_inf(collected: Collected, summaries: Mapping[Key, Summary], paper: Pu
         }
         for task, lines in found.items()
     }
-    return _figure(collected, curves, {task: paper.over_m_inf(task) for task in curves}, paper, "M_inf")
+    return _figure(collected, curves, {task: paper.over_m_inf(task) for task in curves}, paper, "M_inf", where)
 
 
 def _figure(
@@ -78,11 +86,12 @@ def _figure(
     published: PublishedCurves,
     paper: Published,
     axis: str,
+    where: Callable[[str], str],
 ) -> Figure:
     """Return panels and tables of task -> {label: (variant, points)}, in the grid's order of tasks."""
     variants, tasks = list(collected.grid.variants), [task for task in collected.grid.tasks if curves.get(task)]
-    panels = tuple(
-        Panel(
+    panels = {
+        task: Panel(
             paper.title(task),
             tuple(
                 Series(label, color_of(variant, variants), points) for label, (variant, points) in curves[task].items()
@@ -91,9 +100,9 @@ def _figure(
             published[task],
         )
         for task in tasks
-    )
+    }
     html = (
-        curve_table(axis, {line.label: line.points for line in panel.lines}, panel.published, panel.title)
-        for panel in panels
+        curve_table(axis, {line.label: line.points for line in panel.lines}, panel.published, panel.title, where)
+        for panel in panels.values()
     )
-    return Figure(panels, "".join(html))
+    return Figure(axis, panels, "".join(html))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from pydantic import BaseModel, ConfigDict
 
@@ -75,6 +76,7 @@ class Published(_Section):
         m_ft: Curves over pauses in finetuning.
         m_inf: Curves over pauses at inference.
         statements: The paper's statements in words.
+        chances: Score of guessing that a grid gives, by task; it counts before the paper's.
     """
 
     source: str
@@ -84,6 +86,7 @@ class Published(_Section):
     m_ft: tuple[PublishedCurve, ...]
     m_inf: tuple[PublishedCurve, ...]
     statements: tuple[str, ...]
+    chances: Mapping[str, Number] = {}
 
     def score(self, task: str, variant: str) -> float | None:
         """Return a bar of Figure 3.
@@ -101,9 +104,9 @@ class Published(_Section):
         return task if known is None else known.title
 
     def chance(self, task: str) -> float | None:
-        """Return the score of guessing; None for a task that is not in the paper."""
+        """Return the score of guessing, per cent; None where neither the grid nor the paper gives it."""
         known = self.tasks.get(task)
-        return None if known is None else known.chance
+        return self.chances.get(task, None if known is None else known.chance)
 
     def filler(self, task: str) -> float | None:
         """Return the score with filler "." at inference on StdPT_StdFT."""
@@ -118,7 +121,11 @@ class Published(_Section):
         return next((curve for curve in self.m_inf if curve.task == task), None)
 
 
-def published() -> Published:
-    """Return the numbers of the file that ships."""
+def published(chances: Mapping[str, float] = MappingProxyType({})) -> Published:
+    """Return the numbers of the file that ships.
+
+    Args:
+        chances: Score of guessing of a grid's own tasks, per cent.
+    """
     tree, _ = read_tree(FILE.read_text(encoding="utf-8"), str(FILE))
-    return Published.model_validate(tree)
+    return Published.model_validate({**tree, "chances": dict(chances)})

@@ -1,115 +1,150 @@
-"""The tables of a report as HTML: numbers with errors, counts and intervals."""
+"""The tables of scores as HTML: values, intervals, single seeds, numbers of records, differences and p-values."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 
 from pause_megatron.experiment.estimate import si
 from pause_megatron.experiment.ledger import Ledger
+from pause_megatron.experiment.report.choice import Choice
 from pause_megatron.experiment.report.compare import Comparison, Summary, smallest_visible
+from pause_megatron.experiment.report.page import Cell, Row, breakable, link, table
 from pause_megatron.experiment.report.published import VARIANTS, Published, PublishedCurve
 
 Main = Mapping[tuple[str, str], Summary]
 Comparisons = Mapping[tuple[str, str], Comparison]
 
+INTERVALS = (
+    "95 % intervals: the wider ends of the one over records (Wilson's, by group where records share a text) and, with "
+    "several seeds, the one over seeds (Student's t on the logit scale). Both are in scores.csv."
+)
+_SCORES = ["M_ft", "M_inf", "score, %", "95 % interval", "single seeds", "n", "groups"]
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "") -> str:
-    """Return an HTML table.
+
+def span(low: float, high: float) -> str:
+    """Return an interval as "0.0 .. 1.9"."""
+    return f"{low:.1f} .. {high:.1f}"
+
+
+def probability(value: float | None) -> Cell:
+    """Return a p-value as a cell, "<0.001" if it is small and "–" if there is none."""
+    if value is None:
+        return Cell("–", None)
+    return Cell("&lt;0.001" if value < 0.001 else f"{value:.3f}", value)
+
+
+def score_cells(summary: Summary, where: Callable[[str], str]) -> list[Cell | str]:
+    """Return the cells of `_SCORES` of a summary.
 
     Args:
-        head: Column heads, HTML.
-        rows: Cells, HTML; the first of a row is its head.
-        caption: Caption, HTML.
+        summary: The summary.
+        where: Relative path of a cell's folder by its name.
     """
-    caption_html = f"<caption>{caption}</caption>" if caption else ""
-    head_html = "".join(f"<th scope=col>{cell}</th>" for cell in head)
-    body = "".join(
-        f"<tr><th scope=row>{row[0]}</th>{''.join(f'<td>{cell}</td>' for cell in row[1:])}</tr>" for row in rows
+    seeds = (
+        f"{link(where(summary.cells[seed]), str(seed))}<span class=quiet>:</span> {value:.1f}"
+        for seed, value in sorted(summary.by_seed.items())
     )
-    return (
-        f"<div class=scroll><table>{caption_html}<thead><tr>{head_html}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
+    return [
+        Cell(escape(summary.m_ft), float(summary.m_ft.split("..")[-1])),
+        str(summary.m_inf),
+        Cell(f"<b>{summary.value:.1f}</b>", summary.value),
+        Cell(span(summary.low, summary.high), summary.low),
+        Cell(", ".join(seeds), len(summary.by_seed)),
+        f"{summary.n:,}",
+        f"{summary.groups:,}",
+    ]
 
 
-def number(summary: Summary | None) -> str:
-    """Return a summary as "12.3 ± 0.4", or "not run"."""
-    if summary is None:
-        return "<span class=quiet>not run</span>"
-    error = "" if summary.error is None else f" <span class=quiet>± {summary.error:.1f}</span>"
-    return f"{summary.value:.1f}{error}"
-
-
-def variants_table(main: Main, comparisons: Comparisons, tasks: Sequence[str], baseline: str, paper: Published) -> str:
+def variants_table(main: Main, tasks: Sequence[str], paper: Published) -> str:
     """Return Figure 3 as a table: tasks x the four variants, with the paper's numbers below.
 
     Args:
         main: Summary by (variant, task).
-        comparisons: Comparison with the baseline by (variant, task).
         tasks: Tasks, a row each.
-        baseline: Name of the baseline.
         paper: The published numbers.
     """
-    rows = []
+    rows: list[Row] = []
     for task in tasks:
-        row = [f"{escape(paper.title(task))}<br><span class=quiet>{_facts(main, task)}</span>"]
+        row: list[str | Cell] = [f"{escape(paper.title(task))}<br><span class=quiet>{_facts(main, task)}</span>"]
         for variant in VARIANTS:
             summary = main.get((variant, task))
-            lines = [f"<b>{number(summary)}</b>"]
-            if summary is not None and summary.m_ft != "0":
-                lines[0] += f" <span class=quiet>M={escape(summary.m_ft)}</span>"
-            if (variant, task) in comparisons:
-                lines.append(difference(comparisons[variant, task]))
+            if summary is None:
+                lines = ["<span class=quiet>not run</span>"]
+            else:
+                marks = f" <span class=quiet>M={escape(summary.m_ft)}</span>" if summary.m_ft != "0" else ""
+                interval = f"<span class=quiet>{span(summary.low, summary.high)}</span>"
+                lines = [f"<b>{summary.value:.1f}</b>{marks}", interval]
             if (theirs := paper.score(task, variant)) is not None:
                 lines.append(f"<span class=paper>paper {theirs:.1f}</span>")
-            row.append("<br>".join(lines))
+            row.append(Cell("<br>".join(lines), None if summary is None else summary.value))
         rows.append(row)
-    caption = (
-        "Per cent. Ours: mean over seeds ± standard error over seeds (over records where there is one seed). Below it "
-        f"the difference from {escape(baseline)} with the 95 % interval of a paired bootstrap over records; ◆ where "
-        "the interval over records and the one over seeds both leave out 0. Paper: 1B, read off figures, ±0.1."
-    )
-    return table(["", *VARIANTS], rows, caption)
+    caption = f"Per cent, means over seeds. {INTERVALS} Paper: 1B, read off figures, ±0.1. Differences: next section."
+    return table(["task", *map(breakable, VARIANTS)], rows, caption)
 
 
-def difference(found: Comparison) -> str:
-    """Return a comparison as "+1.2 [0.3, 2.1]", with ◆ if both intervals exclude 0."""
-    mark = " ◆" if found.supported else ""
-    return f"<span class=quiet>{found.difference:+.1f} [{found.low:.1f}, {found.high:.1f}]</span>{mark}"
-
-
-def controls_table(
-    main: Main, comparisons: Comparisons, tasks: Sequence[str], variants: Mapping[str, str], paper: Published
+def all_table(
+    main: Main,
+    comparisons: Comparisons,
+    tasks: Sequence[str],
+    paper: Published,
+    where: Callable[[str], str],
+    pages: Mapping[tuple[str, str], str],
 ) -> str:
-    """Return a table of every variant, controls included.
+    """Return the table of every variant on every task, with its difference from the baseline.
 
     Args:
         main: Summary by (variant, task).
         comparisons: Comparison with the baseline by (variant, task).
-        tasks: Tasks, a column each.
-        variants: Description by name of the variant.
+        tasks: Tasks in their order.
+        paper: The published numbers, for titles.
+        where: Relative path of a cell's folder by its name.
+        pages: Relative path of the page of flipped answers by (variant, task).
+    """
+    rows: list[Row] = []
+    for (variant, task), summary in sorted(main.items(), key=lambda item: tasks.index(item[0][1])):
+        row: list[str | Cell] = [breakable(variant), Cell(escape(paper.title(task)), paper.title(task))]
+        row += score_cells(summary, where)
+        row += _difference_cells(comparisons.get((variant, task)), pages.get((variant, task)))
+        rows.append(row)
+    head = ["variant", "task", *_SCORES, "difference", "over records", "over seeds", "p records", "p seeds"]
+    head += ["p, Holm", "flipped answers"]
+    caption = (
+        f"{INTERVALS} Difference from the baseline in points, paired: over records (bootstrap by group) and over seeds "
+        "(Student's t), each with its 95 % interval and two-sided p-value. The larger of both is corrected by Holm's "
+        f"procedure for the {len(comparisons)} comparisons of this table; ◆ where the corrected one is below 0.05. "
+        "Seeds link to the folders of their evaluations."
+    )
+    return table(head, rows, caption)
+
+
+def choice_table(choices: Mapping[tuple[str, str], Choice], paper: Published) -> str:
+    """Return the table of what was chosen from several M_ft or M_inf; "" if nothing was.
+
+    Args:
+        choices: Choice by (variant, task).
         paper: The published numbers, for titles.
     """
-    rows = []
-    for variant, about in variants.items():
-        row = [f"{escape(variant)}<br><span class=quiet>{escape(about)}</span>"]
-        for task in tasks:
-            summary = main.get((variant, task))
-            lines = [number(summary)]
-            if summary is not None:
-                lines[0] += f" <span class=quiet>{_pauses(summary)}</span>"
-            if (variant, task) in comparisons:
-                lines.append(difference(comparisons[variant, task]))
-            row.append("<br>".join(lines))
-        rows.append(row)
-    return table(["", *(escape(paper.title(task)) for task in tasks)], rows)
+    rows: list[Row] = [
+        [
+            breakable(variant),
+            escape(paper.title(task)),
+            escape(_pauses(choice.chosen)),
+            ", ".join(f"{escape(_pauses(each))}: {each.value:.1f}" for each in choice.candidates),
+            escape(choice.records) + (": biased upwards" if choice.biased else ""),
+        ]
+        for (variant, task), choice in choices.items()
+        if len(choice.candidates) > 1
+    ]
+    return table(["variant", "task", "chosen", "candidates, %", "chosen on"], rows) if rows else ""
 
 
 def curve_table(
     axis: str,
     ours: Mapping[str, Mapping[int, Summary]],
     published: PublishedCurve | None,
-    caption: str,
+    title: str,
+    where: Callable[[str], str],
 ) -> str:
     """Return the curves of a task as a table, the paper's last.
 
@@ -117,50 +152,42 @@ def curve_table(
         axis: "M_ft" or "M_inf".
         ours: Summary by number of pauses, by label.
         published: The paper's curve.
-        caption: Title of the task.
+        title: Title of the task.
+        where: Relative path of a cell's folder by its name.
     """
-    counts = sorted(
-        {count for points in ours.values() for count in points} | set(published.points if published else ())
-    )
-    rows = [
-        [escape(label), *(number(points[count]) if count in points else "" for count in counts)]
+    rows: list[Row] = [
+        [breakable(label), *score_cells(summary, where)]
         for label, points in ours.items()
+        for _, summary in sorted(points.items())
     ]
-    if published:
-        values = (f"{published.points[count]:.1f}" if count in published.points else "" for count in counts)
-        cells = (f"<span class=paper>{value}</span>" if value else "" for value in values)
-        rows.append([f"<span class=paper>paper, 1B: {escape(published.label)}</span>", *cells])
-    return table([f"{escape(caption)}: {axis}", *map(str, counts)], rows)
+    for count, value in sorted(published.points.items()) if published else ():
+        label = f"<span class=paper>paper, 1B: {escape(published.label)}</span>" if published else ""
+        pauses = ["", str(count)] if axis == "M_inf" else [str(count), str(count)]
+        rows.append([label, *pauses, Cell(f"<span class=paper>{value:.1f}</span>", value), "", "", "", ""])
+    return table(["line", *_SCORES], rows, f"{escape(title)} over {axis}. {INTERVALS}")
 
 
-def ledger_table(rows: Mapping[str, Ledger]) -> str:
-    """Return a table of costs, a row for each ledger."""
-    head = [
-        "",
-        "cells",
-        "model FLOP",
-        "raw tokens",
-        "text tokens",
-        "pauses",
-        "seconds of work",
-        "wall seconds",
-        "rank seconds",
-    ]
-    body = [
+def ledger_table(rows: Mapping[str, Ledger], caption: str) -> str:
+    """Return a table of costs, a row for each ledger.
+
+    Args:
+        rows: Ledger by label.
+        caption: Caption, HTML.
+    """
+    head = ["", "cells", "model FLOP", "raw tokens", "text tokens", "pauses"]
+    head += ["seconds of work", "wall seconds", "rank seconds"]
+    body: Iterable[Row] = [
         [
-            escape(name),
+            breakable(name),
             f"{each.cells}",
-            si(each.flops),
-            si(each.raw_tokens),
-            si(each.text_tokens),
-            si(each.pauses),
+            *(Cell(si(count), float(count)) for count in (each.flops, each.raw_tokens, each.text_tokens, each.pauses)),
             f"{each.seconds:,.0f}",
             f"{each.wall_seconds:,.0f}",
             f"{each.rank_seconds:,.0f}",
         ]
         for name, each in rows.items()
     ]
-    return table(head, body)
+    return table(head, body, caption)
 
 
 def limits(main: Main, tasks: Sequence[str], baseline: str, paper: Published) -> list[str]:
@@ -175,29 +202,54 @@ def limits(main: Main, tasks: Sequence[str], baseline: str, paper: Published) ->
     found = []
     for task in tasks:
         known = [summary for (_, name), summary in main.items() if name == task]
-        if not known:
-            continue
-        chance, best = paper.chance(task), max(summary.value for summary in known)
-        n, seeds = known[0].n, min(summary.seeds for summary in known)
-        base = main.get((baseline, task))
-        visible = smallest_visible(n, base.value if base else best)
-        text = f"{paper.title(task)}: {n:,} records, {seeds} seed{'s' if seeds > 1 else ''}; differences below about "
-        text += f"{visible:.1f} points are within the noise of the records"
+        best = max(known, key=lambda summary: summary.value)
+        one, chance = main.get((baseline, task), best), paper.chance(task)
+        groups = f" in {one.groups:,} groups" if one.groups != one.n else ""
+        text = (
+            f"{paper.title(task)}: {one.n:,} records{groups}, {_seeds(min(each.seeds for each in known))}; differences "
+        )
+        text += f"below about {smallest_visible(one):.1f} points are within the noise of the records"
         if chance is not None:
             text += f"; guessing gets {chance:g} %"
-            if best < chance + visible / 2:
-                text += f", and no variant (best {best:.1f} %) is clearly above it, so nothing follows about pauses"
-            elif best < 2.0:
-                text += f", and the best variant gets {best:.1f} %: at this floor nothing follows about pauses"
+            shown = f"{best.value:.1f} %, interval {span(best.low, best.high)}"
+            if best.low <= chance:
+                text += f", and no variant is clearly above it (best {shown}), so nothing follows about pauses"
+            elif best.value < 2.0:
+                text += f", and the best variant gets {shown}: at this floor nothing follows about pauses"
         found.append(text + ".")
     return found
 
 
+def _difference_cells(found: Comparison | None, page: str | None) -> list[str | Cell]:
+    """Return the cells of a comparison; empty ones for the baseline."""
+    if found is None:
+        return [Cell("", None)] * 7
+    over_seeds = "–" if found.seed_low is None or found.seed_high is None else _signed(found.seed_low, found.seed_high)
+    mark = " ◆" if found.supported else ""
+    adjusted = probability(found.p_holm)
+    return [
+        Cell(f"{found.difference:+.1f}", found.difference),
+        Cell(_signed(found.low, found.high), found.low),
+        Cell(over_seeds, found.seed_low),
+        probability(found.p_records),
+        probability(found.p_seeds),
+        Cell(adjusted.html + mark, adjusted.value),
+        Cell(link(page, "answers"), page) if page else Cell("", None),
+    ]
+
+
+def _signed(low: float, high: float) -> str:
+    return f"{low:+.1f} .. {high:+.1f}"
+
+
 def _facts(main: Main, task: str) -> str:
-    one = next((summary for (_, name), summary in main.items() if name == task), None)
-    if one is None:
-        return ""
-    return f"{escape(one.metric)}, n = {one.n:,}, {one.seeds} seed{'s' if one.seeds > 1 else ''}"
+    one = next(summary for (_, name), summary in main.items() if name == task)
+    groups = f" in {one.groups:,} groups" if one.groups != one.n else ""
+    return f"{escape(one.metric)}, n = {one.n:,}{groups}, {_seeds(one.seeds)}"
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seed{'s' if count > 1 else ''}"
 
 
 def _pauses(summary: Summary) -> str:

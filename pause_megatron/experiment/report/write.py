@@ -1,54 +1,34 @@
-"""Writing the folder of a report: index.html (self-contained), the pictures and summary.json."""
+"""Writing the folder of a report: index.html, the pages of flipped answers, pictures, CSV files and summary.json."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from html import escape
 from pathlib import Path
-from typing import Any
 
-from pause_megatron.errors import DataError
-from pause_megatron.experiment.cell import VERSION
 from pause_megatron.experiment.report import costs, curve_plots, curves, plots, tables
-from pause_megatron.experiment.report.collect import Collected, collect
-from pause_megatron.experiment.report.compare import Comparison, Key, Summary, compare, main_summaries, summarise
-from pause_megatron.experiment.report.page import Part, bullets, paragraph, picture, render
-from pause_megatron.experiment.report.published import Published, published
+from pause_megatron.experiment.report.data_files import COLUMNS, as_csv
+from pause_megatron.experiment.report.findings import Findings, findings_of, rows, summary
+from pause_megatron.experiment.report.flips import Flips, read_records
+from pause_megatron.experiment.report.head import cells_table, head, settings_table
+from pause_megatron.experiment.report.page import Part, bullets, figures, link, paragraph, picture, render, table
+from pause_megatron.experiment.report.pairs import pair_page
+from pause_megatron.experiment.report.published import VARIANTS
 from pause_megatron.experiment.stored import write_json
 from pause_megatron.files.durable import write_whole
 
-
-@dataclass(frozen=True)
-class Findings:
-    """The findings of an experiment.
-
-    Attributes:
-        collected: The data.
-        summaries: Scores over seeds by (variant, task, M_ft, M_inf).
-        main: The summary that represents (variant, task).
-        comparisons: Comparison of `main` with the baseline by (variant, task).
-        paper: The published numbers.
-    """
-
-    collected: Collected
-    summaries: Mapping[Key, Summary]
-    main: Mapping[tuple[str, str], Summary]
-    comparisons: Mapping[tuple[str, str], Comparison]
-    paper: Published
-
-    @property
-    def tasks(self) -> list[str]:
-        """Tasks with at least one score."""
-        known = {task for _, task in self.main}
-        return [task for task in self.collected.grid.tasks if task in known]
+PAIRS = "pairs"
 
 
-def write_report(directory: Path, output: Path) -> Iterator[str]:
+def write_report(directory: Path, output: Path, task_path: str | None = None) -> Iterator[str]:
     """Write the report of an experiment, complete or not.
 
     Args:
         directory: Folder of the experiment.
         output: Folder of the report.
+        task_path: Folder that holds a folder of records per task, for prompts; None: that of the evaluations.
 
     Yields:
         A line for each file of the report.
@@ -58,118 +38,106 @@ def write_report(directory: Path, output: Path) -> Iterator[str]:
     """
     findings = findings_of(directory)
     output.mkdir(parents=True, exist_ok=True)
-    parts = list(_parts(findings, output))
+    shutil.rmtree(output / PAIRS, ignore_errors=True)
+    pages = _write_pairs(findings, output, task_path)
+    for name, content in rows(findings).items():
+        write_whole(output / name, as_csv(name, content))
+    write_json(output / "summary.json", summary(findings))
+
+    def where(cell: str) -> str:
+        return os.path.relpath(directory / "cells" / cell, output)
+
+    parts = list(_parts(findings, output, where, pages))
     title = findings.collected.grid.title or findings.collected.grid.name
     write_whole(output / "index.html", render(title, _lead(findings), parts).encode())
-    write_json(output / "summary.json", summary(findings))
-    for path in sorted(output.glob("*")):
+    for path in sorted(path for path in output.rglob("*") if path.is_file()):
         yield f"wrote {path}"
 
 
-def findings_of(directory: Path) -> Findings:
-    """Return the findings of an experiment.
-
-    Raises:
-        DataError: The folder holds no experiment, or no evaluation is complete.
-    """
-    collected = collect(directory)
-    if not collected.scores:
-        raise DataError(
-            f"{directory}: expected at least one complete evaluation, got none ({collected.done} of "
-            f"{len(collected.cells)} cells are done)"
-        )
-    summaries = summarise(collected.scores)
-    main = main_summaries(collected, summaries)
-    comparisons = {}
-    for (variant, task), one in main.items():
-        baseline = main.get((collected.grid.baseline, task))
-        if baseline is not None and variant != collected.grid.baseline:
-            comparison = compare(one, baseline)
-            if comparison is not None:
-                comparisons[variant, task] = comparison
-    return Findings(collected, summaries, main, comparisons, published())
-
-
-def summary(findings: Findings) -> dict[str, Any]:
-    """Return the content of summary.json, with scores in per cent."""
-    collected = findings.collected
-    return {
-        "version": VERSION,
-        "name": collected.grid.name,
-        "cells": {"done": collected.done, "all": len(collected.cells)},
-        "baseline": collected.grid.baseline,
-        "scores": [_plain(each) for each in findings.summaries.values()],
-        "main": [
-            {
-                **_plain(each),
-                "paper": findings.paper.score(task, variant),
-                "against_baseline": _comparison(findings.comparisons.get((variant, task))),
-            }
-            for (variant, task), each in findings.main.items()
-        ],
-        "models": [asdict(model) for model in costs.pretrained(collected)],
-        "ledger": {name: each.as_json() for name, each in costs.by_variant(collected).items()},
-        "paper": {"source": findings.paper.source, "precision": findings.paper.precision},
-    }
+def _write_pairs(findings: Findings, output: Path, task_path: str | None) -> dict[tuple[str, str], str]:
+    """Write a page for each variant and task, and return their relative paths."""
+    by_pair: dict[tuple[str, str], dict[int, Flips]] = {}
+    for (variant, task, seed), each in findings.flips.items():
+        by_pair.setdefault((variant, task), {})[seed] = each
+    pages = {}
+    baseline = findings.collected.grid.baseline
+    for (variant, task), by_seed in by_pair.items():
+        records = read_records(next(iter(by_seed.values())).one, task_path)
+        title = f"{findings.paper.title(task)}: answers of {variant} that differ from those of {baseline}"
+        pages[variant, task] = f"{PAIRS}/{variant}-{task}.html"
+        path = output / pages[variant, task]
+        path.parent.mkdir(exist_ok=True)
+        write_whole(path, pair_page(title, by_seed, records, "../index.html").encode())
+    return pages
 
 
 def _lead(findings: Findings) -> str:
     collected = findings.collected
     seeds = ", ".join(map(str, collected.grid.seeds))
-    text = (
-        f"{len(collected.grid.variants)} variants, {len(findings.tasks)} tasks, finetuning seeds {seeds}. Published "
-        f"numbers: {findings.paper.source}; {findings.paper.precision}."
-    )
+    text = f"{len(collected.grid.variants)} variants, {len(findings.tasks)} tasks, finetuning seeds {seeds}."
+    if any(task in findings.paper.tasks for task in findings.tasks):
+        text += f" Published numbers: {findings.paper.source}; {findings.paper.precision}."
     lead = paragraph(text)
     if collected.done < len(collected.cells):
         missing = (
             f"Incomplete: {collected.done} of {len(collected.cells)} cells are done; means are over the complete ones."
         )
         lead += paragraph(missing, "warning")
-    return lead
+    return lead + head(findings.provenance)
 
 
-def _parts(findings: Findings, output: Path) -> Iterator[Part]:
-    collected, paper, grid = findings.collected, findings.paper, findings.collected.grid
+def _parts(
+    findings: Findings, output: Path, where: Callable[[str], str], pages: Mapping[tuple[str, str], str]
+) -> Iterator[Part]:
+    collected, paper, main = findings.collected, findings.paper, findings.main
     yield Part("What these numbers can and cannot say", bullets(_caveats(findings)))
-    plots.draw_variants(output / "figure3.png", findings.main, findings.tasks, paper)
-    figure3 = tables.variants_table(findings.main, findings.comparisons, findings.tasks, grid.baseline, paper)
-    figure3 += paragraph("Bars: means over seeds; dots: single seeds; error bars: as in the table.", "quiet")
-    alt = "Bars of the four variants on each task with error bars; below each, the paper's bars"
-    yield Part(
-        "Figure 3: pretraining x finetuning, with and without pauses", figure3 + picture(output / "figure3.png", alt)
-    )
-    for name, title, figure, axis in (
-        (
-            "figure4-m-ft.png",
-            "Figure 4: pauses in finetuning",
-            curves.over_m_ft(collected, findings.summaries, paper),
-            "M_ft",
-        ),
-        (
-            "figure4-m-inf.png",
-            "Figure 4: pauses at inference",
-            curves.over_m_inf(collected, findings.summaries, paper),
-            "M_inf",
-        ),
+    if any(variant in VARIANTS for variant, _ in main):
+        drawn = []
+        for task in findings.tasks:
+            path = output / f"figure3-{task}.png"
+            alt = plots.draw_variants(path, main, task, paper)
+            drawn.append(picture(path, alt, "Bars: means over seeds; lines: 95 % intervals; dots: single seeds."))
+        html = figures(drawn) + tables.variants_table(main, findings.tasks, paper)
+        yield Part("Figure 3: pretraining x finetuning, with and without pauses", html)
+    yield _all_variants(findings, output, where, pages)
+    for name, title, draw in (
+        ("figure4-m-ft", "Figure 4: pauses in finetuning (M_ft)", curves.over_m_ft),
+        ("figure4-m-inf", "Figure 4: pauses at inference (M_inf)", curves.over_m_inf),
     ):
-        if figure.panels:
-            curve_plots.draw_curves(output / name, figure.panels, f"pauses ({axis})")
-            yield Part(title, picture(output / name, f"Scores over {axis}, a panel per task") + figure.tables)
-    names = list(grid.variants)
-    plots.draw_all(output / "variants.png", findings.main, findings.tasks, names, grid.baseline, paper)
-    about = {name: variant.about for name, variant in grid.variants.items()}
-    controls = tables.controls_table(findings.main, findings.comparisons, findings.tasks, about, paper)
-    controls += bullets(_paper_controls(findings))
-    picture_html = picture(output / "variants.png", "Every variant and control as a point with its error bar")
-    yield Part("All variants and controls: appending and prepending, fillers, memory tokens", picture_html + controls)
+        figure = draw(collected, findings.summaries, paper, where)
+        drawn = []
+        for task, panel in figure.panels.items():
+            path = output / f"{name}-{task}.png"
+            alt = curve_plots.draw_curves(path, panel, f"pauses ({figure.axis})")
+            drawn.append(picture(path, alt, "Square-root axis; lines join measured points; 95 % intervals."))
+        yield Part(title, figures(drawn) + figure.tables if drawn else "")
     yield Part("What was pretrained", costs.pretrained_table(costs.pretrained(collected)))
-    ledger = tables.ledger_table(costs.by_variant(collected)) + tables.ledger_table(costs.by_verb(collected))
+    yield Part("Settings", settings_table(collected))
+    by_variant, by_verb = costs.by_variant(collected), costs.by_verb(collected)
+    ledger = tables.ledger_table(by_variant, "By variant.") + tables.ledger_table(by_verb, "By verb.")
     yield Part("Ledger: what it cost", ledger + bullets(_ledger_notes()))
+    yield Part("Cells", cells_table(collected, where))
+    yield Part("Data", _data())
+
+
+def _all_variants(
+    findings: Findings, output: Path, where: Callable[[str], str], pages: Mapping[tuple[str, str], str]
+) -> Part:
+    grid, paper, main = findings.collected.grid, findings.paper, findings.main
+    drawn = []
+    for task in findings.tasks:
+        path = output / f"variants-{task}.png"
+        alt = plots.draw_all(path, main, task, list(grid.variants), grid.baseline, paper)
+        caption = "Points: means over seeds; lines: 95 % intervals; dots: single seeds; dashed: the baseline."
+        drawn.append(picture(path, alt, caption))
+    html = figures(drawn) + tables.all_table(main, findings.comparisons, findings.tasks, paper, where, pages)
+    html += tables.choice_table(findings.choices, paper)
+    html += bullets([f"{name}: {variant.about}" for name, variant in grid.variants.items() if variant.about])
+    return Part("All variants and controls, against the baseline", html + bullets(_paper_controls(findings)))
 
 
 def _caveats(findings: Findings) -> list[str]:
-    grid = findings.collected.grid
+    grid, chosen = findings.collected.grid, [each for each in findings.choices.values() if len(each.candidates) > 1]
     lines = tables.limits(findings.main, findings.tasks, grid.baseline, findings.paper)
     supported = [
         f"{variant} on {findings.paper.title(task)} ({each.difference:+.1f})"
@@ -178,28 +146,30 @@ def _caveats(findings: Findings) -> list[str]:
     ]
     count = len(findings.comparisons)
     lines.append(
-        f"Of {count} comparisons with {grid.baseline}, {len(supported)} leave out 0 over records and over seeds"
+        f"Of {count} comparisons with {grid.baseline}, {len(supported)} are supported"
         + (f": {', '.join(supported)}" if supported else "")
-        + f". By chance alone up to {0.05 * count:.1f} would; no correction for their number is made."
+        + ". Supported means p < 0.05 over records and over seeds, corrected for the number of comparisons (Holm)."
     )
-    lines.append(
-        "Where several M_ft were tried, the best represents the variant, as in the paper. It is selected on the "
-        "reported records, which favours variants with more of them. All M_ft and single seeds are in summary.json."
-    )
+    if any(each.biased for each in chosen):
+        lines.append(
+            "Where several M_ft were tried, the best represents the variant, as in the paper. It is chosen on the "
+            "evaluation records: biased upwards, which favours variants with more of them. A table below has all."
+        )
+    elif chosen:
+        lines.append(f"Where several M_ft were tried, the best represents the variant, chosen on {chosen[0].records}.")
     lines.append(
         "Seeds are those of the finetuning. Each model is pretrained once: what another pretraining seed would change "
-        "is not in any error bar."
+        "is not in any interval."
     )
     return lines
 
 
 def _paper_controls(findings: Findings) -> list[str]:
     paper = findings.paper
-    filler = [
-        f"{paper.title(task)} {paper.filler(task):.1f}" for task in findings.tasks if paper.filler(task) is not None
-    ]
+    known = [task for task in findings.tasks if task in paper.tasks]
+    filler = [f"{paper.title(task)} {paper.filler(task):.1f}" for task in known if paper.filler(task) is not None]
     lines = [f'Paper, filler "." at inference on StdPT_StdFT: {", ".join(filler)}: no gain.'] if filler else []
-    return lines + [f"Paper: {statement}" for statement in paper.statements]
+    return lines + [f"Paper: {statement}" for statement in paper.statements] if known else []
 
 
 def _ledger_notes() -> list[str]:
@@ -212,11 +182,11 @@ def _ledger_notes() -> list[str]:
     ]
 
 
-def _plain(each: Summary) -> dict[str, Any]:
-    content = asdict(each)
-    del content["records"]
-    return content
-
-
-def _comparison(each: Comparison | None) -> dict[str, Any] | None:
-    return None if each is None else {**asdict(each), "supported": each.supported}
+def _data() -> str:
+    files = ", ".join(link(name, name) for name in [*COLUMNS, "summary.json"])
+    html = f"<p>All numbers of this page: {files}. summary.json holds the same rows, and the head of this page.</p>"
+    for name, columns in COLUMNS.items():
+        body = [[f"<code>{escape(column)}</code>", escape(meaning)] for column, meaning in columns.items()]
+        listing = table(["column", "meaning"], body, sortable=False)
+        html += f"<details><summary>Columns of {escape(name)}</summary>{listing}</details>"
+    return html
