@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pause_megatron.experiment.report.collect import Collected
-from pause_megatron.experiment.report.compare import Key, Summary
+from pause_megatron.experiment.report.compare import Key, Summary, summarise
 
 EVALUATION = "evaluation records"
+HELD_OUT = "held-out part of train"
 
 
 @dataclass(frozen=True)
@@ -19,11 +20,13 @@ class Choice:
         chosen: The best one. The paper reports the better of M_ft 10 and 50.
         candidates: All of them, the chosen one included.
         records: The records on which it is the best.
+        values: Score of each candidate on those records, per cent.
     """
 
     chosen: Summary
     candidates: tuple[Summary, ...]
-    records: str = EVALUATION
+    records: str
+    values: tuple[float, ...]
 
     @property
     def biased(self) -> bool:
@@ -34,16 +37,31 @@ class Choice:
 def choose(collected: Collected, summaries: Mapping[Key, Summary]) -> dict[tuple[str, str], Choice]:
     """Return the choice of every (variant, task) with a score, in the grid's order.
 
+    The held-out part of train decides where all candidates have a score on it from the same seeds.
+
     Args:
         collected: The experiment.
         summaries: See `summarise`.
     """
+    held_out = summarise(collected.held_out)
     found: dict[tuple[str, str], Choice] = {}
     for variant in collected.grid.variants:
         for task in collected.grid.tasks:
-            own = tuple(
-                each for each in summaries.values() if (each.variant, each.task) == (variant, task) and each.own
-            )
+            own = [key for key, each in summaries.items() if key[:2] == (variant, task) and each.own]
             if own:
-                found[variant, task] = Choice(max(own, key=lambda each: each.value), own)
+                found[variant, task] = _choice(own, summaries, held_out)
     return found
+
+
+def _choice(own: Sequence[Key], summaries: Mapping[Key, Summary], held_out: Mapping[Key, Summary]) -> Choice:
+    on_held_out = (
+        all(key in held_out for key in own) and len({tuple(sorted(held_out[key].by_seed)) for key in own}) == 1
+    )
+    deciding = held_out if on_held_out else summaries
+    best = max(own, key=lambda key: deciding[key].value)
+    return Choice(
+        summaries[best],
+        tuple(summaries[key] for key in own),
+        HELD_OUT if on_held_out else EVALUATION,
+        tuple(deciding[key].value for key in own),
+    )

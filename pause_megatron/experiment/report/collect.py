@@ -107,6 +107,7 @@ class Collected:
         points: The points of plan.json.
         cells: Cells by folder name, in the order of plan.json.
         scores: Scores of the complete evaluations.
+        held_out: Scores on the held-out part of train, on which M_ft and M_inf are chosen.
     """
 
     directory: Path
@@ -114,6 +115,7 @@ class Collected:
     points: tuple[StoredPoint, ...]
     cells: Mapping[str, CellFacts]
     scores: tuple[Score, ...]
+    held_out: tuple[Score, ...] = ()
 
     @property
     def done(self) -> int:
@@ -137,13 +139,18 @@ def collect(directory: Path) -> Collected:
     plan = PlanFile.read(directory)
     grid = load_grid(directory / "grid.yaml")
     cells = {name: _facts(directory / "cells" / name) for name in plan.cells}
-    scores = [
-        score
-        for point in plan.points
-        if cells[point.cell].ledger is not None
-        for score in _scores(directory / "cells" / point.cell, point)
-    ]
-    return Collected(directory, grid, plan.points, cells, tuple(scores))
+    complete = {name for name, cell in cells.items() if cell.ledger is not None}
+    scores, held_out = (
+        tuple(
+            score for point, name in pairs if name in complete for score in _scores(directory / "cells" / name, point)
+        )
+        for pairs in (
+            [(point, point.cell) for point in plan.points],
+            # Plans of earlier versions choose nothing on held-out records.
+            [(point, getattr(point, "held_out", None)) for point in plan.points],
+        )
+    )
+    return Collected(directory, grid, plan.points, cells, scores, held_out)
 
 
 def _facts(folder: Path) -> CellFacts:

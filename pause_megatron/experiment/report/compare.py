@@ -42,6 +42,7 @@ class Summary:
         seed_high: Upper end of that interval; None with one seed.
         group_of: Group of each record that has one.
         cells: Folder names of the evaluations by seed.
+        data: Fingerprint of the records; "" if it differs between seeds.
     """
 
     variant: str
@@ -64,6 +65,7 @@ class Summary:
     seed_high: float | None
     group_of: Mapping[str, str]
     cells: Mapping[int, str]
+    data: str
 
     @property
     def low(self) -> float:
@@ -128,7 +130,7 @@ def compare(one: Summary, baseline: Summary) -> Comparison | None:
         one: The variant.
         baseline: The baseline on the same task.
     """
-    if not one.records or one.records.keys() != baseline.records.keys():
+    if not one.records or one.records.keys() != baseline.records.keys() or one.data != baseline.data:
         return None
     seeds = sorted(one.by_seed.keys() & baseline.by_seed.keys())
     over_records = paired_bootstrap(one.records, baseline.records, one.group_of)
@@ -202,4 +204,5 @@ def _summary(key: Key, group: Sequence[Score]) -> Summary:
         seed_high=None if by_seed[1] is None else 100 * by_seed[1],
         group_of=first.groups,
         cells={score.seed: score.cell for score in group},
+        data=first.data if len({score.data for score in group}) == 1 else "",
     )

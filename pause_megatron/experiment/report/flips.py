@@ -17,6 +17,7 @@ from pause_megatron.evaluate.stored import Sample
 from pause_megatron.experiment.cell import PRODUCT
 from pause_megatron.experiment.stored import CellFile
 from pause_megatron.tasks import DeclaredTask, Example, fingerprint, load_task, read_examples
+from pause_megatron.tasks.examples import Part
 
 
 @dataclass(frozen=True)
@@ -224,7 +225,9 @@ def read_records(outcomes: Outcomes, root: str | None = None) -> Records:
         task = load_task(given["--tasks"])
         if root is None and isinstance(task, DeclaredTask):
             return Records(missing="they are on the Hugging Face Hub; give --task-path")
-        examples = _all_examples(given["--tasks"], os.path.join(root, task.folder) if root else None)
+        folder = os.path.join(root, task.folder) if root else None
+        part: Part = "held-out" if given.get("--split") == "held-out" else "eval"
+        examples = _all_examples(given["--tasks"], part, folder, given.get("--held-out"))
     except Exception as error:  # a task from outside may raise anything; the report does without its prompts
         return Records(missing=f"{type(error).__name__}: {error}")
     scored = [example for example in examples if example.id in outcomes.samples]
@@ -234,5 +237,5 @@ def read_records(outcomes: Outcomes, root: str | None = None) -> Records:
 
 
 @functools.lru_cache(maxsize=2)  # a report reads those of one task many times
-def _all_examples(name: str, folder: str | None) -> list[Example]:
-    return read_examples(load_task(name), "eval", path=folder)
+def _all_examples(name: str, part: Part, folder: str | None, held_out: str | None) -> list[Example]:
+    return read_examples(load_task(name), part, folder, held_out=float(held_out) if held_out else None)

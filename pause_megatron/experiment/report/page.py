@@ -140,12 +140,12 @@ def definitions(pairs: Iterable[tuple[str, str]]) -> str:
 
 
 def breakable(name: str) -> str:
-    """Return a name as HTML that may break after "_" and "-", and nowhere else.
+    """Return a name as HTML that may break after "_" and "-" of its longer parts ("M_ft" stays whole).
 
     Args:
         name: Plain text.
     """
-    return re.sub(r"([_-])", r"\1<wbr>", escape(name))
+    return re.sub(r"(?<=\w\w)([_-])", r"\1<wbr>", escape(name))
 
 
 def _cell(cell: str | Cell, tag: str) -> str:

@@ -130,13 +130,21 @@ def choice_table(choices: Mapping[tuple[str, str], Choice], paper: Published) ->
             breakable(variant),
             escape(paper.title(task)),
             escape(_pauses(choice.chosen)),
+            ", ".join(
+                f"{escape(_pauses(each))}: {value:.1f}"
+                for each, value in zip(choice.candidates, choice.values, strict=True)
+            ),
             ", ".join(f"{escape(_pauses(each))}: {each.value:.1f}" for each in choice.candidates),
             escape(choice.records) + (": biased upwards" if choice.biased else ""),
         ]
         for (variant, task), choice in choices.items()
         if len(choice.candidates) > 1
     ]
-    return table(["variant", "task", "chosen", "candidates, %", "chosen on"], rows) if rows else ""
+    return (
+        table(["variant", "task", "chosen", "scores that decided, %", "scores that are reported, %", "chosen on"], rows)
+        if rows
+        else ""
+    )
 
 
 def curve_table(
@@ -167,14 +175,14 @@ def curve_table(
     return table(["line", *_SCORES], rows, f"{escape(title)} over {axis}. {INTERVALS}")
 
 
-def ledger_table(rows: Mapping[str, Ledger], caption: str) -> str:
+def ledger_table(rows: Mapping[str, Ledger], what: str) -> str:
     """Return a table of costs, a row for each ledger.
 
     Args:
         rows: Ledger by label.
-        caption: Caption, HTML.
+        what: Head of the labels.
     """
-    head = ["", "cells", "model FLOP", "raw tokens", "text tokens", "pauses"]
+    head = [what, "cells", "model FLOP", "raw tokens", "text tokens", "pauses"]
     head += ["seconds of work", "wall seconds", "rank seconds"]
     body: Iterable[Row] = [
         [
@@ -187,7 +195,7 @@ def ledger_table(rows: Mapping[str, Ledger], caption: str) -> str:
         ]
         for name, each in rows.items()
     ]
-    return table(head, body, caption)
+    return table(head, body)
 
 
 def limits(main: Main, tasks: Sequence[str], baseline: str, paper: Published) -> list[str]:

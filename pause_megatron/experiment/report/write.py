@@ -114,7 +114,7 @@ def _parts(
     yield Part("What was pretrained", costs.pretrained_table(costs.pretrained(collected)))
     yield Part("Settings", settings_table(collected))
     by_variant, by_verb = costs.by_variant(collected), costs.by_verb(collected)
-    ledger = tables.ledger_table(by_variant, "By variant.") + tables.ledger_table(by_verb, "By verb.")
+    ledger = tables.ledger_table(by_variant, "variant") + tables.ledger_table(by_verb, "verb")
     yield Part("Ledger: what it cost", ledger + bullets(_ledger_notes()))
     yield Part("Cells", cells_table(collected, where))
     yield Part("Data", _data())
@@ -146,8 +146,8 @@ def _caveats(findings: Findings) -> list[str]:
     ]
     count = len(findings.comparisons)
     lines.append(
-        f"Of {count} comparisons with {grid.baseline}, {len(supported)} are supported"
-        + (f": {', '.join(supported)}" if supported else "")
+        f"Comparisons with {grid.baseline}: {count}, of which supported: {len(supported)}"
+        + (f" ({', '.join(supported)})" if supported else "")
         + ". Supported means p < 0.05 over records and over seeds, corrected for the number of comparisons (Holm)."
     )
     if any(each.biased for each in chosen):
@@ -156,7 +156,7 @@ def _caveats(findings: Findings) -> list[str]:
             "evaluation records: biased upwards, which favours variants with more of them. A table below has all."
         )
     elif chosen:
-        lines.append(f"Where several M_ft were tried, the best represents the variant, chosen on {chosen[0].records}.")
+        lines.append("Where several M_ft were tried, the best on the held-out part of train represents the variant.")
     lines.append(
         "Seeds are those of the finetuning. Each model is pretrained once: what another pretraining seed would change "
         "is not in any interval."

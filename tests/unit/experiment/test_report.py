@@ -95,6 +95,7 @@ def test_a_difference_is_supported_by_records_and_seeds_or_not_at_all():
     assert single.p_records < 0.001 and single.p is None and not corrected({("a", "b"): single})["a", "b"].supported
     # Records of another evaluation are not compared.
     assert compare(one(scores("variant", 0.45, n=300)), base) is None
+    assert compare(dataclasses.replace(one(scores("variant", 0.45)), data="other"), base) is None
 
 
 def test_what_records_can_resolve_counts_groups():

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import hashlib
 import json
 import re
 import tarfile
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -17,10 +19,15 @@ from pause_megatron.experiment.declared import Declaration, DeclaredRun, declare
 from pause_megatron.experiment.grid import expand
 from pause_megatron.experiment.inputs import assumed_inputs
 from pause_megatron.experiment.load import load_grid
-from pause_megatron.experiment.provenance import keep_declaration
+from pause_megatron.experiment.provenance import StartsFile, keep_declaration, record_start
+from pause_megatron.experiment.report import tables
+from pause_megatron.experiment.report.choice import EVALUATION, HELD_OUT, choose
+from pause_megatron.experiment.report.collect import collect
+from pause_megatron.experiment.report.compare import summarise
 from pause_megatron.experiment.report.data_files import COLUMNS
 from pause_megatron.experiment.report.findings import findings_of
 from pause_megatron.experiment.report.flips import find_outcomes, flips, mcnemar, read_records
+from pause_megatron.experiment.report.published import published
 from pause_megatron.experiment.stored import PlanFile
 
 ASSET = Path(__file__).resolve().parents[2] / "assets" / "finished" / "opposites.tar.gz"
@@ -159,6 +166,24 @@ def test_prompts_of_other_records_are_not_shown(root, tmp_path):
     assert flips(outcomes, outcomes).p_value == 1.0
 
 
+def test_the_choice_is_made_on_held_out_records_where_all_candidates_have_them(root, tmp_path):
+    collected = collect(root / "exp")
+    summaries = summarise(collected.scores)
+    key = ("StdPT_PauseFT", "web_questions")
+    free = choose(collected, summaries)[key]
+    assert free.biased and free.records == EVALUATION and free.chosen.value == max(free.values)
+    # On held-out records the other one is better.
+    own = [score for score in collected.scores if score.variant == key[0] and score.own]
+    held = tuple(dataclasses.replace(score, value=0.5 + 0.1 * (score.m_ft != free.chosen.m_ft)) for score in own)
+    choice = choose(dataclasses.replace(collected, held_out=held), summaries)[key]
+    assert choice.records == HELD_OUT and not choice.biased and choice.chosen.m_ft != free.chosen.m_ft
+    html = tables.choice_table({key: choice}, published())
+    assert "held-out part of train" in html and "60.0" in html and "biased" not in html
+    # With a seed missing, nothing is chosen there.
+    fewer = choose(dataclasses.replace(collected, held_out=held[1:]), summaries)[key]
+    assert fewer.records == EVALUATION and fewer.chosen == free.chosen
+
+
 def test_an_experiment_of_an_earlier_version_has_a_report(tmp_path):
     """Without origin.json and starts.json, and with samples gone: what is known is shown."""
     root = unpack(tmp_path)
@@ -199,6 +224,17 @@ def test_a_report_says_whether_the_runs_are_those_declared(tmp_path):
         keep_declaration(root / "exp", path)
     with pytest.raises(ConfigError, match=r"expected the pre-declaration of the earlier start .*, got none"):
         keep_declaration(root / "exp", None)
+
+
+def test_every_start_of_an_experiment_is_recorded(tmp_path):
+    grid = tmp_path / "grid.yaml"
+    grid.write_text("name: a\n")
+    for word in ("seeds=[1]", "seeds=[2]"):
+        record_start(tmp_path, ["experiment", "run", word], grid)
+    first, second = StartsFile.read(tmp_path).starts
+    assert (first.command[-1], second.command[-1]) == ("seeds=[1]", "seeds=[2]") and first.begun <= second.begun
+    assert first.grid_sha256 == hashlib.sha256(b"name: a\n").hexdigest() and first.declared_sha256 is None
+    assert first.origin.packages["torch"] == version("torch") and "cores" in first.origin.machine
 
 
 def test_runs_beyond_the_declaration_are_named(root):
