@@ -27,13 +27,14 @@ SMALLEST = {"model.ffn": 8, "model.hidden": 8, "model.layers": 1, "model.loops":
 QUIET = {
     "data.prefetch": 0,
     "model.preset": None,
+    "task.held_out": 0,
     "finetune.batching": "padded",
     "checkpoint.every": 0,
     "validation.every": 0,
     "log.every": 1_000_000,
     "log.tensorboard": False,
 }
-"""Keys of every run that change no result."""
+"""Keys of every run that change no result, or that no setting may change: all of the training split is trained on."""
 
 
 @dataclass(frozen=True)
