@@ -136,7 +136,7 @@ class ModelSection(Section):
     kv_heads: int | None = Field(None, ge=1, description="key/value heads (GQA); default: model.heads")
     ffn: int | None = Field(
         None,
-        ge=8,
+        ge=1,
         description="width of the SwiGLU feed-forward layer; default: 8/3 model.hidden, rounded up to a multiple of 64",
     )
     tied: bool | None = Field(None, description="one weight matrix for input embedding and output layer")
@@ -378,7 +378,7 @@ class ResolvedModel(ModelSection):
     hidden: int = Field(ge=8)
     heads: int = Field(ge=1)
     kv_heads: int = Field(ge=1)
-    ffn: int = Field(ge=8)
+    ffn: int = Field(ge=1)
     tied: bool
 
     @property

@@ -22,7 +22,7 @@ from pause_megatron.tasks import load_task
 from .declaration import EQUAL_FLOPS, EQUAL_PARAMETERS, EQUAL_STEPS, Declaration
 
 LARGEST = {"model.ffn": 4096, "model.hidden": 1024, "model.layers": 64, "model.loops": 64}
-SMALLEST = {"model.ffn": 8, "model.hidden": 8, "model.layers": 1, "model.loops": 1}
+SMALLEST = {"model.ffn": 1, "model.hidden": 8, "model.layers": 1, "model.loops": 1}
 
 QUIET = {
     "data.prefetch": 0,
