@@ -196,19 +196,22 @@ def paired_bootstrap(
     differences = np.array([one[record] - other[record] for record in ids], dtype=np.float64)
     clusters = Clusters.of(differences, None if groups is None else [groups.get(record, "") for record in ids])
     value, count = clusters.mean, clusters.count
-    facts = {"confidence": confidence, "n": len(ids), "resamples": resamples, "seed": seed, "groups": count}
+
+    def found(low: float, high: float, p_value: float) -> Difference:
+        return Difference(value, low, high, confidence, len(ids), resamples, seed, p_value, count)
+
     if np.abs(clusters.residuals).max() <= 1e-12 * clusters.sizes.max():
         unseen = wilson(0, clusters.effective, confidence)[1]
         z = math.sqrt(clusters.effective * abs(value) / max(1 - abs(value), 1e-12))  # where the interval touches 0
         p_value = 2 * _NORMAL.cdf(-z)
-        return Difference(value, max(value - unseen, -1.0), min(value + unseen, 1.0), p_value=p_value, **facts)
+        return found(max(value - unseen, -1.0), min(value + unseen, 1.0), p_value)
     means = clusters.resampled_means(np.random.default_rng(seed), resamples)
     stretch, freedom = math.sqrt(count / (count - 1)), clusters.freedom
     tail = _NORMAL.cdf(-quantile(confidence, freedom) * stretch)
     low, high = np.quantile(means, [tail, 1 - tail])
     beyond = (min(int((means <= 0).sum()), int((means >= 0).sum())) + 1) / (resamples + 1)
     p_value = two_sided(_NORMAL.inv_cdf(min(beyond, 0.5)) / stretch, freedom)
-    return Difference(value, float(low), float(high), p_value=p_value, **facts)
+    return found(float(low), float(high), p_value)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
