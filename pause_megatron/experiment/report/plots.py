@@ -148,7 +148,7 @@ def _bars_of_task(axes: Any, task: str, found: Mapping[str, Summary], paper: Pub
         axes.errorbar(position, summary.value, yerr=lengths([summary]), color="black", capsize=3, linewidth=1)
         axes.plot([position + 0.22] * summary.seeds, [*summary.by_seed.values()], ".", color="black", markersize=4)
         tops.append(max(summary.high, *summary.by_seed.values()))
-        _label(axes, position, tops[-1], summary.value)
+        _label(axes, position, 0, summary.value)  # not at the interval's end, which is another number
     chance = paper.chance(task)
     axes.set_title(_title(paper.title(task), found, chance), fontsize=9)
     if chance:
@@ -172,7 +172,7 @@ def _published_bars(axes: Any, task: str, paper: Published) -> None:
 
 
 def _label(axes: Any, position: float, height: float, value: float) -> None:
-    """Write a number above a bar."""
+    """Write a bar's number at a height."""
     point = (position, height), (0, 2)
     box = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "pad": 0.4}  # the line of chance may cross it
     axes.annotate(f"{value:.1f}", *point, textcoords="offset points", ha="center", fontsize=8, bbox=box)

@@ -116,7 +116,10 @@ def _parts(
     by_variant, by_verb = costs.by_variant(collected), costs.by_verb(collected)
     ledger = tables.ledger_table(by_variant, "variant") + tables.ledger_table(by_verb, "verb")
     yield Part("Ledger: what it cost", ledger + bullets(_ledger_notes()))
-    yield Part("Cells", cells_table(collected, where))
+    listing = cells_table(collected, where)
+    yield Part(
+        "Cells", f"<details><summary>{len(collected.cells)} cells, with fingerprints</summary>{listing}</details>"
+    )
     yield Part("Data", _data())
 
 
