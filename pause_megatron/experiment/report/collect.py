@@ -146,8 +146,7 @@ def collect(directory: Path) -> Collected:
         )
         for pairs in (
             [(point, point.cell) for point in plan.points],
-            # Plans of earlier versions choose nothing on held-out records.
-            [(point, getattr(point, "held_out", None)) for point in plan.points],
+            [(point, point.held_out) for point in plan.points],
         )
     )
     return Collected(directory, grid, plan.points, cells, scores, held_out)
