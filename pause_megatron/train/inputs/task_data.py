@@ -81,8 +81,8 @@ def open_task(config: ResolvedConfig) -> TaskData:
     """
     if config.task.name is None:
         raise ConfigError("task.name: expected a task to finetune on, got none (--recipe finetune-gsm8k names one)")
-    config = as_begun(config)
     task = load_task(config.task.name)
+    config = as_begun(config)
     tokenizer = _tokenizer(config)
     tokenizer.check_pause_ids(config.pause.embeddings)
     pause_ids = range(tokenizer.pause_id, tokenizer.pause_id + config.pause.embeddings)

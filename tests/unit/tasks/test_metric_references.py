@@ -245,7 +245,7 @@ def lm_eval_task(name: str, records: list[dict], metrics: list[str]) -> Configur
 def test_choices_and_their_accuracy_are_lm_evals(record_folder, name):
     [file] = (record_folder / name).glob("validation.jsonl*")
     records = [json.loads(line) for _, line in zip(range(RECORDS), ShardFile(file).lines(), strict=False)]
-    examples = read_examples(load_task(name), "eval", str(record_folder / name), RECORDS)
+    examples = read_examples(load_task(name), "eval", str(record_folder / name), RECORDS, from_start=True)
     judge = lm_eval_task(name, records, ["acc", "acc_norm", "acc_bytes"])
     rng = random.Random(3)
     for example, document in zip(examples, judge.validation_docs(), strict=True):
