@@ -98,6 +98,30 @@ class Clusters:
             return most
         return max(1, min(most, int(2 * total**2 / spread)))
 
+    def sign_flip_p_value(self, rng: np.random.Generator, resamples: int) -> float:
+        """Return the two-sided p-value of the sum of all values, if the sign of each group's sum is a fair coin.
+
+        All signs are tried where that takes no more than `resamples` sums, which makes it exact.
+
+        Args:
+            rng: Random numbers of the signs.
+            resamples: Number of random signs of all groups.
+        """
+        sums = self.sums[self.sums != 0]
+        if not sums.size:
+            return 1.0
+        least = abs(float(sums.sum())) - 1e-9 * float(np.abs(sums).sum())
+        if sums.size < 63 and 1 << sums.size <= resamples:
+            totals = np.zeros(1)
+            for one in sums:
+                totals = np.concatenate((totals + one, totals - one))
+            return float((np.abs(totals) >= least).mean())
+        beyond, block = 0, max(1, _BLOCK // sums.size)
+        for start in range(0, resamples, block):
+            signs = rng.integers(0, 2, (min(block, resamples - start), sums.size), dtype=np.int8)
+            beyond += int((np.abs(2 * (signs @ sums) - sums.sum()) >= least).sum())
+        return (beyond + 1) / (resamples + 1)
+
     def resampled_means(self, rng: np.random.Generator, resamples: int) -> np.ndarray:
         """Return the means of samples of whole groups with replacement, fp64 [resamples].
 

@@ -10,7 +10,7 @@ from pause_megatron.evaluate.results import ResultsFolder
 from pause_megatron.evaluate.scoring import Scorer
 from pause_megatron.evaluate.stored import ResultEntry
 from pause_megatron.inference import PauseGenerator
-from pause_megatron.tasks import METRICS, DeclaredTask, Example, Task, fingerprint
+from pause_megatron.tasks import DeclaredTask, Example, Task, fingerprint, metrics_of
 
 Report = Callable[[int, int, int], None]
 """(records done, records in all, records of an earlier run)."""
@@ -35,7 +35,7 @@ def identify(task: Task, examples: Sequence[Example], settings: Settings, folder
             max_new_tokens=decoding.max_new_tokens,
             stop=decoding.stop,
             metrics=tuple(task.metrics),
-            code={name: METRICS[name].code for name in task.metrics if METRICS[name].code},
+            code={name: metric.code for name, metric in metrics_of(task).items() if metric.code},
             few_shot=task.few_shot.count if isinstance(task, DeclaredTask) and task.few_shot else 0,
         ),
     )

@@ -17,7 +17,7 @@ from pause_megatron.evaluate.identity import Settings
 from pause_megatron.evaluate.stored import BatchCost, Sample, TokenCounts
 from pause_megatron.inference import Cost, Limits, PauseGenerator, Prompting
 from pause_megatron.inference.loading import DTYPES
-from pause_megatron.tasks import METRICS, Example, Task, answer_in
+from pause_megatron.tasks import Example, Task, answer_in, metrics_of
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,9 @@ class Scorer:
         self.settings = settings
         self._generator = generator
         self._batch_size = batch_size
-        self._decodes = any(METRICS[name].reads == "text" for name in task.metrics)
-        self._chooses = any(METRICS[name].reads == "choices" for name in task.metrics)
+        self._metrics = metrics_of(task)
+        self._decodes = any(metric.reads == "text" for metric in self._metrics.values())
+        self._chooses = any(metric.reads == "choices" for metric in self._metrics.values())
         check_settings(generator, settings)
 
     def prepare(self, examples: Sequence[Example]) -> list[PreparedExample]:
@@ -170,8 +171,8 @@ class Scorer:
             id=example.id,
             **{name: value for name, value in outcome.items() if value is not None},
             scores={
-                name: METRICS[name].per_record(*(text_arguments if METRICS[name].reads == "text" else choice_arguments))
-                for name in self.task.metrics
+                name: metric.per_record(*(text_arguments if metric.reads == "text" else choice_arguments))
+                for name, metric in self._metrics.items()
             },
             tokens=TokenCounts(
                 prompt=len(item.prompt),

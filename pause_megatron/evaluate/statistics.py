@@ -51,7 +51,7 @@ class Difference:
         n: Number of records.
         resamples: Number of resamples.
         seed: Seed of the resampling.
-        p_value: Two-sided p-value of no difference; with r resamples it is not below about 2 / r.
+        p_value: Two-sided p-value of no difference, of the sign-flip test; see `paired_bootstrap`.
         groups: Number of groups.
     """
 
@@ -175,10 +175,13 @@ def paired_bootstrap(
     Groups are resampled whole. The interval is the expanded percentile interval (Hesterberg, "What Teachers Should Know
     About the Bootstrap", 2015, section 5.3): percentiles at the normal probabilities of t * sqrt(G / (G - 1)), with the
     degrees of freedom of `Clusters.freedom`. With many groups it is the percentile interval (Efron & Tibshirani, "An
-    Introduction to the Bootstrap", chapter 13). The p-value belongs to it: it is below 0.05 where 0 is outside.
+    Introduction to the Bootstrap", chapter 13). If all groups have the same difference, resampling shows no spread. The
+    interval then allows for as many groups with the opposite extreme, 1 or -1, as Wilson's interval for 0 of
+    `Clusters.effective` groups does.
 
-    If all groups have the same difference, resampling shows no spread. The interval then extends by the upper end of
-    Wilson's interval for 0 of `Clusters.effective` groups.
+    The p-value is that of the sign-flip test (approximate randomization; Noreen 1989): without a difference, the sum of
+    each group's differences has either sign with equal probability. It is exact for few groups, and the sign test
+    (McNemar's exact test) for differences of 0 and 1. With r resamples it is not below 1 / (r + 1).
 
     Args:
         one: Score of each record, 0..1, by record id.
@@ -197,21 +200,20 @@ def paired_bootstrap(
     clusters = Clusters.of(differences, None if groups is None else [groups.get(record, "") for record in ids])
     value, count = clusters.mean, clusters.count
 
-    def found(low: float, high: float, p_value: float) -> Difference:
+    rng = np.random.default_rng(seed)
+    p_value = clusters.sign_flip_p_value(np.random.default_rng([seed, 1]), resamples)
+
+    def found(low: float, high: float) -> Difference:
         return Difference(value, low, high, confidence, len(ids), resamples, seed, p_value, count)
 
     if np.abs(clusters.residuals).max() <= 1e-12 * clusters.sizes.max():
         unseen = wilson(0, clusters.effective, confidence)[1]
-        z = math.sqrt(clusters.effective * abs(value) / max(1 - abs(value), 1e-12))  # where the interval touches 0
-        p_value = 2 * _NORMAL.cdf(-z)
-        return found(max(value - unseen, -1.0), min(value + unseen, 1.0), p_value)
-    means = clusters.resampled_means(np.random.default_rng(seed), resamples)
+        return found(value - unseen * (1 + value), value + unseen * (1 - value))
+    means = clusters.resampled_means(rng, resamples)
     stretch, freedom = math.sqrt(count / (count - 1)), clusters.freedom
     tail = _NORMAL.cdf(-quantile(confidence, freedom) * stretch)
     low, high = np.quantile(means, [tail, 1 - tail])
-    beyond = (min(int((means <= 0).sum()), int((means >= 0).sum())) + 1) / (resamples + 1)
-    p_value = two_sided(_NORMAL.inv_cdf(min(beyond, 0.5)) / stretch, freedom)
-    return found(float(low), float(high), p_value)
+    return found(float(low), float(high))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -228,6 +230,8 @@ def logit_interval(
 ) -> tuple[float, float] | None:
     """Return the t-interval over seeds on the logit scale, which stays within [0, 1]; None for fewer than two values.
 
+    Equal values say nothing of their spread. The interval is then Wilson's for the records of one seed.
+
     Args:
         values: One value for each seed, 0..1.
         confidence: Confidence level, between 0 and 1.
@@ -235,6 +239,8 @@ def logit_interval(
     """
     if len(values) < 2:
         return None
+    if max(values) - min(values) < 1e-12:
+        return wilson(values[0] * records, records, confidence)
     edge = 0.5 / records
     inside = [min(max(value, edge), 1 - edge) for value in values]
     found = mean([math.log(value / (1 - value)) for value in inside])

@@ -11,7 +11,7 @@ from pause_megatron.config.schema import TaskSection
 from pause_megatron.data.corpus.manifest import CorpusManifest
 from pause_megatron.errors import ConfigError
 from pause_megatron.experiment.schema import Grid
-from pause_megatron.tasks import METRICS, fingerprint, load_task, read_examples
+from pause_megatron.tasks import fingerprint, load_task, metrics_of, read_examples
 
 ASSUMED_VOCABULARY = 32_000
 NOT_READ = "not read"
@@ -87,7 +87,7 @@ def _records(grid: Grid, name: str) -> TaskRecords:
     train = read_examples(task, "train", folder, limit, held_out, from_start=held_out is None)
     scored_limit = section.limit or grid.evaluate.limit
     scored = read_examples(task, "eval", folder, scored_limit)
-    code = "".join(f" {METRICS[metric].code}" for metric in task.metrics if METRICS[metric].code)
+    code = "".join(f" {metric.code}" for metric in metrics_of(task).values() if metric.code)
     held = NOT_READ
     if held_out and grid.evaluate.select == "held_out":
         held = fingerprint(read_examples(task, "held-out", folder, scored_limit, held_out)) + code

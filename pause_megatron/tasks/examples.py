@@ -10,6 +10,7 @@ from pause_megatron.errors import ConfigError, DataError
 from pause_megatron.files.digest import Hasher
 from pause_megatron.tasks.sampling import divide, sample
 from pause_megatron.tasks.task import Example, Split, Task
+from pause_megatron.tasks.yaml_task import DeclaredTask
 
 Part = Literal["train", "held-out", "eval"]
 """A split, or the part of the train split that is held out from finetuning."""
@@ -50,6 +51,10 @@ def read_examples(
         examples = sample(_all(task, part, path, None if draws else limit), limit)
     else:
         kept, held = divide(_all(task, "train", path, None), held_out)
+        if isinstance(task, DeclaredTask) and task.few_shot:
+            unseen = {example.id for example in held}
+            shot = {example.id: example for example in task.examples("train", path, unseen=unseen)}
+            kept, held = ([shot[example.id] for example in examples] for examples in (kept, held))
         if part == "train" and limit is not None and limit > len(kept) + len(held):
             ids = {example.id for example in held}  # a task that generates as many as are asked for
             kept = [example for example in _all(task, "train", path, limit) if example.id not in ids]

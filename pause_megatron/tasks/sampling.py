@@ -6,12 +6,15 @@ share instead. Draws are keyed by group and id, not by a run's seed, so that all
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
 
 from pause_megatron.errors import ConfigError
 from pause_megatron.seeds import address_digest
 from pause_megatron.tasks.task import Example
+
+log = logging.getLogger(__name__)
 
 
 def sample(examples: Sequence[Example], limit: int | None) -> list[Example]:
@@ -40,8 +43,8 @@ def sample(examples: Sequence[Example], limit: int | None) -> list[Example]:
 def divide(examples: Sequence[Example], fraction: float) -> tuple[list[Example], list[Example]]:
     """Return the examples to train on and those held out, each in their order. No group is in both.
 
-    Groups are held out in a random order until they have `fraction` of the examples, at least one group. A smaller
-    fraction holds out a part of what a larger one does.
+    Groups are held out in a random order until they have `fraction` of the examples. A group that would make it more
+    than twice as many is left to training. If all groups are that large, the smallest is held out, with a warning.
 
     Args:
         examples: The examples of the train split.
@@ -57,10 +60,17 @@ def divide(examples: Sequence[Example], fraction: float) -> tuple[list[Example],
             "group; task.held_out=0 holds out none"
         )
     held: set[int] = set()
-    for group in sorted(groups, key=lambda group: _draw("held out", group))[:-1]:
-        held.update(groups[group])
-        if len(held) >= fraction * len(examples):
-            break
+    wanted, order = fraction * len(examples), sorted(groups, key=lambda group: _draw("held out", group))
+    for group in order:
+        if len(held) < wanted and len(held) + len(groups[group]) <= min(max(2 * wanted, 1), len(examples) - 1):
+            held.update(groups[group])
+    if not held:
+        smallest = min(order, key=lambda group: len(groups[group]))
+        held.update(groups[smallest])
+        log.warning(
+            "task.held_out=%g: expected groups of at most %d examples, got larger ones only; %d of %d are held out",
+            *(fraction, 2 * wanted, len(held), len(examples)),
+        )
     parts: tuple[list[Example], list[Example]] = ([], [])
     for number, example in enumerate(examples):
         parts[number in held].append(example)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
 from pause_megatron.config.schema import Section
 from pause_megatron.config.spelling import nearest
 from pause_megatron.errors import ConfigError
 from pause_megatron.files.digest import bytes_digest
 from pause_megatron.tasks.few_shot import FewShot, with_shots
-from pause_megatron.tasks.metrics.registry import METRICS, find_metric
+from pause_megatron.tasks.metrics.registry import Metric, find_metric
 from pause_megatron.tasks.record_files import Dataset, file_records, find_file, hub_records
 from pause_megatron.tasks.records import Record
 from pause_megatron.tasks.task import Decoding, Example, FinetuneDefaults, Split
@@ -64,6 +64,7 @@ class DeclaredTask(Section):
     decoding: Decoding = Field(Decoding(max_new_tokens=1), description="needed by metrics that read a decoded answer")
     few_shot: FewShot | None = Field(None, description="solved examples before each prompt; null: none")
     finetune: FinetuneDefaults = FinetuneDefaults()
+    _found_metrics: dict[str, Metric] = PrivateAttr(default_factory=dict)  # two files may have modules of one name
 
     @field_validator("choices", "group", "metrics", mode="before")
     @classmethod
@@ -102,7 +103,9 @@ class DeclaredTask(Section):
         return template
 
     @model_validator(mode="after")
-    def _consistent(self) -> DeclaredTask:
+    def _consistent(self, info: ValidationInfo) -> DeclaredTask:
+        folders = (info.context or {}).get("folders", ())
+        self._found_metrics.update({name: find_metric(name, folders) for name in self.metrics})
         if bool(self.choices) != (self.gold is not None):
             raise ValueError("choices and gold: expected both or neither")
         if not self.choices and self.references is None:
@@ -112,29 +115,39 @@ class DeclaredTask(Section):
         if self.primary not in self.metrics:
             raise ValueError(f"primary: expected one of metrics ({', '.join(self.metrics)}), got {self.primary!r}")
         for name in self.metrics:
-            if METRICS[name].reads == "choices" and not self.choices:
+            if self._found_metrics[name].reads == "choices" and not self.choices:
                 raise ValueError(f"metrics: {name} compares choices; expected choices and gold")
-        if METRICS[self.primary].reads != ("choices" if self.kind == "choice" else "text"):
+        if self._found_metrics[self.primary].reads != ("choices" if self.kind == "choice" else "text"):
             raise ValueError(f"primary: {self.primary} does not score kind {self.kind}")
-        decoded = [name for name in self.metrics if METRICS[name].reads == "text"]
+        decoded = [name for name in self.metrics if self._found_metrics[name].reads == "text"]
         if decoded and "decoding" not in self.model_fields_set:
             raise ValueError(f"expected the key 'decoding', got none ({decoded[0]} reads a decoded answer)")
         if self.few_shot and (self.few_shot.from_ or self.splits.train) in (None, self.splits.eval):
             raise ValueError(f"few_shot.from: expected a split besides that of evaluation ({self.splits.eval})")
         return self
 
-    def examples(self, split: Split, path: str | None = None, limit: int | None = None) -> list[Example]:
+    @property
+    def found_metrics(self) -> Mapping[str, Metric]:
+        """The metrics by their names in `metrics`."""
+        return self._found_metrics
+
+    def examples(
+        self, split: Split, path: str | None = None, limit: int | None = None, *, unseen: Container[str] = ()
+    ) -> list[Example]:
         """Return examples of a split; see `Task.examples`.
 
         Args:
             split: "train" or "eval".
             path: Folder of JSON lines; None reads the Hugging Face Hub.
             limit: Number of examples from the start; None returns all.
+            unseen: Ids of held-out training records, which no few-shot prompt contains.
         """
         examples = list(islice(self._examples(self._records(split, path)), limit))
         if self.few_shot is None:
             return examples
         shots, pool = self.few_shot, self._examples(self._records("train", path, self.few_shot.from_))
+        if shots.from_ in (None, self.splits.train):
+            pool = (example for example in pool if example.id not in unseen)
         return with_shots(examples, list(pool), count=shots.count, seed=shots.seed, separator=shots.separator)
 
     def _records(self, split: Split, path: str | None, name: str | None = None) -> Iterator[Record]:

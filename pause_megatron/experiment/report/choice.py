@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from pause_megatron.evaluate.statistics import mean
 from pause_megatron.experiment.report.collect import Collected
 from pause_megatron.experiment.report.compare import Key, Summary, summarise
 
@@ -58,10 +59,17 @@ def _choice(own: Sequence[Key], summaries: Mapping[Key, Summary], held_out: Mapp
         all(key in held_out for key in own) and len({tuple(sorted(held_out[key].by_seed)) for key in own}) == 1
     )
     deciding = held_out if on_held_out else summaries
-    best = max(own, key=lambda key: deciding[key].value)
+    shared = set.intersection(*({*deciding[key].by_seed} for key in own))  # an experiment may be incomplete
+    values = {key: _value(deciding[key], shared) for key in own}
+    best = max(own, key=values.__getitem__)
     return Choice(
         summaries[best],
         tuple(summaries[key] for key in own),
         HELD_OUT if on_held_out else EVALUATION,
-        tuple(deciding[key].value for key in own),
+        tuple(values.values()),
     )
+
+
+def _value(summary: Summary, seeds: Collection[int]) -> float:
+    """Return the mean over the given seeds; over all if there are none."""
+    return mean([summary.by_seed[seed] for seed in seeds]).value if seeds else summary.value

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pause_megatron.errors import DataError
+from pause_megatron.evaluate.identity import HARNESS
 from pause_megatron.evaluate.journal import read_samples
 from pause_megatron.evaluate.results import read_results
 from pause_megatron.evaluate.statistics import interval, wilson
@@ -17,6 +19,8 @@ from pause_megatron.experiment.load import load_grid
 from pause_megatron.experiment.provenance import Origin, OriginFile
 from pause_megatron.experiment.schema import Grid
 from pause_megatron.experiment.stored import CellFile, DoneFile, PlanFile, StoredPoint
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -169,6 +173,13 @@ def _scores(folder: Path, point: StoredPoint) -> Iterator[Score]:
     for entry in entries:
         path = results / "samples" / f"{entry.settings.name(entry.task)}.jsonl"
         samples = read_samples(path) if path.exists() else {}
+        if samples and len(samples) != entry.n:
+            raise DataError(
+                f"{path}: expected {entry.n} records, as in results.json, got {len(samples)}; remove "
+                f"{folder / 'done.json'} and run the experiment again"
+            )
+        if not samples and entry.harness == HARNESS:
+            log.warning("%s: expected %d records, got no file; comparisons with it are left out", path, entry.n)
         groups = {name: sample.group for name, sample in samples.items() if sample.group}
         yield Score(
             variant=point.variant,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from pause_megatron.evaluate.statistics import holm, interval, logit_interval, mean, paired_bootstrap, paired_t, wilson
@@ -34,6 +34,7 @@ class Summary:
         n: Number of records of each seed.
         own: See `Score`.
         records: Score of each record averaged over seeds, 0..1.
+        records_by_seed: Score of each record by seed; empty if seeds have different records.
         by_seed: Value of each seed, per cent.
         groups: Number of groups of records.
         record_low: Lower end of the 95 % interval over records (of the records' means over seeds; by group).
@@ -57,6 +58,7 @@ class Summary:
     n: int
     own: bool
     records: Mapping[str, float]
+    records_by_seed: Mapping[int, Mapping[str, float]]
     by_seed: Mapping[int, float]
     groups: int
     record_low: float
@@ -66,6 +68,10 @@ class Summary:
     group_of: Mapping[str, str]
     cells: Mapping[int, str]
     data: str
+
+    def over(self, seeds: Iterable[int]) -> Mapping[str, float]:
+        """Return the score of each record averaged over some seeds, 0..1."""
+        return _averaged([self.records_by_seed[seed] for seed in seeds])
 
     @property
     def low(self) -> float:
@@ -124,7 +130,7 @@ def summarise(scores: Iterable[Score]) -> dict[Key, Summary]:
 
 
 def compare(one: Summary, baseline: Summary) -> Comparison | None:
-    """Return the comparison of a variant with the baseline; None if their records differ.
+    """Return the comparison of a variant with the baseline on the seeds of both; None if records or all seeds differ.
 
     Args:
         one: The variant.
@@ -133,16 +139,18 @@ def compare(one: Summary, baseline: Summary) -> Comparison | None:
     if not one.records or one.records.keys() != baseline.records.keys() or one.data != baseline.data:
         return None
     seeds = sorted(one.by_seed.keys() & baseline.by_seed.keys())
-    over_records = paired_bootstrap(one.records, baseline.records, one.group_of)
-    over_seeds = paired_t([one.by_seed[seed] - baseline.by_seed[seed] for seed in seeds]) if seeds else None
+    if not seeds:
+        return None
+    over_records = paired_bootstrap(one.over(seeds), baseline.over(seeds), one.group_of)
+    over_seeds = paired_t([one.by_seed[seed] - baseline.by_seed[seed] for seed in seeds])
     return Comparison(
         100 * over_records.value,
         100 * over_records.low,
         100 * over_records.high,
-        over_seeds.low if over_seeds else None,
-        over_seeds.high if over_seeds else None,
+        over_seeds.low,
+        over_seeds.high,
         over_records.p_value,
-        over_seeds.p_value if over_seeds else None,
+        over_seeds.p_value,
         len(seeds),
     )
 
@@ -174,13 +182,20 @@ def smallest_visible(one: Summary) -> float:
     return 2 * math.sqrt(2) * max(independent, one.over_records or 0.0)
 
 
+def _averaged(scores: Collection[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean score of each record."""
+    first = next(iter(scores))
+    return {each: math.fsum(one[each] for one in scores) / len(scores) for each in first}
+
+
 def _summary(key: Key, group: Sequence[Score]) -> Summary:
     values = [score.value for score in group]
     over_seeds = mean([100 * value for value in values])
     errors = [score.standard_error for score in group if score.standard_error is not None]
     first, ids = group[0], group[0].records.keys()
     same = all(score.records.keys() == ids for score in group)
-    records = {each: mean([score.records[each] for score in group]).value for each in ids} if same else {}
+    records_by_seed = {score.seed: score.records for score in group} if same else {}
+    records = _averaged(records_by_seed.values()) if same else {}
     if records:
         by_record = interval(list(records.values()), [first.groups.get(name, "") for name in records])
     else:
@@ -196,6 +211,7 @@ def _summary(key: Key, group: Sequence[Score]) -> Summary:
         n=first.n,
         own=first.own,
         records=records,
+        records_by_seed=records_by_seed,
         by_seed={score.seed: 100 * score.value for score in group},
         groups=first.group_count,
         record_low=100 * by_record[0],

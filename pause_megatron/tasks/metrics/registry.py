@@ -15,6 +15,7 @@ from pause_megatron.tasks.metrics.choice import choice_accuracy, choice_accuracy
 from pause_megatron.tasks.metrics.number import final_number, final_number_flexible
 from pause_megatron.tasks.metrics.own import Reads, checked, code_digest, reads_of
 from pause_megatron.tasks.metrics.text import coqa_exact_match, coqa_f1, exact_match, f1, last_word, nq_exact_match
+from pause_megatron.tasks.task import Task
 
 Function = TypeVar("Function", bound=Callable[..., float])
 
@@ -70,6 +71,16 @@ def find_metric(name: str, folders: Sequence[Path] = ()) -> Metric:
     reads = known_as.reads if known_as is not None else reads_of(function, name)
     _METRICS[name] = Metric(name=name, reads=reads, per_record=checked(function, name))
     return _METRICS[name]
+
+
+def metrics_of(task: Task) -> Mapping[str, Metric]:
+    """Return the metrics of a task by their names; those of a task file are found beside it.
+
+    Args:
+        task: The task.
+    """
+    found = getattr(task, "found_metrics", METRICS)
+    return {name: found[name] for name in task.metrics}
 
 
 def register_metric(*, reads: Reads = "text") -> Callable[[Function], Function]:

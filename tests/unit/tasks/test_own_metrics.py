@@ -9,7 +9,7 @@ from unit.tasks.test_load_task import DECLARATION
 
 from pause_megatron.config.text import write_yaml
 from pause_megatron.errors import ConfigError, DataError
-from pause_megatron.tasks import METRICS, load_task, register_metric
+from pause_megatron.tasks import METRICS, load_task, metrics_of, register_metric
 from pause_megatron.tasks.metrics.own import checked, code_digest, reads_of
 
 MODULE = "def right(prediction, references):\n    return prediction in references\n"
@@ -46,10 +46,8 @@ def test_a_metric_in_the_working_folder(declare, tmp_path, monkeypatch):
 
 
 def test_two_folders_may_have_modules_of_one_name(declare):
-    load_task(declare())
-    one = METRICS["mine:right"]
-    load_task(declare(module=MODULE.replace("in", "not in"), folder="other"))
-    other = METRICS["mine:right"]
+    tasks = load_task(declare()), load_task(declare(module=MODULE.replace("in", "not in"), folder="other"))
+    one, other = (metrics_of(task)["mine:right"] for task in tasks)  # both files are loaded before one is scored
     assert (one.per_record("yes", ["yes"]), other.per_record("yes", ["yes"])) == (1.0, 0.0)
     assert one.code != other.code
 

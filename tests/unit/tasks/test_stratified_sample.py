@@ -66,8 +66,17 @@ def test_a_held_out_part_shares_no_group_with_training(fraction):
     assert len(kept) + len(held) == len(whole)
     assert {example.id for example in kept}.isdisjoint(example.id for example in held)
     assert kept
-    assert fraction * len(whole) <= len(held) <= fraction * len(whole) + 14 or len(kept) <= 14
-    assert {example.id for example in divide(whole, fraction / 2)[1]} <= {example.id for example in held}
+    assert fraction * len(whole) <= len(held) <= 2 * max(fraction * len(whole), 1) or len(kept) <= 14
+    assert divide(whole, fraction) == (kept, held)
+
+
+def test_a_large_group_is_not_held_out(caplog):
+    for large in range(20):  # whichever is drawn first
+        kept, held = divide(examples({f"large {large}": 990, "small": 10}), 0.05)
+        assert (len(kept), len(held)) == (990, 10)
+    assert not caplog.records
+    kept, held = divide(examples({"a": 60, "b": 40}), 0.05)
+    assert (len(kept), len(held)) == (60, 40) and "task.held_out=0.05" in caplog.text
 
 
 def test_one_group_cannot_be_divided():
