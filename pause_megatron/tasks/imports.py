@@ -35,11 +35,15 @@ def import_attribute(name: str, folders: Sequence[Path] = ()) -> Any:
     module = _import(module_name, folders)
     found: Any = module
     for part in attribute.split("."):
-        if not hasattr(found, part):
+        try:
+            found = getattr(found, part)
+        except AttributeError as error:
             known = [each for each in vars(found) if not each.startswith("_")] if hasattr(found, "__dict__") else []
             place = getattr(module, "__file__", None) or module_name
-            raise ConfigError(f"{place}: expected {part!r} in the module, got none{nearest(part, known)}")
-        found = getattr(found, part)
+            # A module that makes its attributes says which ones it can make.
+            made = f" ({error})" if hasattr(found, "__getattr__") else ""
+            suggestion = nearest(part, known) + made
+            raise ConfigError(f"{place}: expected {part!r} in the module, got none{suggestion}") from None
     return found
 
 

@@ -91,6 +91,7 @@ def until_asked(seconds):
     return stop.reason
 if sys.argv[2] == "default":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the suite may run under nohup
 with StopRequest() as stop:
     for _ in range(3):
         write()
