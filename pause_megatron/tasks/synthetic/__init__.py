@@ -1,1 +1,1 @@
-"""Synthetic tasks, whose examples are generated: noisy codewords and counting."""
+"""Synthetic tasks, whose examples are generated: noisy codewords, counting, parity, and sets that meet."""

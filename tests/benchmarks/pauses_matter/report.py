@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from .comparison import Comparison, Measured, compare, measured, verdict
+from .comparison import Comparison, Measured, compare, verdict
 from .declaration import STANDARD_SET, Declared
-from .results import Lines, chosen, final_values, tuned
+from .results import Lines, chosen, found, tuned
 from .runs import FINAL, TUNING
 from .settings import Plan
 
@@ -39,16 +39,15 @@ def write_report(
         machine: processor and versions.
     """
     declaration = declared.content
-    values = final_values(declaration, lines)
-    found = {name: measured(of, declaration.prompts) for name, of in values.items()}
-    comparisons = compare(declaration.subject, found, plans)
+    measured = found(declaration, lines)
+    comparisons = compare(declaration.subject, measured, plans)
     parts = [
         f"# {declaration.title}",
         f"Claim: {declaration.claim}",
-        verdict(comparisons, len(found[declaration.subject].values), len(declaration.seeds)),
+        verdict(comparisons, len(measured[declaration.subject].values), len(declaration.seeds)),
         RULE,
         "![accuracy of each setting](accuracy.png)",
-        settings_table(declared, plans, found, chosen(declaration, lines)),
+        settings_table(declared, plans, measured, chosen(declaration, lines)),
         comparison_table(comparisons, declaration.subject),
         tuning_table(declared, lines),
         absent(declared),
@@ -57,11 +56,11 @@ def write_report(
         machine,
     ]
     (output / "report.md").write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
-    draw(declared, plans, found, output / "accuracy.png")
+    draw(declared, plans, measured, output / "accuracy.png")
 
 
 def settings_table(
-    declared: Declared, plans: dict[str, Plan], found: dict[str, Measured], rates: dict[str, float]
+    declared: Declared, plans: dict[str, Plan], measured: dict[str, Measured], rates: dict[str, float]
 ) -> str:
     """A row for each setting."""
     declaration = declared.content
@@ -71,7 +70,7 @@ def settings_table(
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, setting in declaration.settings.items():
-        plan, one = plans[name], found[name]
+        plan, one = plans[name], measured[name]
         each = " ".join(f"{100 * value:.1f}" for value in one.values)
         rows.append(
             f"| {name} | {setting.what}{_sizes(declared, plan, name)} | {plan.parameters:,} | {plan.steps:,} | "
@@ -141,7 +140,7 @@ def provenance(declared: Declared, lines: Lines, committed: str | None) -> str:
     )
 
 
-def draw(declared: Declared, plans: dict[str, Plan], found: dict[str, Measured], output: Path) -> None:
+def draw(declared: Declared, plans: dict[str, Plan], measured: dict[str, Measured], output: Path) -> None:
     """A row for each setting: seeds as dots, the mean, its 95 % interval; the subject's interval as a band."""
     import matplotlib
 
@@ -150,9 +149,9 @@ def draw(declared: Declared, plans: dict[str, Plan], found: dict[str, Measured],
 
     declaration = declared.content
     subject, whole = declaration.subject, plans[declaration.subject].flops
-    figure, axes = plt.subplots(figsize=(9, 1.4 + 0.48 * len(found)), constrained_layout=True)
+    figure, axes = plt.subplots(figsize=(9, 1.4 + 0.48 * len(measured)), constrained_layout=True)
     labels = []
-    for row, (name, one) in enumerate(found.items()):
+    for row, (name, one) in enumerate(measured.items()):
         color = "C3" if name == subject else "C0"
         axes.plot(
             [100 * one.low, 100 * one.high], [row, row], color=color, linewidth=5, alpha=0.35, solid_capstyle="butt"
@@ -160,7 +159,7 @@ def draw(declared: Declared, plans: dict[str, Plan], found: dict[str, Measured],
         axes.plot([100 * one.mean], [row], "|", color=color, markersize=14, markeredgewidth=2)
         axes.plot([100 * value for value in one.values], [row] * len(one.values), "o", color=color, markersize=4)
         labels.append(f"{name}\n{plans[name].flops / whole:.2f} FLOPs, {plans[name].parameters:,} parameters")
-    axes.axvspan(100 * found[subject].low, 100 * found[subject].high, color="C3", alpha=0.08)
+    axes.axvspan(100 * measured[subject].low, 100 * measured[subject].high, color="C3", alpha=0.08)
     axes.axvline(100 * declaration.chance, color="grey", linestyle=":", label="chance")
     axes.set_yticks(range(len(labels)), labels, fontsize=8)
     axes.invert_yaxis()

@@ -10,6 +10,7 @@ from typing import Any
 
 from pause_megatron.errors import ConfigError, DataError
 
+from .comparison import Measured, measured
 from .declaration import Declaration, Declared
 from .runs import FINAL, TUNING, Job
 
@@ -96,6 +97,11 @@ def final_values(declaration: Declaration, lines: Lines) -> dict[str, Sequence[f
     names = list(declaration.settings)
     seeds = [seed for seed in declaration.seeds if all((name, seed) in found for name in names)]
     return {name: [found[name, seed] for seed in seeds] for name in names}
+
+
+def found(declaration: Declaration, lines: Lines) -> dict[str, Measured]:
+    """The same with their means and intervals."""
+    return {name: measured(of, declaration.prompts) for name, of in final_values(declaration, lines).items()}
 
 
 def _trained(declaration: Declaration) -> list[str]:

@@ -24,6 +24,8 @@ from .declaration import EQUAL_FLOPS, EQUAL_PARAMETERS, EQUAL_STEPS, Declaration
 LARGEST = {"model.ffn": 4096, "model.hidden": 1024, "model.layers": 64, "model.loops": 64}
 SMALLEST = {"model.ffn": 1, "model.hidden": 8, "model.layers": 1, "model.loops": 1}
 
+LOOKED_AT = 256
+
 QUIET = {
     "data.prefetch": 0,
     "model.preset": None,
@@ -42,7 +44,7 @@ class Texts:
     """What is known of a task before anything is trained.
 
     Attributes:
-        positions: input tokens of the longest training example without pauses.
+        positions: input tokens of a training example without pauses; a longer one is refused when it is trained on.
         vocabulary: ids without pauses.
     """
 
@@ -79,11 +81,11 @@ def attribute(name: str) -> Any:
 
 @lru_cache
 def texts(task: str, tokenizer: str) -> Texts:
-    """Encodes a task's training examples."""
+    """Encodes some of a task's training examples."""
     with tempfile.TemporaryDirectory() as folder:
         attribute(tokenizer)(folder)
         opened = load_tokenizer(folder)
-    encoded = encode_examples(load_task(task).examples("train", None, None), opened)
+    encoded = encode_examples(load_task(task).examples("train", None, LOOKED_AT), opened)
     return Texts(max(one.prompt.size + one.target.size - 1 for one in encoded), opened.vocab_size)
 
 
