@@ -35,9 +35,9 @@ def run(jobs: list[Job], file: Path, processes: int) -> None:
 
 
 def work(declared: Declared, output: Path, stages: list[str], names: list[str], processes: int, command: str) -> None:
-    """Runs the stages that were asked for, each from what results.jsonl already holds."""
+    """Runs the stages that were asked for, each from what NAME.jsonl already holds."""
     output.mkdir(parents=True, exist_ok=True)
-    file = output / "results.jsonl"
+    file = output / f"{declared.path.stem}.jsonl"
 
     def lines() -> results.Lines:
         return results.read_results(file, declared.digest)
@@ -54,7 +54,7 @@ def work(declared: Declared, output: Path, stages: list[str], names: list[str], 
         machine = environment("torch", "megatron-core", "deepspeed", "transformers")
         when, numbers = committed(declared.path), plans(declared.content)
         write_report(declared, numbers, lines(), output, committed=when, command=command, machine=machine)
-        print(f"wrote {output}/report.md and accuracy.png")
+        print(f"wrote {file.with_suffix('.md')} and {file.with_suffix('.png')}")
 
 
 def main() -> int:

@@ -59,7 +59,7 @@ def measured(values: Sequence[float], prompts: int) -> Measured:
     """
     interval = logit_interval(values, records=prompts)
     if interval is None:
-        raise DataError(f"results.jsonl: expected final runs of two seeds or more, got {len(values)}")
+        raise DataError(f"results: expected final runs of two seeds or more, got {len(values)}")
     return Measured(values, plain.fmean(values), *interval)
 
 

@@ -1,4 +1,4 @@
-"""report.md and accuracy.png: what was declared, what was measured, what holds."""
+"""The page and the picture of a declaration: what was declared, what was measured, what holds."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def write_report(
     command: str,
     machine: str,
 ) -> None:
-    """Writes report.md and accuracy.png.
+    """Writes NAME.md and NAME.png, where the declaration is NAME.yaml.
 
     Args:
         declared: the declaration.
         plans: its settings in numbers.
-        lines: of results.jsonl.
+        lines: of NAME.jsonl.
         output: folder.
         committed: when the declaration was committed; None outside a repository.
         command: that made the runs.
@@ -46,7 +46,7 @@ def write_report(
         f"Claim: {declaration.claim}",
         verdict(comparisons, len(measured[declaration.subject].values), len(declaration.seeds)),
         RULE,
-        "![accuracy of each setting](accuracy.png)",
+        f"![accuracy of each setting]({declared.path.stem}.png)",
         settings_table(declared, plans, measured, chosen(declaration, lines)),
         comparison_table(comparisons, declaration.subject),
         tuning_table(declared, lines),
@@ -55,8 +55,8 @@ def write_report(
         f"`{command}`",
         machine,
     ]
-    (output / "report.md").write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
-    draw(declared, plans, measured, output / "accuracy.png")
+    (output / f"{declared.path.stem}.md").write_text("\n\n".join(filter(None, parts)) + "\n", encoding="utf-8")
+    draw(declared, plans, measured, output / f"{declared.path.stem}.png")
 
 
 def settings_table(

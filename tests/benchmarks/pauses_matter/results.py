@@ -1,4 +1,4 @@
-"""results.jsonl: a line for each run, which runs are missing, and which learning rate the tuning chose."""
+"""NAME.jsonl: a line for each run, which runs are missing, and which learning rate the tuning chose."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Lines = list[dict[str, Any]]
 
 
 def read_results(file: Path, digest: str) -> Lines:
-    """The lines of results.jsonl.
+    """The lines of NAME.jsonl.
 
     Raises:
         ConfigError: a line was made under another declaration.
@@ -34,7 +34,7 @@ def read_results(file: Path, digest: str) -> Lines:
 
 
 def append(file: Path, lines: Lines) -> None:
-    """Adds lines to results.jsonl."""
+    """Adds lines to NAME.jsonl."""
     with file.open("a", encoding="utf-8") as stream:
         stream.writelines(json.dumps(line) + "\n" for line in lines)
 
@@ -75,7 +75,7 @@ def tuned(declaration: Declaration, lines: Lines) -> dict[str, dict[float, float
             keys = [(name, rate, seed) for seed in declaration.tuning.seeds]
             absent = [key for key in keys if key not in found]
             if absent:
-                raise DataError(f"results.jsonl: expected a tuning run of (setting, rate, seed) {absent[0]}, got none")
+                raise DataError(f"results: expected a tuning run of (setting, rate, seed) {absent[0]}, got none")
             means.setdefault(name, {})[rate] = statistics.fmean(found[key]["accuracy"] for key in keys)
     return means
 
