@@ -69,7 +69,7 @@ def divide(examples: Sequence[Example], fraction: float) -> tuple[list[Example],
         held.update(groups[smallest])
         log.warning(
             "task.held_out=%g: expected groups of at most %d examples, got larger ones only; %d of %d are held out",
-            *(fraction, 2 * wanted, len(held), len(examples)),
+            *(fraction, max(2 * wanted, 1), len(held), len(examples)),
         )
     parts: tuple[list[Example], list[Example]] = ([], [])
     for number, example in enumerate(examples):

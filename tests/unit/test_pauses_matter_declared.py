@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 from pathlib import Path
 
@@ -44,6 +43,11 @@ def changed(tmp_path, **values):
 def lines_of(declaration, digest="d", final=lambda name, seed: 0.5, tuning=lambda name, rate: 0.5):
     common = {"digest": digest, "started": "2026-01-01T00:00:00+00:00", "cpu": 1.0, "seconds": 2.0}
     trained = [name for name, setting in declaration.settings.items() if setting.trained is None]
+
+    def rate_of(name):
+        of = declaration.settings[name].trained or name
+        return results.best_rate({rate: tuning(of, rate) for rate in declaration.tuning.learning_rates})
+
     return [
         {
             "phase": "tuning",
@@ -61,7 +65,7 @@ def lines_of(declaration, digest="d", final=lambda name, seed: 0.5, tuning=lambd
             "phase": "final",
             "setting": name,
             "seed": seed,
-            "learning_rate": 0.01,
+            "learning_rate": rate_of(name),
             "accuracy": final(name, seed),
             **common,
         }
@@ -232,11 +236,34 @@ def test_the_report_shows_digest_times_and_every_setting(tmp_path, codewords):
         return 0.9 + seed / 1000 if name == codewords.subject else 0.4 + (seed % 3) / 100
 
     lines = lines_of(codewords, digest=declared.digest, final=accuracy)
-    write_report(declared, sizes, lines, tmp_path, committed="2026-01-01", command="python x", machine="a machine")
+    write_report(
+        declared, sizes, lines, tmp_path, committed="2025-12-31T00:00:00+00:00", command="python x", machine="a machine"
+    )
     text = (tmp_path / "codewords.md").read_text(encoding="utf-8")
     assert "**Survives every control: yes.**" in text and declared.digest in text
-    assert "committed 2026-01-01, first final run 2026-01-01T00:00:00+00:00" in text
+    assert "committed 2025-12-31T00:00:00+00:00, first final run 2026-01-01T00:00:00+00:00" in text
     assert all(f"| {name} |" in text for name in codewords.settings)
     assert "Left out: auxiliary-heads" in text and "(ffn 9)" in text
     assert (tmp_path / "codewords.png").stat().st_size > 10_000
-    json.dumps(lines)
+    assert "Not shown to be declared before" not in text
+    write_report(
+        declared, sizes, lines, tmp_path, committed="2026-01-02T00:00:00+00:00", command="python x", machine="a machine"
+    )
+    assert "Not shown to be declared before" in (tmp_path / "codewords.md").read_text(encoding="utf-8")
+
+
+def test_lines_are_read_once_each_and_a_cut_one_is_run_again(tmp_path, codewords):
+    file, lines = tmp_path / "codewords.jsonl", lines_of(codewords)
+    results.append(file, lines)
+    with file.open("a") as stream:
+        stream.write('{"phase": "fin')
+    assert results.read_results(file, "d") == lines == results.read_results(file, "d")
+    results.append(file, lines[-1:])
+    with pytest.raises(DataError, match=rf"codewords.jsonl:{len(lines) + 1}: expected one line of each run"):
+        results.read_results(file, "d")
+
+
+def test_a_run_of_another_learning_rate_does_not_count(codewords):
+    lines = lines_of(codewords)
+    other = {**lines[-1], "learning_rate": 0.03, "accuracy": 1.0}
+    assert results.final_values(codewords, [*lines, other]) == results.final_values(codewords, lines)

@@ -8,13 +8,12 @@ The names of the parameters say what a function reads:
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
 import marshal
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 from pause_megatron.errors import ConfigError, DataError
@@ -28,6 +27,7 @@ PARAMETERS: dict[Reads, tuple[str, ...]] = {
 }
 """The parameters of a metric, by what it reads."""
 
+_DIGESTS: dict[int, tuple[Callable[..., Any], str]] = {}  # by identity: a callable need not be hashable
 _INSTALLED = {"site-packages", "dist-packages"}
 
 
@@ -53,7 +53,8 @@ def reads_of(function: object, name: str) -> Reads:
         ) from None
     needed = {each.name for each in signature.parameters.values() if each.default is each.empty}
     for reads, names in PARAMETERS.items():
-        positional = list(signature.parameters)[: len(names)]
+        kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        positional = [each.name for each in signature.parameters.values() if each.kind in kinds][: len(names)]
         if tuple(positional) == names and needed <= set(names):
             return reads
     raise ConfigError(f"{_place(function, name)}: expected the parameters {forms}, got {signature}")
@@ -71,7 +72,7 @@ def checked(function: Callable[..., Any], name: str) -> Callable[..., float]:
     def score(*arguments: Any) -> float:
         try:
             value = function(*arguments)
-        except Exception as error:  # a user's code may raise anything
+        except (Exception, SystemExit) as error:  # a user's code may raise anything
             raise DataError(
                 f"{raised_at(error) or _place(function, name)}: metric {name}: expected a score, got "
                 f"{type(error).__name__}: {error}, for {_shown(arguments)}"
@@ -90,15 +91,21 @@ def checked(function: Callable[..., Any], name: str) -> Callable[..., float]:
     return score
 
 
-@functools.cache
 def code_digest(function: Callable[..., Any]) -> str:
-    """Return the digest of a metric's code: its file, and the files of that folder that it imports.
+    """Return the digest of a metric's code at its first use: its file, and the files of that folder that it imports.
 
-    A function without a file, as of a notebook, is digested by its compiled code.
+    A function without a file, as of a notebook, is digested by its compiled code. Data files are not in it.
 
     Args:
         function: The function.
     """
+    known = _DIGESTS.get(id(function))
+    if known is None or known[0] is not function:
+        known = _DIGESTS[id(function)] = function, _digest(function)
+    return known[1]
+
+
+def _digest(function: Callable[..., Any]) -> str:
     if isinstance(function, functools.partial):
         return bytes_digest(f"{code_digest(function.func)} {function.args} {function.keywords}".encode())
     bodies = [each if hasattr(each, "__globals__") else type(each).__call__ for each in _unwrapped(function)]
@@ -121,26 +128,41 @@ def _unwrapped(function: Any) -> list[Any]:
 
 
 def _sources(namespaces: list[dict[str, Any]]) -> dict[str, bytes]:
-    """Return the files of namespaces, and those beside and below the last one's that their names lead to."""
+    """Return the files of namespaces, and those beside and below the last one's that they import."""
     first = namespaces[-1].get("__file__")
     if not first or not Path(first).is_file():
         return {}
     folder, found = Path(first).resolve().parent, dict[str, bytes]()
-    while namespaces:
-        namespace = namespaces.pop()
-        path = Path(namespace.get("__file__") or "").resolve()
-        ours = str(namespace.get("__name__", "")).partition(".")[0] == "pause_megatron"
-        if ours or not path.is_file() or not path.is_relative_to(folder):
+    waiting = [Path(namespace.get("__file__") or "").resolve() for namespace in namespaces if not _ships(namespace)]
+    while waiting:
+        path = waiting.pop()
+        if not path.is_file() or not path.is_relative_to(folder):
             continue
         relative = path.relative_to(folder)
         if relative.as_posix() in found or (found and (_INSTALLED & {*relative.parts, folder.name})):
             continue
         found[relative.as_posix()] = path.read_bytes()
-        for value in list(namespace.values()):
-            module = value if isinstance(value, ModuleType) else sys.modules.get(str(getattr(value, "__module__", "")))
-            if module is not None:
-                namespaces.append(vars(module))
+        waiting += _imported(found[relative.as_posix()], path.parent, folder)
     return found
+
+
+def _ships(namespace: dict[str, Any]) -> bool:
+    return str(namespace.get("__name__", "")).partition(".")[0] == "pause_megatron"
+
+
+def _imported(source: bytes, *folders: Path) -> Iterator[Path]:
+    """Yield the files of folders that a module may import, also inside functions."""
+    for node in ast.walk(ast.parse(source)):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            module = f"{node.module}." if node.module else ""
+            names = [module.rstrip("."), *(f"{module}{alias.name}" for alias in node.names)]
+        for name in filter(None, names):
+            for folder in folders:
+                stem = folder / name.replace(".", "/")
+                yield from (stem.with_name(f"{stem.name}.py"), stem / "__init__.py")
 
 
 def _place(function: Any, name: str) -> str:

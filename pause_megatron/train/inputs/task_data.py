@@ -139,6 +139,12 @@ def held_out(data: TaskData) -> tuple[SupervisedWindows, SupervisedWindows]:
         raise type(error)(f"{error}. {reason}") from None
     arrangement = data.windows.arrangement
     encoded, most = _encoded(examples, data.tokenizer, arrangement), arrangement.pauses[-1]
+    if data.auxiliary_heads and (more := max(example.hints.size for example in encoded)) > data.auxiliary_heads:
+        which = next(each.id for each, one in zip(examples, encoded, strict=True) if one.hints.size == more)
+        raise DataError(
+            f"task {task.name}, held-out example {which}: expected at most {data.auxiliary_heads} hints, the most of a "
+            f"training example, got {more}"
+        )
     with_pauses, without = (
         SupervisedWindows(encoded, replace(arrangement, pauses=range(m, m + 1), hints=hints), seed=0, task=task.name)
         for m, hints in ((most, arrangement.hints), (0, None))

@@ -188,7 +188,7 @@ def committed(path: Path) -> str | None:
     """
 
     def git(*words: str) -> subprocess.CompletedProcess[str]:
-        command = ["git", "-C", str(path.resolve().parent), *words, "--", path.name]
+        command = ["git", "-C", str(path.resolve().parent), *words, "--", path.resolve().name]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
     try:

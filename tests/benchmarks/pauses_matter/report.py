@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 
 from .comparison import Comparison, Measured, compare, verdict
@@ -15,6 +16,9 @@ RULE = (
     "The subject passes a control if its 95 % interval lies above the control's, and the difference paired by seed has "
     'p < 0.05 after Holm\'s correction over all controls. "The same size": at most 5 % more parameters.'
 )
+
+
+NOT_BEFORE = "**Not shown to be declared before the runs.** "
 
 
 def write_report(
@@ -132,11 +136,12 @@ def provenance(declared: Declared, lines: Lines, committed: str | None) -> str:
     """Digest and times of the declaration and of the runs, and what they cost."""
     final, tuning = ([line for line in lines if line["phase"] == phase] for phase in (FINAL, TUNING))
     began = min((line["started"] for line in final), default="never")
+    before = committed is not None and (not final or datetime.fromisoformat(committed) < datetime.fromisoformat(began))
     return (
-        f"Declared in `{declared.path.name}`, sha256 `{declared.digest}`, which every run below carries; committed "
-        f"{committed or 'nowhere (not in a repository)'}, first final run {began}. {len(final)} final runs took "
-        f"{_minutes(final, 'cpu')} CPU minutes ({_minutes(final, 'seconds')} minutes of wall clock in them), "
-        f"{len(tuning)} runs of the tuning {_minutes(tuning, 'cpu')}."
+        f"{'' if before else NOT_BEFORE}Declared in `{declared.path.name}`, sha256 `{declared.digest}`, which every "
+        f"run below carries; committed {committed or 'nowhere (not in a repository)'}, first final run {began}. "
+        f"{len(final)} final runs took {_minutes(final, 'cpu')} CPU minutes ({_minutes(final, 'seconds')} minutes of "
+        f"wall clock in them), {len(tuning)} runs of the tuning {_minutes(tuning, 'cpu')}."
     )
 
 

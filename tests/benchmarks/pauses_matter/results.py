@@ -23,8 +23,19 @@ def read_results(file: Path, digest: str) -> Lines:
     Raises:
         ConfigError: a line was made under another declaration.
     """
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.is_file() else []
-    for number, line in enumerate(lines, start=1):
+    lines, seen = [], dict[tuple[str, str, int, float], int]()
+    whole = file.read_text(encoding="utf-8").splitlines(keepends=True) if file.is_file() else []
+    for number, text in enumerate(whole, start=1):
+        try:
+            line = json.loads(text)
+        except json.JSONDecodeError as error:
+            if number == len(whole) and not text.endswith("\n"):  # a run was killed while it was written: run it again
+                file.write_text("".join(whole[:-1]), encoding="utf-8")
+                break
+            raise DataError(f"{file}:{number}: expected a line of JSON, got {text[:60]!r} ({error})") from None
+        if (before := seen.setdefault(_key(line), number)) != number:
+            raise DataError(f"{file}:{number}: expected one line of each run, got that of line {before} again")
+        lines.append(line)
         if line["digest"] != digest:
             raise ConfigError(
                 f"{file}:{number}: expected runs of the declaration with sha256 {digest[:12]}, got one of "
@@ -92,8 +103,13 @@ def best_rate(means: dict[float, float]) -> float:
 
 
 def final_values(declaration: Declaration, lines: Lines) -> dict[str, Sequence[float]]:
-    """The accuracies of each setting's final runs, in the order of the seeds; only seeds that all settings have."""
-    found = {(line["setting"], line["seed"]): line["accuracy"] for line in lines if line["phase"] == FINAL}
+    """The accuracies of each setting's final runs, in the order of the seeds; only seeds that all settings have.
+
+    Runs with another learning rate than the chosen one, as of an earlier tuning, do not count.
+    """
+    rates = chosen(declaration, lines)
+    final = [line for line in lines if line["phase"] == FINAL and line["learning_rate"] == rates[line["setting"]]]
+    found = {(line["setting"], line["seed"]): line["accuracy"] for line in final}
     names = list(declaration.settings)
     seeds = [seed for seed in declaration.seeds if all((name, seed) in found for name in names)]
     return {name: [found[name, seed] for seed in seeds] for name in names}

@@ -10,7 +10,7 @@ from unit.tasks.test_load_task import DECLARATION
 from pause_megatron.config.text import write_yaml
 from pause_megatron.errors import ConfigError, DataError
 from pause_megatron.tasks import METRICS, load_task, metrics_of, register_metric
-from pause_megatron.tasks.metrics.own import checked, code_digest, reads_of
+from pause_megatron.tasks.metrics.own import _DIGESTS, checked, code_digest, reads_of
 
 MODULE = "def right(prediction, references):\n    return prediction in references\n"
 CHOICES = {"kind": "choice", "choices": ["a", "b"], "gold": "label", "references": None, "decoding": None}
@@ -141,7 +141,7 @@ def test_the_digest_follows_the_code_and_what_it_imports(declare, tmp_path):
         load_task(declare(module=module, folder=folder.name))
         digests.add(METRICS["mine:right"].code)
         (folder / f"helper{number}.py").write_text("LEAST = 3\n")
-        code_digest.cache_clear()
+        _DIGESTS.clear()
         digests.add(METRICS["mine:right"].code)
     assert len(digests) == 4
     assert all(METRICS[name].code == "" for name in ("exact_match", "choice_accuracy"))
