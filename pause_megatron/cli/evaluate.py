@@ -79,7 +79,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument(
         "--held-out",
         metavar="FRACTION",
-        default="0.05",
         help="task.held_out of the finetuning, with --split held-out (default: 0.05)",
     )
     data.add_argument(
@@ -136,7 +135,9 @@ def _names(text: str) -> list[str]:
 def _examples(names: Sequence[str], args: argparse.Namespace, limit: int | None) -> list[tuple[Task, list[Example]]]:
     from pause_megatron.tasks import load_task, read_examples
 
-    root, fraction = args.task_path, _fraction("--held-out", args.held_out)
+    if args.held_out is not None and args.split != "held-out":
+        raise ConfigError(f"--held-out {args.held_out}: expected --split held-out with it, got --split {args.split}")
+    root, fraction = args.task_path, _fraction("--held-out", args.held_out or "0.05")
     tasks = [load_task(name) for name in names]
     found = []
     for task in tasks:

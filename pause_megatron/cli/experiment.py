@@ -111,6 +111,8 @@ def _run(args: argparse.Namespace) -> int:
 
     grid, graph = _expanded(args)
     directory = Path(args.output or f"runs/experiments/{grid.name}").resolve()
+    if grid.declared and grid.data.prefix:
+        _warn_of_undeclared(Path(grid.declared), graph)
     if args.dry_run:
         baseline = f"pretrain-{grid.variants[grid.baseline].model}"
         print(describe(list(locate_cells(directory, graph).values()), baseline))
@@ -130,6 +132,15 @@ def _run(args: argparse.Namespace) -> int:
     if code == 0:
         log.info(f"next: pause-megatron experiment report {shlex.quote(str(directory))}")
     return code
+
+
+def _warn_of_undeclared(path: Path, graph: CellGraph) -> None:
+    """Log how the runs of a grid differ from those declared; the report says so too, but only after the runs."""
+    from pause_megatron.experiment.declared import read_declaration
+
+    found = read_declaration(path).differences((point, point.cell.fingerprint) for point in graph.points)
+    if found:
+        log.warning(f"declared: {path}: {len(found)} runs differ from those declared, such as: {found[0]}")
 
 
 def _expanded(args: argparse.Namespace) -> tuple[Grid, CellGraph]:

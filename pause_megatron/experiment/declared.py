@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from pause_megatron.config.text import read_tree, write_yaml
 from pause_megatron.errors import ConfigError
-from pause_megatron.experiment.grid import CellGraph
+from pause_megatron.experiment.grid import CellGraph, Point
 from pause_megatron.experiment.schema import Pauses
 from pause_megatron.experiment.stored import StoredPoint
 
@@ -52,11 +52,11 @@ class Declaration(BaseModel):
     question: str = ""
     runs: tuple[DeclaredRun, ...]
 
-    def differences(self, points: Iterable[tuple[StoredPoint, str]]) -> list[str]:
+    def differences(self, points: Iterable[tuple[StoredPoint | Point, str]]) -> list[str]:
         """Return how the runs of an experiment differ from those declared, a sentence each.
 
         Args:
-            points: The points of its plan, each with the fingerprint of its evaluation.
+            points: The points of a plan or of a grid, each with the fingerprint of its evaluation.
         """
         ran = {(p.variant, p.task, p.m_ft, p.seed): fingerprint for p, fingerprint in points}
         declared = {(run.variant, run.task, str(run.m_ft), run.seed): run for run in self.runs}
