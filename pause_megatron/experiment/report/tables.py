@@ -216,7 +216,7 @@ def limits(main: Main, tasks: Sequence[str], baseline: str, paper: Published) ->
         text = (
             f"{paper.title(task)}: {one.n:,} records{groups}, {_seeds(min(each.seeds for each in known))}; differences "
         )
-        text += f"below about {smallest_visible(one):.1f} points are within the noise of unpaired records (the paired intervals below are narrower)"
+        text += f"below about {smallest_visible(one):.1f} points are within the noise of unpaired records"
         if chance is not None:
             text += f"; guessing gets {chance:g} %"
             shown = f"{best.value:.1f} %, interval {span(best.low, best.high)}"
