@@ -11,7 +11,7 @@ from benchmarks.pauses_matter import declaration as declarations
 from benchmarks.pauses_matter import results
 from benchmarks.pauses_matter.comparison import compare, measured, verdict
 from benchmarks.pauses_matter.declaration import SIZES, Declaration, committed, read
-from benchmarks.pauses_matter.report import write_report
+from benchmarks.pauses_matter.report import comparison_table, settings_table, tuning_table, write_report
 from benchmarks.pauses_matter.runs import asked, run_config
 from benchmarks.pauses_matter.settings import Plan, overrides, plans, texts
 
@@ -20,6 +20,7 @@ from pause_megatron.config.presets import flops_per_token, parameters
 from pause_megatron.errors import ConfigError, DataError
 
 FOLDER = Path(declarations.__file__).parent
+STORED = FOLDER.parent / "results" / "pauses-matter"
 SHIPPED = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
@@ -267,3 +268,20 @@ def test_a_run_of_another_learning_rate_does_not_count(codewords):
     lines = lines_of(codewords)
     other = {**lines[-1], "learning_rate": 0.03, "accuracy": 1.0}
     assert results.final_values(codewords, [*lines, other]) == results.final_values(codewords, lines)
+
+
+@pytest.mark.parametrize("name", [path.stem for path in sorted(STORED.glob("*.jsonl"))])
+def test_the_page_shows_what_the_stored_runs_of_a_declaration_give(name):
+    declared = read(name)
+    content, page = declared.content, (STORED / f"{name}.md").read_text(encoding="utf-8")
+    lines = results.read_results(STORED / f"{name}.jsonl", declared.digest)
+    found, numbers = results.found(content, lines), plans(content)
+    comparisons = compare(content.subject, found, numbers)
+    tables = (
+        verdict(comparisons, len(content.seeds), len(content.seeds)),
+        settings_table(declared, numbers, found, results.chosen(content, lines)),
+        comparison_table(comparisons, content.subject),
+        tuning_table(declared, lines),
+    )
+    assert all(line in page for table in tables for line in table.splitlines())
+    assert declared.digest in page and len(found[content.subject].values) == len(content.seeds)
