@@ -135,7 +135,7 @@ def _flips(collected: Collected, one: Summary, baseline: Summary) -> dict[Pair, 
 
 def _plain(each: Summary) -> dict[str, Any]:
     content = asdict(each)
-    del content["records"], content["group_of"]
+    del content["records"], content["records_by_seed"], content["group_of"]
     return {**content, "low": each.low, "high": each.high}
 
 

@@ -26,7 +26,7 @@ def pair_page(title: str, by_seed: Mapping[int, Flips], records: Records, back: 
     """
     first = next(iter(by_seed.values()))
     words = ("wrong → right", "right → wrong") if first.binary else ("score rises", "score falls")
-    head = ["seed", "records", "same, above 0", "both 0", *words, "p, McNemar exact", "p, bootstrap by group"]
+    head = ["seed", "records", "same, above 0", "both 0", *words, "p, McNemar exact", "p, sign flips by group"]
     rows: list[Row] = [
         [
             str(seed),
@@ -41,9 +41,9 @@ def pair_page(title: str, by_seed: Mapping[int, Flips], records: Records, back: 
         for seed, each in by_seed.items()
     ]
     caption = (
-        "McNemar's exact test (of fractions: the sign test) treats records as independent; the bootstrap resamples "
-        "groups of records that share a text. Each seed compares two finetuned models: what another seed would flip is "
-        "in neither. None of these p-values is corrected for the number of seeds and pairs."
+        "McNemar's exact test (of fractions: the sign test) treats records as independent; sign flips and intervals "
+        "keep records of a text together. Each seed compares two finetuned models: what another seed would flip "
+        "is in neither. None of these p-values is corrected for the number of seeds and pairs."
     )
     lead = f"<p>{link(back, 'The report')}</p>"
     if records.missing:
@@ -72,7 +72,8 @@ def diff_text(found: Flips, records: Records, shown: int) -> Iterator[str]:
     yield f"to    {found.other.label}"
     yield (
         f"{found.one.metric}: {difference.n:,} records in {difference.groups:,} groups, {100 * difference.value:+.1f} "
-        f"points [{100 * difference.low:.1f} .. {100 * difference.high:.1f}], p = {difference.p_value:.4f} (bootstrap)"
+        f"points [{100 * difference.low:.1f} .. {100 * difference.high:.1f}], p = {difference.p_value:.4f} "
+        "(sign flips by group)"
     )
     yield f"same, above 0: {found.same:,}; both 0: {found.neither:,}"
     counts = f"{words[0]}: {len(found.gained):,}; {words[1]}: {len(found.lost):,}"
