@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zlib
 from collections.abc import Iterator
@@ -76,6 +77,14 @@ class SyntheticTask:
 def split_of(bits: str) -> Split:
     """Return the split of a prompt: by a hash, every eighth prompt is for evaluation and never trained on."""
     return "eval" if zlib.crc32(bits.encode()) % 8 == 0 else "train"
+
+
+def unrelated_split_of(text: str) -> Split:
+    """Return the split of a prompt as `split_of` does, by a hash that is no function that a task asks for.
+
+    A bit of the CRC of `split_of` is itself the parity of some of a prompt's bits.
+    """
+    return "eval" if hashlib.blake2b(text.encode(), digest_size=1).digest()[0] % 8 == 0 else "train"
 
 
 def write_tokenizer(folder: str | Path) -> None:

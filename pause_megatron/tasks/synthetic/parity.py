@@ -11,7 +11,6 @@ number of bits. `PARITY_OF_20_EQUALITY` has the other hints, and `PARITY_OF_20_T
 
 from __future__ import annotations
 
-import hashlib
 import random
 import re
 from collections.abc import Iterator
@@ -20,7 +19,7 @@ from functools import cache
 from itertools import islice
 from typing import Literal
 
-from pause_megatron.tasks.synthetic.base import SyntheticTask
+from pause_megatron.tasks.synthetic.base import SyntheticTask, unrelated_split_of
 from pause_megatron.tasks.task import FinetuneDefaults, Split
 
 EVALUATION = 2048
@@ -70,7 +69,7 @@ class UniformParity(SyntheticTask):
             numbers = _distinct(draw, self.bits)
         for number in numbers:
             bits = f"{number:0{self.bits}b}"
-            if _split_of(bits) == split:
+            if unrelated_split_of(bits) == split:
                 yield bits
 
 
@@ -88,11 +87,6 @@ def _distinct(draw: random.Random, bits: int) -> Iterator[int]:
         if number not in seen:
             seen.add(number)
             yield number
-
-
-def _split_of(bits: str) -> Split:
-    """Return the split of a prompt. Not `base.split_of`: a bit of a CRC is itself the parity of some of the bits."""
-    return "eval" if hashlib.blake2b(bits.encode(), digest_size=1).digest()[0] % 8 == 0 else "train"
 
 
 def __getattr__(name: str) -> UniformParity:

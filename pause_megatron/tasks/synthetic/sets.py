@@ -11,14 +11,13 @@ Prompts are drawn without replacement; every eighth, by a hash, is for evaluatio
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from types import MappingProxyType
 
-from pause_megatron.tasks.synthetic.base import SyntheticTask
+from pause_megatron.tasks.synthetic.base import SyntheticTask, unrelated_split_of
 from pause_megatron.tasks.task import FinetuneDefaults, Split
 
 SIZES: Mapping[Split, int] = MappingProxyType({"train": 32_768, "eval": 3_072})
@@ -64,16 +63,12 @@ class Meeting(SyntheticTask):
         while True:
             sets = "".join("1" if draw.random() < ONES else "0" for _ in range(size))
             text = f"{sets}{draw.randrange(self.shifts) + 2}"
-            if text not in seen and _split_of(text) == split:
+            if text not in seen and unrelated_split_of(text) == split:
                 seen.add(text)
                 yield text
 
 
 _SUM = {"00": "0", "01": "1", "10": "1", "11": "2"}
-
-
-def _split_of(text: str) -> Split:
-    return "eval" if hashlib.blake2b(text.encode(), digest_size=1).digest()[0] % 8 == 0 else "train"
 
 
 MEETING_OF_7 = Meeting(bits=7, shifts=8)
