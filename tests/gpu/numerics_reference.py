@@ -21,7 +21,8 @@ def model_of(overrides: list[str]):
     from pause_megatron.train.run import new_model
 
     tokenizer = SimpleNamespace(vocab_size=TEXT_SIZE)
-    return new_model(load(overrides=overrides), SimpleNamespace(tokenizer=tokenizer, pause_ids=[TEXT_SIZE]))
+    data = SimpleNamespace(tokenizer=tokenizer, pause_ids=[TEXT_SIZE], auxiliary_heads=0)
+    return new_model(load(overrides=overrides), data)
 
 
 def batch_of(samples: int, length: int) -> dict[str, Tensor]:

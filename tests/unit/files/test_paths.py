@@ -40,7 +40,7 @@ PLAIN_GRID_KEYS = {
 PLAIN_OPTIONS = {
     *("overrides", "words", "recipe", "text_key", "hf_config", "hf_split", "hf_revision", "eod_token", "gpu", "assume"),
     *("mem", "partition", "time", "sbatch", "launcher", "prompt", "pauses", "stop", "filler", "device", "limit"),
-    *("name", "seed", "batch_size", "pause_token", "max_malformed"),
+    *("name", "seed", "batch_size", "pause_token", "max_malformed", "held_out", "question"),
     *("pause.rate", "pause.window", "pause.placement", "pause.seed", "pause.embeddings", "data.sequence_length"),
     "run.seed",
 }
@@ -93,7 +93,7 @@ def test_every_text_of_a_grid_is_a_path_or_known_to_be_none():
         for name in filter(lambda name, hints=hints: has_text(hints[name]), cls.model_fields):
             (paths if is_path(hints[name]) else unknown).add(f"{cls.__name__}.{name}")
     assert unknown == PLAIN_GRID_KEYS
-    assert paths == {"Data.prefix", "Data.tasks", "GridTask.task", "Model.config"}
+    assert paths == {"Data.prefix", "Data.tasks", "Grid.declared", "GridTask.task", "Model.config"}
 
 
 @pytest.mark.parametrize("verb", VERBS)
