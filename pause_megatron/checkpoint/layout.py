@@ -25,8 +25,9 @@ _BY_ROWS = (
     "linear_qkv.weight",
     "linear_qkv.bias",
     "linear_fc1.weight",
+    "linear_fc1.bias",
 )
-_GATED = "linear_fc1.weight"
+_GATED = ("linear_fc1.weight", "linear_fc1.bias")
 
 
 _AUXILIARY = "auxiliary_heads."

@@ -18,7 +18,7 @@ FREE_KEYS = frozenset(
         *("data.prefix", "data.valid_prefix", "data.tokenizer", "data.cache"),  # the data are compared by their content
         *("data.verify", "data.prefetch"),
         "task.path",
-        *("model.attention", "model.head_chunk"),
+        *("model.attention", "model.head_chunk", "model.family"),
         "batch.micro_size",
         *("engine.ds_config", "engine.zero_stage", "engine.kernels", "engine.deterministic"),
     }
@@ -30,8 +30,13 @@ SCHEDULE_KEYS = (
     *("optim.lr", "optim.min_lr_fraction", "optim.warmup_steps", "optim.schedule", "optim.decay_fraction"),
 )
 # Keys that were added after digests of configurations had been stored. A digest leaves them out at this, their default.
-ADDED_KEYS: dict[str, int | float] = {
+ADDED_KEYS: dict[str, int | float | str | None] = {
     "model.loops": 1,
+    **{f"model.{name}": None for name in ("head_dim", "qk_norm", "sliding_window", "rope_scaling")},
+    **{f"model.{name}": None for name in ("rope_original_length", "rope_attention_factor")},
+    **{"model.proj_bias": False, "model.mlp_bias": False, "model.norm": "pre", "model.sliding_from": 0},
+    **{"model.rope_factor": 1.0, "model.rope_low_freq": 1.0, "model.rope_high_freq": 4.0},
+    **{"model.rope_beta_fast": 32.0, "model.rope_beta_slow": 1.0, "model.rope_truncate": True},
     "finetune.pause_targets": False,
     "finetune.auxiliary_heads": False,
     "finetune.hint_weight": 1.0,

@@ -13,7 +13,12 @@ from pause_megatron.config.text import Entry, read_entries
 from pause_megatron.errors import ConfigError
 from pause_megatron.run_folder import choose
 
-SHAPE = ("layers", "hidden", "heads", "kv_heads", "ffn", "tied", "qkv_bias", "rope_base", "norm_eps", "loops")
+SHAPE = (
+    *("layers", "hidden", "heads", "kv_heads", "ffn", "tied", "qkv_bias", "rope_base", "norm_eps", "loops"),
+    *("head_dim", "proj_bias", "mlp_bias", "qk_norm", "norm", "sliding_window", "sliding_from"),
+    *("rope_scaling", "rope_factor", "rope_original_length", "rope_low_freq", "rope_high_freq"),
+    *("rope_beta_fast", "rope_beta_slow", "rope_truncate", "rope_attention_factor", "family"),
+)
 """Keys of the model section that decide what a model computes with given weights."""
 
 PAUSES = ("pause.embeddings", "pause.softmax")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from pause_megatron.config.families import layer_tensors
 from pause_megatron.config.schema import ModelSection, ResolvedModel
 from pause_megatron.errors import ConfigError
 
@@ -47,16 +48,12 @@ def fill_sizes(model: ModelSection) -> ResolvedModel:
 
 
 def layer_parameters(model: ResolvedModel) -> int:
-    """Return the parameters of one transformer layer: q, k, v, o; gate, up, down; two norms; biases of q, k, v if any.
+    """Return the parameters of one transformer layer.
 
     Args:
         model: Resolved sizes.
     """
-    kv_width = model.hidden // model.heads * model.kv_heads
-    attention = 2 * model.hidden * model.hidden + 2 * model.hidden * kv_width
-    if model.qkv_bias:
-        attention += model.hidden + 2 * kv_width
-    return attention + 3 * model.hidden * model.ffn + 2 * model.hidden
+    return sum(tensor.numel for tensor in layer_tensors(model))
 
 
 def parameters(model: ResolvedModel, vocabulary: int) -> int:
@@ -75,7 +72,8 @@ def flops_per_token(model: ResolvedModel, vocabulary: int, sequence_length: int)
 
     N counts the parameters that multiply: layers, norms and the output layer, not the input embedding (a look-up). Of a
     looped model, N and L count each layer as often as it runs.
-    T is the window; the masked half of the attention matrix is counted too, as published figures do.
+    T is the window, or in a layer with a shorter sliding window that one, and d the width of all heads; the masked half
+    of the attention matrix is counted too, as published figures do.
 
     Args:
         model: Resolved sizes.
@@ -98,8 +96,18 @@ def step_flops(model: ResolvedModel, vocabulary: int, sequence_length: int, *, t
         targets: Rows that have a target.
     """
     body = model.depth * layer_parameters(model) + model.hidden
-    attention = 12 * model.depth * model.hidden * sequence_length
+    attention = 12 * model.query_width * model.loops * attended_tokens(model, sequence_length)
     return (6 * body + attention) * tokens + 6 * vocabulary * model.hidden * targets
+
+
+def attended_tokens(model: ResolvedModel, sequence_length: int) -> int:
+    """Return the tokens that a token attends to, summed over the layers, the masked half of the window included.
+
+    Args:
+        model: Resolved sizes.
+        sequence_length: Tokens of a window.
+    """
+    return sum(min(sequence_length, model.window_of(layer) or sequence_length) for layer in range(model.layers))
 
 
 HEAD_BYTES = {"cuda": 256 * 2**20, "cpu": 32 * 2**20}

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 from pause_megatron.config.batching import added_steps, pause_range
+from pause_megatron.config.model_rules import MODEL_RULES, Broken, Rule
 from pause_megatron.config.pauses import PLACEMENTS, PauseCounts, placement_conflict
 from pause_megatron.config.schema import ModelSection, ParallelSection, ResolvedConfig, ResolvedData, ResolvedModel
 from pause_megatron.config.spelling import nearest
 from pause_megatron.errors import ConfigError
 
-Broken = tuple[tuple[str, ...], str] | None
-"""The keys of a broken rule and what is expected of them; None where the rule holds."""
-
-Rule = Callable[[ResolvedConfig], Broken]
-
-RULES: list[Rule] = []
+RULES: list[Rule] = [*MODEL_RULES]
 
 
 def _rule(function: Rule) -> Rule:
@@ -78,38 +74,6 @@ def _message(config: ResolvedConfig, keys: tuple[str, ...], expected: str, origi
 
 
 @_rule
-def heads_divide_hidden(config: ResolvedConfig) -> Broken:
-    """Check that the heads divide the width, into channels that rotary embedding can pair."""
-    model = config.model
-    if model.hidden % model.heads:
-        return ("model.hidden", "model.heads"), "model.hidden to be a multiple of model.heads"
-    if model.hidden // model.heads % 2:
-        keys = ("model.hidden", "model.heads")
-        return (
-            keys,
-            "an even head size (model.hidden / model.heads), for rotary embedding rotates pairs of channels",
-        )
-    return None
-
-
-@_rule
-def kv_heads_divide_heads(config: ResolvedConfig) -> Broken:
-    """Check that query heads share key/value heads evenly."""
-    if config.model.heads % config.model.kv_heads:
-        return ("model.heads", "model.kv_heads"), "model.heads to be a multiple of model.kv_heads"
-    return None
-
-
-@_rule
-def tensor_divides_the_model(config: ResolvedConfig) -> Broken:
-    """Check that tensor parallelism divides heads, key/value heads and the feed-forward width."""
-    for name in ("heads", "kv_heads", "ffn"):
-        if getattr(config.model, name) % config.parallel.tensor:
-            return (f"model.{name}", "parallel.tensor"), f"model.{name} to be a multiple of parallel.tensor"
-    return None
-
-
-@_rule
 def sequence_needs_tensor(config: ResolvedConfig) -> Broken:
     """Check that sequence parallelism has tensor-parallel ranks to split over."""
     if config.parallel.sequence and config.parallel.tensor == 1:
@@ -127,10 +91,7 @@ def tensor_divides_the_sequence(config: ResolvedConfig) -> Broken:
     return None
 
 
-SHAPE_RULES = (
-    *(heads_divide_hidden, kv_heads_divide_heads, tensor_divides_the_model),
-    *(sequence_needs_tensor, tensor_divides_the_sequence),
-)
+SHAPE_RULES = (*MODEL_RULES, sequence_needs_tensor, tensor_divides_the_sequence)
 
 
 @_rule

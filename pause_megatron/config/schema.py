@@ -109,7 +109,7 @@ class DataSection(Section):
 
 
 class ModelSection(Section):
-    """A Llama-like decoder; sizes left out come from the preset."""
+    """A decoder of the families in `config/families.py`; sizes left out come from the preset."""
 
     # "from" is a keyword of Python: the attribute is `from_`, the key is model.from.
     model_config = ConfigDict(validate_by_name=True, serialize_by_alias=True)
@@ -134,6 +134,7 @@ class ModelSection(Section):
     hidden: int | None = Field(None, ge=8, description="width of the residual stream")
     heads: int | None = Field(None, ge=1, description="attention heads")
     kv_heads: int | None = Field(None, ge=1, description="key/value heads (GQA); default: model.heads")
+    head_dim: int | None = Field(None, ge=2, description="channels of a head; default: model.hidden / model.heads")
     ffn: int | None = Field(
         None,
         ge=1,
@@ -141,9 +142,57 @@ class ModelSection(Section):
     )
     tied: bool | None = Field(None, description="one weight matrix for input embedding and output layer")
     qkv_bias: bool = Field(False, description="biases on queries, keys and values, as in Qwen2")
+    proj_bias: bool = Field(False, description="a bias on the attention's output projection; needs model.qkv_bias")
+    mlp_bias: bool = Field(False, description="biases in the feed-forward layer")
+    qk_norm: Literal["head", "whole"] | None = Field(
+        None,
+        description="RMSNorm of queries and keys before rotation; head: over the channels of each head, as in Qwen3; "
+        "whole: over all heads together, as in OLMo 2; null: none",
+    )
+    norm: Literal["pre", "post"] = Field(
+        "pre",
+        description="RMSNorm of a layer: pre: of the inputs of attention and feed-forward layer; post: of their "
+        "outputs, before they are added to the residual stream, as in OLMo 2",
+    )
+    sliding_window: int | None = Field(
+        None, ge=1, description="tokens that a token attends to, itself included, as in Mistral; null: all before it"
+    )
+    sliding_from: int = Field(
+        0, ge=0, description="layers before this one attend without the sliding window, as max_window_layers in Qwen2"
+    )
     rope_base: float = Field(10000.0, gt=0, description="base of the rotary position embedding")
+    rope_scaling: Literal["linear", "llama3", "yarn"] | None = Field(
+        None,
+        description="rescaling of the rotary angles for longer windows; linear: all divided by model.rope_factor; "
+        "llama3: low frequencies, as in Llama 3.1; yarn: YaRN (Peng et al. 2023)",
+    )
+    rope_factor: float = Field(1.0, ge=1, description="factor of model.rope_scaling")
+    rope_original_length: int | None = Field(
+        None, ge=1, description="window before the rescaling, in tokens; required by llama3 and yarn"
+    )
+    rope_low_freq: float = Field(
+        1.0, gt=0, description="llama3: angles that turn fewer times than this in the original window are divided"
+    )
+    rope_high_freq: float = Field(
+        4.0, gt=0, description="llama3: angles that turn more often than this in the original window stay"
+    )
+    rope_beta_fast: float = Field(
+        32.0, gt=0, description="yarn: angles that turn more often than this in the original window stay"
+    )
+    rope_beta_slow: float = Field(
+        1.0, gt=0, description="yarn: angles that turn fewer times than this in the original window are divided"
+    )
+    rope_truncate: bool = Field(True, description="yarn: whole channel numbers as bounds of the interpolation")
+    rope_attention_factor: float | None = Field(
+        None,
+        gt=0,
+        description="yarn: factor of cosines and sines; default: 0.1 ln(model.rope_factor) + 1",
+    )
     norm_eps: float = Field(1e-5, gt=0, description="epsilon of RMSNorm")
     init_std: float = Field(0.02, gt=0, description="standard deviation of the initial weights")
+    family: Literal["llama", "qwen2", "mistral", "qwen3", "olmo2"] | None = Field(
+        None, description="Hugging Face model type of an export; null: the first one that has the model's options"
+    )
     attention: Literal["sdpa", "te"] = Field(
         "sdpa",
         description="attention core: torch's scaled_dot_product_attention, or Transformer Engine where installed",
@@ -385,6 +434,29 @@ class ResolvedModel(ModelSection):
     def depth(self) -> int:
         """Layers that a forward pass runs through."""
         return self.layers * self.loops
+
+    @property
+    def channels(self) -> int:
+        """Channels of a head."""
+        return self.head_dim or self.hidden // self.heads
+
+    @property
+    def query_width(self) -> int:
+        """Channels of all query heads."""
+        return self.heads * self.channels
+
+    @property
+    def kv_width(self) -> int:
+        """Channels of all key heads, as of all value heads."""
+        return self.kv_heads * self.channels
+
+    def window_of(self, layer: int) -> int | None:
+        """Return the sliding window of a layer in tokens; None where it attends to all tokens before.
+
+        Args:
+            layer: Number of the layer, from 0 on.
+        """
+        return self.sliding_window if layer >= self.sliding_from else None
 
 
 class ResolvedConfig(RunConfig):

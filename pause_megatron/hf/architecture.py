@@ -7,18 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from pause_megatron.config.families import FAMILIES, Family
 from pause_megatron.config.schema import ResolvedModel
 from pause_megatron.errors import CheckpointError
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-FAMILIES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-}
-"""Model types with the native decoder: RMSNorm, SwiGLU, rotary halves; Qwen2 with biases on queries, keys and values.
-TinyLlama and SmolLM are of type llama."""
-
 _READ = frozenset(
     {
         *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "hidden_act"),
@@ -53,7 +46,7 @@ class Architecture:
 def config_json(
     model: ResolvedModel,
     *,
-    family: str,
+    family: Family,
     live_rows: int,
     sequence_length: int,
     dtype: str,
@@ -74,8 +67,8 @@ def config_json(
         pause: The "pause" entry; transformers keeps keys that it does not know.
     """
     config: dict[str, Any] = {
-        "architectures": [FAMILIES[family]],
-        "model_type": family,
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
         "vocab_size": live_rows,
         "hidden_size": model.hidden,
         "intermediate_size": model.ffn,
@@ -97,8 +90,8 @@ def config_json(
         **{f"{role}_token_id": special_ids.get(role) for role in ("bos", "eos", "pad")},
         "pause": dict(pause),
     }
-    if family == "llama":
-        config |= {"head_dim": model.hidden // model.heads, "attention_bias": model.qkv_bias, "mlp_bias": False}
+    if family.model_type == "llama":
+        config |= {"head_dim": model.channels, "attention_bias": model.qkv_bias, "mlp_bias": False}
     else:
         config |= {"use_sliding_window": False}
     if model.loops > 1:
@@ -172,7 +165,7 @@ class _ConfigReader:
         family = self._config.get("model_type")
         if family not in FAMILIES:
             raise self._wrong("model_type", f"one of {', '.join(FAMILIES)}", family)
-        self._expect("architectures", self._config.get("architectures"), (None, [FAMILIES[family]]))
+        self._expect("architectures", self._config.get("architectures"), (None, [FAMILIES[family].architecture]))
         return family
 
     def _refuse_options(self, family: str) -> None:
@@ -256,7 +249,7 @@ def _defaults(family: str) -> dict[str, Any]:
     """
     import transformers
 
-    cls = getattr(transformers, FAMILIES[family].replace("ForCausalLM", "Config"))
+    cls = getattr(transformers, FAMILIES[family].architecture.replace("ForCausalLM", "Config"))
     parameters = inspect.signature(cls.__init__).parameters.items()
     defaults = {
         name: parameter.default

@@ -12,6 +12,7 @@ import torch
 
 from pause_megatron.checkpoint.merge import MergedReader
 from pause_megatron.config.batching import pause_range
+from pause_megatron.config.families import Family, families_of
 from pause_megatron.errors import CheckpointError
 from pause_megatron.files.durable import sync_file, sync_folder
 from pause_megatron.hf.architecture import config_json
@@ -100,7 +101,7 @@ def write_weights(
     dtype: torch.dtype,
     max_shard_size: int,
     report: Report,
-    family: str = "llama",
+    family: Family | None = None,
 ) -> list[str]:
     """Stream all tensors into safetensors files, with an index if there are several.
 
@@ -110,7 +111,7 @@ def write_weights(
         dtype: Type of the weights.
         max_shard_size: Maximum size of a file, in bytes.
         report: Progress callback.
-        family: "llama" or "qwen2".
+        family: Family of the model; None for the preferred one.
 
     Returns:
         The names of the files.
@@ -118,7 +119,8 @@ def write_weights(
     Raises:
         CheckpointError: Values beyond the range of fp16.
     """
-    tensors = hf_tensors(checkpoint.config.model, checkpoint.vocabulary.size, family)
+    model = checkpoint.config.model
+    tensors = hf_tensors(model, checkpoint.vocabulary.size, family or families_of(model)[0])
     by_name = {tensor.name: tensor for tensor in tensors}
     files = split_into_files([TensorEntry(t.name, t.shape, dtype) for t in tensors], max_shard_size)
     total, done = sum(entry.bytes for file in files for entry in file), 0
@@ -153,7 +155,7 @@ def _stream(tensor: HFTensor, reader: MergedReader, writer: SafetensorsWriter, d
 
 def _write_metadata(
     checkpoint: NativeCheckpoint, tokenizer: HFTokenizer, folder: Path, dtype: str, finetuned_pauses: int | None
-) -> str:
+) -> Family:
     """Write everything but the weights, and compare the tokenizer. Return the model family."""
     config, manifest = checkpoint.config, checkpoint.reader.manifest
     length, live_rows = config.data.sequence_length, checkpoint.vocabulary.size
@@ -162,7 +164,7 @@ def _write_metadata(
     generation = generation_config(companions, tokenizer.special_ids, checkpoint.pause_ids, eod)
     ids = {role: generation.get(f"{role}_token_id") for role in ("bos", "eos", "pad")}
 
-    def write_as(family: str, plain: bool) -> None:
+    def write_as(family: Family, plain: bool) -> None:
         write_tokenizer(folder, tokenizer, companions, sequence_length=length, plain=plain)
         record = config_json(
             config.model,
@@ -183,10 +185,8 @@ def _write_metadata(
     # transformers reads the tokenizer of any folder of type qwen2 as Qwen2's, independently of its files. Where that
     # gives other ids, the model becomes a Llama with attention biases. Classes named after models rebuild parts of a
     # tokenizer.json: where that gives other ids, the class that reads the file unchanged is used.
-    families = ("qwen2", "llama") if config.model.qkv_bias else ("llama",)
-    *preferred, last = [
-        (f, plain) for f in families for plain in ((False, True) if names_class(companions) else (True,))
-    ]
+    classes = (False, True) if names_class(companions) else (True,)
+    *preferred, last = [(family, plain) for family in families_of(config.model) for plain in classes]
     for family, plain in preferred:
         write_as(family, plain)
         if tokenizer_agrees(checkpoint, folder):

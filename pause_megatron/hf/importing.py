@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from pause_megatron.config.families import FAMILIES
 from pause_megatron.config.load import dump, resolve
 from pause_megatron.config.rules import check
 from pause_megatron.config.schema import (
@@ -266,7 +267,7 @@ def _weights(folder: SourceFolder, architecture: Architecture) -> tuple[SourceWe
             f"{folder.path / 'config.json'}: num_hidden_layers: expected at most the {len(weights)} tensors that the "
             f"files hold, got {model.layers}"
         )
-    tensors = hf_tensors(model, architecture.rows, architecture.family)
+    tensors = hf_tensors(model, architecture.rows, FAMILIES[architecture.family])
     unused = (*_UNUSED, "lm_head.weight") if model.tied else _UNUSED
     weights.check({tensor.name: tensor.shape for tensor in tensors}, unused)
     if model.tied and "lm_head.weight" in weights:

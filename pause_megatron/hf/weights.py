@@ -1,21 +1,16 @@
-"""Weight mapping: the native rows that make up each Hugging Face tensor, in one table that is read in both directions.
+"""Weight mapping: the native rows that make up each Hugging Face tensor, read in both directions.
 
-Rows are those of merged parameters (`checkpoint.layout`). Differences between the two formats:
-
-- megatron-core keeps queries, keys and values in one matrix, grouped by query group: the queries of group 0, its key,
-  its value, the queries of group 1, ... Hugging Face keeps three matrices, each by head.
-- megatron-core keeps SwiGLU's gate and up projection in one matrix, the gate first.
-- Rotary channels are halves of a head in both (not interleaved pairs), so rows within a head stay in their order.
-- Vocabulary padding is dropped.
-- Biases on queries, keys and values are Qwen2's. LlamaForCausalLM has them only together with a bias on the attention's
-  output, which is zero here.
+Rows are those of merged parameters (`checkpoint.layout`); `config.families` has the tensors of a layer. Vocabulary
+padding is dropped.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from pause_megatron.config.families import Family, LayerTensor, layer_tensors
 from pause_megatron.config.schema import ResolvedModel
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -56,20 +51,21 @@ class HFRows:
     native: int
 
 
-def hf_tensors(model: ResolvedModel, live_rows: int, family: str = "llama") -> list[HFTensor]:
+def hf_tensors(model: ResolvedModel, live_rows: int, family: Family | None = None) -> list[HFTensor]:
     """Return every tensor of the Hugging Face model, in the order of its layers; those of a looped model are repeated.
 
     Args:
         model: Sizes of the model.
         live_rows: Vocabulary rows that are text or pauses.
-        family: "llama", "mistral" or "qwen2".
+        family: Family of the model; None for the tensors that the native model has.
     """
     tensors = [_whole("model.embed_tokens.weight", EMBEDDING, (live_rows, model.hidden))]
+    table = layer_tensors(model)
+    zeros = family.zero_biases(model) if family is not None else ()
     for layer in range(model.depth):
         hf, native = f"model.layers.{layer}.", f"decoder.layers.{layer % model.layers}."
-        tensors += _layer(model, hf, native)
-        if model.qkv_bias and family == "llama":
-            tensors.append(HFTensor(f"{hf}self_attn.o_proj.bias", (model.hidden,), ()))
+        tensors += _layer(table, hf, native)
+        tensors += [HFTensor(f"{hf}{name}", (model.hidden,), ()) for name in zeros]
     tensors.append(_whole("model.norm.weight", "decoder.final_layernorm.weight", (model.hidden,)))
     if not model.tied:
         tensors.append(_whole("lm_head.weight", HEAD, (live_rows, model.hidden)))
@@ -110,30 +106,14 @@ def _whole(name: str, native: str, shape: tuple[int, ...]) -> HFTensor:
     return HFTensor(name, shape, (Rows(native, 0, shape[0]),))
 
 
-def _layer(model: ResolvedModel, hf: str, native: str) -> list[HFTensor]:
-    hidden, ffn = model.hidden, model.ffn
-    fc1 = f"{native}mlp.linear_fc1.weight"
-    tensors = [_whole(f"{hf}input_layernorm.weight", f"{native}input_layernorm.weight", (hidden,))]
-    for part in "qkv":
-        rows = _attention_rows(model, part)
-        for kind in ("weight", "bias") if model.qkv_bias else ("weight",):
-            parameter = f"{native}self_attention.linear_qkv.{kind}"
-            shape = (sum(count for _, count in rows), *((hidden,) if kind == "weight" else ()))
-            pieces = tuple(Rows(parameter, start, count) for start, count in rows)
-            tensors.append(HFTensor(f"{hf}self_attn.{part}_proj.{kind}", shape, pieces))
+def _layer(table: Iterable[LayerTensor], hf: str, native: str) -> list[HFTensor]:
+    rows_of: dict[str, list[Rows]] = defaultdict(list)
+    width_of: dict[str, tuple[int, ...]] = {}
+    for tensor in table:
+        for piece in tensor.pieces:
+            rows_of[piece.name].append(Rows(f"{native}{tensor.name}", piece.start, piece.count))
+            width_of[piece.name] = tensor.shape[1:]
     return [
-        *tensors,
-        _whole(f"{hf}self_attn.o_proj.weight", f"{native}self_attention.linear_proj.weight", (hidden, hidden)),
-        _whole(f"{hf}post_attention_layernorm.weight", f"{native}pre_mlp_layernorm.weight", (hidden,)),
-        HFTensor(f"{hf}mlp.gate_proj.weight", (ffn, hidden), (Rows(fc1, 0, ffn),)),
-        HFTensor(f"{hf}mlp.up_proj.weight", (ffn, hidden), (Rows(fc1, ffn, ffn),)),
-        _whole(f"{hf}mlp.down_proj.weight", f"{native}mlp.linear_fc2.weight", (hidden, ffn)),
+        HFTensor(f"{hf}{name}", (sum(one.count for one in rows), *width_of[name]), tuple(rows))
+        for name, rows in rows_of.items()
     ]
-
-
-def _attention_rows(model: ResolvedModel, part: str) -> list[tuple[int, int]]:
-    """(first row, rows) of the queries, keys or values of each query group in linear_qkv."""
-    channels = model.hidden // model.heads
-    queries = model.heads // model.kv_heads * channels
-    offset, count = {"q": (0, queries), "k": (queries, channels), "v": (queries + channels, channels)}[part]
-    return [(group * (queries + 2 * channels) + offset, count) for group in range(model.kv_heads)]

@@ -104,7 +104,7 @@ def transformer_config(
         num_attention_heads=model.heads,
         num_query_groups=model.kv_heads,
         ffn_hidden_size=model.ffn,
-        kv_channels=model.hidden // model.heads,
+        kv_channels=model.channels,
         gated_linear_unit=True,
         activation_func=F.silu,
         normalization="RMSNorm",

@@ -57,7 +57,7 @@ def initialize_weights(
         elif name.endswith(("linear_proj.weight", "linear_fc2.weight")):
             whole = draw(name, (shape[0], shape[1] * ranks), std / math.sqrt(2 * layers))
             value = whole.chunk(ranks, dim=1)[rank]
-        elif name.endswith(("linear_qkv.bias", "auxiliary_heads.weight")):
+        elif name.endswith((".bias", "auxiliary_heads.weight")):
             value = torch.zeros(shape, device=parameter.device)
         elif parameter.dim() == 1 and "norm" in name:
             value = torch.ones(shape, device=parameter.device)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pause_megatron.config.identity import ADDED_KEYS
+from pause_megatron.config.model_from import SHAPE as SIZES
 from pause_megatron.config.renamed import stored_value
 from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.errors import ConfigError
@@ -17,7 +18,7 @@ from pause_megatron.plan.machine import OPTIONAL, Assumptions, Cluster
 FORMAT, VERSION = "pause-megatron benchmark", 1
 # Keys that decide the work of a step: a benchmark with another value has another MFU.
 SHAPE = (
-    *(f"model.{name}" for name in ("layers", "loops", "hidden", "heads", "kv_heads", "ffn", "tied", "qkv_bias")),
+    *(f"model.{name}" for name in SIZES if name != "family"),
     *("data.sequence_length", "data.intra_document_masking", "batch.micro_size", "engine.precision"),
     *("parallel.tensor", "parallel.sequence", "parallel.recompute"),
     *("model.attention", "model.head_chunk", "model.vocab_multiple"),

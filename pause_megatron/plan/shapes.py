@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from pause_megatron.config.families import layer_tensors
 from pause_megatron.config.schema import ResolvedModel
 
 
@@ -62,20 +63,15 @@ def rank_parameters(model: ResolvedModel, vocabulary: int, tensor: int) -> tuple
 
 
 def _layer(model: ResolvedModel, tensor: int, prefix: str) -> list[Parameter]:
-    hidden, width = model.hidden, qkv_width(model, tensor)
-    names = [
-        Parameter("input_layernorm.weight", (hidden,), decays=False, replicated=True),
-        Parameter("self_attention.linear_proj.weight", (hidden, hidden // tensor), decays=True),
-        Parameter("self_attention.linear_qkv.weight", (width, hidden), decays=True),
+    return [
+        Parameter(
+            f"{prefix}{one.name}",
+            tuple(size // tensor if dimension == one.split else size for dimension, size in enumerate(one.shape)),
+            one.decays,
+            one.split is None,
+        )
+        for one in layer_tensors(model)
     ]
-    if model.qkv_bias:
-        names.append(Parameter("self_attention.linear_qkv.bias", (width,), decays=False))
-    names += [
-        Parameter("pre_mlp_layernorm.weight", (hidden,), decays=False, replicated=True),
-        Parameter("mlp.linear_fc1.weight", (2 * model.ffn // tensor, hidden), decays=True),
-        Parameter("mlp.linear_fc2.weight", (hidden, model.ffn // tensor), decays=True),
-    ]
-    return [Parameter(prefix + p.name, p.shape, p.decays, p.replicated) for p in names]
 
 
 def qkv_width(model: ResolvedModel, tensor: int) -> int:
@@ -85,4 +81,4 @@ def qkv_width(model: ResolvedModel, tensor: int) -> int:
         model: Resolved sizes.
         tensor: Tensor-parallel size.
     """
-    return (model.hidden + 2 * model.kv_heads * (model.hidden // model.heads)) // tensor
+    return (model.query_width + 2 * model.kv_width) // tensor

@@ -6,8 +6,9 @@ import json
 
 import pytest
 
+from pause_megatron.config.families import FAMILIES
 from pause_megatron.errors import CheckpointError, ConfigError
-from pause_megatron.hf.architecture import FAMILIES, read_architecture
+from pause_megatron.hf.architecture import read_architecture
 
 # Sizes that differ from every class's defaults, so that a key read as the wrong default shows.
 SIZES = {
@@ -26,9 +27,9 @@ def written(family: str, layout: str) -> dict:
     """config.json of a small model, as transformers 5 writes it ("new") or as most folders of the Hub have it."""
     import transformers
 
-    cls = FAMILIES[family].replace("ForCausalLM", "Config")
+    cls = FAMILIES[family].architecture.replace("ForCausalLM", "Config")
     config = json.loads(getattr(transformers, cls)(**SIZES, **OWN[family]).to_json_string(use_diff=False))
-    config["architectures"] = [FAMILIES[family]]
+    config["architectures"] = [FAMILIES[family].architecture]
     if layout == "old":
         del config["rope_parameters"]
         config.pop("layer_types", None)

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pause_megatron.checkpoint.layout import partition_dim, row_spans, shard_shape
+from pause_megatron.config.families import FAMILIES
 from pause_megatron.config.presets import parameters
 from pause_megatron.config.schema import ResolvedModel
 from pause_megatron.hf.weights import hf_tensors, native_rows, native_shapes
@@ -29,7 +30,7 @@ sections = st.builds(
 
 @given(sections, st.integers(1, 50))
 def test_every_native_row_is_in_exactly_one_tensor(model, rows):
-    tensors = hf_tensors(model, rows, "qwen2")
+    tensors = hf_tensors(model, rows, FAMILIES["qwen2"])
     assert len({tensor.name for tensor in tensors}) == len(tensors)
     shapes = native_shapes(model, rows)
     for name, pieces in native_rows(tensors).items():
@@ -45,7 +46,7 @@ def test_every_native_row_is_in_exactly_one_tensor(model, rows):
 
 @given(sections, st.integers(1, 50))
 def test_parameters_are_counted_as_they_are(model, rows):
-    size = sum(_numel(tensor.shape) for tensor in hf_tensors(model, rows, "qwen2"))
+    size = sum(_numel(tensor.shape) for tensor in hf_tensors(model, rows, FAMILIES["qwen2"]))
     assert size == sum(map(_numel, native_shapes(model, rows).values()))
     assert size == parameters(model, rows)
 
@@ -55,7 +56,7 @@ def test_a_looped_model_is_written_as_one_whose_layers_repeat(model, rows, loops
     looped = model.model_copy(update={"loops": loops})
     deep = model.model_copy(update={"layers": model.layers * loops})
     assert native_shapes(looped, rows) == native_shapes(model, rows)
-    written, plain = (hf_tensors(each, rows, "qwen2") for each in (looped, deep))
+    written, plain = (hf_tensors(each, rows, FAMILIES["qwen2"]) for each in (looped, deep))
     assert [(t.name, t.shape) for t in written] == [(t.name, t.shape) for t in plain]
     for tensor, unrolled in zip(written, plain, strict=True):
         for rows_of, of_deep in zip(tensor.rows, unrolled.rows, strict=True):
@@ -108,7 +109,7 @@ def test_the_table_names_what_transformers_names(cls, tied):
         tie_word_embeddings=tied,
     )
     theirs = {name: tuple(p.shape) for name, p in getattr(transformers, f"{cls}ForCausalLM")(config).named_parameters()}
-    assert {tensor.name: tensor.shape for tensor in hf_tensors(model, 11, cls.lower())} == theirs
+    assert {tensor.name: tensor.shape for tensor in hf_tensors(model, 11, FAMILIES[cls.lower()])} == theirs
 
 
 def _numel(shape: tuple[int, ...]) -> int:
