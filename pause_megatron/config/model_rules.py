@@ -82,8 +82,10 @@ def rope_scaling_is_whole(config: ResolvedConfig) -> Broken:
             return keys, "a model.rope_scaling with its factor or original length"
         return None
     if model.rope_scaling != "linear" and model.rope_original_length is None:
-        keys = ("model.rope_scaling", "model.rope_original_length")
-        return keys, f"model.rope_original_length with {model.rope_scaling}"
+        return (
+            "model.rope_scaling",
+            "model.rope_original_length",
+        ), f"model.rope_original_length with {model.rope_scaling}"
     for low, high, kind in (
         ("rope_low_freq", "rope_high_freq", "llama3"),
         ("rope_beta_slow", "rope_beta_fast", "yarn"),
