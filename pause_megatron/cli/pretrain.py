@@ -187,8 +187,9 @@ def _key_table() -> str:
         lines += ["", f"  {section}: {(cls.__doc__ or '').splitlines()[0]}"]
         for key in keys().values():
             if key.path.startswith(f"{section}."):
-                lines.append(f"    {key.path:26} {key.expected}; default {key.default_text}{'; local' * key.local}")
-                lines += textwrap.wrap(
-                    key.description, 112, initial_indent=" " * 31, subsequent_indent=" " * 31, break_on_hyphens=False
-                )
+                values = f"{key.expected}; default {key.default_text}{'; local' * key.local}"
+                for text, first in ((values, f"    {key.path:26} "), (key.description, " " * 31)):
+                    lines += textwrap.wrap(
+                        text, 112, initial_indent=first, subsequent_indent=" " * 31, break_on_hyphens=False
+                    )
     return "\n".join(lines)

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from pause_megatron.config.follow import Sources, follow_epochs, follow_values
 from pause_megatron.config.keys import Key, keys, sections
 from pause_megatron.config.model_from import SHAPE, with_initial_sizes
-from pause_megatron.config.presets import fill_sizes
+from pause_megatron.config.presets import fill_sizes, preset_values
 from pause_megatron.config.renamed import with_new_names
 from pause_megatron.config.rules import check
 from pause_megatron.config.schema import (
@@ -36,7 +36,7 @@ _REPLACES = {
     "train.steps": ("train.tokens", "finetune.epochs"),
     "train.tokens": ("train.steps", "finetune.epochs"),
     "finetune.epochs": ("train.steps", "train.tokens"),
-    "model.preset": ("model.layers", "model.hidden", "model.heads", "model.kv_heads", "model.ffn", "model.tied"),
+    "model.preset": tuple(f"model.{name}" for name in SHAPE if name != "loops"),
     "data.valid_prefix": ("data.split",),
     "model.from": ("model.preset", *(f"model.{name}" for name in SHAPE)),
 }
@@ -106,8 +106,10 @@ def _load(source: str | Path | None, overrides: Iterable[str]) -> tuple[Resolved
     entries = with_initial_sizes(_merge(layers))
     given = {entry.path: entry.where for entry in entries.values() if entry.value is not None}
     sources = Sources(frozenset(entry.path for entry in layers[-1] if entry.path in given), given)
-    config = follow_values(resolve(follow_epochs(_parse(entries), sources)), sources)
-    check(config, dict.fromkeys(_REPLACES["model.preset"], f"preset {config.model.preset}") | given)
+    parsed = _parse(entries)
+    of_preset = {f"model.{name}": f"preset {parsed.model.preset}" for name in preset_values(parsed.model)}
+    config = follow_values(resolve(follow_epochs(parsed, sources)), sources)
+    check(config, given | of_preset)
     return config, deprecated, sources.notes
 
 

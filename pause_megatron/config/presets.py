@@ -1,4 +1,4 @@
-"""Model sizes by name, and their parameters and FLOPs."""
+"""Sizes and options of models by name, and their parameters and FLOPs."""
 
 from __future__ import annotations
 
@@ -19,11 +19,74 @@ PRESETS: dict[str, dict[str, Any]] = {
     "1b": {"layers": 18, "hidden": 2048, "heads": 16, "tied": False},
     # 6.738 G [32001]: the sizes of Llama 2 7B (Touvron et al. 2023), for comparison with published figures.
     "7b": {"layers": 32, "hidden": 4096, "heads": 32, "ffn": 11008, "tied": False},
+    # Published models, by the config.json of each.
+    # 1,235,814,400 [128256]: meta-llama/Llama-3.2-1B.
+    "llama-3.2-1b": {
+        **{"layers": 16, "hidden": 2048, "heads": 32, "kv_heads": 8, "ffn": 8192, "tied": True},
+        **{"rope_base": 500000.0, "rope_scaling": "llama3", "rope_factor": 32.0, "rope_original_length": 8192},
+    },
+    # 596,049,920 [151936]: Qwen/Qwen3-0.6B.
+    "qwen3-0.6b": {
+        **{"layers": 28, "hidden": 1024, "heads": 16, "kv_heads": 8, "ffn": 3072, "tied": True},
+        **{"head_dim": 128, "qk_norm": "head", "rope_base": 1000000.0, "norm_eps": 1e-6},
+    },
+    # 1,484,916,736 [100352]: allenai/OLMo-2-0425-1B.
+    "olmo2-1b": {
+        **{"layers": 16, "hidden": 2048, "heads": 16, "ffn": 8192, "tied": False},
+        **{"qk_norm": "whole", "norm": "post", "rope_base": 500000.0, "norm_eps": 1e-6},
+    },
+    # 134,515,008 [49152]: HuggingFaceTB/SmolLM2-135M.
+    "smollm2-135m": {
+        **{"layers": 30, "hidden": 576, "heads": 9, "kv_heads": 3, "ffn": 1536, "tied": True, "rope_base": 100000.0},
+    },
+    # 494,032,768 [151936]: Qwen/Qwen2.5-0.5B.
+    "qwen2.5-0.5b": {
+        **{"layers": 24, "hidden": 896, "heads": 14, "kv_heads": 2, "ffn": 4864, "tied": True},
+        **{"qkv_bias": True, "rope_base": 1000000.0, "norm_eps": 1e-6},
+    },
+    # 7,241,732,096 [32000]: mistralai/Mistral-7B-v0.1.
+    "mistral-7b": {
+        **{"layers": 32, "hidden": 4096, "heads": 32, "kv_heads": 8, "ffn": 14336, "tied": False},
+        "sliding_window": 4096,
+    },
+}
+
+# Sizes, which a preset gives where they are null; two of them only beside a size of the preset.
+_SIZES = ("layers", "hidden", "heads", "kv_heads", "ffn", "tied")
+_BESIDE = {"kv_heads": "heads", "ffn": "hidden"}
+# Options that follow another one: a preset gives them only where it gives that one too.
+_FOLLOWS = {
+    "sliding_from": "sliding_window",
+    "rope_factor": "rope_scaling",
+    "rope_original_length": "rope_scaling",
 }
 
 
+def preset_values(model: ModelSection) -> dict[str, Any]:
+    """Return what a model section takes from its preset: sizes that are null, and options that were not given.
+
+    Another number of heads does not keep the preset's key/value heads, nor another width its feed-forward width.
+
+    Args:
+        model: Model section as it was written.
+    """
+    preset = PRESETS[model.preset] if model.preset else {}
+    given = model.model_fields_set
+    taken: dict[str, Any] = {}
+    for name, value in preset.items():
+        beside = _BESIDE.get(name)
+        if name in _SIZES:
+            keeps = beside is None or getattr(model, beside) in (None, preset[beside])
+            wanted = getattr(model, name) is None and keeps
+        else:
+            wanted = name not in given and _FOLLOWS.get(name) not in given
+        if wanted:
+            taken[name] = value
+    return taken
+
+
 def fill_sizes(model: ModelSection) -> ResolvedModel:
-    """Fill in the sizes that were left out: from the preset, else kv_heads = heads and ffn = 8/3 hidden.
+    """Fill in what was left out: from the preset, else kv_heads = heads and ffn = 8/3 hidden.
 
     8/3 makes a SwiGLU layer (three matrices) as large as a classic one of width 4 hidden (two matrices): Shazeer 2020.
     The width is rounded up to a multiple of 64.
@@ -34,17 +97,15 @@ def fill_sizes(model: ModelSection) -> ResolvedModel:
     Raises:
         ConfigError: No preset is given, and a size is missing.
     """
-    preset = PRESETS[model.preset] if model.preset else {"tied": False}
-    sizes: dict[str, Any] = {name: getattr(model, name) for name in ("layers", "hidden", "heads", "tied")}
-    sizes = {name: preset.get(name) if value is None else value for name, value in sizes.items()}
-    missing = [f"model.{name}" for name, value in sizes.items() if value is None]
+    values: dict[str, Any] = {**model.model_dump(), **preset_values(model)}
+    if values["tied"] is None:
+        values["tied"] = False
+    missing = [f"model.{name}" for name in ("layers", "hidden", "heads") if values[name] is None]
     if missing:
         raise ConfigError(f"{', '.join(missing)}: expected a value because model.preset is null, got none")
-    sizes["kv_heads"] = model.kv_heads or sizes["heads"]
-    if sizes["hidden"] == preset.get("hidden"):
-        sizes["ffn"] = model.ffn or preset.get("ffn")
-    sizes["ffn"] = sizes.get("ffn") or model.ffn or -(-8 * sizes["hidden"] // (3 * 64)) * 64
-    return ResolvedModel(**{**model.model_dump(), **sizes})
+    values["kv_heads"] = values["kv_heads"] or values["heads"]
+    values["ffn"] = values["ffn"] or -(-8 * values["hidden"] // (3 * 64)) * 64
+    return ResolvedModel(**values)
 
 
 def layer_parameters(model: ResolvedModel) -> int:

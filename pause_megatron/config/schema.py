@@ -21,6 +21,12 @@ PatternText = Annotated[str, AfterValidator(expanded_pattern)]
 """A path or a glob."""
 
 
+OurPreset = Literal["tiny", "130m", "1b", "7b"]
+PublishedPreset = Literal["llama-3.2-1b", "qwen3-0.6b", "olmo2-1b", "smollm2-135m", "qwen2.5-0.5b", "mistral-7b"]
+Preset = Literal[OurPreset, PublishedPreset]
+"""Names of `config.presets`."""
+
+
 class Section(BaseModel):
     """A frozen group of keys; unknown keys and values of another type are refused ("4" is not 4, true is not 1)."""
 
@@ -109,7 +115,7 @@ class DataSection(Section):
 
 
 class ModelSection(Section):
-    """A decoder of the families in `config/families.py`; sizes left out come from the preset."""
+    """A decoder of the families in `config/families.py`; what is left out comes from the preset."""
 
     # "from" is a keyword of Python: the attribute is `from_`, the key is model.from.
     model_config = ConfigDict(validate_by_name=True, serialize_by_alias=True)
@@ -120,8 +126,10 @@ class ModelSection(Section):
         description="checkpoint with the initial weights (a run folder, a checkpoint, or the output of import-hf); "
         "sizes left out come from it. Optimizer state, step and data are reset",
     )
-    preset: Literal["tiny", "130m", "1b", "7b"] | None = Field(
-        "tiny", description="default sizes; null: layers, hidden and heads must be given"
+    preset: Preset | None = Field(
+        "tiny",
+        description="sizes, and for a published model options, of the keys of model: that are not given; null: layers, "
+        "hidden and heads must be given",
     )
     layers: int | None = Field(None, ge=1, description="transformer layers")
     loops: int = Field(

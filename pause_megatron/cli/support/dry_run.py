@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pause_megatron.config.batching import BatchPlan
+from pause_megatron.config.model_from import SHAPE
 from pause_megatron.config.presets import parameters, step_flops
 from pause_megatron.config.quantities import scaled
-from pause_megatron.config.schema import ResolvedConfig
+from pause_megatron.config.schema import ResolvedConfig, ResolvedModel
 
 if TYPE_CHECKING:
     from pause_megatron.train.inputs.task_data import TaskData
@@ -110,11 +111,22 @@ def _model_rows(
             f"{model.layers} layers{loops} x {model.hidden} hidden, {model.heads} heads, "
             f"{model.kv_heads} key/value heads, {model.ffn} ffn, {'tied' if model.tied else 'untied'}",
         ),
+        *([("model options", options)] if (options := _model_options(model)) else []),
         ("parameters", f"{parameters(model, size):,}"),
         ("FLOPs a step", f"{scaled(flops)}FLOP ({scaled(flops / plan.world_size)}FLOP a rank)"),
         ("FLOPs in all", "unknown" if plan.steps is None else f"{scaled(flops * plan.steps)}FLOP"),
         ("engine", f"ZeRO stage {engine['zero_optimization']['stage']}, {config.engine.precision}"),
     ]
+
+
+def _model_options(model: ResolvedModel) -> str:
+    """Return the options of the model that are not at their default, as `key=value`; without loops, which are shown."""
+    names = [name for name in SHAPE if name not in ("layers", "hidden", "heads", "kv_heads", "ffn", "tied", "loops")]
+    fields = type(model).model_fields
+    changed = {name: getattr(model, name) for name in names if getattr(model, name) != fields[name].default}
+    return ", ".join(
+        f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in changed.items()
+    )
 
 
 def _table(rows: list[tuple[str, str]]) -> str:

@@ -69,9 +69,11 @@ def test_version_is_the_packages(capsys):
 def test_pretrain_help_lists_every_key(capsys):
     assert main(["pretrain", "--help"]) == 0
     out = capsys.readouterr().out
+    words = " ".join(out.split())
     for key in keys().values():
         local = "; local" if key.local else ""
-        assert f"    {key.path:26} {key.expected}; default {key.default_text}{local}\n" in out
+        assert f"    {key.path:26} {key.expected.split()[0]}" in out
+        assert f" {key.path} {key.expected}; default {key.default_text}{local} {key.description.split()[0]}" in words
     assert all(name in out for name in recipe_names() if not name.startswith("finetune-"))
     assert max(map(len, out.splitlines())) <= 120
 

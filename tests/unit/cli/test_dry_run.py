@@ -35,6 +35,15 @@ def test_the_papers_run(capsys):
     assert table["engine"] == "ZeRO stage 1, bf16"
 
 
+def test_options_of_a_model_have_a_row_where_it_has_some(capsys):
+    table = rows(capsys, "model.preset=qwen3-0.6b", "model.sliding_window=512", "model.loops=2")
+    assert table["model"].startswith("28 layers run 2 times x 1024 hidden, 16 heads, 8 key/value heads, 3072 ffn, tied")
+    assert table["model options"] == (
+        "rope_base=1000000.0, norm_eps=1e-06, head_dim=128, qk_norm=head, sliding_window=512"
+    )
+    assert "model options" not in rows(capsys)
+
+
 def test_the_arithmetic_of_an_extension_is_that_of_the_added_steps(capsys):
     longer = ("--recipe", "tiny-std", "train.extended_from=1000", "train.steps=1200")
     table = rows(capsys, *longer, "optim.warmup_steps=10")

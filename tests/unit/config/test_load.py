@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from pause_megatron.config.keys import keys
 from pause_megatron.config.load import dump, load, recipe_names
+from pause_megatron.config.presets import PRESETS
 from pause_megatron.config.schema import RunConfig
 from pause_megatron.config.text import read_entries, read_override, write_yaml
 from pause_megatron.errors import ConfigError
@@ -42,7 +43,7 @@ VALUES = {
     "data.tokenizer": st.none() | PATHS,
     "data.cache": st.none() | PATHS,
     "data.text_key": PLAIN_TEXT,
-    "model.preset": st.sampled_from(["tiny", "130m", "1b", "7b"]),
+    "model.preset": st.sampled_from([name for name in PRESETS if PRESETS[name]["heads"] % 4 == 0]),
     "model.rope_base": st.floats(1e-3, 1e9),
     "model.init_std": st.floats(min_value=0, exclude_min=True, allow_infinity=False),
     "model.tied": st.none() | st.booleans(),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 
 from pause_megatron.config.batching import batch_plan
-from pause_megatron.config.load import load
+from pause_megatron.config.load import dump, load
 from pause_megatron.config.pauses import PauseCounts, pauses_per_window
 from pause_megatron.config.presets import PRESETS, flops_per_token, parameters
+from pause_megatron.config.schema import Preset
 from pause_megatron.errors import ConfigError
 
 
@@ -62,6 +65,15 @@ def test_expected_pause_fraction_is_the_mean_over_all_interleavings(window):
 
 # Vocabulary, and millions of parameters.
 PRESET_SIZES = {"tiny": (8193, 1.90), "130m": (32001, 134.1), "1b": (32001, 1041.8), "7b": (32000, 6738.415616)}
+# Of published models: vocabulary and parameters as transformers counts them (tests/unit/hf/test_presets.py).
+PUBLISHED = {
+    "llama-3.2-1b": (128256, 1_235_814_400),
+    "qwen3-0.6b": (151936, 596_049_920),
+    "olmo2-1b": (100352, 1_484_916_736),
+    "smollm2-135m": (49152, 134_515_008),
+    "qwen2.5-0.5b": (151936, 494_032_768),
+    "mistral-7b": (32000, 7_241_732_096),
+}
 
 
 @pytest.mark.parametrize(("preset", "vocabulary", "millions"), [(name, *size) for name, size in PRESET_SIZES.items()])
@@ -71,7 +83,40 @@ def test_preset_sizes(preset, vocabulary, millions):
 
 
 def test_every_preset_is_tested():
-    assert set(PRESETS) == set(PRESET_SIZES)
+    assert set(PRESETS) == set(PRESET_SIZES) | set(PUBLISHED) == set(get_args(Preset))
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_presets_of_published_models_have_their_parameters(preset):
+    vocabulary, count = PUBLISHED[preset]
+    assert parameters(load(overrides=[f"model.preset={preset}"]).model, vocabulary) == count
+
+
+def test_a_given_key_wins_over_the_option_of_a_preset():
+    given = {"head_dim": None, "qk_norm": None, "norm_eps": 1e-5, "rope_base": 10000.0, "tied": False}
+    texts = [f"model.{name}={'null' if value is None else str(value).lower()}" for name, value in given.items()]
+    model = load(overrides=["model.preset=qwen3-0.6b", *texts]).model
+    assert {name: getattr(model, name) for name in given} == given
+    assert (model.channels, model.kv_heads) == (64, 8)
+
+
+def test_an_option_that_was_replaced_leaves_no_settings_of_the_preset_behind():
+    model = load(overrides=["model.preset=llama-3.2-1b", "model.rope_scaling=null"]).model
+    assert (model.rope_factor, model.rope_original_length, model.rope_base) == (1.0, None, 500000.0)
+    assert load(overrides=["model.preset=mistral-7b", "model.sliding_window=null"]).model.sliding_window is None
+
+
+def test_another_number_of_heads_does_not_keep_the_presets_key_value_heads():
+    assert load(overrides=["model.preset=llama-3.2-1b", "model.heads=4"]).model.kv_heads == 4
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_later_preset_replaces_every_option_of_a_saved_configuration(preset, tmp_path):
+    saved = tmp_path / "config.yaml"
+    saved.write_text(dump(load(overrides=["model.preset=qwen3-0.6b", "model.loops=2"])))
+    assert load(saved).model == load(overrides=["model.preset=qwen3-0.6b", "model.loops=2"]).model
+    expected = load(overrides=[f"model.preset={preset}", "model.loops=2"]).model
+    assert load(saved, overrides=[f"model.preset={preset}"]).model == expected
 
 
 def test_parameters_of_a_llama_2_7b():
@@ -99,3 +144,18 @@ def test_flops_count_what_multiplies():
     assert flops_per_token(model, 32001, 2048) == 6 * multiplied + 12 * 12 * 768 * 2048
     tied = load(overrides=["model.preset=130m", "model.tied=true"]).model
     assert flops_per_token(tied, 32001, 2048) == flops_per_token(model, 32001, 2048)
+
+
+def test_flops_of_attention_are_those_of_its_heads_and_windows():
+    """Heads wider than hidden / heads, and layers that attend to a window's last tokens only."""
+    given = ["model.preset=qwen3-0.6b", "data.sequence_length=512"]
+    model = load(overrides=given).model
+    multiplied = parameters(model, 100)  # tied: the one table is the output layer
+    assert flops_per_token(model, 100, 512) == 6 * multiplied + 12 * 28 * (16 * 128) * 512
+    short = load(overrides=[*given, "model.sliding_window=100", "model.sliding_from=20"]).model
+    assert flops_per_token(short, 100, 512) == 6 * multiplied + 12 * (16 * 128) * (20 * 512 + 8 * 100)
+    assert flops_per_token(short, 100, 64) == flops_per_token(model, 100, 64)
+    looped = short.model_copy(update={"loops": 3})
+    attention = 12 * (16 * 128) * (20 * 512 + 8 * 100)
+    layers = multiplied - 101 * 1024
+    assert flops_per_token(looped, 100, 512) == 6 * (3 * layers + 101 * 1024) + 3 * attention

@@ -12,10 +12,27 @@ from pause_megatron.errors import ConfigError
 BROKEN = {
     "heads_divide_hidden": (
         ["model.heads=3"],
-        "multiple of model.heads; got model.hidden=128 (preset tiny), model.heads=3 (command line)",
+        "or a model.head_dim; got model.hidden=128 (preset tiny), model.heads=3 (command line)",
     ),
     "kv_heads_divide_heads": (["model.kv_heads=3"], "model.heads to be a multiple of model.kv_heads"),
     "tensor_divides_the_model": (["parallel.tensor=3"], "model.heads to be a multiple of parallel.tensor"),
+    "biases_come_together": (["model.proj_bias=true"], "model.qkv_bias=true with model.proj_bias; got"),
+    "a_family_has_the_options": (
+        ["model.preset=qwen3-0.6b", "model.mlp_bias=true"],
+        "the options of one family (Llama, Qwen2, Mistral, Qwen3, OLMo 2); got model.qk_norm=head (preset qwen3-0.6b), "
+        "model.norm=pre (default), model.qkv_bias=False (default), model.proj_bias=False (default), "
+        "model.mlp_bias=True (command line)",
+    ),
+    "rope_scaling_is_whole": (
+        ["model.rope_scaling=yarn", "model.rope_factor=4"],
+        "model.rope_original_length with yarn; got model.rope_scaling=yarn (command line), "
+        "model.rope_original_length=None (default)",
+    ),
+    "sliding_layers_exist": (
+        ["model.sliding_window=64", "model.sliding_from=4"],
+        "which is below model.layers; got model.sliding_window=64 (command line), model.sliding_from=4 (command line), "
+        "model.layers=4 (preset tiny)",
+    ),
     "sequence_needs_tensor": (["parallel.sequence=true"], "parallel.tensor > 1 with parallel.sequence"),
     "tensor_divides_the_sequence": (
         ["parallel.sequence=true", "parallel.tensor=2", "data.sequence_length=63"],
@@ -92,6 +109,44 @@ def test_hints_need_a_task_and_appended_pauses(overrides, expected):
     assert expected in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (
+            ["model.head_dim=33"],
+            "an even head size, for rotary embedding rotates pairs of channels; got model.head_dim=33",
+        ),
+        (["model.hidden=132"], "an even head size (model.hidden / model.heads)"),
+        (
+            ["model.heads=24", "model.kv_heads=6", "model.head_dim=8", "parallel.tensor=4"],
+            "multiple or a divisor of parallel",
+        ),
+        (
+            ["model.heads=5", "model.kv_heads=1", "model.head_dim=2", "model.ffn=65", "parallel.tensor=5"],
+            "the rows of queries, keys and values to be a multiple of parallel.tensor; got model.kv_heads=1",
+        ),
+        (
+            ["model.family=qwen2"],
+            "options that Qwen2 has, or model.family=null; got model.family=qwen2 (command line), model.qkv_bias",
+        ),
+        (["model.preset=mistral-7b", "model.family=llama"], "options that Llama has"),
+        (["model.preset=qwen3-0.6b", "model.norm=post"], "the options of one family"),
+        (["model.rope_factor=2"], "a model.rope_scaling with its factor or original length; got"),
+        (["model.preset=llama-3.2-1b", "model.rope_low_freq=4"], "model.rope_low_freq below model.rope_high_freq; got"),
+        (
+            ["model.rope_scaling=yarn", "model.rope_original_length=64", "model.rope_beta_fast=1"],
+            "model.rope_beta_slow below model.rope_beta_fast; got model.rope_beta_slow=1.0 (default)",
+        ),
+        (["model.sliding_from=1"], "a model.sliding_window with model.sliding_from"),
+    ],
+)
+def test_options_of_a_model_that_do_not_go_together_are_refused(overrides, expected):
+    with pytest.raises(ConfigError) as caught:
+        load(overrides=overrides)
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_every_rule_has_a_case():
     assert {rule.__name__ for rule in rules.RULES} == set(BROKEN)
 
@@ -139,6 +194,11 @@ def test_all_broken_rules_are_reported_together():
         ["train.extended_from=100", "train.steps=110", "optim.warmup_steps=9"],
         ["train.extended_from=100", "train.steps=110", "optim.warmup_steps=50", "optim.schedule=constant"],
         ["parallel.tensor=4", "parallel.sequence=true", "model.preset=1b"],
+        ["parallel.tensor=4", "model.kv_heads=2"],
+        ["model.preset=mistral-7b", "model.sliding_window=null"],
+        ["model.preset=llama-3.2-1b", "model.rope_scaling=null"],
+        ["model.preset=llama-3.2-1b", "model.rope_scaling=linear", "model.rope_factor=2"],
+        ["model.preset=qwen3-0.6b", "model.heads=4"],
         ["task.name=gsm8k", "finetune.pauses=0..50", "finetune.epochs=0.5"],
         ["task.name=gsm8k", "finetune.batching=padded", "model.attention=te"],
     ],
