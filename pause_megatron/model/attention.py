@@ -13,18 +13,25 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
-from pause_megatron.model.variable_length import PackedSegments, segment_attention
+from pause_megatron.model.variable_length import (
+    PackedSegments,
+    has_variable_length_kernel,
+    segment_attention,
+)
+from pause_megatron.model.window import SlidingWindow
 
 
-def segment_mask(segments: Tensor, prefix: Tensor | None = None) -> Tensor:
+def segment_mask(segments: Tensor, prefix: Tensor | None = None, window: int | None = None) -> Tensor:
     """Return the attention mask of windows with several segments: intra-document, causal except within a prefix.
 
     Token i attends to token j if both are in the same segment, and j <= i or both are in the segment's prefix. Padding
-    is segment -1: it attends to padding (so that no softmax is empty), and no other token attends to it.
+    is segment -1: it attends to padding (so that no softmax is empty), and no other token attends to it. A sliding
+    window narrows j <= i to i - window < j <= i and leaves prefixes whole, as `or_mask_function` in transformers.
 
     Args:
         segments: Segment numbers, int [batch, seq].
         prefix: Tokens of prefixes, bool [batch, seq]; None: causal.
+        window: Tokens of the sliding window; None: none.
 
     Returns:
         bool [batch, 1, seq, seq], True where a query must not attend, as in megatron-core. `PackedSegments` describes
@@ -32,6 +39,8 @@ def segment_mask(segments: Tensor, prefix: Tensor | None = None) -> Tensor:
     """
     seq = segments.shape[1]
     attended = torch.ones(seq, seq, dtype=torch.bool, device=segments.device).tril_()
+    if window is not None:
+        attended = attended.triu_(1 - window)
     if prefix is not None:
         attended = attended | (prefix[:, :, None] & prefix[:, None, :])
     return ~(attended & (segments[:, :, None] == segments[:, None, :]))[:, None]
@@ -103,10 +112,17 @@ class SDPACoreAttention(MegatronModule):
         config: Sizes; dropout, context parallelism and soft-capping are not supported.
         layer_number: Number of the layer, from 1 on.
         softmax_scale: Factor of the scores; default: 1 / sqrt(channels of a head).
+        window: Sliding window; None: none. Layers share one, and with it their mask.
     """
 
     def __init__(
-        self, config: TransformerConfig, layer_number: int, *_: Any, softmax_scale: float | None = None, **__: Any
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        *_: Any,
+        softmax_scale: float | None = None,
+        window: SlidingWindow | None = None,
+        **__: Any,
     ) -> None:
         super().__init__(config=config)
         if config.context_parallel_size != 1:
@@ -115,6 +131,7 @@ class SDPACoreAttention(MegatronModule):
             raise ValueError(f"SDPACoreAttention: expected attention_dropout 0, got {config.attention_dropout}")
         self.layer_number = max(1, layer_number)
         self.softmax_scale = 1.0 / math.sqrt(config.kv_channels) if softmax_scale is None else softmax_scale
+        self.window = window
 
     def forward(
         self,
@@ -132,8 +149,8 @@ class SDPACoreAttention(MegatronModule):
             value: [seq, batch, query groups, channels].
             attention_mask: PackedSegments; or bool, broadcastable to [batch, heads, seq, seq], True where a query must
                 NOT attend (as in megatron-core); or the `additive_mask` of one. A mask replaces the causal one, so a
-                prefix-LM or block-diagonal mask is complete. None: causal. MaskAndRotation: one of these, after
-                queries and keys are rotated.
+                prefix-LM or block-diagonal mask is complete; a sliding window also hides the tokens before it, within a
+                prefix too. None: causal. MaskAndRotation: one of these, after queries and keys are rotated.
             **options: Further arguments of megatron-core's; packed sequences and biases are errors.
 
         Returns:
@@ -147,10 +164,23 @@ class SDPACoreAttention(MegatronModule):
             query, key = map(attention_mask.rotation, (query, key))
             attention_mask = attention_mask.mask
         seq, batch, heads, channels = query.shape
+        window = self.window if self.window is not None and self.window.size < seq else None
+        if (
+            window is not None
+            and attention_mask is None
+            and has_variable_length_kernel(query.flatten(0, 1), key.flatten(0, 1))
+        ):
+            attention_mask = PackedSegments.whole(batch, seq, query.device)  # the kernel needs no mask
         if isinstance(attention_mask, PackedSegments):
             query, key, value = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))
-            context = segment_attention(query, key, value, attention_mask, scale=self.softmax_scale)
+            context = segment_attention(query, key, value, attention_mask, scale=self.softmax_scale, window=window)
             return context.reshape(batch, seq, heads * channels).transpose(0, 1).contiguous()
+        if window is not None:
+            attention_mask = (
+                window.causal(seq, query.dtype, query.device)
+                if attention_mask is None
+                else window.within(attention_mask)
+            )
         if attention_mask is not None:
             boolean = attention_mask.dtype == torch.bool
             attention_mask = ~attention_mask if boolean else attention_mask.to(query.dtype)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core import parallel_state
@@ -14,6 +16,7 @@ from pause_megatron.model.gpt import PauseGPTModel
 from pause_megatron.model.init import initialize_weights
 from pause_megatron.model.kernels import KernelChoice, load_kernels
 from pause_megatron.model.layers import block_spec
+from pause_megatron.model.rotary import inverse_frequencies, softmax_scale
 from pause_megatron.model.sequence_parallel import check_gradient_sums, sum_gradients_over
 from pause_megatron.model.vocabulary import Softmax, Vocabulary
 
@@ -33,8 +36,8 @@ def build_model(
 ) -> PauseGPTModel:
     """Build this rank's shard of a Llama-like model on the current CUDA device, or on the CPU where there is none.
 
-    Process groups must exist (`pause_megatron.distributed.initialize`). The hooks of sequence parallelism are
-    registered and checked.
+    Process groups must exist (`pause_megatron.distributed.initialize`). The hooks that sum gradients of
+    tensor-parallel ranks are registered and checked.
 
     Args:
         model: Sizes of the model.
@@ -57,7 +60,16 @@ def build_model(
     loaded = load_kernels(kernels, torch.cuda.current_device())
     gpt = PauseGPTModel(
         transformer_config(model, parallel, precision, fused=loaded.fused),
-        block_spec(model.layers, attention=model.attention, recompute=parallel.recompute),
+        block_spec(
+            model.layers,
+            attention=model.attention,
+            recompute=parallel.recompute,
+            qk_norm=model.qk_norm,
+            norm=model.norm,
+            proj_bias=model.proj_bias,
+            mlp_bias=model.mlp_bias,
+            windows=[model.window_of(layer) for layer in range(model.layers)],
+        ),
         vocabulary.padded(model.vocab_multiple, parallel.tensor),
         sequence_length,
         vocabulary=vocabulary,
@@ -70,6 +82,9 @@ def build_model(
         rotary_base=model.rope_base,
         auxiliary_heads=auxiliary_heads,
     )
+    if model.rope_scaling is not None:
+        rotary: Any = gpt.rotary_pos_emb
+        rotary.inv_freq = inverse_frequencies(model).to(rotary.inv_freq.device)
     if draw:
         initialize_weights(
             gpt,
@@ -80,7 +95,7 @@ def build_model(
             rank=group.rank(),
             ranks=group.size(),
         )
-    if parallel.sequence:
+    if group.size() > 1:
         sum_gradients_over(gpt, group)
         check_gradient_sums(gpt, group)
     return gpt
@@ -111,6 +126,8 @@ def transformer_config(
         layernorm_epsilon=model.norm_eps,
         add_bias_linear=False,
         add_qkv_bias=model.qkv_bias,
+        qk_layernorm=model.qk_norm is not None,
+        softmax_scale=softmax_scale(model),
         hidden_dropout=0.0,
         attention_dropout=0.0,
         bf16=bf16,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -11,6 +12,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
@@ -20,7 +22,9 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from pause_megatron.errors import ConfigError
 from pause_megatron.model.attention import SDPACoreAttention
-from pause_megatron.model.norm import RMSNorm
+from pause_megatron.model.linear import BiasedColumnParallelLinear, row_parallel
+from pause_megatron.model.norm import RMSNorm, WholeKeyNorm, WholeQueryNorm
+from pause_megatron.model.window import SlidingWindow
 
 
 class RecomputedLayer(TransformerLayer):
@@ -135,29 +139,81 @@ def use_swiglu(block: nn.Module, swiglu: Callable[[torch.Tensor], torch.Tensor])
 
 
 def block_spec(
-    layers: int, *, attention: Literal["sdpa", "te"] = "sdpa", recompute: Literal["none", "full"] = "none"
+    layers: int,
+    *,
+    attention: Literal["sdpa", "te"] = "sdpa",
+    recompute: Literal["none", "full"] = "none",
+    qk_norm: Literal["head", "whole"] | None = None,
+    norm: Literal["pre", "post"] = "pre",
+    proj_bias: bool = False,
+    mlp_bias: bool = False,
+    windows: Sequence[int | None] = (),
 ) -> TransformerBlockSubmodules:
     """Return the spec of a Llama-like block: RMSNorm, SwiGLU, self-attention.
 
     Args:
         layers: Number of layers.
         attention: "sdpa": megatron-core's local linear layers with torch's attention and norm; "te": Transformer
-            Engine's fused modules.
+            Engine's fused modules, which have none of the options below.
         recompute: "full" recomputes each layer in the backward pass.
+        qk_norm: As `model.qk_norm`; the config then has `qk_layernorm`.
+        norm: As `model.norm`.
+        proj_bias: As `model.proj_bias`.
+        mlp_bias: As `model.mlp_bias`.
+        windows: Sliding window of each layer in tokens, None where it has none; () for none at all.
 
     Raises:
-        ConfigError: "te" where Transformer Engine is not installed.
+        ConfigError: "te" where Transformer Engine is not installed, or with an option that it does not have.
     """
     if attention == "te":
-        layer, norm = _transformer_engine()
+        options = {"qk_norm": qk_norm, "proj_bias": proj_bias, "mlp_bias": mlp_bias, "norm": norm == "post"}
+        options["sliding_window"] = any(windows)
+        if named := [f"model.{name}" for name, value in options.items() if value]:
+            raise ConfigError(f"model.attention: expected sdpa with {', '.join(named)}, got 'te'")
+        layer, final = _transformer_engine()
+        specs = [layer] * layers
     else:
-        layer, norm = get_gpt_layer_local_spec(normalization="RMSNorm"), RMSNorm
-        inner = layer.submodules.self_attention
-        inner.submodules = replace(inner.submodules, core_attention=SDPACoreAttention)
-        layer.submodules = replace(layer.submodules, input_layernorm=RMSNorm, pre_mlp_layernorm=RMSNorm)
+        final = RMSNorm
+        plain = _local_layer(qk_norm, norm, proj_bias, mlp_bias)
+        shared = {size: _with_window(plain, SlidingWindow(size)) for size in set(windows) if size is not None}
+        specs = [plain if size is None else shared[size] for size in windows or (None,) * layers]
     if recompute == "full":
-        layer.module = RecomputedLayer
-    return TransformerBlockSubmodules(layer_specs=[layer] * layers, layer_norm=norm)
+        for spec in specs:
+            spec.module = RecomputedLayer
+    return TransformerBlockSubmodules(layer_specs=specs, layer_norm=final)
+
+
+def _local_layer(qk_norm: str | None, norm: str, proj_bias: bool, mlp_bias: bool) -> ModuleSpec:
+    """Return the spec of a layer of megatron-core's local modules; arguments as `block_spec`."""
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+    post = norm == "post"
+    changes: dict[str, Any] = {"core_attention": SDPACoreAttention}
+    if proj_bias or post:
+        changes["linear_proj"] = row_parallel(bias=proj_bias, normed=post)
+    if qk_norm is not None:
+        whole = qk_norm == "whole"
+        changes["q_layernorm"] = WholeQueryNorm if whole else RMSNorm
+        changes["k_layernorm"] = WholeKeyNorm if whole else RMSNorm
+    attention = _changed(layer.submodules.self_attention, **changes)
+    changes = {"linear_fc2": row_parallel(bias=mlp_bias, normed=post)} if mlp_bias or post else {}
+    if mlp_bias:
+        changes["linear_fc1"] = BiasedColumnParallelLinear
+    mlp = _changed(layer.submodules.mlp, **changes)
+    outer = IdentityOp if post else RMSNorm
+    return _changed(layer, self_attention=attention, mlp=mlp, input_layernorm=outer, pre_mlp_layernorm=outer)
+
+
+def _with_window(layer: ModuleSpec, window: SlidingWindow) -> ModuleSpec:
+    """Return the spec of a layer with a sliding window."""
+    core = partial(SDPACoreAttention, window=window)
+    return _changed(layer, self_attention=_changed(layer.submodules.self_attention, core_attention=core))
+
+
+def _changed(spec: Any, **submodules: Any) -> Any:
+    """Return a spec with other submodules. Some are partial functions since megatron-core 0.17."""
+    if isinstance(spec, partial):
+        return partial(spec, submodules=replace(spec.keywords["submodules"], **submodules))
+    return replace(spec, submodules=replace(spec.submodules, **submodules))
 
 
 def _transformer_engine() -> tuple[ModuleSpec, type]:

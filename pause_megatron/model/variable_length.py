@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pause_megatron.distributed.transfer import to_device
+from pause_megatron.model.window import SlidingWindow
 
 
 @dataclass(frozen=True)
@@ -100,8 +101,28 @@ class PackedSegments:
         rows = to_device(marked.nonzero().squeeze(1), device)
         return cls(packed, rows, SegmentLengths.of(lengths[lengths > 0], device))
 
+    @classmethod
+    def whole(cls, batch: int, seq: int, device: torch.device) -> PackedSegments:
+        """Make each sample one segment.
 
-def segment_attention(query: Tensor, key: Tensor, value: Tensor, packed: PackedSegments, *, scale: float) -> Tensor:
+        Args:
+            batch: Samples.
+            seq: Tokens of a sample.
+            device: Device of the queries.
+        """
+        cu_seqlens = torch.arange(0, (batch + 1) * seq, seq, dtype=torch.int32, device=device)
+        return cls(SegmentLengths((seq,) * batch, cu_seqlens))
+
+
+def segment_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packed: PackedSegments,
+    *,
+    scale: float,
+    window: SlidingWindow | None = None,
+) -> Tensor:
     """Compute softmax attention within segments, causal except within their prefixes.
 
     Args:
@@ -110,11 +131,12 @@ def segment_attention(query: Tensor, key: Tensor, value: Tensor, packed: PackedS
         value: [batch * seq, query groups, channels].
         packed: The segments.
         scale: Factor of the scores.
+        window: Sliding window of the causal part; a prefix is attended to as a whole by its own tokens.
 
     Returns:
         [batch * seq, heads, channels].
     """
-    context = varlen_attention(query, key, value, packed.segments, causal=True, scale=scale)
+    context = varlen_attention(query, key, value, packed.segments, causal=True, scale=scale, window=window)
     if packed.prefix_rows is None or packed.prefixes is None:
         return context
     # Causal attention is right for all tokens but those of a prefix, which are computed again over the whole prefix.
@@ -125,7 +147,14 @@ def segment_attention(query: Tensor, key: Tensor, value: Tensor, packed: PackedS
 
 
 def varlen_attention(
-    query: Tensor, key: Tensor, value: Tensor, lengths: SegmentLengths, *, causal: bool, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: SegmentLengths,
+    *,
+    causal: bool,
+    scale: float,
+    window: SlidingWindow | None = None,
 ) -> Tensor:
     """Compute softmax attention within each segment.
 
@@ -136,23 +165,35 @@ def varlen_attention(
         lengths: The segments.
         causal: Whether a token attends to no later one.
         scale: Factor of the scores.
+        window: Sliding window; only with causal.
 
     Returns:
         [tokens, heads, channels].
     """
     if has_variable_length_kernel(query, key):
-        return varlen_kernel_attention(query, key, value, lengths, causal=causal, scale=scale)
+        return varlen_kernel_attention(query, key, value, lengths, causal=causal, scale=scale, window=window)
     # split and cat, not slices: the gradient of a slice is a tensor as long as the whole.
     queries, keys, values = (tensor.split(lengths.lengths) for tensor in (query, key, value))
     parts = zip(queries, keys, values, strict=True)
-    return torch.cat([_one_segment(q, k, v, causal=causal, scale=scale) for q, k, v in parts])
+    return torch.cat([_one_segment(q, k, v, causal=causal, scale=scale, window=window) for q, k, v in parts])
 
 
-def _one_segment(query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float) -> Tensor:
+def _one_segment(
+    query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float, window: SlidingWindow | None
+) -> Tensor:
+    mask = None
+    if window is not None and window.size < query.shape[0]:
+        mask = window.causal(query.shape[0], query.dtype, query.device)
     # [tokens, heads, channels] -> [1, heads, tokens, channels]
     query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
     context = F.scaled_dot_product_attention(
-        query, key, value, is_causal=causal, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=causal and mask is None,
+        scale=scale,
+        enable_gqa=query.shape[1] != key.shape[1],
     )
     return context[0].transpose(0, 1)
 
@@ -196,7 +237,14 @@ def _kernel_parameters() -> tuple[str, ...]:
 
 
 def varlen_kernel_attention(
-    query: Tensor, key: Tensor, value: Tensor, lengths: SegmentLengths, *, causal: bool, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lengths: SegmentLengths,
+    *,
+    causal: bool,
+    scale: float,
+    window: SlidingWindow | None = None,
 ) -> Tensor:
     """Compute `varlen_attention` in one kernel (torch.nn.attention.varlen).
 
@@ -207,6 +255,7 @@ def varlen_kernel_attention(
         lengths: The segments.
         causal: Whether a token attends to no later one.
         scale: Factor of the scores.
+        window: Sliding window; only with causal.
 
     Returns:
         [tokens, heads, channels].
@@ -223,7 +272,7 @@ def varlen_kernel_attention(
         lengths.max_seqlen,
         lengths.max_seqlen,
         scale=scale,
-        window_size=(-1, 0) if causal else (-1, -1),
+        window_size=(-1 if window is None else window.size - 1, 0 if causal else -1),
         **grouped,
     )
     return context if isinstance(context, Tensor) else context[0]  # a tuple where auxiliary outputs are asked for

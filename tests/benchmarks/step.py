@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.timing import compare, environment
 
+from pause_megatron.config.rules import check_shape
 from pause_megatron.config.schema import ModelSection, ParallelSection
 from pause_megatron.distributed import initialize
 from pause_megatron.model import Vocabulary, build_model, parameter_groups, transformer_config
@@ -60,7 +61,7 @@ def contestants(arguments: argparse.Namespace) -> dict[str, Callable[[], None]]:
     vocabulary = Vocabulary(arguments.vocabulary - 1, (arguments.vocabulary - 1,))
     ours = build_model(section, vocabulary=vocabulary, sequence_length=SEQ, parallel=parallel)
     plain = GPTModel(
-        transformer_config(section, parallel, "fp32"),
+        transformer_config(check_shape(section, parallel, SEQ), parallel, "fp32"),
         block_spec(section.layers),
         vocabulary.padded(section.vocab_multiple, 1),
         SEQ,

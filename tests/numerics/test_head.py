@@ -10,6 +10,7 @@ from support.ranks import run_on_ranks
 from support.tiny_model import SEQ, TEXT_SIZE, batch, distance, loss_of, section, take_gradients, tiny, whole
 from torch import Tensor, nn
 
+from pause_megatron.config.rules import check_shape
 from pause_megatron.config.schema import ParallelSection
 
 TOPOLOGIES = [(1, False), (2, False), (2, True)]
@@ -27,7 +28,7 @@ def plain_model_differences(tied: bool, precision: str) -> dict[str, bool]:
     with initialize(parallel, device="cpu"):
         ours = tiny(parallel=parallel, pauses=0, tied=tied, vocab_multiple=1, head_chunk=4096, precision=precision)
         stock = GPTModel(
-            transformer_config(section(), parallel, precision),
+            transformer_config(check_shape(section(), parallel, SEQ), parallel, precision),
             block_spec(2),
             TEXT_SIZE,
             SEQ,

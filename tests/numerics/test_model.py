@@ -145,7 +145,7 @@ def pause_rows() -> dict:
         assert sum(
             p[: TEXT_SIZE + 3].numel() if "word_emb" in n or "output_layer" in n else p.numel()
             for n, p in model.named_parameters()
-        ) == parameters(section(tied=False, hidden=256), TEXT_SIZE + 3)
+        ) == parameters(check_shape(section(tied=False, hidden=256), parallel, SEQ), TEXT_SIZE + 3)
         return {
             "embedding": model.embedding.word_embeddings.weight.detach().clone(),
             "output": model.output_layer.weight.detach().clone(),
@@ -196,9 +196,9 @@ def test_vocabulary():
         ({"hidden": 36}, {}, "expected an even head size .*; got model.hidden=36, model.heads=4$"),
         ({"kv_heads": 3}, {}, "expected model.heads to be a multiple of model.kv_heads; got model.heads=4, "),
         (
-            {"kv_heads": 2},
+            {"heads": 12, "hidden": 48, "kv_heads": 6},
             {"tensor": 4},
-            "model.kv_heads to be a multiple .*; got model.kv_heads=2, parallel.tensor=4$",
+            "model.kv_heads to be a multiple or a divisor of parallel.tensor; got model.kv_heads=6, parallel.tensor=4$",
         ),
         ({"ffn": 50}, {"tensor": 4}, "expected model.ffn to be a multiple of parallel.tensor"),
         ({}, {"sequence": True}, "expected parallel.tensor > 1 with parallel.sequence"),

@@ -12,6 +12,7 @@ import torch
 from support.ranks import run_on_ranks
 from support.tiny_model import SEQ, TEXT_SIZE, batch, section, tiny
 
+from pause_megatron.config.rules import check_shape
 from pause_megatron.config.schema import ParallelSection
 from pause_megatron.errors import ConfigError
 
@@ -28,7 +29,7 @@ def both(
 
     torch.manual_seed(3)
     arguments = dict(
-        config=transformer_config(section(), parallel, "fp32"),
+        config=transformer_config(check_shape(section(), parallel, SEQ), parallel, "fp32"),
         transformer_layer_spec=block_spec(2),
         vocab_size=TEXT_SIZE + 2,
         max_sequence_length=SEQ,
