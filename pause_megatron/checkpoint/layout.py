@@ -8,6 +8,8 @@ Rows of a *merged* parameter are those of the same model at tensor-parallel size
                               up projection: shards laid end to end would interleave the two
     linear_proj, linear_fc2   sharded by columns
     norms, auxiliary heads    whole on every rank
+    lora_b of a matrix        sharded as its rows are
+    lora_a of a matrix        sharded as its columns are
 """
 
 from __future__ import annotations
@@ -15,19 +17,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from pause_megatron.config.lora import LORA_A, LORA_B
+
 VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")
 """Parameters with a row per vocabulary id."""
 
-_BY_COLUMNS = ("linear_proj.weight", "linear_fc2.weight")
+_GATED = tuple(f"linear_fc1.{kind}" for kind in ("weight", "bias", LORA_B))
+_BY_COLUMNS = tuple(f"linear_{name}.{kind}" for name in ("proj", "fc2") for kind in ("weight", LORA_A))
 _BY_ROWS = (
     "word_embeddings.weight",
     "output_layer.weight",
-    "linear_qkv.weight",
-    "linear_qkv.bias",
-    "linear_fc1.weight",
-    "linear_fc1.bias",
+    *(f"linear_qkv.{kind}" for kind in ("weight", "bias", LORA_B)),
+    *_GATED,
 )
-_GATED = ("linear_fc1.weight", "linear_fc1.bias")
 
 
 _AUXILIARY = "auxiliary_heads."
@@ -36,6 +38,16 @@ _AUXILIARY = "auxiliary_heads."
 def is_auxiliary(name: str) -> bool:
     """Return whether a parameter is of the auxiliary heads of a finetuning, which a model works without."""
     return name.startswith(_AUXILIARY)
+
+
+def is_adapter(name: str) -> bool:
+    """Return whether a parameter is of a LoRA adapter."""
+    return name.endswith((f".{LORA_A}", f".{LORA_B}"))
+
+
+def is_of_one_run(name: str) -> bool:
+    """Return whether a run adds the parameter to its model, so that a run that starts from its weights has its own."""
+    return is_auxiliary(name) or is_adapter(name)
 
 
 @dataclass(frozen=True)

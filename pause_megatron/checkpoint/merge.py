@@ -10,14 +10,17 @@ import torch
 from torch import Tensor
 
 from pause_megatron.checkpoint.format import MASTER
-from pause_megatron.checkpoint.layout import VOCABULARY, is_auxiliary, partition_dim, row_spans
+from pause_megatron.checkpoint.layout import VOCABULARY, is_adapter, is_auxiliary, partition_dim, row_spans
 from pause_megatron.checkpoint.manifest import Manifest
 from pause_megatron.checkpoint.reader import CheckpointReader
+from pause_megatron.config.lora import LORA_A, LORA_B
 from pause_megatron.engine import Address
 from pause_megatron.errors import CheckpointError
 
 # State files are memory maps: the pages that were read stay resident until the file is closed.
 _MAPPED_BYTES = 128 << 20
+_MERGED_ROWS = 512
+_WEIGHT = ".weight"
 
 # Transformer Engine keeps a norm's weight in the linear layer that follows it.
 _FUSED = {
@@ -33,10 +36,13 @@ class MergedReader:
 
     Args:
         folder: A checkpoint.
+        adapter_scale: Where given, LoRA adapters are merged: a weight W with an adapter is W + adapter_scale B A. The
+            product is rounded once, to fp32. None: weights as they are stored.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, adapter_scale: float | None = None) -> None:
         self.folder, self.manifest = folder, Manifest.load(folder)
+        self.adapter_scale = adapter_scale
         self._readers: dict[int, CheckpointReader] = {}
         self._mapped = 0
 
@@ -71,6 +77,17 @@ class MergedReader:
         Raises:
             CheckpointError: The checkpoint does not hold them.
         """
+        values = self._stored_rows(name, start, stop, key)
+        if key == MASTER and self.adapter_scale is not None and name.endswith(_WEIGHT):
+            base = name.removesuffix(_WEIGHT)
+            low, high = f"{base}.{LORA_A}", f"{base}.{LORA_B}"
+            if low in self.manifest.parameters:
+                rank = self.shape(low)[0]
+                low_rows, high_rows = self._stored_rows(low, 0, rank, key), self._stored_rows(high, start, stop, key)
+                return _merged(values, low_rows, high_rows, self.adapter_scale)
+        return values
+
+    def _stored_rows(self, name: str, start: int, stop: int, key: str) -> Tensor:
         shape = self.shape(name)
         if partition_dim(name) == 1:
             ranks = self.manifest.tensor_parallel
@@ -107,6 +124,13 @@ class MergedReader:
         return name
 
 
+def _merged(weight: Tensor, low: Tensor, high: Tensor, scale: float) -> Tensor:
+    """Return weight + scale high @ low. In fp64, so that rows do not depend on how many are computed together."""
+    low64 = low.double().mul_(scale)
+    blocks = zip(weight.split(_MERGED_ROWS), high.split(_MERGED_ROWS), strict=True)
+    return torch.cat([(rows.double() + right.double() @ low64).float() for rows, right in blocks])
+
+
 class ReshardedReader:
     """One tensor-parallel rank's shards, out of a checkpoint of any tensor-parallel size.
 
@@ -130,7 +154,9 @@ class ReshardedReader:
         for name in self._shapes:
             self._check(name)
         known = {merged.stored_name(name) for name in self._shapes}
-        unknown = sorted(name for name in merged.manifest.parameters.keys() - known if not is_auxiliary(name))
+        merges = merged.adapter_scale is not None
+        known |= {name for name in merged.manifest.parameters if is_auxiliary(name) or (merges and is_adapter(name))}
+        unknown = sorted(merged.manifest.parameters.keys() - known)
         if unknown:
             raise CheckpointError(
                 f"{merged.folder}: the checkpoint has a different architecture: unexpected parameter {unknown[0]}"

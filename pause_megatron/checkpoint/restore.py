@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from pause_megatron.checkpoint.format import ADAM_STATE, MASTER
-from pause_megatron.checkpoint.layout import is_auxiliary
+from pause_megatron.checkpoint.layout import is_of_one_run
 from pause_megatron.checkpoint.manifest import Manifest
 from pause_megatron.checkpoint.merge import MergedReader, ReshardedReader
 from pause_megatron.checkpoint.reader import CheckpointReader
@@ -48,7 +48,7 @@ class ShardReader(Protocol):
 
 
 def load_weights(
-    model: nn.Module, merged: MergedReader, *, live_rows: int, rank: int, ranks: int, heads: bool = True
+    model: nn.Module, merged: MergedReader, *, live_rows: int, rank: int, ranks: int, own: bool = True
 ) -> ShardReader:
     """Copy a checkpoint's fp32 master weights into one rank's shard of a model, before DeepSpeed wraps it.
 
@@ -60,8 +60,8 @@ def load_weights(
         live_rows: Vocabulary rows that are text or pauses. Padding rows become 0 where the state is resharded.
         rank: Tensor-parallel rank.
         ranks: Tensor-parallel size.
-        heads: Whether auxiliary heads of the model are restored, as in a resumed run; otherwise they stay as they are.
-            Those of a checkpoint are not read where the model has none.
+        own: Whether auxiliary heads and adapters of the model are restored, as in a resumed run; otherwise they stay as
+            they are. Auxiliary heads of a checkpoint are not read where the model has none; `merged` merges adapters.
 
     Returns:
         The rank's shards, for `restore_engine` or `restore_masters`.
@@ -69,28 +69,28 @@ def load_weights(
     Raises:
         CheckpointError: A parameter is missing or has another shape: it is a checkpoint of another model.
     """
-    shapes, manifest = _shapes(model, heads), merged.manifest
+    shapes, manifest = _shapes(model, own), merged.manifest
     reader: ShardReader
     if manifest.tensor_parallel == ranks and manifest.shard_shapes == shapes:
         reader = CheckpointReader(merged.folder, rank)
     else:
         reader = ReshardedReader(merged, shapes, live_rows=live_rows, rank=rank, ranks=ranks)
-    restore_weights(model, reader, heads=heads)
+    restore_weights(model, reader, own=own)
     return reader
 
 
-def restore_weights(model: nn.Module, reader: ShardReader, *, heads: bool = True) -> None:
+def restore_weights(model: nn.Module, reader: ShardReader, *, own: bool = True) -> None:
     """Copy shards of the fp32 master weights into a model of the same shapes, before DeepSpeed wraps it.
 
     Args:
         model: A fresh model.
         reader: The rank's shards.
-        heads: As in `load_weights`.
+        own: As in `load_weights`.
 
     Raises:
         CheckpointError: Names or shapes differ: it is a checkpoint of another model.
     """
-    expected, shapes = _shapes(model, heads), reader.shapes
+    expected, shapes = _shapes(model, own), reader.shapes
     if expected != shapes:
         name = min(n for n in expected.keys() | shapes.keys() if expected.get(n) != shapes.get(n))
         raise CheckpointError(
@@ -118,20 +118,20 @@ def restore_engine(engine: Engine, reader: ShardReader) -> None:
 
 
 def restore_masters(engine: Engine, reader: ShardReader) -> None:
-    """Overwrite only the fp32 masters, without auxiliary heads; the moments and the step stay as they are.
+    """Overwrite only the fp32 masters, without auxiliary heads and adapters; the moments and the step stay as they are.
 
     Args:
         engine: Built from a model that `load_weights` filled.
         reader: The rank's shards.
     """
     for address in engine.state.needed():
-        if not is_auxiliary(address.name):
+        if not is_of_one_run(address.name):
             engine.state.set(address, MASTER, reader.read(address, MASTER))
 
 
-def _shapes(model: nn.Module, heads: bool) -> dict[str, tuple[int, ...]]:
+def _shapes(model: nn.Module, own: bool) -> dict[str, tuple[int, ...]]:
     return {
         name: tuple(p.shape)
         for name, p in model.named_parameters()
-        if p.requires_grad and (heads or not is_auxiliary(name))
+        if p.requires_grad and (own or not is_of_one_run(name))
     }

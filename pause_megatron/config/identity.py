@@ -30,7 +30,7 @@ SCHEDULE_KEYS = (
     *("optim.lr", "optim.min_lr_fraction", "optim.warmup_steps", "optim.schedule", "optim.decay_fraction"),
 )
 # Keys that were added after digests of configurations had been stored. A digest leaves them out at this, their default.
-ADDED_KEYS: dict[str, int | float | str | None] = {
+ADDED_KEYS: dict[str, int | float | str | tuple[str, ...] | None] = {
     "model.loops": 1,
     **{f"model.{name}": None for name in ("head_dim", "qk_norm", "sliding_window", "rope_scaling")},
     **{f"model.{name}": None for name in ("rope_original_length", "rope_attention_factor")},
@@ -40,6 +40,7 @@ ADDED_KEYS: dict[str, int | float | str | None] = {
     "finetune.pause_targets": False,
     "finetune.auxiliary_heads": False,
     "finetune.hint_weight": 1.0,
+    **{"lora.rank": 16, "lora.alpha": 32.0, "lora.targets": ("qkv", "proj", "fc1", "fc2"), "lora.layers": None},
 }
 # Keys that may differ between the ranks of a run: paths of copies whose content the ranks compare.
 LOCAL_KEYS = frozenset({"data.prefix", "data.valid_prefix", "data.tokenizer", "task.path"})

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from pause_megatron.config.batching import added_steps, pause_range
+from pause_megatron.config.lora_rules import LORA_RULES
 from pause_megatron.config.model_rules import MODEL_RULES, Broken, Rule
 from pause_megatron.config.pauses import PLACEMENTS, PauseCounts, placement_conflict
 from pause_megatron.config.schema import ModelSection, ParallelSection, ResolvedConfig, ResolvedData, ResolvedModel
 from pause_megatron.config.spelling import nearest
 from pause_megatron.errors import ConfigError
 
-RULES: list[Rule] = [*MODEL_RULES]
+RULES: list[Rule] = [*MODEL_RULES, *LORA_RULES]
 
 
 def _rule(function: Rule) -> Rule:

@@ -310,9 +310,31 @@ class TrainSection(Section):
         "state; optim.lr and the schedule may change at that step. constant stays at optim.lr, other schedules and "
         "their warm-up restart over the added steps. Unread windows follow, then the corpus repeats in a new order",
     )
-    only: Literal["pause_rows"] | None = Field(
-        None, description="trainable parameters; pause_rows: the pause embeddings (and pause logits) only; null: all"
+    only: Literal["pause_rows", "lora"] | None = Field(
+        None,
+        description="trainable parameters; pause_rows: the pause embeddings (and pause logits) only; lora: those and "
+        "the adapters of section lora; null: all. Others stay bit for bit, and nothing has weight decay",
     )
+
+
+class LoraSection(Section):
+    """LoRA adapters, W x + alpha / rank B A x, for train.only=lora."""
+
+    rank: int = Field(16, ge=1, description="rank of the adapters")
+    alpha: float = Field(32.0, gt=0, description="scale of the adapters, times lora.rank")
+    targets: tuple[str, ...] = Field(
+        ("qkv", "proj", "fc1", "fc2"),
+        description="adapted matrices of a layer: qkv (queries, keys and values), proj (the attention's output), fc1 "
+        "(gate and up projection), fc2 (down projection)",
+    )
+    layers: str | None = Field(
+        None, description="adapted layers, a range LOW..HIGH from 0 on, both ends included; null: all"
+    )
+
+    @field_validator("targets", mode="before")
+    @classmethod
+    def _split_targets(cls, value: object) -> object:
+        return split_words(value.replace(",", " ") if isinstance(value, str) else value)
 
 
 class BatchSection(Section):
@@ -413,6 +435,7 @@ class RunConfig(Section):
     task: TaskSection = TaskSection()
     finetune: FinetuneSection = FinetuneSection()
     train: TrainSection = TrainSection()
+    lora: LoraSection = LoraSection()
     batch: BatchSection = BatchSection()
     optim: OptimSection = OptimSection()
     parallel: ParallelSection = ParallelSection()

@@ -9,6 +9,7 @@ from pause_megatron.checkpoint.layout import is_auxiliary
 from pause_megatron.checkpoint.merge import MergedReader
 from pause_megatron.checkpoint.store import open_newest
 from pause_megatron.config.load import load_saved
+from pause_megatron.config.lora import adapters, lora_of, scale
 from pause_megatron.config.model_from import read_config_text
 from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -27,7 +28,7 @@ class NativeCheckpoint:
         config: Configuration of the run that wrote it.
         tokenizer: Tokenizer of the checkpoint.
         vocabulary: Text rows and pause rows of the embedding.
-        reader: Reader of the merged weights.
+        reader: Reader of the merged weights; LoRA adapters are merged into them.
     """
 
     folder: Path
@@ -66,7 +67,8 @@ def open_checkpoint(path: str | Path, report: Report) -> NativeCheckpoint:
         raise CheckpointError(f"{folder}: not a checkpoint of a run: {error}") from None
     ids = range(tokenizer.pause_id, tokenizer.pause_id + config.pause.embeddings)
     vocabulary = Vocabulary(tokenizer.vocab_size, tuple(ids))
-    reader = MergedReader(folder)
+    lora = lora_of(config)
+    reader = MergedReader(folder, adapter_scale=None if lora is None else scale(lora))
     _check_parameters(config, vocabulary, reader)
     return NativeCheckpoint(folder, config, tokenizer, vocabulary, reader)
 
@@ -81,6 +83,9 @@ def _check_parameters(config: ResolvedConfig, vocabulary: Vocabulary, reader: Me
         )
     padded = vocabulary.padded(config.model.vocab_multiple, reader.manifest.tensor_parallel)
     expected = native_shapes(config.model, padded)
+    if (lora := lora_of(config)) is not None:
+        for layer in range(config.model.layers):
+            expected |= {f"decoder.layers.{layer}.{one.name}": one.shape for one in adapters(config.model, lora, layer)}
     for name, shape in expected.items():
         if reader.shape(name) != shape:
             raise CheckpointError(

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pause_megatron.checkpoint import load_weights
+from pause_megatron.checkpoint import MergedReader, load_weights
+from pause_megatron.checkpoint.layout import is_adapter
+from pause_megatron.config.lora import lora_of
 from pause_megatron.config.schema import ParallelSection
 from pause_megatron.data.windows.pause import PauseInjector, PausePlan
 from pause_megatron.distributed import initialize
@@ -102,6 +104,8 @@ def check_import(checkpoint: NativeCheckpoint, source: Path, rows: int, new_rows
 def native_logits(checkpoint: NativeCheckpoint, windows: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], float]:
     """Compute logits of the native model at tensor-parallel size 1 in fp32, with weights rounded to `dtype`.
 
+    LoRA adapters are beside the weights, as in training; only to be rounded they are merged.
+
     Args:
         checkpoint: The checkpoint.
         windows: Token ids, int64 [windows, seq].
@@ -110,7 +114,7 @@ def native_logits(checkpoint: NativeCheckpoint, windows: Tensor, dtype: torch.dt
     Returns:
         Logits of each window, fp32 [seq, live ids], and the largest change of a logit by the rounding.
     """
-    config = checkpoint.config
+    config, lora = checkpoint.config, lora_of(checkpoint.config)
     with initialize(ParallelSection(), ranks=Ranks(0, 0, 1, "127.0.0.1", 0, "alone")) as context:
         model = build_model(
             config.model.model_copy(update={"attention": "sdpa"}),
@@ -119,8 +123,10 @@ def native_logits(checkpoint: NativeCheckpoint, windows: Tensor, dtype: torch.dt
             parallel=ParallelSection(),
             precision="fp32",
             draw=False,
+            lora=lora,
         )
-        load_weights(model, checkpoint.reader, live_rows=checkpoint.vocabulary.size, rank=0, ranks=1)
+        stored = checkpoint.reader if lora is None else MergedReader(checkpoint.folder)
+        load_weights(model, stored, live_rows=checkpoint.vocabulary.size, rank=0, ranks=1)
         model.eval()
 
         def run() -> list[Tensor]:
@@ -131,8 +137,10 @@ def native_logits(checkpoint: NativeCheckpoint, windows: Tensor, dtype: torch.dt
             logits = run()
             if dtype == torch.float32:
                 return logits, 0.0
-            for parameter in model.parameters():
-                parameter.copy_(parameter.to(dtype))
+            if lora is not None:  # the merged weights are rounded, not the adapters
+                load_weights(model, checkpoint.reader, live_rows=checkpoint.vocabulary.size, rank=0, ranks=1, own=False)
+            for name, parameter in model.named_parameters():
+                parameter.copy_(torch.zeros_like(parameter) if is_adapter(name) else parameter.to(dtype))
             rounded = run()
     moved = max(float((a - b).abs().max()) for a, b in zip(logits, rounded, strict=True))
     return rounded, moved

@@ -11,11 +11,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from pause_megatron.config.rules import check_shape
-from pause_megatron.config.schema import ModelSection, ParallelSection, ResolvedModel
+from pause_megatron.config.schema import LoraSection, ModelSection, ParallelSection, ResolvedModel
 from pause_megatron.model.gpt import PauseGPTModel
 from pause_megatron.model.init import initialize_weights
 from pause_megatron.model.kernels import KernelChoice, load_kernels
 from pause_megatron.model.layers import block_spec
+from pause_megatron.model.lora import add_adapters
 from pause_megatron.model.rotary import inverse_frequencies, softmax_scale
 from pause_megatron.model.sequence_parallel import check_gradient_sums, sum_gradients_over
 from pause_megatron.model.vocabulary import Softmax, Vocabulary
@@ -33,6 +34,7 @@ def build_model(
     kernels: KernelChoice = "auto",
     draw: bool = True,
     auxiliary_heads: int = 0,
+    lora: LoraSection | None = None,
 ) -> PauseGPTModel:
     """Build this rank's shard of a Llama-like model on the current CUDA device, or on the CPU where there is none.
 
@@ -51,6 +53,7 @@ def build_model(
         draw: False leaves the weights uninitialized, for a model that is about to be loaded. Auxiliary heads begin at 0
             in either case.
         auxiliary_heads: Number of auxiliary heads, for the hints of a finetuning.
+        lora: Adapters, which are initialized in either case; None: none.
 
     Raises:
         ConfigError: A size is missing or not divisible by the tensor-parallel size.
@@ -95,6 +98,8 @@ def build_model(
             rank=group.rank(),
             ranks=group.size(),
         )
+    if lora is not None:
+        add_adapters(gpt, lora, seed=seed)
     if group.size() > 1:
         sum_gradients_over(gpt, group)
         check_gradient_sums(gpt, group)

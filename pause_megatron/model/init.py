@@ -42,7 +42,7 @@ def initialize_weights(
         ranks: Tensor-parallel size.
     """
     for name, parameter in model.named_parameters():
-        shape, draw = parameter.shape, partial(_normal, seed, device=parameter.device)
+        shape, draw = parameter.shape, partial(normal, seed, device=parameter.device)
         if name.endswith(("word_embeddings.weight", "output_layer.weight")):
             text = draw(name, (vocabulary.text_size, shape[1]), std)
             value = _vocabulary_matrix(seed, name, vocabulary, text, shape[0] * ranks).chunk(ranks)[rank]
@@ -86,9 +86,18 @@ def pause_row(seed: int, name: str, index: int, mean: Tensor, spread: Tensor) ->
         mean: Mean of the text rows, per channel, [width].
         spread: Standard deviation of the text rows, per channel, [width].
     """
-    return mean + spread * _normal(seed, f"{name}/pause/{index}", tuple(mean.shape), 1.0, mean.device)
+    return mean + spread * normal(seed, f"{name}/pause/{index}", tuple(mean.shape), 1.0, mean.device)
 
 
-def _normal(seed: int, name: str, shape: tuple[int, ...], std: float, device: torch.device) -> Tensor:
+def normal(seed: int, name: str, shape: tuple[int, ...], std: float, device: torch.device) -> Tensor:
+    """Draw a matrix that depends on the seed and a name, fp32 [*shape].
+
+    Args:
+        seed: Seed of the run.
+        name: Name of the parameter.
+        shape: Shape of the whole parameter.
+        std: Standard deviation.
+        device: Where it is drawn.
+    """
     generator = torch.Generator(device).manual_seed(torch_seed(seed, name))
     return torch.empty(shape, device=device).normal_(0.0, std, generator=generator)

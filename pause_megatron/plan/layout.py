@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from pause_megatron.config.batching import BatchPlan, batch_plan
 from pause_megatron.config.deepspeed import deepspeed_config
+from pause_megatron.config.lora import lora_of
 from pause_megatron.config.schema import ResolvedConfig, ResolvedModel
 from pause_megatron.plan.shapes import Parameter, padded_vocabulary, rank_parameters
 
@@ -144,7 +145,7 @@ class Layout:
     @cached_property
     def parameters(self) -> tuple[Parameter, ...]:
         """This rank's parameters."""
-        return rank_parameters(self.model, self.vocabulary, self.tensor)
+        return rank_parameters(self.model, self.vocabulary, self.tensor, lora_of(self.config))
 
     @cached_property
     def numel(self) -> int:

@@ -7,10 +7,11 @@ elements are never partitioned. All others are freed at the end of a micro-batch
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+from pause_megatron.config.lora import LORA_A, LORA_B
 from pause_megatron.plan.layout import Layout, padded
 from pause_megatron.plan.shapes import Parameter
 
@@ -97,4 +98,10 @@ def _visits(layout: Layout) -> list[tuple[Parameter, ...]]:
 
 def _layer(by_name: Mapping[str, Parameter], index: int) -> list[tuple[Parameter, ...]]:
     prefix = f"decoder.layers.{index}."
-    return [tuple(by_name[prefix + name] for name in module if prefix + name in by_name) for module in _CALL_ORDER]
+    modules = ((*module, *_adapters(module)) for module in _CALL_ORDER)
+    return [tuple(by_name[prefix + name] for name in module if prefix + name in by_name) for module in modules]
+
+
+def _adapters(module: Iterable[str]) -> list[str]:
+    linear = [name.removesuffix("weight") for name in module if ".linear_" in name and name.endswith(".weight")]
+    return [f"{name}{kind}" for name in linear for kind in (LORA_A, LORA_B)]

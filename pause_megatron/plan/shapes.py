@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pause_megatron.config.families import layer_tensors
-from pause_megatron.config.schema import ResolvedModel
+from pause_megatron.config.families import LayerTensor
+from pause_megatron.config.lora import adapted_tensors
+from pause_megatron.config.schema import LoraSection, ResolvedModel
 
 
 @dataclass(frozen=True)
@@ -43,35 +44,32 @@ def padded_vocabulary(model: ResolvedModel, vocabulary: int, tensor: int) -> int
     return -(-vocabulary // step) * step
 
 
-def rank_parameters(model: ResolvedModel, vocabulary: int, tensor: int) -> tuple[Parameter, ...]:
+def rank_parameters(
+    model: ResolvedModel, vocabulary: int, tensor: int, lora: LoraSection | None = None
+) -> tuple[Parameter, ...]:
     """Return a rank's parameters in the order of `PauseGPTModel.named_parameters()`; every rank has the same.
 
     Args:
         model: Resolved sizes.
         vocabulary: Live rows, text and pauses.
         tensor: Tensor-parallel size.
+        lora: Adapters that the run trains; None: none.
     """
     hidden = model.hidden
     rows = padded_vocabulary(model, vocabulary, tensor) // tensor
     parameters = [Parameter("embedding.word_embeddings.weight", (rows, hidden), decays=False)]
     for layer in range(model.layers):
-        parameters += _layer(model, tensor, f"decoder.layers.{layer}.")
+        table = adapted_tensors(model, lora, layer)
+        parameters += [_on_rank(one, tensor, f"decoder.layers.{layer}.") for one in table]
     parameters.append(Parameter("decoder.final_layernorm.weight", (hidden,), decays=False, replicated=True))
     if not model.tied:
         parameters.append(Parameter("output_layer.weight", (rows, hidden), decays=False))
     return tuple(parameters)
 
 
-def _layer(model: ResolvedModel, tensor: int, prefix: str) -> list[Parameter]:
-    return [
-        Parameter(
-            f"{prefix}{one.name}",
-            tuple(size // tensor if dimension == one.split else size for dimension, size in enumerate(one.shape)),
-            one.decays,
-            one.split is None,
-        )
-        for one in layer_tensors(model)
-    ]
+def _on_rank(one: LayerTensor, tensor: int, prefix: str) -> Parameter:
+    shape = tuple(size // tensor if dimension == one.split else size for dimension, size in enumerate(one.shape))
+    return Parameter(f"{prefix}{one.name}", shape, one.decays, one.split is None)
 
 
 def qkv_width(model: ResolvedModel, tensor: int) -> int:

@@ -13,6 +13,7 @@ from torch import nn
 from pause_megatron.checkpoint import Store
 from pause_megatron.config.batching import batch_plan
 from pause_megatron.config.deepspeed import deepspeed_config
+from pause_megatron.config.lora import lora_of
 from pause_megatron.config.schema import ResolvedConfig, ScheduledConfig
 from pause_megatron.data.batches.loader import StepLoader
 from pause_megatron.data.batches.sampler import StepSampler
@@ -169,8 +170,9 @@ def new_model(config: ResolvedConfig, data: TrainingData, *, draw: bool = True) 
         kernels=config.engine.kernels,
         draw=draw,
         auxiliary_heads=data.auxiliary_heads,
+        lora=lora_of(config),
     )
-    if config.train.only == "pause_rows":
+    if config.train.only is not None:
         train_pause_rows_only(model)
     return model
 

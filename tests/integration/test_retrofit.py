@@ -148,3 +148,30 @@ def test_lora_through_peft_on_an_exported_folder(bases, tmp_path):
         at_once = again(**tokenizer("The state of the union is", return_tensors="pt")).logits[0, -1]
     assert not torch.allclose(after_pauses, at_once, atol=1e-3)  # the pauses are seen
     assert "<pause>" not in tokenizer.decode(plain[0], skip_special_tokens=True)
+
+
+def logits_of(checkpoint: Path, folder: Path) -> tuple[float, float]:
+    done = export(checkpoint, folder)
+    return done.parity.largest_difference, done.parity.tolerance
+
+
+@pytest.mark.parametrize(
+    ("kind", "ranks", "tensor", "zero", "extra"),
+    [
+        ("untied", 1, 1, 0, ["lora.layers=1", "lora.targets=[qkv,fc2]"]),
+        ("tied", 2, 2, 3, ["parallel.sequence=true", "parallel.recompute=full"]),
+        ("tied", 2, 1, 2, ["engine.precision=bf16", "model.loops=1"]),
+        ("untied", 2, 2, 1, []),
+    ],
+)
+def test_only_adapters_and_pause_rows_move(bases, corpus, tmp_path, kind, ranks, tensor, zero, extra):
+    settings = [f"model.from={bases[kind]}", "pause.embeddings=2", "train.only=lora", "lora.rank=4", *extra]
+    run_on_ranks(ranks, pretrain, corpus, str(tmp_path / "run"), tensor, zero, settings)
+    matrices = VOCABULARY if kind == "untied" else VOCABULARY[:1]
+    assert changed_rows(bases[kind], tmp_path / "run") == {name: [1000, 1001] for name in matrices}
+    stored = MergedReader(open_newest(tmp_path / "run").folder)
+    added = stored.manifest.parameters.keys() - MergedReader(open_newest(bases[kind]).folder).manifest.parameters.keys()
+    assert len(added) == (4 if "lora.layers=1" in extra else 16)
+    assert all(stored.rows(name, 0, stored.shape(name)[0]).any() for name in added)  # B was 0
+    difference, tolerance = logits_of(tmp_path / "run", tmp_path / "out")
+    assert difference <= tolerance

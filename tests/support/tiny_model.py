@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pause_megatron.config.schema import ModelSection, ParallelSection
+from pause_megatron.config.schema import LoraSection, ModelSection, ParallelSection
 
 TEXT_SIZE = 50
 SEQ = 16
@@ -26,6 +26,7 @@ def tiny(
     softmax: str = "keep",
     precision: str = "fp32",
     kernels: str = "plain",
+    lora: LoraSection | None = None,
     **changes: object,
 ):
     """A PauseGPTModel of `section(**changes)` on the process groups that exist."""
@@ -41,6 +42,7 @@ def tiny(
         precision=precision,
         seed=5,
         kernels=kernels,
+        lora=lora,
     )
 
 
@@ -92,9 +94,9 @@ def whole(model: nn.Module, shards: dict[str, Tensor], group: dist.ProcessGroup)
         if not getattr(parameter, "tensor_model_parallel", False):
             assert all(torch.equal(part, parts[0]) for part in parts), f"{name} differs between ranks"
             result[name] = parts[0]
-        elif name.endswith("linear_fc1.weight"):
+        elif name.endswith(("linear_fc1.weight", "linear_fc1.lora_b")):
             result[name] = torch.cat([half for k in (0, 1) for half in (p.chunk(2)[k] for p in parts)])
-        elif name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        elif parameter.partition_dim == 1:
             result[name] = torch.cat(parts, dim=1)
         else:
             joined = torch.cat(parts)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from pause_megatron.checkpoint import MergedReader
 from pause_megatron.checkpoint.store import open_newest
 from pause_megatron.config.load import load_saved
+from pause_megatron.config.lora import lora_of, scale
 from pause_megatron.config.model_from import SHAPE
 from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
@@ -42,6 +44,16 @@ def find_initial_weights(place: str, config: ResolvedConfig, tokenizer: Tokenize
     if context.rank == 0:
         log.info(f"initial weights from {found.folder}")
     return found.folder
+
+
+def merging_reader(folder: Path) -> MergedReader:
+    """Return a reader of a checkpoint's weights with its LoRA adapters, if it has some, merged into them.
+
+    Args:
+        folder: The checkpoint.
+    """
+    lora = lora_of(load_saved(folder / "config.yaml"))
+    return MergedReader(folder, adapter_scale=None if lora is None else scale(lora))
 
 
 def _differences(folder: Path, config: ResolvedConfig, tokenizer: Tokenizer) -> list[str]:

@@ -13,7 +13,7 @@ from pause_megatron.engine import Engine
 from pause_megatron.model import PauseGPTModel
 from pause_megatron.train.inputs.inputs import TrainingData
 from pause_megatron.train.loop import Progress
-from pause_megatron.train.start.initial_weights import find_initial_weights
+from pause_megatron.train.start.initial_weights import find_initial_weights, merging_reader
 from pause_megatron.train.start.resume import find_checkpoint
 from pause_megatron.train.start.start_over import check_no_lost_checkpoint
 
@@ -60,10 +60,10 @@ class Start:
         """
         if self.checkpoint is None:
             return None
-        reader = MergedReader(self.checkpoint)
+        reader = MergedReader(self.checkpoint) if self.resumes else merging_reader(self.checkpoint)
         live = model.vocabulary.size
         rank, ranks = context.tp_rank, context.tp_size
-        return load_weights(model, reader, live_rows=live, rank=rank, ranks=ranks, heads=self.resumes)
+        return load_weights(model, reader, live_rows=live, rank=rank, ranks=ranks, own=self.resumes)
 
     def load_state(self, engine: Engine, shards: ShardReader | None) -> None:
         """Copy the fp32 master weights into the engine, and in a resumed run Adam's moments and step.

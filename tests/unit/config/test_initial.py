@@ -101,5 +101,5 @@ def test_what_is_trained_is_a_key():
     assert (
         load(overrides=["train.only=pause_rows", "train.steps=50", "optim.warmup_steps=1"]).train.only == "pause_rows"
     )
-    with pytest.raises(ConfigError, match=r"train\.only: expected one of pause_rows, or null"):
+    with pytest.raises(ConfigError, match=r"train\.only: expected one of pause_rows, lora, or null"):
         load(overrides=["train.only=everything"])

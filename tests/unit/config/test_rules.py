@@ -77,6 +77,18 @@ BROKEN = {
         ["finetune.auxiliary_heads=true", "train.only=pause_rows", "task.name=a:b"],
         "train.only=null with finetune.auxiliary_heads",
     ),
+    "adapters_are_trained": (
+        ["lora.rank=4", "lora.layers=0..1"],
+        "expected train.only=lora with keys of lora; got lora.rank=4 (command line), lora.layers=0..1 (command line)",
+    ),
+    "adapters_fit_the_model": (
+        ["train.only=lora", "lora.targets=qkv,o_proj"],
+        "expected one or more of qkv, proj, fc1, fc2, each once; got lora.targets=",
+    ),
+    "adapters_need_torch_layers": (
+        ["train.only=lora", "model.attention=te"],
+        "model.attention=sdpa with train.only=lora",
+    ),
     "masks_need_torch_attention": (
         ["task.name=gsm8k", "model.attention=te"],
         "model.attention=sdpa with packed examples or a bidirectional prefix",
@@ -145,6 +157,26 @@ def test_options_of_a_model_that_do_not_go_together_are_refused(overrides, expec
         load(overrides=overrides)
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("lora.targets=[]", "one or more of qkv, proj, fc1, fc2"),
+        ("lora.targets=qkv qkv", "each once"),
+        ("lora.rank=129", "a lora.rank up to the width of the adapted matrices; got lora.rank=129"),
+        ("lora.rank=0", "lora.rank"),
+        ("lora.layers=1..9", "null, or a range LOW..HIGH within 0.."),
+        ("lora.layers=1..0", "null, or a range LOW..HIGH within 0.."),
+        ("lora.layers=all", "null, or a range LOW..HIGH within 0.."),
+    ],
+)
+def test_adapters_fit_the_model(override, expected):
+    with pytest.raises(ConfigError) as caught:
+        load(overrides=["train.only=lora", override])
+    assert expected in str(caught.value)
+    config = load(overrides=["train.only=lora", "lora.targets=qkv,fc2", "lora.layers=0..1", "lora.rank=128"])
+    assert config.lora.targets == ("qkv", "fc2")
 
 
 def test_every_rule_has_a_case():
