@@ -9,6 +9,7 @@ import sys
 import time
 
 from pause_megatron.cli import at_least
+from pause_megatron.errors import ConfigError
 from pause_megatron.files.paths import path_option
 
 HELP = "export a checkpoint to a Hugging Face folder for transformers and vLLM"
@@ -36,6 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="M",
         help="M_ft for config.json (default: M of the finetuning)",
     )
+    parser.add_argument(
+        "--adapter",
+        type=path_option,
+        metavar="BASE",
+        help="write the LoRA adapters of a run with train.only=lora as a peft folder, for BASE, the exported folder of "
+        "its model.from (default: they are merged into the weights)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,18 +53,24 @@ def run(args: argparse.Namespace) -> int:
     from pause_megatron.terminal.progress import StageProgress
 
     silence_imports()
+    from pause_megatron.hf.adapter import export_adapter
     from pause_megatron.hf.export import export
 
+    if args.adapter is not None and (args.dtype != "fp32" or args.finetuned_pauses is not None):
+        raise ConfigError("--adapter: expected no --dtype and --finetuned-pauses beside it: the folder is fp32 weights")
     start = time.perf_counter()
     with StageProgress(sys.stderr) as progress:
-        done = export(
-            args.checkpoint,
-            args.output,
-            dtype=args.dtype,
-            max_shard_size=args.max_shard_size,
-            finetuned_pauses=args.finetuned_pauses,
-            report=progress.report,
-        )
+        if args.adapter is not None:
+            done = export_adapter(args.checkpoint, args.output, base=args.adapter, report=progress.report)
+        else:
+            done = export(
+                args.checkpoint,
+                args.output,
+                dtype=args.dtype,
+                max_shard_size=args.max_shard_size,
+                finetuned_pauses=args.finetuned_pauses,
+                report=progress.report,
+            )
     parity = done.parity
     print(
         f"{args.output}: {done.bytes / 1e6:,.1f} MB of {args.dtype} weights in {done.files} file"

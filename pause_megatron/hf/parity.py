@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,9 @@ class Parity:
     source: str
 
 
-def check_export(checkpoint: NativeCheckpoint, folder: Path, dtype: torch.dtype) -> Parity:
+def check_export(
+    checkpoint: NativeCheckpoint, folder: Path, dtype: torch.dtype, load: Callable[[Path], Any] | None = None
+) -> Parity:
     """Compare the token ids and the logits of an export with the native ones.
 
     The native model gets weights rounded to the folder's type, and both models compute in fp32, so only the conversion
@@ -62,6 +64,7 @@ def check_export(checkpoint: NativeCheckpoint, folder: Path, dtype: torch.dtype)
         checkpoint: The checkpoint that was exported.
         folder: The export.
         dtype: Type of the export's weights.
+        load: Loads the model of the folder; None for transformers.
 
     Raises:
         CheckpointError: Logits or ids differ. The message has the largest difference and its place, or the text.
@@ -70,7 +73,7 @@ def check_export(checkpoint: NativeCheckpoint, folder: Path, dtype: torch.dtype)
     lines = compare_tokenizers(checkpoint, folder, text_lines(checkpoint, tokens))
     windows = _windows(checkpoint, tokens)
     native, rounding = native_logits(checkpoint, windows, dtype)
-    exported = exported_logits(folder, windows)
+    exported = exported_logits(folder, windows, load)
     difference, tolerance = compare_logits(native, exported, windows)
     return Parity(difference, tolerance, rounding, (windows.shape[0], windows.shape[1]), lines, source)
 
@@ -146,19 +149,20 @@ def native_logits(checkpoint: NativeCheckpoint, windows: Tensor, dtype: torch.dt
     return rounded, moved
 
 
-def exported_logits(folder: Path, windows: Tensor) -> Iterator[Tensor]:
+def exported_logits(folder: Path, windows: Tensor, load: Callable[[Path], Any] | None = None) -> Iterator[Tensor]:
     """Yield the logits that transformers computes from a folder in fp32.
 
     Args:
         folder: A transformers folder.
         windows: Token ids, int64 [windows, seq].
+        load: Loads the model of the folder; None for transformers.
 
     Yields:
         Logits of each window, fp32 [seq, vocab_size].
     """
     gc.collect()  # frees the native model
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = load_with_transformers(folder).to(device)
+    model = (load or load_with_transformers)(folder).to(device)
     with torch.no_grad():
         for window in windows:
             yield model(window[None].to(device)).logits[0].float().cpu()

@@ -64,7 +64,7 @@ def hf_tensors(model: ResolvedModel, live_rows: int, family: Family | None = Non
     zeros = family.zero_biases(model) if family is not None else ()
     for layer in range(model.depth):
         hf, native = f"model.layers.{layer}.", f"decoder.layers.{layer % model.layers}."
-        tensors += _layer(table, hf, native)
+        tensors += layer_rows(table, hf, native)
         tensors += [HFTensor(f"{hf}{name}", (model.hidden,), ()) for name in zeros]
     tensors.append(_whole("model.norm.weight", "decoder.final_layernorm.weight", (model.hidden,)))
     if not model.tied:
@@ -106,7 +106,14 @@ def _whole(name: str, native: str, shape: tuple[int, ...]) -> HFTensor:
     return HFTensor(name, shape, (Rows(native, 0, shape[0]),))
 
 
-def _layer(table: Iterable[LayerTensor], hf: str, native: str) -> list[HFTensor]:
+def layer_rows(table: Iterable[LayerTensor], hf: str, native: str) -> list[HFTensor]:
+    """Return the Hugging Face tensors of a layer, with the native rows that they consist of.
+
+    Args:
+        table: Parameters of the layer.
+        hf: Prefix of the Hugging Face names.
+        native: Prefix of the native names.
+    """
     rows_of: dict[str, list[Rows]] = defaultdict(list)
     width_of: dict[str, tuple[int, ...]] = {}
     for tensor in table:

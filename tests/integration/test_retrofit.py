@@ -15,7 +15,9 @@ from pause_megatron.checkpoint.layout import VOCABULARY
 from pause_megatron.checkpoint.store import open_newest
 from pause_megatron.config.load import load
 from pause_megatron.errors import CheckpointError
+from pause_megatron.hf.adapter import export_adapter, load_with_peft
 from pause_megatron.hf.export import export
+from pause_megatron.hf.parity import load_with_transformers
 
 
 def pretrain(corpus: str, folder: str, tensor: int, zero: int, extra: list[str]) -> int:
@@ -150,9 +152,25 @@ def test_lora_through_peft_on_an_exported_folder(bases, tmp_path):
     assert "<pause>" not in tokenizer.decode(plain[0], skip_special_tokens=True)
 
 
-def logits_of(checkpoint: Path, folder: Path) -> tuple[float, float]:
-    done = export(checkpoint, folder)
-    return done.parity.largest_difference, done.parity.tolerance
+def check_adapter_and_merged_export(base: Path, run: Path, folder: Path) -> None:
+    """The base with peft's adapter, the merged export and the native model compute the same logits."""
+    export(base, folder / "base")
+    merged = export(run, folder / "merged")
+    adapter = export_adapter(run, folder / "adapter", base=folder / "base")
+    for done in (merged, adapter):  # of the native model
+        assert done.parity.largest_difference <= done.parity.tolerance
+    ids = torch.arange(980, 1002)[None]
+    with torch.no_grad():
+        first, second = (
+            model(ids).logits
+            for model in (
+                load_with_transformers(folder / "merged"),
+                load_with_peft(folder / "base", folder / "adapter"),
+            )
+        )
+        untrained = load_with_transformers(folder / "base")(ids).logits
+    assert (first - second).abs().max() <= 1e-5 * max(1.0, float(first.abs().max()))
+    assert (first - untrained).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize(
@@ -173,5 +191,4 @@ def test_only_adapters_and_pause_rows_move(bases, corpus, tmp_path, kind, ranks,
     added = stored.manifest.parameters.keys() - MergedReader(open_newest(bases[kind]).folder).manifest.parameters.keys()
     assert len(added) == (4 if "lora.layers=1" in extra else 16)
     assert all(stored.rows(name, 0, stored.shape(name)[0]).any() for name in added)  # B was 0
-    difference, tolerance = logits_of(tmp_path / "run", tmp_path / "out")
-    assert difference <= tolerance
+    check_adapter_and_merged_export(bases[kind], tmp_path / "run", tmp_path)
