@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from support.ranks import run_on_ranks
 from support.tiny_config import tiny_model
 
 from pause_megatron.checkpoint import MergedReader
+from pause_megatron.checkpoint.format import ADAM_STATE
 from pause_megatron.checkpoint.layout import VOCABULARY
 from pause_megatron.checkpoint.store import open_newest
 from pause_megatron.config.load import load
@@ -39,12 +41,15 @@ def pretrain(corpus: str, folder: str, tensor: int, zero: int, extra: list[str])
 
 @pytest.fixture(scope="module")
 def bases(corpus, tmp_path_factory) -> dict[str, Path]:
-    """Runs without pauses, of one rank, with tied and untied matrices; two pause rows that they never saw."""
+    """Runs without pauses, of one rank, with tied and untied matrices; two pause rows that they never saw.
+
+    The tied model is looped.
+    """
     sizes = [*tiny_model(layers=2, hidden=32, heads=4, kv_heads=2)]
     found = {}
-    for name, tied in (("tied", "true"), ("untied", "false")):
+    for name, tied, loops in (("tied", "true", 2), ("untied", "false", 1)):
         found[name] = tmp_path_factory.mktemp("base") / name
-        settings = [*sizes, f"model.tied={tied}", "pause.rate=0", "pause.embeddings=2"]
+        settings = [*sizes, f"model.tied={tied}", f"model.loops={loops}", "pause.rate=0", "pause.embeddings=2"]
         run_on_ranks(1, pretrain, corpus, str(found[name]), 1, 1, settings)
     return found
 
@@ -178,7 +183,7 @@ def check_adapter_and_merged_export(base: Path, run: Path, folder: Path) -> None
     [
         ("untied", 1, 1, 0, ["lora.layers=1", "lora.targets=[qkv,fc2]"]),
         ("tied", 2, 2, 3, ["parallel.sequence=true", "parallel.recompute=full"]),
-        ("tied", 2, 1, 2, ["engine.precision=bf16", "model.loops=1"]),
+        ("tied", 2, 1, 2, ["engine.precision=bf16"]),
         ("untied", 2, 2, 1, []),
     ],
 )
@@ -192,3 +197,27 @@ def test_only_adapters_and_pause_rows_move(bases, corpus, tmp_path, kind, ranks,
     assert len(added) == (4 if "lora.layers=1" in extra else 16)
     assert all(stored.rows(name, 0, stored.shape(name)[0]).any() for name in added)  # B was 0
     check_adapter_and_merged_export(bases[kind], tmp_path / "run", tmp_path)
+
+
+def test_adapters_resume_bit_for_bit_and_at_another_tensor_parallel_size(bases, corpus, tmp_path):
+    """From step 2 of 4; logits of the exports are checked."""
+    settings = [f"model.from={bases['untied']}", "pause.embeddings=2", "train.only=lora"]
+    settings += ["lora.rank=4", "checkpoint.every=2", "engine.kernels=plain"]
+    run_on_ranks(2, pretrain, corpus, str(tmp_path / "run"), 1, 2, settings)
+    states = {}
+    for name, ranks, tensor, zero in (("same", 2, 1, 2), ("other", 2, 2, 3)):
+        folder = tmp_path / name
+        shutil.copytree(tmp_path / "run", folder, symlinks=True)
+        shutil.rmtree(folder / "checkpoints/step-00000004")
+        run_on_ranks(ranks, pretrain, corpus, str(folder), tensor, zero, settings)
+        states[name] = open_newest(folder).folder
+        assert states[name].name == "step-00000004"
+    whole = MergedReader(open_newest(tmp_path / "run").folder)
+    same, other = MergedReader(states["same"]), MergedReader(states["other"])
+    for name in whole.manifest.parameters:
+        rows = min(reader.shape(name)[0] for reader in (whole, other))
+        for key in ADAM_STATE:
+            one = whole.rows(name, 0, rows, key)
+            assert torch.equal(one, same.rows(name, 0, rows, key)), (name, key)
+            assert torch.allclose(one, other.rows(name, 0, rows, key), rtol=1e-3, atol=1e-4), (name, key)
+    check_adapter_and_merged_export(bases["untied"], states["other"], tmp_path)
