@@ -17,6 +17,7 @@ from pause_megatron.errors import CheckpointError
 from pause_megatron.files.durable import sync_file, sync_folder
 from pause_megatron.hf.architecture import config_json
 from pause_megatron.hf.atomic_dir import atomic_dir, output_folder
+from pause_megatron.hf.chat_template import add_variant
 from pause_megatron.hf.checkpoint import NativeCheckpoint, open_checkpoint
 from pause_megatron.hf.model_card import model_card
 from pause_megatron.hf.parity import Parity, check_export
@@ -85,7 +86,7 @@ def export(
     with atomic_dir(output) as staging:
         family = _write_metadata(checkpoint, tokenizer, staging, dtype, finetuned_pauses)
         files = write_weights(checkpoint, staging, TORCH_DTYPES[dtype], max_shard_size, report, family)
-        for path in staging.iterdir():
+        for path in staging.rglob("*"):
             sync_file(path)
         sync_folder(staging)
         report("comparing with transformers", 0, 1)
@@ -166,6 +167,7 @@ def _write_metadata(
 
     def write_as(family: Family, plain: bool) -> None:
         write_tokenizer(folder, tokenizer, companions, sequence_length=length, plain=plain)
+        add_variant(folder, pause)
         record = config_json(
             config.model,
             family=family,

@@ -27,6 +27,7 @@ from pause_megatron.errors import CheckpointError, DataError
 from pause_megatron.files.durable import sync_folder, write_whole
 from pause_megatron.hf.architecture import Architecture, read_architecture
 from pause_megatron.hf.atomic_dir import atomic_dir, output_folder
+from pause_megatron.hf.chat_template import templates_in
 from pause_megatron.hf.checkpoint import open_checkpoint
 from pause_megatron.hf.folder import SourceFolder, SourceWeights
 from pause_megatron.hf.native_writer import PauseRows, write_native
@@ -199,6 +200,7 @@ def _companions(folder: SourceFolder, rows: int) -> dict[str, bytes]:
             folder.file(name)
     folder.files_in(TEMPLATES)
     companions = companions_of(folder.path, generation=True)
+    templates_in(folder.path)  # raises if an export could not write the variant with pauses beside them
     ends = folder.json(GENERATION) if folder.has(GENERATION) else {}
     if "eos_token_id" not in ends:  # transformers then uses that of the model
         config = folder.json("config.json")

@@ -80,6 +80,7 @@ def with_pauses(
     """
     try:
         extended: dict[str, Any] = json.loads(json.dumps(document))  # a copy
+        _close_gaps(extended, where)
         expected = _add_pauses(extended, _names(extended), pause_ids)
         tokenizer = _open(extended, where)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -106,6 +107,15 @@ def with_pauses(
     )
 
 
+def _close_gaps(document: dict[str, Any], where: str) -> None:
+    """Give the added tokens the ids that the tokenizers library gives them, which leaves no gap between new tokens."""
+    names = _names(document)
+    if len(names) != 1 + max(names):
+        ids = _open(document, where).get_vocab(with_added_tokens=True)
+        for entry in document["added_tokens"]:
+            entry["id"] = ids[entry["content"]]
+
+
 def _names(document: Mapping[str, Any]) -> dict[int, str]:
     """Return the tokens by id, of the vocabulary and of the added tokens."""
     vocabulary = document["model"]["vocab"]
@@ -126,10 +136,14 @@ def _add_pauses(document: dict[str, Any], names: dict[int, str], pause_ids: Sequ
             _rename(document, names.get(index), name)
         names[index] = name
         added[index] = {"id": index, "content": name, **_FLAGS}
+    vocabulary = document["model"]["vocab"]
+    pieces = max(vocabulary.values(), default=-1) if isinstance(vocabulary, dict) else -1
     for index in range(max(pause_ids)):
         if index not in names:
             names[index] = f"<|unused_{index}|>"
             added[index] = {"id": index, "content": names[index], **_FLAGS}
+            if index < pieces:  # the library numbers added tokens from the number of pieces on
+                vocabulary[names[index]] = index
     document["added_tokens"] = [added[index] for index in sorted(added)]
     return {name: index for index, name in names.items()}
 

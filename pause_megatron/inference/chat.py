@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pause_megatron.data.tokenizer.companions import TEMPLATE
 from pause_megatron.data.tokenizer.tokenizer import PAUSE_TOKEN
 from pause_megatron.errors import ConfigError, DataError
-
-FILE_NAME = "chat_template.jinja"
+from pause_megatron.hf.chat_template import VARIANT, templates_in, with_pauses_appended, write_variant
 
 # For a base model: the content of the messages, a line each.
 _PLAIN = """\
 {%- for message in messages %}
 {{- message['content'] }}{{- '\\n' if not loop.last }}
 {%- endfor %}"""
-
-# A template renders text, in which the pause token's name is the pause: user content must not turn into pauses.
-_GUARD = """\
-{%- for message in messages %}
-{%- for token in TOKENS if message['content'] is string and token in message['content'] %}
-{{- raise_exception('a message spells ' ~ token ~ ', which would become a pause: send token ids instead') }}
-{%- endfor %}
-{%- endfor %}"""
-
-_PAUSES = """\
-{%- if add_generation_prompt %}
-{%- for index in range(pauses if pauses is defined else COUNT) %}{{- TOKENS[index % SIZE] }}{%- endfor %}
-{%- endif %}"""
 
 
 def pause_chat_template(tokenizer: Any, pauses: int, tokens: Sequence[str] = (PAUSE_TOKEN,)) -> str:
@@ -48,7 +34,7 @@ def pause_chat_template(tokenizer: Any, pauses: int, tokens: Sequence[str] = (PA
 
     Raises:
         ConfigError: M below 0.
-        DataError: The tokenizer lacks a pause token, or has several chat templates.
+        DataError: The tokenizer lacks a pause token, or has several chat templates and none named "default".
     """
     if pauses < 0:
         raise ConfigError(f"pauses: expected 0 or more, got {pauses}")
@@ -57,12 +43,14 @@ def pause_chat_template(tokenizer: Any, pauses: int, tokens: Sequence[str] = (PA
         if added is None or not added.special:
             raise DataError(f"tokenizer: expected a special token {token}, which a chat template can append, got none")
     template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+        if template is None:
+            names = ", ".join(sorted(tokenizer.chat_template))
+            raise DataError(f"tokenizer: expected a chat template named default, got {names}")
     if template is None:
         template = _leading_tokens(tokenizer) + _PLAIN
-    if not isinstance(template, str):
-        raise DataError("tokenizer: expected one chat template, got several")
-    guard, append = (part.replace("TOKENS", json.dumps(list(tokens))) for part in (_GUARD, _PAUSES))
-    return guard + template + append.replace("COUNT", str(pauses)).replace("SIZE", str(len(tokens)))
+    return with_pauses_appended(template, pauses, tokens)
 
 
 def _leading_tokens(tokenizer: Any) -> str:
@@ -78,9 +66,11 @@ def _leading_tokens(tokenizer: Any) -> str:
 
 
 def write_chat_template(folder: str | Path, pauses: int) -> Path:
-    """Write the template of `pause_chat_template` to a model folder, as `chat_template.jinja`.
+    """Write the template of `pause_chat_template` to a model folder.
 
-    The pause tokens are those that config.json names ("pause": {"tokens": [...]}), otherwise `<pause>`.
+    Beside a chat template of the model's own it becomes the one named "pause": `additional_chat_templates/pause.jinja`.
+    A base model gets it as its only one, `chat_template.jinja`. The pause tokens are those that config.json names
+    ("pause": {"tokens": [...]}), otherwise `<pause>`.
 
     Args:
         folder: A transformers folder with a tokenizer.
@@ -100,10 +90,12 @@ def write_chat_template(folder: str | Path, pauses: int) -> Path:
         entry = PretrainedConfig.get_config_dict(str(folder), local_files_only=True)[0].get("pause") or {}
     except Exception as error:  # transformers raises many kinds: each means that there is no usable tokenizer
         raise DataError(f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error})") from None
-    if isinstance(tokenizer.chat_template, str) and PAUSE_TOKEN in tokenizer.chat_template:
-        raise DataError(
-            f"{Path(folder) / FILE_NAME}: expected no pauses, got a template that appends pauses already; remove it"
-        )
-    path = Path(folder) / FILE_NAME
-    path.write_text(pause_chat_template(tokenizer, pauses, entry.get("tokens") or (PAUSE_TOKEN,)), encoding="utf-8")
+    folder, tokens = Path(folder), entry.get("tokens") or (PAUSE_TOKEN,)
+    template, templates = pause_chat_template(tokenizer, pauses, tokens), templates_in(folder)
+    if any(PAUSE_TOKEN in text for name, text in templates.items() if name != VARIANT):
+        raise DataError(f"{folder}: expected no pauses, got a template that appends pauses already; remove it")
+    if templates:
+        return write_variant(folder, templates, pauses, tokens)
+    path = folder / TEMPLATE
+    path.write_text(template, encoding="utf-8")
     return path

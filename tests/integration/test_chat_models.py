@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import shutil
 from pathlib import Path
 
+import jinja2
 import pytest
 import torch
+from support.chat_forms import FORMS, tokenizer_document, write_chat_model, write_tokenizer_files
 from support.prose import documents, train_model
 
 from pause_megatron.cli import main
@@ -63,9 +67,9 @@ def chat_model(folder: Path, cls: str, tokenizer_cls: str, ends: list[int] | Non
     return folder
 
 
-def there_and_back(source: Path, folder: Path) -> Path:
+def there_and_back(source: Path, folder: Path, **options) -> Path:
     import_folder(source, folder / "native")
-    export(folder / "native", folder / "back")
+    export(folder / "native", folder / "back", **options)
     return folder / "back"
 
 
@@ -89,40 +93,68 @@ def generation_of(folder: Path) -> dict:
     return {key: value for key, value in found.items() if key not in ("transformers_version", "_from_model_config")}
 
 
-@pytest.mark.parametrize(
-    ("cls", "tokenizer_cls"),
-    [
-        ("Llama", "PreTrainedTokenizerFast"),
-        ("Qwen2", "Qwen2Tokenizer"),
-        pytest.param("Mistral", "PreTrainedTokenizerFast", marks=pytest.mark.slow),
-    ],
-)
-def test_a_chat_model_comes_back_equal_but_for_the_pause(tmp_path, cls, tokenizer_cls):
-    source = chat_model(tmp_path / "hf", cls, tokenizer_cls)
-    back = there_and_back(source, tmp_path)
+@pytest.mark.parametrize("name", FORMS)
+def test_a_chat_model_comes_back_equal_but_for_the_pause(tmp_path, name):
+    source = write_chat_model(tmp_path / "hf", FORMS[name])
+    back = there_and_back(source, tmp_path, finetuned_pauses=3)
     before, after = tokenizer_of(source), tokenizer_of(back)
     pause = after.convert_tokens_to_ids("<pause>")
-    assert after.chat_template == before.chat_template and set(after.chat_template) == {"default", "tool_use"}
-    for template in ("default", "tool_use"):
+    own = before.chat_template if isinstance(before.chat_template, dict) else {"default": before.chat_template}
+    assert after.chat_template == own | {"pause": after.chat_template["pause"]}
+    assert next(iter(after.chat_template)) == "default"  # which some servers take without being told
+    kept, written = (json.loads((folder / "tokenizer_config.json").read_text()) for folder in (source, back))
+    assert written.get("chat_template") == kept.get("chat_template")
+    for template in own:
         chats = [
             each.apply_chat_template(
-                MESSAGES, chat_template=template, tools=[], add_generation_prompt=True, tokenize=False
+                MESSAGES,
+                chat_template=template if len(own) > 1 or each is after else None,
+                **{"tools": [], "add_generation_prompt": True, "tokenize": False},
             )
             for each in (before, after)
         ]
         assert chats[0] == chats[1] and before(chats[0])["input_ids"] == after(chats[1])["input_ids"]
-    text = after("a <tool> b<|im_end|>")["input_ids"]
-    assert text == before("a <tool> b<|im_end|>")["input_ids"] and before.eos_token_id in text
-    assert flags(after) == flags(before) | {pause: ("<pause>", False, False, False, False, True)}
+    for text in ("a <tool_call> b<|im_end|>[INST] c", "don't  12345\r\n\tDé ▁ é", *documents(3)):
+        assert after(text)["input_ids"] == before(text)["input_ids"]
+    unused = {index: token for index, token in flags(after).items() if token[0] == f"<|unused_{index}|>"}
+    assert flags(after) == flags(before) | unused | {pause: ("<pause>", False, False, False, False, True)}
+    # The pause has the last free row, and the rows between have names; without a free row there is one more.
+    rows = json.loads((source / "config.json").read_text())["vocab_size"]
+    assert pause == (rows - 1 if FORMS[name].rows else rows) and len(after) == pause + 1
     assert set(after.all_special_tokens) == {*before.all_special_tokens, "<pause>"}
-    assert "<|im_start|>" in before.all_special_tokens
     same = ("bos_token", "eos_token", "pad_token", "unk_token", "padding_side", "model_max_length", "truncation_side")
-    for name in (*same, "clean_up_tokenization_spaces"):
-        assert getattr(after, name) == getattr(before, name), name
+    for attribute in (*same, "clean_up_tokenization_spaces", "model_input_names"):
+        assert getattr(after, attribute) == getattr(before, attribute), attribute
     assert type(after) is type(before)
     assert generation_of(back) == generation_of(source) | {"suppress_tokens": [pause]}
-    assert len(generation_of(back)["eos_token_id"]) == 2
-    assert json.loads((back / "config.json").read_text())["eos_token_id"] == generation_of(back)["eos_token_id"]
+    ends = before.convert_tokens_to_ids(list(FORMS[name].ends))
+    assert json.loads((back / "config.json").read_text())["eos_token_id"] == (ends if len(ends) > 1 else ends[0])
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_the_variant_of_a_template_ends_in_the_pauses(tmp_path, name):
+    """The variant renders what the model's own template renders, then the pauses, after whatever ends the prompt."""
+    from pause_megatron.hf.chat_template import with_pauses_appended
+
+    write_tokenizer_files(tmp_path, FORMS[name], tokenizer_document(FORMS[name]))
+    tokenizer, own = tokenizer_of(tmp_path), FORMS[name].template
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<pause>"]})
+    variant = with_pauses_appended(own, 3, ["<pause>"])
+    tool = {"type": "function", "function": {"name": "add", "description": "Adds.", "parameters": {}}}
+    turns = [*MESSAGES, {"role": "assistant", "content": "So."}, *MESSAGES]
+    for messages, given in ((MESSAGES, {}), (turns, {"enable_thinking": False}), (MESSAGES, {"tools": [tool]})):
+        given = {"return_dict": False, **given}
+        prompt = tokenizer.apply_chat_template(messages, chat_template=own, add_generation_prompt=True, **given)
+        pauses = [tokenizer.convert_tokens_to_ids("<pause>")] * 3
+        render = functools.partial(tokenizer.apply_chat_template, messages, chat_template=variant, **given)
+        assert render(add_generation_prompt=True) == prompt + pauses
+        assert render(add_generation_prompt=True, pauses=1) == prompt + pauses[:1]
+        assert render() == tokenizer.apply_chat_template(messages, chat_template=own, **given)
+    parts = [{"type": "text", "text": "a <pause>"}]
+    spelled = [{"role": "user", "content": parts}, {"role": "user", "content": "<pause>"}]
+    for message, tools in ((spelled[0], None), (spelled[1], None), (MESSAGES[0], [{**tool, "name": "<pause>"}])):
+        with pytest.raises(jinja2.TemplateError, match="a message spells <pause>"):
+            tokenizer.apply_chat_template([message], chat_template=variant, tools=tools)
 
 
 def test_an_answer_ends_where_it_ended_with_pauses_and_without(tmp_path, capsys):
@@ -197,10 +229,16 @@ def test_the_files_go_through_a_corpus_and_a_checkpoint(tmp_path):
         ("special_tokens_map.json", '"x"', "expected a JSON object"),
         ("additional_chat_templates/a b.jinja", "", "expected a chat template's name"),
         ("additional_chat_templates/x.jinja/y", "", "expected a file"),
+        ("tokenizer_config.json", '{"chat_template": [{"name": "../x", "template": ""}]}', "expected names of letters"),
+        ("tokenizer_config.json", '{"chat_template": [{"template": ""}]}', "expected text, or a list of entries"),
+        ("tokenizer_config.json", '{"chat_template": 5}', "expected text, or a list of entries"),
     ],
 )
 def test_files_that_cannot_be_carried_are_refused(tmp_path, name, content, expected):
     source = chat_model(tmp_path / "hf", "Llama", "PreTrainedTokenizerFast")
+    if name == "tokenizer_config.json":  # whose templates count where there is no file
+        (source / "chat_template.jinja").unlink()
+        shutil.rmtree(source / "additional_chat_templates")
     (source / name).parent.mkdir(exist_ok=True)
     (source / name).write_text(content)
     with pytest.raises(PauseMegatronError, match=expected):

@@ -42,10 +42,16 @@ def companions_of(folder: Path, *, generation: bool = False) -> dict[str, bytes]
     return {name: _read(name, path) for name, path in sorted(paths.items()) if path.is_file()}
 
 
+def named(name: str) -> str | None:
+    """Return the NAME of a companion chat_template.NAME.jinja; None for another file."""
+    match = _NAMED.fullmatch(name)
+    return match and match[1]
+
+
 def place_of(name: str) -> str:
     """Return the path of a companion in a folder that transformers reads."""
-    named = _NAMED.fullmatch(name)
-    return name if named is None else f"{TEMPLATES}/{named[1]}.jinja"
+    template = named(name)
+    return name if template is None else f"{TEMPLATES}/{template}.jinja"
 
 
 def write_companions(folder: Path, companions: Mapping[str, bytes]) -> None:
@@ -60,7 +66,7 @@ def write_companions(folder: Path, companions: Mapping[str, bytes]) -> None:
 
 
 def _read(name: str, path: Path) -> bytes:
-    if name not in (CONFIG, SPECIAL, TEMPLATE, GENERATION) and not _NAMED.fullmatch(name):
+    if name not in (CONFIG, SPECIAL, TEMPLATE, GENERATION) and named(name) is None:
         raise DataError(f"{path}: expected a chat template's name of letters, digits, _ and -, got {path.stem[:100]!r}")
     try:
         if (size := path.stat().st_size) > _MOST_BYTES:
