@@ -13,7 +13,7 @@ WINDOWS = 4
 LEARNING_RATE = 3e-3
 
 
-def losses_under(stage: int, tied: bool, parallel: dict, steps: int) -> list[float]:
+def losses_under(stage: int, tied: bool, parallel: dict, steps: int, options: dict | None = None) -> list[float]:
     """Mean token loss of the global batch, before each step."""
     import deepspeed
     import torch
@@ -24,7 +24,7 @@ def losses_under(stage: int, tied: bool, parallel: dict, steps: int) -> list[flo
 
     section = ParallelSection(**parallel)
     with initialize(section, device="cpu") as context:
-        model = tiny(parallel=section, pauses=2, tied=tied)
+        model = tiny(parallel=section, pauses=2, tied=tied, **(options or {}))
         optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=LEARNING_RATE, betas=(0.9, 0.95))
         config = {
             "train_batch_size": WINDOWS,
@@ -73,4 +73,21 @@ def test_one_loss_list(full):
     assert expected[-1] < 0.97 * expected[0]
     for ranks, stage, parallel in CASES:
         for losses in run_on_ranks(ranks, losses_under, stage, True, parallel, steps):
+            assert losses == pytest.approx(expected, rel=1e-5), (ranks, stage, parallel)
+
+
+# Norms whose weight a rank has whole and uses in part, and biases, which ZeRO-3 must not free before they are added.
+OPTIONS = [
+    {"qk_norm": "whole", "norm": "post", "kv_heads": 2, "qkv_bias": True, "proj_bias": True, "head_dim": 12},
+    {"mlp_bias": True, "qkv_bias": True, "proj_bias": True, "rope_scaling": "linear", "rope_factor": 2.0},
+    {"qk_norm": "head", "kv_heads": 1, "sliding_window": 5, "sliding_from": 1, "loops": 2},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=["olmo2", "llama", "qwen3"])
+def test_one_loss_list_with_the_options_of_families(options):
+    (expected,) = run_on_ranks(1, losses_under, 0, False, {}, STEPS // 2, options)
+    assert expected[2] != pytest.approx(expected[0], rel=1e-3)  # the weights changed
+    for ranks, stage, parallel in (CASES[1], CASES[3], CASES[5]):
+        for losses in run_on_ranks(ranks, losses_under, stage, False, parallel, STEPS // 2, options):
             assert losses == pytest.approx(expected, rel=1e-5), (ranks, stage, parallel)

@@ -94,7 +94,7 @@ def whole(model: nn.Module, shards: dict[str, Tensor], group: dist.ProcessGroup)
         if not getattr(parameter, "tensor_model_parallel", False):
             assert all(torch.equal(part, parts[0]) for part in parts), f"{name} differs between ranks"
             result[name] = parts[0]
-        elif name.endswith(("linear_fc1.weight", "linear_fc1.lora_b")):
+        elif ".linear_fc1." in name:
             result[name] = torch.cat([half for k in (0, 1) for half in (p.chunk(2)[k] for p in parts)])
         elif parameter.partition_dim == 1:
             result[name] = torch.cat(parts, dim=1)
