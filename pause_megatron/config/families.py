@@ -34,6 +34,7 @@ class Family:
             attention_bias, on all four.
         mlp_bias: Whether config.json has a flag mlp_bias.
         sliding: Layers that can have a sliding window: "never", "all", or "from" one layer on.
+        divided: Whether transformers requires a hidden size that is a multiple of the number of heads.
     """
 
     model_type: str
@@ -44,6 +45,7 @@ class Family:
     attention_bias: Literal["never", "qkv", "flag"] = "flag"
     mlp_bias: bool = False
     sliding: Literal["never", "all", "from"] = "never"
+    divided: bool = False
 
     def lacks(self, model: ResolvedModel) -> tuple[str, ...]:
         """Return the keys of `model:` whose values this family does not have.
@@ -52,6 +54,7 @@ class Family:
             model: Resolved sizes and options.
         """
         wrong = {
+            "head_dim": self.divided and model.hidden % model.heads != 0,
             "qk_norm": model.qk_norm != self.qk_norm,
             "norm": model.norm != self.norm,
             "qkv_bias": {"never": model.qkv_bias, "qkv": not model.qkv_bias, "flag": False}[self.attention_bias],
@@ -77,7 +80,7 @@ class Family:
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llama", "LlamaForCausalLM", "Llama", mlp_bias=True),
+        Family("llama", "LlamaForCausalLM", "Llama", mlp_bias=True, divided=True),
         Family("qwen2", "Qwen2ForCausalLM", "Qwen2", attention_bias="qkv", sliding="from"),
         Family("mistral", "MistralForCausalLM", "Mistral", attention_bias="never", sliding="all"),
         Family("qwen3", "Qwen3ForCausalLM", "Qwen3", qk_norm="head", sliding="from"),

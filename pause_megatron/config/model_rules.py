@@ -61,7 +61,7 @@ def a_family_has_the_options(config: ResolvedConfig) -> Broken:
         return keys, f"options that {FAMILIES[model.family].title} has, or model.family=null"
     if families_of(model):
         return None
-    options = ("qk_norm", "norm", "qkv_bias", "proj_bias", "mlp_bias", "sliding_window", "sliding_from")
+    options = ("head_dim", "qk_norm", "norm", "qkv_bias", "proj_bias", "mlp_bias", "sliding_window", "sliding_from")
     titles = ", ".join(each.title for each in FAMILIES.values())
     return tuple(f"model.{name}" for name in options), f"the options of one family ({titles})"
 
@@ -101,6 +101,8 @@ def sliding_layers_exist(config: ResolvedConfig) -> Broken:
     if model.sliding_from and (model.sliding_window is None or model.sliding_from >= model.layers):
         keys = ("model.sliding_window", "model.sliding_from", "model.layers")
         return keys, "a model.sliding_window with model.sliding_from, which is below model.layers"
+    if model.sliding_from and model.loops > 1:
+        return ("model.sliding_from", "model.loops"), "model.sliding_from=0 in a looped model, as no export repeats it"
     return None
 
 

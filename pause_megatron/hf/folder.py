@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pause_megatron.checkpoint.reader import open_safetensors
 from pause_megatron.errors import CheckpointError
+from pause_megatron.hf.weights import config_keys_of
 
 _JSON_BYTES = 64 << 20
 _MAPPED_BYTES = 128 << 20
@@ -104,6 +105,19 @@ class SourceFolder:
             raise CheckpointError(f"{path}: expected a JSON object, got {type(record).__name__}")
         return record
 
+    def indexed(self) -> dict[str, str]:
+        """Return the file of each tensor by the index; empty without one.
+
+        Raises:
+            CheckpointError: The index is not one.
+        """
+        if not self.has(INDEX):
+            return {}
+        weight_map = self.json(INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+            raise CheckpointError(f"{self.path / INDEX}: expected a weight_map of tensors to files, got none")
+        return weight_map
+
     def weight_files(self) -> list[str]:
         """Return the names of the safetensors files.
 
@@ -111,11 +125,14 @@ class SourceFolder:
             CheckpointError: There are none, or only pickles.
         """
         if self.has(INDEX):
-            weight_map = self.json(INDEX).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-                raise CheckpointError(f"{self.path / INDEX}: expected a weight_map of tensors to files, got none")
+            weight_map = self.indexed()
             names = dict.fromkeys(weight_map.values())
             for name in names:
+                if Path(name).name == name and not self.has(name):
+                    held = sum(file == name for file in weight_map.values())
+                    raise CheckpointError(
+                        f"{self.path / name}: expected the file that {INDEX} names for {held} tensors, got none"
+                    )
                 if self.file(name).suffix != ".safetensors":
                     raise CheckpointError(f"{self.path / INDEX}: expected names of .safetensors files, got {name!r}")
             return list(names)
@@ -150,6 +167,11 @@ class SourceWeights:
         self._shapes: dict[str, tuple[int, ...]] = {}
         for name in folder.weight_files():
             self._index(folder.file(name))
+        for name, file in folder.indexed().items():
+            if name not in self._file_of or self._file_of[name].name != file:
+                raise CheckpointError(
+                    f"{folder.path / file}: expected a tensor {name[:200]}, which {INDEX} places there, got none"
+                )
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
@@ -170,15 +192,31 @@ class SourceWeights:
         for name, path in self._file_of.items():
             if name not in shapes and not name.endswith(unused):
                 raise CheckpointError(
-                    f"{path}: expected tensors of config.json's model only, got a tensor {name[:200]!r}"
+                    f"{path}: expected tensors of config.json's model only ({config_keys_of(name)}), got a tensor "
+                    f"{name[:200]!r}"
                 )
-            if name in shapes and self._shapes[name] != shapes[name]:
-                raise CheckpointError(
-                    f"{path}: tensor {name}: expected shape {shapes[name]} by config.json, got {self._shapes[name]}"
-                )
+            if name in shapes:
+                self.expect(name, shapes[name])
         if missing := sorted(shapes.keys() - self._file_of.keys()):
             raise CheckpointError(
-                f"{self._folder.path}: expected a tensor {missing[0]} (and {len(missing) - 1} more), got none"
+                f"{self._folder.path}: expected a tensor {missing[0]} (and {len(missing) - 1} more) by config.json "
+                f"({config_keys_of(missing[0])}), got none"
+            )
+
+    def expect(self, name: str, shape: tuple[int, ...]) -> None:
+        """Compare the shape of a tensor, if the files have it.
+
+        Args:
+            name: Name of the tensor.
+            shape: The expected shape.
+
+        Raises:
+            CheckpointError: It has another shape.
+        """
+        if self._shapes.get(name, shape) != shape:
+            raise CheckpointError(
+                f"{self._file_of[name]}: tensor {name}: expected shape {shape} by config.json "
+                f"({config_keys_of(name)}), got {self._shapes[name]}"
             )
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Import of a Hugging Face folder of the Llama family to a checkpoint of any tensor-parallel size, with pause rows."""
+"""Import of a Hugging Face folder of a family to a checkpoint of any tensor-parallel size, with pause rows."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Imported:
 
     Attributes:
         folder: The checkpoint.
-        family: "llama", "mistral" or "qwen2".
+        family: Model type, a key of `FAMILIES`.
         rows: Vocabulary rows of the source.
         pause_ids: The K pause ids.
         how: Origin of the pause rows: "kept" (of the source), "free slot" or "grown vocabulary".
@@ -269,14 +269,12 @@ def _weights(folder: SourceFolder, architecture: Architecture) -> tuple[SourceWe
             f"{folder.path / 'config.json'}: num_hidden_layers: expected at most the {len(weights)} tensors that the "
             f"files hold, got {model.layers}"
         )
+    weights.expect("model.layers.0.self_attn.k_proj.weight", (model.kv_width, model.hidden))  # before a table by heads
     tensors = hf_tensors(model, architecture.rows, FAMILIES[architecture.family])
     unused = (*_UNUSED, "lm_head.weight") if model.tied else _UNUSED
     weights.check({tensor.name: tensor.shape for tensor in tensors}, unused)
     if model.tied and "lm_head.weight" in weights:
         _check_tied(weights, architecture.rows, folder)
-    for tensor in tensors:
-        if not tensor.rows and weights.rows(tensor.name, 0, tensor.shape[0]).any():
-            raise CheckpointError(f"{folder.path}: {tensor.name}: expected zeros, as the native model has no such bias")
     return weights, tensors
 
 

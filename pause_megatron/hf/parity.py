@@ -15,7 +15,7 @@ from torch import Tensor
 from pause_megatron.checkpoint import MergedReader, load_weights
 from pause_megatron.checkpoint.layout import is_adapter
 from pause_megatron.config.lora import lora_of
-from pause_megatron.config.schema import ParallelSection
+from pause_megatron.config.schema import ParallelSection, ResolvedConfig
 from pause_megatron.data.windows.pause import PauseInjector, PausePlan
 from pause_megatron.distributed import initialize
 from pause_megatron.distributed.ranks import Ranks
@@ -25,10 +25,13 @@ from pause_megatron.hf.tokenizer_parity import compare_tokenizers, corpus_tokens
 from pause_megatron.model import build_model
 
 WINDOWS = 2
-_LONGEST_WINDOW = 512
+_COMPARED = 512
+"""Positions of a window that are compared: the last ones."""
+_LONGEST_WINDOW = 4096
+_LARGEST_LOGITS = 1 << 28
 _RELATIVE_TOLERANCE = 1e-5
 _DEFAULT_RATE = 0.1
-_LEAST_TOKENS = WINDOWS * (_LONGEST_WINDOW + 1)
+_LEAST_TOKENS = WINDOWS * (_COMPARED + 1) + _LONGEST_WINDOW
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Parity:
         largest_difference: Largest difference of a logit.
         tolerance: Largest difference allowed.
         rounding: Largest change of a native logit when the weights are rounded to the folder's type.
-        windows: Number and length of the windows compared.
+        windows: Number of the windows compared, and length of the longest.
         lines: Number of texts with identical ids.
         source: "corpus" or "built-in sentences".
     """
@@ -75,7 +78,7 @@ def check_export(
     native, rounding = native_logits(checkpoint, windows, dtype)
     exported = exported_logits(folder, windows, load)
     difference, tolerance = compare_logits(native, exported, windows)
-    return Parity(difference, tolerance, rounding, (windows.shape[0], windows.shape[1]), lines, source)
+    return Parity(difference, tolerance, rounding, (len(windows), max(map(len, windows))), lines, source)
 
 
 def check_import(checkpoint: NativeCheckpoint, source: Path, rows: int, new_rows: Sequence[int]) -> float:
@@ -93,10 +96,10 @@ def check_import(checkpoint: NativeCheckpoint, source: Path, rows: int, new_rows
     Raises:
         CheckpointError: Logits differ; see `compare_logits`.
     """
-    config = checkpoint.config
     tokens, _ = corpus_tokens(checkpoint, _LEAST_TOKENS)
-    length = min(config.data.sequence_length, _LONGEST_WINDOW)
-    windows = torch.from_numpy(tokens[: WINDOWS * length].reshape(WINDOWS, length))
+    lengths = window_lengths(checkpoint.config, rows)
+    ends = np.cumsum(lengths)
+    windows = [torch.from_numpy(tokens[end - length : end]) for end, length in zip(ends, lengths, strict=True)]
     both = torch.tensor([row for row in range(rows) if row not in set(new_rows)])
     native, _ = native_logits(checkpoint, windows, torch.float32)
     native = [logits[:, both] for logits in native]
@@ -104,18 +107,39 @@ def check_import(checkpoint: NativeCheckpoint, source: Path, rows: int, new_rows
     return compare_logits(native, exported, windows)[0]
 
 
-def native_logits(checkpoint: NativeCheckpoint, windows: Tensor, dtype: torch.dtype) -> tuple[list[Tensor], float]:
+def window_lengths(config: ResolvedConfig, rows: int) -> list[int]:
+    """Return the lengths of the windows that are compared, in tokens.
+
+    Two are short. Where rotary angles are rescaled or layers have a sliding window, a third is twice as long as the
+    original window or the sliding one, as far as the model's positions and the cost of a comparison allow.
+
+    Args:
+        config: Configuration of the checkpoint.
+        rows: Vocabulary rows.
+    """
+    model, positions = config.model, config.data.sequence_length
+    lengths = [min(positions, _COMPARED)] * WINDOWS
+    edges = [edge for edge in (model.sliding_window, model.rope_original_length) if edge is not None]
+    bound = max(min(_LONGEST_WINDOW, _LARGEST_LOGITS // rows), lengths[0])
+    longest = max((min(positions, 2 * edge, bound) for edge in edges), default=0)
+    return [*lengths, longest] if longest > lengths[0] else lengths
+
+
+def native_logits(
+    checkpoint: NativeCheckpoint, windows: Sequence[Tensor], dtype: torch.dtype
+) -> tuple[list[Tensor], float]:
     """Compute logits of the native model at tensor-parallel size 1 in fp32, with weights rounded to `dtype`.
 
     LoRA adapters are beside the weights, as in training; only to be rounded they are merged.
 
     Args:
         checkpoint: The checkpoint.
-        windows: Token ids, int64 [windows, seq].
+        windows: Token ids of each window, int64 [seq].
         dtype: Type that the weights are rounded to.
 
     Returns:
-        Logits of each window, fp32 [seq, live ids], and the largest change of a logit by the rounding.
+        Logits of the last positions of each window, fp32 [positions, live ids], and the largest change of a
+        logit by the rounding.
     """
     config, lora = checkpoint.config, lora_of(checkpoint.config)
     with initialize(ParallelSection(), ranks=Ranks(0, 0, 1, "127.0.0.1", 0, "alone")) as context:
@@ -133,8 +157,11 @@ def native_logits(checkpoint: NativeCheckpoint, windows: Tensor, dtype: torch.dt
         model.eval()
 
         def run() -> list[Tensor]:
-            positions = torch.arange(windows.shape[1], device=context.device)[None]
-            return [model.logits(w[None].to(context.device), positions)[0].cpu() for w in windows]
+            return [last(w[None].to(context.device)) for w in windows]
+
+        def last(tokens: Tensor) -> Tensor:
+            positions = torch.arange(tokens.shape[1], device=context.device)[None]
+            return model.logits(tokens, positions)[0, -_COMPARED:].cpu()
 
         with torch.no_grad():
             logits = run()
@@ -149,23 +176,25 @@ def native_logits(checkpoint: NativeCheckpoint, windows: Tensor, dtype: torch.dt
     return rounded, moved
 
 
-def exported_logits(folder: Path, windows: Tensor, load: Callable[[Path], Any] | None = None) -> Iterator[Tensor]:
+def exported_logits(
+    folder: Path, windows: Sequence[Tensor], load: Callable[[Path], Any] | None = None
+) -> Iterator[Tensor]:
     """Yield the logits that transformers computes from a folder in fp32.
 
     Args:
         folder: A transformers folder.
-        windows: Token ids, int64 [windows, seq].
+        windows: Token ids of each window, int64 [seq].
         load: Loads the model of the folder; None for transformers.
 
     Yields:
-        Logits of each window, fp32 [seq, vocab_size].
+        Logits of the last positions of each window, fp32 [positions, vocab_size].
     """
     gc.collect()  # frees the native model
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = (load or load_with_transformers)(folder).to(device)
     with torch.no_grad():
         for window in windows:
-            yield model(window[None].to(device)).logits[0].float().cpu()
+            yield model(window[None].to(device), logits_to_keep=_COMPARED, use_cache=False).logits[0].float().cpu()
 
 
 def load_with_transformers(folder: Path) -> Any:
@@ -184,13 +213,13 @@ def load_with_transformers(folder: Path) -> Any:
             logging.enable_progress_bar()
 
 
-def compare_logits(native: list[Tensor], exported: Iterator[Tensor], windows: Tensor) -> tuple[float, float]:
+def compare_logits(native: list[Tensor], exported: Iterator[Tensor], windows: Sequence[Tensor]) -> tuple[float, float]:
     """Compare logits: a difference of 1e-5 of the largest logit, or of 1 if that is smaller, is allowed.
 
     Args:
         native: Logits of each window, fp32 [seq, ids].
         exported: Logits of each window, fp32 [seq, ids].
-        windows: Token ids, int64 [windows, seq].
+        windows: Token ids of each window, int64 [tokens]; the logits are those of its last positions.
 
     Returns:
         The largest difference and the allowed one.
@@ -212,22 +241,25 @@ def compare_logits(native: list[Tensor], exported: Iterator[Tensor], windows: Te
             largest, where = highest, (number, position, token)
     if largest > tolerance:
         number, position, token = where
+        position += len(windows[number]) - len(native[number])
         raise CheckpointError(
             f"the exported model's logits differ: expected a difference of at most {tolerance:.3g}, got {largest:.3g}, "
-            f"in window {number} at position {position} (input id {int(windows[number, position])}) "
+            f"in window {number} at position {position} (input id {int(windows[number][position])}) "
             f"for id {token}"
         )
     return largest, tolerance
 
 
-def _windows(checkpoint: NativeCheckpoint, tokens: np.ndarray) -> Tensor:
-    """Return windows of text with pauses, int64 [windows, seq].
+def _windows(checkpoint: NativeCheckpoint, tokens: np.ndarray) -> list[Tensor]:
+    """Return windows of text with pauses, each int64 [seq].
 
     They use the default placement policy, since the configuration of an untrusted checkpoint could name any module.
     """
-    config = checkpoint.config
-    length = min(config.data.sequence_length, _LONGEST_WINDOW)
-    plan = PausePlan(length, config.pause.rate or _DEFAULT_RATE)
-    inject = PauseInjector(plan, checkpoint.pause_ids, "parity", "valid")
-    texts = [tokens[i * plan.text_length : (i + 1) * plan.text_length] for i in range(WINDOWS)]
-    return torch.from_numpy(np.stack([inject(text, i).tokens[:length] for i, text in enumerate(texts)]))
+    config, start, windows = checkpoint.config, 0, []
+    for number, length in enumerate(window_lengths(config, checkpoint.vocabulary.size)):
+        plan = PausePlan(length, config.pause.rate or _DEFAULT_RATE)
+        inject = PauseInjector(plan, checkpoint.pause_ids, "parity", "valid")
+        text = tokens[start : start + plan.text_length]
+        windows.append(torch.from_numpy(inject(text, number).tokens[:length]))
+        start += plan.text_length
+    return windows

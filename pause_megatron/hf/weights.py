@@ -102,6 +102,32 @@ def native_shapes(model: ResolvedModel, padded_rows: int) -> dict[str, tuple[int
     return shapes
 
 
+def config_keys_of(name: str) -> str:
+    """Return the keys of config.json that a Hugging Face tensor's existence and shape follow from, for messages.
+
+    Args:
+        name: Name of the tensor.
+    """
+    found = next((keys for part, keys in _KEYS.items() if part in name), "model_type")
+    return f"num_hidden_layers, {found}" if ".layers." in name else found
+
+
+_KEYS = {
+    "embed_tokens": "vocab_size, hidden_size",
+    "lm_head": "tie_word_embeddings, vocab_size, hidden_size",
+    "q_norm": "model_type, num_attention_heads, head_dim",
+    "k_norm": "model_type, num_key_value_heads, head_dim",
+    "norm": "model_type, hidden_size",
+    "_proj.bias": "attention_bias, mlp_bias, model_type",
+    "q_proj": "num_attention_heads, head_dim, hidden_size",
+    "o_proj": "num_attention_heads, head_dim, hidden_size",
+    "k_proj": "num_key_value_heads, head_dim, hidden_size",
+    "v_proj": "num_key_value_heads, head_dim, hidden_size",
+    "mlp.": "intermediate_size, hidden_size",
+}
+"""Keys of config.json by a part of the names of tensors; the first part found counts."""
+
+
 def _whole(name: str, native: str, shape: tuple[int, ...]) -> HFTensor:
     return HFTensor(name, shape, (Rows(native, 0, shape[0]),))
 

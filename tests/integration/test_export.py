@@ -17,6 +17,8 @@ from support.tiny_config import tiny_config
 
 from pause_megatron.checkpoint import Manifest
 from pause_megatron.cli import main
+from pause_megatron.config import families
+from pause_megatron.config.families import Family, Piece
 from pause_megatron.config.load import load
 from pause_megatron.config.schema import RunConfig
 from pause_megatron.errors import CheckpointError
@@ -173,7 +175,7 @@ def test_the_command_prints_its_checks_and_writes_a_card(run, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
 
-def gate_and_up_exchanged(model, rows: int, family: str) -> list:
+def gate_and_up_exchanged(model, rows: int, family: Family) -> list:
     tensors = {tensor.name: tensor for tensor in weights.hf_tensors(model, rows, family)}
     other = {"gate_proj": "up_proj", "up_proj": "gate_proj"}
     wrong = []
@@ -187,7 +189,7 @@ def gate_and_up_exchanged(model, rows: int, family: str) -> list:
 @pytest.mark.parametrize(
     ("module", "name", "wrong"),
     [
-        (weights, "_attention_rows", lambda model, part: _ungrouped(model, part)),
+        (families, "_qkv_pieces", lambda model, kind: _ungrouped(model, kind)),
         (exporting, "hf_tensors", gate_and_up_exchanged),
     ],
     ids=["queries, keys and values not grouped", "gate and up exchanged"],
@@ -202,11 +204,13 @@ def test_a_wrong_conversion_is_found_and_leaves_nothing(run, tmp_path, monkeypat
     assert list(tmp_path.iterdir()) == []
 
 
-def _ungrouped(model, part: str) -> list[tuple[int, int]]:
+def _ungrouped(model, kind: str) -> tuple[Piece, ...]:
     """The layout that people expect: all queries, all keys, all values."""
-    width = model.hidden // model.heads * model.kv_heads
-    first = {"q": 0, "k": model.hidden, "v": model.hidden + width}[part]
-    return [(first, model.hidden if part == "q" else width)]
+    pieces, start = [], 0
+    for part, width in (("q", model.query_width), ("k", model.kv_width), ("v", model.kv_width)):
+        pieces.append(Piece(f"self_attn.{part}_proj.{kind}", start, width))
+        start += width
+    return tuple(pieces)
 
 
 def test_a_tokenizer_that_differs_is_found(run, tmp_path, monkeypatch):
