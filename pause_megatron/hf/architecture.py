@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -114,8 +115,8 @@ def read_architecture(config: Mapping[str, Any], where: str, sequence_length: in
     keys.refuse_unknown(_every_class_key(), family.architecture)
     keys.expect("hidden_act", ("silu", "swish"))
     keys.expect("quantization_config", (None,))
-    for key in ("attention_dropout", "residual_dropout"):
-        keys.expect(key, (0, None))
+    keys.expect("attention_dropout", (0,), 0)
+    keys.expect("residual_dropout", (0, None))
     length = keys.size("max_position_embeddings")
     if sequence_length is not None and length < sequence_length:
         raise keys.wrong("max_position_embeddings", f"at least the {sequence_length} positions requested", length)
@@ -171,7 +172,7 @@ def _model(keys: ConfigKeys, family: Family) -> ResolvedModel:
         qk_norm=family.qk_norm,
         norm=family.norm,
         norm_eps=keys.number("rms_norm_eps"),
-        init_std=keys.number("initializer_range", 0.02),
+        init_std=keys.number("initializer_range"),
         family=family.model_type,
         **read_rope(keys),
         **read_window(keys, family, layers),
@@ -191,6 +192,32 @@ def _head_dim(keys: ConfigKeys, family: Family, hidden: int, heads: int) -> int 
     return None if channels * heads == hidden else channels
 
 
+def check_readable(config: Mapping[str, Any], family: Family, where: str) -> None:
+    """Check that transformers reads a `config.json`: it refuses further values, of keys that the native model ignores.
+
+    Args:
+        config: Content of the file, which `read_architecture` accepts.
+        family: Family of the model.
+        where: Names the file in messages.
+
+    Raises:
+        CheckpointError: transformers raises an error, whose last line the message has.
+    """
+    try:
+        _config_class(family)(**copy.deepcopy(dict(config)))
+    except Exception as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CheckpointError(
+            f"{where}: expected what transformers reads, got its error: {reason[-1].strip()}"
+        ) from None
+
+
+def _config_class(family: Family) -> Any:
+    import transformers
+
+    return getattr(transformers, family.architecture.replace("ForCausalLM", "Config"))
+
+
 @cache
 def _every_class_key() -> frozenset[str]:
     """Return the keys of all families' classes: a key of another family is in a file by habit, and has no effect."""
@@ -208,10 +235,7 @@ def class_keys(family: Family) -> Mapping[str, Any]:
     Args:
         family: The family.
     """
-    import transformers
-
-    cls = getattr(transformers, family.architecture.replace("ForCausalLM", "Config"))
-    parameters = inspect.signature(cls.__init__).parameters.items()
+    parameters = inspect.signature(_config_class(family).__init__).parameters.items()
     return {
         name: parameter.default
         for name, parameter in parameters

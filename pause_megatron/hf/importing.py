@@ -25,7 +25,7 @@ from pause_megatron.data.tokenizer.companions import CONFIG, GENERATION, TEMPLAT
 from pause_megatron.data.tokenizer.tokenizer import PAUSE_TOKEN, Tokenizer, load_tokenizer
 from pause_megatron.errors import CheckpointError, DataError
 from pause_megatron.files.durable import sync_folder, write_whole
-from pause_megatron.hf.architecture import Architecture, read_architecture
+from pause_megatron.hf.architecture import Architecture, check_readable, read_architecture
 from pause_megatron.hf.atomic_dir import atomic_dir, output_folder
 from pause_megatron.hf.chat_template import templates_in
 from pause_megatron.hf.checkpoint import open_checkpoint
@@ -104,6 +104,7 @@ def import_folder(
             f"{folder.path}: expected a whole model, this one holds a PEFT adapter; merge it first (merge_and_unload)"
         )
     weights, tensors = _weights(folder, architecture)
+    check_readable(config_json, FAMILIES[architecture.family], str(folder.path / "config.json"))
     tokenizer = _tokenizer(folder, architecture, pause_token)
     pause_ids = tuple(tokenizer.pause_ids)
     config = _config(architecture, len(pause_ids), tensor_parallel)
