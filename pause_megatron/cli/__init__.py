@@ -32,6 +32,8 @@ VERBS = {
     "finetune": "finetune a model on a task with pauses after the prompts",
     "import-hf": "import a Hugging Face folder of the Llama family as a checkpoint with pauses",
     "export-hf": "export a checkpoint to a Hugging Face folder for transformers and vLLM",
+    "import-megatron": "import a GPT checkpoint of Megatron-LM as a checkpoint with pauses",
+    "export-megatron": "export a checkpoint as a GPT checkpoint of Megatron-LM",
     "generate": "generate answers to prompts, with pauses in the prefill and never in the text",
     "evaluate": "score a model on tasks with several numbers of pauses; resumable",
     "experiment": "run a grid of pretraining, finetuning and evaluation, and compare the results with the paper's",

@@ -33,7 +33,7 @@ from pause_megatron.hf.folder import SourceFolder, SourceWeights
 from pause_megatron.hf.native_writer import PauseRows, write_native
 from pause_megatron.hf.parity import check_import
 from pause_megatron.hf.tokenizer import with_pauses
-from pause_megatron.hf.weights import HFTensor, hf_tensors
+from pause_megatron.hf.weights import HFTensor, hf_tensors, native_rows
 from pause_megatron.model import Vocabulary
 from pause_megatron.terminal.progress import Report
 
@@ -105,7 +105,7 @@ def import_folder(
         )
     weights, tensors = _weights(folder, architecture)
     check_readable(config_json, FAMILIES[architecture.family], str(folder.path / "config.json"))
-    tokenizer = _tokenizer(folder, architecture, pause_token)
+    tokenizer = import_tokenizer(folder, architecture, pause_token)
     pause_ids = tuple(tokenizer.pause_ids)
     config = _config(architecture, len(pause_ids), tensor_parallel)
     new_rows = () if tokenizer.kept else pause_ids
@@ -115,7 +115,7 @@ def import_folder(
         write_native(
             staging,
             config,
-            tensors,
+            native_rows(tensors),
             weights,
             vocabulary=Vocabulary(tokenizer.native.vocab_size, pause_ids),
             pauses=PauseRows(new_rows, tokenizer.text_size, seed),
@@ -146,7 +146,7 @@ def _config(architecture: Architecture, embeddings: int, tensor_parallel: int) -
 
 
 @dataclass(frozen=True)
-class _ImportedTokenizer:
+class ImportedTokenizer:
     """The native tokenizer of an import.
 
     Attributes:
@@ -162,7 +162,17 @@ class _ImportedTokenizer:
     text_size: int
 
 
-def _tokenizer(folder: SourceFolder, architecture: Architecture, token: str) -> _ImportedTokenizer:
+def import_tokenizer(folder: SourceFolder, architecture: Architecture, token: str) -> ImportedTokenizer:
+    """Return the native tokenizer of a folder, with its pauses.
+
+    Args:
+        folder: Folder with tokenizer.json or tokenizer.model.
+        architecture: Rows and pause entry of the source.
+        token: The special token that serves as pause; `<pause>` is added if missing.
+
+    Raises:
+        CheckpointError: The tokenizer cannot be used, or does not fit the rows.
+    """
     for name in _TOKENIZER_JSON:
         if folder.has(name) and folder.json(name).get("auto_map"):
             raise CheckpointError(
@@ -191,7 +201,7 @@ def _tokenizer(folder: SourceFolder, architecture: Architecture, token: str) -> 
     except DataError as error:
         raise CheckpointError(f"{folder.path}: its tokenizer cannot be used: {error}") from None
     text_size = min(open_backend(str(path)).vocab_size, architecture.rows)
-    return _ImportedTokenizer(native, ids, existing is not None and ids.stop <= architecture.rows, text_size)
+    return ImportedTokenizer(native, ids, existing is not None and ids.stop <= architecture.rows, text_size)
 
 
 def _companions(folder: SourceFolder, rows: int) -> dict[str, bytes]:
@@ -204,7 +214,7 @@ def _companions(folder: SourceFolder, rows: int) -> dict[str, bytes]:
     templates_in(folder.path)  # raises if an export could not write the variant with pauses beside them
     ends = folder.json(GENERATION) if folder.has(GENERATION) else {}
     if "eos_token_id" not in ends:  # transformers then uses that of the model
-        config = folder.json("config.json")
+        config = folder.json("config.json") if folder.has("config.json") else {}
         keys = ("bos_token_id", "eos_token_id", "pad_token_id")
         ends = {key: config[key] for key in keys if config.get(key) is not None} | ends
     stops = ends.get("eos_token_id")

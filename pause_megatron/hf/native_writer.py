@@ -1,10 +1,11 @@
-"""Streaming writer of a native checkpoint from Hugging Face tensors: a state file for each tensor-parallel rank."""
+"""Streaming writer of a native checkpoint from tensors of a source: a state file for each tensor-parallel rank."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,14 +15,20 @@ from pause_megatron.checkpoint.layout import VOCABULARY, partition_dim, row_span
 from pause_megatron.checkpoint.manifest import FileEntry, Manifest, ParameterEntry
 from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.files.durable import write_whole
-from pause_megatron.hf.folder import SourceWeights
 from pause_megatron.hf.safetensors_file import SafetensorsWriter, TensorEntry
-from pause_megatron.hf.weights import HFRows, HFTensor, native_rows, native_shapes
+from pause_megatron.hf.weights import HFRows, native_shapes
 from pause_megatron.model import Vocabulary
 from pause_megatron.model.init import pause_row
 from pause_megatron.terminal.progress import Report
 
 _BLOCK_BYTES = 16 << 20
+
+
+class RowSource(Protocol):
+    """Tensors of a source, read a few rows at a time."""
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Return rows `[start, stop)` of a tensor of the source, fp32 [stop - start, ...]."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +49,8 @@ class PauseRows:
 def write_native(
     folder: Path,
     config: ResolvedConfig,
-    tensors: Sequence[HFTensor],
-    weights: SourceWeights,
+    pieces: Mapping[str, Sequence[HFRows]],
+    weights: RowSource,
     *,
     vocabulary: Vocabulary,
     pauses: PauseRows,
@@ -55,7 +62,7 @@ def write_native(
     Args:
         folder: The checkpoint, which has config.yaml and tokenizer/ already.
         config: Configuration of the checkpoint; `parallel.tensor` is the number of state files.
-        tensors: Tensors of the source, with its number of vocabulary rows.
+        pieces: Rows of the source's tensors that fill each native parameter, with its number of vocabulary rows.
         weights: Values of the tensors.
         vocabulary: Vocabulary of the native model.
         pauses: New pause rows.
@@ -64,7 +71,7 @@ def write_native(
     """
     ranks = config.parallel.tensor
     shapes = native_shapes(config.model, vocabulary.padded(config.model.vocab_multiple, ranks))
-    source = _MergedRows(native_rows(list(tensors)), weights, shapes, pauses)
+    source = _MergedRows(pieces, weights, shapes, pauses)
     total, done = 4 * ranks * sum(_numel(shard_shape(name, shape, ranks)) for name, shape in shapes.items()), 0
     for rank in range(ranks):
         entries = {}
@@ -85,12 +92,12 @@ def write_native(
 
 
 class _MergedRows:
-    """Rows of merged native parameters, from Hugging Face tensors."""
+    """Rows of merged native parameters, from tensors of a source."""
 
     def __init__(
         self,
-        pieces: dict[str, list[HFRows]],
-        weights: SourceWeights,
+        pieces: Mapping[str, Sequence[HFRows]],
+        weights: RowSource,
         shapes: dict[str, tuple[int, ...]],
         pauses: PauseRows,
     ) -> None:

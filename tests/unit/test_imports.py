@@ -28,7 +28,17 @@ RANKS = {
         "config": 0,
     },
     **{"slurm": 1, "data": 1, "tasks": 1, "distributed": 1, "model": 1, "engine": 1},
-    **{"checkpoint": 2, "train": 3, "hf": 4, "inference": 5, "evaluate": 6, "plan": 6, "experiment": 7, "benchmark": 7},
+    **{
+        "checkpoint": 2,
+        "train": 3,
+        "hf": 4,
+        "megatron_lm": 5,
+        "inference": 5,
+        "evaluate": 6,
+        "plan": 6,
+        "experiment": 7,
+        "benchmark": 7,
+    },
     **{"cli": 8, "__main__": 9},
 }
 NEIGHBOURS = {

@@ -1,0 +1,158 @@
+"""Reading of Megatron-LM's pickles without running code from them.
+
+`common.pt` and `model_optim_rng.pt` are read by torch's own `weights_only` reader. It builds values of a few known
+types; others that Megatron-LM writes (enumerations, random states) become inert records. Every other name is refused
+before the file is opened. `.metadata` is a plain pickle: only the data classes of torch.distributed.checkpoint are
+built.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+from pause_megatron.errors import CheckpointError
+
+_METADATA_BYTES = 1 << 30
+_INERT_PREFIXES = ("megatron.", "transformer_engine", "numpy.", "nvidia_resiliency_ext.", "modelopt.")
+_INERT = frozenset(
+    {
+        *("signal.Signals", "datetime.timedelta", "pathlib.PosixPath", "pathlib.Path", "pathlib._local.PosixPath"),
+        *("io.BytesIO", "_io.BytesIO", "_codecs.encode", "torch.serialization._get_layout"),
+        *("torch.distributed.distributed_c10d.ReduceOp", "torch._C._distributed_c10d.ReduceOp"),
+    }
+)
+_INDEX_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.planner")
+_INDEX_NAMES = {
+    *(("torch", "Size"), ("torch.serialization", "_get_layout"), ("collections", "OrderedDict")),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+}
+
+
+class Inert:
+    """A value whose type is not imported; its arguments and state are kept, nothing is run."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Inert:
+        """Keep the arguments that the pickle has for the type."""
+        made = super().__new__(cls)
+        made.args = args
+        return made
+
+    args: tuple[Any, ...]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def __hash__(self) -> int:
+        return hash(repr(self.args))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Inert) and self.args == other.args
+
+
+def read_pt(path: Path, *, mmap: bool = False) -> dict[str, Any]:
+    """Read a `.pt` file of Megatron-LM.
+
+    Args:
+        path: `common.pt` or `model_optim_rng.pt`.
+        mmap: Whether tensors are maps of the file's pages, which are read when they are used.
+
+    Raises:
+        CheckpointError: The file is missing or damaged, or it names a type or function that Megatron-LM does not write.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: expected a file, got none")
+    if not zipfile.is_zipfile(path):
+        raise CheckpointError(f"{path}: expected a file of torch.save (a zip archive), got another or a damaged one")
+    try:
+        names = get_unsafe_globals_in_checkpoint(str(path))
+    except Exception as error:
+        raise CheckpointError(f"{path}: expected a file of torch.save, got: {_line(error)}") from None
+    allowed: list[Any] = []
+    for name in names:
+        if name == "argparse.Namespace":
+            allowed.append(argparse.Namespace)
+        elif name in _INERT or name.startswith(_INERT_PREFIXES):
+            allowed.append((type("Inert", (Inert,), {}), name))
+        else:
+            raise CheckpointError(
+                f"{path}: expected values that Megatron-LM saves, got {name}, which can run code; not opened"
+            )
+    try:
+        with safe_globals(allowed):
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:
+        raise CheckpointError(f"{path}: expected a file of torch.save, got: {_line(error)}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a dictionary, got {type(content).__name__}")
+    return content
+
+
+def read_index(path: Path) -> Any:
+    """Read `.metadata`, the index of a torch_dist checkpoint.
+
+    Args:
+        path: The file.
+
+    Returns:
+        A `torch.distributed.checkpoint.metadata.Metadata`.
+
+    Raises:
+        CheckpointError: The file is missing, damaged or too large, or it names anything but torch's data classes.
+    """
+    if not path.is_file():
+        raise CheckpointError(f"{path}: expected the index of a torch_dist checkpoint, got none")
+    if path.stat().st_size > _METADATA_BYTES:
+        raise CheckpointError(f"{path}: expected at most {_METADATA_BYTES:,} bytes, got {path.stat().st_size:,}")
+    try:
+        with path.open("rb") as file:
+            index = _IndexUnpickler(file, path).load()
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"{path}: expected an index of torch.distributed.checkpoint, got: {_line(error)}"
+        ) from None
+    if not isinstance(getattr(index, "state_dict_metadata", None), dict) or not isinstance(index.storage_data, dict):
+        raise CheckpointError(f"{path}: expected torch's index of tensors, got {type(index).__name__}")
+    return index
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """An unpickler that knows torch's data classes only."""
+
+    def __init__(self, file: Any, path: Path) -> None:
+        super().__init__(file)
+        self._path = path
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return a type of the index; of others, an inert record or none at all."""
+        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
+            return dtype
+        if (module, name) in _INDEX_NAMES:
+            return collections.OrderedDict if name == "OrderedDict" else super().find_class(module, name)
+        if module in _INDEX_MODULES and name[:1].isupper() | name.startswith("_MEM") and "." not in name:
+            found = super().find_class(module, name)
+            if isinstance(found, type) and found.__module__ == module:
+                return found
+        if module.startswith("megatron.core.") and name.startswith("MCore"):
+            return type(name, (Inert,), {})  # written by 0.13 to 0.15, holds no tensor
+        if (module, name) in {("pathlib", "PosixPath"), ("pathlib._local", "PosixPath")}:
+            return type(name, (Inert,), {})
+        raise CheckpointError(
+            f"{self._path}: expected torch's index of tensors, got {module}.{name}, which can run code; not opened"
+        )
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,238 @@
+"""megatron-core's own GPTModel on ranks: it saves checkpoints as Megatron-LM does, loads them, and computes logits."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import multiprocessing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+SIZES = {"num_layers": 3, "hidden_size": 32, "num_attention_heads": 4, "num_query_groups": 2, "ffn_hidden_size": 48}
+LENGTH = 24
+
+
+def arguments(rows: int, tensor: int, **changes: Any) -> argparse.Namespace:
+    """Arguments of a Llama-like GPT as Megatron-LM's parser names them, among others that no model depends on."""
+    import signal
+
+    from megatron.core.transformer.enums import AttnBackend
+
+    values: dict[str, Any] = {
+        **SIZES,
+        "group_query_attention": True,
+        "kv_channels": 8,
+        "seq_length": LENGTH,
+        "max_position_embeddings": LENGTH,
+        "normalization": "RMSNorm",
+        "norm_epsilon": 1e-5,
+        "swiglu": True,
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
+        "qk_layernorm": False,
+        "untie_embeddings_and_output_weights": True,
+        "position_embedding_type": "rope",
+        "rotary_base": 10000,
+        "rotary_percent": 1.0,
+        "init_method_std": 0.02,
+        "num_experts": None,
+        "mtp_num_layers": None,
+        "make_vocab_size_divisible_by": 8,
+        "padded_vocab_size": rows,
+        "tensor_model_parallel_size": tensor,
+        "attention_backend": AttnBackend.auto,
+        "exit_signal": signal.SIGTERM,
+        "params_dtype": torch.float32,
+        "bf16": False,
+    }
+    return argparse.Namespace(**{**values, **changes})
+
+
+@contextlib.contextmanager
+def groups(tensor: int) -> Iterator[None]:
+    """Process groups of a size, on gloo."""
+    from pause_megatron.config.schema import ParallelSection
+    from pause_megatron.distributed import initialize
+
+    with initialize(ParallelSection(tensor=tensor), device="cpu"):
+        yield
+
+
+def gpt(args: argparse.Namespace, rows: int | None = None) -> Any:
+    """The GPTModel that Megatron-LM builds from arguments, with its layers for CPUs."""
+    import torch.nn.functional as F
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    config = TransformerConfig(
+        num_layers=args.num_layers,
+        hidden_size=args.hidden_size,
+        num_attention_heads=args.num_attention_heads,
+        num_query_groups=args.num_query_groups if args.group_query_attention else None,
+        ffn_hidden_size=args.ffn_hidden_size,
+        kv_channels=args.kv_channels,
+        normalization=args.normalization,
+        layernorm_epsilon=args.norm_epsilon,
+        gated_linear_unit=args.swiglu,
+        activation_func=F.silu,
+        add_bias_linear=args.add_bias_linear,
+        add_qkv_bias=args.add_qkv_bias,
+        qk_layernorm=args.qk_layernorm,
+        tensor_model_parallel_size=args.tensor_model_parallel_size,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        use_cpu_initialization=True,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        persist_layer_norm=False,
+        gradient_accumulation_fusion=False,
+        init_method_std=0.2,
+    )
+    spec = get_gpt_layer_local_spec(normalization=args.normalization, qk_layernorm=args.qk_layernorm)
+    torch.manual_seed(11)
+    return GPTModel(
+        config=config,
+        transformer_layer_spec=spec,
+        vocab_size=rows or args.padded_vocab_size,
+        max_sequence_length=args.max_position_embeddings,
+        share_embeddings_and_output_weights=not args.untie_embeddings_and_output_weights,
+        position_embedding_type=args.position_embedding_type,
+        rotary_percent=args.rotary_percent,
+        rotary_base=args.rotary_base,
+    ).eval()
+
+
+def fill(model: Any) -> None:
+    """Give every parameter values that a mix-up would change, equal on all ranks where they hold the same."""
+    for name, parameter in model.named_parameters():
+        seed = torch.Generator().manual_seed(len(name) * 1000 + sum(map(ord, name)))
+        whole = torch.randn(parameter.shape, generator=seed) * 0.2
+        if getattr(parameter, "tensor_model_parallel", False):
+            rank = torch.Generator().manual_seed(seed.initial_seed() + 7 * (1 + torch.distributed.get_rank()))
+            whole = torch.randn(parameter.shape, generator=rank) * 0.2
+        parameter.data.copy_(whole + ("norm" in name))
+
+
+@torch.no_grad()
+def logits(model: Any, tokens: list[list[int]], live: int) -> torch.Tensor:
+    """Logits of the live ids, gathered over tensor-parallel ranks."""
+    ids = torch.tensor(tokens)
+    length = ids.shape[1]
+    mask = torch.triu(torch.ones(1, 1, length, length, dtype=torch.bool), diagonal=1)
+    positions = torch.arange(length).expand_as(ids)
+    return model(ids, positions, mask, runtime_gather_output=True)[..., :live].float()
+
+
+def load_dist(folder: str, tensor: int, tokens: list[list[int]], live: int, rows: int | None = None) -> torch.Tensor:
+    """What megatron-core's own model computes after megatron-core's own load, on one rank."""
+    from megatron.core import dist_checkpointing
+
+    with groups(tensor):
+        args = dist_checkpointing.load_common_state_dict(folder)["args"]
+        args.tensor_model_parallel_size = tensor
+        model = gpt(args, rows)
+        fill(model)
+        content = dist_checkpointing.load_content_metadata(folder)
+        state = {"model": model.sharded_state_dict(metadata=with_group(content))}
+        loaded, missing, unexpected = dist_checkpointing.load(state, folder, strict="return_all")
+        # Layers of Transformer Engine ask for further states, which are empty; loaders overlook those by default.
+        assert not missing or all(key.endswith("_extra_state") for key in missing), missing
+        assert all(key.startswith("optimizer.") for key in unexpected), unexpected
+        model.load_state_dict(loaded["model"])
+        return logits(model, tokens, live)
+
+
+def with_group(content: dict[str, Any] | None) -> dict[str, Any]:
+    """Content metadata as Megatron-LM hands it to a model."""
+    from megatron.core import parallel_state
+
+    return {**(content or {}), "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+
+
+def save_both(root: str, tensor: int, tokens: list[list[int]], live: int, changes: dict[str, Any]) -> torch.Tensor:
+    """Write one model as torch_dist and as mp_rank folders, and return its logits."""
+    from megatron.core import dist_checkpointing
+
+    with groups(tensor):
+        args = arguments(-(-live // (8 * tensor)) * 8 * tensor, tensor, **changes)
+        model = gpt(args)
+        fill(model)
+        rank = torch.distributed.get_rank()
+        folder = Path(root) / "dist" / "iter_0000100"
+        if rank == 0:
+            folder.mkdir(parents=True)
+            (folder.parent / "latest_checkpointed_iteration.txt").write_text("100")
+        torch.distributed.barrier()
+        common = {"args": args, "checkpoint_version": 3.0, "iteration": 100}
+        content = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
+        state = {**common, "model": model.sharded_state_dict(metadata=with_group(content))}
+        with may_have_children():
+            dist_checkpointing.save(state, str(folder), content_metadata=content)
+        legacy = Path(root) / "legacy" / "iter_0000100" / f"mp_rank_{rank:02d}"
+        legacy.mkdir(parents=True)
+        state = {**common, "model": model.state_dict_for_save_checkpoint(), "rng_state": [{"np": _numpy_state()}]}
+        torch.save(state, legacy / "model_optim_rng.pt")
+        return logits(model, tokens, live)
+
+
+@contextlib.contextmanager
+def may_have_children() -> Iterator[None]:
+    """Let this process, a daemon of the pool without a GPU, start those that megatron-core writes files with."""
+    settings = multiprocessing.current_process()._config  # there is no public way for a running process
+    daemon = settings.get("daemon")
+    settings["daemon"] = False
+    try:
+        with mock.patch.object(torch.cuda, "synchronize", lambda *_: None):  # called without asking for a device
+            yield
+    finally:
+        settings["daemon"] = daemon
+
+
+def _numpy_state() -> Any:
+    import numpy as np
+
+    return np.random.RandomState(1).get_state()
+
+
+def load_legacy(folder: str, tensor: int, tokens: list[list[int]], live: int) -> torch.Tensor:
+    """What megatron-core's own model computes from the mp_rank folders of an export, on one rank."""
+    with groups(tensor):
+        rank = torch.distributed.get_rank()
+        state = torch.load(Path(folder) / f"mp_rank_{rank:02d}" / "model_optim_rng.pt", weights_only=False)
+        model = gpt(state["args"])
+        names = {"self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight"}
+        names["mlp.linear_fc1.layer_norm_weight"] = "pre_mlp_layernorm.weight"
+        weights = state["model"]
+        for fused, local in names.items():
+            weights = {name.replace(fused, local): value for name, value in weights.items()}
+        missing, unexpected = model.load_state_dict(weights, strict=False)
+        assert not unexpected and all(name.endswith("_extra_state") for name in missing), (missing, unexpected)
+        return logits(model, tokens, live)
+
+
+def code(path: Path) -> None:
+    """A pickle that would run code, as a .pt file."""
+    import os
+
+    class Runs:
+        def __reduce__(self):
+            return os.system, ("echo ran",)
+
+    torch.save({"args": Runs()}, path)
+
+
+def index_with_code(path: Path) -> None:
+    """A `.metadata` that would run code."""
+    import os
+    import pickle
+
+    class Runs:
+        def __reduce__(self):
+            return os.system, ("echo ran",)
+
+    path.write_bytes(pickle.dumps(Runs()))
