@@ -94,6 +94,22 @@ def adapters(model: ResolvedModel, lora: LoraSection, layer: int) -> tuple[Layer
     return tuple(one for one in adapted_tensors(model, lora, layer) if one.name.endswith((LORA_A, LORA_B)))
 
 
+def trained_parameters(config: ResolvedConfig) -> int | None:
+    """Return how many parameters `train.only` trains; None: all.
+
+    Args:
+        config: Configuration of the run.
+    """
+    if config.train.only is None:
+        return None
+    model, lora = config.model, lora_of(config)
+    tables = 1 if model.tied or config.pause.softmax == "exclude" else 2
+    rows = tables * config.pause.embeddings * model.hidden
+    if lora is None:
+        return rows
+    return rows + sum(one.numel for layer in range(model.layers) for one in adapters(model, lora, layer))
+
+
 def _adapter(weight: LayerTensor, module: str, rank: int) -> Iterator[LayerTensor]:
     outputs, inputs = weight.shape
     names = list(dict.fromkeys(piece.name.removesuffix(".weight") for piece in weight.pieces))

@@ -14,7 +14,8 @@ from support.forked_ranks import TIMING
 from support.ranks import run_on_ranks
 from support.tiny_config import tiny_model
 
-from pause_megatron.checkpoint import Store
+from pause_megatron.checkpoint import MergedReader, Store
+from pause_megatron.checkpoint.layout import VOCABULARY
 from pause_megatron.checkpoint.store import open_newest
 from pause_megatron.cli import main
 from pause_megatron.config.load import load
@@ -154,6 +155,22 @@ def test_a_resumed_run_is_the_uninterrupted_one(base, data, tmp_path, reference)
     assert timeless[0] == timeless[1]
     for path in Store(reference / "checkpoints").path(last).glob("state-*"):
         assert (store.path(last) / path.name).read_bytes() == path.read_bytes()
+
+
+def test_adapters_are_finetuned(base, data, tmp_path):
+    """They and the pause embeddings learn the task; other weights, and excluded pause logits, are the base's."""
+    extra = ["train.only=lora", "lora.rank=8", "optim.lr=1e-2", "checkpoint.every=0", "log.tensorboard=false"]
+    assert run_on_ranks(2, tune, base, data, str(tmp_path / "run"), 1, 4, 2, True, extra) == [0, 0]
+    lines = metrics(tmp_path / "run")
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.5
+    before, after = (MergedReader(open_newest(folder).folder) for folder in (base, tmp_path / "run"))
+    for name in before.manifest.parameters:
+        rows = before.shape(name)[0]
+        changed = (before.rows(name, 0, rows) != after.rows(name, 0, rows)).view(rows, -1).any(dim=1)
+        assert changed.nonzero().flatten().tolist() == ([1000, 1001] if name == VOCABULARY[0] else []), name
+    done = export(tmp_path / "run", tmp_path / "out", dtype="bf16")
+    assert done.parity.largest_difference <= done.parity.tolerance
+    assert "`lora` only" in (done.folder / "README.md").read_text()
 
 
 def native_scores(folder: str, base: str, data: str, counts: tuple[int, ...]) -> list[list[float]]:

@@ -16,6 +16,7 @@ from pause_megatron.checkpoint.format import ADAM_STATE
 from pause_megatron.checkpoint.layout import VOCABULARY
 from pause_megatron.checkpoint.store import open_newest
 from pause_megatron.config.load import load
+from pause_megatron.config.lora import LORA_A, LORA_B
 from pause_megatron.errors import CheckpointError
 from pause_megatron.hf.adapter import export_adapter, load_with_peft
 from pause_megatron.hf.export import export
@@ -221,3 +222,31 @@ def test_adapters_resume_bit_for_bit_and_at_another_tensor_parallel_size(bases, 
             assert torch.equal(one, same.rows(name, 0, rows, key)), (name, key)
             assert torch.allclose(one, other.rows(name, 0, rows, key), rtol=1e-3, atol=1e-4), (name, key)
     check_adapter_and_merged_export(bases["untied"], states["other"], tmp_path)
+
+
+def test_a_run_from_a_run_with_adapters_starts_from_the_merged_weights(bases, corpus, tmp_path):
+    first, second, third = (str(tmp_path / name) for name in ("first", "second", "third"))
+    lora = ["train.only=lora", "lora.rank=4", "lora.alpha=64", "pause.embeddings=2"]
+    run_on_ranks(2, pretrain, corpus, first, 2, 1, [f"model.from={bases['untied']}", *lora])
+    again = [f"model.from={first}", *lora, "lora.layers=0", "lora.targets=proj,fc1"]
+    run_on_ranks(1, pretrain, corpus, second, 1, 0, again)
+    run_on_ranks(2, pretrain, corpus, third, 2, 3, [f"model.from={first}", "train.only=pause_rows", *lora[3:]])
+    merged = MergedReader(open_newest(first).folder, adapter_scale=16.0)
+    stored = MergedReader(open_newest(first).folder)
+    for run, adapters in ((second, 4), (third, 0)):
+        reader = MergedReader(open_newest(run).folder)
+        assert sum("lora" in name for name in reader.manifest.parameters) == adapters
+        for name in merged.manifest.parameters:
+            if name not in VOCABULARY and "lora" not in name:
+                rows = merged.shape(name)[0]
+                expected = merged.rows(name, 0, rows)
+                assert torch.equal(reader.rows(name, 0, rows), expected), name
+                if "linear" in name:
+                    low, high = (stored.rows(n, 0, stored.shape(n)[0]) for n in adapter_of(name))
+                    product = stored.rows(name, 0, rows) + 16 * high @ low
+                    assert torch.allclose(expected, product, atol=1e-6)
+                    assert not torch.allclose(expected, stored.rows(name, 0, rows), atol=1e-3)
+
+
+def adapter_of(name: str) -> list[str]:
+    return [f"{name.removesuffix('weight')}{kind}" for kind in (LORA_A, LORA_B)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from support.ranks import run_on_ranks
@@ -9,6 +11,9 @@ from support.tiny_model import SEQ, batch, distance, loss_of, section, take_grad
 from torch import Tensor
 from torch.func import functional_call
 
+from pause_megatron.checkpoint.layout import partition_dim, row_spans
+from pause_megatron.config.load import load
+from pause_megatron.config.lora import trained_parameters
 from pause_megatron.config.rules import check_shape
 from pause_megatron.config.schema import LoraSection, ParallelSection
 from pause_megatron.model.decay import decays
@@ -20,6 +25,8 @@ CASES = {
     "all": (LORA, {}, "none"),
     "grouped queries, recomputed": (LORA, {"kv_heads": 2, "tied": False}, "full"),
     "looped": (LORA, {"loops": 2}, "none"),
+    "norms of outputs, as in OLMo 2": (LORA, {"norm": "post", "qk_norm": "whole"}, "full"),
+    "one key head, biases": (LORA, {"kv_heads": 1, "qkv_bias": True, "proj_bias": True, "mlp_bias": True}, "none"),
     "one layer": (SOME, {"qkv_bias": True}, "none"),
 }
 
@@ -30,8 +37,6 @@ def is_adapter(name: str) -> bool:
 
 def fill(model: torch.nn.Module, rank: int, ranks: int) -> dict[str, Tensor]:
     """Give each B random values, the same whole matrix at any tensor parallelism; return the fresh A."""
-    from pause_megatron.checkpoint.layout import partition_dim, row_spans
-
     with torch.no_grad():
         for number, (name, parameter) in enumerate(model.named_parameters()):
             if name.endswith(".lora_b"):
@@ -73,7 +78,18 @@ def check_named_as_planned(model: torch.nn.Module, lora: LoraSection, options: d
     for name, parameter in model.named_parameters():
         assert planned[name].replicated != getattr(parameter, "tensor_model_parallel", False), name
         assert planned[name].decays == decays(parameter), name
+    config = load(overrides=["train.only=lora", "pause.rate=0"])
+    config = config.model_copy(update={"model": sizes, "lora": lora})
+    added = sum(math.prod(shape) for name, shape in merged_shapes(model, tensor).items() if is_adapter(name))
+    assert trained_parameters(config) == added + (1 if sizes.tied else 2) * sizes.hidden
     assert [name for name in planned if is_adapter(name)] == [n for n, _ in model.named_parameters() if is_adapter(n)]
+
+
+def merged_shapes(model: torch.nn.Module, tensor: int) -> dict[str, list[int]]:
+    return {
+        name: [n * tensor if d == partition_dim(name) else n for d, n in enumerate(parameter.shape)]
+        for name, parameter in model.named_parameters()
+    }
 
 
 def whole_of(model: torch.nn.Module, shards: dict[str, Tensor], group) -> dict[str, Tensor]:

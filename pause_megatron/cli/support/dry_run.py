@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pause_megatron.config.batching import BatchPlan
+from pause_megatron.config.lora import trained_parameters
 from pause_megatron.config.model_from import SHAPE
 from pause_megatron.config.presets import parameters, step_flops
 from pause_megatron.config.quantities import scaled
@@ -103,6 +104,7 @@ def _model_rows(
     """Return the rows about vocabulary, model and FLOPs, which are those of full windows, padding included."""
     size, model = text_size + config.pause.embeddings, config.model
     loops = f" run {model.loops} times" if model.loops > 1 else ""
+    trained = trained_parameters(config)
     flops = step_flops(model, size, plan.sequence_length, tokens=plan.raw_tokens, targets=plan.targets)
     return [
         ("vocabulary", f"{size:,} = {text_size:,} text ({origin}) + {config.pause.embeddings} pause"),
@@ -113,6 +115,7 @@ def _model_rows(
         ),
         *([("model options", options)] if (options := _model_options(model)) else []),
         ("parameters", f"{parameters(model, size):,}"),
+        *([] if trained is None else [("trained", f"{trained:,} ({config.train.only})")]),
         ("FLOPs a step", f"{scaled(flops)}FLOP ({scaled(flops / plan.world_size)}FLOP a rank)"),
         ("FLOPs in all", "unknown" if plan.steps is None else f"{scaled(flops * plan.steps)}FLOP"),
         ("engine", f"ZeRO stage {engine['zero_optimization']['stage']}, {config.engine.precision}"),

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from pause_megatron.config.batching import BatchPlan
 from pause_megatron.config.load import dump
+from pause_megatron.config.lora import trained_parameters
 from pause_megatron.config.presets import parameters
 from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.distributed import ParallelContext
@@ -67,9 +68,11 @@ def log_start(
         f"{plan.data_parallel} data parallel x {plan.tensor} tensor "
         f"parallel{sequence}, ZeRO {zero_stage}, {config.engine.precision}"
     )
+    trained = trained_parameters(config)
+    only = "" if trained is None else f", {trained:,} train ({config.train.only})"
     log.info(
-        f"{parameters(config.model, vocabulary):,} parameters; {plan.steps:,} steps of {data}{_extension(config)}, "
-        f"run folder {config.run.dir}"
+        f"{parameters(config.model, vocabulary):,} parameters{only}; {plan.steps:,} steps of "
+        f"{data}{_extension(config)}, run folder {config.run.dir}"
     )
 
 

@@ -42,7 +42,8 @@ def find_initial_weights(place: str, config: ResolvedConfig, tokenizer: Tokenize
             + "\n  ".join(differences)
         )
     if context.rank == 0:
-        log.info(f"initial weights from {found.folder}")
+        merged = ", its LoRA adapters merged" if lora_of(load_saved(found.folder / "config.yaml")) else ""
+        log.info(f"initial weights from {found.folder}{merged}")
     return found.folder
 
 
