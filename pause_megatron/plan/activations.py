@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pause_megatron.config.presets import head_chunk_rows
+from pause_megatron.plan.attention_work import sliding_layers
 from pause_megatron.plan.layout import Device, Layout
-from pause_megatron.plan.shapes import qkv_width
+from pause_megatron.plan.shapes import copies_queries, gathers_qkv, key_groups, qkv_width
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Activations:
         head_rows: Rows that reach the LM head, their gradients, and the hidden states they are gathered from.
         head_chunk: Maximum of logits and weight gradient while the head processes its chunks.
         head_gradient: Weight gradient that the head passes to the backward pass.
-        gather_buffer: megatron-core's buffer for gathered sequences, allocated for the whole run.
+        run_buffers: Buffers of the whole run: megatron-core's for gathered sequences, the mask of a sliding window.
     """
 
     attention: int
@@ -41,7 +42,7 @@ class Activations:
     head_rows: int
     head_chunk: int
     head_gradient: int
-    gather_buffer: int
+    run_buffers: int
 
     @property
     def layer(self) -> int:
@@ -75,7 +76,7 @@ def activations(layout: Layout, device: Device) -> Activations:
         head_rows=rows + element * residual + gathered + 4 * layout.target_rows,
         head_chunk=_head_chunk(layout, device),
         head_gradient=element * layout.rows * hidden,
-        gather_buffer=gathered,
+        run_buffers=gathered + _window_mask(layout, device),
     )
 
 
@@ -88,22 +89,48 @@ def _norm(layout: Layout, device: Device, residual: int) -> int:
 def _attention(layout: Layout, device: Device) -> int:
     """Return what attention keeps: queries, keys, the qkv output (with the values), the result, and row sums."""
     model, tokens, tensor = layout.model, layout.tokens, layout.tensor
-    queries = tokens * model.hidden // tensor
-    keys = queries * model.kv_heads // model.heads
-    kept = 2 * queries + keys + tokens * qkv_width(model, tensor)
+    queries = tokens * model.query_width // tensor
+    keys = tokens * key_groups(model, tensor) * model.channels
+    # Values are a view of linear_qkv's output, which therefore stays whole, also where ranks gather it.
+    qkv = tokens * qkv_width(model, tensor) * (tensor if gathers_qkv(model, tensor) else 1)
+    kept = 2 * queries + keys + qkv
+    # Queries, keys and values packed, the result in both layouts; the output only for norms of its heads.
+    packed = 3 * queries + 2 * keys + (qkv if model.qk_norm == "head" and device == "cuda" else 0)
     rotations = 0 if layout.fused_on(device) else 4 * _angles(layout)  # cosine, sine; queries, keys
     if layout.variable_length:
         if layout.batch.micro_size > 1:
-            kept = 3 * queries + 2 * keys  # queries, keys and values packed, the result in both layouts
+            kept = packed
         elif device == "cpu" or layout.element == 4:
             kept += queries  # results of the sequences, and their concatenation
-    return layout.element * (kept + rotations) + 4 * tokens * model.heads // tensor
+    elif device == "cuda" and layout.element < 4 and layout.batch.micro_size > 1:
+        kept += (packed - kept) * sliding_layers(layout) // model.layers
+    return layout.element * (kept + rotations) + 4 * tokens * model.heads // tensor + _qk_norms(layout, device)
+
+
+def _qk_norms(layout: Layout, device: Device) -> int:
+    """Return what the norms of queries and keys keep, as `_norm`; of a view of linear_qkv's output not the input."""
+    model, tokens, tensor = layout.model, layout.tokens, layout.tensor
+    if model.qk_norm is None:
+        return 0
+    groups = key_groups(model, tensor)
+    queries, both = tokens * model.query_width // tensor, tokens * (model.heads // tensor + groups)
+    whole = model.qk_norm == "whole"
+    rows = 4 * (2 * tokens if whole else both)
+    if device == "cpu" or (whole and tensor > 1):  # composed
+        return 8 * both * model.channels + rows
+    return rows + layout.element * (both * model.channels if whole else queries * copies_queries(model, tensor))
+
+
+def _window_mask(layout: Layout, device: Device) -> int:
+    """Return the bytes of the mask of a sliding window, which all layers share; a kernel in 16 bits needs none."""
+    has_kernel = device == "cuda" and layout.element < 4
+    return 0 if has_kernel or not sliding_layers(layout) else layout.element * layout.batch.sequence_length**2
 
 
 def _angles(layout: Layout) -> int:
     """Return tokens x channels of a head; with variable-length attention each window has its own positions."""
     windows = layout.batch.micro_size if layout.variable_length else 1
-    return windows * layout.batch.sequence_length * (layout.model.hidden // layout.model.heads)
+    return windows * layout.batch.sequence_length * layout.model.channels
 
 
 def _head_chunk(layout: Layout, device: Device) -> int:

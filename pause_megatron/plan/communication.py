@@ -11,6 +11,7 @@ from typing import Literal
 
 from pause_megatron.plan.layout import Layout
 from pause_megatron.plan.live import live_parameters
+from pause_megatron.plan.shapes import gathers_qkv, qkv_width
 
 Operation = Literal["all_reduce", "all_gather", "reduce_scatter", "reduce"]
 Group = Literal["data", "tensor"]
@@ -92,16 +93,29 @@ def _tensor_parallel(layout: Layout) -> list[Traffic]:
         return Traffic(purpose, operation, "tensor", ranks, size * passes)
 
     losses = traffic("token losses", "all_reduce", 3 * 4 * layout.target_rows)  # maximum, target's logit, denominator
+    # Each rank has a part of the gradient: of the sequence, or of the heads. Summed over loops first.
+    summed = layout.element * sum(p.numel for p in layout.parameters if layout.sums_gradient(p))
+    attention = [traffic("norm gradients", "all_reduce", summed)]
+    if gathers_qkv(layout.model, ranks):
+        qkv = layout.element * layout.tokens * ranks * qkv_width(layout.model, ranks)
+        attention += [
+            traffic("queries, keys and values", "all_gather", layers * forwards * qkv),
+            traffic("queries, keys and values", "reduce_scatter", layers * qkv),
+        ]
+    if layout.model.qk_norm == "whole":  # sums of squares of queries and keys, one fp32 number a token
+        squares = 2 * 4 * layers * layout.tokens
+        attention.append(traffic("query and key norms", "all_reduce", (forwards + 1) * squares))
     if not layout.config.parallel.sequence:
         return [
+            *attention,
             traffic("layer activations", "all_reduce", 2 * layers * forwards * whole),
             traffic("layer gradients", "all_reduce", 2 * layers * whole),
             traffic("embedding", "all_reduce", whole),
             traffic("head gradients", "all_reduce", targets),
             losses,
         ]
-    norms = (2 * layout.model.layers + 1) * hidden  # summed over loops first
     return [
+        *attention,
         traffic("layer activations", "all_gather", 2 * layers * forwards * whole),
         traffic("layer activations", "reduce_scatter", 2 * layers * forwards * whole),
         # The inputs of both column-parallel layers are gathered again for their weight gradients.
@@ -111,6 +125,5 @@ def _tensor_parallel(layout: Layout) -> list[Traffic]:
         traffic("embedding gradients", "all_gather", whole),
         traffic("head activations", "all_gather", whole),
         traffic("head gradients", "reduce_scatter", whole),
-        traffic("norm gradients", "all_reduce", norms),
         losses,
     ]

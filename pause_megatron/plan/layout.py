@@ -13,6 +13,7 @@ from pause_megatron.config.schema import ResolvedConfig, ResolvedModel
 from pause_megatron.plan.shapes import Parameter, padded_vocabulary, rank_parameters
 
 FALLBACK_BUCKET = 500_000_000  # elements of a DeepSpeed reduction where no reduce_bucket_size applies
+_OF_OWN_HEADS = ("q_layernorm.weight", "k_layernorm.weight")
 Device = Literal["cuda", "cpu"]
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2}
 
@@ -146,6 +147,15 @@ class Layout:
     def parameters(self) -> tuple[Parameter, ...]:
         """This rank's parameters."""
         return rank_parameters(self.model, self.vocabulary, self.tensor, lora_of(self.config))
+
+    def sums_gradient(self, parameter: Parameter) -> bool:
+        """Return whether tensor-parallel ranks sum the gradient of a parameter that each of them has (`model`'s hooks).
+
+        Args:
+            parameter: One of `parameters`.
+        """
+        partial = self.config.parallel.sequence or parameter.name.endswith(_OF_OWN_HEADS)
+        return self.tensor > 1 and parameter.replicated and partial
 
     @cached_property
     def numel(self) -> int:

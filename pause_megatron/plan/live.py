@@ -19,10 +19,14 @@ from pause_megatron.plan.shapes import Parameter
 _CALL_ORDER = (
     ("input_layernorm.weight",),
     ("self_attention.linear_qkv.weight", "self_attention.linear_qkv.bias"),
-    ("self_attention.linear_proj.weight",),
+    ("self_attention.q_layernorm.weight",),
+    ("self_attention.k_layernorm.weight",),
+    ("self_attention.linear_proj.weight", "self_attention.linear_proj.bias"),
+    ("self_attention.linear_proj.post_layernorm.weight",),
     ("pre_mlp_layernorm.weight",),
-    ("mlp.linear_fc1.weight",),
-    ("mlp.linear_fc2.weight",),
+    ("mlp.linear_fc1.weight", "mlp.linear_fc1.bias"),
+    ("mlp.linear_fc2.weight", "mlp.linear_fc2.bias"),
+    ("mlp.linear_fc2.post_layernorm.weight",),
 )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from pause_megatron.plan.activations import Activations, activations
 from pause_megatron.plan.layout import Device, Layout
+from pause_megatron.plan.live import live_parameters
 from pause_megatron.plan.reductions import reductions
 from pause_megatron.plan.states import TrainingStates, built_gradients, training_states
 
@@ -49,12 +50,14 @@ def rank_memory(layout: Layout, device: Device = "cuda") -> RankMemory:
         "weights": states.weights,
         "optimizer": states.optimizer,
         "gradients": states.gradients,
-        "buffers": states.buffers + kept.gather_buffer,
+        "buffers": states.buffers + kept.run_buffers,
         "batches": batches,
     }
     phases = {"start-up": {"weights": _start_up(layout)}}
     phases |= {name: always | extra for name, extra in _phases(layout, states, kept).items()}
-    built = sum(always.values()) - states.gradients - kept.gather_buffer + built_gradients(layout, states)
+    built = sum(always.values()) - states.gradients - kept.run_buffers + built_gradients(layout, states)
+    if layout.stage == 3:  # parameters that are never partitioned are gathered by the first step
+        built -= layout.element * live_parameters(layout).persistent_numel
     return RankMemory(phases, built, states.host)
 
 
@@ -63,7 +66,7 @@ def _phases(layout: Layout, states: TrainingStates, kept: Activations) -> dict[s
     layers = layout.model.depth
     all_layers = kept.angles + layers * (kept.layer_input if layout.recompute else kept.layer)
     again = kept.layer + kept.layer_input if layout.recompute else 0  # with its output, recomputed
-    buffers = states.buffers + kept.gather_buffer
+    buffers = states.buffers + kept.run_buffers
     in_backward = {"gathered parameters": states.live, "buffers": buffers + states.backward_buffers}
     # DeepSpeed's stage 1 in fp32 keeps its bucket from the first backward pass of a step to the last.
     kept_buffers = states.backward_buffers if layout.stage == 1 and layout.batch.accumulation > 1 else 0
@@ -95,7 +98,7 @@ def _phases(layout: Layout, states: TrainingStates, kept: Activations) -> dict[s
 def _costliest_reduction(layout: Layout, states: TrainingStates, kept: Activations) -> dict[str, int]:
     """Return the bytes at the reduction of a backward pass at which most tensors exist."""
     candidates = []
-    buffers = states.buffers + kept.gather_buffer + states.backward_buffers
+    buffers = states.buffers + kept.run_buffers + states.backward_buffers
     share = layout.numel // layout.data_parallel
     for reduction in reductions(layout, kept, states.bucket):
         temporaries = reduction.numel * states.reduction

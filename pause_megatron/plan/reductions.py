@@ -10,10 +10,17 @@ from pause_megatron.plan.layout import Layout
 
 # Gradients in the order of a layer's backward pass, with the halves of the layer whose activations are still kept.
 _BACKWARD = (
+    ("mlp.linear_fc2.post_layernorm.weight", "both"),
+    ("mlp.linear_fc2.bias", "both"),
     ("mlp.linear_fc2.weight", "both"),
+    ("mlp.linear_fc1.bias", "attention"),
     ("mlp.linear_fc1.weight", "attention"),
     ("pre_mlp_layernorm.weight", "attention"),
+    ("self_attention.linear_proj.post_layernorm.weight", "attention"),
+    ("self_attention.linear_proj.bias", "attention"),
     ("self_attention.linear_proj.weight", "attention"),
+    ("self_attention.q_layernorm.weight", "none"),
+    ("self_attention.k_layernorm.weight", "none"),
     ("self_attention.linear_qkv.weight", "none"),
     ("self_attention.linear_qkv.bias", "none"),
     ("input_layernorm.weight", "none"),

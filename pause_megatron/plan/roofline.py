@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pause_megatron.config.gpus import Gpu
+from pause_megatron.plan.kernel_work import Work
 from pause_megatron.plan.layout import Layout
 from pause_megatron.plan.machine import Assumptions
-from pause_megatron.plan.work import Work, step_work
+from pause_megatron.plan.work import step_work
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def computing(layout: Layout, gpu: Gpu, assumptions: Assumptions) -> Computing:
 def _kernels(work: Work, layout: Layout, gpu: Gpu, assumptions: Assumptions) -> tuple[float, float, float]:
     """Return the seconds of matrix products, of attention, and of memory-bound kernels."""
     model = layout.model
-    width, channels = model.hidden / layout.tensor, model.hidden / model.heads
+    width, channels = model.hidden / layout.tensor, model.channels
     products = assumptions.product_efficiency.value * width / (width + assumptions.product_half_width.value)
     attention = assumptions.attention_efficiency.value * channels / (channels + assumptions.attention_half_width.value)
     return (

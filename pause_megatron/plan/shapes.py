@@ -72,8 +72,38 @@ def _on_rank(one: LayerTensor, tensor: int, prefix: str) -> Parameter:
     return Parameter(f"{prefix}{one.name}", shape, one.decays, one.split is None)
 
 
+def key_groups(model: ResolvedModel, tensor: int) -> int:
+    """Return the key/value heads that a rank computes with; ranks share one where there are fewer heads than ranks.
+
+    Args:
+        model: Resolved sizes.
+        tensor: Tensor-parallel size.
+    """
+    return max(1, model.kv_heads // tensor)
+
+
+def copies_queries(model: ResolvedModel, tensor: int) -> bool:
+    """Return whether a rank's queries are copied out of linear_qkv's output: those of a group lie beside its keys.
+
+    Args:
+        model: Resolved sizes.
+        tensor: Tensor-parallel size.
+    """
+    return key_groups(model, tensor) > 1 and model.kv_heads < model.heads
+
+
+def gathers_qkv(model: ResolvedModel, tensor: int) -> bool:
+    """Return whether the ranks gather the output of linear_qkv, as megatron-core does where they share key/value heads.
+
+    Args:
+        model: Resolved sizes.
+        tensor: Tensor-parallel size.
+    """
+    return model.kv_heads < tensor
+
+
 def qkv_width(model: ResolvedModel, tensor: int) -> int:
-    """Return the channels of queries, keys and values on one rank.
+    """Return the columns of linear_qkv on one rank.
 
     Args:
         model: Resolved sizes.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pause_megatron.config.presets import layer_parameters, step_flops
+from pause_megatron.config.presets import attended_tokens, layer_parameters, step_flops
 from pause_megatron.plan.communication import Traffic
 from pause_megatron.plan.layout import Layout
 from pause_megatron.plan.machine import Assumptions, Cluster
@@ -101,7 +101,8 @@ def step_time(
 def _forward_flops(layout: Layout) -> int:
     """Return the FLOPs per token of a forward pass, a third of 6 N + 12 d T of each layer."""
     model = layout.model
-    return model.depth * (2 * layer_parameters(model) + 4 * model.hidden * layout.batch.sequence_length)
+    attended = attended_tokens(model, layout.batch.sequence_length)
+    return model.loops * (2 * model.layers * layer_parameters(model) + 4 * model.query_width * attended)
 
 
 def _seconds(traffic: Traffic, layout: Layout, cluster: Cluster, assumptions: Assumptions) -> float:

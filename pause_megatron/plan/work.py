@@ -7,34 +7,13 @@ The bytes of accumulation and optimizer are those of DeepSpeed's operators.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from pause_megatron.config.presets import head_chunk_rows
+from pause_megatron.plan.attention_work import attention_work
+from pause_megatron.plan.kernel_work import Work
 from pause_megatron.plan.layout import FALLBACK_BUCKET, Layout
 from pause_megatron.plan.shapes import qkv_width
-
-
-@dataclass(frozen=True)
-class Work:
-    """Work of one GPU.
-
-    Attributes:
-        products: FLOPs of matrix products.
-        attention: FLOPs of causal attention, with the scores that the backward pass recomputes.
-        bytes: Bytes that memory-bound kernels read and write.
-        kernels: Kernel launches, without collectives.
-    """
-
-    products: int = 0
-    attention: int = 0
-    bytes: int = 0
-    kernels: int = 0
-
-    def __add__(self, other: Work) -> Work:
-        return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
-
-    def __mul__(self, times: int) -> Work:
-        return Work(*(getattr(self, f.name) * times for f in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -69,10 +48,12 @@ def step_work(layout: Layout) -> StepWork:
     Args:
         layout: A run on its ranks.
     """
-    forward, backward = layer_work(layout)
-    layer = forward + backward + (forward if layout.recompute else Work())
+    layers = Work()
+    for layer in range(layout.model.layers):
+        forward, backward = layer_work(layout, layer)
+        layers += forward + backward + (forward if layout.recompute else Work())
     return StepWork(
-        layers=layer * layout.model.depth,
+        layers=layers * layout.model.loops,
         head=head_work(layout),
         ends=_ends(layout),
         gradients=_gradients(layout),
@@ -81,68 +62,52 @@ def step_work(layout: Layout) -> StepWork:
     )
 
 
-def layer_work(layout: Layout) -> tuple[Work, Work]:
+def layer_work(layout: Layout, layer: int = 0) -> tuple[Work, Work]:
     """Return the work of one layer's forward pass and of its backward pass.
 
     Args:
         layout: A run on its ranks.
+        layer: Its number; layers differ where only some have a sliding window.
     """
     model, element = layout.model, layout.element
     tokens, tensor = layout.tokens, layout.tensor
     residual = element * tokens * model.hidden // layout.sequence_split
     rows = 4 * tokens // layout.sequence_split  # one fp32 number a row that a norm keeps
     weight = element * model.hidden
-    width = qkv_width(model, tensor)
-    matrices = model.hidden * (width + model.hidden // tensor + 3 * model.ffn // tensor)
-    scores = _scores(layout) * model.hidden // tensor
+    matrices = model.hidden * (qkv_width(model, tensor) + model.query_width // tensor + 3 * model.ffn // tensor)
     products = 2 * tokens * matrices
     # Two halves, each with a norm and an addition to the residual stream.
-    forward = Work(products, 4 * scores, 2 * (2 * residual + rows + weight) + 6 * residual, 4 + 1 + 2 + 2)
+    forward = Work(products, 0, 2 * (2 * residual + rows + weight) + 6 * residual, 4 + 1 + 2 + 2)
     norms = 2 * (5 * residual + 2 * rows + 2 * weight)
-    biases = element * (tokens * width + width) if model.qkv_bias else 0
-    split = 2 * element * tokens * width  # gradients of queries, keys and values concatenated
-    backward = Work(2 * products, 10 * scores, norms + 6 * residual + split + biases, 8 + 3 + 4 + 2 + 1 + bool(biases))
-    for piece in (_rotation(layout), _swiglu(layout), _copies(layout)):
+    backward = Work(2 * products, 0, norms + 6 * residual, 8 + 3 + 4 + 2)
+    for piece in (attention_work(layout, layer), _swiglu(layout), _biases(layout, residual)):
         forward, backward = forward + piece[0], backward + piece[1]
-    if layout.sequence_split > 1:  # norm weights' gradients are copied to be summed over the ranks
-        backward += Work(bytes=4 * weight, kernels=2)
-    if model.qkv_bias:
-        forward += Work(bytes=2 * element * tokens * width + element * width, kernels=1)
+    # Gradients of which each rank has a part are copied to be summed over the ranks.
+    summed = [p.numel for p in layout.parameters if _is_of(p.name, layer) and layout.sums_gradient(p)]
+    backward += Work(bytes=2 * element * sum(summed), kernels=len(summed))
     return forward, backward
 
 
-def _copies(layout: Layout) -> tuple[Work, Work]:
-    """Return the copies that bring tensors into the layout of the attention core."""
-    model = layout.model
-    queries = layout.element * layout.tokens * model.hidden // layout.tensor
-    keys = queries * model.kv_heads // model.heads
-    grouped = model.kv_heads < model.heads  # queries of a group are interleaved with its keys
-    forward = Work(bytes=2 * queries * grouped, kernels=int(grouped))
-    if not layout.variable_length:
-        return forward, Work()
-    if layout.batch.micro_size == 1:  # sequence-first is batch-first
-        return forward + Work(kernels=1), Work(kernels=1)
-    return forward + Work(bytes=4 * (queries + keys), kernels=5), Work(bytes=2 * queries, kernels=2)
+def _is_of(name: str, layer: int) -> bool:
+    return name.startswith(f"decoder.layers.{layer}.")
 
 
-def _scores(layout: Layout) -> int:
-    """Return the unmasked pairs of tokens of causal attention: half of the square of the window."""
-    return layout.tokens * layout.batch.sequence_length // 2
-
-
-def _rotation(layout: Layout) -> tuple[Work, Work]:
-    """Return the work of the rotary embedding of queries and keys, forward and backward."""
-    model, element = layout.model, layout.element
-    channels = model.hidden // model.heads
-    queries = element * layout.tokens * model.hidden // layout.tensor
-    both = queries + queries * model.kv_heads // model.heads
-    angles = (
-        element * layout.batch.sequence_length * channels * (layout.batch.micro_size if layout.variable_length else 1)
-    )
-    if layout.fused:
-        return Work(bytes=2 * both + 4 * angles, kernels=2), Work(bytes=2 * both + 4 * angles, kernels=2)
-    # Half of a tensor rotated, concatenated, two products, their sum, a copy; cosine and sine in fp32.
-    return Work(bytes=12 * both + 48 * angles, kernels=24), Work(bytes=14 * both + 4 * angles, kernels=14)
+def _biases(layout: Layout, residual: int) -> tuple[Work, Work]:
+    """Return the work of biases: each is added to an output, and its gradient is the sum over the output's rows."""
+    model, element, tensor = layout.model, layout.element, layout.tensor
+    widths = {  # of an output, and its bytes
+        "qkv": (qkv_width(model, tensor), model.qkv_bias, None),
+        "proj": (model.hidden, model.proj_bias, residual),
+        "fc1": (2 * model.ffn // tensor, model.mlp_bias, None),
+        "fc2": (model.hidden, model.mlp_bias, residual),
+    }
+    forward = backward = Work()
+    for width, is_there, size in widths.values():
+        if is_there:
+            output = element * layout.tokens * width if size is None else size
+            forward += Work(bytes=2 * output + element * width, kernels=1)
+            backward += Work(bytes=output + element * width, kernels=1)
+    return forward, backward
 
 
 def _swiglu(layout: Layout) -> tuple[Work, Work]:

@@ -23,8 +23,9 @@ from support.tiny_config import tiny_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from pause_megatron.config.load import load
+from pause_megatron.plan.kernel_work import Work
 from pause_megatron.plan.layout import Layout
-from pause_megatron.plan.work import Work, step_work
+from pause_megatron.plan.work import step_work
 
 LARGE = ("model.preset=1b", "batch.micro_size=4", "batch.global_size=4")
 SMALL = ("model.preset=130m", "batch.micro_size=16", "batch.global_size=16")
@@ -42,6 +43,25 @@ CASES = {
         1,
         4,
     ),
+    "like Qwen3": ((*LARGE, "model.head_dim=256", "model.kv_heads=8", "model.qk_norm=head"), 1, 0),
+    "like OLMo 2": ((*LARGE, "model.qk_norm=whole", "model.norm=post"), 1, 0),
+    "like OLMo 2, sequence parallel": (
+        (*LARGE, "model.qk_norm=whole", "model.norm=post", "parallel.tensor=2", "parallel.sequence=true"),
+        2,
+        0,
+    ),
+    "like Qwen3, tensor parallel": ((*LARGE, "model.kv_heads=4", "model.qk_norm=head", "parallel.tensor=4"), 4, 0),
+    "every bias, shared key/value heads": (
+        (
+            *LARGE,
+            "model.kv_heads=2",
+            "parallel.tensor=4",
+            *(f"model.{name}_bias=true" for name in ("qkv", "proj", "mlp")),
+        ),
+        4,
+        0,
+    ),
+    "sliding window": ((*LARGE, "model.sliding_window=256"), 1, 0),
     "tied, pauses out of the softmax": ((*SMALL, "model.tied=true", "pause.softmax=exclude"), 1, 0),
     "one chunk": ((*SMALL, "model.head_chunk=100000"), 1, 0),
     "one chunk, half of the rows": ((*SMALL, "model.head_chunk=100000", "pause.rate=0.5"), 1, 0),
@@ -124,10 +144,14 @@ def assert_equal(work: Work, counted: Counts, *, bytes_within: float, kernels_wi
 @pytest.mark.parametrize("kernels", BOTH)
 @pytest.mark.parametrize("name", CASES)
 def test_a_layer_is_what_plan_says(counts, name, kernels):
-    """Exactly; but where documents are apart, cosines and sines are picked by operators that `plan` leaves out."""
-    apart, texts = "apart" in name, max(1, CASES[name][2])
+    """Exactly; but where documents are apart, cosines and sines are picked by operators that `plan` leaves out.
+
+    So are segments of a sliding window, and numbers of a token in norms over the heads of several ranks.
+    """
+    rounds = any(word in name for word in ("apart", "sliding", "OLMo 2, sequence"))
+    texts = max(1, CASES[name][2])
     work, counted = step_work(layout(name, kernels)).layers, a_layer(counts, name, kernels)
-    assert_equal(work, counted, bytes_within=0.001 if apart else 0, kernels_within=0)
+    assert_equal(work, counted, bytes_within=0.001 if rounds else 0, kernels_within=0)
     # `plan` does not know the texts of a window and takes each for one.
     assert work.attention == counted.attention_flops * texts
 

@@ -29,6 +29,8 @@ SMALL = (
     *tiny_model(layers=2, hidden=64, heads=4, tied=False),
     *("data.sequence_length=128", "batch.global_size=16", "batch.micro_size=2"),
 )
+QWEN3 = ("model.heads=4", "model.kv_heads=2", "model.head_dim=48", "model.qk_norm=head")
+OLMO2 = ("model.qk_norm=whole", "model.norm=post")
 SP = ("parallel.tensor=2", "parallel.sequence=true")
 MEMORY = {
     "stage 0, bf16": (4, ["engine.zero_stage=0"]),
@@ -83,6 +85,30 @@ MEMORY = {
         ["engine.ds_config=DS/plain.json", "engine.zero_stage=3", *SP, "parallel.recompute=full", "model.layers=4"],
     ),
     "stage 3, offloaded": (4, ["engine.ds_config=DS/offload.json", "engine.zero_stage=3"]),
+    "stage 1, tensor parallel, like Qwen3": (4, ["engine.zero_stage=1", "parallel.tensor=2", *QWEN3, "model.layers=4"]),
+    "stage 1, like OLMo 2": (4, ["engine.zero_stage=1", *OLMO2, "model.layers=4"]),
+    "stage 3, sequence parallel, like OLMo 2": (
+        8,
+        ["engine.ds_config=DS/plain.json", "engine.zero_stage=3", *SP, *OLMO2, "model.layers=4"],
+    ),
+    "stage 2, tensor parallel, shared key/value heads, every bias": (
+        8,
+        [
+            *("engine.ds_config=DS/plain.json", "engine.zero_stage=2", "parallel.tensor=4", "model.kv_heads=2"),
+            *("model.qkv_bias=true", "model.proj_bias=true", "model.mlp_bias=true", "model.layers=4"),
+        ],
+    ),
+    "stage 1, sliding window": (
+        4,
+        ["engine.zero_stage=1", "model.qkv_bias=true", "model.sliding_window=32", "model.sliding_from=1"],
+    ),
+    "stage 1, sliding window, one window at a time, documents apart": (
+        4,
+        [
+            *("engine.zero_stage=1", "model.sliding_window=32", "batch.micro_size=1", "data.sequence_length=256"),
+            "data.intra_document_masking=true",
+        ],
+    ),
     "stage 2": (4, ["engine.ds_config=DS/plain.json", "engine.zero_stage=2"]),
     "stage 2, overlapped, gradients larger than a bucket, recomputed": (
         4,

@@ -16,6 +16,9 @@ SMALL = (
     *tiny_model(layers=2, hidden=64, heads=4, tied=False),
     *("data.sequence_length=128", "batch.global_size=8", "batch.micro_size=2"),
 )
+QWEN3 = ("model.heads=2", "model.head_dim=64", "model.qk_norm=head")
+OLMO2 = ("model.qk_norm=whole", "model.norm=post", "model.kv_heads=2", "model.head_dim=32")
+BIASES = ("model.qkv_bias=true", "model.proj_bias=true", "model.mlp_bias=true")
 SP = ("parallel.tensor=2", "parallel.sequence=true")
 CASES = {
     "DP 2, stage 0": (2, ["engine.zero_stage=0"]),
@@ -30,6 +33,12 @@ CASES = {
     "DP 2 x TP 2, sequence parallel, recomputed, stage 3": (
         4,
         [*SP, "engine.zero_stage=3", "parallel.recompute=full"],
+    ),
+    "DP 2 x TP 2, like Qwen3": (4, [*QWEN3, "parallel.tensor=2"]),
+    "TP 4, like OLMo 2, sequence parallel": (4, [*OLMO2, "parallel.tensor=4", "parallel.sequence=true"]),
+    "TP 4, shared key/value heads, every bias, looped": (
+        4,
+        [*BIASES, "parallel.tensor=4", "model.kv_heads=1", "model.loops=2", "parallel.recompute=full"],
     ),
     "DP 2 x TP 2, sequence parallel, stage 1": (4, [*SP, "engine.zero_stage=1"]),
 }

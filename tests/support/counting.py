@@ -143,7 +143,10 @@ class Counting(TorchDispatchMode):
             scores = query.shape[0] * query.shape[1] * query.shape[2] ** 2 // 2
         else:  # [tokens, heads, channels], texts of equal length
             (texts,) = {t.numel() - 1 for t in tensors(args) if t.dtype == torch.int32 and t.dim() == 1}
-            scores = query.shape[0] ** 2 // texts * query.shape[1] // 2
+            length = query.shape[0] // texts
+            spans = [a[0] for a in args if isinstance(a, (list, tuple)) and [type(n) for n in a] == [int, int]]
+            window = min([length, *(span + 1 for span in spans if span >= 0)])  # itself included
+            scores = query.shape[1] * texts * window * (2 * length - window) // 2
         self.counts.attention_flops += (5 if backward else 2) * 2 * scores * query.shape[-1]
         size = total_size(*tensors((args, result)))
         self.counts.add(name, size, LAUNCHES.get(name, 1), bound="attention")

@@ -31,12 +31,16 @@ aten = torch.ops.aten
 
 
 class _FusedNorm(torch.autograd.Function):
-    """torch's RMSNorm as CUDA runs it: a kernel forward; backward one for the input and one for the weight."""
+    """torch's RMSNorm as CUDA runs it: a kernel forward; backward one for the input and one for the weight.
+
+    Of inputs that are not contiguous it works on copies.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, counts: Counts) -> Tensor:
         scales = torch.empty(*x.shape[:-1], 1, dtype=torch.float32, device=x.device)
-        ctx.counts, ctx.saved = counts, (x, weight, scales)
+        ctx.counts, ctx.saved = counts, (x, weight, scales)  # of a view the view, so that both passes copy it
+        x = x.contiguous()
         result = torch.empty_like(x)
         counts.add("rms_norm", total_size(x, weight, result, scales))
         return result
@@ -44,6 +48,7 @@ class _FusedNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scales = ctx.saved
+        x, gradient = x.contiguous(), gradient.contiguous()
         results = torch.empty_like(x), torch.empty_like(weight)
         ctx.counts.add("rms_norm backward", total_size(gradient, x, scales, gradient, x, scales, weight, *results), 2)
         return *results, None
