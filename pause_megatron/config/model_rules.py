@@ -95,6 +95,17 @@ def rope_scaling_is_whole(config: ResolvedConfig) -> Broken:
     return None
 
 
+def options_need_torch_attention(config: ResolvedConfig) -> Broken:
+    """Check that the layers of Transformer Engine are not asked for options that only the layers of `sdpa` have."""
+    model = config.model
+    options = {"qk_norm": model.qk_norm, "norm": model.norm == "post", "sliding_window": model.sliding_window}
+    options |= {"proj_bias": model.proj_bias, "mlp_bias": model.mlp_bias}
+    given = [f"model.{name}" for name, value in options.items() if value]
+    if model.attention == "te" and given:
+        return ("model.attention", *given), f"model.attention=sdpa with {', '.join(given)}"
+    return None
+
+
 def sliding_layers_exist(config: ResolvedConfig) -> Broken:
     """Check that a sliding window has a layer."""
     model = config.model
@@ -109,4 +120,5 @@ def sliding_layers_exist(config: ResolvedConfig) -> Broken:
 MODEL_RULES: tuple[Rule, ...] = (
     *(heads_divide_hidden, kv_heads_divide_heads, tensor_divides_the_model),
     *(biases_come_together, a_family_has_the_options, rope_scaling_is_whole, sliding_layers_exist),
+    options_need_torch_attention,
 )

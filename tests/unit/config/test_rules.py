@@ -28,6 +28,11 @@ BROKEN = {
         "model.rope_original_length with yarn; got model.rope_scaling=yarn (command line), "
         "model.rope_original_length=None (default)",
     ),
+    "options_need_torch_attention": (
+        ["model.preset=olmo2-1b", "model.attention=te"],
+        "expected model.attention=sdpa with model.qk_norm, model.norm; got model.attention=te (command line), "
+        "model.qk_norm=whole (preset olmo2-1b), model.norm=post (preset olmo2-1b)",
+    ),
     "sliding_layers_exist": (
         ["model.sliding_window=64", "model.sliding_from=4"],
         "which is below model.layers; got model.sliding_window=64 (command line), model.sliding_from=4 (command line), "
