@@ -165,11 +165,7 @@ class SDPACoreAttention(MegatronModule):
             attention_mask = attention_mask.mask
         seq, batch, heads, channels = query.shape
         window = self.window if self.window is not None and self.window.size < seq else None
-        if (
-            window is not None
-            and attention_mask is None
-            and has_variable_length_kernel(query.flatten(0, 1), key.flatten(0, 1))
-        ):
+        if window is not None and attention_mask is None and has_variable_length_kernel(query[:, 0], key[:, 0]):
             attention_mask = PackedSegments.whole(batch, seq, query.device)  # the kernel needs no mask
         if isinstance(attention_mask, PackedSegments):
             query, key, value = (tensor.transpose(0, 1).flatten(0, 1) for tensor in (query, key, value))

@@ -15,9 +15,10 @@ pytestmark = [
 ]
 
 
+@pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("prefix", [None, PREFIX], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("groups", [4, 2, 1])
-def test_kernel_is_the_mask(groups, prefix):
+def test_kernel_is_the_mask(groups, prefix, window):
     """Against the mask in fp64."""
     import inspect
 
@@ -30,6 +31,10 @@ def test_kernel_is_the_mask(groups, prefix):
         inspect.signature(varlen_attn).parameters, grouped=groups != 4
     )
     assert has_variable_length_kernel(query, query)
-    exact = attended(segment_mask(SEGMENTS, prefix), groups, torch.float64)
-    assert furthest(attended(spans, groups, torch.bfloat16, "cuda"), exact) < 0.05
-    assert furthest(attended(spans, groups, torch.float32, "cuda"), exact) < 1e-5
+    exact = attended(segment_mask(SEGMENTS, prefix, window), groups, torch.float64)
+    assert furthest(attended(spans, groups, torch.bfloat16, "cuda", window), exact) < 0.05
+    assert furthest(attended(spans, groups, torch.float32, "cuda", window), exact) < 1e-5
+    if window is not None:  # without segments, the kernel takes the place of a mask
+        exact = attended(segment_mask(torch.zeros_like(SEGMENTS), None, window), groups, torch.float64)
+        assert furthest(attended(None, groups, torch.bfloat16, "cuda", window), exact) < 0.05
+        assert furthest(attended(None, groups, torch.float32, "cuda", window), exact) < 1e-5

@@ -108,27 +108,51 @@ def test_recomputation_changes_no_bit(tensor, sequence):
     assert all(run_on_ranks(tensor, recomputed_equals, tensor, sequence))
 
 
-def unsummed_gradients() -> str:
-    """What the start-up check says when a norm's hook is missing."""
+def unsummed_gradients(sequence: bool, where: str, options: dict) -> tuple[str, str]:
+    """What the start-up check says when a norm's hook is missing, and when it is there twice."""
     from pause_megatron.distributed import initialize
     from pause_megatron.errors import TrainingError
-    from pause_megatron.model.sequence_parallel import check_gradient_sums
+    from pause_megatron.model.sequence_parallel import check_gradient_sums, sum_gradients_over
 
-    parallel = ParallelSection(tensor=2, sequence=True)
+    parallel = ParallelSection(tensor=2, sequence=sequence)
+    said = []
     with initialize(parallel, device="cpu") as context:
-        model = tiny(parallel=parallel)
-        check_gradient_sums(model, context.tp_group)
-        norm = model.decoder.layers[1].pre_mlp_layernorm
-        norm.weight = torch.nn.Parameter(norm.weight.detach().clone())
-        try:
+        for twice in (False, True):
+            model = tiny(parallel=parallel, **options)
             check_gradient_sums(model, context.tp_group)
-        except TrainingError as error:
-            return str(error)
-    return ""
+            norm = model.get_submodule(where)
+            if twice:
+                sum_gradients_over(norm_of(model, where), context.tp_group)
+            else:
+                norm.weight = torch.nn.Parameter(norm.weight.detach().clone())
+            try:
+                check_gradient_sums(model, context.tp_group)
+            except TrainingError as error:
+                said.append(str(error))
+    return tuple(said)
 
 
-def test_missing_sequence_parallel_sum_is_found():
-    assert all("decoder.layers.1.pre_mlp_layernorm.weight" in text for text in run_on_ranks(2, unsummed_gradients))
+def norm_of(model: torch.nn.Module, where: str) -> torch.nn.Module:
+    """The norm under its own name, as the hooks look for it."""
+    norms = torch.nn.Module()
+    norms.add_module(where.rpartition(".")[2], model.get_submodule(where))
+    return norms
+
+
+@pytest.mark.parametrize(
+    ("sequence", "where", "options"),
+    [
+        (True, "decoder.layers.1.pre_mlp_layernorm", {}),
+        (True, "decoder.layers.0.mlp.linear_fc2.post_layernorm", {"norm": "post", "qk_norm": "whole"}),
+        (True, "decoder.layers.1.self_attention.k_layernorm", {"qk_norm": "head"}),
+        (False, "decoder.layers.0.self_attention.q_layernorm", {"qk_norm": "head"}),
+        (False, "decoder.layers.1.self_attention.k_layernorm", {"norm": "post", "qk_norm": "whole"}),
+    ],
+)
+def test_a_gradient_that_is_not_summed_once_is_found(sequence, where, options):
+    for missing, twice in run_on_ranks(2, unsummed_gradients, sequence, where, options):
+        assert f"{where}.weight: expected a gradient summed over the 2" in missing
+        assert f"{where}.weight: expected a gradient summed over the 2" in twice
 
 
 def pause_rows() -> dict:

@@ -19,6 +19,7 @@ from pause_megatron.model.variable_length import (
     varlen_attention,
     varlen_kernel_attention,
 )
+from pause_megatron.model.window import SlidingWindow
 
 
 def test_mask_is_its_definition():
@@ -137,12 +138,13 @@ class Documented(TorchDispatchMode):
         return result, scores.logsumexp(-1), torch.zeros(2, dtype=torch.uint64)
 
 
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("causal", "size"), [(True, None), (False, None), (True, 1), (True, 5), (True, 27)])
 @pytest.mark.parametrize("groups", KERNEL_GROUPS)
-def test_our_call_asks_the_kernel_for_the_same(groups, causal):
+def test_our_call_asks_the_kernel_for_the_same(groups, causal, size):
     """The values of the arguments; the kernel itself is left to tests/gpu."""
+    window = size and SlidingWindow(size)
     spans = SegmentLengths.of(torch.tensor([9, 1, 27]), "cpu")
     inputs = [tensor[:, 0].detach() for tensor in qkv(groups, torch.float64)[:3]]
     with Documented():
-        asked = varlen_kernel_attention(*inputs, spans, causal=causal, scale=0.5)
-    assert furthest([asked], [varlen_attention(*inputs, spans, causal=causal, scale=0.5)]) < 1e-14
+        asked = varlen_kernel_attention(*inputs, spans, causal=causal, scale=0.5, window=window)
+    assert furthest([asked], [varlen_attention(*inputs, spans, causal=causal, scale=0.5, window=window)]) < 1e-14

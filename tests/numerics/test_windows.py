@@ -2,36 +2,30 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support.ranks import run_on_ranks
-from support.span_cases import PREFIX, SEGMENTS, qkv
-from support.tiny_model import SEQ, batch, tiny
+from support.span_cases import PREFIX, SEGMENTS, attention_core, qkv
+from support.tiny_model import SEQ, batch, section, tiny
 
+from pause_megatron.config.rules import check_shape
 from pause_megatron.config.schema import ParallelSection
 from pause_megatron.errors import ConfigError
-from pause_megatron.model.attention import SDPACoreAttention, additive_mask, segment_mask
+from pause_megatron.model.attention import additive_mask, segment_mask
 from pause_megatron.model.layers import block_spec
 from pause_megatron.model.variable_length import PackedSegments
-from pause_megatron.model.window import SlidingWindow
 
 LENGTH = SEGMENTS.shape[1]
 WINDOWS = (1, 3, 8, LENGTH - 1, LENGTH, 50)
 
 
-def core(window: int | None) -> SDPACoreAttention:
-    config = SimpleNamespace(context_parallel_size=1, attention_dropout=0.0, kv_channels=8)
-    return SDPACoreAttention(config, 1, window=window and SlidingWindow(window))
-
-
 def attended(window: int | None, mask, live: torch.Tensor, groups: int = 2) -> list[torch.Tensor]:
     """Result and gradients of live tokens, bool [batch, seq]."""
     *inputs, upstream = qkv(groups, torch.float64)
-    result = core(window)(*inputs, mask) * live.t()[..., None]
+    result = attention_core(window)(*inputs, mask) * live.t()[..., None]
     return [result.detach(), *torch.autograd.grad(result, inputs, upstream.to(result))]
 
 
@@ -109,7 +103,7 @@ def test_layers_share_a_mask_which_exists_only_where_the_window_is_shorter(kind)
 
 def test_a_window_made_while_generating_serves_training():
     *inputs, upstream = qkv(2, torch.float32)
-    attention = core(3)
+    attention = attention_core(3)
     with torch.inference_mode():
         attention(*(tensor.detach() for tensor in inputs))
     result = attention(*inputs)
@@ -123,3 +117,12 @@ def test_transformer_engine_is_refused_with_options_that_it_was_not_tried_with()
     ):
         with pytest.raises(ConfigError, match=r"model.attention: expected sdpa with model\.\w+, got 'te'"):
             block_spec(2, attention="te", **options)
+    for options in (
+        {"qk_norm": "head"},
+        {"qk_norm": "whole", "norm": "post"},
+        {"mlp_bias": True},
+        {"sliding_window": 4},
+    ):
+        with pytest.raises(ConfigError, match=r"expected model.attention=sdpa with .* got model.attention=te"):
+            check_shape(section(attention="te", **options), ParallelSection(), SEQ)
+    check_shape(section(attention="te", head_dim=12, qkv_bias=True), ParallelSection(), SEQ)

@@ -8,6 +8,7 @@ import torch
 
 from pause_megatron.model.attention import SDPACoreAttention
 from pause_megatron.model.variable_length import PackedSegments
+from pause_megatron.model.window import SlidingWindow
 
 # Windows of 37 tokens: texts of 1 to 16 tokens, padding on both sides; prefixes of none, some and all tokens of a text.
 SEGMENTS = torch.tensor([[0] * 9 + [1] + [2] * 16 + [3] * 11, [-1] * 3 + [0] * 2 + [1] * 12 + [4] * 15 + [-1] * 5])
@@ -24,16 +25,21 @@ def qkv(groups: int, dtype: torch.dtype, device: str = "cpu") -> list[torch.Tens
     return [*(tensor.requires_grad_() for tensor in made), torch.randn(37, 2, 32, generator=generator)]
 
 
-def attention_core() -> SDPACoreAttention:
-    return SDPACoreAttention(SimpleNamespace(context_parallel_size=1, attention_dropout=0.0, kv_channels=8), 1)
+def attention_core(window: int | None = None) -> SDPACoreAttention:
+    config = SimpleNamespace(context_parallel_size=1, attention_dropout=0.0, kv_channels=8)
+    return SDPACoreAttention(config, 1, window=window and SlidingWindow(window))
 
 
 def attended(
-    mask: torch.Tensor | PackedSegments, groups: int, dtype: torch.dtype, device: str = "cpu"
+    mask: torch.Tensor | PackedSegments | None,
+    groups: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    window: int | None = None,
 ) -> list[torch.Tensor]:
     """Result and gradients of the attention core, padding left out."""
     *inputs, upstream = qkv(groups, dtype, device)
-    result = attention_core()(*inputs, mask)
+    result = attention_core(window)(*inputs, mask)
     live = (SEGMENTS >= 0).t()[..., None]
     gradients = torch.autograd.grad(result, inputs, (upstream * live).to(result))
     return [result.detach().cpu() * live, *(gradient.cpu() for gradient in gradients)]
