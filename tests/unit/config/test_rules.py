@@ -38,6 +38,11 @@ BROKEN = {
         "which is below model.layers; got model.sliding_window=64 (command line), model.sliding_from=4 (command line), "
         "model.layers=4 (preset tiny)",
     ),
+    "attention_core_has_the_options": (
+        ["model.sliding_window=64", "model.attention=te"],
+        "model.attention=sdpa with model.sliding_window; got model.attention=te (command line), "
+        "model.sliding_window=64 (command line)",
+    ),
     "sequence_needs_tensor": (["parallel.sequence=true"], "parallel.tensor > 1 with parallel.sequence"),
     "tensor_divides_the_sequence": (
         ["parallel.sequence=true", "parallel.tensor=2", "data.sequence_length=63"],
