@@ -173,9 +173,7 @@ def _model(keys: ConfigKeys, family: Family) -> ResolvedModel:
         norm=family.norm,
         norm_eps=keys.number("rms_norm_eps"),
         init_std=keys.number("initializer_range"),
-        family=family.model_type,
-        **read_rope(keys),
-        **read_window(keys, family, layers),
+        **{"family": family.model_type, **read_rope(keys), **read_window(keys, family, layers)},
     )
 
 

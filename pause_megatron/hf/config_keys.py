@@ -65,7 +65,7 @@ class ConfigKeys:
 
     def number(self, key: str, default: float | None = None, least: float = 0.0) -> float:
         """Return a number above 0, at least `least`."""
-        value = self._config.get(key)
+        value: Any = self._config.get(key)
         value = default if value is None else value
         if type(value) not in (int, float) or not (0 < value < float("inf") and value >= least):
             raise self.wrong(key, f"a number of at least {least:g}" if least else "a number above 0", value)

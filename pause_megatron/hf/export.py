@@ -178,12 +178,18 @@ def _write_metadata(
             pause=pause,
         )
         _write_json(folder / "config.json", record)
+        card = model_card(
+            config,
+            family=family,
+            progress=manifest.progress,
+            pause=pause,
+            step=manifest.step,
+            live_rows=live_rows,
+            dtype=dtype,
+        )
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
     _write_json(folder / "generation_config.json", generation)
-    card = model_card(
-        config, progress=manifest.progress, pause=pause, step=manifest.step, live_rows=live_rows, dtype=dtype
-    )
-    (folder / "README.md").write_text(card, encoding="utf-8")
     # transformers reads the tokenizer of any folder of type qwen2 as Qwen2's, independently of its files. Where that
     # gives other ids, the model becomes a Llama with attention biases. Classes named after models rebuild parts of a
     # tokenizer.json: where that gives other ids, the class that reads the file unchanged is used.

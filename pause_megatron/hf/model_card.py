@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from pause_megatron.config.families import Family
 from pause_megatron.config.presets import parameters
-from pause_megatron.config.schema import ResolvedConfig
+from pause_megatron.config.schema import ResolvedConfig, ResolvedModel
 
 DEFAULT_PAUSES = 10
 """M of the card's example where M_ft is unknown: the better choice on most tasks of the paper."""
@@ -15,6 +16,7 @@ DEFAULT_PAUSES = 10
 def model_card(
     config: ResolvedConfig,
     *,
+    family: Family,
     progress: Mapping[str, int],
     pause: Mapping[str, Any],
     step: int,
@@ -25,6 +27,7 @@ def model_card(
 
     Args:
         config: Configuration of the run that trained the weights.
+        family: Family of the export.
         progress: Counters of the run.
         pause: The "pause" entry of config.json.
         step: Optimizer steps.
@@ -35,7 +38,7 @@ def model_card(
     sections = [
         _FRONT,
         f"# {_title(config, pause)}\n",
-        _INTRODUCTION,
+        _INTRODUCTION.format(title=family.title, architecture=family.architecture),
         "## Use\n",
         _USAGE.format(token=pause["token"], count=count, ids=pause["ids"]),
         "## Recipe\n",
@@ -54,7 +57,7 @@ tags:
 ---
 """
 
-_INTRODUCTION = """A plain decoder of the Llama family; it loads without code of its own (no `trust_remote_code`).
+_INTRODUCTION = """A plain {title} model (`{architecture}`); it loads without code of its own (no `trust_remote_code`).
 Pause tokens (Goyal et al., "Think before you speak", ICLR 2024, arXiv:2310.02226) give a model extra positions to
 compute in before it answers.
 """
@@ -96,6 +99,7 @@ def _recipe(
             "layers, hidden, heads, key/value heads, ffn",
             f"{model.layers}, {model.hidden}, {model.heads}, {model.kv_heads}, {model.ffn}",
         ),
+        *([("options", words)] if (words := "; ".join(option_words(model))) else []),
         *([("loops", _LOOPS.format(model.loops, model.layers, model.depth))] if model.loops > 1 else []),
         ("window", f"{config.data.sequence_length:,} tokens, pauses included"),
         ("optimizer steps", f"{step:,} of {config.batch.global_size:,} windows"),
@@ -118,6 +122,34 @@ def _recipe(
     if config.train.only:
         rows.append(("trained", f"`{config.train.only}` only"))
     return rows
+
+
+def option_words(model: ResolvedModel) -> list[str]:
+    """Return what sets a model apart from a plain Llama, in words.
+
+    Args:
+        model: Resolved sizes and options.
+    """
+    found = []
+    if model.head_dim is not None:
+        found.append(f"heads of {model.head_dim} channels")
+    biases = [("queries, keys and values", model.qkv_bias), ("the attention's output", model.proj_bias)]
+    biases.append(("the feed-forward layer", model.mlp_bias))
+    if places := [place for place, has in biases if has]:
+        found.append(f"biases on {', '.join(places)}")
+    if model.qk_norm is not None:
+        over = "the channels of each head" if model.qk_norm == "head" else "all heads together"
+        found.append(f"RMSNorm of queries and keys over {over}")
+    if model.norm == "post":
+        found.append("RMSNorm of the outputs of a layer's two parts, not of their inputs")
+    if model.sliding_window is not None:
+        layers = f" from layer {model.sliding_from} on (counted from 0)" if model.sliding_from else ""
+        found.append(f"a sliding window of {model.sliding_window:,} tokens{layers}")
+    if model.rope_scaling is not None:
+        kind = {"linear": "linearly", "llama3": "as in Llama 3.1", "yarn": "by YaRN"}[model.rope_scaling]
+        before = "" if model.rope_original_length is None else f", from a window of {model.rope_original_length:,}"
+        found.append(f"rotary angles rescaled {kind} by {model.rope_factor:g}{before}")
+    return found
 
 
 def _table(rows: list[tuple[str, str]]) -> str:

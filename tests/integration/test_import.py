@@ -325,3 +325,43 @@ def test_an_output_bias_goes_in_and_out(tokenizers, tmp_path):
         before, after = tensors(source), tensors(tmp_path / f"{name}-out")
         assert before.keys() == after.keys()
         assert all(torch.equal(after[key][: len(value)], value) for key, value in before.items())
+
+
+def test_missing_shards_and_tensors_are_named_and_nothing_is_written(tokenizers, tmp_path):
+    """The index names a file that is not there, or a tensor that its file lacks; and tensors beside the index."""
+    whole = write_model(tmp_path / "hf", "Qwen3", tokenizers["qwen2"], head_dim=16)
+    index = json.loads((whole / "model.safetensors.index.json").read_text())
+    victim = sorted(index["weight_map"])[3]
+    shard = index["weight_map"][victim]
+
+    def without_the_file(folder: Path) -> None:
+        (folder / shard).unlink()
+
+    def without_the_tensor(folder: Path) -> None:
+        kept = {name: value for name, value in load_file(folder / shard).items() if name != victim}
+        save_file(kept, folder / shard)
+
+    def without_norms(folder: Path) -> None:
+        del index["weight_map"]["model.layers.1.self_attn.q_norm.weight"]
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        for path in folder.glob("*.safetensors"):
+            kept = {k: v for k, v in load_file(path).items() if k != "model.layers.1.self_attn.q_norm.weight"}
+            save_file(kept, path)
+
+    def with_a_norm_of_another(folder: Path) -> None:
+        extra = {"model.layers.0.pre_feedforward_layernorm.weight": torch.ones(64)}
+        save_file({**load_file(folder / shard), **extra}, folder / shard)
+
+    for spoil, expected in (
+        (without_the_file, rf"{shard}: expected the file that .*index\.json names for \d+ tensors, got none"),
+        (without_the_tensor, rf"{shard}: expected a tensor {victim}, which .*index\.json places there, got none"),
+        (without_norms, r"expected a tensor model\.layers\.1\.self_attn\.q_norm\.weight .*model_type.*got none"),
+        (with_a_norm_of_another, rf"{shard}: expected tensors .*model_type, hidden_size\), got a tensor .*pre_feedfor"),
+    ):
+        shutil.copytree(whole, tmp_path / "spoilt")
+        spoil(tmp_path / "spoilt")
+        with pytest.raises(CheckpointError, match=expected) as caught:
+            import_folder(tmp_path / "spoilt", tmp_path / "native")
+        assert "\n" not in str(caught.value)
+        shutil.rmtree(tmp_path / "spoilt")
+        assert [path.name for path in tmp_path.iterdir()] == ["hf"]
