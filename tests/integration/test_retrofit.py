@@ -162,6 +162,8 @@ def check_adapter_and_merged_export(base: Path, run: Path, folder: Path) -> None
     """The base with peft's adapter, the merged export and the native model compute the same logits."""
     export(base, folder / "base")
     merged = export(run, folder / "merged")
+    with pytest.raises(CheckpointError, match=r"no config\.json; write it first: pause-megatron export-hf"):
+        export_adapter(run, folder / "adapter", base=folder / "nothing")
     adapter = export_adapter(run, folder / "adapter", base=folder / "base")
     for done in (merged, adapter):  # of the native model
         assert done.parity.largest_difference <= done.parity.tolerance
@@ -250,3 +252,9 @@ def test_a_run_from_a_run_with_adapters_starts_from_the_merged_weights(bases, co
 
 def adapter_of(name: str) -> list[str]:
     return [f"{name.removesuffix('weight')}{kind}" for kind in (LORA_A, LORA_B)]
+
+
+def test_an_adapter_needs_a_run_with_adapters_and_its_base(bases, tmp_path):
+    with pytest.raises(CheckpointError, match=r"expected a run with train\.only=lora for --adapter, got train\.only=n"):
+        export_adapter(bases["untied"], tmp_path / "out", base=tmp_path)
+    assert not (tmp_path / "out").exists()
