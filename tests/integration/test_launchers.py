@@ -267,4 +267,4 @@ def check_verb(program: str, words: list[str]) -> None:
 
 def test_the_readme_names_every_recipe():
     pretraining = {name for name in recipe_names() if not name.startswith("finetune-")}
-    assert set(re.findall(r"`((?:tiny|c4|paper)-[\w-]+)`", README)) == pretraining
+    assert set(re.findall(r"`((?:tiny|c4|paper|retrofit)(?:-[\w-]+)?)`", README)) == pretraining

@@ -222,7 +222,7 @@ def tokenizer_document(form: Form) -> dict[str, Any]:
     return document
 
 
-def write_chat_model(folder: Path, form: Form) -> Path:
+def write_chat_model(folder: Path, form: Form, positions: int = 128) -> Path:
     """A folder of the form with a small random model."""
     import torch
     import transformers
@@ -231,7 +231,7 @@ def write_chat_model(folder: Path, form: Form) -> Path:
     ids = {entry["content"]: entry["id"] for entry in document["added_tokens"]}
     top = max([*ids.values(), *document["model"]["vocab"].values()])
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"num_key_value_heads": 2, "max_position_embeddings": 128, "initializer_range": 0.3, "head_dim": 8}
+    sizes |= {"num_key_value_heads": 2, "max_position_embeddings": positions, "initializer_range": 0.3, "head_dim": 8}
     if form.model in ("Qwen2", "Olmo2"):
         del sizes["head_dim"]
     tokens = {f"{role}_token_id": ids[name] for role, name in form.roles.items() if role != "unk"}
