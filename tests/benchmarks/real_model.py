@@ -104,7 +104,7 @@ def measure(gguf_file: Path, work: Path, convert: bool) -> list[str]:
         f"| export: largest difference of a logit from the native model, windows with pauses | "
         f"{exported.parity.largest_difference:.3g} |",
         f"| export: time, {exported.bytes / 1e6:.0f} MB | {end - middle:.0f} s |",
-        f"| tensors that differ in a bit between source and export, but for the pause row | {different(source, work)} |",
+        f"| tensors that differ in a bit from the source's, but for the pause row | {different(source, work)} |",
     ]
     largest, same, ended = 0.0, 0, 0
     answers = ["", "| question | answer of source and export, no pauses | answer of the export after 10 pauses |"]
@@ -144,7 +144,16 @@ def converted(work: Path, after: Loaded) -> list[str]:
     """Convert the export to GGUF, read it again, and compare with the export."""
     file = work / "gguf" / "model.gguf"
     file.parent.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "convert_hf_to_gguf", str(work / "out"), "--outtype", "f32", "--outfile", str(file)]
+    command = [
+        sys.executable,
+        "-m",
+        "convert_hf_to_gguf",
+        str(work / "out"),
+        "--outtype",
+        "f32",
+        "--outfile",
+        str(file),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         return [f"| GGUF conversion | failed: {done.stderr.strip().splitlines()[-1][:200]} |"]
