@@ -15,7 +15,7 @@ _COMPUTES = re.compile(
 """Parts of the names of keys by which other models, or forks of these, change the computation."""
 
 _HARMLESS = re.compile(r"^_|^(unsloth|transformers|torch|rope_theta$|rope_scaling$)|chunk_size_feed_forward")
-_NEUTRAL = (None, 0, 1, "", [], {})
+_NEUTRAL: tuple[object, ...] = (None, 0, 1, "", [], {})
 
 
 class ConfigKeys:
