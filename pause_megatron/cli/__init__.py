@@ -30,7 +30,7 @@ VERBS = {
     "inspect": "show what a corpus holds, and its windows with their pauses",
     "pretrain": "pretrain a model on windows with pauses",
     "finetune": "finetune a model on a task with pauses after the prompts",
-    "import-hf": "import a Hugging Face folder of the Llama family as a checkpoint with pauses",
+    "import-hf": "import a Hugging Face folder (Llama, Qwen2, Mistral, Qwen3, OLMo 2) as a checkpoint with pauses",
     "export-hf": "export a checkpoint to a Hugging Face folder for transformers and vLLM",
     "import-megatron": "import a GPT checkpoint of Megatron-LM as a checkpoint with pauses",
     "export-megatron": "export a checkpoint as a GPT checkpoint of Megatron-LM",

@@ -1,4 +1,4 @@
-"""`pause-megatron import-hf`: import a Hugging Face folder of the Llama family as a checkpoint with pause rows."""
+"""`pause-megatron import-hf`: import a Hugging Face folder (Llama, Qwen2, Mistral, Qwen3, OLMo 2) as a checkpoint with pause rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import time
 from pause_megatron.cli import at_least
 from pause_megatron.files.paths import path_option
 
-HELP = "import a Hugging Face folder of the Llama family as a checkpoint with pauses"
+HELP = "import a Hugging Face folder (Llama, Qwen2, Mistral, Qwen3, OLMo 2) as a checkpoint with pauses"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,10 +2,10 @@
 
 python -m tests.benchmarks.export [--folder DIR] [--sizes "0.1 G" "0.5 G"] [--rounds 7] [--shard-size 500000000]
 
-For models of 0.1 G and 0.5 G parameters with random weights, in checkpoints of tensor parallel 2: the weights are
-streamed into safetensors files and synced, in turn with writing as many bytes out of one buffer and syncing them. Peak
-memory is the growth of the resident set (`VmHWM` of /proc) over what the process held before, file pages included, and
-must stay below the largest shard + 200 MB. The whole command is measured too: digests of the checkpoint (three times
+For models of 0.1 G and 0.5 G parameters with random weights, and one that is nearly all embedding, in checkpoints of
+tensor parallel 2: the weights are streamed into safetensors files and synced, in turn with writing as many bytes out of
+one buffer and syncing them. Peak memory is the growth of the resident set (`VmHWM` of /proc) over what the process held
+before, file pages included, and must stay below the largest shard + 200 MB. The whole command is measured too: digests of the checkpoint (three times
 the weights, as optimizer moments are checked), writing, and the comparison with transformers.
 """
 
@@ -28,6 +28,10 @@ from benchmarks.timing import compare, environment
 SIZES = {
     "0.1 G": {"layers": 12, "hidden": 768, "heads": 12, "kv_heads": 12, "ffn": 2048, "tied": True},
     "0.5 G": {"layers": 24, "hidden": 1280, "heads": 20, "kv_heads": 10, "ffn": 3456, "tied": False},
+    "embedding": {
+        **{"layers": 1, "hidden": 4096, "heads": 32, "kv_heads": 1, "ffn": 256, "tied": True},
+        **{"head_dim": 32, "qk_norm": "head"},
+    },
 }
 VOCABULARY = 32_000
 MB = 1e6
