@@ -1,4 +1,4 @@
-"""`pause-megatron import-hf`: import a Hugging Face folder (Llama, Qwen2, Mistral, Qwen3, OLMo 2) as a checkpoint with pause rows."""
+"""`pause-megatron import-hf`: import a Hugging Face folder as a checkpoint with pause rows."""
 
 from __future__ import annotations
 

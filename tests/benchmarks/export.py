@@ -5,8 +5,9 @@ python -m tests.benchmarks.export [--folder DIR] [--sizes "0.1 G" "0.5 G"] [--ro
 For models of 0.1 G and 0.5 G parameters with random weights, and one that is nearly all embedding, in checkpoints of
 tensor parallel 2: the weights are streamed into safetensors files and synced, in turn with writing as many bytes out of
 one buffer and syncing them. Peak memory is the growth of the resident set (`VmHWM` of /proc) over what the process held
-before, file pages included, and must stay below the largest shard + 200 MB. The whole command is measured too: digests of the checkpoint (three times
-the weights, as optimizer moments are checked), writing, and the comparison with transformers.
+before, file pages included, and must stay below the largest shard + 200 MB. The whole command is measured too: digests
+of the checkpoint (three times the weights, as optimizer moments are checked), writing, and the comparison with
+transformers.
 """
 
 from __future__ import annotations
