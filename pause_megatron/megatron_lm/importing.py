@@ -32,8 +32,7 @@ from pause_megatron.hf.native_writer import PauseRows, RowSource, write_native
 from pause_megatron.hf.weights import HFRows, native_shapes
 from pause_megatron.megatron_lm.arguments import Arguments, read_arguments
 from pause_megatron.megatron_lm.legacy import LegacyWeights
-from pause_megatron.megatron_lm.safe import read_pt
-from pause_megatron.megatron_lm.torch_dist import TorchDistWeights
+from pause_megatron.megatron_lm.torch_dist import TorchDistWeights, read_common
 from pause_megatron.model import Vocabulary
 from pause_megatron.terminal.progress import Report
 
@@ -164,17 +163,17 @@ class _Opened:
 
 
 def _open(folder: Path, sequence_length: int | None) -> _Opened:
-    if (folder / "metadata.json").exists():
-        _check_backend(folder / "metadata.json")
-        where = folder / "common.pt"
-        args = read_pt(where).get("args")
-        arguments = read_arguments(args, str(where), sequence_length)
+    if (folder / "metadata.json").exists() or (folder / ".metadata").exists():
+        if (folder / "metadata.json").exists():
+            _check_backend(folder / "metadata.json")
+        args = read_common(folder).get("args")
+        arguments = read_arguments(args, str(folder), sequence_length)
         rows = TorchDistWeights.vocabulary_rows(folder)
         shapes = native_shapes(arguments.model, rows)
         _check_rows(arguments, rows, folder)
         return _Opened("torch_dist", arguments, rows, *_padding(args), TorchDistWeights(folder, shapes))
     legacy = LegacyWeights(folder)
-    arguments = read_arguments(legacy.args, f"{folder}: model_optim_rng.pt", sequence_length)
+    arguments = read_arguments(legacy.args, str(folder), sequence_length)
     rows = legacy.vocabulary_rows()
     _check_rows(arguments, rows, folder)
     legacy.check(native_shapes(arguments.model, rows))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import io
 import pickle
 import zipfile
 from pathlib import Path
@@ -74,10 +75,36 @@ def read_pt(path: Path, *, mmap: bool = False) -> dict[str, Any]:
         raise CheckpointError(f"{path}: expected a file, got none")
     if not zipfile.is_zipfile(path):
         raise CheckpointError(f"{path}: expected a file of torch.save (a zip archive), got another or a damaged one")
+    content = _load(str(path), str(path), mmap=mmap)
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a dictionary, got {type(content).__name__}")
+    return content
+
+
+def read_object(data: bytes, where: str) -> Any:
+    """Read a sharded object of a torch_dist checkpoint.
+
+    Args:
+        data: What torch.save wrote: a list of one value.
+        where: Names the file in messages.
+
+    Returns:
+        The value.
+
+    Raises:
+        CheckpointError: As `read_pt`.
+    """
+    content = _load(io.BytesIO(data), where)
+    if not isinstance(content, list) or len(content) != 1:
+        raise CheckpointError(f"{where}: expected a list of one value, got {type(content).__name__}")
+    return content[0]
+
+
+def _load(source: Any, where: str, *, mmap: bool = False) -> Any:
     try:
-        names = get_unsafe_globals_in_checkpoint(str(path))
+        names = get_unsafe_globals_in_checkpoint(source)
     except Exception as error:
-        raise CheckpointError(f"{path}: expected a file of torch.save, got: {_line(error)}") from None
+        raise CheckpointError(f"{where}: expected a file of torch.save, got: {_line(error)}") from None
     allowed: list[Any] = []
     for name in names:
         if name == "argparse.Namespace":
@@ -86,16 +113,15 @@ def read_pt(path: Path, *, mmap: bool = False) -> dict[str, Any]:
             allowed.append((type("Inert", (Inert,), {}), name))
         else:
             raise CheckpointError(
-                f"{path}: expected values that Megatron-LM saves, got {name}, which can run code; not opened"
+                f"{where}: expected values that Megatron-LM saves, got {name}, which can run code; not opened"
             )
+    if isinstance(source, io.BytesIO):
+        source.seek(0)
     try:
         with safe_globals(allowed):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:
-        raise CheckpointError(f"{path}: expected a file of torch.save, got: {_line(error)}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a dictionary, got {type(content).__name__}")
-    return content
+        raise CheckpointError(f"{where}: expected a file of torch.save, got: {_line(error)}") from None
 
 
 def read_index(path: Path) -> Any:

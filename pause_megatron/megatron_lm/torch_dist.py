@@ -13,8 +13,9 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 
 from pause_megatron.errors import CheckpointError
 from pause_megatron.megatron_lm.names import GATED, place_of
-from pause_megatron.megatron_lm.safe import read_index
+from pause_megatron.megatron_lm.safe import read_index, read_object, read_pt
 
+_COMMON = "common_state/shard_0_1"
 _TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -115,19 +116,14 @@ class TorchDistWeights:
         entry = self._tensors.get(key)
         if entry is None:
             raise CheckpointError(f"{self._folder}: expected a tensor {key} (by its arguments), got none")
-        size = tuple(entry.size)
-        if (size if layer is None else size[1:]) != shape or (layer is not None and layer >= size[0]):
-            expected = shape if layer is None else (f"more than {layer}", *shape)
+        size, expected = tuple(entry.size), shape if layer is None else (self._layers(), *shape)
+        if size != expected:
             raise CheckpointError(
                 f"{self._folder}: tensor {key}: expected shape {expected} by its arguments, got {size}"
             )
         if entry.properties.dtype not in _TYPES:
             raise CheckpointError(
                 f"{self._folder}: tensor {key}: expected fp32, bf16 or fp16, got {entry.properties.dtype}"
-            )
-        if layer is not None and size[0] != self._layers():
-            raise CheckpointError(
-                f"{self._folder}: tensor {key}: expected {self._layers()} layers by its arguments, got {size[0]}"
             )
         parts = []
         for chunk in entry.chunks:
@@ -146,15 +142,7 @@ class TorchDistWeights:
         info = self._stored.get(MetadataIndex(key, chunk.offsets))
         if info is None or getattr(info, "transform_descriptors", None):
             raise CheckpointError(f"{self._folder}: tensor {key}: expected its plain bytes in the index, got none")
-        name = info.relative_path
-        path = self._folder / str(name)
-        if not isinstance(name, str) or os.path.basename(name) != name or path.is_symlink() or not path.is_file():
-            raise CheckpointError(f"{self._folder}: tensor {key}: expected a file {str(name)[:200]!r}, got none")
-        if info.offset < 0 or info.offset + info.length > path.stat().st_size:
-            raise CheckpointError(
-                f"{path}: tensor {key}: expected {info.offset + info.length:,} bytes or more, got "
-                f"{path.stat().st_size:,}"
-            )
+        path = _stored_file(self._folder, f"tensor {key}", info)
         column = offsets[1] if len(offsets) > 1 else 0
         return _Part(path, info.offset, info.length, tuple(chunk.sizes), inner, first + offsets[0], column)
 
@@ -173,6 +161,44 @@ class TorchDistWeights:
             got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise CheckpointError(f"{part.path}: {name}: expected a tensor of shape {part.sizes}, got {got}")
         return tensor if part.inner is None else tensor[part.inner]
+
+
+def read_common(folder: Path) -> dict[str, Any]:
+    """Return what a checkpoint holds beside tensors, such as the run's arguments.
+
+    It is in common.pt, and since megatron-core 0.19 in an object beside the tensors.
+
+    Args:
+        folder: `iter_XXXXXXX`.
+
+    Raises:
+        CheckpointError: It is missing or damaged, or holds code.
+    """
+    path = folder / "common.pt"
+    if path.exists():
+        return read_pt(path)
+    info = read_index(folder / ".metadata").storage_data.get(MetadataIndex(_COMMON))
+    if info is None:
+        raise CheckpointError(f"{folder}: expected common.pt or an object {_COMMON} in the index, got neither")
+    path = _stored_file(folder, _COMMON, info)
+    with path.open("rb") as file:
+        file.seek(info.offset)
+        content = read_object(file.read(info.length), f"{path}: {_COMMON}")
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: {_COMMON}: expected a dictionary, got {type(content).__name__}")
+    return content
+
+
+def _stored_file(folder: Path, key: str, info: Any) -> Path:
+    """Return the file that the index names for a tensor or an object, which has all its bytes."""
+    name = info.relative_path
+    path = folder / str(name)
+    if not isinstance(name, str) or os.path.basename(name) != name or path.is_symlink() or not path.is_file():
+        raise CheckpointError(f"{folder}: {key}: expected a file {str(name)[:200]!r}, got none")
+    size = path.stat().st_size
+    if info.offset < 0 or info.length < 0 or info.offset + info.length > size:
+        raise CheckpointError(f"{path}: {key}: expected {info.offset + info.length:,} bytes or more, got {size:,}")
+    return path
 
 
 class _Part:

@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from support.megatron_checkpoints import LENGTH, load_dist, load_legacy, save_both
+from safetensors.torch import load_file, save_file
+from support.megatron_checkpoints import (
+    LENGTH,
+    code,
+    index_with_code,
+    load_dist,
+    load_legacy,
+    load_optimizer,
+    save_both,
+)
 from support.prose import train_model
 from support.ranks import run_on_ranks
 from support.tiny_llama import write_folder
 
+from pause_megatron.checkpoint import Manifest
+from pause_megatron.checkpoint.layout import partition_dim, row_spans
+from pause_megatron.checkpoint.manifest import FileEntry
 from pause_megatron.cli import main
+from pause_megatron.errors import CheckpointError
 from pause_megatron.hf.checkpoint import open_checkpoint
 from pause_megatron.hf.importing import import_folder
 from pause_megatron.hf.parity import native_logits
 from pause_megatron.megatron_lm.export import export_megatron
 from pause_megatron.megatron_lm.importing import import_megatron
+from pause_megatron.megatron_lm.torch_dist import read_common
 
 PIECES = 600
 PAUSE = 600
@@ -124,3 +141,175 @@ def test_a_checkpoint_of_megatron_core_computes_the_same(written, tokenizer, tmp
     got = logits_of(tmp_path / "new", windows()[:1])
     assert float((got[..., :PIECES] - expected[:1, :, :PIECES]).abs().max()) <= 1e-5
     assert not torch.equal(got[..., PIECES], expected[:1, :, PIECES])
+
+
+def with_moments(native: Path, folder: Path) -> Path:
+    """A copy of a checkpoint with random moments, as after training."""
+    shutil.copytree(native, folder)
+    manifest = Manifest.load(folder)
+    for number, name in enumerate(manifest.state_files()):
+        tensors = load_file(folder / name)
+        generator = torch.Generator().manual_seed(number)
+        for key, value in tensors.items():
+            if not key.startswith("param|"):
+                tensors[key] = torch.rand(value.shape, generator=generator)
+        save_file(tensors, str(folder / name))
+        manifest.files[name] = FileEntry.of(folder / name)
+    (folder / "manifest.json").write_text(replace(manifest, optimizer_step=7).dumps())
+    return folder
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_the_distributed_optimizer_loads_masters_and_moments(native: Path, tmp_path: Path, tensor: int) -> None:
+    source = with_moments(native, tmp_path / "trained")
+    export_megatron(source, tmp_path / "out", tensor_parallel=tensor, optimizer=True)
+    reader = open_checkpoint(source, lambda *_: None).reader
+    for rank, found in enumerate(run_on_ranks(tensor, load_optimizer, str(tmp_path / "out" / "iter_0000000"), tensor)):
+        assert len(found) == len(reader.manifest.parameters)
+        for name, values in found.items():
+            assert torch.equal(values["param"], values["weight"]), name
+            for key in ("param", "exp_avg", "exp_avg_sq"):
+                merged = reader.rows(name, 0, reader.shape(name)[0], key)
+                expected = shard(name, merged, rank, tensor)
+                live = (
+                    len(expected) if "embed" not in name and "output" not in name else PAUSE + 1 - rank * len(expected)
+                )
+                assert torch.equal(values[key][:live], expected[:live]), (name, key)
+
+
+def shard(name: str, merged: torch.Tensor, rank: int, ranks: int) -> torch.Tensor:
+    if partition_dim(name) == 1:
+        return merged.chunk(ranks, dim=1)[rank]
+    spans = row_spans(name, len(merged), ranks)
+    return torch.cat(
+        [merged[s.start : s.start + s.count] for s in spans if partition_dim(name) is None or s.rank == rank]
+    )
+
+
+def edited(source: Path, folder: Path, **changes: Any) -> Path:
+    """A copy of a torch_dist checkpoint with other arguments."""
+    shutil.copytree(source, folder)
+    common = read_common(folder)
+    vars(common["args"]).update(changes)
+    torch.save(common, folder / "common.pt")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("num_experts", 8),
+        ("mtp_num_layers", 1),
+        ("multi_latent_attention", True),
+        ("normalization", "LayerNorm"),
+        ("position_embedding_type", "learned_absolute"),
+        ("position_embedding_type", "yarn"),
+        ("swiglu", False),
+        ("rotary_interleaved", True),
+        ("rotary_percent", 0.5),
+        ("softmax_type", "learnable"),
+        ("layernorm_zero_centered_gamma", True),
+        ("window_attn_skip_freq", 2),
+        ("attention_output_gate", True),
+        ("spec", ["my_module", "my_layers"]),
+        ("num_query_groups", 3),
+        ("hidden_size", "32"),
+        ("num_layers", None),
+    ],
+)
+def test_another_architecture_is_refused_by_argument_and_value(written, tokenizer, tmp_path, argument, value) -> None:
+    changes = {argument: value} | ({"window_size": (4, 0)} if argument.startswith("window") else {})
+    source = edited(written["untied"][0] / "dist" / "iter_0000100", tmp_path / "source", **changes)
+    with pytest.raises(CheckpointError) as error:
+        import_megatron(source, tmp_path / "out", tokenizer=tokenizer)
+    told = str(error.value)
+    assert f"{source}: args.{argument}: expected " in told and f"got {str(value)!r}" in told
+    assert "\n" not in told and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"ffn_hidden_size": 64},
+            r"linear_fc1.weight: expected shape \(3, 128, 32\) by its arguments, got \(3, 96, 32\)",
+        ),
+        ({"num_layers": 2}, r"expected shape \(2, 32\) by its arguments, got \(3, 32\)"),
+        ({"num_layers": 4}, r"expected shape \(4, 32\) by its arguments, got \(3, 32\)"),
+        ({"qk_layernorm": True}, "expected a tensor decoder.layers.0.self_attention.q_layernorm.weight"),
+        ({"untie_embeddings_and_output_weights": False}, "got a tensor 'output_layer.weight'"),
+        ({"padded_vocab_size": 640}, r"expected 640 rows \(args.padded_vocab_size\), got 608"),
+        ({"pause_ids": [590]}, r"expected pauses at the ids \[590\] \(args.pause_ids\), got \[600\]"),
+    ],
+)
+def test_tensors_that_contradict_the_arguments_are_refused(written, tokenizer, tmp_path, changes, message) -> None:
+    source = edited(written["untied"][0] / "dist" / "iter_0000100", tmp_path / "source", **changes)
+    with pytest.raises(CheckpointError, match=message):
+        import_megatron(source, tmp_path / "out", tokenizer=tokenizer)
+
+
+def damage(source: Path, how: str) -> None:
+    largest = max(source.glob("*.distcp"), key=lambda path: path.stat().st_size, default=None)
+    if how == "missing shard":
+        largest.unlink()
+    elif how == "short shard":
+        largest.write_bytes(largest.read_bytes()[:-4000])
+    elif how == "no index":
+        (source / ".metadata").unlink()
+    elif how == "index with code":
+        index_with_code(source / ".metadata")
+    elif how == "code":
+        code(source / "common.pt")
+    elif how == "backend":
+        (source / "metadata.json").write_text(json.dumps({"sharded_backend": "zarr"}))
+    elif how == "missing rank":
+        shutil.rmtree(source / "mp_rank_00")
+    elif how == "code in a rank":
+        code(source / "mp_rank_01" / "model_optim_rng.pt")
+    elif how == "no file":
+        (source / "mp_rank_01" / "model_optim_rng.pt").unlink()
+
+
+@pytest.mark.parametrize(
+    ("kind", "how", "message"),
+    [
+        ("dist", "missing shard", r"expected a file '__\d_\d.distcp', got none"),
+        ("dist", "short shard", r"__\d_\d.distcp: tensor .*: expected [\d,]+ bytes or more, got"),
+        ("dist", "no index", ".metadata: expected the index of a torch_dist checkpoint, got none"),
+        ("dist", "index with code", "posix.system, which can run code; not opened"),
+        ("dist", "code", "common.pt: expected values that Megatron-LM saves, got posix.system, which can run code"),
+        ("dist", "backend", "metadata.json: sharded_backend: expected 'torch_dist', got 'zarr'"),
+        ("legacy", "missing rank", r"of 2 tensor-parallel x 1 pipeline ranks, got none of rank \(0, 0\)"),
+        ("legacy", "no file", r"of 2 tensor-parallel x 1 pipeline ranks, got none of rank \(1, 0\)"),
+        ("legacy", "code in a rank", "model_optim_rng.pt: expected values that Megatron-LM saves, got posix.system"),
+    ],
+)
+def test_missing_files_and_code_are_refused(written, tokenizer, tmp_path, capfd, kind, how, message) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(written["untied"][0] / kind / "iter_0000100", source)
+    damage(source, how)
+    with pytest.raises(CheckpointError, match=message):
+        import_megatron(source, tmp_path / "out", tokenizer=tokenizer)
+    assert "ran" not in capfd.readouterr().out and not (tmp_path / "out").exists()
+
+
+def test_a_tokenizer_of_another_size_is_refused(written, exported, tmp_path, capsys) -> None:
+    source = written["untied"][0] / "dist"
+    for size in (500, 700):
+        other = train_model(tmp_path / f"{size}.model", vocab_size=size)
+        command = ["import-megatron", str(source), str(tmp_path / "out"), "--tokenizer", str(other)]
+        assert main(command) == 2
+        told = capsys.readouterr().err
+        assert "to 608 ids, for the embedding has 608 rows with padding, got " + str(size) in told
+    assert main(["import-megatron", str(tmp_path / "nothing"), str(tmp_path / "out"), "--tokenizer", str(other)]) == 2
+    assert "expected a folder iter_XXXXXXX or one with latest_checkpointed_iteration.txt" in capsys.readouterr().err
+
+
+def test_an_export_without_a_counterpart_is_refused(native, tmp_path) -> None:
+    for options, message in (
+        ({"tensor_parallel": 3}, "--tensor-parallel: expected a divisor of model.heads = 4, got 3"),
+        ({"optimizer": True, "format": "torch"}, "--optimizer: expected --format torch_dist with it, got torch"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            export_megatron(native, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
