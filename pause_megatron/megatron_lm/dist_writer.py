@@ -61,14 +61,19 @@ def write_torch_dist(
     writer = FileSystemWriter(folder, sync_files=True, thread_count=1)
     writer.set_up_storage_writer(True)
     blocks = {(tensor.key, block.offsets): (tensor, block) for tensor in tensors for block in _blocks(tensor)}
-    items = [_tensor_item(tensor, block) for tensor, block in blocks.values()]
-    items += [WriteItem(index=MetadataIndex(key), type=WriteItemType.BYTE_IO) for key in objects]
-    plan = writer.prepare_local_plan(SavePlan(items))
-    (plan,), metadata = create_default_global_save_plan([plan])
-    (plan,) = writer.prepare_global_plan([plan])
+    # A plan and thus a file for each key, as if each were written by a rank of its own: within a plan torch keeps the
+    # last block of every key in memory.
+    by_key: dict[str, list[WriteItem]] = {}
+    for tensor, block in blocks.values():
+        by_key.setdefault(tensor.key, []).append(_tensor_item(tensor, block))
+    plans = [SavePlan(items) for items in by_key.values()]
+    if objects:
+        plans.append(SavePlan([WriteItem(index=MetadataIndex(key), type=WriteItemType.BYTE_IO) for key in objects]))
+    folder.mkdir()
+    plans, metadata = create_default_global_save_plan(plans)
+    plans = writer.prepare_global_plan(plans)
     planner = _Planner(blocks, objects, lambda done: report(done, sum(tensor.bytes for tensor in tensors)))
-    results = writer.write_data(plan, planner).wait()
-    writer.finish(metadata, [results])
+    writer.finish(metadata, [writer.write_data(plan, planner).wait() for plan in plans])
     torch.save(common, folder / COMMON)
     record = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
     record |= {"common_backend": "torch", "common_backend_version": 1}
