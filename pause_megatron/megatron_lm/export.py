@@ -108,6 +108,11 @@ def _check_options(checkpoint: NativeCheckpoint, ranks: int, optimizer: bool, fo
         )
     if optimizer and format == "torch":
         raise CheckpointError("--optimizer: expected --format torch_dist with it, got torch")
+    if optimizer and checkpoint.reader.adapter_scale is not None:
+        raise CheckpointError(
+            "--optimizer: expected a run without LoRA adapters, got train.only=lora: they are merged into the weights, "
+            "and their moments have no counterpart; export without --optimizer"
+        )
     if optimizer and model.loops > 1:
         raise CheckpointError(
             f"--optimizer: expected model.loops = 1, got {model.loops}: repeated layers become separate ones"

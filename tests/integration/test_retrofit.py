@@ -21,6 +21,8 @@ from pause_megatron.errors import CheckpointError
 from pause_megatron.hf.adapter import export_adapter, load_with_peft
 from pause_megatron.hf.export import export
 from pause_megatron.hf.parity import load_with_transformers
+from pause_megatron.megatron_lm.export import export_megatron
+from pause_megatron.megatron_lm.importing import import_megatron
 
 
 def pretrain(corpus: str, folder: str, tensor: int, zero: int, extra: list[str]) -> int:
@@ -227,15 +229,21 @@ def test_adapters_resume_bit_for_bit_and_at_another_tensor_parallel_size(bases, 
 
 
 def test_a_run_from_a_run_with_adapters_starts_from_the_merged_weights(bases, corpus, tmp_path):
+    """So does an export to Megatron-LM."""
     first, second, third = (str(tmp_path / name) for name in ("first", "second", "third"))
     lora = ["train.only=lora", "lora.rank=4", "lora.alpha=64", "pause.embeddings=2"]
     run_on_ranks(2, pretrain, corpus, first, 2, 1, [f"model.from={bases['untied']}", *lora])
     again = [f"model.from={first}", *lora, "lora.layers=0", "lora.targets=proj,fc1"]
     run_on_ranks(1, pretrain, corpus, second, 1, 0, again)
     run_on_ranks(2, pretrain, corpus, third, 2, 3, [f"model.from={first}", "train.only=pause_rows", *lora[3:]])
+    with pytest.raises(CheckpointError, match="--optimizer: expected a run without LoRA adapters"):
+        export_megatron(first, tmp_path / "megatron", optimizer=True)
+    export_megatron(first, tmp_path / "megatron")
+    fourth = tmp_path / "fourth"
+    import_megatron(tmp_path / "megatron", fourth, tokenizer=tmp_path / "megatron" / "tokenizer")
     merged = MergedReader(open_newest(first).folder, adapter_scale=16.0)
     stored = MergedReader(open_newest(first).folder)
-    for run, adapters in ((second, 4), (third, 0)):
+    for run, adapters in ((second, 4), (third, 0), (fourth, 0)):
         reader = MergedReader(open_newest(run).folder)
         assert sum("lora" in name for name in reader.manifest.parameters) == adapters
         for name in merged.manifest.parameters:
