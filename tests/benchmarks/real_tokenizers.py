@@ -26,7 +26,7 @@ from pause_megatron.hf.export import export
 from pause_megatron.hf.importing import import_folder
 
 PAUSES = 4
-FAMILIES = {"llama3_1": ("Llama", 128_256), "qwen3": ("Qwen2", 151_936)}
+FAMILIES = {"llama3_1": ("Llama", 128_256), "qwen3": ("Qwen3", 151_936)}
 """Model class and published rows by a part of the archive's name."""
 
 MESSAGES = [

@@ -124,7 +124,7 @@ FORMS = {
     ),
     "qwen3": Form(
         CHATML, _CHATML, ("<|im_end|>", "<|endoftext|>"), {"eos": "<|im_end|>", "pad": "<|endoftext|>"},
-        "Qwen2Tokenizer", "Qwen2", rows=60, digits="", nfc=True, vocabulary_files=True, special_map=False, names=True,
+        "Qwen2Tokenizer", "Qwen3", rows=60, digits="", nfc=True, vocabulary_files=True, special_map=False, names=True,
         ordinary=("<tool_call>", "</tool_call>", "<think>", "</think>"), generation=_SAMPLING | {"top_k": 20},
         hole=2, in_vocabulary=True, config={"bos_token": None, "unk_token": None, "add_bos_token": False},
     ),
@@ -141,7 +141,7 @@ FORMS = {
     "olmo2": Form(
         OLMO, ("<|extra_id_0|>", "<|endoftext|>", "<|pad|>"), ("<|endoftext|>",),
         {"bos": "<|endoftext|>", "eos": "<|endoftext|>", "pad": "<|pad|>", "unk": "<|endoftext|>"}, "GPT2Tokenizer",
-        rows=30, hole=3, digits="{1,3}", vocabulary_files=True, where="file",
+        "Olmo2", rows=30, hole=3, digits="{1,3}", vocabulary_files=True, where="file",
     ),
 }  # fmt: skip
 
