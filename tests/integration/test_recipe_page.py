@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import re
 import shlex
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,10 +42,21 @@ def blocks(language: str) -> list[str]:
     return [re.sub(r"\\\n\s*", "", block) for block in found]
 
 
+@contextlib.contextmanager
+def inside(folder: str) -> Iterator[None]:
+    """Work in a folder (contextlib.chdir needs Python 3.11)."""
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
 def verb(arguments: list[str], folder: str) -> tuple[int, str, str]:
     """A command in a folder: its exit code, stdout and stderr."""
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.chdir(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    with inside(folder), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         return main(arguments), out.getvalue(), err.getvalue()
 
 
@@ -92,7 +105,7 @@ def test_the_pages_commands_retrofit_a_model(workplace):
 def test_the_pages_adapter_is_trained_merged_and_read_again(workplace):
     [code] = blocks("python")
     code = code.replace("num_train_epochs=1", 'num_train_epochs=1, use_cpu=True, report_to="none"')
-    with contextlib.chdir(workplace):
+    with inside(str(workplace)):
         names: dict[str, object] = {}
         exec(compile(code, str(PAGE), "exec"), names)
     given = ["--model", "merged", "--prompt", "Question: what is 2 + 3? Answer:", "--max-new-tokens", "4"]
