@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from pause_megatron.config.schema import ResolvedModel
+from pause_megatron.config.model_schema import ResolvedModel
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import annotated_types
 
 from pause_megatron.config.identity import LOCAL_KEYS
-from pause_megatron.config.schema import RunConfig, Section
+from pause_megatron.config.schema import RunConfig
+from pause_megatron.config.section import Section
 
 _LIMITS: tuple[tuple[type, str, str], ...] = (
     *((annotated_types.Ge, ">=", "ge"), (annotated_types.Gt, ">", "gt")),

@@ -12,7 +12,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from pause_megatron.config.families import LayerTensor, Piece, layer_tensors
-from pause_megatron.config.schema import LoraSection, ResolvedConfig, ResolvedModel
+from pause_megatron.config.model_schema import LoraSection, ResolvedModel
+from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.errors import ConfigError
 
 TARGETS = {

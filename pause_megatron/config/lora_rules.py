@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pause_megatron.config.lora import TARGETS, adapted_layers
 from pause_megatron.config.model_rules import Broken, Rule
-from pause_megatron.config.schema import LoraSection, ResolvedConfig
+from pause_megatron.config.model_schema import LoraSection
+from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.errors import ConfigError
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pause_megatron.config.families import layer_tensors
-from pause_megatron.config.schema import ModelSection, ResolvedModel
+from pause_megatron.config.model_schema import ModelSection, ResolvedModel
 from pause_megatron.errors import ConfigError
 
 # Parameters are for the vocabulary in brackets, one <pause> included.

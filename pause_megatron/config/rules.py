@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping
 from pause_megatron.config.batching import added_steps, pause_range
 from pause_megatron.config.lora_rules import LORA_RULES
 from pause_megatron.config.model_rules import MODEL_RULES, Broken, Rule
+from pause_megatron.config.model_schema import ModelSection, ResolvedModel
 from pause_megatron.config.pauses import PLACEMENTS, PauseCounts, placement_conflict
-from pause_megatron.config.schema import ModelSection, ParallelSection, ResolvedConfig, ResolvedData, ResolvedModel
+from pause_megatron.config.schema import ParallelSection, ResolvedConfig, ResolvedData
 from pause_megatron.config.spelling import nearest
 from pause_megatron.errors import ConfigError
 

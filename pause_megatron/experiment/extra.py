@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from pause_megatron.config.model_schema import ResolvedModel
 from pause_megatron.config.presets import flops_per_token
-from pause_megatron.config.schema import ResolvedModel
 from pause_megatron.experiment.schema import Extra, Keys
 
 _FFN_STEP = 64

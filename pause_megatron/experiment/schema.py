@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
 
 from pause_megatron.config.blend import split_words
-from pause_megatron.config.schema import PathText
+from pause_megatron.config.section import PathText
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_]*$")]
 # M_ft: a number, or a range such as "0..50" from which each example draws (pause dropout).

@@ -15,7 +15,7 @@ import torch
 
 from pause_megatron.config.families import Piece
 from pause_megatron.config.lora import adapted_layers, adapters, lora_of
-from pause_megatron.config.schema import LoraSection, ResolvedModel
+from pause_megatron.config.model_schema import LoraSection, ResolvedModel
 from pause_megatron.errors import CheckpointError
 from pause_megatron.files.durable import sync_file, sync_folder
 from pause_megatron.hf.atomic_dir import atomic_dir, output_folder

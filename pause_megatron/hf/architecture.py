@@ -10,7 +10,7 @@ from functools import cache
 from typing import Any
 
 from pause_megatron.config.families import FAMILIES, Family
-from pause_megatron.config.schema import ResolvedModel
+from pause_megatron.config.model_schema import ResolvedModel
 from pause_megatron.errors import CheckpointError
 from pause_megatron.hf.config_keys import ConfigKeys
 from pause_megatron.hf.positions import read_rope, read_window, rope_json, window_json

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from pause_megatron.config.families import Family
+from pause_megatron.config.model_schema import ResolvedModel
 from pause_megatron.config.presets import parameters
-from pause_megatron.config.schema import ResolvedConfig, ResolvedModel
+from pause_megatron.config.schema import ResolvedConfig
 
 DEFAULT_PAUSES = 10
 """M of the card's example where M_ft is unknown: the better choice on most tasks of the paper."""

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pause_megatron.config.families import Family
-from pause_megatron.config.schema import ResolvedModel
+from pause_megatron.config.model_schema import ResolvedModel
 from pause_megatron.hf.config_keys import ConfigKeys
 
 SCALINGS = ("linear", "llama3", "yarn")

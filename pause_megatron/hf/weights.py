@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pause_megatron.config.families import Family, LayerTensor, layer_tensors
-from pause_megatron.config.schema import ResolvedModel
+from pause_megatron.config.model_schema import ResolvedModel
 
 EMBEDDING = "embedding.word_embeddings.weight"
 HEAD = "output_layer.weight"

@@ -10,7 +10,8 @@ import argparse
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pause_megatron.config.schema import ResolvedConfig, ResolvedModel
+from pause_megatron.config.model_schema import ResolvedModel
+from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.errors import CheckpointError
 
 _LLAMA3_LENGTH = 8192

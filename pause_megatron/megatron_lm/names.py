@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from pause_megatron.config.schema import ResolvedModel
+from pause_megatron.config.model_schema import ResolvedModel
 
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 FUSED = {

@@ -10,8 +10,9 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from pause_megatron.config.model_schema import LoraSection, ModelSection, ResolvedModel
 from pause_megatron.config.rules import check_shape
-from pause_megatron.config.schema import LoraSection, ModelSection, ParallelSection, ResolvedModel
+from pause_megatron.config.schema import ParallelSection
 from pause_megatron.model.gpt import PauseGPTModel
 from pause_megatron.model.init import initialize_weights
 from pause_megatron.model.kernels import KernelChoice, load_kernels

@@ -29,7 +29,7 @@ from megatron.core.tensor_parallel.mappings import (
 from torch import Tensor, nn
 
 from pause_megatron.config.lora import LORA_A, LORA_B, TARGETS, adapted_layers, scale
-from pause_megatron.config.schema import LoraSection
+from pause_megatron.config.model_schema import LoraSection
 from pause_megatron.errors import ConfigError
 from pause_megatron.model.gpt import PauseGPTModel
 from pause_megatron.model.init import normal

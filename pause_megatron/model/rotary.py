@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor
 
-from pause_megatron.config.schema import ResolvedModel
+from pause_megatron.config.model_schema import ResolvedModel
 
 
 def inverse_frequencies(model: ResolvedModel) -> Tensor:

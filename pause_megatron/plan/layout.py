@@ -9,7 +9,8 @@ from typing import Any, Literal
 from pause_megatron.config.batching import BatchPlan, batch_plan
 from pause_megatron.config.deepspeed import deepspeed_config
 from pause_megatron.config.lora import lora_of
-from pause_megatron.config.schema import ResolvedConfig, ResolvedModel
+from pause_megatron.config.model_schema import ResolvedModel
+from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.plan.shapes import Parameter, padded_vocabulary, rank_parameters
 
 FALLBACK_BUCKET = 500_000_000  # elements of a DeepSpeed reduction where no reduce_bucket_size applies

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pause_megatron.config.families import LayerTensor
 from pause_megatron.config.lora import adapted_tensors
-from pause_megatron.config.schema import LoraSection, ResolvedModel
+from pause_megatron.config.model_schema import LoraSection, ResolvedModel
 
 
 @dataclass(frozen=True)

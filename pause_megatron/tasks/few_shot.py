@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from pydantic import Field
 
-from pause_megatron.config.schema import Section
+from pause_megatron.config.section import Section
 from pause_megatron.errors import DataError
 from pause_megatron.tasks.task import Example
 

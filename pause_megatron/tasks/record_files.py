@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from pause_megatron.config.schema import Section
+from pause_megatron.config.section import Section
 from pause_megatron.data.text.shard_file import DamagedShard, ShardFile
 from pause_megatron.errors import DataError
 from pause_megatron.tasks.records import Record

@@ -7,7 +7,7 @@ from typing import Literal, Protocol, runtime_checkable
 
 from pydantic import Field
 
-from pause_megatron.config.schema import Section
+from pause_megatron.config.section import Section
 
 Split = Literal["train", "eval"]
 Kind = Literal["generate", "choice"]

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, PrivateAttr, ValidationInfo, field_validator, model_validator
 
-from pause_megatron.config.schema import Section
+from pause_megatron.config.section import Section
 from pause_megatron.config.spelling import nearest
 from pause_megatron.errors import ConfigError
 from pause_megatron.files.digest import bytes_digest

@@ -29,7 +29,8 @@ from benchmarks.c4_scale import MEAN_TOKENS, SIGMA
 from benchmarks.head import agreement, peak_bytes
 from benchmarks.timing import compare, environment
 
-from pause_megatron.config.schema import ModelSection, ParallelSection
+from pause_megatron.config.model_schema import ModelSection
+from pause_megatron.config.schema import ParallelSection
 from pause_megatron.distributed import initialize
 from pause_megatron.model import Vocabulary, build_model
 from pause_megatron.model.attention import segment_mask

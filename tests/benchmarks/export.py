@@ -53,7 +53,8 @@ def write_checkpoint(folder: Path, sizes: dict) -> None:
     import mistral_common
 
     from pause_megatron.config.load import dump, resolve
-    from pause_megatron.config.schema import DataSection, ModelSection, ParallelSection, RunConfig
+    from pause_megatron.config.model_schema import ModelSection
+    from pause_megatron.config.schema import DataSection, ParallelSection, RunConfig
     from pause_megatron.data.tokenizer.tokenizer import load_tokenizer
     from pause_megatron.hf.native_writer import PauseRows, write_native
     from pause_megatron.hf.weights import hf_tensors

@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.timing import compare, environment
 
-from pause_megatron.config.schema import ModelSection, ParallelSection
+from pause_megatron.config.model_schema import ModelSection
+from pause_megatron.config.schema import ParallelSection
 from pause_megatron.distributed import initialize
 from pause_megatron.model import Vocabulary, build_model
 from pause_megatron.model.head import OutputLayer

@@ -21,8 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.timing import compare, environment
 
+from pause_megatron.config.model_schema import ModelSection
 from pause_megatron.config.rules import check_shape
-from pause_megatron.config.schema import ModelSection, ParallelSection
+from pause_megatron.config.schema import ParallelSection
 from pause_megatron.distributed import initialize
 from pause_megatron.model import Vocabulary, build_model, parameter_groups, transformer_config
 from pause_megatron.model.layers import block_spec

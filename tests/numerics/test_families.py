@@ -13,7 +13,8 @@ from support.random_families import ROWS, SEQ, draw_section, hf_model, native_sh
 from support.ranks import run_on_ranks
 
 from pause_megatron.config.families import FAMILIES, layer_tensors
-from pause_megatron.config.schema import ModelSection, ParallelSection
+from pause_megatron.config.model_schema import ModelSection
+from pause_megatron.config.schema import ParallelSection
 
 
 def built(section: ModelSection, parallel: ParallelSection, weights: dict[str, torch.Tensor], fused: bool = False):

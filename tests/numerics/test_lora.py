@@ -14,8 +14,9 @@ from torch.func import functional_call
 from pause_megatron.checkpoint.layout import partition_dim, row_spans
 from pause_megatron.config.load import load
 from pause_megatron.config.lora import trained_parameters
+from pause_megatron.config.model_schema import LoraSection
 from pause_megatron.config.rules import check_shape
-from pause_megatron.config.schema import LoraSection, ParallelSection
+from pause_megatron.config.schema import ParallelSection
 from pause_megatron.model.decay import decays
 from pause_megatron.plan.shapes import rank_parameters
 

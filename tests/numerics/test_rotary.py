@@ -8,7 +8,8 @@ import pytest
 import torch
 from support.random_families import hf_config, resolved
 
-from pause_megatron.config.schema import ModelSection, ParallelSection
+from pause_megatron.config.model_schema import ModelSection
+from pause_megatron.config.schema import ParallelSection
 from pause_megatron.model.rotary import attention_factor, inverse_frequencies
 
 GRID = {

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from pause_megatron.config.families import FAMILIES, layer_tensors
+from pause_megatron.config.model_schema import ModelSection, ResolvedModel
 from pause_megatron.config.rules import check_shape
-from pause_megatron.config.schema import ModelSection, ParallelSection, ResolvedModel
+from pause_megatron.config.schema import ParallelSection
 from pause_megatron.hf.weights import EMBEDDING, HEAD, hf_tensors, native_rows, native_shapes
 
 ROWS = 51

@@ -6,7 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pause_megatron.config.schema import LoraSection, ModelSection, ParallelSection
+from pause_megatron.config.model_schema import LoraSection, ModelSection
+from pause_megatron.config.schema import ParallelSection
 
 TEXT_SIZE = 50
 SEQ = 16

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from pause_megatron.config.batching import BatchPlan
 from pause_megatron.config.lora import trained_parameters
 from pause_megatron.config.model_from import SHAPE
+from pause_megatron.config.model_schema import ResolvedModel
 from pause_megatron.config.presets import parameters, step_flops
 from pause_megatron.config.quantities import scaled
-from pause_megatron.config.schema import ResolvedConfig, ResolvedModel
+from pause_megatron.config.schema import ResolvedConfig
 
 if TYPE_CHECKING:
     from pause_megatron.train.inputs.task_data import TaskData

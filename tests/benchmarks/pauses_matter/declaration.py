@@ -17,7 +17,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from pause_megatron.config.schema import Section
+from pause_megatron.config.section import Section
 from pause_megatron.errors import ConfigError
 
 EQUAL_FLOPS, EQUAL_PARAMETERS, EQUAL_STEPS = "equal FLOPs", "equal parameters", "equal steps"

@@ -12,8 +12,9 @@ from typing import Any
 
 from pause_megatron.config import load
 from pause_megatron.config.batching import pause_range
+from pause_megatron.config.model_schema import ResolvedModel
 from pause_megatron.config.presets import flops_per_token, parameters
-from pause_megatron.config.schema import ResolvedConfig, ResolvedModel
+from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.data.supervised.examples import encode_examples
 from pause_megatron.data.tokenizer.tokenizer import load_tokenizer
 from pause_megatron.errors import ConfigError

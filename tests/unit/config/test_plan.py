@@ -8,9 +8,9 @@ import pytest
 
 from pause_megatron.config.batching import batch_plan
 from pause_megatron.config.load import dump, load
+from pause_megatron.config.model_schema import Preset
 from pause_megatron.config.pauses import PauseCounts, pauses_per_window
 from pause_megatron.config.presets import PRESETS, flops_per_token, parameters
-from pause_megatron.config.schema import Preset
 from pause_megatron.errors import ConfigError
 
 

@@ -11,8 +11,8 @@ from support.small_grid import GRID, write_grid
 from pause_megatron.config.identity import ADDED_KEYS
 from pause_megatron.config.keys import keys
 from pause_megatron.config.load import load
+from pause_megatron.config.model_schema import ModelSection
 from pause_megatron.config.presets import fill_sizes, flops_per_token
-from pause_megatron.config.schema import ModelSection
 from pause_megatron.errors import ConfigError
 from pause_megatron.experiment.extra import spend as spend_extra
 from pause_megatron.experiment.grid import CellGraph, expand

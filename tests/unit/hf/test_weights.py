@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from pause_megatron.checkpoint.layout import partition_dim, row_spans, shard_shape
 from pause_megatron.config.families import FAMILIES
+from pause_megatron.config.model_schema import ResolvedModel
 from pause_megatron.config.presets import parameters
-from pause_megatron.config.schema import ResolvedModel
 from pause_megatron.hf.weights import hf_tensors, native_rows, native_shapes
 
 sections = st.builds(

@@ -7,8 +7,8 @@ from typing import get_args
 import pytest
 
 from pause_megatron.config.load import load
+from pause_megatron.config.model_schema import PublishedPreset
 from pause_megatron.config.presets import parameters
-from pause_megatron.config.schema import PublishedPreset
 from pause_megatron.plan.activations import activations
 from pause_megatron.plan.communication import step_traffic
 from pause_megatron.plan.layout import Layout
