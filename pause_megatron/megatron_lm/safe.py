@@ -22,7 +22,8 @@ from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 from pause_megatron.errors import CheckpointError
 
 _METADATA_BYTES = 1 << 30
-_INERT_PREFIXES = ("megatron.", "transformer_engine", "numpy.", "nvidia_resiliency_ext.", "modelopt.")
+# Python 3.10 names an enumeration's value itself: signal.SIGTERM.
+_INERT_PREFIXES = ("megatron.", "transformer_engine", "numpy.", "nvidia_resiliency_ext.", "modelopt.", "signal.SIG")
 _INERT = frozenset(
     {
         *("signal.Signals", "datetime.timedelta", "pathlib.PosixPath", "pathlib.Path", "pathlib._local.PosixPath"),

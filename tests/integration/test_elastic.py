@@ -182,7 +182,7 @@ def matrices_drawn(corpus: str, folder: str) -> list[int]:
 
     counts = []
     for _ in range(2):
-        with mock.patch.object(init, "_normal", side_effect=init._normal) as drawing:
+        with mock.patch.object(init, "normal", side_effect=init.normal) as drawing:
             part(corpus, folder, "fp32", 1, 1, 2)
         counts.append(drawing.call_count)
     return counts

@@ -191,6 +191,7 @@ def edited(source: Path, folder: Path, **changes: Any) -> Path:
     shutil.copytree(source, folder)
     common = read_common(folder)
     vars(common["args"]).update(changes)
+    del common["args"].exit_signal  # an inert record cannot be written again
     torch.save(common, folder / "common.pt")
     return folder
 
