@@ -7,6 +7,7 @@ output layer. The layers of a looped model share their adapters; in the exported
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from pause_megatron.files.durable import sync_file, sync_folder
 from pause_megatron.hf.atomic_dir import atomic_dir, output_folder
 from pause_megatron.hf.checkpoint import NativeCheckpoint, open_checkpoint
 from pause_megatron.hf.export import Exported
-from pause_megatron.hf.parity import check_export, load_with_transformers
+from pause_megatron.hf.parity import Parity, check_export, load_with_transformers
 from pause_megatron.hf.safetensors_file import SafetensorsWriter, TensorEntry
 from pause_megatron.hf.weights import EMBEDDING, HEAD, HFTensor, Rows, layer_rows
 from pause_megatron.terminal.progress import Report
@@ -76,7 +77,7 @@ def export_adapter(
             sync_file(path)
         sync_folder(staging)
         report("comparing with peft", 0, 1)
-        parity = check_export(checkpoint, base, torch.float32, load=lambda folder: load_with_peft(folder, staging))
+        parity = _compare(checkpoint, base, staging)
         report("comparing with peft", 1, 1)
     return Exported(output, 1, total, parity)
 
@@ -139,7 +140,11 @@ def load_with_peft(base: Path, adapter: Path) -> Any:
     """
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(load_with_transformers(base), str(adapter)).eval()
+    model = load_with_transformers(base)
+    with warnings.catch_warnings():
+        # peft reads a property of the model that transformers renamed.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        return PeftModel.from_pretrained(model, str(adapter)).eval()
 
 
 def _write_weights(checkpoint: NativeCheckpoint, lora: LoraSection, folder: Path) -> int:
@@ -150,6 +155,17 @@ def _write_weights(checkpoint: NativeCheckpoint, lora: LoraSection, folder: Path
             for rows in tensor.rows:
                 writer.write(checkpoint.reader.rows(rows.name, rows.start, rows.start + rows.count))
     return (folder / WEIGHTS).stat().st_size
+
+
+def _compare(checkpoint: NativeCheckpoint, base: Path, adapter: Path) -> Parity:
+    try:
+        return check_export(checkpoint, base, torch.float32, load=lambda folder: load_with_peft(folder, adapter))
+    except CheckpointError as error:
+        source = checkpoint.config.model.from_ or "BASE"
+        raise CheckpointError(
+            f"--adapter {base}: expected the fp32 export of the model that the run started from (pause-megatron "
+            f"export-hf {source} FOLDER), with which the adapter computes what the run does, got: {error}"
+        ) from None
 
 
 def _check_peft() -> None:

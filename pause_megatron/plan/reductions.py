@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from pause_megatron.config.lora import LORA_A, LORA_B
 from pause_megatron.plan.activations import Activations
 from pause_megatron.plan.layout import Layout
 
@@ -69,6 +70,8 @@ def _gradients(layout: Layout, kept: Activations) -> Iterator[tuple[int, int]]:
     The gradient of a looped layer is complete at the end of its first run, when later loops keep nothing.
     """
     numels = {p.name: p.numel for p in layout.parameters}
+    for name in [name for name in numels if name.endswith((LORA_A, LORA_B))]:
+        numels[f"{name.rpartition('.')[0]}.weight"] += numels.pop(name)  # a moment apart
     layer = kept.layer_input if layout.recompute else kept.layer
     halves = {"both": kept.layer, "attention": kept.attention, "none": 0}
     if not layout.model.tied:

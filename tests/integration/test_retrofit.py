@@ -17,7 +17,7 @@ from pause_megatron.checkpoint.layout import VOCABULARY
 from pause_megatron.checkpoint.store import open_newest
 from pause_megatron.config.load import load
 from pause_megatron.config.lora import LORA_A, LORA_B
-from pause_megatron.errors import CheckpointError
+from pause_megatron.errors import CheckpointError, ConfigError
 from pause_megatron.hf.adapter import export_adapter, load_with_peft
 from pause_megatron.hf.export import export
 from pause_megatron.hf.parity import load_with_transformers
@@ -111,6 +111,9 @@ def test_what_is_trained_cannot_change_in_a_run(bases, corpus, tmp_path):
     )
     with pytest.raises(CheckpointError, match=r"train\.only: 'pause_rows' in the checkpoint, None in this run"):
         pretrain(corpus, str(tmp_path / "run"), 1, 1, [*settings, "train.steps=2"])
+    for only in ("lora", "pause_rows"):
+        with pytest.raises(ConfigError, match=rf"train\.only={only}: expected model\.from"):
+            pretrain(corpus, str(tmp_path / "new"), 1, 1, [*tiny_model(), f"train.only={only}"])
 
 
 def test_lora_through_peft_on_an_exported_folder(bases, tmp_path):
@@ -226,6 +229,11 @@ def test_adapters_resume_bit_for_bit_and_at_another_tensor_parallel_size(bases, 
             assert torch.equal(one, same.rows(name, 0, rows, key)), (name, key)
             assert torch.allclose(one, other.rows(name, 0, rows, key), rtol=1e-3, atol=1e-4), (name, key)
     check_adapter_and_merged_export(bases["untied"], states["other"], tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r"merged: expected the fp32 export .* \(pause-megatron export-hf .*differ"
+    ):
+        export_adapter(states["other"], tmp_path / "wrong", base=tmp_path / "merged")
+    assert not (tmp_path / "wrong").exists()
 
 
 def test_a_run_from_a_run_with_adapters_starts_from_the_merged_weights(bases, corpus, tmp_path):

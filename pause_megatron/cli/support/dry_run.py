@@ -106,6 +106,7 @@ def _model_rows(
     size, model = text_size + config.pause.embeddings, config.model
     loops = f" run {model.loops} times" if model.loops > 1 else ""
     trained = trained_parameters(config)
+    kept = "" if model.from_ else "; a new run needs model.from"
     flops = step_flops(model, size, plan.sequence_length, tokens=plan.raw_tokens, targets=plan.targets)
     return [
         ("vocabulary", f"{size:,} = {text_size:,} text ({origin}) + {config.pause.embeddings} pause"),
@@ -116,7 +117,7 @@ def _model_rows(
         ),
         *([("model options", options)] if (options := _model_options(model)) else []),
         ("parameters", f"{parameters(model, size):,}"),
-        *([] if trained is None else [("trained", f"{trained:,} ({config.train.only})")]),
+        *([] if trained is None else [("trained", f"{trained:,} ({config.train.only}){kept}")]),
         ("FLOPs a step", f"{scaled(flops)}FLOP ({scaled(flops / plan.world_size)}FLOP a rank)"),
         ("FLOPs in all", "unknown" if plan.steps is None else f"{scaled(flops * plan.steps)}FLOP"),
         ("engine", f"ZeRO stage {engine['zero_optimization']['stage']}, {config.engine.precision}"),

@@ -13,7 +13,7 @@ from pause_megatron.config.model_from import SHAPE
 from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from pause_megatron.distributed import ParallelContext
-from pause_megatron.errors import CheckpointError
+from pause_megatron.errors import CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,21 @@ def find_initial_weights(place: str, config: ResolvedConfig, tokenizer: Tokenize
         merged = ", its LoRA adapters merged" if lora_of(load_saved(found.folder / "config.yaml")) else ""
         log.info(f"initial weights from {found.folder}{merged}")
     return found.folder
+
+
+def check_trains_all(config: ResolvedConfig) -> None:
+    """Check that a run from random initialization trains all of it: the part that `train.only` keeps would stay random.
+
+    Args:
+        config: Configuration of the run.
+
+    Raises:
+        ConfigError: `train.only` is set.
+    """
+    if config.train.only is not None:
+        raise ConfigError(
+            f"train.only={config.train.only}: expected model.from, a checkpoint whose weights the run keeps, got none"
+        )
 
 
 def merging_reader(folder: Path) -> MergedReader:

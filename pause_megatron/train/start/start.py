@@ -13,7 +13,7 @@ from pause_megatron.engine import Engine
 from pause_megatron.model import PauseGPTModel
 from pause_megatron.train.inputs.inputs import TrainingData
 from pause_megatron.train.loop import Progress
-from pause_megatron.train.start.initial_weights import find_initial_weights, merging_reader
+from pause_megatron.train.start.initial_weights import check_trains_all, find_initial_weights, merging_reader
 from pause_megatron.train.start.resume import find_checkpoint
 from pause_megatron.train.start.start_over import check_no_lost_checkpoint
 
@@ -94,7 +94,8 @@ def find_start(store: Store, config: ScheduledConfig, data: TrainingData, contex
     Raises:
         CheckpointError: A checkpoint is damaged, or of another run or model, whose differences are named; or the run
             had checkpoints, which are gone.
-        ConfigError: `train.extended_from` is set and the run has no checkpoint.
+        ConfigError: `train.extended_from` is set and the run has no checkpoint, or `train.only` is set and there are
+            no weights to keep.
     """
     found = find_checkpoint(store, config, data.fingerprint, context)
     if found is not None:
@@ -105,4 +106,5 @@ def find_start(store: Store, config: ScheduledConfig, data: TrainingData, contex
     check_no_lost_checkpoint(config, store.folder, context)
     if config.model.from_ is not None:
         return Start(find_initial_weights(config.model.from_, config, data.tokenizer, context))
+    check_trains_all(config)
     return Start()

@@ -42,6 +42,8 @@ def test_options_of_a_model_have_a_row_where_it_has_some(capsys):
         "rope_base=1000000.0, norm_eps=1e-06, head_dim=128, qk_norm=head, sliding_window=512"
     )
     assert "model options" not in rows(capsys)
+    given = ("model.preset=qwen3-0.6b", "train.only=pause_rows", "pause.embeddings=2")
+    assert rows(capsys, *given)["trained"] == "2,048 (pause_rows); a new run needs model.from"
 
 
 def test_the_arithmetic_of_an_extension_is_that_of_the_added_steps(capsys):

@@ -20,6 +20,7 @@ ALL_BIASES = tuple(f"model.{name}_bias=true" for name in ("qkv", "proj", "mlp"))
 OPTIONS = {
     "biases": ALL_BIASES,
     "qk norm": ("model.qk_norm=head", "model.qkv_bias=true", "model.proj_bias=true"),
+    "adapters": (*ALL_BIASES, "train.only=lora", "lora.layers=1..2", "lora.targets=[qkv,fc2]"),
     "post norms": ("model.qk_norm=whole", "model.norm=post"),
 }
 
