@@ -14,7 +14,7 @@ from pause_megatron.hf.tokenizer import HFTokenizer
 # Reads tokenizer.json unchanged; the classes named after models rebuild parts of it.
 PLAIN_CLASS = "PreTrainedTokenizerFast"
 _CLASSES_OF_ONE_RELEASE = ("TokenizersBackend",)  # the name in transformers 5, unknown to 4
-_LISTS = ("additional_special_tokens", "extra_special_tokens")
+_NAMES, _NAMES_OF_5 = "additional_special_tokens", "extra_special_tokens"
 
 
 def write_tokenizer(
@@ -47,8 +47,8 @@ def write_tokenizer(
     config.pop("auto_map", None)  # asks for code; an import refuses it, a corpus's tokenizer does not need it
     if plain:
         config["tokenizer_class"] = PLAIN_CLASS
-    _add_names(config, tokenizer.pauses, otherwise="extra_special_tokens")
-    _add_names(special, tokenizer.pauses, otherwise="additional_special_tokens")
+    for record in (config, special):
+        _add_names(record, tokenizer.pauses)
     if isinstance(config.get("added_tokens_decoder"), dict):
         added = {str(entry["id"]): _flags(entry) for entry in tokenizer.document["added_tokens"]}
         config["added_tokens_decoder"] |= added
@@ -116,13 +116,15 @@ def _set_end(record: dict[str, Any], name: str) -> None:
         record["eos_token"] = name
 
 
-def _add_names(record: dict[str, Any], pauses: Sequence[str], *, otherwise: str) -> None:
-    key = next((key for key in _LISTS if isinstance(record.get(key), list)), None)
-    if key is None:  # a dictionary there names tokens by role: it is kept
-        key = otherwise if otherwise not in record else next(key for key in _LISTS if key != otherwise)
-        record[key] = []
-    known = [token.get("content") if isinstance(token, dict) else token for token in record[key]]
-    record[key] = [*record[key], *(name for name in pauses if name not in known)]
+def _add_names(record: dict[str, Any], pauses: Sequence[str]) -> None:
+    """Add the pauses to the list of special tokens, under the key that transformers 4 and 5 read.
+
+    transformers 5 writes the list as extra_special_tokens, where 4 expects a dictionary of tokens by role and raises.
+    """
+    lists = [record.pop(key) for key in (_NAMES, _NAMES_OF_5) if isinstance(record.get(key), list)]
+    names = lists[0] if lists else []
+    known = [token.get("content") if isinstance(token, dict) else token for token in names]
+    record[_NAMES] = [*names, *(name for name in pauses if name not in known)]
 
 
 def _flags(entry: Mapping[str, Any]) -> dict[str, Any]:

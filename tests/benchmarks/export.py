@@ -57,7 +57,7 @@ def write_checkpoint(folder: Path, sizes: dict) -> None:
     from pause_megatron.config.schema import DataSection, ParallelSection, RunConfig
     from pause_megatron.data.tokenizer.tokenizer import load_tokenizer
     from pause_megatron.hf.native_writer import PauseRows, write_native
-    from pause_megatron.hf.weights import hf_tensors
+    from pause_megatron.hf.weights import hf_tensors, native_rows
     from pause_megatron.model import Vocabulary
 
     config = resolve(
@@ -77,7 +77,7 @@ def write_checkpoint(folder: Path, sizes: dict) -> None:
     write_native(
         folder,
         config,
-        tensors,
+        native_rows(tensors),
         RandomWeights({tensor.name: tensor.shape for tensor in tensors}),
         vocabulary=Vocabulary(VOCABULARY, (VOCABULARY,)),
         pauses=PauseRows((), VOCABULARY, 0),

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from pause_megatron.checkpoint.reader import state_file_faults
 from pause_megatron.hf.safetensors_file import SafetensorsWriter, TensorEntry, split_into_files
 
 
@@ -62,3 +65,23 @@ def test_files_are_as_full_as_they_may_be(sizes, largest):
         size = sum(entry.bytes for entry in file)
         assert size <= largest or len(file) == 1
         assert following is None or size + following[0].bytes > largest
+
+
+def test_values_are_checked_with_a_bounded_number_of_pages(tmp_path):
+    """The check of a state file maps it; pages of a map are resident until it is closed."""
+    path, count = tmp_path / "state.safetensors", 100_000_000
+    entries = [TensorEntry(f"exp_avg_sq|{name}|0", (count,), torch.float32) for name in "ab"]
+    with SafetensorsWriter(path, entries) as writer:
+        writer.zeros(count)
+        writer.zeros(count - 1)
+        writer.write(torch.tensor([-1.0]))
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak
+    before = resident("VmRSS")
+    faults = state_file_faults(path)
+    assert resident("VmHWM") - before < 200e6
+    assert len(faults) == 1 and "exp_avg_sq|b|0: expected squares, got -1" in faults[0]
+
+
+def resident(field: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,7 @@ def converted(tmp_path: Path, path: Path, pauses: int = 1, pause_id: int | None 
     ids = range(native.pause_id, native.pause_id + pauses)
     made = convert_tokenizer(tmp_path / "native", native, ids)
     write_tokenizer(tmp_path / "hf", made, {}, sequence_length=64, plain=True)
+    assert "extra_special_tokens" not in json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
     return native, AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=False)
 
 
@@ -130,3 +132,15 @@ def test_the_name_elsewhere_is_refused(tmp_path):
     own = load_tokenizer(folder).pause_id
     with pytest.raises(CheckpointError, match=r"expected '<pause>' at the pause id \d+, got it at another id"):
         converted(tmp_path, folder, pause_id=own + 7)
+
+
+def test_special_tokens_are_listed_where_transformers_4_and_5_read_them(tmp_path):
+    """transformers 4 takes extra_special_tokens for a dictionary, and fails at a list there, as 5 writes it."""
+    native = load_tokenizer(train_hugging_face(tmp_path / "source"))
+    native.save(tmp_path / "native")
+    made = convert_tokenizer(tmp_path / "native", native, range(native.pause_id, native.pause_id + 1))
+    companions = {"tokenizer_config.json": b'{"extra_special_tokens": ["<a>"], "tokenizer_class": "TokenizersBackend"}'}
+    (tmp_path / "hf").mkdir()
+    write_tokenizer(tmp_path / "hf", made, companions, sequence_length=64, plain=True)
+    written = json.loads((tmp_path / "hf/tokenizer_config.json").read_text())
+    assert written["additional_special_tokens"] == ["<a>", "<pause>"] and "extra_special_tokens" not in written
