@@ -21,13 +21,14 @@ from pause_megatron.errors import CheckpointError
 from pause_megatron.files.durable import sync_file, sync_folder
 from pause_megatron.hf.atomic_dir import atomic_dir, output_folder
 from pause_megatron.hf.checkpoint import NativeCheckpoint, open_checkpoint
-from pause_megatron.hf.export import Exported
+from pause_megatron.hf.export import Exported, pause_record
 from pause_megatron.hf.parity import Parity, check_export, load_with_transformers
 from pause_megatron.hf.safetensors_file import SafetensorsWriter, TensorEntry
 from pause_megatron.hf.weights import EMBEDDING, HEAD, HFTensor, Rows, layer_rows
 from pause_megatron.terminal.progress import Report
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_OF_INFERENCE = ("m_ft", "softmax", "prefix_attention", "location", "filler")
 _PREFIX = "base_model.model."
 _PAUSES = ".token_adapter.trainable_tokens_delta"
 
@@ -67,12 +68,12 @@ def export_adapter(
             f"{checkpoint.folder}: expected a run with train.only=lora for --adapter, got "
             f"train.only={checkpoint.config.train.only or 'null'}; export it without --adapter"
         )
-    _check_base(checkpoint, base)
+    changed = _changed_pauses(checkpoint, _pauses_of_base(checkpoint, base))
     with atomic_dir(output) as staging:
         total = _write_weights(checkpoint, lora, staging)
         record = adapter_config(checkpoint.config.model, lora, checkpoint.pause_ids, base)
         (staging / CONFIG).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        (staging / "README.md").write_text(_card(checkpoint, base), encoding="utf-8")
+        (staging / "README.md").write_text(_card(checkpoint, base, changed), encoding="utf-8")
         for path in staging.iterdir():
             sync_file(path)
         sync_folder(staging)
@@ -178,8 +179,8 @@ def _check_peft() -> None:
         ) from None
 
 
-def _check_base(checkpoint: NativeCheckpoint, base: Path) -> None:
-    """Check, before anything is written, that the base is a model folder with the run's pauses."""
+def _pauses_of_base(checkpoint: NativeCheckpoint, base: Path) -> dict[str, Any]:
+    """Return the base's "pause" entry; before anything is written it must be that of a model with the run's pauses."""
     try:
         pause = json.loads((base / "config.json").read_text(encoding="utf-8")).get("pause") or {}
     except (OSError, ValueError, AttributeError):
@@ -192,12 +193,26 @@ def _check_base(checkpoint: NativeCheckpoint, base: Path) -> None:
             f"--adapter {base}: config.json: pause.ids: expected {list(checkpoint.pause_ids)}, as in the run, got "
             f"{pause.get('ids')}"
         )
+    return pause
 
 
-def _card(checkpoint: NativeCheckpoint, base: Path) -> str:
+def _changed_pauses(checkpoint: NativeCheckpoint, base: dict[str, Any]) -> dict[str, Any]:
+    """Return what inference with the adapter does otherwise than with the base: peft loads the base's config.json."""
+    run = pause_record(checkpoint, ("",), None)
+    return {key: run[key] for key in _OF_INFERENCE if run[key] != base.get(key)}
+
+
+def _card(checkpoint: NativeCheckpoint, base: Path, changed: dict[str, Any]) -> str:
     manifest, lora = checkpoint.reader.manifest, checkpoint.config.lora
+    entry = ""
+    if changed:
+        entry = (
+            "\nThe base's `config.json` has other pauses than this run. `model`, the base, gets the run's with\n\n"
+            f"```python\nmodel.config.pause |= {changed!r}\n```\n"
+        )
     return (
         f"---\nlibrary_name: peft\nbase_model: {json.dumps(str(base))}\n---\n\n# LoRA adapter with pause tokens\n\n"
         f"Rank {lora.rank}, alpha {lora.alpha:g}, {', '.join(lora.targets)}; {manifest.step:,} optimizer steps. The "
         f"rows of the pause ids {list(checkpoint.pause_ids)} are part of the adapter. Written by pause-megatron.\n"
+        f"{entry}"
     )

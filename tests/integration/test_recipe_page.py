@@ -98,6 +98,7 @@ def test_the_pages_commands_retrofit_a_model(workplace):
     assert {entry["pauses"] for entry in results["results"]} == {0, 2, 5, 10, 25}
     assert json.loads((workplace / "merged-native" / "config.json").read_text())["pause"]["m_ft"] == 10
     assert (workplace / "adapter" / "adapter_model.safetensors").is_file()
+    assert "model.config.pause |= {'m_ft': 10}\n" in (workplace / "adapter" / "README.md").read_text()
     completion = json.loads(said["generate"])["completions"][0]
     assert completion["pauses"] == 10 and "<pause>" not in completion["text"]
 
