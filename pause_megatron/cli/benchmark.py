@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vocab-size",
         type=at_least(1),
         metavar="N",
-        help="vocabulary of the synthetic text; default: the corpus's, or 32000",
+        help="vocabulary of the synthetic text; default: the corpus's, the preset's, or 32000",
     )
     parser.epilog = (
         "Windows hold synthetic text, unless data.prefix, data.source or a task is given; pauses are those of a run.\n"

@@ -50,7 +50,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--assume", action="append", default=[], metavar="NAME=VALUE", help="replace an assumption that the table lists"
     )
     parser.add_argument(
-        "--vocab-size", type=at_least(1), metavar="N", help="text vocabulary size; default: the corpus's, or 32000"
+        "--vocab-size",
+        type=at_least(1),
+        metavar="N",
+        help="text vocabulary size; default: the corpus's, the preset's, or 32000",
     )
     parser.add_argument("--json", action="store_true", help="everything as JSON, in bytes and seconds")
     parser.epilog = "exit code: 0, or 2 when the run does not fit on one of the GPUs (remedies are listed)."
@@ -75,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     given = _given(args)
     gpus = [gpu_named(name.strip()) for name in args.gpu.split(",")]
     config = load(args.config, recipe=args.recipe, overrides=args.overrides, notify=note)
-    text_size, _ = text_vocabulary(config, args.vocab_size)
+    text_size, origin = text_vocabulary(config, args.vocab_size)
     plans = []
     for gpu in gpus:
         cluster, assumptions = Cluster(gpu, args.nodes, args.gpus_per_node), Assumptions.of(gpu)
@@ -83,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
             assumptions = measured_values(args.measured, config, cluster, assumptions, text_size=text_size)
         plans.append(make_plan(config, cluster, text_size=text_size, assumptions=assumptions.with_values(given)))
     print(json.dumps(as_json(plans), indent=2) if args.json else as_table(plans))
+    log.info(f"vocabulary: {text_size:,} text tokens ({origin}) + {config.pause.embeddings} pause")
     if all(plan.fits for plan in plans):
         return EXIT_FITS
     names = ", ".join(plan.cluster.gpu.name for plan in plans if not plan.fits)

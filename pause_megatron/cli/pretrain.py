@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vocab-size",
         type=at_least(1),
         metavar="N",
-        help="vocabulary for --dry-run; default: the corpus's, or 32000",
+        help="vocabulary for --dry-run; default: the corpus's, the preset's, or 32000",
     )
 
 

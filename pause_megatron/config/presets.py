@@ -51,6 +51,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+VOCABULARIES = {
+    **{"llama-3.2-1b": 128_256, "qwen3-0.6b": 151_936, "olmo2-1b": 100_352},
+    **{"smollm2-135m": 49_152, "qwen2.5-0.5b": 151_936, "mistral-7b": 32_000},
+}
+"""Rows of the embedding of published models, for plans made before there is a corpus."""
+
 # Sizes, which a preset gives where they are null; two of them only beside a size of the preset.
 _SIZES = ("layers", "hidden", "heads", "kv_heads", "ffn", "tied")
 _BESIDE = {"kv_heads": "heads", "ffn": "hidden"}

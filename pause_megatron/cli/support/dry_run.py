@@ -11,7 +11,7 @@ from pause_megatron.config.batching import BatchPlan
 from pause_megatron.config.lora import trained_parameters
 from pause_megatron.config.model_from import SHAPE
 from pause_megatron.config.model_schema import ResolvedModel
-from pause_megatron.config.presets import parameters, step_flops
+from pause_megatron.config.presets import VOCABULARIES, parameters, step_flops
 from pause_megatron.config.quantities import scaled
 from pause_megatron.config.schema import ResolvedConfig
 
@@ -167,7 +167,7 @@ def _total(tokens: float | None) -> str:
 
 
 def text_vocabulary(config: ResolvedConfig, given: int | None) -> tuple[int, str]:
-    """Return the number of text tokens, and its source: given, the manifest of the first corpus, or assumed.
+    """Return the number of text tokens and its source: given, the first corpus's manifest, the preset, or assumed.
 
     Args:
         config: Configuration of the run.
@@ -179,10 +179,15 @@ def text_vocabulary(config: ResolvedConfig, given: int | None) -> tuple[int, str
         manifest = Path(f"{prefix}.manifest.json")
         if manifest.is_file():
             try:
-                return int(json.loads(manifest.read_text(encoding="utf-8"))["tokenizer"]["vocab_size"]), str(manifest)
+                tokenizer = json.loads(manifest.read_text(encoding="utf-8"))["tokenizer"]
+                size = int(tokenizer["vocab_size"])
+                pause = int(tokenizer.get("pause_id", size))
             except (OSError, ValueError, KeyError, TypeError):
                 continue  # the run itself reports a malformed manifest
-    return ASSUMED_VOCABULARY, "assumed"
+            # An imported tokenizer has its pauses among its ids.
+            return size - config.pause.embeddings if pause < size else size, str(manifest)
+    preset = config.model.preset or ""
+    return (VOCABULARIES[preset], f"{preset}'s") if preset in VOCABULARIES else (ASSUMED_VOCABULARY, "assumed")
 
 
 def missing_corpora(config: ResolvedConfig) -> list[tuple[str, str]]:

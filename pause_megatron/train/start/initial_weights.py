@@ -42,8 +42,15 @@ def find_initial_weights(place: str, config: ResolvedConfig, tokenizer: Tokenize
             + "\n  ".join(differences)
         )
     if context.rank == 0:
-        merged = ", its LoRA adapters merged" if lora_of(load_saved(found.folder / "config.yaml")) else ""
+        source = load_saved(found.folder / "config.yaml")
+        merged = ", its LoRA adapters merged" if lora_of(source) else ""
         log.info(f"initial weights from {found.folder}{merged}")
+        ours, theirs = config.data.sequence_length, source.data.sequence_length
+        if ours > theirs:
+            log.warning(
+                f"data.sequence_length={ours}: longer than the {theirs} positions of model.from={place}, whose weights "
+                "have met no others"
+            )
     return found.folder
 
 

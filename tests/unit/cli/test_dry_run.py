@@ -103,3 +103,23 @@ def test_vocabulary_comes_from_the_manifest_or_the_option(tmp_path, capsys):
 def test_what_cannot_run_is_refused_before_anything_starts(arguments, message, capsys):
     assert main(["pretrain", "--dry-run", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_vocabulary_is_the_corpus_the_presets_or_assumed(tmp_path):
+    """An imported tokenizer has its pauses among its ids: they are not counted twice."""
+    import json
+
+    from pause_megatron.cli.support.dry_run import text_vocabulary
+    from pause_megatron.config.load import load
+    from pause_megatron.config.presets import PRESETS, VOCABULARIES
+
+    def found(*overrides: str) -> tuple[int, str]:
+        return text_vocabulary(load(overrides=overrides), None)
+
+    manifest = tmp_path / "c.manifest.json"
+    for pause, pauses, text in ((1501, 1, 1501), (1500, 1, 1500), (1499, 2, 1499)):
+        manifest.write_text(json.dumps({"tokenizer": {"vocab_size": 1501, "pause_id": pause}}))
+        assert found(f"data.prefix={tmp_path / 'c'}", f"pause.embeddings={pauses}") == (text, str(manifest))
+    assert VOCABULARIES.keys() < PRESETS.keys()
+    assert found("model.preset=qwen3-0.6b") == (151_936, "qwen3-0.6b's")
+    assert found() == (32_000, "assumed")

@@ -57,7 +57,8 @@ def test_a_run_that_does_not_fit_ends_with_2_and_remedies(capsys):
     captured = capsys.readouterr()
     assert "a100-40: does not fit" in captured.out
     assert "parallel.tensor=4 parallel.sequence=true" in captured.out
-    assert captured.err == "pause-megatron: does not fit on a100-40\n"
+    vocabulary = "pause-megatron: vocabulary: 32,000 text tokens (assumed) + 1 pause\n"
+    assert captured.err == f"{vocabulary}pause-megatron: does not fit on a100-40\n"
 
 
 def test_a_warning_is_printed(capsys):
