@@ -104,8 +104,11 @@ def _run(args: argparse.Namespace) -> int:
     # take seconds, and log.
     with tolerant_output(), stop_signals_until_exit() as stop:
         silence_imports()
+        from pause_megatron.data.corpus.corpora import open_corpora
+        from pause_megatron.hf.exportable import check_exportable
         from pause_megatron.train.pretrain import pretrain
 
+        check_exportable(config, lambda: open_corpora(config.data, config.pause.embeddings).tokenizer)
         return pretrain(config, stop)
 
 

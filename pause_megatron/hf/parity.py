@@ -73,7 +73,7 @@ def check_export(
         CheckpointError: Logits or ids differ. The message has the largest difference and its place, or the text.
     """
     tokens, source = corpus_tokens(checkpoint, _LEAST_TOKENS)
-    lines = compare_tokenizers(checkpoint, folder, text_lines(checkpoint, tokens))
+    lines = compare_tokenizers(checkpoint.tokenizer, checkpoint.pause_ids, folder, text_lines(checkpoint, tokens))
     windows = _windows(checkpoint, tokens)
     native, rounding = native_logits(checkpoint, windows, dtype)
     exported = exported_logits(folder, windows, load)

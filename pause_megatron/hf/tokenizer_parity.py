@@ -9,7 +9,7 @@ import numpy as np
 
 from pause_megatron.data.corpus.corpora import open_corpora
 from pause_megatron.data.corpus.manifest import path_of
-from pause_megatron.data.tokenizer.tokenizer import ids_before
+from pause_megatron.data.tokenizer.tokenizer import Tokenizer, ids_before
 from pause_megatron.errors import CheckpointError, PauseMegatronError
 from pause_megatron.hf.checkpoint import NativeCheckpoint
 
@@ -70,17 +70,19 @@ def tokenizer_agrees(checkpoint: NativeCheckpoint, folder: Path) -> bool:
         folder: Folder with config.json and the tokenizer's files.
     """
     try:
-        compare_tokenizers(checkpoint, folder, text_lines(checkpoint, corpus_tokens(checkpoint)[0]))
+        lines = text_lines(checkpoint, corpus_tokens(checkpoint)[0])
+        compare_tokenizers(checkpoint.tokenizer, checkpoint.pause_ids, folder, lines)
     except CheckpointError:
         return False
     return True
 
 
-def compare_tokenizers(checkpoint: NativeCheckpoint, folder: Path, lines: Sequence[str]) -> int:
+def compare_tokenizers(tokenizer: Tokenizer, pause_ids: range, folder: Path, lines: Sequence[str]) -> int:
     """Compare the native tokenizer with the folder's on lines of text, plain and with pauses appended.
 
     Args:
-        checkpoint: The checkpoint with the native tokenizer.
+        tokenizer: The native tokenizer.
+        pause_ids: The K pause ids.
         folder: The export.
         lines: Lines of text.
 
@@ -96,7 +98,7 @@ def compare_tokenizers(checkpoint: NativeCheckpoint, folder: Path, lines: Sequen
     # Hugging Face encodes the name of a special token as that token; in a corpus it is text.
     names = [token.content for token in exported.added_tokens_decoder.values()]
     lines = [line for line in lines if not any(name in line for name in names)]
-    expected = checkpoint.tokenizer.encode_batch(lines)
+    expected = tokenizer.encode_batch(lines)
     actual = exported(lines, add_special_tokens=False, verbose=False)["input_ids"]
     different = [number for number in range(len(lines)) if list(expected[number]) != list(actual[number])]
     if different:
@@ -106,9 +108,9 @@ def compare_tokenizers(checkpoint: NativeCheckpoint, folder: Path, lines: Sequen
             f"{lines[first][:200]!r}: expected {list(expected[first])[:40]}, got {list(actual[first])[:40]}"
         )
     whole, alone = exported("a")["input_ids"], exported("a", add_special_tokens=False)["input_ids"]
-    if (leading := ids_before(whole, alone)) != checkpoint.tokenizer.leading:
-        raise CheckpointError(f"before a text: expected the ids {checkpoint.tokenizer.leading}, got {leading}")
-    pauses = list(checkpoint.pause_ids)
+    if (leading := ids_before(whole, alone)) != tokenizer.leading:
+        raise CheckpointError(f"before a text: expected the ids {tokenizer.leading}, got {leading}")
+    pauses = list(pause_ids)
     text = exported.convert_ids_to_tokens(pauses)
     for line, ids in zip(lines[:10], expected[:10], strict=True):
         with_pauses = exported(line + "".join(text) + text[0] * 2, add_special_tokens=False, verbose=False)["input_ids"]
@@ -116,6 +118,6 @@ def compare_tokenizers(checkpoint: NativeCheckpoint, folder: Path, lines: Sequen
             raise CheckpointError(
                 f"pauses after {line[:80]!r}: expected the ids {pauses} after its own, got {with_pauses[-40:]}"
             )
-    if exported.eos_token_id != checkpoint.tokenizer.eod:
-        raise CheckpointError(f"end of sequence: expected id {checkpoint.tokenizer.eod}, got {exported.eos_token_id}")
+    if exported.eos_token_id != tokenizer.eod:
+        raise CheckpointError(f"end of sequence: expected id {tokenizer.eod}, got {exported.eos_token_id}")
     return len(lines)
