@@ -103,6 +103,9 @@ def run(args: argparse.Namespace) -> int:
     limit = None if args.limit is None else _number("--limit", args.limit, least=1)
     seed = _number("--seed", args.seed, least=0)
     names = list(dict.fromkeys(args.tasks))
+    model = Path(args.model)
+    if not model.exists():  # records may be downloaded
+        raise DataError(f"model {str(model)!r}: expected a folder as export-hf writes it, there is no such folder")
     tasks = _examples([name for name in names if not name.startswith(_LM_EVAL)], args, limit)
     of_lm_eval = [name.removeprefix(_LM_EVAL) for name in names if name.startswith(_LM_EVAL)]
     harness = _harness(of_lm_eval, args)
@@ -111,7 +114,6 @@ def run(args: argparse.Namespace) -> int:
     from pause_megatron.inference.loading import check_folder
     from pause_megatron.terminal.progress import StageProgress
 
-    model = Path(args.model)
     check_folder(model)
     with opened(Path(args.output)) as output:
         with StageProgress(sys.stderr) as progress:

@@ -203,7 +203,10 @@ def test_a_task_of_ones_own_by_its_documentation_alone(folder, tmp_path, monkeyp
             ["--tasks", "piqa", "--task-path", "nowhere"],
             "--task-path nowhere: expected the folder piqa with the records of piqa, got none",
         ),
-        (["--tasks", "piqa", "--model", "nowhere"], "model 'nowhere': expected a folder as export-hf writes it"),
+        (
+            ["--tasks", "piqa", "--model", "nowhere", "--task-path", "nowhere"],  # first: records may be downloaded
+            "model 'nowhere': expected a folder as export-hf writes it",
+        ),
         (["--tasks", "lm_eval/piqa", "--prefix-attention", "bidirectional"], "expected --prefix-attention causal"),
         (["--tasks", "piqa", "--filler", "two words"], "filler: expected the text of one token"),
         (
