@@ -18,7 +18,7 @@ FREE_KEYS = frozenset(
         *("data.prefix", "data.valid_prefix", "data.tokenizer", "data.cache"),  # the data are compared by their content
         *("data.verify", "data.prefetch"),
         "task.path",
-        *("model.attention", "model.head_chunk", "model.family"),
+        *("model.attention", "model.head_chunk", "model.family", "model.positions"),
         "batch.micro_size",
         *("engine.ds_config", "engine.zero_stage", "engine.kernels", "engine.deterministic"),
     }

@@ -17,7 +17,7 @@ SHAPE = (
     *("layers", "hidden", "heads", "kv_heads", "ffn", "tied", "qkv_bias", "rope_base", "norm_eps", "loops"),
     *("head_dim", "proj_bias", "mlp_bias", "qk_norm", "norm", "sliding_window", "sliding_from"),
     *("rope_scaling", "rope_factor", "rope_original_length", "rope_low_freq", "rope_high_freq"),
-    *("rope_beta_fast", "rope_beta_slow", "rope_truncate", "rope_attention_factor", "family"),
+    *("rope_beta_fast", "rope_beta_slow", "rope_truncate", "rope_attention_factor", "positions", "family"),
 )
 """Keys of the model section that decide what a model computes with given weights."""
 

@@ -99,6 +99,12 @@ class ModelSection(Section):
     )
     norm_eps: float = Field(1e-5, gt=0, description="epsilon of RMSNorm")
     init_std: float = Field(0.02, gt=0, description="standard deviation of the initial weights")
+    positions: int | None = Field(
+        None,
+        ge=8,
+        description="positions that an export states, if more than data.sequence_length; an import takes its source's, "
+        "so that training on shorter windows does not shorten the model",
+    )
     family: Literal["llama", "qwen2", "mistral", "qwen3", "olmo2"] | None = Field(
         None, description="Hugging Face model type of an export; null: the first one that has the model's options"
     )

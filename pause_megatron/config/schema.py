@@ -322,6 +322,11 @@ class ResolvedConfig(RunConfig):
     data: ResolvedData
     model: ResolvedModel
 
+    @property
+    def positions(self) -> int:
+        """Positions that an export states: those of the window, or of the imported model if it has more."""
+        return max(self.data.sequence_length, self.model.positions or 0)
+
 
 class ScheduledTrain(TrainSection):
     """The train section with the number of steps filled in."""

@@ -173,6 +173,7 @@ def _model(keys: ConfigKeys, family: Family) -> ResolvedModel:
         norm=family.norm,
         norm_eps=keys.number("rms_norm_eps"),
         init_std=keys.number("initializer_range"),
+        positions=keys.size("max_position_embeddings"),
         **{"family": family.model_type, **read_rope(keys), **read_window(keys, family, layers)},
     )
 

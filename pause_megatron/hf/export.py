@@ -159,7 +159,7 @@ def _write_metadata(
 ) -> Family:
     """Write everything but the weights, and compare the tokenizer. Return the model family."""
     config, manifest = checkpoint.config, checkpoint.reader.manifest
-    length, live_rows = config.data.sequence_length, checkpoint.vocabulary.size
+    length, live_rows = config.positions, checkpoint.vocabulary.size
     pause = pause_record(checkpoint, tokenizer.pauses, finetuned_pauses)
     companions, eod = checkpoint.tokenizer.companions, checkpoint.tokenizer.eod
     generation = generation_config(companions, tokenizer.special_ids, checkpoint.pause_ids, eod)

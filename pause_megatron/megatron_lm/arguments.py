@@ -138,6 +138,7 @@ class _Reader:
             )
         rows = None if self._args.get("padded_vocab_size") is None else self._size("padded_vocab_size")
         precision: Literal["fp32", "bf16"] = "bf16" if self._args.get("bf16") is True else "fp32"
+        model = model.model_copy(update={"positions": positions})
         return Arguments(model, rows, sequence_length or positions, precision, self._pauses())
 
     def _refuse_options(self) -> None:
@@ -235,7 +236,7 @@ def write_arguments(
         "num_query_groups": model.kv_heads,
         "kv_channels": model.channels,
         "seq_length": length,
-        "max_position_embeddings": length,
+        "max_position_embeddings": config.positions,
         "normalization": "RMSNorm",
         "norm_epsilon": model.norm_eps,
         "layernorm_epsilon": model.norm_eps,

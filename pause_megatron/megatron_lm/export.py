@@ -141,7 +141,7 @@ def _write_tokenizer(checkpoint: NativeCheckpoint, folder: Path) -> None:
     tokenizer = convert_tokenizer(checkpoint.folder / "tokenizer", checkpoint.tokenizer, checkpoint.pause_ids)
     folder.mkdir()
     companions = checkpoint.tokenizer.companions
-    length = checkpoint.config.data.sequence_length
+    length = checkpoint.config.positions
     write_tokenizer(folder, tokenizer, companions, sequence_length=length, plain=not names_class(companions))
 
 

@@ -18,7 +18,7 @@ from pause_megatron.plan.machine import OPTIONAL, Assumptions, Cluster
 FORMAT, VERSION = "pause-megatron benchmark", 1
 # Keys that decide the work of a step: a benchmark with another value has another MFU.
 SHAPE = (
-    *(f"model.{name}" for name in SIZES if name != "family"),
+    *(f"model.{name}" for name in SIZES if name not in ("family", "positions")),
     *("data.sequence_length", "data.intra_document_masking", "batch.micro_size", "engine.precision"),
     *("parallel.tensor", "parallel.sequence", "parallel.recompute"),
     *("model.attention", "model.head_chunk", "model.vocab_multiple"),
