@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 import time
 
@@ -57,11 +58,11 @@ def run(args: argparse.Namespace) -> int:
             report=progress.report,
         )
     ids = ", ".join(map(str, done.pause_ids))
-    flags = "--no-load-rng" if args.optimizer else "--finetune"
+    notes = "".join(f"note: {note}\n" for note in done.notes)
     print(
         f"{args.output}: iteration {done.iteration}, {args.format}, {done.bytes / 1e6:,.1f} MB, {done.rows:,} "
         f"vocabulary rows with padding, pause id {ids}, {time.perf_counter() - start:.1f} s\n"
-        f"next: Megatron-LM with --load {args.output} --use-checkpoint-args {flags}; its losses are not those of this "
-        "project, for its softmax includes padding rows"
+        f"{notes}next: Megatron-LM with --load {shlex.quote(str(args.output))} --use-checkpoint-args "
+        f"{shlex.join(done.flags)}; its losses are not those of this project, for its softmax includes padding rows"
     )
     return 0

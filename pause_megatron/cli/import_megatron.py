@@ -77,12 +77,13 @@ def run(args: argparse.Namespace) -> int:
             report=progress.report,
         )
     ids = ", ".join(map(str, done.pause_ids))
+    notes = "".join(f"note: {note}\n" for note in done.notes)
     print(
         f"{args.checkpoint}: {done.source} ({done.format}), {done.rows:,} vocabulary rows with padding, "
         f"{done.text_rows:,} ids of the tokenizer, pause id {ids} ({done.how}), tensor parallel "
         f"{args.tensor_parallel}, {time.perf_counter() - start:.1f} s\n"
         "not imported: optimizer state, random states, iteration. Losses are not those of Megatron-LM, whose softmax "
-        "includes padding rows\n"
+        f"includes padding rows\n{notes}"
         f"next: pause-megatron prepare --tokenizer {shlex.quote(os.path.join(args.checkpoint, 'tokenizer'))} ..., then "
         f"pause-megatron pretrain {shlex.quote(f'model.from={args.checkpoint}')} ..."
     )

@@ -16,6 +16,8 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner, cre
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
+from pause_megatron.megatron_lm.safe import PROPERTIES
+
 _BLOCK_BYTES = 64 << 20
 COMMON, CONFIG = "common.pt", "metadata.json"
 
@@ -106,8 +108,15 @@ def _blocks(tensor: StackedTensor) -> Iterator[_Block]:
 def _tensor_item(tensor: StackedTensor, block: _Block) -> WriteItem:
     size = tensor.shape if tensor.layers is None else (tensor.layers, *tensor.shape)
     chunk = ChunkStorageMetadata(torch.Size(block.offsets), torch.Size(block.sizes))
-    data = TensorWriteData(chunk, TensorProperties(dtype=torch.float32), torch.Size(size))
+    data = TensorWriteData(chunk, _Properties(dtype=torch.float32), torch.Size(size))
     return WriteItem(index=MetadataIndex(tensor.key, chunk.offsets), type=WriteItemType.SHARD, tensor_data=data)
+
+
+class _Properties(TensorProperties):
+    """Properties of a tensor, pickled so that releases of torch before 2.15, which know no strides, read them too."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TensorProperties, (), self.__getstate__()[:PROPERTIES]  # type: ignore[attr-defined]
 
 
 class _Planner(DefaultSavePlanner):

@@ -17,6 +17,7 @@ from pause_megatron.hf.tokenizer import convert_tokenizer
 from pause_megatron.hf.tokenizer_files import names_class, write_tokenizer
 from pause_megatron.megatron_lm.arguments import write_arguments
 from pause_megatron.megatron_lm.dist_writer import write_torch_dist
+from pause_megatron.megatron_lm.flags import ignored_arguments, needed_flags
 from pause_megatron.megatron_lm.importing import TRACKER
 from pause_megatron.megatron_lm.legacy_writer import write_legacy
 from pause_megatron.megatron_lm.names import extra_states
@@ -26,6 +27,7 @@ from pause_megatron.terminal.progress import Report
 
 Format = Literal["torch_dist", "torch"]
 TOKENIZER = "tokenizer"
+RELEASE = "release"
 _STEP_DIGITS = 7
 
 
@@ -39,6 +41,8 @@ class ExportedMegatron:
         rows: Vocabulary rows, padding included.
         pause_ids: The K pause ids.
         bytes: Size of the folder's files, in bytes.
+        flags: What Megatron-LM's command line needs beside `--load` and `--use-checkpoint-args`.
+        notes: What its own model provider would compute otherwise.
     """
 
     folder: Path
@@ -46,6 +50,8 @@ class ExportedMegatron:
     rows: int
     pause_ids: tuple[int, ...]
     bytes: int
+    flags: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def export_megatron(
@@ -80,19 +86,21 @@ def export_megatron(
     args = _arguments(checkpoint, output, tensor_parallel, rows, optimizer, format)
     with atomic_dir(output) as staging:
         _write_tokenizer(checkpoint, staging / TOKENIZER)
-        folder = staging / f"iter_{step:0{_STEP_DIGITS}d}"
+        # Megatron-LM before 0.19 takes no iteration 0; "release" is its name for a checkpoint that was converted.
+        folder = staging / (f"iter_{step:0{_STEP_DIGITS}d}" if step else RELEASE)
         common: dict[str, Any] = {"args": args, "checkpoint_version": 3.0, "iteration": step}
         common["num_floating_point_operations_so_far"] = 0
         if format == "torch":
             write_legacy(folder, checkpoint, rows, tensor_parallel, common, report)
         else:
             _write_dist(folder, checkpoint, rows, common, optimizer, report)
-        (staging / TRACKER).write_text(str(step), encoding="utf-8")
+        (staging / TRACKER).write_text(str(step) if step else RELEASE, encoding="utf-8")
         for path in staging.rglob("*"):
             (sync_folder if path.is_dir() else sync_file)(path)
         sync_folder(staging)
     size = sum(path.stat().st_size for path in output.rglob("*") if path.is_file())
-    return ExportedMegatron(output, step, rows, tuple(checkpoint.pause_ids), size)
+    flags, notes = tuple(needed_flags(args)), tuple(ignored_arguments(args))
+    return ExportedMegatron(output, step, rows, tuple(checkpoint.pause_ids), size, flags, notes)
 
 
 def _check_options(checkpoint: NativeCheckpoint, ranks: int, optimizer: bool, format: Format) -> None:
@@ -112,6 +120,10 @@ def _check_options(checkpoint: NativeCheckpoint, ranks: int, optimizer: bool, fo
         raise CheckpointError(
             "--optimizer: expected a run without LoRA adapters, got train.only=lora: they are merged into the weights, "
             "and their moments have no counterpart; export without --optimizer"
+        )
+    if optimizer and not checkpoint.reader.manifest.step:
+        raise CheckpointError(
+            "--optimizer: expected a checkpoint after step 0, got step 0, whose moments are 0; export without it"
         )
     if optimizer and model.loops > 1:
         raise CheckpointError(

@@ -31,6 +31,7 @@ from pause_megatron.hf.importing import ImportedTokenizer, import_tokenizer
 from pause_megatron.hf.native_writer import PauseRows, RowSource, write_native
 from pause_megatron.hf.weights import HFRows, native_shapes
 from pause_megatron.megatron_lm.arguments import Arguments, read_arguments
+from pause_megatron.megatron_lm.flags import ignored_arguments
 from pause_megatron.megatron_lm.legacy import LegacyWeights
 from pause_megatron.megatron_lm.torch_dist import TorchDistWeights, read_common
 from pause_megatron.model import Vocabulary
@@ -54,6 +55,7 @@ class ImportedMegatron:
         text_rows: Rows of the tokenizer's own ids.
         pause_ids: The K pause ids.
         how: Origin of the pause rows: "kept" or "new".
+        notes: What Megatron-LM's own model provider computed otherwise.
     """
 
     folder: Path
@@ -63,6 +65,7 @@ class ImportedMegatron:
     text_rows: int
     pause_ids: tuple[int, ...]
     how: str
+    notes: tuple[str, ...]
 
 
 def import_megatron(
@@ -123,7 +126,7 @@ def import_megatron(
         )
         sync_folder(staging)
     how = "kept" if found.kept else "new"
-    return ImportedMegatron(output, folder, opened.format, opened.rows, found.text_size, pause_ids, how)
+    return ImportedMegatron(output, folder, opened.format, opened.rows, found.text_size, pause_ids, how, opened.notes)
 
 
 def checkpoint_folder(source: str | Path) -> Path:
@@ -159,6 +162,7 @@ class _Opened:
     rows: int
     step: int
     vocab_size: int | None
+    notes: tuple[str, ...]
     weights: RowSource
 
 
@@ -171,13 +175,13 @@ def _open(folder: Path, sequence_length: int | None) -> _Opened:
         rows = TorchDistWeights.vocabulary_rows(folder)
         shapes = native_shapes(arguments.model, rows)
         _check_rows(arguments, rows, folder)
-        return _Opened("torch_dist", arguments, rows, *_padding(args), TorchDistWeights(folder, shapes))
+        return _Opened("torch_dist", arguments, rows, *_noted(args), TorchDistWeights(folder, shapes))
     legacy = LegacyWeights(folder)
     arguments = read_arguments(legacy.args, str(folder), sequence_length)
     rows = legacy.vocabulary_rows()
     _check_rows(arguments, rows, folder)
     legacy.check(native_shapes(arguments.model, rows))
-    return _Opened("torch", arguments, rows, *_padding(legacy.args), legacy)
+    return _Opened("torch", arguments, rows, *_noted(legacy.args), legacy)
 
 
 def _check_backend(path: Path) -> None:
@@ -196,14 +200,14 @@ def _check_rows(arguments: Arguments, rows: int, folder: Path) -> None:
         )
 
 
-def _padding(args: Any) -> tuple[int, int | None]:
-    """Return the multiple to which Megatron-LM pads the vocabulary, and the vocabulary's size if the run noted it."""
+def _noted(args: Any) -> tuple[int, int | None, tuple[str, ...]]:
+    """Return the multiple to which the vocabulary is padded, its size if the run noted it, and ignored arguments."""
     step = 1
     for name, default in (("make_vocab_size_divisible_by", 128), ("tensor_model_parallel_size", 1)):
         value = getattr(args, name, None)
         step *= value if type(value) is int and value > 0 else default
     size = getattr(args, "vocab_size", None)
-    return step, size if type(size) is int else None
+    return step, size if type(size) is int else None, tuple(ignored_arguments(args))
 
 
 @contextmanager

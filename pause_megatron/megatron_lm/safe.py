@@ -17,9 +17,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import TensorProperties, TensorStorageMetadata
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
 from pause_megatron.errors import CheckpointError
+
+PROPERTIES = 5
+"""Values of a tensor's properties in `.metadata` that every release of torch reads."""
 
 _METADATA_BYTES = 1 << 30
 # Python 3.10 names an enumeration's value itself: signal.SIGTERM.
@@ -152,7 +157,35 @@ def read_index(path: Path) -> Any:
         ) from None
     if not isinstance(getattr(index, "state_dict_metadata", None), dict) or not isinstance(index.storage_data, dict):
         raise CheckpointError(f"{path}: expected torch's index of tensors, got {type(index).__name__}")
+    for key, entry in index.state_dict_metadata.items():
+        if isinstance(entry, TensorStorageMetadata) and not _is_whole(entry):
+            raise CheckpointError(f"{path}: {str(key)[:200]}: expected parts within its shape, got others")
+    for key, info in index.storage_data.items():
+        if type(info) is not _StorageInfo or type(info.offset) is not int or type(info.length) is not int:
+            raise CheckpointError(f"{path}: {str(key)[:200]}: expected a place in a file, got another value")
     return index
+
+
+def _is_whole(entry: TensorStorageMetadata) -> bool:
+    """Return whether a tensor's shape and parts are numbers, and the parts within the shape."""
+    try:
+        return isinstance(entry.properties, TensorProperties) and all(
+            len(entry.size) == len(chunk.offsets) == len(chunk.sizes)
+            and all(
+                type(offset) is type(size) is type(whole) is int and 0 <= offset <= offset + size <= whole
+                for offset, size, whole in zip(chunk.offsets, chunk.sizes, entry.size, strict=True)
+            )
+            for chunk in entry.chunks
+        )
+    except (AttributeError, TypeError):
+        return False
+
+
+class _Properties(TensorProperties):
+    """Properties of a tensor as any release of torch writes them: strides, which 2.15 adds, are left out."""
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(tuple(state)[:PROPERTIES])
 
 
 class _IndexUnpickler(pickle.Unpickler):
@@ -168,6 +201,8 @@ class _IndexUnpickler(pickle.Unpickler):
             return dtype
         if (module, name) in _INDEX_NAMES:
             return collections.OrderedDict if name == "OrderedDict" else super().find_class(module, name)
+        if (module, name) == (TensorProperties.__module__, TensorProperties.__qualname__):
+            return _Properties
         if module in _INDEX_MODULES and name[:1].isupper() | name.startswith("_MEM") and "." not in name:
             found = super().find_class(module, name)
             if isinstance(found, type) and found.__module__ == module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,9 @@ class TorchDistWeights:
                 f"{self._folder}: {pieces[0][0]}: expected {torch.Size(shape).numel():,} elements for {name}, the "
                 f"index has {covered:,}"
             )
+        for one, two in itertools.combinations(parts, 2):
+            if one.overlaps(two):
+                raise CheckpointError(f"{self._folder}: {pieces[0][0]}: expected parts that are apart, two overlap")
         return parts
 
     def _parts_of(self, key: str, layer: int | None, first: int, shape: tuple[int, ...], *, name: str) -> list[_Part]:
@@ -155,8 +159,10 @@ class TorchDistWeights:
                 view: Any = _Slice(file, part.offset, part.length)
                 tensor = torch.load(view, map_location="cpu", weights_only=True)
         except Exception as error:
-            text = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"{part.path}: {name}: expected a tensor, got: {text}") from None
+            # What torch says would advise to load with weights_only=False.
+            raise CheckpointError(
+                f"{part.path}: {name}: expected a tensor that torch saved, got other bytes ({type(error).__name__})"
+            ) from None
         if not isinstance(tensor, Tensor) or tuple(tensor.shape) != part.sizes or tensor.dtype not in _TYPES:
             got = tuple(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
             raise CheckpointError(f"{part.path}: {name}: expected a tensor of shape {part.sizes}, got {got}")
@@ -210,6 +216,21 @@ class _Part:
         self.path, self.offset, self.length, self.sizes = path, offset, length, sizes
         self.inner, self.row, self.column = inner, row, column
         self.numel = torch.Size(sizes if inner is None else sizes[1:]).numel()
+
+    def overlaps(self, other: _Part) -> bool:
+        """Return whether both hold an element of one parameter, so that another element is missing."""
+        (rows, columns), (others, across) = self._extent(), other._extent()
+        apart = (
+            self.row + rows <= other.row,
+            other.row + others <= self.row,
+            self.column + columns <= other.column,
+            other.column + across <= self.column,
+        )
+        return not any(apart)
+
+    def _extent(self) -> tuple[int, int]:
+        sizes = self.sizes if self.inner is None else self.sizes[1:]
+        return sizes[0], sizes[1] if len(sizes) > 1 else 1
 
 
 class _Slice(io.RawIOBase):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import pickle
 import shutil
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +18,17 @@ from support.megatron_checkpoints import (
     LENGTH,
     code,
     index_with_code,
+    load_as_megatron_lm,
     load_dist,
     load_legacy,
     load_optimizer,
     save_both,
+    save_stages,
 )
 from support.prose import train_model
 from support.ranks import run_on_ranks
 from support.tiny_llama import write_folder
+from torch.distributed.checkpoint.metadata import TensorProperties
 
 from pause_megatron.checkpoint import Manifest
 from pause_megatron.checkpoint.layout import partition_dim, row_spans
@@ -32,8 +38,13 @@ from pause_megatron.errors import CheckpointError
 from pause_megatron.hf.checkpoint import open_checkpoint
 from pause_megatron.hf.importing import import_folder
 from pause_megatron.hf.parity import native_logits
-from pause_megatron.megatron_lm.export import export_megatron
+from pause_megatron.hf.weights import native_shapes
+from pause_megatron.megatron_lm.arguments import write_arguments
+from pause_megatron.megatron_lm.export import ExportedMegatron, export_megatron
+from pause_megatron.megatron_lm.flags import ignored_arguments
 from pause_megatron.megatron_lm.importing import import_megatron
+from pause_megatron.megatron_lm.names import place_of
+from pause_megatron.megatron_lm.safe import read_index
 from pause_megatron.megatron_lm.torch_dist import read_common
 
 PIECES = 600
@@ -41,6 +52,27 @@ PAUSE = 600
 CASES = {
     "untied": {},
     "tied, biased": {"untie_embeddings_and_output_weights": False, "add_qkv_bias": True, "rotary_base": 500000},
+    "biased everywhere, wide heads": {"add_bias_linear": True, "kv_channels": 16},
+    "norms of heads, windows above a layer": {
+        "qk_layernorm": True,
+        "kv_channels": 16,
+        "window_size": (5, 0),
+        "window_attn_skip_freq": [0, 1, 1],
+        "norm_epsilon": 0.01,
+    },
+    "Llama 3's RoPE, a tensor per layer and half of the gate": {
+        "use_rope_scaling": True,
+        "rope_scaling_factor": 8.0,
+        "rotary_base": 500000,
+        "kv_channels": 32,
+        "singleton": True,
+    },
+    "linear RoPE, all heads with keys, bf16": {
+        "rotary_seq_len_interpolation_factor": 4,
+        "num_query_groups": 4,
+        "group_query_attention": False,
+        "bf16": True,
+    },
 }
 
 
@@ -100,9 +132,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, t
 def test_megatron_core_loads_an_export_and_computes_the_same(native: Path, exported: Path, tensor: int) -> None:
     expected = logits_of(native, windows())
     rows = None if tensor == 2 else 640  # another padding than the one that is stored
-    for got in run_on_ranks(
-        tensor, load_dist, str(exported / "iter_0000000"), tensor, windows().tolist(), PIECES + 1, rows
-    ):
+    for got in run_on_ranks(tensor, load_dist, str(exported / "release"), tensor, windows().tolist(), PIECES + 1, rows):
         assert float((got - expected).abs().max()) <= 1e-5
 
 
@@ -116,13 +146,85 @@ def test_an_export_comes_back_bit_for_bit(native: Path, exported: Path, tmp_path
     assert one.config.model.model_dump(exclude={"family"}) == two.config.model.model_dump(exclude={"family"})
 
 
+OPTIONS = {
+    "head_dim": 16,
+    "qk_norm": "head",
+    "sliding_window": 6,
+    "sliding_from": 1,
+    "norm_eps": 0.01,
+    "rope_base": 500000.0,
+    "rope_scaling": "llama3",
+    "rope_factor": 8.0,
+    "rope_original_length": 8192,
+}
+FLAGS = "--norm-epsilon 0.01 --qk-layernorm --use-rope-scaling --rope-scaling-factor 8.0 --window-size 5,0 "
+FLAGS += "--window-attn-skip-freq [0,1,1] --finetune"
+
+
+@pytest.fixture(scope="module")
+def with_options(native: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ExportedMegatron]:
+    """A native checkpoint with options that Megatron-LM does not take from a checkpoint, and its export."""
+    folder = tmp_path_factory.mktemp("options")
+    write_random(folder / "ckpt", native, OPTIONS)
+    return folder / "ckpt", export_megatron(folder / "ckpt", folder / "out")
+
+
+def write_random(folder: Path, like: Path, options: dict[str, Any]) -> None:
+    """Write a checkpoint with other options, random weights and the tokenizer of another one."""
+    config = open_checkpoint(like, lambda *_: None).config
+    config = config.model_copy(update={"model": config.model.model_copy(update={"family": None, **options})})
+    other = folder.parent / "written"
+    export_megatron(like, other)
+    args = write_arguments(config, live_rows=PAUSE + 1, padded_rows=640, tensor_parallel=1, iteration=0)
+    shapes = native_shapes(config.model, 640)
+    generator = torch.Generator().manual_seed(5)
+    state = {place_of(name).apart: torch.randn(shape, generator=generator) * 0.2 for name, shape in shapes.items()}
+    state = {name: value + ("norm" in name) for name, value in state.items()}
+    args.pause_ids = [PAUSE]
+    (other / "old" / "mp_rank_00").mkdir(parents=True)
+    torch.save({"args": args, "checkpoint_version": 3.0, "model": state}, other / "old/mp_rank_00/model_optim_rng.pt")
+    import_megatron(other / "old", folder, tokenizer=other / "tokenizer")
+
+
+def test_an_export_says_which_options_megatron_lm_needs(with_options) -> None:
+    _, done = with_options
+    assert " ".join(done.flags) == FLAGS and done.notes == ()
+    told = ignored_arguments(argparse.Namespace(use_rope_scaling=True, rope_scaling_factor=32.0))
+    assert len(told) == 1 and "args.rope_scaling_factor is 32, but Megatron-LM's own model provider drops it" in told[0]
+
+
+@pytest.mark.skipif(find_spec("megatron.training") is None, reason="megatron-core before 0.19 is without Megatron-LM")
+def test_megatron_lm_itself_loads_an_export_with_those_options(with_options) -> None:
+    native, done = with_options
+    expected = logits_of(native, windows())
+    options = list(done.flags), windows().tolist(), PIECES + 1
+    assert float((run_on_ranks(1, load_as_megatron_lm, str(done.folder), *options)[0] - expected).abs().max()) <= 2e-5
+
+
+def test_an_index_is_read_by_every_release_of_torch(exported: Path, tmp_path: Path, monkeypatch) -> None:
+    index = exported / "release" / ".metadata"
+    monkeypatch.setattr(TensorProperties, "__setstate__", lambda self, state: self.states.append(state), raising=True)
+    monkeypatch.setattr(TensorProperties, "states", [], raising=False)
+    with index.open("rb") as file:
+        pickle.load(file)
+    assert {len(state) for state in TensorProperties.states} == {5}  # torch 2.15 writes and reads a sixth, strides
+    monkeypatch.undo()
+    with index.open("rb") as file:
+        metadata = pickle.load(file)
+    whole = TensorProperties.__getstate__
+    monkeypatch.setattr(TensorProperties, "__getstate__", lambda self: (*whole(self)[:5], None))
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    entries = read_index(tmp_path / ".metadata").state_dict_metadata.values()
+    assert {entry.properties.dtype for entry in entries if hasattr(entry, "properties")} == {torch.float32}
+
+
 def test_mp_rank_folders_come_back_and_megatron_core_loads_them(native: Path, tmp_path: Path) -> None:
     export_megatron(native, tmp_path / "out", tensor_parallel=2, format="torch")
     import_megatron(tmp_path / "out", tmp_path / "back", tokenizer=tmp_path / "out" / "tokenizer", tensor_parallel=2)
     before, after = states(native), states(tmp_path / "back")
     assert before.keys() == after.keys() and all(torch.equal(after[name], value) for name, value in before.items())
     expected = logits_of(native, windows())
-    for got in run_on_ranks(2, load_legacy, str(tmp_path / "out" / "iter_0000000"), 2, windows().tolist(), PIECES + 1):
+    for got in run_on_ranks(2, load_legacy, str(tmp_path / "out" / "release"), 2, windows().tolist(), PIECES + 1):
         assert float((got - expected).abs().max()) <= 1e-5
 
 
@@ -143,6 +245,16 @@ def test_a_checkpoint_of_megatron_core_computes_the_same(written, tokenizer, tmp
     assert not torch.equal(got[..., PIECES], expected[:1, :, PIECES])
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_pipeline_stages_become_one_model(tokenizer, tmp_path, tied) -> None:
+    changes = {"untie_embeddings_and_output_weights": not tied}
+    _, expected = run_on_ranks(2, save_stages, str(tmp_path), windows().tolist(), PIECES + 1, changes)
+    for format in ("dist", "legacy"):
+        source = tmp_path / format / "iter_0000100"
+        import_megatron(source, tmp_path / f"{format}-kept", tokenizer=tokenizer, keep_pause_row=True)
+        assert float((logits_of(tmp_path / f"{format}-kept", windows()) - expected).abs().max()) <= 1e-5
+
+
 def with_moments(native: Path, folder: Path) -> Path:
     """A copy of a checkpoint with random moments, as after training."""
     shutil.copytree(native, folder)
@@ -155,7 +267,7 @@ def with_moments(native: Path, folder: Path) -> Path:
                 tensors[key] = torch.rand(value.shape, generator=generator)
         save_file(tensors, str(folder / name))
         manifest.files[name] = FileEntry.of(folder / name)
-    (folder / "manifest.json").write_text(replace(manifest, optimizer_step=7).dumps())
+    (folder / "manifest.json").write_text(replace(manifest, step=7, optimizer_step=7, progress={"step": 7}).dumps())
     return folder
 
 
@@ -164,7 +276,7 @@ def test_the_distributed_optimizer_loads_masters_and_moments(native: Path, tmp_p
     source = with_moments(native, tmp_path / "trained")
     export_megatron(source, tmp_path / "out", tensor_parallel=tensor, optimizer=True)
     reader = open_checkpoint(source, lambda *_: None).reader
-    for rank, found in enumerate(run_on_ranks(tensor, load_optimizer, str(tmp_path / "out" / "iter_0000000"), tensor)):
+    for rank, found in enumerate(run_on_ranks(tensor, load_optimizer, str(tmp_path / "out" / "iter_0000007"), tensor)):
         assert len(found) == len(reader.manifest.parameters)
         for name, values in found.items():
             assert torch.equal(values["param"], values["weight"]), name
@@ -257,6 +369,17 @@ def damage(source: Path, how: str) -> None:
         largest.write_bytes(largest.read_bytes()[:-4000])
     elif how == "no index":
         (source / ".metadata").unlink()
+    elif how in ("offset", "shape", "twice"):
+        index = pickle.loads((source / ".metadata").read_bytes())
+        entry = index.state_dict_metadata["embedding.word_embeddings.weight"]
+        place = next(info for key, info in index.storage_data.items() if key.fqn == "embedding.word_embeddings.weight")
+        if how == "offset":
+            place.offset = "1"
+        elif how == "shape":
+            entry.size = torch.Size([300, 32])
+        else:
+            entry.chunks[1] = entry.chunks[0]
+        (source / ".metadata").write_bytes(pickle.dumps(index))
     elif how == "index with code":
         index_with_code(source / ".metadata")
     elif how == "code":
@@ -278,6 +401,9 @@ def damage(source: Path, how: str) -> None:
         ("dist", "short shard", r"__\d_\d.distcp: tensor .*: expected [\d,]+ bytes or more, got"),
         ("dist", "no index", ".metadata: expected the index of a torch_dist checkpoint, got none"),
         ("dist", "index with code", "posix.system, which can run code; not opened"),
+        ("dist", "offset", ".metadata: .*expected a place in a file, got another value"),
+        ("dist", "shape", ".metadata: embedding.word_embeddings.weight: expected parts within its shape, got others"),
+        ("dist", "twice", "embedding.word_embeddings.weight: expected parts that are apart, two overlap"),
         ("dist", "code", "common.pt: expected values that Megatron-LM saves, got posix.system, which can run code"),
         ("dist", "backend", "metadata.json: sharded_backend: expected 'torch_dist', got 'zarr'"),
         ("legacy", "missing rank", r"of 2 tensor-parallel x 1 pipeline ranks, got none of rank \(0, 0\)"),

@@ -24,6 +24,7 @@ PARTS = (
     "integration/test_topologies.py::test_every_topology_gives_one_loss_list[2-2-True-3-2]",
     "integration/test_export.py",
     "integration/test_megatron_script.py",
+    "integration/test_megatron_checkpoints.py::test_megatron_lm_itself_loads_an_export_with_those_options",
     "integration/test_golden.py",
 )
 

@@ -62,7 +62,7 @@ def groups(tensor: int) -> Iterator[None]:
         yield
 
 
-def gpt(args: argparse.Namespace, rows: int | None = None) -> Any:
+def gpt(args: argparse.Namespace, rows: int | None = None, **stage: bool) -> Any:
     """The GPTModel that Megatron-LM builds from arguments, with its layers for CPUs."""
     import torch.nn.functional as F
     from megatron.core.models.gpt import GPTModel
@@ -83,7 +83,11 @@ def gpt(args: argparse.Namespace, rows: int | None = None) -> Any:
         add_bias_linear=args.add_bias_linear,
         add_qkv_bias=args.add_qkv_bias,
         qk_layernorm=args.qk_layernorm,
+        window_size=getattr(args, "window_size", None),
+        window_attn_skip_freq=getattr(args, "window_attn_skip_freq", None),
         tensor_model_parallel_size=args.tensor_model_parallel_size,
+        pipeline_model_parallel_size=getattr(args, "pipeline_model_parallel_size", 1) if stage else 1,
+        pipeline_dtype=torch.float32,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         use_cpu_initialization=True,
@@ -104,6 +108,10 @@ def gpt(args: argparse.Namespace, rows: int | None = None) -> Any:
         position_embedding_type=args.position_embedding_type,
         rotary_percent=args.rotary_percent,
         rotary_base=args.rotary_base,
+        rope_scaling=getattr(args, "use_rope_scaling", False),
+        rope_scaling_factor=getattr(args, "rope_scaling_factor", 8.0),
+        seq_len_interpolation_factor=getattr(args, "rotary_seq_len_interpolation_factor", None),
+        **stage,
     ).eval()
 
 
@@ -125,7 +133,8 @@ def logits(model: Any, tokens: list[list[int]], live: int) -> torch.Tensor:
     length = ids.shape[1]
     mask = torch.triu(torch.ones(1, 1, length, length, dtype=torch.bool), diagonal=1)
     positions = torch.arange(length).expand_as(ids)
-    return model(ids, positions, mask, runtime_gather_output=True)[..., :live].float()
+    with on_the_cpu():
+        return model(ids, positions, mask, runtime_gather_output=True)[..., :live].float()
 
 
 def load_dist(folder: str, tensor: int, tokens: list[list[int]], live: int, rows: int | None = None) -> torch.Tensor:
@@ -153,28 +162,59 @@ def with_group(content: dict[str, Any] | None) -> dict[str, Any]:
 
 def save_both(root: str, tensor: int, tokens: list[list[int]], live: int, changes: dict[str, Any]) -> torch.Tensor:
     """Write one model as torch_dist and as mp_rank folders, and return its logits."""
-    from megatron.core import dist_checkpointing
-
     with groups(tensor):
         args = arguments(-(-live // (8 * tensor)) * 8 * tensor, tensor, **changes)
         model = gpt(args)
         fill(model)
-        rank = torch.distributed.get_rank()
-        folder = Path(root) / "dist" / "iter_0000100"
-        if rank == 0:
-            folder.mkdir(parents=True)
-            (folder.parent / "latest_checkpointed_iteration.txt").write_text("100")
-        torch.distributed.barrier()
-        common = {"args": args, "checkpoint_version": 3.0, "iteration": 100}
-        content = {"singleton_local_shards": False, "chained_optim_avoid_prefix": True}
-        state = {**common, "model": model.sharded_state_dict(metadata=with_group(content))}
-        with may_have_children():
-            dist_checkpointing.save(state, str(folder), content_metadata=content)
-        legacy = Path(root) / "legacy" / "iter_0000100" / f"mp_rank_{rank:02d}"
-        legacy.mkdir(parents=True)
-        state = {**common, "model": model.state_dict_for_save_checkpoint(), "rng_state": [{"np": _numpy_state()}]}
-        torch.save(state, legacy / "model_optim_rng.pt")
-        return logits(model, tokens, live)
+        _save(Path(root), model, args, f"mp_rank_{torch.distributed.get_rank():02d}")
+        return logits(model.float(), tokens, live)
+
+
+def save_stages(root: str, tokens: list[list[int]], live: int, changes: dict[str, Any]) -> torch.Tensor:
+    """Write one model of two pipeline stages, as `save_both`, and return its logits, which the last stage has."""
+    from megatron.core import parallel_state
+
+    with groups(1), mock.patch.object(torch.Tensor, "cuda", lambda self: self):
+        parallel_state.destroy_model_parallel()
+        parallel_state.initialize_model_parallel(1, 2)
+        stage = parallel_state.get_pipeline_model_parallel_rank()
+        args = arguments(-(-live // 8) * 8, 1, num_layers=4, pipeline_model_parallel_size=2, **changes)
+        model = gpt(args, pre_process=stage == 0, post_process=stage == 1)
+        fill(model)
+        if not args.untie_embeddings_and_output_weights:  # the last stage has a copy
+            torch.distributed.broadcast(model.shared_embedding_or_output_weight().data, 0)
+        _save(Path(root), model, args, f"mp_rank_00_{stage:03d}")
+        hidden = torch.empty(len(tokens[0]), len(tokens), args.hidden_size)
+        if stage == 0:
+            hidden = logits(model, tokens, args.hidden_size)
+        torch.distributed.broadcast(hidden, 0)
+        if stage == 1:
+            model.set_input_tensor(hidden)
+            return logits(model, tokens, live)
+        return hidden
+
+
+def _save(root: Path, model: Any, args: argparse.Namespace, name: str) -> None:
+    """Write the model of this rank as Megatron-LM does, as torch_dist and under a name of a rank."""
+    from megatron.core import dist_checkpointing
+
+    folder = root / "dist" / "iter_0000100"
+    if torch.distributed.get_rank() == 0:
+        folder.mkdir(parents=True)
+        (folder.parent / "latest_checkpointed_iteration.txt").write_text("100")
+    torch.distributed.barrier()
+    if args.bf16:
+        model.bfloat16()
+    common = {"args": args, "checkpoint_version": 3.0, "iteration": 100}
+    apart = getattr(args, "singleton", False)
+    content = {"singleton_local_shards": apart, "chained_optim_avoid_prefix": True}
+    state = {**common, "model": model.sharded_state_dict(metadata=with_group(content))}
+    with may_have_children():
+        dist_checkpointing.save(state, str(folder), content_metadata=content)
+    legacy = root / "legacy" / "iter_0000100" / name
+    legacy.mkdir(parents=True)
+    state = {**common, "model": model.state_dict_for_save_checkpoint(), "rng_state": [{"np": _numpy_state()}]}
+    torch.save(state, legacy / "model_optim_rng.pt")
 
 
 @contextlib.contextmanager
@@ -237,18 +277,22 @@ def index_with_code(path: Path) -> None:
 
 @contextlib.contextmanager
 def on_the_cpu() -> Iterator[None]:
-    """Let megatron-core's optimizers, which name the device "cuda" and compare types with "torch.cuda", run here."""
-    tensor, kind = torch.tensor, torch.Tensor.type
+    """Let optimizers and windows of megatron-core, which name the device "cuda" and compare types with it, run here."""
+    tensor, ones, kind = torch.tensor, torch.ones, torch.Tensor.type
 
     def cuda_type(self: torch.Tensor, *args: Any, **options: Any) -> Any:
         found = kind(self, *args, **options)
         return found.replace("torch.", "torch.cuda.") if isinstance(found, str) else found
 
-    def on_cpu(*values: Any, **options: Any) -> torch.Tensor:
-        return tensor(*values, **({**options, "device": "cpu"} if options.get("device") == "cuda" else options))
+    def on_cpu(make: Any) -> Any:
+        def made(*values: Any, **options: Any) -> torch.Tensor:
+            return make(*values, **({**options, "device": "cpu"} if options.get("device") == "cuda" else options))
+
+        return made
 
     with (
-        mock.patch.object(torch, "tensor", on_cpu),
+        mock.patch.object(torch, "tensor", on_cpu(tensor)),
+        mock.patch.object(torch, "ones", on_cpu(ones)),
         mock.patch.object(torch.Tensor, "type", cuda_type),
         mock.patch.object(torch.cuda, "current_device", lambda: torch.device("cpu")),
     ):
@@ -303,3 +347,37 @@ def load_optimizer(folder: str, tensor: int) -> dict[str, dict[str, list[torch.T
             }
             found[name]["weight"] = parameter.detach().clone()
         return found
+
+
+def load_as_megatron_lm(folder: str, flags: list[str], tokens: list[list[int]], live: int) -> torch.Tensor:
+    """Logits after Megatron-LM's own arguments, model builder and load_checkpoint, which megatron-core 0.19 ships."""
+    import sys
+
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training import checkpointing, global_vars
+    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.arguments import parse_args, validate_args
+    from megatron.training.models.gpt import GPTModelBuilder
+
+    cpu = "--transformer-impl local --use-cpu-initialization --no-gradient-accumulation-fusion --no-rope-fusion"
+    cpu += " --no-masked-softmax-fusion --no-bias-swiglu-fusion --no-persist-layer-norm"
+    run = f"--micro-batch-size 1 --train-iters 1 --lr 0.001 --load {folder} --use-checkpoint-args".split()
+    with (
+        groups(1),
+        on_the_cpu(),
+        mock.patch.object(sys, "argv", ["pretrain_gpt.py", *run, *cpu.split(), *flags]),
+        mock.patch.object(torch.cuda, "get_device_capability", lambda *_: (8, 0)),
+    ):
+        args = parse_args()
+        args.rank, args.world_size = 0, 1
+        args, _ = checkpointing.load_args_from_checkpoint(args)
+        validate_args(args)
+        global_vars.set_global_variables(args, build_tokenizer=False)
+        try:
+            model = GPTModelBuilder(gpt_config_from_args(args)).build_model(
+                ProcessGroupCollection.use_mpu_process_groups(), pre_process=True, post_process=True
+            )
+            checkpointing.load_checkpoint([model], None, None)
+            return logits(model.eval(), tokens, live)
+        finally:
+            global_vars.destroy_global_vars()
