@@ -116,7 +116,7 @@ class _Properties(TensorProperties):
     """Properties of a tensor, pickled so that releases of torch before 2.15, which know no strides, read them too."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return TensorProperties, (), self.__getstate__()[:PROPERTIES]  # type: ignore[attr-defined]
+        return TensorProperties, (), self.__getstate__()[:PROPERTIES]
 
 
 class _Planner(DefaultSavePlanner):
