@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 
-from pause_megatron.cli import at_least
+from pause_megatron.cli.support.import_options import add_import_options
 from pause_megatron.files.paths import path_option
 
 HELP = "import a Hugging Face folder (Llama, Qwen2, Mistral, Qwen3, OLMo 2) as a checkpoint with pauses"
@@ -16,30 +16,9 @@ HELP = "import a Hugging Face folder (Llama, Qwen2, Mistral, Qwen3, OLMo 2) as a
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument(
-        "folder", type=path_option, help="config.json, safetensors and a tokenizer of a Llama, Mistral or Qwen2 model"
-    )
+    parser.add_argument("folder", type=path_option, help="folder with config.json, safetensors and a tokenizer")
     parser.add_argument("checkpoint", type=path_option, help="the checkpoint to write; new or empty")
-    parser.add_argument(
-        "--pause-token",
-        default="<pause>",
-        metavar="NAME",
-        help="special token of the tokenizer that serves as pause; its embedding row is kept (default: <pause>, added "
-        "if missing)",
-    )
-    parser.add_argument(
-        "--tensor-parallel",
-        type=at_least(1),
-        default=1,
-        metavar="N",
-        help="tensor-parallel size of the checkpoint (default: 1)",
-    )
-    parser.add_argument(
-        "--sequence-length", type=at_least(1), metavar="N", help="longest window (default: max_position_embeddings)"
-    )
-    parser.add_argument(
-        "--seed", type=at_least(1), default=1234, metavar="N", help="seed of the pause row (default: 1234)"
-    )
+    add_import_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:

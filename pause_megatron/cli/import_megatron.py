@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 
-from pause_megatron.cli import at_least
+from pause_megatron.cli.support.import_options import add_import_options
 from pause_megatron.files.paths import path_option
 
 HELP = "import a GPT checkpoint of Megatron-LM as a checkpoint with pauses"
@@ -28,30 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokenizer of the run: a folder with tokenizer.json or tokenizer.model, or such a file",
     )
     parser.add_argument(
-        "--pause-token",
-        default="<pause>",
-        metavar="NAME",
-        help="special token of the tokenizer that serves as pause; its embedding row is kept (default: <pause>, added "
-        "if missing)",
-    )
-    parser.add_argument(
         "--keep-pause-row",
         action="store_true",
         help="the run used PauseTokenizer: the row after the tokenizer's ids is a trained pause row",
     )
-    parser.add_argument(
-        "--tensor-parallel",
-        type=at_least(1),
-        default=1,
-        metavar="N",
-        help="tensor-parallel size of the checkpoint (default: 1)",
-    )
-    parser.add_argument(
-        "--sequence-length", type=at_least(1), metavar="N", help="longest window (default: max_position_embeddings)"
-    )
-    parser.add_argument(
-        "--seed", type=at_least(1), default=1234, metavar="N", help="seed of the pause row (default: 1234)"
-    )
+    add_import_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:

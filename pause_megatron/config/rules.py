@@ -238,6 +238,18 @@ def masks_need_torch_attention(config: ResolvedConfig) -> Broken:
 
 
 @_rule
+def prefixes_fit_the_sliding_window(config: ResolvedConfig) -> Broken:
+    """Check that no prefix that attends in both directions is cut by a sliding window: inference has no such mask."""
+    model, finetune = config.model, config.finetune
+    if config.task.name is None or finetune.prefix_attention != "bidirectional" or model.sliding_window is None:
+        return None
+    if model.sliding_window < config.data.sequence_length:
+        keys = ("finetune.prefix_attention", "model.sliding_window", "data.sequence_length")
+        return keys, "data.sequence_length up to model.sliding_window with a bidirectional prefix, or a causal one"
+    return None
+
+
+@_rule
 def intra_document_masking_needs_torch_attention(config: ResolvedConfig) -> Broken:
     """Check that intra-document masking uses an attention core with support for it."""
     if config.task.name is None and config.model.attention == "te" and config.data.intra_document_masking:

@@ -15,6 +15,8 @@ from pause_megatron.config.model_schema import LoraSection, ModelSection, Resolv
 from pause_megatron.config.pauses import PLACEMENTS
 from pause_megatron.config.section import PathText, PatternText, Section
 
+Precision = Literal["fp32", "bf16"]
+
 
 class RunSection(Section):
     """Run folder, seed and time limits."""
@@ -239,7 +241,7 @@ class EngineSection(Section):
 
     ds_config: PathText | None = Field(None, description="DeepSpeed JSON: a path, or a name in ds_configs/ ('zero2')")
     zero_stage: int | None = Field(None, ge=0, le=3, description="ZeRO stage; default: the ds_config's, else 1")
-    precision: Literal["fp32", "bf16"] = Field("bf16", description="precision of the model; optimizer state is fp32")
+    precision: Precision = Field("bf16", description="precision of the model; optimizer state is fp32")
     kernels: Literal["auto", "plain", "compiled", "triton"] = Field(
         "auto",
         description="kernels of rotary embedding, SwiGLU and cross-entropy; plain: eager torch; compiled: "

@@ -5,21 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 
 from pause_megatron.config.families import FAMILIES
-from pause_megatron.config.load import dump, resolve
-from pause_megatron.config.rules import check
-from pause_megatron.config.schema import (
-    DataSection,
-    EngineSection,
-    ParallelSection,
-    PauseSection,
-    ResolvedConfig,
-    RunConfig,
-)
+from pause_megatron.config.load import dump
 from pause_megatron.data.tokenizer.backends import HuggingFaceBackend, open_backend
 from pause_megatron.data.tokenizer.companions import CONFIG, GENERATION, TEMPLATE, TEMPLATES, companions_of
 from pause_megatron.data.tokenizer.tokenizer import PAUSE_TOKEN, Tokenizer, load_tokenizer
@@ -30,6 +20,7 @@ from pause_megatron.hf.atomic_dir import atomic_dir, output_folder
 from pause_megatron.hf.chat_template import templates_in
 from pause_megatron.hf.checkpoint import open_checkpoint
 from pause_megatron.hf.folder import SourceFolder, SourceWeights
+from pause_megatron.hf.imported import imported_config
 from pause_megatron.hf.native_writer import PauseRows, write_native
 from pause_megatron.hf.parity import check_import
 from pause_megatron.hf.tokenizer import with_pauses
@@ -97,17 +88,24 @@ def import_folder(
     """
     output = output_folder(output)
     folder = SourceFolder(source)
-    config_json = folder.json("config.json")
-    architecture = read_architecture(config_json, str(folder.path / "config.json"), sequence_length)
     if folder.has("adapter_config.json"):
         raise CheckpointError(
             f"{folder.path}: expected a whole model, this one holds a PEFT adapter; merge it first (merge_and_unload)"
         )
+    config_json = folder.json("config.json")
+    architecture = read_architecture(config_json, str(folder.path / "config.json"), sequence_length)
     weights, tensors = _weights(folder, architecture)
     check_readable(config_json, FAMILIES[architecture.family], str(folder.path / "config.json"))
     tokenizer = import_tokenizer(folder, architecture, pause_token)
     pause_ids = tuple(tokenizer.pause_ids)
-    config = _config(architecture, len(pause_ids), tensor_parallel)
+    config = imported_config(
+        architecture.model,
+        where=str(folder.path / "config.json"),
+        sequence_length=architecture.sequence_length,
+        embeddings=len(pause_ids),
+        tensor_parallel=tensor_parallel,
+        precision="fp32" if architecture.dtype == "fp32" else "bf16",
+    )
     new_rows = () if tokenizer.kept else pause_ids
     with atomic_dir(output) as staging:
         write_whole(staging / "config.yaml", dump(config).encode())
@@ -128,21 +126,6 @@ def import_folder(
         report("comparing with transformers", 1, 1)
     how = "kept" if tokenizer.kept else "free slot" if pause_ids[0] < architecture.rows else "grown vocabulary"
     return Imported(output, architecture.family, architecture.rows, pause_ids, how, difference)
-
-
-def _config(architecture: Architecture, embeddings: int, tensor_parallel: int) -> ResolvedConfig:
-    precision: Literal["fp32", "bf16"] = "fp32" if architecture.dtype == "fp32" else "bf16"
-    config = resolve(
-        RunConfig(
-            data=DataSection(sequence_length=architecture.sequence_length),
-            model=architecture.model,
-            pause=PauseSection(rate=0.0, embeddings=embeddings),
-            parallel=ParallelSection(tensor=tensor_parallel),
-            engine=EngineSection(precision=precision),
-        )
-    )
-    check(config)
-    return config
 
 
 @dataclass(frozen=True)

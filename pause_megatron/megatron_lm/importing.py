@@ -11,22 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pause_megatron.config.load import dump, resolve
-from pause_megatron.config.rules import check
-from pause_megatron.config.schema import (
-    DataSection,
-    EngineSection,
-    ParallelSection,
-    PauseSection,
-    ResolvedConfig,
-    RunConfig,
-)
+from pause_megatron.config.load import dump
 from pause_megatron.data.tokenizer.tokenizer import PAUSE_TOKEN
 from pause_megatron.errors import CheckpointError
 from pause_megatron.files.durable import sync_folder, write_whole
 from pause_megatron.hf.architecture import Architecture
 from pause_megatron.hf.atomic_dir import atomic_dir, output_folder
 from pause_megatron.hf.folder import SourceFolder
+from pause_megatron.hf.imported import imported_config
 from pause_megatron.hf.importing import ImportedTokenizer, import_tokenizer
 from pause_megatron.hf.native_writer import PauseRows, RowSource, write_native
 from pause_megatron.hf.weights import HFRows, native_shapes
@@ -108,7 +100,14 @@ def import_megatron(
     with _tokenizer_folder(tokenizer) as files:
         found = _tokenizer(files, opened, pause_token, keep_pause_row)
     pause_ids, weights = tuple(found.pause_ids), opened.weights
-    config = _config(opened.arguments, len(pause_ids), tensor_parallel)
+    config = imported_config(
+        opened.arguments.model,
+        where=str(folder),
+        sequence_length=opened.arguments.sequence_length,
+        embeddings=len(pause_ids),
+        tensor_parallel=tensor_parallel,
+        precision=opened.arguments.precision,
+    )
     vocabulary = Vocabulary(found.native.vocab_size, pause_ids)
     shapes = native_shapes(config.model, min(opened.rows, vocabulary.size))
     with atomic_dir(output) as staging:
@@ -259,17 +258,3 @@ def _ids_of(folder: SourceFolder) -> int:
             except DataError as error:
                 raise CheckpointError(f"{folder.path}: its tokenizer cannot be used: {error}") from None
     return 1
-
-
-def _config(arguments: Arguments, embeddings: int, tensor_parallel: int) -> ResolvedConfig:
-    config = resolve(
-        RunConfig(
-            data=DataSection(sequence_length=arguments.sequence_length),
-            model=arguments.model,
-            pause=PauseSection(rate=0.0, embeddings=embeddings),
-            parallel=ParallelSection(tensor=tensor_parallel),
-            engine=EngineSection(precision=arguments.precision),
-        )
-    )
-    check(config)
-    return config

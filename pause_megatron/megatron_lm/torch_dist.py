@@ -159,7 +159,7 @@ class TorchDistWeights:
                 view: Any = _Slice(file, part.offset, part.length)
                 tensor = torch.load(view, map_location="cpu", weights_only=True)
         except Exception as error:
-            # What torch says would advise to load with weights_only=False.
+            # The text of torch advises to read without weights_only.
             raise CheckpointError(
                 f"{part.path}: {name}: expected a tensor that torch saved, got other bytes ({type(error).__name__})"
             ) from None

@@ -97,6 +97,11 @@ BROKEN = {
         ["task.name=gsm8k", "model.attention=te"],
         "model.attention=sdpa with packed examples or a bidirectional prefix",
     ),
+    "prefixes_fit_the_sliding_window": (
+        ["task.name=gsm8k", "finetune.prefix_attention=bidirectional", "model.sliding_window=64"],
+        "data.sequence_length up to model.sliding_window with a bidirectional prefix, or a causal one; got "
+        "finetune.prefix_attention=bidirectional (command line), model.sliding_window=64 (command line)",
+    ),
     "intra_document_masking_needs_torch_attention": (
         ["data.intra_document_masking=true", "model.attention=te"],
         "model.attention=sdpa with data.intra_document_masking=true",
