@@ -7,10 +7,15 @@ import os
 import re
 import sys
 import time
+from typing import TYPE_CHECKING
 
 from pause_megatron.cli import at_least
+from pause_megatron.cli.support.conversion_options import add_comparison_option
 from pause_megatron.errors import ConfigError
 from pause_megatron.files.paths import path_option
+
+if TYPE_CHECKING:
+    from pause_megatron.hf.parity import Parity
 
 HELP = "export a checkpoint to a Hugging Face folder for transformers and vLLM"
 
@@ -44,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write the LoRA adapters of a run with train.only=lora as a peft folder, for BASE, the exported folder of "
         "its model.from (default: they are merged into the weights)",
     )
+    add_comparison_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,6 +62,8 @@ def run(args: argparse.Namespace) -> int:
     from pause_megatron.hf.adapter import export_adapter
     from pause_megatron.hf.export import export
 
+    if args.adapter is not None and args.no_comparison:
+        raise ConfigError("--no-comparison: expected no --adapter beside it: an adapter is compared on its base")
     if args.adapter is not None and (args.dtype != "fp32" or args.finetuned_pauses is not None):
         raise ConfigError("--adapter: expected no --dtype and --finetuned-pauses beside it: the folder is fp32 weights")
     start = time.perf_counter()
@@ -69,19 +77,26 @@ def run(args: argparse.Namespace) -> int:
                 dtype=args.dtype,
                 max_shard_size=args.max_shard_size,
                 finetuned_pauses=args.finetuned_pauses,
+                compare=not args.no_comparison,
                 report=progress.report,
             )
-    parity = done.parity
     print(
         f"{args.output}: {done.bytes / 1e6:,.1f} MB of {args.dtype} weights in {done.files} file"
-        f"{'s' if done.files > 1 else ''}, {time.perf_counter() - start:.1f} s\n"
-        f"logits: largest difference from the native model {parity.largest_difference:.2g} (allowed "
-        f"{parity.tolerance:.2g}) on {parity.windows[0]} windows of {parity.windows[1]} tokens with pauses "
-        f"({parity.source})"
-        + (f"; rounding to {args.dtype} moved a logit by up to {parity.rounding:.2g}" if parity.rounding else "")
-        + f"\ntokenizer: identical ids on {parity.lines:,} lines"
+        f"{'s' if done.files > 1 else ''}, {time.perf_counter() - start:.1f} s\n" + _compared(done.parity, args.dtype)
     )
     return 0
+
+
+def _compared(parity: Parity | None, dtype: str) -> str:
+    if parity is None:
+        return "logits and tokenizer: not compared"
+    rounding = f"; rounding to {dtype} moved a logit by up to {parity.rounding:.2g}" if parity.rounding else ""
+    return (
+        f"logits: largest difference from the native model {parity.largest_difference:.2g} (allowed "
+        f"{parity.tolerance:.2g}) on {parity.windows[0]} windows of {parity.windows[1]} tokens with pauses "
+        f"({parity.source}){rounding}\n"
+        f"tokenizer: identical ids on {parity.lines:,} lines"
+    )
 
 
 def size_in_bytes(text: str) -> int:

@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 
-from pause_megatron.cli.support.import_options import add_import_options
+from pause_megatron.cli.support.conversion_options import add_comparison_option, add_import_options
 from pause_megatron.files.paths import path_option
 
 HELP = "import a Hugging Face folder (Llama, Qwen2, Mistral, Qwen3, OLMo 2) as a checkpoint with pauses"
@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=path_option, help="folder with config.json, safetensors and a tokenizer")
     parser.add_argument("checkpoint", type=path_option, help="the checkpoint to write; new or empty")
     add_import_options(parser)
+    add_comparison_option(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,13 +40,16 @@ def run(args: argparse.Namespace) -> int:
             tensor_parallel=args.tensor_parallel,
             sequence_length=args.sequence_length,
             seed=args.seed,
+            compare=not args.no_comparison,
             report=progress.report,
         )
+    difference = done.largest_difference
+    compared = "not compared" if difference is None else f"largest difference from transformers {difference:.2g}"
     ids = ", ".join(map(str, done.pause_ids))
     print(
         f"{args.checkpoint}: {done.family}, {done.rows:,} vocabulary rows in the source, pause id {ids} ({done.how}), "
         f"tensor parallel {args.tensor_parallel}, {time.perf_counter() - start:.1f} s\n"
-        f"logits: largest difference from transformers {done.largest_difference:.2g}\n"
+        f"logits: {compared}\n"
         f"next: pause-megatron prepare --tokenizer {shlex.quote(os.path.join(args.checkpoint, 'tokenizer'))} ..., then "
         f"pause-megatron pretrain {shlex.quote(f'model.from={args.checkpoint}')} ..."
     )

@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 
-from pause_megatron.cli.support.import_options import add_import_options
+from pause_megatron.cli.support.conversion_options import add_import_options
 from pause_megatron.files.paths import path_option
 
 HELP = "import a GPT checkpoint of Megatron-LM as a checkpoint with pauses"

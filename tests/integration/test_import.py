@@ -243,6 +243,27 @@ def test_the_command(tokenizers, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf", "native"]
 
 
+def test_without_a_comparison_no_whole_model_is_loaded(tokenizers, tmp_path, monkeypatch, capsys):
+    """And the same files are written."""
+    source = write_model(tmp_path / "hf", "Llama", tokenizers["byte-level"])
+    import_folder(source, tmp_path / "native")
+    export(tmp_path / "native", tmp_path / "out")
+    monkeypatch.setattr("pause_megatron.hf.parity.native_logits", None)
+    monkeypatch.setattr("pause_megatron.hf.parity.load_with_transformers", None)
+    assert main(["import-hf", str(source), str(tmp_path / "native2"), "--no-comparison"]) == 0
+    assert "\nlogits: not compared\n" in capsys.readouterr().out
+    assert main(["export-hf", str(tmp_path / "native2"), str(tmp_path / "out2"), "--no-comparison"]) == 0
+    assert "\nlogits and tokenizer: not compared\n" in capsys.readouterr().out
+    for one, two in (("native", "native2"), ("out", "out2")):
+        names = [path.name for path in sorted((tmp_path / one).rglob("*")) if path.is_file()]
+        assert names == [path.name for path in sorted((tmp_path / two).rglob("*")) if path.is_file()]
+        for path in (tmp_path / one).glob("*.safetensors"):
+            assert path.read_bytes() == (tmp_path / two / path.name).read_bytes()
+    with pytest.raises(TypeError):
+        import_folder(source, tmp_path / "native3")
+    assert main(["export-hf", str(tmp_path / "native"), str(tmp_path / "a"), "--adapter", "b", "--no-comparison"]) == 2
+
+
 def edit(folder: Path, **changes: object) -> None:
     config = json.loads((folder / "config.json").read_text()) | changes
     (folder / "config.json").write_text(json.dumps(config))

@@ -1,4 +1,4 @@
-"""Options that the imports share."""
+"""Options that imports and exports share."""
 
 from __future__ import annotations
 
@@ -32,4 +32,17 @@ def add_import_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--seed", type=at_least(1), default=1234, metavar="N", help="seed of the pause row (default: 1234)"
+    )
+
+
+def add_comparison_option(parser: argparse.ArgumentParser) -> None:
+    """Declare `--no-comparison`.
+
+    Args:
+        parser: Parser of the verb.
+    """
+    parser.add_argument(
+        "--no-comparison",
+        action="store_true",
+        help="leave out the comparison with transformers at the end, which has the whole model in memory in fp32",
     )
