@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-from pause_megatron.config.identity import ADDED_KEYS
+from pause_megatron.config.identity import ADDED_FREE_KEYS, ADDED_KEYS
 from pause_megatron.config.renamed import with_new_names
 from pause_megatron.config.schema import DataSection
 from pause_megatron.config.text import Entry, read_entries
@@ -102,7 +102,10 @@ def with_initial_sizes(entries: Mapping[str, Entry]) -> dict[str, Entry]:
     try:
         path = checkpoint_config(str(origin.value))
     except ConfigError:
-        if set(missing) <= set(ADDED_KEYS):  # a run's own config.yaml, written before these keys existed
+        if set(missing) <= {
+            *ADDED_KEYS,
+            *ADDED_FREE_KEYS,
+        }:  # a run's own config.yaml, written before these keys existed
             return dict(entries)
         raise
     written, _ = with_new_names(read_entries(read_config_text(path), str(path)))
