@@ -42,7 +42,7 @@ ADDED_KEYS: dict[str, int | float | str | tuple[str, ...] | None] = {
     "finetune.hint_weight": 1.0,
     **{"lora.rank": 16, "lora.alpha": 32.0, "lora.targets": ("qkv", "proj", "fc1", "fc2"), "lora.layers": None},
 }
-# Keys that were added with model.from's others and are in no digest, as they may change when a run resumes.
+# Keys that were added later and that no digest has, for they are free.
 ADDED_FREE_KEYS = ("model.family", "model.positions")
 # Keys that may differ between the ranks of a run: paths of copies whose content the ranks compare.
 LOCAL_KEYS = frozenset({"data.prefix", "data.valid_prefix", "data.tokenizer", "task.path"})
