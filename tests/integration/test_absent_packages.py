@@ -84,15 +84,15 @@ PROGRAM = ("-m", "pause_megatron")
             "train-tokenizer --input {0}/shard.jsonl.zst --vocab-size 280 --output {0}/t.model",
             "needs the package zstandard, which is not installed: pip install 'zstandard'",
         ),
-        ("lm_eval", "evaluate --model out --tasks lm_eval/x --output {0}/r", "pip install 'pause-megatron[evaluate]'"),
+        ("lm_eval", "evaluate --model {0} --tasks lm_eval/x --output {0}/r", "pip install 'pause-megatron[evaluate]'"),
         (
             "datasets",
-            "evaluate --model out --tasks gsm8k --output {0}/r",
+            "evaluate --model {0} --tasks gsm8k --output {0}/r",
             "evaluate: needs the package datasets, which is not installed: pip install 'datasets'",
         ),
         (
             "accelerate",
-            "evaluate --model out --tasks lm_eval/x --output {0}/r",
+            "evaluate --model {0} --tasks lm_eval/x --output {0}/r",
             "need lm-eval and accelerate, which cannot be imported here (No module named 'accelerate'): "
             "pip install 'pause-megatron[evaluate]'",
         ),
