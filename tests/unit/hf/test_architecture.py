@@ -281,10 +281,21 @@ def test_keys_without_effect_are_read_over():
     assert read_architecture(config | extra, "x").model == read_architecture(config, "x").model
 
 
-def test_key_value_heads_that_ranks_cannot_share_name_both():
-    from pause_megatron.hf.importing import _config
+def test_key_value_heads_that_ranks_cannot_share_name_the_file_and_the_option():
+    from pause_megatron.hf.imported import imported_config
+
+    def imported(read, tensor_parallel: int) -> None:
+        imported_config(
+            read.model,
+            where="x/config.json",
+            sequence_length=read.sequence_length,
+            embeddings=1,
+            tensor_parallel=tensor_parallel,
+            precision="bf16",
+        )
 
     config = written("llama", "old", num_attention_heads=6, num_key_value_heads=3, hidden_size=96)
-    with pytest.raises(ConfigError, match=r"kv_heads.*parallel\.tensor|parallel\.tensor.*kv_heads"):
-        _config(read_architecture(config, "x"), 1, 2)
-    _config(read_architecture(written("llama", "old"), "x"), 1, 8)
+    message = r"got model\.kv_heads=3 \(x/config\.json\), parallel\.tensor=2 \(--tensor-parallel\)"
+    with pytest.raises(ConfigError, match=message):
+        imported(read_architecture(config, "x"), 2)
+    imported(read_architecture(written("llama", "old"), "x"), 8)
