@@ -90,10 +90,10 @@ def test_a_preset_is_the_published_model(preset):
     config = AutoConfig.for_model(family, **written)
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(config)
-    tied = theirs.lm_head.weight.numel() if config.tie_word_embeddings else 0  # on meta, transformers 5.0 ties nothing
-    if theirs.lm_head.weight is theirs.model.embed_tokens.weight:
-        tied = 0
-    assert theirs.num_parameters() - tied == parameters(model, config.vocab_size) == count
+    head, embedding = theirs.lm_head.weight, theirs.model.embed_tokens.weight
+    counted_twice = config.tie_word_embeddings and head is not embedding  # on meta, transformers 5.0 ties nothing
+    own = theirs.num_parameters() - counted_twice * head.numel()
+    assert own == parameters(model, config.vocab_size) == count
     prefix = "model.layers.0."
     shapes = {n.removeprefix(prefix): p.numel() for n, p in theirs.named_parameters() if n.startswith(prefix)}
     rows: dict[str, int] = {}
