@@ -31,7 +31,11 @@ SCHEDULE_KEYS = (
 )
 # Keys that were added after digests of configurations had been stored. A digest leaves them out at this, their default.
 ADDED_KEYS: dict[str, int | float | str | tuple[str, ...] | None] = {
-    "model.loops": 1,
+    **{"model.loops": 1, "model.loop_layers": None},
+    **{"data.side": None, "pause.run": 1, "pause.pattern": None, "pause.positions": "own"},
+    **{"objective.name": "cross_entropy", "objective.discount": 1.0, "objective.stop_rate": 0.5},
+    **{"objective.step_cost": 0.1, "objective.z_loss": 0.0, "objective.token_weights": None},
+    **{"finetune.answer_placement": None, "finetune.answer_rate": 0.1},
     **{f"model.{name}": None for name in ("head_dim", "qk_norm", "sliding_window", "rope_scaling")},
     **{f"model.{name}": None for name in ("rope_original_length", "rope_attention_factor")},
     **{"model.proj_bias": False, "model.mlp_bias": False, "model.norm": "pre", "model.sliding_from": 0},

@@ -36,10 +36,14 @@ _REPLACES = {
     "train.steps": ("train.tokens", "finetune.epochs"),
     "train.tokens": ("train.steps", "finetune.epochs"),
     "finetune.epochs": ("train.steps", "train.tokens"),
-    "model.preset": tuple(f"model.{name}" for name in SHAPE if name != "loops"),
+    "model.preset": tuple(f"model.{name}" for name in SHAPE if name not in ("loops", "loop_layers")),
     "data.valid_prefix": ("data.split",),
     "model.from": ("model.preset", *(f"model.{name}" for name in SHAPE)),
 }
+
+
+_SHORT = {"objective": "objective.name"}
+"""Sections whose name alone, with a text, stands for one of their keys."""
 
 
 def load(
@@ -213,13 +217,19 @@ def _read_file(path: Path) -> list[Entry]:
 def _merge(layers: list[list[Entry]]) -> dict[str, Entry]:
     merged: dict[str, Entry] = {}
     for layer in layers:
-        given = {entry.path: _typed(entry) for entry in layer}
+        given = {entry.path: entry for entry in map(_typed, map(_whole, layer))}
         for path, entry in given.items():
             if entry.value is not None:
                 for replaced in _REPLACES.get(path, ()):
                     merged.pop(replaced, None)
         merged |= given
     return merged
+
+
+def _whole(entry: Entry) -> Entry:
+    """Return the entry of the key that a section's name alone stands for."""
+    short = entry.path in _SHORT and isinstance(entry.value, str)
+    return Entry(_SHORT[entry.path], entry.value, entry.text, entry.where) if short else entry
 
 
 def _typed(entry: Entry) -> Entry:

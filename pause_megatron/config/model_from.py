@@ -15,16 +15,19 @@ from pause_megatron.run_folder import choose
 
 SHAPE = (
     *("layers", "hidden", "heads", "kv_heads", "ffn", "tied", "qkv_bias", "rope_base", "norm_eps", "loops"),
-    *("head_dim", "proj_bias", "mlp_bias", "qk_norm", "norm", "sliding_window", "sliding_from"),
+    *("loop_layers", "head_dim", "proj_bias", "mlp_bias", "qk_norm", "norm", "sliding_window", "sliding_from"),
     *("rope_scaling", "rope_factor", "rope_original_length", "rope_low_freq", "rope_high_freq"),
     *("rope_beta_fast", "rope_beta_slow", "rope_truncate", "rope_attention_factor", "positions", "family"),
 )
 """Keys of the model section that decide what a model computes with given weights."""
 
-PAUSES = ("pause.embeddings", "pause.softmax")
+PAUSES = ("pause.embeddings", "pause.softmax", "pause.positions")
 """Keys of the pause section that do so."""
 
-OF_A_TASK = ("pause.rate", "pause.window", "pause.placement", "pause.seed", "data.sequence_length")
+OF_A_TASK = (
+    *("pause.rate", "pause.window", "pause.placement", "pause.run", "pause.pattern", "pause.seed"),
+    "data.sequence_length",
+)
 """Further keys that a finetuning takes from the pretraining: its window, and the placement of its pauses."""
 
 _LARGEST_BYTES = 1 << 20

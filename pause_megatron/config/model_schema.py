@@ -40,6 +40,9 @@ class ModelSection(Section):
         description="how many times a forward pass runs through all layers, with the same weights; an export has "
         "layers x loops layers",
     )
+    loop_layers: str | None = Field(
+        None, description="layers that model.loops repeats, a range LOW..HIGH from 0 on, both ends included; null: all"
+    )
     hidden: int | None = Field(None, ge=8, description="width of the residual stream")
     heads: int | None = Field(None, ge=1, description="attention heads")
     kv_heads: int | None = Field(None, ge=1, description="key/value heads (GQA); default: model.heads")

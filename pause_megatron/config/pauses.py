@@ -7,8 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-PLACEMENTS = ("uniform", "isolated", "with_replacement", "bernoulli", "interval")
+PLACEMENTS = (
+    *("uniform", "isolated", "with_replacement", "bernoulli", "interval"),
+    *("scored", "after", "before", "every"),
+)
 """Placement policies that ship; others are named 'module:attribute'."""
+
+OBJECTIVES = ("cross_entropy", "anytime", "cyb_anytime", "cyb_variational", "cyb_budget")
+"""Objectives that ship; others are named 'module:attribute'."""
 
 
 def pauses_per_window(rate: float, sequence_length: int) -> int:

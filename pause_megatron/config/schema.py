@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 
 from pause_megatron.config.blend import split_words
 from pause_megatron.config.model_schema import LoraSection, ModelSection, ResolvedModel
-from pause_megatron.config.pauses import PLACEMENTS
+from pause_megatron.config.pauses import OBJECTIVES, PLACEMENTS
 from pause_megatron.config.section import PathText, PatternText, Section
 
 Precision = Literal["fp32", "bf16"]
@@ -91,6 +91,11 @@ class DataSection(Section):
     eod_mask_loss: bool = Field(
         False, description="no loss on the first token of a document, as Megatron-LM's --eod-mask-loss"
     )
+    side: str | None = Field(
+        None,
+        description="name of a side array of each corpus (PREFIX.NAME.npy, one value a token, as `score` writes it), "
+        "for pause.placement=scored or a policy of yours, and objective.token_weights=side",
+    )
     prefetch: int = Field(2, ge=0, description="steps whose batches a thread reads ahead; 0: no thread")
 
     @field_validator("prefix", "valid_prefix", "source", mode="before")
@@ -112,12 +117,55 @@ class PauseSection(Section):
         "uniform",
         description=f"{', '.join(PLACEMENTS)}, or 'module:attribute' of a policy",
     )
+    run: int = Field(
+        1, ge=1, description="consecutive pauses at each place that the policy chooses; every: after each token"
+    )
+    pattern: str | None = Field(
+        None,
+        description="regular expression that the text of a token must contain, for placement after or before it; a "
+        "token's text has its leading blank",
+    )
+    positions: Literal["own", "shared"] = Field(
+        "own",
+        description="positions of pauses: own: one each, as any token; shared: that of the text token before them, so "
+        "that pauses use up no positions",
+    )
     seed: int = Field(1234, ge=0, description="seed of the pause positions, independent of run.seed")
     embeddings: int = Field(
         1, ge=1, description="number of distinct pause embeddings, used in turn within consecutive pauses"
     )
     softmax: Literal["keep", "exclude"] = Field(
         "keep", description="pause logits in the softmax denominator: kept or excluded"
+    )
+
+
+class ObjectiveSection(Section):
+    """The loss that is minimized; objective=NAME is objective.name=NAME."""
+
+    name: str = Field(
+        "cross_entropy",
+        description=f"{', '.join(OBJECTIVES)}, or 'module:attribute' of an objective. anytime: after every pause of a "
+        "run, on the same target; cyb_*: Catch Your Breath (arXiv:2510.13879): the logit of <pause> is the model's "
+        "request for another step",
+    )
+    discount: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="anytime: weight of a step, relative to the step before it; cyb_anytime: factor of the accuracy "
+        "with each step",
+    )
+    stop_rate: float = Field(
+        0.5, gt=0, lt=1, description="cyb_variational: rate of the geometric prior over the steps, cut at the run's end"
+    )
+    step_cost: float = Field(0.1, ge=0, description="cyb_budget: cost of a requested step, in nats")
+    z_loss: float = Field(
+        0.0, ge=0, description="weight of the squared log-normalizer of the softmax, with any objective; 0: none"
+    )
+    token_weights: str | None = Field(
+        None,
+        description="weights of the targets in the loss: side: the values of data.side; or 'module:attribute' of a "
+        "function of the target ids; null: 1 each",
     )
 
 
@@ -175,6 +223,14 @@ class FinetuneSection(Section):
         False,
         description="loss on the task's hints without pauses for them, as a control: one linear head a hint, at the "
         "position that predicts the answer. Checkpoints hold the heads, an export does not",
+    )
+    answer_placement: str | None = Field(
+        None,
+        description="placement of pauses within the answer, as pause.placement with pause.run and pause.pattern; null: "
+        "none there",
+    )
+    answer_rate: float = Field(
+        0.1, ge=0, description="pauses within the answer, as a fraction of its tokens; not used by every"
     )
     hint_weight: float = Field(
         1.0, ge=0, description="weight of a hint in the loss; a token of the answer has weight 1"
@@ -295,6 +351,7 @@ class RunConfig(Section):
     data: DataSection = DataSection()
     model: ModelSection = ModelSection()
     pause: PauseSection = PauseSection()
+    objective: ObjectiveSection = ObjectiveSection()
     task: TaskSection = TaskSection()
     finetune: FinetuneSection = FinetuneSection()
     train: TrainSection = TrainSection()

@@ -29,7 +29,8 @@ HOME = pwd.getpwuid(os.getuid()).pw_dir
 # Text that is no path. A new key or option has to be put here, or be of the type of a path.
 PLAIN_KEYS = {
     *("data.source_config", "data.source_split", "data.text_key", "data.split", "pause.placement"),
-    *("finetune.pauses", "finetune.filler", "lora.layers", "lora.targets"),
+    *("data.side", "pause.pattern", "objective.name", "objective.token_weights", "model.loop_layers"),
+    *("finetune.pauses", "finetune.filler", "finetune.answer_placement", "lora.layers", "lora.targets"),
 }
 PLAIN_GRID_KEYS = {
     *("Grid.name", "Grid.title", "Grid.baseline", "Grid.models", "Grid.tasks", "Grid.variants", "Budget.like"),
