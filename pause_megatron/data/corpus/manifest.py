@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
+
+from pydantic import Field
 
 from pause_megatron.data.corpus.records import (
     AdoptionRecord,
@@ -19,6 +22,7 @@ from pause_megatron.data.corpus.records import (
     FileName,
     FileRecord,
     FrozenModel,
+    SideRecord,
     SourceRecord,
     TokenizerRecord,
     read_record,
@@ -31,6 +35,9 @@ from pause_megatron.files.digest import bytes_digest
 from pause_megatron.files.durable import write_whole
 
 MANIFEST_VERSION: Literal[3] = 3
+SIDES_VERSION: Literal[4] = 4
+"""Version of a manifest with side arrays, which earlier programs refuse. Without them it has an earlier version."""
+
 TEMPORARY_FOLDERS = ("tokenizer.tmp", "tokenizer.old.tmp")
 """Extensions of the folders that a killed `replace_tokenizer` leaves."""
 
@@ -39,7 +46,8 @@ class CorpusManifest(FrozenModel):
     """The content of `PREFIX.manifest.json`, without the digest over it that the file ends with.
 
     Attributes:
-        version: Format version. 1 has neither blocks nor a digest of the manifest, 2 no adoption; both can be read.
+        version: Format version. 1 has neither blocks nor a digest of the manifest, 2 no adoption, 3 no side arrays;
+            all can be read. Blocks are absent too where side arrays were added to a manifest of version 1.
         tokenizer: The tokenizer with its EOD and pause ids.
         text_key: Option of `prepare`; None for an adopted corpus.
         damaged_shards: Option of `prepare`; None for an adopted corpus.
@@ -50,9 +58,10 @@ class CorpusManifest(FrozenModel):
         blocks: Digests of the blocks of the `.bin`; None in version 1.
         sources: The sources in order; empty for an adopted corpus.
         adoption: What `adopt` found; None for a corpus that `prepare` wrote.
+        sides: The side arrays by name, in order of their names; without effect on the fingerprint.
     """
 
-    version: Literal[1, 2, 3] = MANIFEST_VERSION
+    version: Literal[1, 2, 3, 4] = MANIFEST_VERSION
     tokenizer: TokenizerRecord
     text_key: str | None
     damaged_shards: DamagedShards | None
@@ -63,6 +72,7 @@ class CorpusManifest(FrozenModel):
     blocks: BlockRecord | None
     sources: list[SourceRecord]
     adoption: AdoptionRecord | None
+    sides: dict[str, SideRecord] = Field(default_factory=dict)
 
     @property
     def made_by(self) -> Literal["prepare", "adopt"]:
@@ -105,9 +115,19 @@ class CorpusManifest(FrozenModel):
             ]
         )
 
+    def with_sides(self, sides: Mapping[str, SideRecord]) -> CorpusManifest:
+        """Return this manifest with these side arrays, in the version that holds them.
+
+        Args:
+            sides: The side arrays by name; empty for none.
+        """
+        plain: Literal[1, 3] = MANIFEST_VERSION if self.blocks is not None else 1
+        version = SIDES_VERSION if sides else self.version if self.version < SIDES_VERSION else plain
+        return self.model_copy(update={"version": version, "sides": dict(sorted(sides.items()))})
+
     def save(self, prefix: str | Path) -> None:
         """Write `PREFIX.manifest.json` atomically."""
-        content = {**self.model_dump(mode="json"), "digest": self._digest()}
+        content = {**self._content(), "digest": self._digest()}
         text = json.dumps(content, indent=1, ensure_ascii=False)
         write_whole(path_of(prefix, "manifest.json"), (text + "\n").encode())
 
@@ -125,8 +145,10 @@ class CorpusManifest(FrozenModel):
         manifest = cls(**{name: getattr(file, name) for name in cls.model_fields})
         if (
             file.digest != manifest._digest()
-            or (manifest.version > 1) == (manifest.blocks is None)
+            or (manifest.version == 1 and manifest.blocks is not None)
+            or (manifest.version in (2, 3) and manifest.blocks is None)
             or (manifest.version < 3 and manifest.adoption is not None)
+            or (manifest.version == SIDES_VERSION) != bool(manifest.sides)
         ):
             raise DataError(
                 f"{path}: expected digest {manifest._digest()}, got {file.digest}: edited or damaged after it was "
@@ -137,9 +159,14 @@ class CorpusManifest(FrozenModel):
     def _digest(self) -> str | None:
         if self.version == 1:
             return None
-        later = {"adoption"} if self.version < 3 else set()
-        content = json.dumps(self.model_dump(mode="json", exclude=later), sort_keys=True)
-        return bytes_digest(content.encode())
+        content = self._content()
+        if self.version < 3:
+            del content["adoption"]
+        return bytes_digest(json.dumps(content, sort_keys=True).encode())
+
+    def _content(self) -> dict[str, Any]:
+        # Without side arrays a manifest has the bytes that it had before there were any.
+        return self.model_dump(mode="json", exclude=set() if self.sides else {"sides"})
 
 
 class _ManifestFile(CorpusManifest):

@@ -141,6 +141,36 @@ class AdoptionRecord(FrozenModel):
     free_pause_ids: int | None = Field(ge=1)
 
 
+class SideRecord(FrozenModel):
+    """A side array of a corpus, PREFIX.NAME.npy: one value for each token of the `.bin`.
+
+    Attributes:
+        file: Size and digest of the `.npy`.
+        dtype: Data type of the values, a numpy name.
+        bin: Digest of the `.bin` that the values belong to.
+        idx: Digest of its `.idx`.
+        kind: What the values are: losses or entropies of a model, or values of the user's own.
+        model: Name of the folder of the model; None for the user's own values.
+        model_digest: Digest of the content of the model's folder.
+        context: Number of tokens that the model read at a time, at most.
+        start: Id that the first token of a document was predicted from.
+        compute: Data type of the forward pass, such as "fp32".
+        batch_tokens: Largest number of tokens of a forward pass.
+    """
+
+    file: FileRecord
+    dtype: Literal["float16", "float32", "float64", "uint8", "int8", "uint16", "int16", "int32", "int64"]
+    bin: str
+    idx: str
+    kind: Literal["loss", "entropy", "user"]
+    model: str | None = None
+    model_digest: str | None = None
+    context: int | None = None
+    start: int | None = None
+    compute: str | None = None
+    batch_tokens: int | None = None
+
+
 class CorpusSpec(FrozenModel):
     """Everything that determines the bytes of a corpus that `prepare` writes.
 
