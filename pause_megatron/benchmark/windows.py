@@ -80,6 +80,7 @@ def synthetic_windows(config: ScheduledConfig, text_size: int) -> TrainingData:
         eod=ids.eod,
         intra_document_masking=config.data.intra_document_masking,
         eod_mask_loss=config.data.eod_mask_loss,
+        shared_positions=config.pause.positions == "shared",
     )
     return TrainingData(
         train=windows,

@@ -24,6 +24,7 @@ from torch import Tensor
 from pause_megatron.errors import ConfigError, DataError
 from pause_megatron.evaluate.scoring import own_settings
 from pause_megatron.inference import PauseGenerator
+from pause_megatron.inference.custom_generate import pause_generate
 
 
 class PauseLM(HFLM):
@@ -62,6 +63,12 @@ class PauseLM(HFLM):
         self._count = settings.pauses
         self._location = settings.location
         self._filler = () if filler is None else (generator.encoder.filler_id(filler),)
+        self._shares_positions = generator.pause.without_positions is not None
+        if self._shares_positions and self._filler and self._count:
+            raise ConfigError(
+                "lm-eval: expected <pause> with pause.positions=shared (config.json), got a filler, whose places a "
+                "batch of token ids does not tell; evaluate it on the tasks of this project"
+            )
         self._names = generator.encoder.tokenizer.convert_ids_to_tokens(list(generator.pause.ids))
         if self._count and filler is None and not self._names:
             raise ConfigError('the model has no pause token: use pauses=0, or a filler such as "."')
@@ -186,14 +193,24 @@ class PauseLM(HFLM):
         return ids, mask
 
     def _model_call(self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None) -> Tensor:
-        logits = super()._model_call(inps, attn_mask, labels)
+        logits = self._logits(inps) if self._shares_positions else super()._model_call(inps, attn_mask, labels)
         logits[..., list(self._generator.pause.ids)] = float("-inf")
         return logits
 
     def _model_generate(self, context: Tensor, max_length: int, stop: list[str], **generation_kwargs: Any) -> Tensor:
         if self._generator.pause.ids:
             generation_kwargs["suppress_tokens"] = list(self._generator.pause.ids)
+        if self._shares_positions:  # pauses are in the context; generate itself counts positions by tokens
+            generation_kwargs |= {"custom_generate": pause_generate, "pauses": 0}
         return super()._model_generate(context, max_length, stop, **generation_kwargs)
+
+    @torch.no_grad()
+    def _logits(self, tokens: Tensor) -> Tensor:
+        """Compute logits where a pause has the position of the text token before it."""
+        ids = self._generator.pause.ids
+        positions = ((tokens < ids.start) | (tokens >= ids.stop)).cumsum(1).sub_(1).clamp_(min=0)
+        # Without a mask, transformers takes repeated positions for the beginnings of other texts.
+        return self.model(tokens, attention_mask=torch.ones_like(tokens), position_ids=positions).logits
 
 
 class _OriginalKeys(CacheHook):

@@ -245,6 +245,7 @@ def room_for_prompt(generator: PauseGenerator, pauses: int, new: int) -> int:
         new: Number of new tokens.
     """
     available = getattr(generator.model.config, "max_position_embeddings", None)
+    pauses = pauses if generator.pause.without_positions is None else 0
     return 1 << 40 if available is None else available - pauses - new
 
 

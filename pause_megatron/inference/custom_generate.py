@@ -66,7 +66,10 @@ def pause_generate(
     mask = model_kwargs.get("attention_mask")
     mask = torch.ones_like(input_ids) if mask is None else mask.to(model.device)
     mask = torch.cat([mask, mask.new_ones(rows, count)], dim=1)
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    # A pause that shares the position of the text token before it uses up none.
+    counted = mask * ~torch.isin(step, run.new_tensor(pause_ids)) if _shares_positions(model.config) else mask
+    positions = (counted.cumsum(1) - 1).clamp(min=0)
+    following = counted.sum(1, keepdim=True)
     cache = DynamicCache(config=model.config)
     pad = generation_config._pad_token_tensor
     unfinished = torch.ones(rows, dtype=torch.bool, device=model.device)
@@ -91,7 +94,7 @@ def pause_generate(
         if not unfinished.any():
             break
         step, mask = chosen[:, None], torch.cat([mask, mask.new_ones(rows, 1)], dim=1)
-        positions = positions[:, -1:] + 1
+        positions, following = following, following + 1
     if generation_config.return_dict_in_generate:
         fields: dict[str, Any] = {"sequences": input_ids, CACHE: cache}
         return GenerateDecoderOnlyOutput(**fields)
@@ -140,16 +143,29 @@ def _pauses(config: Any, pauses: int | None) -> tuple[list[int], int]:
     return pause_ids, count
 
 
+def _shares_positions(config: Any) -> bool:
+    """Whether a pause has the position of the text token before it, instead of one of its own."""
+    return (getattr(config, "pause", None) or {}).get("positions") == "shared"
+
+
 def _check(config: Any, generation_config: Any, prompt: int, pauses: int) -> None:
     """`max_length` counts prompt and new tokens, as everywhere in transformers; pauses are additional."""
     if generation_config.num_beams > 1:
         raise ValueError("pauses: expected num_beams=1 (greedy or sampling)")
     entry = getattr(config, "pause", None) or {}
-    for name, supported in (("prefix_attention", "causal"), ("location", "append"), ("filler", None)):
+    placed: tuple[tuple[str, str | None], ...] = (("location", "append"), ("filler", None)) if pauses else ()
+    for name, supported in (("prefix_attention", "causal"), *placed):
         if entry.get(name, supported) != supported:
             raise ValueError(
                 f"pauses: the model's {name} is {entry[name]!r}; use pause_megatron.inference.PauseGenerator"
             )
+    if _shares_positions(config):
+        if config._attn_implementation not in ("sdpa", "eager"):  # it reads repeated positions as several packed texts
+            raise ValueError(
+                "pauses: positions: expected a model loaded with attn_implementation='sdpa' or 'eager', got "
+                f"{config._attn_implementation!r}"
+            )
+        pauses = 0
     available, max_length = getattr(config, "max_position_embeddings", None), generation_config.max_length
     if available is not None and max_length is not None and max_length + pauses > available:
         raise ValueError(

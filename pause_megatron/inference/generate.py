@@ -96,7 +96,7 @@ class PauseGenerator:
         sampling.row_numbers(len(prefixes))  # raises where they do not fit
         if not prefixes:
             return Generation((), Cost())
-        meter = _Meter(Session(self.model, len(prefixes)))
+        meter = _Meter(Session(self.model, len(prefixes), self.pause.without_positions))
         logits, used = prefill(meter.session, prefixes, self.pause.ids, bidirectional=_bidirectional(prompting))
         meter.end_prefill()
         answers = [Answer(self.encoder, () if limits.ignore_eos else self.eos, limits) for _ in prefixes]
@@ -159,7 +159,7 @@ class PauseGenerator:
         if not prefixes:
             return (), Cost()
         distinct, rows = deduplicate(prefixes)
-        meter = _Meter(Session(self.model, len(distinct)))
+        meter = _Meter(Session(self.model, len(distinct), self.pause.without_positions))
         first, used = prefill(meter.session, distinct, self.pause.ids, bidirectional=_bidirectional(prompting))
         meter.session.select_rows(rows)
         first = first[rows]
@@ -180,7 +180,7 @@ class PauseGenerator:
             for i, (prompt, policy) in enumerate(zip(prompts, policies, strict=True))
         ]
         for i, (prefix, count) in enumerate(zip(prefixes, new_tokens, strict=True)):
-            prefix.check(self.model.config, f"prompt {i}", count, prompting)
+            prefix.check(self.model.config, f"prompt {i}", count, prompting, self.pause.without_positions)
         return prefixes
 
     def _policies(self, pauses: Pauses, count: int) -> list[PausePolicy]:

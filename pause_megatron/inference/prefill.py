@@ -24,18 +24,33 @@ class Prefix:
         ids: Prompt and all pauses that it may get, `policy.limit` of them.
         prompt_tokens: Number of tokens of the prompt alone.
         policy: Decides how many of the pauses are used.
+        pauses: Places of these pauses (or fillers) in `ids`.
     """
 
     ids: list[int]
     prompt_tokens: int
     policy: PausePolicy
+    pauses: range
 
     @property
     def adaptive(self) -> bool:
         """Whether the number of pauses depends on the model's output."""
         return self.policy.first < self.policy.limit
 
-    def check(self, config: Any, name: str, new_tokens: int, prompting: Prompting) -> None:
+    def positions(self, without: range | None) -> int:
+        """Return how many positions the row takes.
+
+        Args:
+            without: Ids of pauses that use up no position, as do fillers in their place; None: all tokens use one.
+        """
+        if without is None:
+            return len(self.ids)
+        text = (token not in without and place not in self.pauses for place, token in enumerate(self.ids))
+        return sum(text)
+
+    def check(
+        self, config: Any, name: str, new_tokens: int, prompting: Prompting, without_positions: range | None = None
+    ) -> None:
         """Check that the row fits the model and that its options fit each other.
 
         Args:
@@ -43,16 +58,18 @@ class Prefix:
             name: Names the row in messages.
             new_tokens: Maximum number of tokens after the prefix.
             prompting: Location and attention of the pauses.
+            without_positions: As `positions` takes them.
 
         Raises:
             ConfigError: Too many positions, or adaptive pauses where pauses cannot be added one after the other.
         """
-        total = len(self.ids) + new_tokens
+        total, taken = len(self.ids) + new_tokens, self.positions(without_positions) + new_tokens
         available = getattr(config, "max_position_embeddings", None)
-        if available is not None and total > available:
+        if available is not None and taken > available:
+            pauses = "" if without_positions is not None else f" + {self.policy.limit} pauses"
             raise ConfigError(
-                f"{name}: {self.prompt_tokens} prompt tokens + {self.policy.limit} pauses + {new_tokens} new tokens = "
-                f"{total} positions, but the model has {available} (max_position_embeddings); shorten the prompt, or "
+                f"{name}: {self.prompt_tokens} prompt tokens{pauses} + {new_tokens} new tokens = "
+                f"{taken} positions, but the model has {available} (max_position_embeddings); shorten the prompt, or "
                 f"lower pauses or max_new_tokens"
             )
         causal = prompting.prefix_attention == "causal"
@@ -69,7 +86,7 @@ class Prefix:
         window = getattr(config, "sliding_window", None)
         if window is not None and total > window and (self.adaptive or not causal):
             raise ConfigError(
-                f"{name}: {total} positions reach past the model's sliding window of {window}, where only a fixed "
+                f"{name}: {total} tokens reach past the model's sliding window of {window}, where only a fixed "
                 f"number of pauses and a causal prefix are supported"
             )
 
@@ -106,7 +123,7 @@ def build_prefix(
     ids = encoder.with_pauses(prompt_ids, policy.limit, prompting.location, filler)
     if len(ids) - policy.limit + policy.first == 0:
         raise ConfigError(f"{name}: expected a non-empty prompt, a pause or a BOS, got none of them")
-    return Prefix(ids, len(prompt_ids), policy)
+    return Prefix(ids, len(prompt_ids), policy, encoder.pauses_of(prompt_ids, policy.limit, prompting.location))
 
 
 def deduplicate(prefixes: Sequence[Prefix]) -> tuple[list[Prefix], list[int]]:
@@ -144,7 +161,8 @@ def prefill(
         Logits after each row's last pause, fp32 [batch, vocab], and the number of pauses of each row, [batch].
     """
     rows = [_RowPrefill(prefix) for prefix in prefixes]
-    logits = session.forward([row.take() for row in rows], max(row.keep for row in rows), bidirectional=bidirectional)
+    taken = [row.take() for row in rows]
+    logits = _forward(session, taken, max(row.keep for row in rows), bidirectional=bidirectional)
     while True:
         for i, row in enumerate(rows):
             if row.result is None:
@@ -152,7 +170,15 @@ def prefill(
         results = [row.result for row in rows if row.result is not None]
         if len(results) == len(rows):
             return torch.stack(results), [row.used for row in rows]
-        logits = session.forward([row.take() for row in rows], max(max(row.keep for row in rows), 1))
+        taken = [row.take() for row in rows]
+        logits = _forward(session, taken, max(max(row.keep for row in rows), 1))
+
+
+def _forward(
+    session: Session, taken: Sequence[tuple[list[int], list[bool]]], keep: int, *, bidirectional: bool = False
+) -> Tensor:
+    tokens, pauses = [ids for ids, _ in taken], [marks for _, marks in taken]
+    return session.forward(tokens, keep, bidirectional=bidirectional, pauses=pauses)
 
 
 class _RowPrefill:
@@ -174,14 +200,15 @@ class _RowPrefill:
         self.used = prefix.policy.first
         self.keep = 1 + self._block(prefix.policy.first)
 
-    def take(self) -> list[int]:
-        """Return the tokens of the next pass: first the prompt and its pauses, then block by block."""
+    def take(self) -> tuple[list[int], list[bool]]:
+        """Return the tokens of the next pass, first the prompt and its pauses, then block by block; and their marks."""
         if self.result is not None:
-            return []
+            return [], []
         start, pauses = self._computed, self.used
         self.used = pauses + self._block(pauses)
         self._computed = len(self._prefix.ids) - self._policy.limit + self.used
-        return self._prefix.ids[start : self._computed]
+        places = range(start, self._computed)
+        return self._prefix.ids[start : self._computed], [place in self._prefix.pauses for place in places]
 
     def observe(self, logits: Tensor, pause_ids: range) -> int:
         """Give the policy a pass's logits [slots, vocab]. Return how many of the computed pauses are not used."""

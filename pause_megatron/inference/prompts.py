@@ -30,11 +30,18 @@ class PauseInfo:
         ids: The K pause ids, used in turn within a run of pauses; empty for a model without pauses.
         m_ft: M in finetuning; None if the model was not finetuned or its config.json does not name it.
         prompting: Location, filler and prefix attention in finetuning.
+        positions: "own", or "shared": a pause has the position of the text token before it (`pause.positions`).
     """
 
     ids: range = _NO_PAUSES
     m_ft: int | None = None
     prompting: Prompting = _DEFAULT
+    positions: str = "own"
+
+    @property
+    def without_positions(self) -> range | None:
+        """Ids that use up no position; None where every token uses one."""
+        return self.ids if self.positions == "shared" else None
 
     @classmethod
     def of(cls, config: Any, tokenizer: Any) -> PauseInfo:
@@ -94,7 +101,7 @@ def _parse(entry: Any) -> PauseInfo:
         ids = [int(token_id) for token_id in entry["ids"]]
         m_ft = None if entry.get("m_ft") is None else int(entry["m_ft"])
         location, attention = entry.get("location", "append"), entry.get("prefix_attention", "causal")
-        filler = entry.get("filler")
+        filler, positions = entry.get("filler"), entry.get("positions", "own")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DataError(f'config.json: "pause" is not readable ({type(error).__name__}: {error})') from None
     consecutive = range(ids[0], ids[0] + len(ids)) if ids else _NO_PAUSES
@@ -104,8 +111,10 @@ def _parse(entry: Any) -> PauseInfo:
         raise DataError(f"config.json: pause.m_ft: expected null or 0 or more, got {m_ft}")
     if filler is not None and not (isinstance(filler, str) and filler):
         raise DataError(f"config.json: pause.filler: expected null or the text of a token, got {filler!r}")
+    if positions not in ("own", "shared"):
+        raise DataError(f"config.json: pause.positions: expected own or shared, got {positions!r}")
     try:
-        return PauseInfo(consecutive, m_ft, Prompting(location, filler, attention))
+        return PauseInfo(consecutive, m_ft, Prompting(location, filler, attention), positions)
     except ConfigError as error:
         raise DataError(f"config.json: pause.{error}") from None
 
@@ -175,9 +184,24 @@ class PromptEncoder:
             Token ids, [P + M].
         """
         pause_ids = range(filler[0], filler[0] + 1) if filler else self.pause.ids
-        kept = len(self.leading) if list(ids[: len(self.leading)]) == self.leading else 0
+        kept = self._kept(ids)
         prompt = np.array(ids, dtype=np.int64)
         return add_pauses(prompt, count, pause_ids, location=location, kept=kept).tolist()
+
+    def pauses_of(self, ids: Sequence[int], count: int, location: str) -> range:
+        """Return the places of the pauses in what `with_pauses` returns.
+
+        Args:
+            ids: As for `with_pauses`.
+            count: As for `with_pauses`.
+            location: As for `with_pauses`.
+        """
+        first = len(ids) if location == "append" else self._kept(ids)
+        return range(first, first + count)
+
+    def _kept(self, ids: Sequence[int]) -> int:
+        """Return the number of leading tokens that prepended pauses follow."""
+        return len(self.leading) if list(ids[: len(self.leading)]) == self.leading else 0
 
     def filler_id(self, text: str) -> int:
         """Return the token id of a filler.

@@ -17,6 +17,9 @@ from transformers.cache_utils import DynamicCache
 from pause_megatron.errors import ConfigError
 from pause_megatron.inference.custom_generate import CACHE
 
+_EXACT = ("sdpa", "eager")
+"""Attention implementations of transformers that take masks, and positions, of any kind."""
+
 
 class Session:
     """Forward passes of one batch.
@@ -24,28 +27,49 @@ class Session:
     Args:
         model: A transformers causal language model in eval mode.
         rows: Batch size.
+        without_positions: Ids of pauses that have the position of the text token before them, as fillers in their place
+            then have; None: every token uses up a position.
 
     Attributes:
         forward_passes: Forward passes so far.
-        positions: Token positions computed so far, invalid slots not counted.
-        lengths: Valid positions of each row, int64 [batch].
+        positions: Tokens computed so far, invalid slots not counted.
+        lengths: Positions that the valid slots of each row use up, int64 [batch].
+
+    Raises:
+        ConfigError: Pauses without positions, and an attention that would take them for several packed texts.
     """
 
-    def __init__(self, model: Any, rows: int) -> None:
-        self._model = model
+    def __init__(self, model: Any, rows: int, without_positions: range | None = None) -> None:
+        implementation = model.config._attn_implementation
+        if without_positions is not None and implementation not in _EXACT:
+            raise ConfigError(
+                "pause.positions=shared: expected a model loaded with attn_implementation='sdpa' or 'eager', got "
+                f"{implementation!r}, which takes repeated positions for the beginnings of other texts"
+            )
+        self._model, self._without_positions = model, without_positions
         self._cache = DynamicCache(config=model.config)  # filled by the model
         self._valid = torch.zeros(rows, 0, dtype=torch.bool, device=model.device)
+        self._counted = self._valid  # slots that use up a position
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=model.device)
         self.forward_passes = 0
         self.positions = 0
 
-    def forward(self, rows: Sequence[Sequence[int]], keep: int = 1, *, bidirectional: bool = False) -> Tensor:
+    def forward(
+        self,
+        rows: Sequence[Sequence[int]],
+        keep: int = 1,
+        *,
+        bidirectional: bool = False,
+        pauses: Sequence[Sequence[bool]] | None = None,
+    ) -> Tensor:
         """Compute the next tokens of every row in one forward pass.
 
         Args:
             rows: Token ids of each row; shorter rows are padded on the left. A row may be empty.
             keep: Number of slots, from the end, whose logits are returned.
             bidirectional: Let these tokens attend to each other in both directions; in the first pass only.
+            pauses: Which tokens of each row are pauses or fillers in their place; None: those with a pause's id. It
+                matters to pauses without positions only.
 
         Returns:
             Logits, fp32 [batch, keep, vocab], undefined at slots where a row has no token.
@@ -55,8 +79,10 @@ class Session:
         tokens = torch.tensor(padded, dtype=torch.int64, device=self._model.device)
         counts = torch.tensor([len(row) for row in rows], device=tokens.device)
         valid = torch.arange(width, device=tokens.device) >= width - counts[:, None]
-        positions = (self.lengths[:, None] + valid.cumsum(1) - 1).clamp_(min=0)
+        counted = valid if self._without_positions is None else valid & ~self._pauses(tokens, pauses)
+        positions = (self.lengths[:, None] + counted.cumsum(1) - 1).clamp_(min=0)
         self._valid = torch.cat([self._valid, valid], dim=1)
+        self._counted = torch.cat([self._counted, counted], dim=1)
         output = self._model(
             input_ids=tokens,
             attention_mask=self._prefix_mask(valid) if bidirectional else self._mask(),
@@ -65,7 +91,7 @@ class Session:
             logits_to_keep=keep,
             **{CACHE: self._cache},
         )
-        self.lengths += counts
+        self.lengths += counted.sum(1)
         self.forward_passes += 1
         self.positions += int(counts.sum())
         return output.logits.float()
@@ -73,20 +99,32 @@ class Session:
     def invalidate(self, row: int, count: int) -> None:
         """Mask out the last `count` valid slots of a row, as if they had never been computed."""
         if count:
-            self._valid[row, self._valid[row].nonzero()[-count:, 0]] = False
-            self.lengths[row] -= count
+            slots = self._valid[row].nonzero()[-count:, 0]
+            self._valid[row, slots] = False
+            self.lengths[row] -= self._counted[row, slots].sum()
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Reindex the batch: row i continues from what was row `rows[i]`. A row may be selected several times."""
         if list(rows) != list(range(len(self.lengths))):
             index = torch.tensor(rows, device=self._model.device)
             self._cache.batch_select_indices(index)
-            self._valid, self.lengths = self._valid[index], self.lengths[index]
+            self._valid, self._counted = self._valid[index], self._counted[index]
+            self.lengths = self.lengths[index]
 
     def synchronize(self) -> None:
         """Wait for the work queued on the device, so that time can be measured."""
         if self._model.device.type == "cuda":
             torch.cuda.synchronize(self._model.device)
+
+    def _pauses(self, tokens: Tensor, marks: Sequence[Sequence[bool]] | None) -> Tensor:
+        """Return which slots hold pauses without a position, bool [batch, width]."""
+        ids = self._without_positions or range(0)
+        found = (tokens >= ids.start) & (tokens < ids.stop)
+        if marks is None:
+            return found
+        width = tokens.shape[1]
+        padded = [[False] * (width - len(row)) + list(row) for row in marks]
+        return found | torch.tensor(padded, dtype=torch.bool, device=tokens.device)
 
     def _mask(self) -> Tensor | None:
         """[batch, slots], or None where all slots are valid: the model then takes its fastest path."""
@@ -98,7 +136,7 @@ class Session:
         Invalid slots attend to themselves, so that no softmax is over an empty set.
         """
         implementation = self._model.config._attn_implementation
-        if implementation not in ("sdpa", "eager"):
+        if implementation not in _EXACT:
             raise ConfigError(
                 "prefix_attention=bidirectional: expected a model loaded with attn_implementation='sdpa' or 'eager', "
                 f"got {implementation!r}"

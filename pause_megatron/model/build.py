@@ -36,6 +36,7 @@ def build_model(
     draw: bool = True,
     auxiliary_heads: int = 0,
     lora: LoraSection | None = None,
+    given_positions: bool = False,
 ) -> PauseGPTModel:
     """Build this rank's shard of a Llama-like model on the current CUDA device, or on the CPU where there is none.
 
@@ -55,6 +56,7 @@ def build_model(
             in either case.
         auxiliary_heads: Number of auxiliary heads, for the hints of a finetuning.
         lora: Adapters, which are initialized in either case; None: none.
+        given_positions: Whether rotary positions are always position_ids (`pause.positions=shared`).
 
     Raises:
         ConfigError: A size is missing or not divisible by the tensor-parallel size.
@@ -85,6 +87,7 @@ def build_model(
         position_embedding_type="rope",
         rotary_base=model.rope_base,
         auxiliary_heads=auxiliary_heads,
+        given_positions=given_positions,
     )
     if model.rope_scaling is not None:
         rotary: Any = gpt.rotary_pos_emb

@@ -89,6 +89,8 @@ class PauseGPTModel(LanguageModule):
             default: plain.
         loops: How many times a forward pass runs through all layers, with the same weights.
         auxiliary_heads: Number of auxiliary heads, for hints.
+        given_positions: Whether rotary positions are always position_ids (`pause.positions=shared`); False: only where
+            there is an attention mask.
 
     Raises:
         ConfigError: The configuration has a feature of GPTModel that is not supported: multi-token prediction,
@@ -123,6 +125,7 @@ class PauseGPTModel(LanguageModule):
         kernels: Kernels | None = None,
         loops: int = 1,
         auxiliary_heads: int = 0,
+        given_positions: bool = False,
     ) -> None:
         check_supported(config, position_embedding_type, fp16_lm_cross_entropy, mtp_block_spec)
         check_loops(loops, config, whole=pre_process and post_process)
@@ -136,6 +139,7 @@ class PauseGPTModel(LanguageModule):
         self.parallel_output = parallel_output
         self.share_embeddings_and_output_weights = share_embeddings_and_output_weights
         self.position_embedding_type = position_embedding_type
+        self.given_positions = given_positions
         self.vp_stage = vp_stage
         self.model_type = ModelType.encoder_or_decoder  # read by Megatron-LM's training loop
         groups = self.pg_collection
@@ -227,8 +231,9 @@ class PauseGPTModel(LanguageModule):
 
         Args:
             input_ids: int64 [batch, seq].
-            position_ids: int64 [batch, seq]. Rotary positions are these where there is an attention mask, and may
-                restart within a window; without a mask they are 0, 1, 2, ...
+            position_ids: int64 [batch, seq]. Rotary positions are these where there is an attention mask, and with
+                `given_positions`; they may repeat, and restart within a window. Otherwise they are 0, 1, 2, ...
+                Attention and its sliding window go by the order of tokens.
             attention_mask: PackedSegments; or bool [batch, 1, seq, seq], True where a query must not attend; None:
                 causal.
             decoder_input: Replaces the output of the embedding, [seq, batch, hidden].
@@ -302,7 +307,10 @@ class PauseGPTModel(LanguageModule):
         mask: AttentionMask | MaskAndRotation | None = attention_mask
         if isinstance(attention_mask, Tensor) and attention_mask.dtype == torch.bool and self._shares_mask:
             mask = attention_mask = additive_mask(attention_mask, self.config.params_dtype)
-        angles = self._rotary(decoder_input, None if attention_mask is None else position_ids, packed_seq_params)
+        given = self.given_positions or attention_mask is not None
+        if self.given_positions and packed_seq_params is not None:  # megatron-core rotates by index within cu_seqlens
+            raise TypeError("PauseGPTModel.forward: expected no packed_seq_params with given_positions; use a mask")
+        angles = self._rotary(decoder_input, position_ids if given else None, packed_seq_params)
         if self._rotates_in_core and angles is not None:
             mask, angles = MaskAndRotation(attention_mask, Rotation.of(angles, self.kernels.rotate)), None
         return self.decoder(

@@ -171,6 +171,7 @@ def new_model(config: ResolvedConfig, data: TrainingData, *, draw: bool = True) 
         draw=draw,
         auxiliary_heads=data.auxiliary_heads,
         lora=lora_of(config),
+        given_positions=config.pause.positions == "shared",
     )
     if config.train.only is not None:
         train_pause_rows_only(model)

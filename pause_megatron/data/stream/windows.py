@@ -17,7 +17,7 @@ import torch
 from pause_megatron.data.stream.documents import Documents, ReaderState
 from pause_megatron.data.text.documents import Tally
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer
-from pause_megatron.data.windows.boundaries import document_begins, restarting_positions, segments_of
+from pause_megatron.data.windows.boundaries import document_begins, restarting_positions, segments_of, shared_positions
 from pause_megatron.data.windows.pause import PauseInjector
 from pause_megatron.data.windows.targets import supervise
 from pause_megatron.errors import DataError
@@ -162,6 +162,7 @@ class StreamDataset:
         eod: The id that ends a document.
         intra_document_masking: Whether positions restart with each document, and samples have `segments`.
         eod_mask_loss: Whether the first token of a document is no target.
+        shared_positions: Whether a pause has the position of the text token before it.
     """
 
     def __init__(
@@ -173,9 +174,11 @@ class StreamDataset:
         eod: int,
         intra_document_masking: bool = False,
         eod_mask_loss: bool = False,
+        shared_positions: bool = False,
     ) -> None:
         self._windows, self._injector, self._samples = windows, injector, samples
         self._eod, self._intra_document_masking, self._eod_mask_loss = eod, intra_document_masking, eod_mask_loss
+        self._shared_positions = shared_positions
         self._position_ids = torch.arange(injector.plan.sequence_length)
 
     def __len__(self) -> int:
@@ -191,7 +194,10 @@ class StreamDataset:
             "loss_mask": torch.from_numpy(targets.loss_mask),
             "position_ids": self._position_ids,
         }
-        if self._intra_document_masking and begins is not None:
-            sample["position_ids"] = restarting_positions(begins[:-1])
+        resets = begins[:-1] if self._intra_document_masking and begins is not None else None
+        if resets is not None:
+            sample["position_ids"] = restarting_positions(resets)
             sample["segments"] = segments_of(sample["position_ids"])
+        if self._shared_positions:
+            sample["position_ids"] = shared_positions(window.is_text[:-1], resets)
         return sample

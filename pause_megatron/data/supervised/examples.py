@@ -193,6 +193,7 @@ class Arrangement:
         leading: Number of tokens at the beginning of a prompt (a BOS) that are never truncated. Prepended pauses stand
             after them.
         hints: One of HINT_PLACES; None: hints have no loss.
+        shared_positions: Whether a pause (or filler) has the position of the text token before it.
     """
 
     sequence_length: int
@@ -203,6 +204,7 @@ class Arrangement:
     batching: str = "packed"
     leading: int = 0
     hints: str | None = None
+    shared_positions: bool = False
 
     def check(self, example: EncodedExample) -> None:
         """Check that an example fits into a window with the largest and the smallest M that can be drawn.
@@ -265,6 +267,19 @@ class Arrangement:
     def length(self, example: EncodedExample, count: int) -> int:
         """Return how many input tokens an example takes with `count` pauses."""
         return self.prompt_tokens(example, count) + count + example.target.size - 1
+
+    def is_text(self, count: int, prefix_size: int, size: int) -> np.ndarray:
+        """Return which tokens of an arranged example are neither pauses nor fillers in place of them, bool [size].
+
+        Args:
+            count: M, its pauses.
+            prefix_size: Tokens of its prefix, as `arrange` returns them.
+            size: Tokens of the example, from its first on.
+        """
+        first = prefix_size - count if self.location == "append" else self.leading
+        is_text = np.ones(size, dtype=bool)
+        is_text[first : first + count] = False
+        return is_text
 
     def arrange(self, example: EncodedExample, count: int) -> tuple[np.ndarray, int]:
         """Arrange an example with its pauses. A prompt that is too long is truncated on the left.

@@ -18,6 +18,7 @@ import torch
 
 from pause_megatron.data.supervised.examples import Arrangement, EncodedExample
 from pause_megatron.data.supervised.packing import pack
+from pause_megatron.data.windows.boundaries import shared_positions
 from pause_megatron.seeds import philox_key
 
 
@@ -126,7 +127,7 @@ class SupervisedWindows:
             ids, prefix_size = self.arrangement.arrange(self.examples[item], int(counts[item]))
             stop = start + ids.size - 1
             tokens[start:stop], segments[start:stop] = ids[:-1], segment
-            positions[start:stop] = np.arange(stop - start)
+            positions[start:stop] = self._positions(int(counts[item]), prefix_size, stop - start)
             first = start + prefix_size - 1  # the last token of the prefix predicts the first target
             labels[first:stop], mask[first:stop] = ids[prefix_size:], 1.0
             prefix[start : first + 1] = True
@@ -144,6 +145,12 @@ class SupervisedWindows:
         if self.arrangement.hints is not None:
             sample["hints"] = np.concatenate(hints)
         return {name: torch.from_numpy(values) for name, values in sample.items()}
+
+    def _positions(self, count: int, prefix_size: int, size: int) -> np.ndarray:
+        """Return the position ids of an example's input tokens, int64 [size]."""
+        if not self.arrangement.shared_positions:
+            return np.arange(size)
+        return shared_positions(self.arrangement.is_text(count, prefix_size, size)).numpy()
 
     def _hints(self, example: EncodedExample, count: int, prefix_size: int, start: int) -> np.ndarray:
         """Return (position in the window, head or -1, target) of each hint, int64 [hints, 3]."""

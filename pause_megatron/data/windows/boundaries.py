@@ -40,22 +40,38 @@ def restarting_positions(begins: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(index - np.maximum.accumulate(index * begins))
 
 
+def shared_positions(is_text: np.ndarray, begins: np.ndarray | None = None) -> torch.Tensor:
+    """Return position ids that pauses do not use up, int64 [N]: a pause has that of the text token before it.
+
+    Pauses before any text token have position 0, as the first text token has.
+
+    Args:
+        is_text: False at pauses, bool [N].
+        begins: Where documents begin, at text tokens only, bool [N]; positions restart there. None: nowhere.
+    """
+    positions = np.maximum(is_text.cumsum() - 1, 0)
+    if begins is not None:
+        positions -= np.maximum.accumulate(positions * begins)
+    return torch.from_numpy(positions)
+
+
 def segments_of(position_ids: torch.Tensor) -> torch.Tensor:
     """Return the number of each token's document within the window, from 0, int32 [N].
 
     Args:
-        position_ids: Positions that are 0 where a document begins, int64 [N].
+        position_ids: Positions that are 0 where a document begins and nowhere else, int64 [N]; not shared ones.
     """
     return (position_ids == 0).cumsum(0, dtype=torch.int32) - 1
 
 
-def packed_documents(window: Window, lengths: Sequence[int]) -> dict[str, torch.Tensor]:
+def packed_documents(window: Window, lengths: Sequence[int], *, shared: bool = False) -> dict[str, torch.Tensor]:
     """Return the arguments of variable-length attention that mask documents from each other.
 
     Args:
         window: A window of N + 1 tokens, the last of which is only a target.
         lengths: Text tokens that were drawn from each document, in order. Padding after them counts to the last
             document with a token.
+        shared: Whether a pause has the position of the text token before it.
 
     Returns:
         position_ids int64 [N], from 0 in each document; cu_seqlens int32 [N + 1], the beginnings of the documents,
@@ -71,7 +87,7 @@ def packed_documents(window: Window, lengths: Sequence[int]) -> dict[str, torch.
     cu_seqlens = torch.full((size + 1,), size, dtype=torch.int32)
     cu_seqlens[: bounds.size] = torch.from_numpy(bounds)
     return {
-        "position_ids": restarting_positions(marks),
+        "position_ids": shared_positions(window.is_text[:-1], marks) if shared else restarting_positions(marks),
         "cu_seqlens": cu_seqlens,
         "max_seqlen": torch.tensor(np.diff(bounds).max(), dtype=torch.int32),
     }

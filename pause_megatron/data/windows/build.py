@@ -134,6 +134,7 @@ class _Plan:
             pause_window=options.pause.window,
             pause_placement=options.pause.placement,
             pause_seed=options.pause.seed,
+            pause_positions=options.pause.positions,
             model_vocab_size=self.tokenizer.vocab_size,  # the model is built from it, and padded
         )
 

@@ -16,7 +16,13 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from pause_megatron.data.tokenizer.pause_tokenizer import NO_PAD, PauseTokenizer
-from pause_megatron.data.windows.boundaries import document_begins, packed_documents, restarting_positions, segments_of
+from pause_megatron.data.windows.boundaries import (
+    document_begins,
+    packed_documents,
+    restarting_positions,
+    segments_of,
+    shared_positions,
+)
 from pause_megatron.data.windows.index_cache import Content, IndexCache, content_of
 from pause_megatron.data.windows.model_rows import check_model_rows
 from pause_megatron.data.windows.pause import PauseInjector, PausePlan, Window
@@ -47,6 +53,11 @@ class PauseGPTDatasetConfig(GPTDatasetConfig):
 
     pause_seed: int = 1234
     """Seed of the placement, independent of random_seed."""
+
+    pause_positions: str = "own"
+    """own: a pause uses up a position, as any token. shared: it has the position_ids of the text token before it. Then
+       the model must read position_ids, as PauseGPTModel with `given_positions`; rotary embedding in megatron-core's
+       GPTModel does not."""
 
     model_vocab_size: int | None = None
     """Rows of the model's embedding, padding included (Megatron-LM's args.padded_vocab_size). Too few are an error.
@@ -84,6 +95,8 @@ class PauseGPTDatasetConfig(GPTDatasetConfig):
                 "add_extra_token_to_sequence: expected True, because the last target of a window is its extra token, "
                 "got False"
             )
+        if self.pause_positions not in ("own", "shared"):
+            raise ConfigError(f"pause_positions: expected 'own' or 'shared', got {self.pause_positions!r}")
         if self.document_segments and not self.reset_position_ids:
             raise ConfigError("document_segments: expected reset_position_ids=True with it, got False")
         if self.token_dtype_code is not None:
@@ -201,7 +214,9 @@ class PauseGPTDataset(GPTDataset):
 
     def __getitem__(self, idx: int | None) -> dict[str, torch.Tensor]:
         """Return a sample. `None` gives the dummy sample of an incomplete batch: sample 0 with zero loss weight."""
-        sample = super().__getitem__(idx) if self.injector.plan.count == 0 else self._with_pauses(idx)
+        if self.injector.plan.count:
+            return self._with_pauses(idx)
+        sample = super().__getitem__(idx)
         if self.config.document_segments:
             sample["segments"] = segments_of(sample["position_ids"])
         return sample
@@ -230,7 +245,7 @@ class PauseGPTDataset(GPTDataset):
         item = self._sample(text, window, supervised=idx is not None)
         if getattr(self.config, "inter_document_masking", False):  # from megatron-core 0.19 on
             item.pop("attention_mask", None)
-            item |= packed_documents(window, lengths)
+            item |= packed_documents(window, lengths, shared=self.config.pause_positions == "shared")
         return item
 
     def _sample(self, text: np.ndarray, window: Window, supervised: bool) -> dict[str, torch.Tensor]:
@@ -251,14 +266,14 @@ class PauseGPTDataset(GPTDataset):
         if config.create_attention_mask:
             sample["attention_mask"] = self._hidden(begins)
         sample["loss_mask"] = torch.from_numpy(loss_mask)
-        sample["position_ids"] = self._positions(begins)
+        resets = begins[:-1] if begins is not None and config.reset_position_ids else None
+        # Samples share one tensor, as in GPTDataset, unless positions depend on the sample.
+        sample["position_ids"] = self._position_ids if resets is None else restarting_positions(resets)
+        if config.document_segments:
+            sample["segments"] = segments_of(sample["position_ids"])
+        if config.pause_positions == "shared":
+            sample["position_ids"] = shared_positions(window.is_text[:-1], resets)
         return sample
-
-    def _positions(self, begins: np.ndarray | None) -> torch.Tensor:
-        """Return position ids int64 [N]. Samples share one tensor, as in GPTDataset, unless positions are reset."""
-        if begins is None or not self.config.reset_position_ids:
-            return self._position_ids
-        return restarting_positions(begins[:-1])
 
     def _hidden(self, begins: np.ndarray | None) -> torch.Tensor:
         """Return the attention mask bool [1, N, N], True at later tokens and, if reset, at those of other documents."""

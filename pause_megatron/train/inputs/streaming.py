@@ -119,6 +119,7 @@ def open_stream(
         eod=tokenizer.eod,
         intra_document_masking=config.data.intra_document_masking,
         eod_mask_loss=config.data.eod_mask_loss,
+        shared_positions=config.pause.positions == "shared",
     )
     return Stream(dataset, source, context.rank, size)
 

@@ -215,6 +215,7 @@ def _arrangement(config: ResolvedConfig, tokenizer: Tokenizer, pause_ids: range)
         batching=finetune.batching,
         leading=len(tokenizer.leading),
         hints="pauses" if finetune.pause_targets else "heads" if finetune.auxiliary_heads else None,
+        shared_positions=config.pause.positions == "shared",
     )
 
 
