@@ -24,6 +24,7 @@ PAUSES = {
     "exact": PauseSection(rate=0.25),
     "trim": PauseSection(rate=0.25, window="trim", embeddings=3),
     "runs": PauseSection(rate=0.5, placement="with_replacement", embeddings=2),
+    "shared": PauseSection(rate=0.5, placement="with_replacement", embeddings=2, positions="shared"),
 }
 
 
@@ -92,7 +93,8 @@ def together_and_alone(corpus: str, name: str, tensor: int) -> dict[str, float]:
 
     pause, parallel = PAUSES[name], ParallelSection(tensor=tensor)
     with initialize(parallel, device="cpu"):
-        model = tiny(parallel=parallel, pauses=pause.embeddings)
+        shared = pause.positions == "shared"
+        model = tiny(parallel=parallel, pauses=pause.embeddings, given_positions=shared)
         samples = windows(corpus, pause, True)
         found = losses(model, samples, pause.embeddings)
         expected = torch.full_like(found, float("nan"))
@@ -102,7 +104,8 @@ def together_and_alone(corpus: str, name: str, tensor: int) -> dict[str, float]:
             for places in documents_of(tokens):
                 length = places.stop - places.start
                 alone = {name: sample[name][places] for name in ("tokens", "labels", "loss_mask")}
-                alone["position_ids"] = torch.arange(length)
+                text = (alone["tokens"] < TEXT_SIZE).cumsum(0) - 1  # each document begins with text
+                alone["position_ids"] = text if shared else torch.arange(length)
                 expected[number, places] = losses(model, [alone], pause.embeddings)[0]
             seen["documents"] += len(documents_of(tokens))
             pairs = list(itertools.pairwise(tokens))

@@ -28,6 +28,7 @@ def tiny(
     precision: str = "fp32",
     kernels: str = "plain",
     lora: LoraSection | None = None,
+    given_positions: bool = False,
     **changes: object,
 ):
     """A PauseGPTModel of `section(**changes)` on the process groups that exist."""
@@ -44,6 +45,7 @@ def tiny(
         seed=5,
         kernels=kernels,
         lora=lora,
+        given_positions=given_positions,
     )
 
 
