@@ -24,6 +24,10 @@ _OF_AN_EPOCH = (
     *(
         "finetune.pauses",
         "finetune.filler",
+        "finetune.answer_placement",
+        "finetune.answer_rate",
+        "pause.run",
+        "pause.pattern",
         "finetune.batching",
         "task.name",
         "task.path",

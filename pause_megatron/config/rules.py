@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from pause_megatron.config.answer_rules import ANSWER_RULES
 from pause_megatron.config.batching import added_steps, pause_range
 from pause_megatron.config.lora_rules import LORA_RULES
 from pause_megatron.config.model_rules import MODEL_RULES, Broken, Rule
@@ -13,7 +14,7 @@ from pause_megatron.config.schema import ParallelSection, ResolvedConfig, Resolv
 from pause_megatron.config.spelling import nearest
 from pause_megatron.errors import ConfigError
 
-RULES: list[Rule] = [*MODEL_RULES, *LORA_RULES]
+RULES: list[Rule] = [*MODEL_RULES, *LORA_RULES, *ANSWER_RULES]
 
 
 def _rule(function: Rule) -> Rule:

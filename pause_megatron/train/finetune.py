@@ -9,8 +9,8 @@ import xxhash
 
 from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.data.batches.batch import MicroBatch
-from pause_megatron.data.supervised.examples import continuations
 from pause_megatron.data.supervised.windows import SupervisedWindows
+from pause_megatron.data.tokenizer.continuation import Continuations
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer
 from pause_megatron.distributed import initialize
 from pause_megatron.distributed.agreement import failing_together
@@ -128,6 +128,8 @@ def training_data(data: TaskData) -> TrainingData:
 def show_window(batch: MicroBatch, tokenizer: Tokenizer) -> str:
     """Return the examples of a micro-batch's first window, one per line: prefix with its pauses, then [[target]].
 
+    Pauses within a target are shown in it; they are read and not predicted.
+
     Args:
         batch: The micro-batch, on the CPU.
         tokenizer: Tokenizer of the run.
@@ -136,11 +138,13 @@ def show_window(batch: MicroBatch, tokenizer: Tokenizer) -> str:
     of_first = batch.target_rows % size == 0
     positions, targets = batch.target_rows[of_first] // size, batch.targets[of_first]
     segments = batch.segments[0] if batch.segments is not None else batch.tokens.new_zeros(batch.tokens.shape[1])
-    decode = continuations(tokenizer).decode
+    decode = Continuations(tokenizer.encode, tokenizer.decode).decode
     lines = []
     for segment in segments[positions].unique().tolist():
         supervised = segments[positions] == segment
-        first = int(segments.eq(segment).nonzero()[0])
-        prefix = batch.tokens[0, first : int(positions[supervised][0]) + 1]
-        lines.append(f"{tokenizer.decode(prefix.tolist())}[[{decode(targets[supervised].tolist())}]]")
+        start = int(segments.eq(segment).nonzero()[0])
+        first, last = (int(positions[supervised][which]) for which in (0, -1))
+        read = batch.tokens[0, first + 1 : last + 1].tolist()  # the target but its last token, with its pauses
+        target = decode([*read, int(targets[supervised][-1])])
+        lines.append(f"{tokenizer.decode(batch.tokens[0, start : first + 1].tolist())}[[{target}]]")
     return "\n".join(lines)

@@ -24,6 +24,7 @@ from pause_megatron.hf.export import export
 from pause_megatron.tasks import load_task, read_examples
 
 PAUSES, LIMIT = "0..6", 57  # of 60 records; 3 are held out
+_NO_ANSWERS = ["finetune.answer_placement=null", "finetune.answer_rate=0.1"]
 # ranks, tensor, sequence parallel, ZeRO stage, micro-batch, further keys; every stage, and each kind of ranks
 TOPOLOGIES = [
     (2, 1, False, 3, 1, []),
@@ -44,7 +45,7 @@ def settings_of(base: str, data: str, folder: str) -> list[str]:
         *(f"finetune.pauses={PAUSES}", "finetune.prefix_attention=bidirectional", "finetune.epochs=3"),
         *("batch.global_size=8", "optim.lr=3e-3", "optim.warmup_steps=2", "engine.precision=fp32"),
         *("checkpoint.every=4", "checkpoint.keep=9", "validation.every=6", "validation.samples=10"),
-        "log.samples_every=5",
+        *("log.samples_every=5", "finetune.answer_placement=uniform", "finetune.answer_rate=0.4"),
     ]
 
 
@@ -237,10 +238,11 @@ def test_an_export_prompts_as_it_was_finetuned(base, data, reference, tmp_path):
         (["task.limit=50"], "corpus: xxh3_128:"),
         (["finetune.filler=two words"], "filler: expected the text of one token"),
         (["finetune.pauses=400"], "of the prompt in a window of data.sequence_length=256"),
+        (["finetune.answer_placement=no.such:policy"], "finetune.answer_placement: expected one of"),
         (["finetune.pauses=ten"], "a whole number of pauses, or a range LOW..HIGH"),
         (["finetune.epochs=null"], "finetune.epochs, train.steps or train.tokens: expected one of them"),
         (["task.path=/nonexistent"], "/nonexistent"),
-        (["task.name=null", "finetune.epochs=null"], "task.name: expected a task to finetune on"),
+        (["task.name=null", "finetune.epochs=null", *_NO_ANSWERS], "task.name: expected a task to finetune on"),
     ],
 )
 def test_bad_input_is_named(base, data, reference, overrides, message):
@@ -256,8 +258,13 @@ def verb(arguments: list[str]) -> tuple[int, str]:
 
 def test_dry_run_counts_and_trains_nothing(base, data, tmp_path, capsys):
     settings = [f"model.from={base}", f"task.path={data}", f"task.limit={LIMIT}", f"run.dir={tmp_path / 'run'}"]
+    settings += ["finetune.answer_placement=uniform", "finetune.answer_rate=2"]
     assert main(["finetune", "--recipe", "finetune-commonsense_qa", "--dry-run", *settings]) == 0
     rows = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
     assert rows["task"].strip().startswith(f"commonsense_qa: {LIMIT} examples, 0 prompts cut")
-    assert f"{10 * LIMIT} an epoch" in rows["pauses"] and "% padding" in rows["windows an epoch"]
+    within, _, _, share, _, _, placement = rows["in the answers"].split()
+    within = within.replace(",", "")
+    assert f"{10 * LIMIT + int(within):,} an epoch" in rows["pauses"] and placement == "(uniform)"
+    assert 1 < float(share) < 2  # two a token of an answer, whose EOD is a target too
+    assert "% padding" in rows["windows an epoch"]
     assert not (tmp_path / "run").exists()

@@ -16,6 +16,7 @@ from pause_megatron.config.quantities import scaled
 from pause_megatron.config.schema import ResolvedConfig
 
 if TYPE_CHECKING:
+    from pause_megatron.data.supervised.windows import EpochSummary
     from pause_megatron.train.inputs.task_data import TaskData
 
 ASSUMED_VOCABULARY = 32_000
@@ -75,6 +76,7 @@ def describe_task(data: TaskData, plan: BatchPlan, engine: dict[str, Any]) -> st
             "pauses",
             f"{config.finetune.pauses} {pauses} an example, {config.finetune.location}; {facts.pauses:,} an epoch",
         ),
+        *([("in the answers", _in_answers(config, facts))] if arrangement.answers else []),
         ("prefix attention", config.finetune.prefix_attention),
         (
             "tokens an epoch",
@@ -86,6 +88,11 @@ def describe_task(data: TaskData, plan: BatchPlan, engine: dict[str, Any]) -> st
         *_model_rows(config, plan, engine, data.tokenizer.vocab_size, "the tokenizer's"),
     ]
     return _table(rows)
+
+
+def _in_answers(config: ResolvedConfig, facts: EpochSummary) -> str:
+    share = facts.pauses_in_answers / facts.targets
+    return f"{facts.pauses_in_answers:,} an epoch, {share:.2f} a target ({config.finetune.answer_placement})"
 
 
 def _batch_rows(plan: BatchPlan) -> list[tuple[str, str]]:

@@ -5,7 +5,9 @@ Notation (Goyal et al., section 3.2):
     P     tokens of the prompt, with what the tokenizer puts before it.
     M     pauses of an example: fixed, or drawn for each example and epoch from a range.
     T     tokens of the target; the last of them is the end-of-document token (EOD).
-    N     data.sequence_length. An example takes P + M + T - 1 input tokens: the last target is predicted, never read.
+    M_a   pauses within the target (`answers`): read and never predicted.
+    N     data.sequence_length. An example takes P + M + M_a + T - 1 input tokens: the last target is predicted, never
+          read.
 
 The prompt and its pauses form the prefix. The first target is predicted from the last token of the prefix. Where pauses
 are appended, that token is the last pause.
@@ -20,9 +22,10 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from pause_megatron.data.supervised.answers import NO_GAPS, AnswerPauses
 from pause_megatron.data.tokenizer.continuation import Continuations
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer
-from pause_megatron.data.windows.pause import LOCATIONS, add_pauses
+from pause_megatron.data.windows.pause import LOCATIONS, Window, add_pauses, inject
 from pause_megatron.errors import ConfigError, DataError
 
 _BLOCK = 4096  # examples
@@ -194,6 +197,7 @@ class Arrangement:
             after them.
         hints: One of HINT_PLACES; None: hints have no loss.
         shared_positions: Whether a pause (or filler) has the position of the text token before it.
+        answers: Pauses within the targets; None: none there.
     """
 
     sequence_length: int
@@ -205,9 +209,10 @@ class Arrangement:
     leading: int = 0
     hints: str | None = None
     shared_positions: bool = False
+    answers: AnswerPauses | None = None
 
     def check(self, example: EncodedExample) -> None:
-        """Check that an example fits into a window with the largest and the smallest M that can be drawn.
+        """Check that an example fits into a window with the largest and the smallest number of pauses.
 
         Args:
             example: The encoded example.
@@ -217,19 +222,34 @@ class Arrangement:
                 its hints are missing or more than the pauses before the last one.
         """
         self._check_hints(example)
-        most, targets = self.pauses[-1], example.target.size
-        kept = min(example.prompt.size, max(self.leading, 1))
-        if kept + most + targets > self.sequence_length + 1:
-            raise DataError(
-                f"example {example.id}: expected at most {self.sequence_length + 1 - most - kept} target tokens beside "
-                f"{most} pauses and {kept} tokens of the prompt in a window of data.sequence_length="
-                f"{self.sequence_length}, got {targets}. Pauses and targets are never truncated: raise "
-                "data.sequence_length, or lower finetune.pauses"
-            )
+        within = self.answers.most(example.target.size - 1) if self.answers else 0
+        self.check_room(example, within or 0)  # a policy of the user's: its draws are checked
         if not example.prompt.size and not self.pauses[0]:
             raise DataError(
                 f"example {example.id}: expected a prompt, or pauses that predict the target, got an empty prompt "
                 "without pauses"
+            )
+
+    def check_room(self, example: EncodedExample, within: int) -> None:
+        """Check that an example fits into a window with the largest M.
+
+        Args:
+            example: The encoded example.
+            within: M_a, pauses within its target.
+
+        Raises:
+            DataError: Its target and pauses leave no room for the last token of the prompt.
+        """
+        most, targets = self.pauses[-1] + within, example.target.size
+        kept = min(example.prompt.size, max(self.leading, 1))
+        if kept + most + targets > self.sequence_length + 1:
+            there = "" if self.answers is None else f" ({within} in the answer)"
+            keys = "finetune.pauses" if self.answers is None else "finetune.pauses or finetune.answer_rate"
+            raise DataError(
+                f"example {example.id}: expected at most {self.sequence_length + 1 - most - kept} target tokens beside "
+                f"{most} pauses{there} and {kept} tokens of the prompt in a window of data.sequence_length="
+                f"{self.sequence_length}, got {targets}. Pauses and targets are never truncated: raise "
+                f"data.sequence_length, or lower {keys}"
             )
 
     def _check_hints(self, example: EncodedExample) -> None:
@@ -260,38 +280,49 @@ class Arrangement:
             return prefix_size - count + np.arange(size)
         return np.full(size if self.hints == "heads" else 0, prefix_size - 1)
 
-    def prompt_tokens(self, example: EncodedExample, count: int) -> int:
-        """Return how many tokens of the prompt are kept beside `count` pauses."""
-        return min(example.prompt.size, self.sequence_length + 1 - count - example.target.size)
+    def prompt_tokens(self, example: EncodedExample, count: int, gaps: np.ndarray = NO_GAPS) -> int:
+        """Return how many tokens of the prompt are kept beside `count` pauses, and those at `gaps` of the answer."""
+        return min(example.prompt.size, self.sequence_length + 1 - count - gaps.size - example.target.size)
 
-    def length(self, example: EncodedExample, count: int) -> int:
-        """Return how many input tokens an example takes with `count` pauses."""
-        return self.prompt_tokens(example, count) + count + example.target.size - 1
+    def length(self, example: EncodedExample, count: int, gaps: np.ndarray = NO_GAPS) -> int:
+        """Return how many input tokens an example takes with `count` pauses, and those at `gaps` of the answer."""
+        return self.prompt_tokens(example, count, gaps) + count + gaps.size + example.target.size - 1
 
-    def is_text(self, count: int, prefix_size: int, size: int) -> np.ndarray:
-        """Return which tokens of an arranged example are neither pauses nor fillers in place of them, bool [size].
+    def is_text(self, example: EncodedExample, count: int, prefix_size: int, gaps: np.ndarray = NO_GAPS) -> np.ndarray:
+        """Return which tokens of an arranged example are neither pauses nor fillers in their place, bool [length + 1].
 
         Args:
+            example: The encoded example.
             count: M, its pauses.
             prefix_size: Tokens of its prefix, as `arrange` returns them.
-            size: Tokens of the example, from its first on.
+            gaps: Gaps of its answer.
         """
         first = prefix_size - count if self.location == "append" else self.leading
-        is_text = np.ones(size, dtype=bool)
-        is_text[first : first + count] = False
-        return is_text
+        prefix = np.ones(prefix_size, dtype=bool)
+        prefix[first : first + count] = False
+        return np.concatenate([prefix, self.answer(example, gaps).is_text])
 
-    def arrange(self, example: EncodedExample, count: int) -> tuple[np.ndarray, int]:
+    def arrange(self, example: EncodedExample, count: int, gaps: np.ndarray = NO_GAPS) -> tuple[np.ndarray, int]:
         """Arrange an example with its pauses. A prompt that is too long is truncated on the left.
 
         Args:
             example: The encoded example.
             count: M, its pauses.
+            gaps: Gaps of its answer, as `AnswerPauses.gaps` returns them.
 
         Returns:
             Prefix and target, int64 [length + 1], and the number of tokens of the prefix.
         """
-        cut = example.prompt.size - self.prompt_tokens(example, count)
+        cut = example.prompt.size - self.prompt_tokens(example, count, gaps)
         prompt = np.delete(example.prompt, slice(self.leading, self.leading + cut)).astype(np.int64)
         prefix = add_pauses(prompt, count, self.pause_ids, location=self.location, kept=self.leading)
-        return np.concatenate([prefix, example.target]), prefix.size
+        return np.concatenate([prefix, self.answer(example, gaps).tokens]), prefix.size
+
+    def answer(self, example: EncodedExample, gaps: np.ndarray = NO_GAPS) -> Window:
+        """Return the target of an example with the pauses within it, and their places.
+
+        Args:
+            example: The encoded example.
+            gaps: Gaps of its answer.
+        """
+        return inject(example.target, gaps, self.pause_ids)

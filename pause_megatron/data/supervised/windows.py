@@ -1,7 +1,7 @@
 """Windows of task examples for supervised finetuning: packed or padded, with loss on the targets only.
 
-Random draws are keyed by their address: the order of an epoch by (seed, task, epoch), and the number of pauses of an
-example by (seed, task, epoch, example number). They do not depend on ranks, micro-batches or the step of a resume.
+Random draws are keyed by their address: the order of an epoch by (seed, task, epoch), and the pauses of an example by
+(seed, task, epoch, example number). They do not depend on ranks, micro-batches or the step of a resume.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from pause_megatron.data.supervised.answers import NO_GAPS
 from pause_megatron.data.supervised.examples import Arrangement, EncodedExample
 from pause_megatron.data.supervised.packing import pack
 from pause_megatron.data.windows.boundaries import shared_positions
@@ -28,10 +29,20 @@ class Epoch(NamedTuple):
     Attributes:
         windows: The numbers of the examples of each window.
         counts: M of each example, int64 [examples].
+        answers: The gaps of the pauses within the answer of each example; empty where no answer has pauses.
     """
 
     windows: list[list[int]]
     counts: np.ndarray
+    answers: Sequence[np.ndarray] = ()
+
+    def pauses(self, item: int) -> tuple[int, np.ndarray]:
+        """Return M of an example, and the gaps of the pauses within its answer.
+
+        Args:
+            item: Number of the example.
+        """
+        return int(self.counts[item]), self.answers[item] if self.answers else NO_GAPS
 
 
 class SupervisedWindows:
@@ -70,7 +81,7 @@ class SupervisedWindows:
         """
         number, within = self.locate(idx)
         epoch = self.epoch(number)
-        return self._window(epoch.windows[within], epoch.counts)
+        return self._window(epoch.windows[within], epoch)
 
     def locate(self, window: int) -> tuple[int, int]:
         """Return the epoch of a window, and its number within that epoch."""
@@ -107,31 +118,46 @@ class SupervisedWindows:
         # One draw of 64 bits for each example: the draws of the first examples do not depend on the number of examples.
         counts = choices.start + (draw.random(size) * len(choices)).astype(np.int64)
         order = self._generator("order", number).permutation(size)
+        epoch = Epoch([[item] for item in order.tolist()], counts, self._answers(number))
         if self.arrangement.batching == "padded":
-            return Epoch([[item] for item in order.tolist()], counts)
-        lengths = [self.arrangement.length(self.examples[item], int(counts[item])) for item in order]
+            return epoch
+        lengths = [self.arrangement.length(self.examples[item], *epoch.pauses(item)) for item in order.tolist()]
         packed = pack(lengths, self.arrangement.sequence_length)
-        return Epoch([[int(order[item]) for item in items] for items in packed], counts)
+        return epoch._replace(windows=[[int(order[item]) for item in items] for items in packed])
+
+    def _answers(self, epoch: int) -> Sequence[np.ndarray]:
+        answers = self.arrangement.answers
+        if answers is None:
+            return ()
+        gaps = [
+            answers.gaps(example.target[:-1], *self._address, epoch, number=number)
+            for number, example in enumerate(self.examples)
+        ]
+        for example, each in zip(self.examples, gaps, strict=True):
+            self.arrangement.check_room(example, each.size)
+        return gaps
 
     def _generator(self, purpose: str, epoch: int) -> np.random.Generator:
         key = philox_key(*self._address, purpose, epoch)
         return np.random.Generator(np.random.Philox(key=np.array(key, dtype=np.uint64)))
 
-    def _window(self, items: Sequence[int], counts: np.ndarray) -> dict[str, torch.Tensor]:
+    def _window(self, items: Sequence[int], epoch: Epoch) -> dict[str, torch.Tensor]:
         size = self.arrangement.sequence_length
         tokens, labels, positions = (np.zeros(size, dtype=np.int64) for _ in range(3))
         mask, segments = np.zeros(size, dtype=np.float32), np.full(size, -1, dtype=np.int32)
         prefix, start = np.zeros(size, dtype=bool), 0
         hints: list[np.ndarray] = [np.zeros((0, 3), dtype=np.int64)]
         for segment, item in enumerate(items):
-            ids, prefix_size = self.arrangement.arrange(self.examples[item], int(counts[item]))
+            example, (count, gaps) = self.examples[item], epoch.pauses(item)
+            ids, prefix_size = self.arrangement.arrange(example, count, gaps)
             stop = start + ids.size - 1
             tokens[start:stop], segments[start:stop] = ids[:-1], segment
-            positions[start:stop] = self._positions(int(counts[item]), prefix_size, stop - start)
+            positions[start:stop] = self._positions(example, count, prefix_size, gaps)
             first = start + prefix_size - 1  # the last token of the prefix predicts the first target
-            labels[first:stop], mask[first:stop] = ids[prefix_size:], 1.0
+            is_target = self.arrangement.answer(example, gaps).is_text
+            labels[first:stop][is_target], mask[first:stop] = example.target, is_target
             prefix[start : first + 1] = True
-            hints.append(self._hints(self.examples[item], int(counts[item]), prefix_size, start))
+            hints.append(self._hints(example, count, prefix_size, start))
             start = stop
         sample = {
             "tokens": tokens,
@@ -146,11 +172,10 @@ class SupervisedWindows:
             sample["hints"] = np.concatenate(hints)
         return {name: torch.from_numpy(values) for name, values in sample.items()}
 
-    def _positions(self, count: int, prefix_size: int, size: int) -> np.ndarray:
-        """Return the position ids of an example's input tokens, int64 [size]."""
-        if not self.arrangement.shared_positions:
-            return np.arange(size)
-        return shared_positions(self.arrangement.is_text(count, prefix_size, size)).numpy()
+    def _positions(self, example: EncodedExample, count: int, prefix_size: int, gaps: np.ndarray) -> np.ndarray:
+        """Return the position ids of an example's input tokens, int64 [length]."""
+        is_text = self.arrangement.is_text(example, count, prefix_size, gaps)[:-1]
+        return shared_positions(is_text).numpy() if self.arrangement.shared_positions else np.arange(is_text.size)
 
     def _hints(self, example: EncodedExample, count: int, prefix_size: int, start: int) -> np.ndarray:
         """Return (position in the window, head or -1, target) of each hint, int64 [hints, 3]."""
@@ -168,6 +193,7 @@ class EpochSummary:
         windows: Number of windows.
         tokens: Input tokens, pauses included, padding excluded.
         pauses: Pauses (or fillers) among the input tokens.
+        pauses_in_answers: Those of them that are within the answers.
         targets: Supervised targets of answers.
         hints: Supervised hints.
         padding: Fraction of the windows' positions that is padding.
@@ -178,6 +204,7 @@ class EpochSummary:
     windows: int
     tokens: int
     pauses: int
+    pauses_in_answers: int
     targets: int
     hints: int
     padding: float
@@ -187,16 +214,17 @@ class EpochSummary:
 def summarize(data: SupervisedWindows) -> EpochSummary:
     """Count the examples, windows, tokens and padding of the first epoch."""
     epoch, arrangement = data.epoch(0), data.arrangement
-    pairs = list(zip(data.examples, epoch.counts.tolist(), strict=True))
-    tokens = sum(arrangement.length(example, count) for example, count in pairs)
+    drawn = [(example, *epoch.pauses(item)) for item, example in enumerate(data.examples)]
+    tokens, within = sum(arrangement.length(*each) for each in drawn), sum(gaps.size for *_, gaps in drawn)
     positions = len(epoch.windows) * arrangement.sequence_length
     return EpochSummary(
-        examples=len(pairs),
+        examples=len(drawn),
         windows=len(epoch.windows),
         tokens=tokens,
-        pauses=int(epoch.counts.sum()),
-        targets=sum(example.target.size for example, _ in pairs),
-        hints=sum(example.hints.size for example, _ in pairs) if arrangement.hints else 0,
+        pauses=int(epoch.counts.sum()) + within,
+        pauses_in_answers=within,
+        targets=sum(example.target.size for example, *_ in drawn),
+        hints=sum(example.hints.size for example, *_ in drawn) if arrangement.hints else 0,
         padding=1 - tokens / positions,
-        truncated=sum(arrangement.prompt_tokens(example, count) < example.prompt.size for example, count in pairs),
+        truncated=sum(arrangement.prompt_tokens(*each) < each[0].prompt.size for each in drawn),
     )

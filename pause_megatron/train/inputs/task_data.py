@@ -13,6 +13,7 @@ from pause_megatron.config.model_from import checkpoint_config, read_config_text
 from pause_megatron.config.rules import check, warmup_ends
 from pause_megatron.config.schema import ResolvedConfig, ScheduledConfig, TaskSection
 from pause_megatron.config.text import read_entries
+from pause_megatron.data.supervised.answers import AnswerPauses
 from pause_megatron.data.supervised.examples import (
     Arrangement,
     EncodedExample,
@@ -60,12 +61,14 @@ class TaskData:
         pauses = "pauses" if finetune.filler is None else f"fillers {finetune.filler!r}"
         places = {"pauses": "the pauses", "heads": f"{self.auxiliary_heads} auxiliary heads"}
         place = self.windows.arrangement.hints
+        answers = self.windows.arrangement.answers
+        within = f", {facts.pauses_in_answers:,} in the answers ({answers.placement})" if answers else ""
         hints = f", {facts.hints:,} hints as targets of {places[place]}" if place else ""
         cut = f", {facts.truncated:,} prompts cut on the left" if facts.truncated else ""
         return (
             f"{self.config.batch.global_size:,} windows; {self.config.task.name}: {facts.examples:,} examples in "
             f"{facts.windows:,} {finetune.batching} windows, {facts.padding:.1%} padding, {finetune.pauses} {pauses} "
-            f"each ({finetune.location}, prefix {finetune.prefix_attention}){hints}{cut}"
+            f"each ({finetune.location}, prefix {finetune.prefix_attention}){within}{hints}{cut}"
         )
 
 
@@ -145,11 +148,10 @@ def held_out(data: TaskData) -> tuple[SupervisedWindows, SupervisedWindows]:
             f"task {task.name}, held-out example {which}: expected at most {data.auxiliary_heads} hints, the most of a "
             f"training example, got {more}"
         )
-    with_pauses, without = (
-        SupervisedWindows(encoded, replace(arrangement, pauses=range(m, m + 1), hints=hints), seed=0, task=task.name)
-        for m, hints in ((most, arrangement.hints), (0, None))
-    )
-    return with_pauses, without if most else with_pauses
+    paused = replace(arrangement, pauses=range(most, most + 1))
+    plain = replace(arrangement, pauses=range(1), hints=None, answers=None)
+    with_pauses, without = (SupervisedWindows(encoded, each, seed=0, task=task.name) for each in (paused, plain))
+    return with_pauses, without if most or arrangement.answers else with_pauses
 
 
 def with_steps(config: ResolvedConfig, windows: SupervisedWindows) -> ScheduledConfig:
@@ -216,7 +218,13 @@ def _arrangement(config: ResolvedConfig, tokenizer: Tokenizer, pause_ids: range)
         leading=len(tokenizer.leading),
         hints="pauses" if finetune.pause_targets else "heads" if finetune.auxiliary_heads else None,
         shared_positions=config.pause.positions == "shared",
+        answers=_answers(config),
     )
+
+
+def _answers(config: ResolvedConfig) -> AnswerPauses | None:
+    placement = config.finetune.answer_placement
+    return None if placement is None else AnswerPauses(placement, config.finetune.answer_rate, config.pause.run)
 
 
 def _encoded(examples: Sequence[Example], tokenizer: Tokenizer, arrangement: Arrangement) -> list[EncodedExample]:

@@ -98,7 +98,12 @@ def test_a_finetuning_with_its_own_file_recomputes_its_epochs(tmp_path):
     train = config.train.model_copy(update={"steps": 40, "tokens": 40 * 8 * 2048})  # as computed from the examples
     path.write_text(dump(config.model_copy(update={"train": train})))
     assert load(path).train.steps == 40
-    for override in ("finetune.pauses=50", "batch.global_size=16", "task.limit=10"):
+    for override in (
+        "finetune.pauses=50",
+        "batch.global_size=16",
+        "task.limit=10",
+        "finetune.answer_placement=uniform",
+    ):
         config, said = loaded(None, override, path=path)
         assert (config.finetune.epochs, config.train.steps, config.train.tokens) == (5, None, None) and not said
     config, _ = loaded(None, "run.dir=elsewhere", path=path)

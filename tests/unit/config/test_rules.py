@@ -81,6 +81,14 @@ BROKEN = {
         ["finetune.auxiliary_heads=true", "train.only=pause_rows", "task.name=a:b"],
         "train.only=null with finetune.auxiliary_heads",
     ),
+    "answers_are_of_a_task": (
+        ["finetune.answer_placement=uniform"],
+        "task.name with finetune.answer_placement; pretraining places pauses by pause.placement; got",
+    ),
+    "answer_placement_is_known": (
+        ["finetune.answer_placement=unifrom", "task.name=a:b"],
+        "every or 'module:attribute'. Did you mean 'uniform'?; got finetune.answer_placement=unifrom (command line)",
+    ),
     "adapters_are_trained": (
         ["lora.rank=4", "lora.layers=0..1"],
         "expected train.only=lora with keys of lora; got lora.rank=4 (command line), lora.layers=0..1 (command line)",
@@ -128,6 +136,22 @@ def test_hints_need_a_task_and_appended_pauses(overrides, expected):
     with pytest.raises(ConfigError) as caught:
         load(overrides=overrides)
     assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["finetune.answer_placement=scored"], "or 'module:attribute'; side arrays are of corpora; got"),
+        (["finetune.answer_placement=after"], "pause.pattern with finetune.answer_placement=after"),
+        (["finetune.answer_placement=isolated", "finetune.answer_rate=1.5"], "finetune.answer_rate <= 1 with isolated"),
+        (["finetune.answer_placement=every", "finetune.answer_rate=0.5"], "and not every, with finetune.answer_rate"),
+        (["finetune.answer_rate=0.5"], "finetune.answer_placement, and not every, with finetune.answer_rate; got"),
+    ],
+)
+def test_pauses_within_answers_fit_their_policy(overrides, expected):
+    with pytest.raises(ConfigError) as caught:
+        load(overrides=["task.name=gsm8k", *overrides])
+    assert expected in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -242,6 +266,8 @@ def test_all_broken_rules_are_reported_together():
         ["model.preset=qwen3-0.6b", "model.heads=4"],
         ["task.name=gsm8k", "finetune.pauses=0..50", "finetune.epochs=0.5"],
         ["task.name=gsm8k", "finetune.batching=padded", "model.attention=te"],
+        ["task.name=gsm8k", "finetune.answer_placement=with_replacement", "finetune.answer_rate=2"],
+        ["task.name=gsm8k", "finetune.answer_placement=every", "pause.run=2"],
     ],
 )
 def test_combinations_that_are_fine(overrides):

@@ -214,7 +214,7 @@ def test_every_epoch_has_every_example_once_and_windows_have_an_address(examples
     dataset = windows(examples, pauses=range(51), batching=batching)
     ends = [dataset.windows_in_epochs(epochs) for epochs in (1, 2, 3)]
     for epoch in range(3):
-        made, counts = dataset.epoch(epoch)
+        made, counts, _ = dataset.epoch(epoch)
         assert sorted(item for items in made for item in items) == list(range(200))
         for items in made:
             assert sum(dataset.arrangement.length(examples[item], int(counts[item])) for item in items) <= 1024

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import numpy as np
 import pytest
 import torch
@@ -120,7 +119,9 @@ def test_examples(location: str, batching: str, ids: range) -> None:
     """A filler in place of a pause has no position; the same token of a prompt or a target has one."""
     options = {"location": location, "batching": batching, "leading": 1, "prefix_attention": "bidirectional"}
     own, shared = (
-        SupervisedWindows(EXAMPLES, Arrangement(24, range(6), ids, **options, shared_positions=chosen), seed=1, task="t")
+        SupervisedWindows(
+            EXAMPLES, Arrangement(24, range(6), ids, **options, shared_positions=chosen), seed=1, task="t"
+        )
         for chosen in (False, True)
     )
     seen = set()
