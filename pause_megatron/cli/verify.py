@@ -1,17 +1,21 @@
-"""`pause-megatron verify`: read corpora whole and compare them with the digests of their manifests."""
+"""`pause-megatron verify`: read corpora and side arrays whole and compare them with the digests of their manifests."""
 
 from __future__ import annotations
 
 import argparse
 import logging
 import sys
+from typing import TYPE_CHECKING
 
 from pause_megatron.errors import DataError
 from pause_megatron.files.paths import path_option, prefix_option
 
+if TYPE_CHECKING:
+    from pause_megatron.data.corpus.corpus import Corpus
+
 log = logging.getLogger(__name__)
 
-HELP = "read a corpus whole and compare it with the digests of its manifest"
+HELP = "read a corpus and its side arrays whole and compare them with the digests of its manifest"
 EXIT_DAMAGED, EXIT_UNKNOWN = 1, 2
 
 
@@ -32,8 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: 'cache' beside the corpus)",
     )
     parser.epilog = (
-        "exit code: 0 if all corpora match their manifests, 1 if one is damaged, else 2 if one is missing, unfinished "
-        "or without a manifest"
+        "exit code: 0 if all corpora and side arrays match their manifests, 1 if one is damaged, else 2 if one is "
+        "missing, unfinished or without a manifest"
     )
 
 
@@ -70,4 +74,22 @@ def _verify(prefix: str, cache: str | None) -> int:
         f"{seconds:.1f} s ({size / 1e6 / seconds:,.0f} MB/s)",
         flush=True,
     )
+    return max((_verify_side(corpus, name, cache) for name in corpus.manifest.sides), default=0)
+
+
+def _verify_side(corpus: Corpus, name: str, cache: str | None) -> int:
+    from pause_megatron.data.corpus.first_use import check_and_record
+    from pause_megatron.data.corpus.side import find_side, side_path, summarize_side
+    from pause_megatron.data.corpus.verify import raise_if_damaged
+    from pause_megatron.terminal.progress import StageProgress
+
+    try:
+        side = find_side(corpus.prefix, name, corpus.manifest)
+        with StageProgress(sys.stderr) as progress:
+            raise_if_damaged(side, check_and_record(side, cache, report=progress.report, warn=log.warning))
+        summary = summarize_side(side)
+    except DataError as error:
+        print(f"DAMAGED  {side_path(corpus.prefix, name)}\n  {error}", flush=True)
+        return EXIT_DAMAGED
+    print(f"whole    {side.path}: {summary}", flush=True)
     return 0

@@ -7,10 +7,12 @@ import json
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pause_megatron.config.pauses import pauses_per_window
 from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.data.corpus.corpus import Corpus
+from pause_megatron.data.corpus.side import distribution, find_side, summarize_side
 from pause_megatron.data.tokenizer.tokenizer import PAUSE_TOKEN
 from pause_megatron.data.windows.inspection import RUN_LENGTHS, Fertility, Lengths, PolicyStatistics, WindowView
 
@@ -51,8 +53,10 @@ class CorpusReport:
         Args:
             colour: Whether to highlight pauses in reverse video.
         """
+        sides = [_sides(self.corpus)] if self.corpus.manifest.sides else []
         parts = [
             _counts(self.corpus, self.fertility),
+            *sides,
             _histogram(self.lengths),
             _policies(self.config, self.policies),
             *(_window(window, colour) for window in self.windows),
@@ -71,6 +75,7 @@ def _as_json(report: CorpusReport) -> str:
         "sources": len(manifest.sources) if manifest.adoption is None else None,
         "adoption": manifest.adoption and manifest.adoption.model_dump(),
         "fingerprint": manifest.fingerprint,
+        "sides": {name: _side_as_json(report.corpus, name) for name in manifest.sides},
         "lengths": dataclasses.asdict(report.lengths),
         "fertility": dataclasses.asdict(report.fertility),
         "sequence_length": report.config.data.sequence_length,
@@ -79,6 +84,16 @@ def _as_json(report: CorpusReport) -> str:
         "windows": [dataclasses.asdict(window) for window in report.windows],
     }
     return json.dumps(content, indent=1)
+
+
+def _sides(corpus: Corpus) -> str:
+    sides = [find_side(corpus.prefix, name, corpus.manifest) for name in corpus.manifest.sides]
+    return "side arrays\n" + "\n".join(f"  {side.name:16} {summarize_side(side)}" for side in sides)
+
+
+def _side_as_json(corpus: Corpus, name: str) -> dict[str, Any]:
+    side = find_side(corpus.prefix, name, corpus.manifest)
+    return side.record.model_dump(mode="json") | dataclasses.asdict(distribution(side.values()))
 
 
 def _counts(corpus: Corpus, fertility: Fertility) -> str:

@@ -29,6 +29,7 @@ from pause_megatron.data.corpus.corpus import open_corpus
 from pause_megatron.data.corpus.index_file import IndexHeader, check_entries, read_header
 from pause_megatron.data.corpus.manifest import CorpusManifest, path_of, replace_tokenizer
 from pause_megatron.data.corpus.records import AdoptionRecord, Counts, TokenizerRecord
+from pause_megatron.data.corpus.side_writing import carried_sides, remove_sides
 from pause_megatron.data.prepare.publish import remove_partial_files
 from pause_megatron.data.tokenizer.tokenizer import DESCRIPTION_NAME, Tokenizer
 from pause_megatron.errors import DataError
@@ -100,8 +101,10 @@ def adopt(
             manifest = _manifest(prefix, tokenizer, header, found, agreement, report)
             if _stamps(prefix) != before:
                 raise DataError(f"{prefix}: its .bin or .idx was modified during the scan; adopt it once complete")
+            manifest, foreign = carried_sides(prefix, manifest)
             replace_tokenizer(prefix, tokenizer)
             manifest.save(prefix)
+            remove_sides(foreign)
     except OSError as error:
         raise DataError(_write_error(prefix, error)) from None
     special = {tokenizer.token_of(token) or str(token): count for token, count in found.special.items()}

@@ -13,6 +13,8 @@ from pause_megatron.config.schema import DataSection
 from pause_megatron.data.corpus.corpus import Corpus, open_corpus, require_one_tokenizer
 from pause_megatron.data.corpus.first_use import verify_at_use
 from pause_megatron.data.corpus.manifest import CorpusManifest, path_of
+from pause_megatron.data.corpus.side import SideArray, find_side
+from pause_megatron.data.corpus.verify import Digested
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from pause_megatron.errors import DataError
 from pause_megatron.files.digest import bytes_digest
@@ -31,16 +33,18 @@ class Corpora:
         valid: Validation corpora, in the order of data.valid_prefix.
         tokenizer: The tokenizer that all of them share.
         fingerprint: Digest of the content and the weights of the training corpora; it does not depend on their paths.
-            With data.source, a fingerprint of the tokenizer only.
+            With data.source, a fingerprint of the tokenizer only. With data.side, the digests of its arrays too.
+        sides: The side array `data.side` of each corpus, those of the validation corpora last; empty without data.side.
     """
 
     corpora: tuple[Corpus, ...]
     valid: tuple[Corpus, ...]
     tokenizer: Tokenizer
     fingerprint: str
+    sides: tuple[SideArray, ...] = ()
 
     def verify(self, data: DataSection, rank: int = 0) -> None:
-        """Read each corpus whole at its first use, as data.verify says.
+        """Read each corpus and side array whole at its first use, as data.verify says.
 
         Every rank calls this; one of them reads while the others wait. Rank 0 shows the progress of the reading rank.
 
@@ -49,12 +53,13 @@ class Corpora:
             rank: Global rank of this process.
 
         Raises:
-            DataError: A corpus is damaged; raised on every rank.
+            DataError: A corpus or a side array is damaged; raised on every rank.
         """
         with StageProgress(sys.stderr) as progress:
             report = progress.report if rank == 0 else no_report
-            for corpus in self.corpora + self.valid:
-                verify_at_use(corpus, data.verify, data.cache, report=report, warn=_warn)
+            read: tuple[Digested, ...] = (*self.corpora, *self.valid, *self.sides)
+            for digested in read:
+                verify_at_use(digested, data.verify, data.cache, report=report, warn=_warn)
 
     def require_unchanged(self) -> None:
         """Check that no corpus was replaced between its opening and the memory-mapping of its files.
@@ -62,11 +67,14 @@ class Corpora:
         Afterwards a corpus may be replaced by another one of its name: a mapped file does not change.
 
         Raises:
-            DataError: A corpus was prepared again in the meantime.
+            DataError: A corpus was prepared again in the meantime, or a side array written again.
         """
         for corpus in self.corpora + self.valid:
             if CorpusManifest.load(corpus.prefix).fingerprint != corpus.manifest.fingerprint:
                 raise DataError(f"{corpus.prefix}: prepared again while this run was opening it. Start the run again")
+        for side in self.sides:
+            if CorpusManifest.load(side.prefix).sides.get(side.name) != side.record:
+                raise DataError(f"{side.path}: written again while this run was opening it. Start the run again")
 
     def show(self, ids: Sequence[int]) -> str:
         """Return the text of token ids, with pauses as `<pause>` and ends of documents as `<eod>`."""
@@ -85,7 +93,8 @@ def open_corpora(data: DataSection, pause_embeddings: int) -> Corpora:
 
     Raises:
         DataError: A corpus is missing, unfinished, damaged, or of another tokenizer than the others or
-            `data.tokenizer`; a corpus is both in data.prefix and in data.valid_prefix; or a pause id is not free.
+            `data.tokenizer`; a corpus is both in data.prefix and in data.valid_prefix; a pause id is not free; or a
+            corpus has no side array `data.side`, or a damaged one.
     """
     _refuse_split_prefix("data.prefix", data.prefix)
     _refuse_split_prefix("data.valid_prefix", data.valid_prefix)
@@ -109,7 +118,12 @@ def open_corpora(data: DataSection, pause_embeddings: int) -> Corpora:
     tokenizer.check_pause_ids(pause_embeddings)
     for corpus in corpora + valid:
         _check_free_pause_ids(corpus, pause_embeddings)
-    return Corpora(corpora, valid, tokenizer, fingerprint)
+    sides: tuple[SideArray, ...] = ()
+    if data.side is not None:
+        sides = tuple(find_side(corpus.prefix, data.side, corpus.manifest) for corpus in corpora + valid)
+        # Other values place other pauses or weigh otherwise: a run with them is another run.
+        fingerprint = "/".join([fingerprint, *(f"side {side.record.file.digest}" for side in sides[: len(corpora)])])
+    return Corpora(corpora, valid, tokenizer, fingerprint, sides)
 
 
 def _refuse_split_prefix(key: str, words: Sequence[str]) -> None:

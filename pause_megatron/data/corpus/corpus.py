@@ -11,7 +11,7 @@ import numpy as np
 
 from pause_megatron.data.corpus.index_file import read_header
 from pause_megatron.data.corpus.manifest import CorpusManifest, path_of
-from pause_megatron.data.corpus.records import FileName, TokenizerRecord
+from pause_megatron.data.corpus.records import BlockRecord, FileName, FileRecord, TokenizerRecord
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from pause_megatron.errors import DataError
 
@@ -29,6 +29,31 @@ class Corpus:
     prefix: str
     manifest: CorpusManifest
     tokenizer: Tokenizer
+
+    @property
+    def title(self) -> str:
+        """What it is, for messages."""
+        return f"corpus {self.prefix}"
+
+    @property
+    def label(self) -> str:
+        """Its short name, for progress."""
+        return Path(self.prefix).name
+
+    @property
+    def files(self) -> dict[str, FileRecord]:
+        """Size and digest of `.bin` and `.idx` by extension."""
+        return {name: record for name, record in self.manifest.files.items()}
+
+    @property
+    def blocks(self) -> dict[str, BlockRecord]:
+        """Digests of the blocks of the `.bin`; empty where the manifest has none."""
+        return {} if self.manifest.blocks is None else {"bin": self.manifest.blocks}
+
+    @property
+    def remedy(self) -> str:
+        """What to do if it is damaged."""
+        return f"copy it again, or {self.manifest.made_by} it with --overwrite"
 
 
 def open_corpus(prefix: str | Path, tokenizer: Tokenizer | str | Path | None = None) -> Corpus:

@@ -1,4 +1,4 @@
-"""Full verification of a corpus at its first use: one process reads it while the others wait.
+"""Full verification of a corpus or a side array at its first use: one process reads it while the others wait.
 
 A record in the cache folder states that the files of this path, size, modification time and digest were verified. So
 the check happens once, at the first start or by `pause-megatron verify`. A file that is written again has another
@@ -18,9 +18,8 @@ from typing import Literal
 
 import xxhash
 
-from pause_megatron.data.corpus.corpus import Corpus
 from pause_megatron.data.corpus.manifest import path_of
-from pause_megatron.data.corpus.verify import Damage, damage_of, describe_damage, raise_if_damaged
+from pause_megatron.data.corpus.verify import Damage, Digested, damage_of, describe_damage, raise_if_damaged
 from pause_megatron.errors import DataError
 from pause_megatron.files.durable import own_temporary_folder, write_whole
 from pause_megatron.files.locks import Backoff
@@ -36,40 +35,40 @@ Warn = Callable[[str], None]
 
 
 def verify_at_use(
-    corpus: Corpus,
+    digested: Digested,
     mode: Literal["once", "always", "never"],
     cache: str | Path | None = None,
     *,
     report: Report = no_report,
     warn: Warn = lambda message: None,
 ) -> bool:
-    """Verify a corpus unless a record states that it was verified. Every process calls this; one of them reads.
+    """Verify files unless a record states that they were verified. Every process calls this; one of them reads.
 
     The others poll for the record instead of waiting in a collective operation, whose timeout could expire. Where a
     record exists, no lock is taken.
 
     Args:
-        corpus: An opened corpus.
+        digested: An opened corpus, or a side array.
         mode: Value of data.verify. With "always", only a record that is written during this call counts.
-        cache: Folder of the records; None for `cache` beside the corpus.
+        cache: Folder of the records; None for `cache` beside them.
         report: Progress callback, see `damage_of`; a waiting process reports the progress of the reading one.
         warn: Called when the record cannot be written, so that the check will be repeated.
 
     Returns:
-        True if this process read the corpus.
+        True if this process read them.
 
     Raises:
-        DataError: The corpus is damaged; raised in the waiting processes too.
+        DataError: They are damaged; raised in the waiting processes too.
     """
     if mode == "never":
         return False
-    record, failed = _record_paths(corpus, cache)
+    record, failed = _record_paths(digested, cache)
     before = _stamp(record), _stamp(failed)
     if mode == "once" and before[0] is not None:
         return False
 
     def settled() -> bool:
-        """Return whether another process has verified the corpus since this call began."""
+        """Return whether another process has verified them since this call began."""
         if _stamp(failed) not in (before[1], None):
             raise DataError(failed.read_text(encoding="utf-8").rstrip())
         return _stamp(record) not in (before[0], None)
@@ -81,49 +80,49 @@ def verify_at_use(
             lock = closing.enter_context(_reading_lock(record.with_suffix(".lock"), settled, report))
         if settled():
             return False
-        raise_if_damaged(corpus, check_and_record(corpus, cache, report=_shared_report(lock, report), warn=warn))
+        raise_if_damaged(digested, check_and_record(digested, cache, report=_shared_report(lock, report), warn=warn))
     return True
 
 
 def check_and_record(
-    corpus: Corpus,
+    digested: Digested,
     cache: str | Path | None = None,
     *,
     report: Report = no_report,
     warn: Warn = lambda message: None,
 ) -> list[Damage]:
-    """Verify a corpus and write the record that `verify_at_use` checks for, or remove it if the corpus is damaged.
+    """Verify files and write the record that `verify_at_use` checks for, or remove it if they are damaged.
 
     Args:
-        corpus: An opened corpus.
-        cache: Folder of the records; None for `cache` beside the corpus.
+        digested: An opened corpus, or a side array.
+        cache: Folder of the records; None for `cache` beside them.
         report: Progress callback, see `damage_of`.
         warn: Called when the record cannot be written.
 
     Returns:
         The damaged blocks, see `damage_of`.
     """
-    record, failed = _record_paths(corpus, cache)
-    content = json.dumps(_file_states(corpus), indent=1)  # before reading: later changes are not covered
-    if damage := damage_of(corpus, report):
+    record, failed = _record_paths(digested, cache)
+    content = json.dumps(_file_states(digested), indent=1)  # before reading: later changes are not covered
+    if damage := damage_of(digested, report):
         with contextlib.suppress(OSError):
             record.unlink(missing_ok=True)
-        _write_record(failed, describe_damage(corpus, damage), warn)
+        _write_record(failed, describe_damage(digested, damage), warn)
     else:
         _write_record(record, content, warn)
     return damage
 
 
-def record_as_read(corpus: Corpus, cache: str | Path | None = None, *, warn: Warn = lambda message: None) -> None:
-    """Write the record that `verify_at_use` checks for, after a caller has read every byte of a corpus itself.
+def record_as_read(digested: Digested, cache: str | Path | None = None, *, warn: Warn = lambda message: None) -> None:
+    """Write the record that `verify_at_use` checks for, after a caller has read every byte itself.
 
     Args:
-        corpus: An opened corpus.
-        cache: Folder of the records; None for `cache` beside the corpus.
+        digested: An opened corpus, or a side array.
+        cache: Folder of the records; None for `cache` beside them.
         warn: Called when the record cannot be written.
     """
-    record, _ = _record_paths(corpus, cache)
-    _write_record(record, json.dumps(_file_states(corpus), indent=1), warn)
+    record, _ = _record_paths(digested, cache)
+    _write_record(record, json.dumps(_file_states(digested), indent=1), warn)
 
 
 def _write_record(path: Path, text: str, warn: Warn) -> None:
@@ -132,16 +131,16 @@ def _write_record(path: Path, text: str, warn: Warn) -> None:
         write_whole(path, f"{text}\n".encode())
     except OSError as error:
         warn(
-            f"{path.parent}: cannot be written ({error.strerror}), so the corpus is verified again at the next start; "
+            f"{path.parent}: cannot be written ({error.strerror}), so its files are verified again at the next start; "
             "set data.cache to a writable folder, or data.verify=never to skip the check"
         )
 
 
-def _file_states(corpus: Corpus) -> dict[str, dict[str, str | int]]:
+def _file_states(digested: Digested) -> dict[str, dict[str, str | int]]:
     """Return path, size, modification time and digest of each file; a change of any requires a new check."""
     files: dict[str, dict[str, str | int]] = {}
-    for name, record in corpus.manifest.files.items():
-        path = Path(os.path.realpath(path_of(corpus.prefix, name)))
+    for name, record in digested.files.items():
+        path = Path(os.path.realpath(path_of(digested.prefix, name)))
         stat = path.stat()
         files[name] = {
             "path": str(path),
@@ -152,11 +151,11 @@ def _file_states(corpus: Corpus) -> dict[str, dict[str, str | int]]:
     return files
 
 
-def _record_paths(corpus: Corpus, cache: str | Path | None) -> tuple[Path, Path]:
-    folder = Path(cache) if cache else Path(os.path.abspath(corpus.prefix)).parent / "cache"
+def _record_paths(digested: Digested, cache: str | Path | None) -> tuple[Path, Path]:
+    folder = Path(cache) if cache else Path(os.path.abspath(digested.prefix)).parent / "cache"
     # The name contains a digest of the content: machines with their own copies may share one cache folder.
-    key = xxhash.xxh3_128_hexdigest(json.dumps(_file_states(corpus), sort_keys=True).encode())
-    stem = f"{Path(corpus.prefix).name}.{key[:16]}"
+    key = xxhash.xxh3_128_hexdigest(json.dumps(_file_states(digested), sort_keys=True).encode())
+    stem = f"{Path(digested.prefix).name}.{key[:16]}"
     return folder / f"{stem}.verified", folder / f"{stem}.damaged"
 
 

@@ -11,6 +11,7 @@ import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
@@ -18,6 +19,10 @@ from pause_megatron.data.corpus.manifest import CorpusManifest, path_of
 from pause_megatron.data.corpus.records import BlockRecord, FileRecord, SideRecord
 from pause_megatron.errors import DataError
 
+DTYPES: tuple[str, ...] = get_args(SideRecord.model_fields["dtype"].annotation)
+"""Data types of the values, as numpy names them."""
+
+_SAMPLED_BLOCKS, _BLOCK_VALUES = 256, 4096
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _RESERVED = ("bin", "idx", "manifest", "parts", "lock", "tokenizer")
 _MAGIC = b"\x93NUMPY\x01\x00"
@@ -47,8 +52,13 @@ class SideArray:
 
     @property
     def title(self) -> str:
-        """What it is, for messages and names of records."""
+        """What it is, for messages."""
         return f"side array {self.path}"
+
+    @property
+    def label(self) -> str:
+        """Its short name, for progress."""
+        return self.path.name
 
     @property
     def files(self) -> dict[str, FileRecord]:
@@ -76,6 +86,38 @@ class SideArray:
             return np.memmap(self.path, dtype=self.record.dtype, mode="r", offset=offset, shape=(self.tokens,))
         except (OSError, ValueError) as error:
             raise DataError(f"{self.path}: cannot be mapped into memory ({error})") from None
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """The smallest value, the median and the largest value of a side array, or of a sample of it.
+
+    Attributes:
+        smallest: The smallest value.
+        median: The median.
+        largest: The largest value.
+        values: Number of values that were read, all or evenly spaced blocks of them.
+    """
+
+    smallest: float
+    median: float
+    largest: float
+    values: int
+
+
+def distribution(values: np.ndarray) -> Distribution:
+    """Return the distribution of an array in bounded time and memory: of at most 1,048,576 values.
+
+    Args:
+        values: The values [tokens].
+    """
+    if len(values) > _SAMPLED_BLOCKS * _BLOCK_VALUES:
+        starts = np.linspace(0, len(values) - _BLOCK_VALUES, _SAMPLED_BLOCKS).astype(np.int64)
+        values = np.concatenate([values[start : start + _BLOCK_VALUES] for start in starts])
+    found = np.asarray(values, dtype=np.float64)
+    if not len(found):
+        return Distribution(0.0, 0.0, 0.0, 0)
+    return Distribution(float(found.min()), float(np.median(found)), float(found.max()), len(found))
 
 
 def open_side(prefix: str | Path, name: str) -> np.ndarray:
@@ -185,6 +227,34 @@ def header_of(dtype: str, count: int) -> bytes:
     padding = -(begins + len(text) + 1) % _ALIGNMENT
     text += b" " * padding + b"\n"
     return _MAGIC + struct.pack("<H", len(text)) + text
+
+
+def describe_side(record: SideRecord) -> str:
+    """Return what the values of a side array are, in a few words.
+
+    Args:
+        record: Its record.
+    """
+    if record.kind == "user":
+        return f"{record.dtype}, values of the user's own"
+    return f"{record.dtype}, {record.kind} of {record.model}"
+
+
+def summarize_side(side: SideArray) -> str:
+    """Return what the values of a side array are, and their distribution, as one line.
+
+    Args:
+        side: The side array.
+
+    Raises:
+        DataError: The file cannot be mapped.
+    """
+    found = distribution(side.values())
+    sample = "" if found.values == side.tokens else f" of {found.values:,} sampled values"
+    return (
+        f"{side.tokens:,} values ({describe_side(side.record)}); smallest {found.smallest:.4g}, median "
+        f"{found.median:.4g}, largest {found.largest:.4g}{sample}"
+    )
 
 
 def _written_again(prefix: str | Path, name: str, record: SideRecord) -> str:

@@ -1,16 +1,46 @@
-"""Full verification of a corpus: every byte is read and compared with the digests of the manifest."""
+"""Full verification of a corpus or a side array: every byte is read and compared with the digests of the manifest."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from pause_megatron.data.corpus.corpus import Corpus
 from pause_megatron.data.corpus.manifest import path_of
+from pause_megatron.data.corpus.records import BlockRecord, FileRecord
 from pause_megatron.errors import DataError
 from pause_megatron.files.digest import file_digest
 from pause_megatron.terminal.progress import Report, no_report
+
+
+class Digested(Protocol):
+    """Files at a PREFIX that are verified together: those of a `Corpus`, or the one of a `SideArray`."""
+
+    @property
+    def prefix(self) -> str:
+        """PREFIX of the corpus."""
+
+    @property
+    def title(self) -> str:
+        """What it is, for messages."""
+
+    @property
+    def label(self) -> str:
+        """Its short name, for progress."""
+
+    @property
+    def files(self) -> Mapping[str, FileRecord]:
+        """Size and digest of each file by extension."""
+
+    @property
+    def blocks(self) -> Mapping[str, BlockRecord]:
+        """Digests of the blocks of a file by extension, for files that have them."""
+
+    @property
+    def remedy(self) -> str:
+        """What to do if it is damaged."""
 
 
 @dataclass(frozen=True)
@@ -38,30 +68,29 @@ class Damage:
         return f"{self.path}: bytes {self.start:,} to {self.end:,}{where}: {self.reason}"
 
 
-def damage_of(corpus: Corpus, report: Report = no_report) -> list[Damage]:
-    """Read a corpus whole and return its damaged blocks, in order.
+def damage_of(digested: Digested, report: Report = no_report) -> list[Damage]:
+    """Read files whole and return their damaged blocks, in order.
 
-    An `.idx`, and a `.bin` of a manifest of version 1, is a single block.
+    An `.idx`, a side array, and a `.bin` of a manifest of version 1, is a single block.
 
     Args:
-        corpus: An opened corpus, whose file sizes have been checked.
+        digested: An opened corpus or a side array, whose file sizes have been checked.
         report: Called after every MiB.
     """
-    manifest = corpus.manifest
-    total = sum(record.bytes for record in manifest.files.values())
+    total = sum(record.bytes for record in digested.files.values())
     done = 0
 
     def on_read(size: int) -> None:
         nonlocal done
         done += size
-        report(f"verify {Path(corpus.prefix).name}", done, total)
+        report(f"verify {digested.label}", done, total)
 
     found: list[Damage] = []
-    for name, record in manifest.files.items():
+    for name, record in digested.files.items():
         digests, block_bytes = [record.digest], max(record.bytes, 1)
-        if name == "bin" and manifest.blocks is not None:
-            digests, block_bytes = manifest.blocks.digests, manifest.blocks.bytes
-        found += _damaged_blocks(path_of(corpus.prefix, name), record.bytes, digests, block_bytes, on_read)
+        if (blocks := digested.blocks.get(name)) is not None:
+            digests, block_bytes = blocks.digests, blocks.bytes
+        found += _damaged_blocks(path_of(digested.prefix, name), record.bytes, digests, block_bytes, on_read)
     return found
 
 
@@ -78,30 +107,29 @@ def verify_corpus(corpus: Corpus, report: Report = no_report) -> None:
     raise_if_damaged(corpus, damage_of(corpus, report))
 
 
-def raise_if_damaged(corpus: Corpus, damage: Sequence[Damage]) -> None:
+def raise_if_damaged(digested: Digested, damage: Sequence[Damage]) -> None:
     """Raise an error that lists every damaged range, if there is one.
 
     Args:
-        corpus: The corpus that was read.
+        digested: The corpus or side array that was read.
         damage: Its damaged ranges, as `damage_of` returns them.
 
     Raises:
         DataError: `damage` is not empty.
     """
     if damage:
-        raise DataError(describe_damage(corpus, damage))
+        raise DataError(describe_damage(digested, damage))
 
 
-def describe_damage(corpus: Corpus, damage: Sequence[Damage]) -> str:
+def describe_damage(digested: Digested, damage: Sequence[Damage]) -> str:
     """Return an error message with one line per damaged range.
 
     Args:
-        corpus: The corpus that was read.
+        digested: The corpus or side array that was read.
         damage: Its damaged ranges, as `damage_of` returns them.
     """
     lines = "\n  ".join(map(str, damage))
-    verb = corpus.manifest.made_by
-    return f"corpus {corpus.prefix} is damaged; copy it again, or {verb} it with --overwrite:\n  {lines}"
+    return f"{digested.title} is damaged; {digested.remedy}:\n  {lines}"
 
 
 def _damaged_blocks(

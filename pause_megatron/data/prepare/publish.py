@@ -13,6 +13,7 @@ import numpy as np
 from pause_megatron.data.corpus.index_file import read_lengths, write_index
 from pause_megatron.data.corpus.manifest import TEMPORARY_FOLDERS, CorpusManifest, path_of, replace_tokenizer
 from pause_megatron.data.corpus.records import CorpusSpec, FileRecord, SourceCounts
+from pause_megatron.data.corpus.side_writing import carried_sides, remove_sides
 from pause_megatron.data.prepare.joined import JoinedBin, JoinedFile
 from pause_megatron.data.prepare.pool import PrepareProgress
 from pause_megatron.data.prepare.shard import PartRecord, corpus_dtype, part_path
@@ -71,6 +72,7 @@ def join_parts(
         idx_file.finish()
         idx_record = FileRecord(bytes=idx_file.bytes, digest=idx_file.digest)
         manifest = _manifest(spec, parts, joined, idx_record, malformed)
+        manifest, foreign = carried_sides(output, manifest)
         # All contents are on disk. A kill from here on leaves no manifest, and PREFIX.parts/ to resume from.
         replace_tokenizer(output, tokenizer)
         os.replace(joined.path, path_of(output, "bin"))
@@ -79,6 +81,7 @@ def join_parts(
     finally:
         idx_file.discard()
     manifest.save(output)
+    remove_sides(foreign)
     shutil.rmtree(folder)
     return manifest
 

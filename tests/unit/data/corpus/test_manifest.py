@@ -123,8 +123,8 @@ def test_damaged_manifest(corpus: Path, content: str, message: str) -> None:
 
 def test_manifest_of_another_version(corpus: Path) -> None:
     path = Path(f"{corpus}.manifest.json")
-    path.write_text(path.read_text().replace('"version": 3', '"version": 4'))
-    with pytest.raises(DataError, match=r"manifest\.json: version: Input should be 1, 2 or 3 \(got '4'\)"):
+    path.write_text(path.read_text().replace('"version": 3', '"version": 5'))
+    with pytest.raises(DataError, match=r"manifest\.json: version: Input should be 1, 2, 3 or 4 \(got '5'\)"):
         open_corpus(corpus)
 
 
