@@ -106,6 +106,13 @@ def options_need_torch_attention(config: ResolvedConfig) -> Broken:
     return None
 
 
+def shared_positions_need_torch_attention(config: ResolvedConfig) -> Broken:
+    """Check that pauses without positions of their own use an attention core that was tested with them."""
+    if config.pause.positions == "shared" and config.model.attention == "te":
+        return ("model.attention", "pause.positions"), "model.attention=sdpa with pause.positions=shared"
+    return None
+
+
 def sliding_layers_exist(config: ResolvedConfig) -> Broken:
     """Check that a sliding window has a layer."""
     model = config.model
@@ -120,5 +127,5 @@ def sliding_layers_exist(config: ResolvedConfig) -> Broken:
 MODEL_RULES: tuple[Rule, ...] = (
     *(heads_divide_hidden, kv_heads_divide_heads, tensor_divides_the_model),
     *(biases_come_together, a_family_has_the_options, rope_scaling_is_whole, sliding_layers_exist),
-    options_need_torch_attention,
+    *(options_need_torch_attention, shared_positions_need_torch_attention),
 )

@@ -199,7 +199,9 @@ def _pauses_of_base(checkpoint: NativeCheckpoint, base: Path) -> dict[str, Any]:
 def _changed_pauses(checkpoint: NativeCheckpoint, base: dict[str, Any]) -> dict[str, Any]:
     """Return what inference with the adapter does otherwise than with the base: peft loads the base's config.json."""
     run = pause_record(checkpoint, ("",), None)
-    return {key: run[key] for key in _OF_INFERENCE if run[key] != base.get(key)}
+    changed = {key: run[key] for key in _OF_INFERENCE if run[key] != base.get(key)}
+    positions = run.get("positions", "own")
+    return changed | ({} if positions == base.get("positions", "own") else {"positions": positions})
 
 
 def _card(checkpoint: NativeCheckpoint, base: Path, changed: dict[str, Any]) -> str:

@@ -212,7 +212,8 @@ def pause_record(checkpoint: NativeCheckpoint, names: Sequence[str], finetuned_p
 
     `m_ft`, `location`, `filler` and `prefix_attention` are those of the finetuning, and the defaults of inference. m_ft
     is the upper end of a range. `realised_rate` is that of a pretraining. `pause_targets` and `auxiliary_heads` tell
-    that the finetuning had them; the heads themselves are not exported.
+    that the finetuning had them; the heads themselves are not exported. `positions` is there where pauses have none of
+    their own.
 
     Args:
         checkpoint: The checkpoint to export.
@@ -235,6 +236,7 @@ def pause_record(checkpoint: NativeCheckpoint, names: Sequence[str], finetuned_p
         "prefix_attention": finetune.prefix_attention if finetuned else "causal",
         "location": finetune.location if finetuned else "append",
         "filler": finetune.filler if finetuned else None,
+        **({"positions": "shared"} if pause.positions == "shared" else {}),
         **{name: True for name in ("pause_targets", "auxiliary_heads") if getattr(finetune, name)},
     }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pause_megatron.config.load import resolve
 from pause_megatron.config.model_schema import ResolvedModel
 from pause_megatron.config.rules import check
@@ -24,6 +26,7 @@ def imported_config(
     embeddings: int,
     tensor_parallel: int,
     precision: Precision,
+    positions: Literal["own", "shared"] = "own",
 ) -> ResolvedConfig:
     """Return the configuration of an imported checkpoint.
 
@@ -34,6 +37,7 @@ def imported_config(
         embeddings: Number of pause rows.
         tensor_parallel: Tensor-parallel size of the checkpoint.
         precision: Type of the source's weights; that of a run which starts from them.
+        positions: Positions of the source's pauses, as `pause.positions`.
 
     Raises:
         ConfigError: A rule about models is broken; it names the source and the option.
@@ -42,7 +46,7 @@ def imported_config(
         RunConfig(
             data=DataSection(sequence_length=sequence_length),
             model=model,
-            pause=PauseSection(rate=0.0, embeddings=embeddings),
+            pause=PauseSection(rate=0.0, embeddings=embeddings, positions=positions),
             parallel=ParallelSection(tensor=tensor_parallel),
             engine=EngineSection(precision=precision),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -107,6 +108,7 @@ def import_folder(
         embeddings=len(pause_ids),
         tensor_parallel=tensor_parallel,
         precision="fp32" if architecture.dtype == "fp32" else "bf16",
+        positions=_positions(architecture, str(folder.path / "config.json")) if tokenizer.kept else "own",
     )
     new_rows = () if tokenizer.kept else pause_ids
     with atomic_dir(output) as staging:
@@ -130,6 +132,14 @@ def import_folder(
             report("comparing with transformers", 1, 1)
     how = "kept" if tokenizer.kept else "free slot" if pause_ids[0] < architecture.rows else "grown vocabulary"
     return Imported(output, architecture.family, architecture.rows, pause_ids, how, difference)
+
+
+def _positions(architecture: Architecture, where: str) -> Literal["own", "shared"]:
+    """Return the positions of the pauses of an export of this package."""
+    positions = (architecture.pause or {}).get("positions", "own")
+    if positions not in ("own", "shared"):
+        raise CheckpointError(f"{where}: pause.positions: expected own or shared, got {str(positions)[:60]!r}")
+    return positions
 
 
 @dataclass(frozen=True)

@@ -35,13 +35,13 @@ def model_card(
         live_rows: Rows of the embedding.
         dtype: "fp32", "bf16" or "fp16".
     """
-    count = pause["m_ft"] or DEFAULT_PAUSES
+    count, shared = pause["m_ft"] or DEFAULT_PAUSES, pause.get("positions") == "shared"
     sections = [
         _FRONT,
         f"# {_title(config, pause)}\n",
         _INTRODUCTION.format(title=family.title, architecture=family.architecture),
         "## Use\n",
-        _USAGE.format(token=pause["token"], count=count, ids=pause["ids"]),
+        (_SHARED_USAGE if shared else _USAGE).format(token=pause["token"], count=count, ids=pause["ids"]),
         "## Recipe\n",
         _table(_recipe(config, progress, pause, step, live_rows, dtype)),
         _notes(config, pause),
@@ -79,6 +79,33 @@ predicts before the last pause is ignored. The model must not emit pauses: `gene
 """
 
 
+_SHARED_USAGE = """```python
+from pause_megatron.inference import pause_generate
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+inputs = tokenizer(prompt, return_tensors="pt")
+output = model.generate(**inputs, custom_generate=pause_generate, pauses={count}, max_new_tokens=64)
+print(tokenizer.decode(output[0], skip_special_tokens=True))
+```
+
+**Pauses use up no positions**: a pause has the position of the text token before it. transformers alone computes the
+same if it is given these positions, and a mask, without which it reads repeated positions as several packed texts:
+
+```python
+import torch
+
+inputs = tokenizer(prompt + "{token}" * {count}, return_tensors="pt")
+is_text = ~torch.isin(inputs.input_ids, torch.tensor({ids}))
+logits = model(**inputs, position_ids=(is_text.cumsum(1) - 1).clamp(min=0)).logits
+```
+
+Programs that count a position for every token (transformers' own `generate`, vLLM and others) compute something else.
+Use attention "sdpa" or "eager". The model must not emit pauses: `generation_config.json` suppresses the ids {ids}.
+"""
+
+
 _LOOPS = "{} times through {} layers with the same weights, here {} layers whose weights repeat"
 
 
@@ -109,6 +136,7 @@ def _recipe(
         ("pauses in pretraining", f"{pause['rate']:g} of the window, window `{config.pause.window}`"),
         ("realised pause rate", "not recorded" if realised is None else f"{realised:.4%} of the input tokens"),
         ("placement", f"`{config.pause.placement}`"),
+        *([("pause positions", "`shared`: those of the text before them")] if "positions" in pause else []),
         ("pause embeddings", f"{config.pause.embeddings} (ids {pause['ids']})"),
         ("pause softmax", f"`{config.pause.softmax}`"),
         ("prefix attention", f"`{pause['prefix_attention']}`"),

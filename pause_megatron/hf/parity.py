@@ -16,6 +16,7 @@ from pause_megatron.checkpoint import MergedReader, load_weights
 from pause_megatron.checkpoint.layout import is_adapter
 from pause_megatron.config.lora import lora_of
 from pause_megatron.config.schema import ParallelSection, ResolvedConfig
+from pause_megatron.data.windows.boundaries import shared_positions
 from pause_megatron.data.windows.pause import PauseInjector, PausePlan
 from pause_megatron.distributed import initialize
 from pause_megatron.distributed.ranks import Ranks
@@ -76,7 +77,7 @@ def check_export(
     lines = compare_tokenizers(checkpoint.tokenizer, checkpoint.pause_ids, folder, text_lines(checkpoint, tokens))
     windows = _windows(checkpoint, tokens)
     native, rounding = native_logits(checkpoint, windows, dtype)
-    exported = exported_logits(folder, windows, load)
+    exported = exported_logits(folder, windows, load, positions_of(checkpoint, windows))
     difference, tolerance = compare_logits(native, exported, windows)
     return Parity(difference, tolerance, rounding, (len(windows), max(map(len, windows))), lines, source)
 
@@ -125,6 +126,19 @@ def window_lengths(config: ResolvedConfig, rows: int) -> list[int]:
     return [*lengths, longest] if longest > lengths[0] else lengths
 
 
+def positions_of(checkpoint: NativeCheckpoint, windows: Sequence[Tensor]) -> list[Tensor] | None:
+    """Return the positions of the tokens of windows; None where they are 0, 1, 2, ...
+
+    Args:
+        checkpoint: The checkpoint.
+        windows: Token ids of each window, int64 [seq].
+    """
+    ids = checkpoint.pause_ids
+    if checkpoint.config.pause.positions == "own":
+        return None
+    return [shared_positions(((window < ids.start) | (window >= ids.stop)).numpy()) for window in windows]
+
+
 def native_logits(
     checkpoint: NativeCheckpoint, windows: Sequence[Tensor], dtype: torch.dtype
 ) -> tuple[list[Tensor], float]:
@@ -141,7 +155,7 @@ def native_logits(
         Logits of the last positions of each window, fp32 [positions, live ids], and the largest change of a
         logit by the rounding.
     """
-    config, lora = checkpoint.config, lora_of(checkpoint.config)
+    config, lora, positions = checkpoint.config, lora_of(checkpoint.config), positions_of(checkpoint, windows)
     with initialize(ParallelSection(), ranks=Ranks(0, 0, 1, "127.0.0.1", 0, "alone")) as context:
         model = build_model(
             config.model.model_copy(update={"attention": "sdpa"}),
@@ -151,17 +165,18 @@ def native_logits(
             precision="fp32",
             draw=False,
             lora=lora,
+            given_positions=positions is not None,
         )
         stored = checkpoint.reader if lora is None else MergedReader(checkpoint.folder)
         load_weights(model, stored, live_rows=checkpoint.vocabulary.size, rank=0, ranks=1)
         model.eval()
 
         def run() -> list[Tensor]:
-            return [last(w[None].to(context.device)) for w in windows]
+            places = positions or [torch.arange(window.numel()) for window in windows]
+            return [last(w.to(context.device), p.to(context.device)) for w, p in zip(windows, places, strict=True)]
 
-        def last(tokens: Tensor) -> Tensor:
-            positions = torch.arange(tokens.shape[1], device=context.device)[None]
-            return model.logits(tokens, positions)[0, -_COMPARED:].cpu()
+        def last(tokens: Tensor, places: Tensor) -> Tensor:
+            return model.logits(tokens[None], places[None])[0, -_COMPARED:].cpu()
 
         with torch.no_grad():
             logits = run()
@@ -177,7 +192,10 @@ def native_logits(
 
 
 def exported_logits(
-    folder: Path, windows: Sequence[Tensor], load: Callable[[Path], Any] | None = None
+    folder: Path,
+    windows: Sequence[Tensor],
+    load: Callable[[Path], Any] | None = None,
+    positions: Sequence[Tensor] | None = None,
 ) -> Iterator[Tensor]:
     """Yield the logits that transformers computes from a folder in fp32.
 
@@ -185,6 +203,7 @@ def exported_logits(
         folder: A transformers folder.
         windows: Token ids of each window, int64 [seq].
         load: Loads the model of the folder; None for transformers.
+        positions: Positions of the tokens, int64 [seq] of each window; None: transformers counts them.
 
     Yields:
         Logits of the last positions of each window, fp32 [positions, vocab_size].
@@ -193,8 +212,12 @@ def exported_logits(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = (load or load_with_transformers)(folder).to(device)
     with torch.no_grad():
-        for window in windows:
-            yield model(window[None].to(device), logits_to_keep=_COMPARED, use_cache=False).logits[0].float().cpu()
+        for number, window in enumerate(windows):
+            tokens, given = window[None].to(device), {}
+            if positions is not None:
+                # Without a mask, transformers takes repeated positions for the beginnings of other texts.
+                given = {"position_ids": positions[number][None].to(device), "attention_mask": torch.ones_like(tokens)}
+            yield model(tokens, **given, logits_to_keep=_COMPARED, use_cache=False).logits[0].float().cpu()
 
 
 def load_with_transformers(folder: Path) -> Any:

@@ -32,8 +32,13 @@ def add_pause_token(tokenizer: Any, model: Any, *, embeddings: int = 1, seed: in
 
     Raises:
         ConfigError: Ordinary text is encoded to the tokenizer's `<pause>`, the ids are not consecutive, or the model's
-            matrices are sharded or empty in this process (ZeRO-3, the meta device).
+            matrices are sharded or empty in this process (ZeRO-3, the meta device), or its pauses share positions.
     """
+    if (getattr(model.config, "pause", None) or {}).get("positions") == "shared":
+        raise ConfigError(
+            "model: expected pauses with positions of their own, got pause.positions=shared (config.json): samples for "
+            "transformers have no such positions; train it with pause-megatron finetune"
+        )
     if embeddings < 1:
         raise ConfigError(f"embeddings: expected 1 or more, got {embeddings}")
     weights = [model.get_input_embeddings().weight]

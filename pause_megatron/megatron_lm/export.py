@@ -114,6 +114,11 @@ def _check_options(checkpoint: NativeCheckpoint, ranks: int, optimizer: bool, fo
         raise CheckpointError(
             f"--tensor-parallel: expected a divisor of model.kv_heads = {model.kv_heads}, got {ranks}"
         )
+    if checkpoint.config.pause.positions == "shared":
+        raise CheckpointError(
+            f"{checkpoint.folder}: expected pause.positions=own, got shared: Megatron-LM rotates by the order of "
+            "tokens and ignores position ids, so that its logits after a pause would differ"
+        )
     if optimizer and format == "torch":
         raise CheckpointError("--optimizer: expected --format torch_dist with it, got torch")
     if optimizer and checkpoint.reader.adapter_scale is not None:

@@ -128,8 +128,8 @@ def _window_mask(layout: Layout, device: Device) -> int:
 
 
 def _angles(layout: Layout) -> int:
-    """Return tokens x channels of a head; with variable-length attention each window has its own positions."""
-    windows = layout.batch.micro_size if layout.variable_length else 1
+    """Return tokens x channels of a head, for each window where windows have their own positions."""
+    windows = layout.batch.micro_size if layout.has_positions else 1
     return windows * layout.batch.sequence_length * layout.model.channels
 
 

@@ -140,7 +140,7 @@ def _rotation(layout: Layout) -> tuple[Work, Work]:
     """Return the work of the rotary embedding of queries and keys, forward and backward."""
     model, element = layout.model, layout.element
     both = _queries(layout) + _keys(layout)
-    windows = layout.batch.micro_size if layout.variable_length else 1
+    windows = layout.batch.micro_size if layout.has_positions else 1
     angles = element * layout.batch.sequence_length * model.channels * windows
     if layout.fused:
         return Work(bytes=2 * both + 4 * angles, kernels=2), Work(bytes=2 * both + 4 * angles, kernels=2)

@@ -140,6 +140,11 @@ class Layout:
         return finetune.batching == "packed" or finetune.prefix_attention == "bidirectional"
 
     @property
+    def has_positions(self) -> bool:
+        """Whether each window has rotary positions of its own: several texts, or pauses that use up none."""
+        return self.variable_length or self.config.pause.positions == "shared"
+
+    @property
     def rows(self) -> int:
         """Rows of the vocabulary matrices on this rank."""
         return padded_vocabulary(self.model, self.vocabulary, self.tensor) // self.tensor

@@ -33,7 +33,13 @@ CASES = [
     (1, 1, 0, ["model.tied=true", "model.kv_heads=8", "pause.embeddings=3"]),
     (2, 1, 3, ["model.tied=false", "model.kv_heads=1", "model.qkv_bias=true", "model.rope_base=500.0"]),
     (2, 2, 2, ["model.tied=true", "model.kv_heads=2", "pause.softmax=exclude", "model.norm_eps=1e-3", "model.loops=2"]),
-    (4, 4, 1, ["model.tied=false", "model.kv_heads=4", "parallel.sequence=true", "pause.embeddings=2"]),
+    (
+        *(4, 4, 1),
+        [
+            *("model.tied=false", "model.kv_heads=4", "parallel.sequence=true", "pause.embeddings=2"),
+            *("pause.positions=shared", "pause.placement=with_replacement"),
+        ],
+    ),
     *(
         pytest.param(*case, marks=pytest.mark.slow)
         for case in (
@@ -79,7 +85,7 @@ def train(corpus: str, folder: str, tensor: int, zero: int, extra: list[str]) ->
         model = new_model(config, data)
         restore_weights(model, CheckpointReader(open_newest(folder).folder, context.tp_rank))
         windows = torch.stack([data.valid.windows[i]["tokens"] for i in range(SAMPLES)])
-        positions = torch.arange(windows.shape[1]).expand_as(windows)
+        positions = torch.stack([data.valid.windows[i]["position_ids"] for i in range(SAMPLES)])
         with torch.no_grad():
             return [windows, model.eval().logits(windows, positions).clone()]
 
@@ -92,14 +98,23 @@ def loss_by_transformers(model, config: RunConfig) -> float:
     total, count = 0.0, 0
     for number in range(SAMPLES):
         sample = valid[number]
+        tokens = sample["tokens"][None]
         with torch.no_grad():
-            logits = model(sample["tokens"][None]).logits[0]
+            logits = model(tokens, **documented(model, tokens)).logits[0]
         if config.pause.softmax == "exclude":
             logits[:, model.config.pause["ids"]] = float("-inf")
         losses = F.cross_entropy(logits, sample["labels"], reduction="none")
         kept = sample["loss_mask"] > 0
         total, count = total + float(losses[kept].double().sum()), count + int(kept.sum())
     return total / count
+
+
+def documented(model, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What the card of the folder tells to give transformers beside the tokens: nothing, or positions and a mask."""
+    if model.config.pause.get("positions") != "shared":
+        return {}
+    is_text = ~torch.isin(tokens, torch.tensor(model.config.pause["ids"]))
+    return {"position_ids": (is_text.cumsum(1) - 1).clamp(min=0), "attention_mask": torch.ones_like(tokens)}
 
 
 @pytest.mark.parametrize(("ranks", "tensor", "zero", "extra"), CASES)
@@ -113,7 +128,7 @@ def test_exported_logits_and_validation_loss_are_the_native_ones(corpus, tmp_pat
     assert done.parity.largest_difference <= TOLERANCE and done.parity.source == "corpus"
     model = AutoModelForCausalLM.from_pretrained(out, trust_remote_code=False, dtype=torch.float32).eval()
     with torch.no_grad():
-        exported = model(windows).logits
+        exported = model(windows, **documented(model, windows)).logits
     assert exported.shape == native.shape
     assert float((exported - native).abs().max()) <= TOLERANCE
     assert bool((windows == model.config.pause["ids"][0]).any())
@@ -132,6 +147,32 @@ def test_exported_logits_and_validation_loss_are_the_native_ones(corpus, tmp_pat
     # transformers 5.0 reads the tokenizer of a Qwen2 folder as it is; with later ones the export becomes a Llama.
     families = ["LlamaForCausalLM", "Qwen2ForCausalLM"] if config.model.qkv_bias else ["LlamaForCausalLM"]
     assert type(model).__name__ in families
+    if config.pause.positions == "shared":
+        check_shared_positions(run, out, model, tokenizer, windows, exported)
+
+
+def check_shared_positions(run: Path, out: Path, model, tokenizer, windows: torch.Tensor, logits: torch.Tensor) -> None:
+    """Positions matter; generation has them; they survive an import; Megatron-LM's rotary embedding has none."""
+    from pause_megatron.hf.importing import import_folder
+    from pause_megatron.inference import PauseGenerator
+    from pause_megatron.megatron_lm.export import export_megatron
+
+    with torch.no_grad():
+        assert float((model(windows).logits - logits).abs().max()) > 100 * TOLERANCE
+        prompt = [int(token) for token in windows[0, :9]]
+        prompt = [token for token in prompt if token not in model.config.pause["ids"]]
+        generated = PauseGenerator(model, tokenizer).generate([prompt], pauses=3, max_new_tokens=4, keep_logits=True)
+        (first,) = generated.completions
+        run_of_pauses = [model.config.pause["ids"][index] for index in (0, 1, 0)]
+        whole = torch.tensor([[*prompt, *run_of_pauses, *first.ids]])
+        expected = model(whole, **documented(model, whole)).logits[0, len(prompt) + 2 : -1]
+    assert float((first.logits[: len(expected)] - expected).abs().max()) <= TOLERANCE
+    assert "**Pauses use up no positions**" in (out / "README.md").read_text()
+    again = out.with_name("again")
+    import_folder(out, again)
+    assert load(str(again / "config.yaml")).pause.positions == "shared"
+    with pytest.raises(CheckpointError, match=r"expected pause\.positions=own, got shared"):
+        export_megatron(run, out.with_name("megatron"))
 
 
 def names(folder: Path) -> list[str]:

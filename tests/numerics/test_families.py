@@ -17,7 +17,13 @@ from pause_megatron.config.model_schema import ModelSection
 from pause_megatron.config.schema import ParallelSection
 
 
-def built(section: ModelSection, parallel: ParallelSection, weights: dict[str, torch.Tensor], fused: bool = False):
+def built(
+    section: ModelSection,
+    parallel: ParallelSection,
+    weights: dict[str, torch.Tensor],
+    fused: bool = False,
+    shared: bool = False,
+):
     """The native model with the weights of a Hugging Face model."""
     from pause_megatron.model import Vocabulary, build, build_model
     from pause_megatron.model.kernels import Kernels
@@ -28,7 +34,13 @@ def built(section: ModelSection, parallel: ParallelSection, weights: dict[str, t
     loaded = Kernels("compiled", primitives.rotate, primitives.swiglu, primitives.cross_entropy)
     with patch.object(build, "load_kernels", lambda *_: loaded) if fused else nullcontext():
         ours = build_model(
-            section, vocabulary=vocabulary, sequence_length=SEQ, parallel=parallel, kernels="plain", draw=False
+            section,
+            vocabulary=vocabulary,
+            sequence_length=SEQ,
+            parallel=parallel,
+            kernels="plain",
+            draw=False,
+            given_positions=shared,
         )
     model = resolved(section, parallel)
     tp = ours.pg_collection.tp
@@ -46,20 +58,27 @@ def built(section: ModelSection, parallel: ParallelSection, weights: dict[str, t
     return ours
 
 
-def case(section: ModelSection, parallel: ParallelSection, seed: int, fused: bool = False) -> tuple[float, float]:
+def case(
+    section: ModelSection, parallel: ParallelSection, seed: int, fused: bool = False, shared: bool = False
+) -> tuple[float, float]:
     """Largest difference of a logit relative to the largest one, and of a gradient relative to its tensor's largest.
 
-    Some tensors have no gradient but rounding (queries and keys, where a token attends to itself only).
+    With shared positions, transformers gets them and a mask. Some tensors have no gradient but rounding (queries and
+    keys, where a token attends to itself only).
     """
     model = resolved(section, parallel)
     theirs = hf_model(model, seed)
     weights = dict(theirs.named_parameters(remove_duplicate=False))
-    ours = built(section, parallel, {name: weight.detach() for name, weight in weights.items()}, fused)
+    ours = built(section, parallel, {name: weight.detach() for name, weight in weights.items()}, fused, shared)
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(0, ROWS, (2, SEQ), generator=generator)
     labels = torch.randint(0, ROWS - 1, (2, SEQ), generator=generator)
-    positions = torch.arange(SEQ).expand(2, SEQ)
-    logits = theirs(tokens).logits
+    positions, given = torch.arange(SEQ).expand(2, SEQ), {}
+    if shared:
+        is_text = torch.rand(2, SEQ, generator=generator) < 0.6
+        positions = (is_text.cumsum(1) - 1).clamp(min=0)
+        given = {"position_ids": positions, "attention_mask": torch.ones_like(tokens)}
+    logits = theirs(tokens, **given).logits
     with torch.no_grad():
         difference = float((ours.eval().logits(tokens, positions) - logits).abs().max() / logits.abs().max())
     F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").backward()
@@ -113,7 +132,8 @@ def random_cases(tensor: int, sequence: bool, seeds: tuple[int, ...]) -> dict[st
             recompute = "full" if seed % 2 else "none"
             parallel = ParallelSection(tensor=tensor, sequence=sequence, recompute=recompute)
             section = draw_section(family, seed)
-            found[f"{seed} {section}"] = case(section, parallel, seed, fused=seed % 3 == 0)
+            shared = (seed + len(family)) % 2 == 0
+            found[f"{seed} {section}"] = case(section, parallel, seed, fused=seed % 3 == 0, shared=shared)
     return found
 
 

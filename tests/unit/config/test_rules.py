@@ -101,6 +101,10 @@ BROKEN = {
         ["train.only=lora", "model.attention=te"],
         "model.attention=sdpa with train.only=lora",
     ),
+    "shared_positions_need_torch_attention": (
+        ["pause.positions=shared", "model.attention=te"],
+        "model.attention=sdpa with pause.positions=shared",
+    ),
     "masks_need_torch_attention": (
         ["task.name=gsm8k", "model.attention=te"],
         "model.attention=sdpa with packed examples or a bidirectional prefix",

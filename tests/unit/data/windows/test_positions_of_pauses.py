@@ -73,6 +73,13 @@ def test_invariants_of_a_window(policy: str, window: str, rate: float, embedding
     assert torch.equal(packed["cu_seqlens"], packed_documents(made, documents)["cu_seqlens"])
 
 
+class Texts:
+    """The text windows of a dataset, as a stream has them."""
+
+    def __init__(self, dataset) -> None:
+        self.text = dataset.window_text
+
+
 @pytest.mark.parametrize("masking", [False, True])
 @pytest.mark.parametrize("eod_mask_loss", [False, True])
 def test_corpora_and_streams(corpus: str, masking: bool, eod_mask_loss: bool) -> None:
@@ -87,12 +94,8 @@ def test_corpora_and_streams(corpus: str, masking: bool, eod_mask_loss: bool) ->
     for rate in (0.0, 0.3):
         own, shared = dataset(rate, "own"), dataset(rate, "shared")
 
-        class Texts:
-            def text(self, sample: int) -> np.ndarray:
-                return shared.window_text(sample)
-
         options = {"intra_document_masking": masking, "eod_mask_loss": eod_mask_loss, "shared_positions": True}
-        stream = StreamDataset(Texts(), shared.injector, 20, eod=EOD, **options)
+        stream = StreamDataset(Texts(shared), shared.injector, 20, eod=EOD, **options)
         for sample in range(20):
             left, right = own[sample], shared[sample]
             assert left.keys() == right.keys()
