@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from pause_megatron.config.families import LayerTensor, Piece, layer_tensors
+from pause_megatron.config.layer_range import layer_range
 from pause_megatron.config.model_schema import LoraSection, ResolvedModel
 from pause_megatron.config.schema import ResolvedConfig
-from pause_megatron.errors import ConfigError
 
 TARGETS = {
     "qkv": "self_attention.linear_qkv",
@@ -52,13 +52,7 @@ def adapted_layers(lora: LoraSection, layers: int) -> range:
     Raises:
         ConfigError: `lora.layers` is no range of them.
     """
-    if lora.layers is None:
-        return range(layers)
-    low, dots, high = (part.strip() for part in lora.layers.partition(".."))
-    high = high if dots else low
-    if not (low.isdecimal() and high.isdecimal() and int(low) <= int(high) < layers):
-        raise ConfigError(f"lora.layers: expected a range LOW..HIGH within 0..{layers - 1}, got {lora.layers!r}")
-    return range(int(low), int(high) + 1)
+    return layer_range("lora.layers", lora.layers, layers)
 
 
 def adapted_tensors(model: ResolvedModel, lora: LoraSection | None, layer: int) -> Iterator[LayerTensor]:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from pause_megatron.config.families import FAMILIES, families_of
 from pause_megatron.config.schema import ResolvedConfig
+from pause_megatron.errors import ConfigError
 
 Broken = tuple[tuple[str, ...], str] | None
 """The keys of a broken rule and what is expected of them; None where the rule holds."""
@@ -119,13 +120,30 @@ def sliding_layers_exist(config: ResolvedConfig) -> Broken:
     if model.sliding_from and (model.sliding_window is None or model.sliding_from >= model.layers):
         keys = ("model.sliding_window", "model.sliding_from", "model.layers")
         return keys, "a model.sliding_window with model.sliding_from, which is below model.layers"
-    if model.sliding_from and model.loops > 1:
-        return ("model.sliding_from", "model.loops"), "model.sliding_from=0 in a looped model, as no export repeats it"
+    try:
+        windows = [layer >= model.sliding_from for layer in model.order]
+    except ConfigError:
+        return None  # another rule says so
+    if windows != sorted(windows):
+        keys = ("model.sliding_from", "model.loops", "model.loop_layers")
+        return keys, "looped layers on one side of model.sliding_from, as no export has windows in another order"
+    return None
+
+
+def looped_layers_exist(config: ResolvedConfig) -> Broken:
+    """Check that a range of looped layers is one of the model's, and that it loops."""
+    model = config.model
+    try:
+        _ = model.looped
+    except ConfigError:
+        return ("model.loop_layers", "model.layers"), f"null, or a range LOW..HIGH within 0..{model.layers - 1}"
+    if model.loop_layers is not None and model.loops == 1:
+        return ("model.loop_layers", "model.loops"), "model.loops above 1 with model.loop_layers"
     return None
 
 
 MODEL_RULES: tuple[Rule, ...] = (
     *(heads_divide_hidden, kv_heads_divide_heads, tensor_divides_the_model),
     *(biases_come_together, a_family_has_the_options, rope_scaling_is_whole, sliding_layers_exist),
-    *(options_need_torch_attention, shared_positions_need_torch_attention),
+    *(options_need_torch_attention, shared_positions_need_torch_attention, looped_layers_exist),
 )

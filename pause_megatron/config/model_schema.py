@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import ConfigDict, Field, field_validator
 
 from pause_megatron.config.blend import split_words
+from pause_megatron.config.layer_range import layer_range
 from pause_megatron.config.section import PathText, Section
 
 OurPreset = Literal["tiny", "130m", "1b", "7b"]
@@ -37,11 +38,13 @@ class ModelSection(Section):
         1,
         ge=1,
         le=1024,
-        description="how many times a forward pass runs through all layers, with the same weights; an export has "
-        "layers x loops layers",
+        description="how many times a forward pass runs through the layers, or those of model.loop_layers, with the "
+        "same weights; an export has as many layers as the forward pass",
     )
     loop_layers: str | None = Field(
-        None, description="layers that model.loops repeats, a range LOW..HIGH from 0 on, both ends included; null: all"
+        None,
+        description="layers that model.loops repeats, a range LOW..HIGH from 0 on, both ends included; those "
+        "before and after it run once; null: all",
     )
     hidden: int | None = Field(None, ge=8, description="width of the residual stream")
     heads: int | None = Field(None, ge=1, description="attention heads")
@@ -139,7 +142,31 @@ class ResolvedModel(ModelSection):
     @property
     def depth(self) -> int:
         """Layers that a forward pass runs through."""
-        return self.layers * self.loops
+        return self.layers + (self.loops - 1) * len(self.looped)
+
+    @property
+    def looped(self) -> range:
+        """Numbers of the layers that `loops` repeats.
+
+        Raises:
+            ConfigError: `loop_layers` is no range of layers.
+        """
+        return layer_range("model.loop_layers", self.loop_layers, self.layers)
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Numbers of the layers in the order of a forward pass; looped ones occur several times."""
+        looped = self.looped
+        return (*range(looped.start), *(tuple(looped) * self.loops), *range(looped.stop, self.layers))
+
+    def unrolled(self) -> ResolvedModel:
+        """Return the model without loops that computes the same if its layers are copies in `order`.
+
+        Layers without a sliding window must come before those with one, as `config.model_rules` has it.
+        """
+        first = sum(layer < self.sliding_from for layer in self.order)
+        changes = {"layers": self.depth, "loops": 1, "loop_layers": None, "sliding_from": first}
+        return self.model_copy(update=changes)
 
     @property
     def channels(self) -> int:

@@ -163,18 +163,18 @@ def step_flops(model: ResolvedModel, vocabulary: int, sequence_length: int, *, t
         targets: Rows that have a target.
     """
     body = model.depth * layer_parameters(model) + model.hidden
-    attention = 12 * model.query_width * model.loops * attended_tokens(model, sequence_length)
+    attention = 12 * model.query_width * attended_tokens(model, sequence_length)
     return (6 * body + attention) * tokens + 6 * vocabulary * model.hidden * targets
 
 
 def attended_tokens(model: ResolvedModel, sequence_length: int) -> int:
-    """Return the tokens that a token attends to, summed over the layers, the masked half of the window included.
+    """Return the tokens that a token attends to, summed over the layers of a forward pass, the masked half included.
 
     Args:
         model: Resolved sizes.
         sequence_length: Tokens of a window.
     """
-    return sum(min(sequence_length, model.window_of(layer) or sequence_length) for layer in range(model.layers))
+    return sum(min(sequence_length, model.window_of(layer) or sequence_length) for layer in model.order)
 
 
 HEAD_BYTES = {"cuda": 256 * 2**20, "cpu": 32 * 2**20}

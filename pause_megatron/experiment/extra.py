@@ -45,15 +45,19 @@ def spend(model: ResolvedModel, wanted: Extra, vocabulary: int) -> Spent:
         longer = with_pauses / _cost(model, wanted.prefix_tokens, vocabulary)
         return Spent({}, longer, f"trained {longer:.3f} times as long, 1.000 of the FLOPs of {pauses}")
 
+    range_of = {} if wanted.loop_layers is None else {"loop_layers": wanted.loop_layers}
+    model = model.model_copy(update=range_of)
+
     def cost(size: int) -> int:
         changed = model.model_copy(update={wanted.spend: size})
         return _cost(changed, wanted.prefix_tokens, vocabulary)
 
     size = min(_candidates(model, wanted), key=lambda size: abs(cost(size) - with_pauses))
     change = f"{wanted.spend} {getattr(model, wanted.spend)} -> {size}"
-    return Spent(
-        {f"model.{wanted.spend}": size}, 1.0, f"{change}, {cost(size) / with_pauses:.3f} of the FLOPs of {pauses}"
-    )
+    if wanted.spend == "loops" and model.loop_layers is not None:
+        change += f" of layers {model.loop_layers}"
+    keys: Keys = {f"model.{wanted.spend}": size, **{f"model.{name}": value for name, value in range_of.items()}}
+    return Spent(keys, 1.0, f"{change}, {cost(size) / with_pauses:.3f} of the FLOPs of {pauses}")
 
 
 def _cost(model: ResolvedModel, tokens: int, vocabulary: int) -> int:
@@ -63,7 +67,8 @@ def _cost(model: ResolvedModel, tokens: int, vocabulary: int) -> int:
 def _candidates(model: ResolvedModel, wanted: Extra) -> Iterable[int]:
     """Return the sizes to choose from, each larger than the model's own."""
     if wanted.spend == "loops":
-        return range(model.loops + 1, model.loops * (wanted.pauses // wanted.prefix_tokens + 3) + 1)
+        more = -(-model.depth * (wanted.pauses // wanted.prefix_tokens + 2) // len(model.looped))
+        return range(model.loops + 1, model.loops + more + 1)
     if wanted.spend == "layers":
         return range(model.layers + 1, model.layers + 2 * model.layers * wanted.pauses // wanted.prefix_tokens + 3)
     # Feed-forward layers are two thirds of a layer's parameters, or somewhat less.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 from pause_megatron.config.blend import split_words
 from pause_megatron.config.section import PathText
@@ -44,6 +44,15 @@ class Extra(GridSection):
     spend: Literal["layers", "ffn", "loops", "training"]
     pauses: int = Field(ge=1)
     prefix_tokens: int = Field(ge=1)
+    loop_layers: str | None = Field(
+        None, description="layers that spend=loops repeats, as model.loop_layers; null: those of the model, or all"
+    )
+
+    @model_validator(mode="after")
+    def _loops_layers(self) -> Extra:
+        if self.loop_layers is not None and self.spend != "loops":
+            raise ValueError(f"expected spend: loops with loop_layers, got {self.spend}")
+        return self
 
 
 class Budget(GridSection):

@@ -93,7 +93,7 @@ def adapter_config(model: ResolvedModel, lora: LoraSection, pause_ids: range, ba
         base: Folder of the base model.
     """
     layers = adapted_layers(lora, model.layers)
-    adapted = [layer for layer in range(model.depth) if layer % model.layers in layers]
+    adapted = [layer for layer, number in enumerate(model.order) if number in layers]
     pieces: Iterator[Piece] = (piece for one in adapters(model, lora, layers[0]) for piece in one.pieces)
     modules = sorted({piece.name.split(".")[1] for piece in pieces})
     vocabulary = ("embed_tokens",) if model.tied else ("embed_tokens", "lm_head")
@@ -126,8 +126,8 @@ def adapter_tensors(model: ResolvedModel, lora: LoraSection, pause_ids: range) -
         HFTensor(f"{_PREFIX}{name}{_PAUSES}", (count, model.hidden), (Rows(native, pause_ids.start, count),))
         for name, native in matrices
     ]
-    for layer in range(model.depth):
-        table, number = adapters(model, lora, layer % model.layers), layer % model.layers
+    for layer, number in enumerate(model.order):
+        table = adapters(model, lora, number)
         tensors += layer_rows(table, f"{_PREFIX}model.layers.{layer}.", f"decoder.layers.{number}.")
     return tensors
 

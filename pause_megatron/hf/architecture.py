@@ -53,7 +53,8 @@ def config_json(
 ) -> dict[str, Any]:
     """Return the `config.json` of a plain model of one of the families.
 
-    A looped model is a plain model of layers x loops layers; "loops" notes how often the weights repeat.
+    A looped model is a plain model of as many layers as its forward pass has. "loops" notes how often weights repeat,
+    and "loop_layers" the first and the last of its own layers that do, where not all do.
 
     Args:
         model: Sizes of the model.
@@ -64,20 +65,21 @@ def config_json(
         special_ids: Ids by role: "eos" (one or several), and "bos" and "pad" where they exist.
         pause: The "pause" entry; transformers keeps keys that it does not know.
     """
+    plain = model.unrolled()
     config: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
         "vocab_size": live_rows,
         "hidden_size": model.hidden,
         "intermediate_size": model.ffn,
-        "num_hidden_layers": model.depth,
+        "num_hidden_layers": plain.layers,
         "num_attention_heads": model.heads,
         "num_key_value_heads": model.kv_heads,
         "max_position_embeddings": sequence_length,
         "hidden_act": "silu",
         "rms_norm_eps": model.norm_eps,
         **rope_json(model),
-        **window_json(model, family),
+        **window_json(plain, family),
         "attention_dropout": 0.0,
         "initializer_range": model.init_std,
         "tie_word_embeddings": model.tied,
@@ -95,6 +97,8 @@ def config_json(
         config["mlp_bias"] = model.mlp_bias
     if model.loops > 1:
         config["loops"] = model.loops
+    if model.loop_layers is not None:
+        config["loop_layers"] = [model.looped.start, model.looped.stop - 1]
     return config
 
 
@@ -220,7 +224,7 @@ def _config_class(family: Family) -> Any:
 @cache
 def _every_class_key() -> frozenset[str]:
     """Return the keys of all families' classes: a key of another family is in a file by habit, and has no effect."""
-    own = {"pause", "loops", "dtype", "quantization_config", "original_max_position_embeddings", *_GIVEN}
+    own = {"pause", "loops", "loop_layers", "dtype", "quantization_config", "original_max_position_embeddings", *_GIVEN}
     own |= {"rope_theta", "rope_scaling", "partial_rotary_factor"}
     return frozenset(own.union(*map(class_keys, FAMILIES.values())))
 

@@ -106,9 +106,6 @@ Use attention "sdpa" or "eager". The model must not emit pauses: `generation_con
 """
 
 
-_LOOPS = "{} times through {} layers with the same weights, here {} layers whose weights repeat"
-
-
 def _title(config: ResolvedConfig, pause: Mapping[str, Any]) -> str:
     pretrained = f"pretrained {'with' if pause['rate'] else 'without'} pauses"
     if config.task.name is None:
@@ -128,7 +125,7 @@ def _recipe(
             f"{model.layers}, {model.hidden}, {model.heads}, {model.kv_heads}, {model.ffn}",
         ),
         *([("options", words)] if (words := "; ".join(option_words(model))) else []),
-        *([("loops", _LOOPS.format(model.loops, model.layers, model.depth))] if model.loops > 1 else []),
+        *([("loops", _loops(model))] if model.loops > 1 else []),
         ("window", f"{config.data.sequence_length:,} tokens, pauses included"),
         ("optimizer steps", f"{step:,} of {config.batch.global_size:,} windows"),
         ("raw tokens seen", f"{progress.get('tokens', 0):,}"),
@@ -151,6 +148,14 @@ def _recipe(
     if config.train.only:
         rows.append(("trained", f"`{config.train.only}` only"))
     return rows
+
+
+def _loops(model: ResolvedModel) -> str:
+    looped = model.looped
+    which = f"{model.layers} layers"
+    if model.loop_layers is not None:
+        which = f"layers {looped.start} to {looped.stop - 1} of {model.layers} (counted from 0)"
+    return f"{model.loops} times through {which} with the same weights, here {model.depth} layers whose weights repeat"
 
 
 def option_words(model: ResolvedModel) -> list[str]:

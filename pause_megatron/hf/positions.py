@@ -170,7 +170,7 @@ def window_json(model: ResolvedModel, family: Family) -> dict[str, Any]:
     """Return the keys of config.json about sliding windows.
 
     Args:
-        model: Resolved sizes and options.
+        model: Resolved sizes and options, without loops.
         family: Family of the export.
     """
     if family.sliding == "never":
@@ -178,5 +178,5 @@ def window_json(model: ResolvedModel, family: Family) -> dict[str, Any]:
     keys: dict[str, Any] = {"sliding_window": model.sliding_window}
     if family.sliding == "from":
         slides = model.sliding_window is not None
-        keys |= {"use_sliding_window": slides, "max_window_layers": model.sliding_from if slides else model.depth}
+        keys |= {"use_sliding_window": slides, "max_window_layers": model.sliding_from if slides else model.layers}
     return keys

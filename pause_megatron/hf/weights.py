@@ -62,8 +62,8 @@ def hf_tensors(model: ResolvedModel, live_rows: int, family: Family | None = Non
     tensors = [_whole("model.embed_tokens.weight", EMBEDDING, (live_rows, model.hidden))]
     table = layer_tensors(model)
     zeros = family.zero_biases(model) if family is not None else ()
-    for layer in range(model.depth):
-        hf, native = f"model.layers.{layer}.", f"decoder.layers.{layer % model.layers}."
+    for layer, number in enumerate(model.order):
+        hf, native = f"model.layers.{layer}.", f"decoder.layers.{number}."
         tensors += layer_rows(table, hf, native)
         tensors += [HFTensor(f"{hf}{name}", (model.hidden,), ()) for name in zeros]
     tensors.append(_whole("model.norm.weight", "decoder.final_layernorm.weight", (model.hidden,)))
@@ -95,7 +95,7 @@ def native_shapes(model: ResolvedModel, padded_rows: int) -> dict[str, tuple[int
         padded_rows: Vocabulary rows, padding included.
     """
     shapes: dict[str, tuple[int, ...]] = {}
-    for tensor in hf_tensors(model.model_copy(update={"loops": 1}), padded_rows):
+    for tensor in hf_tensors(model.model_copy(update={"loops": 1, "loop_layers": None}), padded_rows):
         for rows in tensor.rows:
             length = max(shapes.get(rows.name, (0,))[0], rows.start + rows.count)
             shapes[rows.name] = (length, *tensor.shape[1:])

@@ -291,7 +291,7 @@ def write_arguments(
 def _skips(model: ResolvedModel) -> list[int] | None:
     if model.sliding_window is None or model.sliding_from == 0:
         return None
-    return [int(model.window_of(layer % model.layers) is not None) for layer in range(model.depth)]
+    return [int(model.window_of(layer) is not None) for layer in model.order]
 
 
 def _check_counterpart(model: ResolvedModel) -> None:

@@ -40,9 +40,8 @@ def write_legacy(
             if layer is None:
                 state[name] = shard_of(checkpoint, name, shape, rank, ranks)
                 continue
-            for repeat in range(model.loops):
-                place = place_of(name)._replace(layer=layer + repeat * model.layers)
-                state[place.apart] = shard_of(checkpoint, name, shape, rank, ranks)
+            for number in [number for number, copied in enumerate(model.order) if copied == layer]:
+                state[place_of(name)._replace(layer=number).apart] = shard_of(checkpoint, name, shape, rank, ranks)
         path = folder / f"mp_rank_{rank:02d}" / FILE
         path.parent.mkdir(parents=True)
         torch.save({**common, "model": state}, path)

@@ -44,11 +44,12 @@ class _Rows:
 
     def __init__(self, checkpoint: NativeCheckpoint, native: str, layered: bool, key: str) -> None:
         self._checkpoint, self._native, self._layered, self._key = checkpoint, native, layered, key
+        self._order = checkpoint.config.model.order
 
     def __call__(self, layer: int, start: int, stop: int) -> Tensor:
         name = self._native
         if self._layered:
-            name = name.replace("decoder.layers.0.", f"decoder.layers.{layer % self._checkpoint.config.model.layers}.")
+            name = name.replace("decoder.layers.0.", f"decoder.layers.{self._order[layer]}.")
         return live_rows(self._checkpoint, name, start, stop, self._key)
 
 

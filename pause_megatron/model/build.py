@@ -83,6 +83,7 @@ def build_model(
         head_chunk=model.head_chunk,
         kernels=loaded,
         loops=model.loops,
+        loop_layers=model.looped,
         share_embeddings_and_output_weights=model.tied,
         position_embedding_type="rope",
         rotary_base=model.rope_base,

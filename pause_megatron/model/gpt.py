@@ -87,7 +87,8 @@ class PauseGPTModel(LanguageModule):
         head_chunk: Rows of logits that exist at one time; None: by memory (`config.presets.head_chunk_rows`).
         kernels: Kernels of rotary embedding, SwiGLU (where the config has `use_te_activation_func`) and cross-entropy;
             default: plain.
-        loops: How many times a forward pass runs through all layers, with the same weights.
+        loops: How many times a forward pass runs through the layers, with the same weights.
+        loop_layers: Numbers of the layers that repeat; those before and after them run once. None: all.
         auxiliary_heads: Number of auxiliary heads, for hints.
         given_positions: Whether rotary positions are always position_ids (`pause.positions=shared`); False: only where
             there is an attention mask.
@@ -124,6 +125,7 @@ class PauseGPTModel(LanguageModule):
         head_chunk: int | None = None,
         kernels: Kernels | None = None,
         loops: int = 1,
+        loop_layers: range | None = None,
         auxiliary_heads: int = 0,
         given_positions: bool = False,
     ) -> None:
@@ -173,7 +175,7 @@ class PauseGPTModel(LanguageModule):
             vp_stage=vp_stage,
         )
         if loops > 1:
-            loop(self.decoder, loops)
+            loop(self.decoder, loops, range(config.num_layers) if loop_layers is None else loop_layers)
         self._shares_mask = any(isinstance(module, SDPACoreAttention) for module in self.decoder.modules())
         self._rotates_in_core = (
             self.kernels.fused

@@ -93,35 +93,39 @@ class _Begin(torch.autograd.Function):
 
 
 class LoopedLayers(nn.ModuleList):
-    """Layers of a block that iterate `loops` times; their modules, parameters and names are there once.
+    """Layers of a block that iterate in an order of which a range repeats; their modules and names are there once.
 
     megatron-core's block iterates over its layers and applies the last norm afterwards.
 
     Args:
         layers: The layers.
-        loops: How many times a forward pass runs through them.
+        order: Their numbers in the order of a forward pass.
     """
 
-    def __init__(self, layers: Iterable[nn.Module], loops: int) -> None:
+    def __init__(self, layers: Iterable[nn.Module], order: Sequence[int]) -> None:
         super().__init__(layers)
-        self.loops = loops
+        self.order = tuple(order)
 
     def __iter__(self) -> Iterator[nn.Module]:
-        for _ in range(self.loops):
-            yield from self._modules.values()
+        layers = tuple(self._modules.values())
+        for number in self.order:
+            yield layers[number]
 
 
-def loop(block: TransformerBlock, loops: int) -> None:
-    """Make a block run through its layers several times, with the same weights.
+def loop(block: TransformerBlock, loops: int, looped: range) -> None:
+    """Make a block run through a range of its layers several times, with the same weights, and through others once.
 
     Args:
         block: The transformer block.
         loops: How many times.
+        looped: Numbers of the layers that repeat.
     """
-    block.layers = LoopedLayers(block.layers, loops)
-    for layer in block.layers.children():
+    count = len(block.layers)
+    order = (*range(looped.start), *(tuple(looped) * loops), *range(looped.stop, count))
+    block.layers = LoopedLayers(block.layers, order)
+    for number, layer in enumerate(block.layers.children()):
         if isinstance(layer, RecomputedLayer):
-            layer.repeated = True
+            layer.repeated = number in looped
 
 
 def use_swiglu(block: nn.Module, swiglu: Callable[[torch.Tensor], torch.Tensor]) -> None:

@@ -103,7 +103,7 @@ def _attention(layout: Layout, device: Device) -> int:
         elif device == "cpu" or layout.element == 4:
             kept += queries  # results of the sequences, and their concatenation
     elif device == "cuda" and layout.element < 4 and layout.batch.micro_size > 1:
-        kept += (packed - kept) * sliding_layers(layout) // model.layers
+        kept += (packed - kept) * sliding_layers(layout) // model.depth
     return layout.element * (kept + rotations) + 4 * tokens * model.heads // tensor + _qk_norms(layout, device)
 
 

@@ -101,12 +101,12 @@ def has_window(layout: Layout, layer: int) -> bool:
 
 
 def sliding_layers(layout: Layout) -> int:
-    """Return how many layers have such a window.
+    """Return how many layers of a forward pass have such a window.
 
     Args:
         layout: A run on its ranks.
     """
-    return sum(has_window(layout, layer) for layer in range(layout.model.layers))
+    return sum(has_window(layout, layer) for layer in layout.model.order)
 
 
 def _copies(layout: Layout, layer: int) -> tuple[Work, Work]:

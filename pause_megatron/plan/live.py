@@ -92,7 +92,7 @@ def _visits(layout: Layout) -> list[tuple[Parameter, ...]]:
     embedding = (by_name["embedding.word_embeddings.weight"],)
     norm = (by_name["decoder.final_layernorm.weight"],)
     output = (by_name["output_layer.weight"],) if "output_layer.weight" in by_name else embedding
-    layers = [_layer(by_name, index) for index in range(layout.model.layers)] * layout.model.loops
+    layers = [_layer(by_name, index) for index in layout.model.order]
     forward: list[tuple[Parameter, ...]] = [embedding, *(module for layer in layers for module in layer), norm, output]
     backward: list[tuple[Parameter, ...]] = [output, norm]
     for layer in reversed(layers):

@@ -81,5 +81,5 @@ def _gradients(layout: Layout, kept: Activations) -> Iterator[tuple[int, int]]:
         for name, left in _BACKWARD:
             numel = numels.get(f"decoder.layers.{index}.{name}")
             if numel is not None:
-                yield numel, index * layer + halves[left]
+                yield numel, layout.model.order.index(index) * layer + halves[left]
     yield numels["embedding.word_embeddings.weight"], 0

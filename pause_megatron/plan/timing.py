@@ -102,7 +102,7 @@ def _forward_flops(layout: Layout) -> int:
     """Return the FLOPs per token of a forward pass, a third of 6 N + 12 d T of each layer."""
     model = layout.model
     attended = attended_tokens(model, layout.batch.sequence_length)
-    return model.loops * (2 * model.layers * layer_parameters(model) + 4 * model.query_width * attended)
+    return 2 * model.depth * layer_parameters(model) + 4 * model.query_width * attended
 
 
 def _seconds(traffic: Traffic, layout: Layout, cluster: Cluster, assumptions: Assumptions) -> float:

@@ -49,11 +49,11 @@ def step_work(layout: Layout) -> StepWork:
         layout: A run on its ranks.
     """
     layers = Work()
-    for layer in range(layout.model.layers):
+    for layer in layout.model.order:
         forward, backward = layer_work(layout, layer)
         layers += forward + backward + (forward if layout.recompute else Work())
     return StepWork(
-        layers=layers * layout.model.loops,
+        layers=layers,
         head=head_work(layout),
         ends=_ends(layout),
         gradients=_gradients(layout),

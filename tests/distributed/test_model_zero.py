@@ -80,7 +80,7 @@ def test_one_loss_list(full):
 OPTIONS = [
     {"qk_norm": "whole", "norm": "post", "kv_heads": 2, "qkv_bias": True, "proj_bias": True, "head_dim": 12},
     {"mlp_bias": True, "qkv_bias": True, "proj_bias": True, "rope_scaling": "linear", "rope_factor": 2.0},
-    {"qk_norm": "head", "kv_heads": 1, "sliding_window": 5, "loops": 2},
+    {"qk_norm": "head", "kv_heads": 1, "sliding_window": 5, "loops": 3, "loop_layers": "1..1"},
 ]
 
 

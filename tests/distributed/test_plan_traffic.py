@@ -27,8 +27,11 @@ CASES = {
     "DP 2, stage 3": (2, ["engine.zero_stage=3"]),
     "TP 2": (2, ["parallel.tensor=2", "parallel.recompute=full", "model.tied=true"]),
     "TP 2, sequence parallel": (2, [*SP, "engine.zero_stage=1"]),
-    "DP 2, looped, recomputed, stage 3": (2, ["engine.zero_stage=3", "model.loops=3", "parallel.recompute=full"]),
-    "TP 2, sequence parallel, looped": (2, [*SP, "engine.zero_stage=1", "model.loops=3"]),
+    "DP 2, looped, recomputed, stage 3": (
+        2,
+        ["engine.zero_stage=3", "model.loops=3", "model.loop_layers=0..0", "parallel.recompute=full"],
+    ),
+    "TP 2, sequence parallel, looped": (2, [*SP, "engine.zero_stage=1", "model.loops=3", "model.loop_layers=1..1"]),
     "DP 4, stage 1, fp32": (4, ["engine.zero_stage=1", "engine.precision=fp32", "batch.micro_size=1"]),
     "DP 2 x TP 2, sequence parallel, recomputed, stage 3": (
         4,

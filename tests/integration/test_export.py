@@ -32,7 +32,13 @@ STEPS, SAMPLES, TOLERANCE = 3, 6, 1e-5
 CASES = [
     (1, 1, 0, ["model.tied=true", "model.kv_heads=8", "pause.embeddings=3"]),
     (2, 1, 3, ["model.tied=false", "model.kv_heads=1", "model.qkv_bias=true", "model.rope_base=500.0"]),
-    (2, 2, 2, ["model.tied=true", "model.kv_heads=2", "pause.softmax=exclude", "model.norm_eps=1e-3", "model.loops=2"]),
+    (
+        *(2, 2, 2),
+        [
+            *("model.tied=true", "model.kv_heads=2", "pause.softmax=exclude", "model.norm_eps=1e-3"),
+            *("model.loops=3", "model.loop_layers=1..1"),
+        ],
+    ),
     (
         *(4, 4, 1),
         [
@@ -142,6 +148,7 @@ def test_exported_logits_and_validation_loss_are_the_native_ones(corpus, tmp_pat
     assert model.generation_config.suppress_tokens == model.config.pause["ids"]
     assert model.config.num_hidden_layers == config.model.depth
     assert getattr(model.config, "loops", 1) == config.model.loops
+    assert getattr(model.config, "loop_layers", None) == (None if config.model.loop_layers is None else [1, 1])
     assert model.config.vocab_size == model.config.pause["ids"][-1] + 1
     assert ("lm_head.weight" in names(out)) == (not config.model.tied)
     # transformers 5.0 reads the tokenizer of a Qwen2 folder as it is; with later ones the export becomes a Llama.

@@ -39,6 +39,7 @@ from pause_megatron.hf.checkpoint import open_checkpoint
 from pause_megatron.hf.importing import import_folder
 from pause_megatron.hf.parity import native_logits
 from pause_megatron.hf.weights import native_shapes
+from pause_megatron.megatron_lm import export as exporting
 from pause_megatron.megatron_lm.arguments import write_arguments
 from pause_megatron.megatron_lm.export import ExportedMegatron, export_megatron
 from pause_megatron.megatron_lm.flags import ignored_arguments
@@ -226,6 +227,22 @@ def test_mp_rank_folders_come_back_and_megatron_core_loads_them(native: Path, tm
     expected = logits_of(native, windows())
     for got in run_on_ranks(2, load_legacy, str(tmp_path / "out" / "release"), 2, windows().tolist(), PIECES + 1):
         assert float((got - expected).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("format", ["torch_dist", "torch"])
+def test_looped_layers_become_layers_of_their_own(native: Path, tmp_path: Path, monkeypatch, format) -> None:
+    """A range of layers that repeats comes back as a plain model with the same logits."""
+    plain = open_checkpoint(native, lambda *_: None)
+    loops = {"loops": 3, "loop_layers": "1..1"}
+    config = plain.config.model_copy(update={"model": plain.config.model.model_copy(update=loops)})
+    looped = replace(plain, config=config)
+    monkeypatch.setattr(exporting, "open_checkpoint", lambda *_: looped)
+    export_megatron(native, tmp_path / "out", format=format)
+    import_megatron(tmp_path / "out", tmp_path / "back", tokenizer=tmp_path / "out" / "tokenizer")
+    assert open_checkpoint(tmp_path / "back", lambda *_: None).config.model.layers == looped.config.model.depth == 5
+    expected = torch.stack(native_logits(looped, windows(), torch.float32)[0])
+    assert torch.equal(torch.stack([*logits_of(tmp_path / "back", windows())]), expected)
+    assert not torch.equal(logits_of(native, windows()), expected)
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -53,7 +53,7 @@ def built(
     with torch.no_grad():
         for name, parameter in parameters.items():
             assert parameter.shape == shards[name].shape, name
-            copies = model.loops if name.startswith("decoder.layers.") else 1
+            copies = model.order.count(int(name.split(".")[2])) if name.startswith("decoder.layers.") else 1
             parameter.copy_(shards[name] / copies)
     return ours
 
@@ -93,9 +93,10 @@ def case(
     return difference, worst
 
 
+WINDOWED = {"layers": 3, "loops": 2, "loop_layers": "1..2", "sliding_window": 7, "sliding_from": 1}
 SHARED = [
-    *(("llama", {"qkv_bias": True, "proj_bias": True, "loops": 2}), ("qwen3", {"loops": 1, "sliding_from": 0})),
-    *(("olmo2", {"loops": 2}), ("olmo2", {"loops": 1, "head_dim": 8})),
+    *(("llama", {"qkv_bias": True, "proj_bias": True, "loops": 2}), ("qwen3", WINDOWED)),
+    *(("olmo2", {"loops": 2, "loop_layers": "1..1"}), ("olmo2", {"loops": 1, "head_dim": 8})),
 ]
 """Options beside key heads that are fewer than the ranks. Each rank then has one, and shares it with others."""
 

@@ -14,21 +14,21 @@ from pause_megatron.config.rules import check_shape
 from pause_megatron.config.schema import ParallelSection
 from pause_megatron.errors import ConfigError
 
-LAYERS, LOOPS = 2, 3
+LOOPS = 3
+# Layers, those that repeat, and the order of a forward pass.
+WHOLE = ({"layers": 2, "loops": LOOPS}, (0, 1, 0, 1, 0, 1))
+PART = ({"layers": 4, "loops": LOOPS, "loop_layers": "1..2"}, (0, 1, 2, 1, 2, 1, 2, 3))
+LAST = ({"layers": 2, "loops": LOOPS, "loop_layers": "1"}, (0, 1, 1, 1))
 
 
-def unrolled_name(name: str, loop: int) -> str:
-    """The parameter of the plain model that copies a looped one's."""
+def copies(name: str, order: tuple[int, ...]) -> list[str]:
+    """The parameters of the plain model that copy a looped one's."""
     head, _, rest = name.partition("decoder.layers.")
     if not rest:
-        return name
+        return [name]
     index, _, rest = rest.partition(".")
-    return f"{head}decoder.layers.{int(index) + loop * LAYERS}.{rest}"
-
-
-def copies(name: str) -> set[str]:
-    """All of them."""
-    return {unrolled_name(name, loop) for loop in range(LOOPS)}
+    places = [place for place, number in enumerate(order) if number == int(index)]
+    return [f"{head}decoder.layers.{place}.{rest}" for place in places]
 
 
 def looped_and_unrolled(tensor: int, sequence: bool) -> list[tuple]:
@@ -37,15 +37,16 @@ def looped_and_unrolled(tensor: int, sequence: bool) -> list[tuple]:
 
     found = []
     with initialize(ParallelSection(tensor=tensor, sequence=sequence), device="cpu"):
-        for tied, recompute in product((True, False), ("none", "full")):
+        cases = [*product((WHOLE, PART), (True, False), ("none", "full")), (LAST, True, "full")]
+        for (sizes, order), tied, recompute in cases:
             parallel = ParallelSection(tensor=tensor, sequence=sequence, recompute=recompute)
-            looped = tiny(parallel=parallel, tied=tied, loops=LOOPS)
-            plain = tiny(parallel=parallel, tied=tied, layers=LAYERS * LOOPS)
+            looped = tiny(parallel=parallel, tied=tied, **sizes)
+            plain = tiny(parallel=parallel, tied=tied, layers=len(order))
             theirs = dict(plain.named_parameters())
             weights = dict(looped.named_parameters())
             with torch.no_grad():
                 for name, weight in weights.items():
-                    for copy in copies(name):
+                    for copy in copies(name, order):
                         theirs[copy].copy_(weight)
             data = batch(0.7)
             logits = [model.logits(data["tokens"], data["position_ids"]) for model in (looped, plain)]
@@ -53,7 +54,7 @@ def looped_and_unrolled(tensor: int, sequence: bool) -> list[tuple]:
             for loss in losses:
                 loss.backward()
             got, parts = take_gradients(looped), take_gradients(plain)
-            summed = {name: sum(parts[copy] for copy in copies(name)) for name in weights}
+            summed = {name: sum(parts[copy] for copy in copies(name, order)) for name in weights}
             assert len(theirs) > len(weights) and looped.state_dict().keys() == weights.keys()
             found.append((torch.equal(*logits), torch.equal(*losses), distance(got, summed)))
     return found
@@ -62,6 +63,7 @@ def looped_and_unrolled(tensor: int, sequence: bool) -> list[tuple]:
 @pytest.mark.parametrize(("tensor", "sequence"), [(1, False), (2, False), (2, True)])
 def test_it_is_the_unrolled_model_and_its_gradient_the_sum_of_the_copies(tensor, sequence):
     for found in run_on_ranks(tensor, looped_and_unrolled, tensor, sequence):
+        assert len(found) == 9
         for same_logits, same_loss, difference in found:
             assert same_logits and same_loss and difference < 1e-5, found
 
@@ -76,7 +78,7 @@ def losses_of_steps(stage: int, recompute: str, tensor: int) -> list[float]:
 
     parallel = ParallelSection(tensor=tensor, sequence=tensor > 1, recompute=recompute)
     with initialize(parallel, device="cpu") as context:
-        model = tiny(parallel=parallel, loops=LOOPS)
+        model = tiny(parallel=parallel, **PART[0])
         optimizer = torch.optim.AdamW(parameter_groups(model, 0.1), lr=3e-3, betas=(0.9, 0.95))
         config = {
             "train_micro_batch_size_per_gpu": 2 // context.dp_size,
@@ -122,10 +124,12 @@ def test_every_zero_stage_takes_the_same_steps(full):
 def test_flops_count_every_run_of_a_layer_and_parameters_count_it_once():
     from support.tiny_model import section
 
-    models = [check_shape(section(**sizes), ParallelSection(), 16) for sizes in ({}, {"loops": 3}, {"layers": 6})]
-    once, looped, deep = (flops_per_token(model, 51, 16) for model in models)
-    assert looped == deep == once + 6 * 4 * layer_parameters(models[0]) + 12 * 4 * 32 * 16
-    assert parameters(models[1], 51) == parameters(models[0], 51) < parameters(models[2], 51)
+    sizes = ({}, {"loops": 3}, {"loops": 5, "loop_layers": "0..0"}, {"layers": 6})
+    models = [check_shape(section(**each), ParallelSection(), 16) for each in sizes]
+    once, looped, part, deep = (flops_per_token(model, 51, 16) for model in models)
+    assert looped == part == deep == once + 6 * 4 * layer_parameters(models[0]) + 12 * 4 * 32 * 16
+    counts = [parameters(model, 51) for model in models]
+    assert counts[0] == counts[1] == counts[2] < counts[3]
 
 
 def pipeline_stage() -> str:

@@ -26,6 +26,7 @@ CASES = {
     "all": (LORA, {}, "none"),
     "grouped queries, recomputed": (LORA, {"kv_heads": 2, "tied": False}, "full"),
     "looped": (LORA, {"loops": 2}, "none"),
+    "a looped layer, another adapted": (SOME, {"loops": 3, "loop_layers": "0..0"}, "full"),
     "norms of outputs, as in OLMo 2": (LORA, {"norm": "post", "qk_norm": "whole"}, "full"),
     "one key head, biases": (LORA, {"kv_heads": 1, "qkv_bias": True, "proj_bias": True, "mlp_bias": True}, "none"),
     "one layer": (SOME, {"qkv_bias": True}, "none"),

@@ -49,7 +49,11 @@ def draw_section(family_name: str, seed: int, **fixed: object) -> ModelSection:
         options["sliding_window"] = draw.choice((1, 3, 17, SEQ - 1, SEQ, SEQ + 5))
         options["sliding_from"] = draw.randrange(layers) if family.sliding == "from" else 0
     options["loops"] = 1 if options.get("sliding_from") else draw.choice((1, 1, 2))
-    return ModelSection(**{**options, **_rope(draw), **fixed})
+    options |= _rope(draw)
+    if options["loops"] > 1:
+        options["loop_layers"] = draw.choice((None, "0..0", "1..1"))
+    options |= fixed
+    return ModelSection(**options | ({"loop_layers": None} if options["loops"] == 1 else {}))
 
 
 def _rope(draw: random.Random) -> dict[str, Any]:
@@ -99,7 +103,10 @@ def hf_config(model: ResolvedModel) -> Any:
     if family.sliding != "never":
         options["sliding_window"] = model.sliding_window
     if family.sliding == "from":
-        options |= {"use_sliding_window": model.sliding_window is not None, "max_window_layers": model.sliding_from}
+        options |= {
+            "use_sliding_window": model.sliding_window is not None,
+            "max_window_layers": model.unrolled().sliding_from,
+        }
     return config(
         vocab_size=ROWS,
         hidden_size=model.hidden,
@@ -133,7 +140,7 @@ def hf_model(model: ResolvedModel, seed: int) -> Any:
             key = name
             if name.startswith("model.layers."):
                 number, _, rest = name.removeprefix("model.layers.").partition(".")
-                key = f"{int(number) % model.layers}.{rest}"
+                key = f"{model.order[int(number)]}.{rest}"
             if key not in drawn:
                 value = torch.randn(parameter.shape, generator=generator)
                 drawn[key] = 1 + 0.3 * value if "norm" in name else 0.15 * value

@@ -111,7 +111,8 @@ def _model_rows(
 ) -> list[tuple[str, str]]:
     """Return the rows about vocabulary, model and FLOPs, which are those of full windows, padding included."""
     size, model = text_size + config.pause.embeddings, config.model
-    loops = f" run {model.loops} times" if model.loops > 1 else ""
+    which = "" if model.loop_layers is None else f", {model.loop_layers}"
+    loops = f"{which} run {model.loops} times (depth {model.depth})" if model.loops > 1 else ""
     trained = trained_parameters(config)
     kept = "" if model.from_ else "; a new run needs model.from"
     flops = step_flops(model, size, plan.sequence_length, tokens=plan.raw_tokens, targets=plan.targets)
@@ -133,7 +134,8 @@ def _model_rows(
 
 def _model_options(model: ResolvedModel) -> str:
     """Return the options of the model that are not at their default, as `key=value`; without loops, which are shown."""
-    names = [name for name in SHAPE if name not in ("layers", "hidden", "heads", "kv_heads", "ffn", "tied", "loops")]
+    shown = ("layers", "hidden", "heads", "kv_heads", "ffn", "tied", "loops", "loop_layers")
+    names = [name for name in SHAPE if name not in shown]
     fields = type(model).model_fields
     changed = {name: getattr(model, name) for name in names if getattr(model, name) != fields[name].default}
     return ", ".join(

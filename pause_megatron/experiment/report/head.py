@@ -17,7 +17,7 @@ from pause_megatron.experiment.report.page import Cell, Row, breakable, bullets,
 _SETTINGS = (
     *("optim.lr", "optim.warmup_steps", "train.steps", "batch.global_size", "data.sequence_length", "engine.precision"),
     *("task.limit", "task.held_out", "finetune.location", "finetune.filler", "finetune.prefix_attention"),
-    *("pause.rate", "pause.embeddings", "model.layers", "model.hidden", "model.loops"),
+    *("pause.rate", "pause.embeddings", "model.layers", "model.hidden", "model.loops", "model.loop_layers"),
 )
 
 

@@ -37,7 +37,10 @@ def test_the_papers_run(capsys):
 
 def test_options_of_a_model_have_a_row_where_it_has_some(capsys):
     table = rows(capsys, "model.preset=qwen3-0.6b", "model.sliding_window=512", "model.loops=2")
-    assert table["model"].startswith("28 layers run 2 times x 1024 hidden, 16 heads, 8 key/value heads, 3072 ffn, tied")
+    sizes = "x 1024 hidden, 16 heads, 8 key/value heads, 3072 ffn, tied"
+    assert table["model"] == f"28 layers run 2 times (depth 56) {sizes}"
+    part = rows(capsys, "model.preset=qwen3-0.6b", "model.loop_layers=8..11", "model.loops=4")
+    assert part["model"] == f"28 layers, 8..11 run 4 times (depth 40) {sizes}"
     assert table["model options"] == (
         "rope_base=1000000.0, norm_eps=1e-06, head_dim=128, qk_norm=head, sliding_window=512"
     )

@@ -37,6 +37,10 @@ BROKEN = {
         "which is below model.layers; got model.sliding_window=64 (command line), model.sliding_from=4 (command line), "
         "model.layers=4 (preset tiny)",
     ),
+    "looped_layers_exist": (
+        ["model.loops=2", "model.loop_layers=1..4"],
+        "expected null, or a range LOW..HIGH within 0..3; got model.loop_layers=1..4 (command line), model.layers=4",
+    ),
     "sequence_needs_tensor": (["parallel.sequence=true"], "parallel.tensor > 1 with parallel.sequence"),
     "tensor_divides_the_sequence": (
         ["parallel.sequence=true", "parallel.tensor=2", "data.sequence_length=63"],

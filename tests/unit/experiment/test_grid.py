@@ -239,6 +239,14 @@ def test_every_way_to_spend_pauses_has_the_nearest_flops():
             smallest = getattr(model, spend) + step
             assert longer == 1 and gaps[1] <= gaps[2] and (size == smallest or gaps[1] <= gaps[0])
             assert f"{cost(100, **{spend: size}) / wanted:.3f} of the FLOPs of {pauses} pauses" in about
+    ranged = Extra(spend="loops", pauses=50, prefix_tokens=100, loop_layers="8..15")
+    found = spend_extra(model, ranged, 32_001)
+    assert found.keys == {"model.loops": 3, "model.loop_layers": "8..15"}  # 24 + 2 x 8 layers; 36 are 1.5 times 24
+    assert "loops 1 -> 3 of layers 8..15, " in found.about
+    gaps = [abs(cost(100, loops=near, loop_layers="8..15") - cost(150)) for near in (2, 3, 4)]
+    assert gaps[1] < min(gaps[0], gaps[2])
+    with pytest.raises(ConfigError, match=r"model.loop_layers: expected a range .* within 0\.\.23, got '8..24'"):
+        spend_extra(model, ranged.model_copy(update={"loop_layers": "8..24"}), 32_001)
     size, longer, _ = extra(model, "training", 10, 32_001)
     assert size is None and longer == pytest.approx(cost(110) / cost(100))
 

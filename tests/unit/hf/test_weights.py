@@ -51,10 +51,17 @@ def test_parameters_are_counted_as_they_are(model, rows):
     assert size == parameters(model, rows)
 
 
-@given(sections, st.integers(1, 50), st.integers(2, 4))
-def test_a_looped_model_is_written_as_one_whose_layers_repeat(model, rows, loops):
-    looped = model.model_copy(update={"loops": loops})
-    deep = model.model_copy(update={"layers": model.layers * loops})
+@given(sections, st.integers(1, 50), st.integers(2, 4), st.data())
+def test_a_looped_model_is_written_as_one_whose_layers_repeat(model, rows, loops, data):
+    first = data.draw(st.integers(0, model.layers - 1))
+    last = data.draw(st.integers(first, model.layers - 1))
+    whole = data.draw(st.booleans())
+    looped = model.model_copy(update={"loops": loops, "loop_layers": None if whole else f"{first}..{last}"})
+    order = [*range(model.layers)] * loops
+    if not whole:
+        order = [*range(first), *([*range(first, last + 1)] * loops), *range(last + 1, model.layers)]
+    deep = model.model_copy(update={"layers": len(order)})
+    assert looped.depth == len(order) and looped.order == tuple(order) and looped.unrolled() == deep
     assert native_shapes(looped, rows) == native_shapes(model, rows)
     written, plain = (hf_tensors(each, rows, FAMILIES["qwen2"]) for each in (looped, deep))
     assert [(t.name, t.shape) for t in written] == [(t.name, t.shape) for t in plain]
@@ -62,7 +69,7 @@ def test_a_looped_model_is_written_as_one_whose_layers_repeat(model, rows, loops
         for rows_of, of_deep in zip(tensor.rows, unrolled.rows, strict=True):
             head, *layer = of_deep.name.split(".layers.")
             index, _, rest = "".join(layer).partition(".")
-            expected = f"{head}.layers.{int(index) % model.layers}.{rest}" if layer else head
+            expected = f"{head}.layers.{order[int(index)]}.{rest}" if layer else head
             assert (rows_of.name, rows_of.start, rows_of.count) == (expected, of_deep.start, of_deep.count)
 
 
