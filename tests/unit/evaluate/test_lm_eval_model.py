@@ -38,7 +38,15 @@ def pairs_of(examples) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_log_likelihoods_and_answers_are_the_generators(generator, examples, settings):
+@pytest.mark.parametrize("positions", ["own", "shared"])
+def test_log_likelihoods_and_answers_are_the_generators(generator, examples, settings, positions, monkeypatch):
+    if positions == "shared":
+        monkeypatch.setitem(generator.model.config.pause, "positions", "shared")
+        generator = PauseGenerator(generator.model, generator.encoder.tokenizer)
+        if "filler" in settings:
+            with pytest.raises(ConfigError, match=r"expected <pause> with pause.positions=shared .*, got a filler"):
+                PauseLM(generator, **settings, quiet=True)
+            return
     model = PauseLM(generator, **settings, batch_size=3, quiet=True)
     pairs = pairs_of(examples)
     own = {"pauses": settings["pauses"], "prompting": Prompting(**{k: v for k, v in settings.items() if k != "pauses"})}
