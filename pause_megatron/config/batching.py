@@ -25,6 +25,16 @@ def pause_range(text: str) -> range:
     return range(int(ends[0]), int(ends[1]) + 1)
 
 
+def pause_counts(config: ResolvedConfig) -> PauseCounts:
+    """Return pauses and text tokens of a pretraining window.
+
+    Args:
+        config: Resolved configuration.
+    """
+    pause = config.pause
+    return PauseCounts(config.data.sequence_length, pause.rate, pause.window, pause.placement, pause.run)
+
+
 @dataclass(frozen=True)
 class BatchPlan:
     """The windows of an optimizer step over ranks and micro-batches.
@@ -141,7 +151,7 @@ def batch_plan(config: ResolvedConfig, world_size: int) -> BatchPlan:
         micro_size=batch.micro_size,
         accumulation=batch.global_size // per_pass,
         global_size=batch.global_size,
-        counts=PauseCounts(config.data.sequence_length, config.pause.rate, config.pause.window),
+        counts=pause_counts(config),
         steps=added_steps(config),
     )
 

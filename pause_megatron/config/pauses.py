@@ -5,6 +5,7 @@ Used by `config.rules` for a configuration and by `data.windows.pause` for a dat
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 PLACEMENTS = (
@@ -12,6 +13,12 @@ PLACEMENTS = (
     *("scored", "after", "before", "every"),
 )
 """Placement policies that ship; others are named 'module:attribute'."""
+
+BY_PATTERN = ("after", "before")
+"""Placement policies that use `pause.pattern`."""
+
+PATTERN = "[.,:;!?]"
+"""Default of `pause.pattern`: punctuation."""
 
 OBJECTIVES = ("cross_entropy", "anytime", "cyb_anytime", "cyb_variational", "cyb_budget")
 """Objectives that ship; others are named 'module:attribute'."""
@@ -33,21 +40,38 @@ class PauseCounts:
 
     A window holds N + 1 tokens, of which the first N are inputs and the last N are targets. Its first token is always
     text, so M pauses spread over the N places after it (exact), or over N + M places of which the cut leaves N (trim).
+    `every` fills the window with tokens and the `run` pauses after each, whatever the rate, unless that is 0.
 
     Attributes:
         sequence_length: N, input tokens of a window.
         rate: `pause.rate`, pauses inserted as a fraction of N.
         window: `pause.window`, "exact" or "trim".
+        placement: `pause.placement`.
+        run: `pause.run`, consecutive pauses at a place.
     """
 
     sequence_length: int
     rate: float
     window: str
+    placement: str = "uniform"
+    run: int = 1
 
     @property
     def inserted(self) -> int:
         """M, pauses before the cut of a trim window."""
+        if self.placement == "every" and self.rate:
+            return self.sequence_length + 1 - -(-(self.sequence_length + 1) // (self.run + 1))
         return pauses_per_window(self.rate, self.sequence_length)
+
+    @property
+    def places(self) -> int:
+        """Places that a policy chooses: ceil(M / run). The last of them gets what is left of M."""
+        return -(-self.inserted // self.run)
+
+    @property
+    def fraction(self) -> float:
+        """M as a fraction of N: about `pause.rate`, except for `every`."""
+        return self.inserted / self.sequence_length
 
     @property
     def text_length(self) -> int:
@@ -56,42 +80,85 @@ class PauseCounts:
 
     @property
     def expected(self) -> float:
-        """Expected pauses among the N + 1 tokens of a window, for the uniform policy: M, or M x N / (N + M) (trim)."""
-        return self.inserted * self.sequence_length / self._places
+        """Expected pauses among the N + 1 tokens of a window, for the uniform policy: M, or M x N / (N + M) (trim).
+
+        With runs in a trim window, those that the cut divides count too (by renewal theory, to a hundredth of a pause).
+        """
+        if self.window != "trim":
+            return float(self.inserted)
+        size, inserted = self.sequence_length, self.inserted
+        edge = self._edge
+        return (inserted + 2 * edge) * size / (size + inserted) - edge
 
     @property
     def input_fraction(self) -> float:
-        """Expected pauses per input token: N - 1 of the N places after the first token are inputs."""
-        return self.inserted / self._places * (self.sequence_length - 1) / self.sequence_length
+        """Expected pauses per input token, for the uniform policy: all but those at the last of the N + 1 places."""
+        size = self.sequence_length
+        if self.placement == "every" and self.rate:
+            return (size - -(-size // (self.run + 1))) / size
+        if self.window != "trim" and self.run > 1:
+            # The window ends with a pause if its last text token or run is a run.
+            return (self.inserted - self.places / (size - self.inserted + self.places)) / size
+        slots = size + (self.inserted if self.window == "trim" else 0)
+        edge = self._edge / size  # 0 without runs
+        return self.inserted / slots * (size - 1) / size + edge * (2 * size / slots - 1)
 
     @property
-    def _places(self) -> int:
-        return self.sequence_length + (self.inserted if self.window == "trim" else 0)
+    def _edge(self) -> float:
+        """Pauses that the ends of a window have less than its middle, where a run has just begun or must end."""
+        items = self.sequence_length + self.places
+        text, runs = self.sequence_length / items, self.places / items
+        length = text + runs * self.run
+        return text * runs * self.run * (self.run - 1) / (2 * length**2)
 
 
-def placement_conflict(counts: PauseCounts, placement: str) -> tuple[tuple[str, ...], str] | None:
+def pattern_error(pattern: str) -> str | None:
+    """Return why a regular expression is not one, with the position; None where it is one.
+
+    Args:
+        pattern: `pause.pattern`.
+    """
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return str(error)
+    return None
+
+
+def placement_conflict(counts: PauseCounts, pattern: str | None = None) -> tuple[tuple[str, ...], str] | None:
     """Find pause options that do not fit together.
 
     Args:
         counts: Pauses and text tokens of a window.
-        placement: `pause.placement`.
+        pattern: `pause.pattern`.
 
     Returns:
         The keys and what is expected of them; None where they fit.
     """
+    placement = counts.placement
+    if pattern is not None:
+        if placement not in BY_PATTERN:
+            return ("pause.pattern", "pause.placement"), "pause.placement=after or before with pause.pattern"
+        if (wrong := pattern_error(pattern)) is not None:
+            return ("pause.pattern",), f"a regular expression ({wrong})"
     if counts.window != "exact":
+        if placement == "every" and counts.rate > 0:
+            keys = ("pause.placement", "pause.window")
+            return keys, "pause.window=exact with every: its window holds as much text as the pauses leave room for"
         return None
     if placement == "bernoulli" and counts.rate > 0:
         keys = ("pause.placement", "pause.window")
         return keys, "pause.window=trim with bernoulli: an exact window needs the same number of pauses every time"
     if counts.text_length < 2:
-        keys = ("pause.rate", "data.sequence_length")
+        keys = ("pause.run" if placement == "every" else "pause.rate", "data.sequence_length")
         return keys, (
             f"at least 2 text tokens in a window of {counts.sequence_length} + 1 tokens with {counts.inserted} pauses"
         )
-    if placement == "isolated" and counts.inserted > counts.text_length:
+    if placement == "isolated" and counts.places > counts.text_length:
         keys = ("pause.rate", "pause.placement")
+        unit = "pauses" if counts.run == 1 else f"runs of {counts.run} pauses"
         return keys, (
-            f"no more pauses ({counts.inserted}) than text tokens ({counts.text_length}), so that no two pauses touch"
+            f"no more {unit} ({counts.places}) than text tokens ({counts.text_length}), so that no two "
+            f"{'pauses' if counts.run == 1 else 'runs'} touch"
         )
     return None

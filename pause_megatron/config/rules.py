@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from pause_megatron.config.answer_rules import ANSWER_RULES
-from pause_megatron.config.batching import added_steps, pause_range
+from pause_megatron.config.batching import added_steps, pause_counts, pause_range
 from pause_megatron.config.lora_rules import LORA_RULES
 from pause_megatron.config.model_rules import MODEL_RULES, Broken, Rule
 from pause_megatron.config.model_schema import ModelSection, ResolvedModel
-from pause_megatron.config.pauses import PLACEMENTS, PauseCounts, placement_conflict
+from pause_megatron.config.pauses import PLACEMENTS, placement_conflict
 from pause_megatron.config.schema import ParallelSection, ResolvedConfig, ResolvedData
 from pause_megatron.config.spelling import nearest
 from pause_megatron.errors import ConfigError
@@ -156,8 +156,7 @@ def placement_is_known(config: ResolvedConfig) -> Broken:
 @_rule
 def pauses_fit_the_window(config: ResolvedConfig) -> Broken:
     """Check that placement, rate and window fit together."""
-    pause = config.pause
-    return placement_conflict(PauseCounts(config.data.sequence_length, pause.rate, pause.window), pause.placement)
+    return placement_conflict(pause_counts(config), config.pause.pattern)
 
 
 def _shares(split: str) -> list[float]:

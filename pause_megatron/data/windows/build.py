@@ -135,6 +135,8 @@ class _Plan:
             pause_placement=options.pause.placement,
             pause_seed=options.pause.seed,
             pause_positions=options.pause.positions,
+            pause_run=options.pause.run,
+            pause_pattern=options.pause.pattern,
             model_vocab_size=self.tokenizer.vocab_size,  # the model is built from it, and padded
         )
 

@@ -27,6 +27,7 @@ from pause_megatron.data.windows.index_cache import Content, IndexCache, content
 from pause_megatron.data.windows.model_rows import check_model_rows
 from pause_megatron.data.windows.pause import PauseInjector, PausePlan, Window
 from pause_megatron.data.windows.targets import supervise
+from pause_megatron.data.windows.token_texts import token_texts
 from pause_megatron.errors import ConfigError, DataError
 
 __all__ = ["PauseGPTDataset", "PauseGPTDatasetConfig", "PauseTokenizer"]
@@ -49,7 +50,7 @@ class PauseGPTDatasetConfig(GPTDatasetConfig):
     """exact: fewer text tokens are drawn, and none is lost. trim: the paper's window, cut after insertion."""
 
     pause_placement: str = "uniform"
-    """A name in `config.pauses.PLACEMENTS`, or 'module:attribute' of a PlacementPolicy."""
+    """A name in `config.pauses.PLACEMENTS`, or 'module:attribute' of a PlacementPolicy or a WindowPolicy."""
 
     pause_seed: int = 1234
     """Seed of the placement, independent of random_seed."""
@@ -58,6 +59,11 @@ class PauseGPTDatasetConfig(GPTDatasetConfig):
     """own: a pause uses up a position, as any token. shared: it has the position_ids of the text token before it. Then
        the model must read position_ids, as PauseGPTModel with `given_positions`; rotary embedding in megatron-core's
        GPTModel does not."""
+    pause_run: int = 1
+    """Consecutive pauses at each place that the policy chooses."""
+
+    pause_pattern: str | None = None
+    """Regular expression of the placements after and before. None: punctuation."""
 
     model_vocab_size: int | None = None
     """Rows of the model's embedding, padding included (Megatron-LM's args.padded_vocab_size). Too few are an error.
@@ -103,7 +109,13 @@ class PauseGPTDatasetConfig(GPTDatasetConfig):
             # The .bin holds text ids only, so that the pause ids must not change its type.
             self.token_dtype_code = 4 if self.tokenizer.text_size > np.iinfo(np.uint16).max + 1 else 8
         self.pause_plan = PausePlan(
-            self.sequence_length, self.pause_rate, self.pause_window, self.pause_placement, self.pause_seed
+            self.sequence_length,
+            self.pause_rate,
+            self.pause_window,
+            self.pause_placement,
+            self.pause_seed,
+            self.pause_run,
+            self.pause_pattern,
         )
         if self.pause_plan.count:
             check_model_rows(self.tokenizer.pause_ids, self.model_vocab_size)
@@ -150,7 +162,11 @@ class PauseGPTDataset(GPTDataset):
         _check_not_empty(indexed_dataset, dataset_path, indexed_indices, index_split)
         plan = config.pause_plan
         self.injector = PauseInjector(
-            plan, config.tokenizer.pause_ids, os.path.basename(dataset_path or ""), index_split.name
+            plan,
+            config.tokenizer.pause_ids,
+            os.path.basename(dataset_path or ""),
+            index_split.name,
+            token_texts(config.tokenizer),
         )
         # GPTDataset cuts the text windows, so it gets the length of their text.
         text_config = copy.copy(config)

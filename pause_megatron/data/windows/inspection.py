@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from pause_megatron.config.pauses import BY_PATTERN
 from pause_megatron.config.schema import PauseSection
 from pause_megatron.data.corpus.corpus import Corpus
 from pause_megatron.data.corpus.index_file import read_lengths
@@ -167,12 +167,23 @@ class Windows:
         sequence_length: N, input tokens of a window.
         seed: Seed of the sample order.
         samples: Number of windows.
+        side: `data.side`, the name of a side array.
     """
 
-    def __init__(self, corpus: Corpus, pause: PauseSection, *, sequence_length: int, seed: int, samples: int) -> None:
-        self._corpus, self._pause, self._samples = corpus, pause, samples
+    def __init__(
+        self,
+        corpus: Corpus,
+        pause: PauseSection,
+        *,
+        sequence_length: int,
+        seed: int,
+        samples: int,
+        side: str | None = None,
+    ) -> None:
+        self._corpus, self._pause, self._samples, self._side = corpus, pause, samples, side
         self._sequence_length, self._seed = sequence_length, seed
         self._dataset = self._build(pause)
+        self._datasets = {self._dataset.injector.plan.text_length: self._dataset}
 
     def show(self, sample: int) -> WindowView:
         """Return one window as text, with its counts.
@@ -194,30 +205,37 @@ class Windows:
         )
 
     def policies(self, further: Sequence[str] = ()) -> list[PolicyStatistics]:
-        """Return the statistics of the policies that ship, and of others.
+        """Return the statistics of the policies that ship, and of others, each with `pause.run`.
 
-        A policy that does not fit `pause.window` is measured in trim windows.
+        A policy that does not fit `pause.window` is measured in windows of the other kind. `scored` needs a side array.
 
         Args:
             further: Further policies, as 'module:attribute'.
         """
         statistics = []
-        datasets = {self._pause.window: self._dataset}
         for placement in (*POLICIES, *(name for name in further if name not in POLICIES)):
-            for window in dict.fromkeys((self._pause.window, "trim")):
+            if placement == "scored" and self._side is None:
+                continue
+            for window in dict.fromkeys((self._pause.window, "trim", "exact")):
                 try:
-                    plan = dataclasses.replace(self._plan(window), placement=placement)
+                    plan = self._plan(placement, window)
                 except ConfigError:
-                    continue  # bernoulli in an exact window, or too many isolated pauses
-                if window not in datasets:
-                    datasets[window] = self._build(self._pause.model_copy(update={"window": window}))
-                statistics.append(self._statistics(plan, datasets[window]))
+                    continue  # bernoulli in an exact window, `every` in a trim one, or too many isolated pauses
+                statistics.append(self._statistics(plan, self._with_text_of(plan)))
                 break
         return statistics
 
-    def _plan(self, window: str) -> PausePlan:
-        plan = PausePlan.of(self._pause, self._sequence_length)
-        return dataclasses.replace(plan, window=window, placement="uniform")
+    def _plan(self, placement: str, window: str) -> PausePlan:
+        pattern = self._pause.pattern if placement in BY_PATTERN else None
+        pause = self._pause.model_copy(update={"window": window, "placement": placement, "pattern": pattern})
+        return PausePlan.of(pause, self._sequence_length)
+
+    def _with_text_of(self, plan: PausePlan) -> PauseGPTDataset:
+        """Return windows with the text of a plan; policies with equally much text share them."""
+        if plan.text_length not in self._datasets:
+            changes = {"window": plan.window, "placement": plan.placement, "pattern": plan.pattern}
+            self._datasets[plan.text_length] = self._build(self._pause.model_copy(update=changes))
+        return self._datasets[plan.text_length]
 
     def _build(self, pause: PauseSection) -> PauseGPTDataset:
         # The indices are used once, so they go into a temporary folder.
@@ -241,7 +259,7 @@ class Windows:
 
     def _statistics(self, plan: PausePlan, dataset: PauseGPTDataset) -> PolicyStatistics:
         own = dataset.injector
-        injector = PauseInjector(plan, own.pause_ids, own.dataset, own.split)
+        injector = PauseInjector(plan, own.pause_ids, own.dataset, own.split, own.texts)
         pauses, lengths = [], []
         for sample in range(self._samples):
             is_text = injector(dataset.window_text(sample), sample).is_text[:-1]

@@ -4,7 +4,7 @@ Notation (Goyal et al., "Think before you speak", ICLR 2024, section 3; `pause.*
 
     N     data.sequence_length: input tokens of a window. A window is drawn with one token more, so that inputs and
           targets both have N.
-    M     round(rate * N): pauses to insert.
+    M     round(rate * N): pauses to insert. `every` derives it from the run (`config.pauses.PauseCounts`).
     T     text tokens drawn. `exact`: N + 1 - M, so that text and pauses fill the window and no text is lost.
           `trim` (the paper's): N + 1; the longer sequence is cut back to N + 1 after insertion.
     gap   g in 1..T: the position directly after the g-th text token. There is none before the first token: a window
@@ -16,105 +16,34 @@ number). They do not depend on ranks, workers, micro-batches or the step of a re
 
 from __future__ import annotations
 
-import importlib
 import threading
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import numpy as np
 
 from pause_megatron.config.pauses import PauseCounts, placement_conflict
 from pause_megatron.config.schema import PauseSection
+from pause_megatron.data.windows.placement import Placement, resolve_policy
+from pause_megatron.data.windows.policies import POLICIES
+from pause_megatron.data.windows.text_window import ONE_DOCUMENT, PlacementPolicy, TextWindow, TokenTexts, WindowPolicy
 from pause_megatron.errors import ConfigError
 from pause_megatron.seeds import philox_key
 
-
-@runtime_checkable
-class PlacementPolicy(Protocol):
-    """A function that chooses the text tokens that pauses follow.
-
-    Any callable of this shape is a policy. `pause.placement=module:attribute` uses your own.
-    """
-
-    def __call__(self, text: np.ndarray, count: int, rate: float, rng: np.random.Generator) -> np.ndarray:
-        """Return the gaps of one window.
-
-        Args:
-            text: The window's text tokens, with any padding at its end, int64 [T], read-only.
-            count: M, the pauses to insert. In an `exact` window exactly this many gaps must be returned, in a `trim`
-                window any number.
-            rate: `pause.rate`.
-            rng: The generator of this sample. A draw from anything else makes samples irreproducible.
-
-        Returns:
-            Gaps in 1..T, integers [number of pauses], in any order. A gap given twice gets two pauses.
-        """
-        ...
-
-
-# The policies that ship. Their arguments are described at `PlacementPolicy`.
-
-
-def uniform(text: np.ndarray, count: int, rate: float, rng: np.random.Generator) -> np.ndarray:
-    """Draw M gaps so that every interleaving of pauses with the text after its first token is equally likely."""
-    # An interleaving is a choice of M of the T - 1 + M places after the first token. The j-th pause (from 0), at
-    # place p, has p - j text tokens before it besides the first.
-    places = rng.choice(text.size - 1 + count, count, replace=False, shuffle=False)
-    places.sort()
-    return places - np.arange(-1, count - 1)
-
-
-def isolated(text: np.ndarray, count: int, rate: float, rng: np.random.Generator) -> np.ndarray:
-    """Draw M distinct gaps, every choice equally likely, so that no two pauses are adjacent."""
-    return rng.choice(text.size, count, replace=False, shuffle=False) + 1
-
-
-def with_replacement(text: np.ndarray, count: int, rate: float, rng: np.random.Generator) -> np.ndarray:
-    """Draw M independent gaps. With few gaps, runs of pauses are more frequent than with `uniform`."""
-    return rng.integers(1, text.size + 1, count)
-
-
-def bernoulli(text: np.ndarray, count: int, rate: float, rng: np.random.Generator) -> np.ndarray:
-    """Choose each gap with probability `rate`. The number of pauses varies, so the window must be `trim`."""
-    return np.flatnonzero(rng.random(text.size) < rate) + 1
-
-
-def interval(text: np.ndarray, count: int, rate: float, rng: np.random.Generator) -> np.ndarray:
-    """Return M evenly spaced gaps (spacings differ by at most one), shifted by a phase drawn for each sample."""
-    # Integers throughout: in floating point the last gap could round up to T + 1.
-    phase = rng.integers(text.size)
-    return (np.arange(count) * text.size + phase) // max(count, 1) + 1
-
-
-POLICIES: dict[str, PlacementPolicy] = {
-    policy.__name__: policy for policy in (uniform, isolated, with_replacement, bernoulli, interval)
-}
-"""The policies that ship, by the name used in `pause.placement`."""
-
-
-def resolve_policy(placement: str) -> PlacementPolicy:
-    """Return a policy by its name, or by 'module:attribute'.
-
-    Args:
-        placement: `pause.placement`.
-
-    Raises:
-        ConfigError: There is no such policy, module or attribute, or it cannot be called.
-    """
-    if placement in POLICIES:
-        return POLICIES[placement]
-    module_name, colon, attribute = placement.partition(":")
-    expected = f"pause.placement: expected one of {', '.join(POLICIES)}, or 'module:attribute', got {placement!r}"
-    if not (module_name and colon and attribute):
-        raise ConfigError(expected)
-    try:
-        policy = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{expected}: {error}; its module must be in this folder or on PYTHONPATH") from error
-    if not callable(policy):
-        raise ConfigError(f"{expected}, a {type(policy).__name__}, which cannot be called")
-    return policy
+__all__ = [
+    "LOCATIONS",
+    "POLICIES",
+    "PauseInjector",
+    "PausePlan",
+    "PlacementPolicy",
+    "TextWindow",
+    "Window",
+    "WindowPolicy",
+    "add_pauses",
+    "inject",
+    "resolve_policy",
+]
 
 
 class Window(NamedTuple):
@@ -199,6 +128,8 @@ class PausePlan:
         window: "exact" or "trim".
         placement: A name in POLICIES, or 'module:attribute'.
         seed: Seed of the placement.
+        run: Consecutive pauses at each place that the policy chooses.
+        pattern: Regular expression of `after` and `before`; None: punctuation.
 
     Raises:
         ConfigError: A value is out of its range, the policy does not exist or does not fit the window, or the window
@@ -210,6 +141,8 @@ class PausePlan:
     window: str = "exact"
     placement: str = "uniform"
     seed: int = 1234
+    run: int = 1
+    pattern: str | None = None
 
     @classmethod
     def of(cls, pause: PauseSection, sequence_length: int) -> PausePlan:
@@ -219,7 +152,7 @@ class PausePlan:
             pause: The pause section.
             sequence_length: `data.sequence_length`.
         """
-        return cls(sequence_length, pause.rate, pause.window, pause.placement, pause.seed)
+        return cls(sequence_length, pause.rate, pause.window, pause.placement, pause.seed, pause.run, pause.pattern)
 
     def __post_init__(self) -> None:
         if not 0 <= self.rate < 1:
@@ -228,10 +161,11 @@ class PausePlan:
             raise ConfigError(f"pause.window: expected 'exact' or 'trim', got {self.window!r}")
         if self.seed < 0:
             raise ConfigError(f"pause.seed: expected 0 or more, got {self.seed}")
-        resolve_policy(self.placement)
-        if (conflict := placement_conflict(self.counts, self.placement)) is not None:
+        _ = self.policy  # which checks its name, run and pattern
+        if (conflict := placement_conflict(self.counts, self.pattern)) is not None:
             keys, expected = conflict
             values = {
+                "pause.run": self.run,
                 "data.sequence_length": self.sequence_length,
                 "pause.rate": self.rate,
                 "pause.window": self.window,
@@ -244,11 +178,16 @@ class PausePlan:
     @cached_property
     def counts(self) -> PauseCounts:
         """Pauses and text tokens of a window."""
-        return PauseCounts(self.sequence_length, self.rate, self.window)
+        return PauseCounts(self.sequence_length, self.rate, self.window, self.placement, self.run)
+
+    @cached_property
+    def policy(self) -> Placement:
+        """The policy with its runs."""
+        return Placement(self.placement, self.run, self.pattern)
 
     @property
     def count(self) -> int:
-        """M, pauses inserted before any trim (Python's `round`: half to even)."""
+        """M, pauses inserted before any trim (`round` is Python's: half to even)."""
         return self.counts.inserted
 
     @property
@@ -268,14 +207,18 @@ class PauseInjector:
         pause_ids: The K pause ids.
         dataset: Name of the corpus: its prefix without the folder, so that a corpus can be moved.
         split: Name of the split: train, valid or test.
+        texts: Texts of the ids, for policies that look at them. None: there is no tokenizer.
     """
 
-    def __init__(self, plan: PausePlan, pause_ids: range, dataset: str, split: str) -> None:
+    def __init__(
+        self, plan: PausePlan, pause_ids: range, dataset: str, split: str, texts: TokenTexts | None = None
+    ) -> None:
         self.plan = plan
         self.pause_ids = pause_ids
         self.dataset = dataset
         self.split = split
-        self._policy = resolve_policy(plan.placement)
+        self.texts = texts
+        self._policy, self._count, self._exact = plan.policy, plan.count, plan.window == "exact"
         self._key = philox_key(plan.seed, dataset, split)
 
     def generator(self, sample: int) -> np.random.Generator:
@@ -303,43 +246,45 @@ class PauseInjector:
         }
         return generator
 
-    def gaps(self, text: np.ndarray, sample: int) -> np.ndarray:
+    @property
+    def sees_windows(self) -> bool:
+        """Whether the policy looks at more than the text, so that documents and side values are worth finding."""
+        return self._policy.sees_windows and self._count > 0
+
+    def gaps(
+        self, text: np.ndarray, sample: int, *, side: np.ndarray | None = None, documents: np.ndarray | None = None
+    ) -> np.ndarray:
         """Return the checked gaps of a sample.
 
         Args:
             text: Text ids of the window, int64 [T].
             sample: Sample number, 0 or more.
+            side: Side values of the text tokens [T], for policies that see windows.
+            documents: Offsets at which documents begin, for policies that see windows; None: one document.
 
         Returns:
             Gaps in 1..T, int64 [number of pauses], ascending.
 
         Raises:
-            ConfigError: A user's policy returned something else. The message names it.
+            ConfigError: The policy lacks something, or a user's policy returned something else. The message names it.
         """
         text = text.view()
         text.flags.writeable = False
-        gaps = np.asarray(self._policy(text, self.plan.count, self.plan.rate, self.generator(sample)))
-        if gaps.ndim != 1 or (gaps.size and gaps.dtype.kind not in "iu"):
-            raise self._error(sample, f"an array of integers with one axis, got {gaps.dtype} of shape {gaps.shape}")
-        gaps = gaps.astype(np.int64)
-        gaps.sort()
-        if self.plan.window == "exact" and gaps.size != self.plan.count:
-            raise self._error(sample, f"{self.plan.count} gaps for an exact window, got {gaps.size}")
-        if gaps.size and (gaps[0] < 1 or gaps[-1] > text.size):
-            raise self._error(sample, f"gaps from 1 to {text.size}, got some from {gaps[0]} to {gaps[-1]}")
-        return gaps
+        documents = ONE_DOCUMENT if documents is None else documents
+        about = (side, documents, sample, self.dataset, self.split, self.texts)
+        window = TextWindow(text, self._count, self.plan.rate, *about)
+        return self._policy.gaps(window, self.generator(sample), exact=self._exact)
 
-    def __call__(self, text: np.ndarray, sample: int) -> Window:
+    def __call__(
+        self, text: np.ndarray, sample: int, *, side: np.ndarray | None = None, documents: np.ndarray | None = None
+    ) -> Window:
         """Return the window of a sample, N + 1 tokens.
 
         Args:
             text: Text ids, int64 [T], with T = plan.text_length.
             sample: Sample number, 0 or more.
+            side: As for `gaps`.
+            documents: As for `gaps`.
         """
-        return inject(text, self.gaps(text, sample), self.pause_ids, self.plan.sequence_length + 1)
-
-    def _error(self, sample: int, expected: str) -> ConfigError:
-        return ConfigError(
-            f"pause.placement={self.plan.placement}: expected {expected} (dataset {self.dataset}, split {self.split}, "
-            f"sample {sample})"
-        )
+        gaps = self.gaps(text, sample, side=side, documents=documents)
+        return inject(text, gaps, self.pause_ids, self.plan.sequence_length + 1)

@@ -16,10 +16,14 @@ from hypothesis import strategies as st
 
 from pause_megatron.config.pauses import PLACEMENTS
 from pause_megatron.data.windows.pause import POLICIES, PauseInjector, PausePlan, inject
+from pause_megatron.data.windows.targets import supervise
+from pause_megatron.data.windows.token_texts import TokenTextTable
 from pause_megatron.errors import ConfigError
 from pause_megatron.seeds import philox_key
 
 PAUSE = 1000
+TEXTS = TokenTextTable(100, lambda ids: "a," if ids == [5] else "a", [])
+"""Texts of ids: token 5 has a comma."""
 
 
 def after_stops(text: np.ndarray, count: int, rate: float, rng: np.random.Generator) -> np.ndarray:
@@ -50,10 +54,10 @@ def writes_to_the_text(text: np.ndarray, count: int, rate: float, rng: np.random
 
 
 def make_injector(
-    length: int, rate: float, window: str, placement: str, embeddings: int = 1, seed: int = 1
+    length: int, rate: float, window: str, placement: str, embeddings: int = 1, seed: int = 1, run: int = 1
 ) -> PauseInjector:
-    plan = PausePlan(length, rate, window, placement, seed)
-    return PauseInjector(plan, range(PAUSE, PAUSE + embeddings), "corpus", "train")
+    plan = PausePlan(length, rate, window, placement, seed, run)
+    return PauseInjector(plan, range(PAUSE, PAUSE + embeddings), "corpus", "train", TEXTS)
 
 
 @st.composite
@@ -63,18 +67,26 @@ def injectors(draw: st.DrawFn) -> PauseInjector:
     placement = draw(st.sampled_from([*POLICIES, f"{__name__}:after_stops"]))
     if window == "exact" and placement in ("bernoulli", f"{__name__}:after_stops"):
         window = "trim"
+    if placement == "every":
+        window = "exact"
     length = draw(st.integers(4, 120))
     rate = draw(st.floats(0, 0.5 if placement == "isolated" else 0.8))
-    return make_injector(length, rate, window, placement, draw(st.integers(1, 4)), draw(st.integers(0, 2**40)))
+    embeddings, seed, run = draw(st.integers(1, 4)), draw(st.integers(0, 2**40)), draw(st.integers(1, 4))
+    run = min(run, length - 1)  # `every` leaves room for two text tokens
+    return make_injector(length, rate, window, placement, embeddings, seed, run)
 
 
 @given(injectors(), st.integers(0, 2**40), st.integers(0, 2**32 - 1))
 @settings(max_examples=400, deadline=None)
 def test_invariants(injector: PauseInjector, sample: int, text_seed: int) -> None:
+    """Removing the pauses gives the text; every text token but the first has something before it; M; runs; K."""
     plan = injector.plan
-    text = np.random.default_rng(text_seed).integers(0, 9, plan.text_length)
+    draw = np.random.default_rng(text_seed)
+    text, side = draw.integers(0, 9, plan.text_length), draw.choice([0, 1, 2, np.nan], plan.text_length)
     before = text.copy()
-    window = injector(text, sample)
+    window = injector(text, sample, side=side)
+    again = PauseInjector(plan, injector.pause_ids, injector.dataset, injector.split, injector.texts)
+    assert np.array_equal(again(text, sample, side=side).tokens, window.tokens)  # 4: a function of the address
     tokens, is_text = window.tokens, window.is_text
     assert np.array_equal(text, before)
     assert tokens.shape == is_text.shape == (plan.sequence_length + 1,)
@@ -90,7 +102,13 @@ def test_invariants(injector: PauseInjector, sample: int, text_seed: int) -> Non
     for begin, run in _runs(tokens):
         assert run == [PAUSE + index % len(injector.pause_ids) for index in range(len(run))], begin
     if plan.placement == "isolated":
-        assert not (~is_text[1:] & ~is_text[:-1]).any()
+        assert all(len(run) <= plan.run for _, run in _runs(tokens))
+    # Runs are whole, except the last one of a window.
+    assert all(len(run) % plan.run == 0 for _, run in [*_runs(tokens)][:-1])
+    # 3: no label is a pause, and targets are exactly the text tokens but the first.
+    targets = supervise(window)
+    assert targets.labels.max() < PAUSE
+    assert np.array_equal(targets.loss_mask == 1, is_text[1:])
 
 
 def _runs(tokens: np.ndarray) -> Iterator[tuple[int, list[int]]]:
@@ -250,7 +268,10 @@ def test_threads_do_not_share_a_generator() -> None:
 def test_places_stay_the_same_between_releases() -> None:
     """A resumed run must find its pauses again: numpy promises this for Philox, not for Generator's methods."""
     golden = {
-        name: make_injector(40, 0.15, "trim", name, seed=1234).gaps(np.arange(41), 7).tolist() for name in POLICIES
+        name: make_injector(40, 0.15, "exact" if name == "every" else "trim", name, seed=1234)
+        .gaps(np.arange(41) % 8, 7, side=np.arange(41) % 13)
+        .tolist()
+        for name in POLICIES
     }
     assert golden == GOLDEN
 
@@ -261,6 +282,10 @@ GOLDEN = {
     "with_replacement": [3, 21, 23, 29, 32, 38],
     "bernoulli": [29],
     "interval": [4, 11, 18, 25, 32, 38],
+    "scored": [11, 12, 24, 25, 37, 38],
+    "after": [6, 14, 22, 22, 30, 38],
+    "before": [5, 13, 21, 21, 29, 37],
+    "every": [*range(1, 21)],
 }
 
 
