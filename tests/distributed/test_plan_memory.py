@@ -79,7 +79,17 @@ MEMORY = {
         4,
         ["engine.ds_config=DS/at_once.json", "engine.zero_stage=1", "model.hidden=256", "data.sequence_length=32"],
     ),
-    "stage 1, sequence parallel": (4, ["engine.zero_stage=1", *SP, "model.layers=4"]),
+    "stage 1, sequence parallel, pauses without positions": (
+        4,
+        ["engine.zero_stage=1", *SP, "model.layers=4", "pause.positions=shared"],
+    ),
+    "stage 2, a range of layers looped": (
+        4,
+        [
+            *("engine.ds_config=DS/plain.json", "engine.zero_stage=2", "model.layers=4"),
+            *("model.loops=3", "model.loop_layers=1..2"),
+        ],
+    ),
     "stage 3, sequence parallel, recomputed": (
         8,
         ["engine.ds_config=DS/plain.json", "engine.zero_stage=3", *SP, "parallel.recompute=full", "model.layers=4"],

@@ -155,6 +155,7 @@ def _model(config: Any) -> torch.nn.Module:
         softmax=config.pause.softmax,
         precision=config.engine.precision,
         seed=config.run.seed,
+        given_positions=config.pause.positions == "shared",
     )
 
 
