@@ -73,6 +73,7 @@ def pretrain_base(corpus: str, folder: str) -> int:
                 *(f"data.prefix={corpus}", f"run.dir={folder}", "train.steps=2", "optim.warmup_steps=1"),
                 *tiny_model(layers=2, hidden=64, heads=4, tied=False),
                 *("pause.embeddings=2", "pause.softmax=exclude", "checkpoint.every=0", "validation.every=0"),
+                *("pause.positions=shared", "model.loops=2", "model.loop_layers=1..1"),
                 # Weights this large make attention sharp enough that a bidirectional prefix shows in the logits.
                 *("model.init_std=0.1", "log.tensorboard=false"),
             ],
@@ -82,7 +83,7 @@ def pretrain_base(corpus: str, folder: str) -> int:
 
 @pytest.fixture(scope="module")
 def base(corpus, tmp_path_factory) -> str:
-    """A run with two pause vectors, windows of 256."""
+    """A run with two pause vectors that share positions, a layer that runs twice, and windows of 256."""
     folder = str(tmp_path_factory.mktemp("base") / "run")
     assert run_on_ranks(1, pretrain_base, corpus, folder) == [0]
     return folder
@@ -117,6 +118,7 @@ def test_the_reference_learns_after_pauses(reference):
     assert lines[-1]["valid_loss"] != lines[-1]["valid_loss_without_pauses"]
     config = load(reference / "config.yaml")
     assert (config.pause.embeddings, config.pause.softmax, config.data.sequence_length) == (2, "exclude", 256)
+    assert (config.pause.positions, config.model.loops, config.model.loop_layers) == ("shared", 2, "1..1")
     assert (
         config.train.steps == len(lines) == load(Store(reference / "checkpoints").path(4) / "config.yaml").train.steps
     )
@@ -195,7 +197,8 @@ def native_scores(folder: str, base: str, data: str, counts: tuple[int, ...]) ->
                 tokens = torch.from_numpy(whole)[None]
                 where = torch.arange(tokens.shape[1] - 1)[None]
                 mask = segment_mask(torch.zeros_like(where), where < marked)
-                logits = model.logits(tokens[:, :-1], where, mask)[0, marked - 1 :]
+                positions = (tokens < task.pause_ids[0]).cumsum(1)[:, :-1] - 1  # pauses use up none
+                logits = model.logits(tokens[:, :-1], positions, mask)[0, marked - 1 :]
                 logits[:, list(task.pause_ids)] = float("-inf")
                 targets = tokens[0, marked:, None]
                 of_count.append(float(logits.log_softmax(-1).gather(1, targets).double().sum()))
