@@ -82,7 +82,7 @@ class Session:
         counted = valid if self._without_positions is None else valid & ~self._pauses(tokens, pauses)
         positions = (self.lengths[:, None] + counted.cumsum(1) - 1).clamp_(min=0)
         self._valid = torch.cat([self._valid, valid], dim=1)
-        self._counted = torch.cat([self._counted, counted], dim=1)
+        self._counted = self._valid if counted is valid else torch.cat([self._counted, counted], dim=1)
         output = self._model(
             input_ids=tokens,
             attention_mask=self._prefix_mask(valid) if bidirectional else self._mask(),
@@ -100,8 +100,8 @@ class Session:
         """Mask out the last `count` valid slots of a row, as if they had never been computed."""
         if count:
             slots = self._valid[row].nonzero()[-count:, 0]
-            self._valid[row, slots] = False
             self.lengths[row] -= self._counted[row, slots].sum()
+            self._valid[row, slots] = False
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Reindex the batch: row i continues from what was row `rows[i]`. A row may be selected several times."""

@@ -46,13 +46,14 @@ def pretrain(corpus: str, folder: str, tensor: int, zero: int, extra: list[str])
 def bases(corpus, tmp_path_factory) -> dict[str, Path]:
     """Runs without pauses, of one rank, with tied and untied matrices; two pause rows that they never saw.
 
-    The tied model is looped.
+    A layer of the tied model is looped.
     """
     sizes = [*tiny_model(layers=2, hidden=32, heads=4, kv_heads=2)]
     found = {}
     for name, tied, loops in (("tied", "true", 2), ("untied", "false", 1)):
         found[name] = tmp_path_factory.mktemp("base") / name
         settings = [*sizes, f"model.tied={tied}", f"model.loops={loops}", "pause.rate=0", "pause.embeddings=2"]
+        settings += ["model.loop_layers=1..1"] if loops > 1 else []
         run_on_ranks(1, pretrain, corpus, str(found[name]), 1, 1, settings)
     return found
 
@@ -192,7 +193,7 @@ def check_adapter_and_merged_export(base: Path, run: Path, folder: Path) -> None
         ("untied", 1, 1, 0, ["lora.layers=1", "lora.targets=[qkv,fc2]"]),
         ("tied", 2, 2, 3, ["parallel.sequence=true", "parallel.recompute=full"]),
         ("tied", 2, 1, 2, ["engine.precision=bf16"]),
-        ("untied", 2, 2, 1, []),
+        ("untied", 2, 2, 1, ["pause.positions=shared"]),
     ],
 )
 def test_only_adapters_and_pause_rows_move(bases, corpus, tmp_path, kind, ranks, tensor, zero, extra):
@@ -205,6 +206,8 @@ def test_only_adapters_and_pause_rows_move(bases, corpus, tmp_path, kind, ranks,
     assert len(added) == (4 if "lora.layers=1" in extra else 16)
     assert all(stored.rows(name, 0, stored.shape(name)[0]).any() for name in added)  # B was 0
     check_adapter_and_merged_export(bases[kind], tmp_path / "run", tmp_path)
+    told = "model.config.pause |= {'positions': 'shared'}" in (tmp_path / "adapter" / "README.md").read_text()
+    assert told == ("pause.positions=shared" in extra)
 
 
 def test_adapters_resume_bit_for_bit_and_at_another_tensor_parallel_size(bases, corpus, tmp_path):
