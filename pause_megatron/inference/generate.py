@@ -19,8 +19,11 @@ from pause_megatron.data.supervised.examples import Prompting
 from pause_megatron.errors import ConfigError
 from pause_megatron.inference.adaptive import FixedPauses, PausePolicy
 from pause_megatron.inference.answer import Answer
+from pause_megatron.inference.decode import Chooser, Row, Select, Targets, decode, log_likelihoods
+from pause_megatron.inference.decoding import DecodingPauses
 from pause_megatron.inference.earlier_keywords import accept_earlier_keywords
 from pause_megatron.inference.limits import DEFAULT_LIMITS, Limits
+from pause_megatron.inference.places import Places, pauses_between
 from pause_megatron.inference.prefill import Prefix, build_prefix, deduplicate, prefill
 from pause_megatron.inference.prompts import PauseInfo, PromptEncoder
 from pause_megatron.inference.results import Completion, Cost, Generation, Score
@@ -69,6 +72,7 @@ class PauseGenerator:
         limits: Limits = DEFAULT_LIMITS,
         stream: Callable[[int, str], None] | None = None,
         keep_logits: bool = False,
+        decoding: DecodingPauses | None = None,
     ) -> Generation:
         """Generate answers to prompts, as one batch. Each answer is the one that its prompt would get alone.
 
@@ -81,6 +85,7 @@ class PauseGenerator:
             limits: Other criteria that end an answer: stop texts, end-of-sequence tokens.
             stream: Called with (index of the prompt, piece of text) as soon as text is certain.
             keep_logits: Keep the logits that each new token was selected from.
+            decoding: Pauses within the answers; None for the model's own, `DecodingPauses()` for none.
 
         Returns:
             The answers, in the order of the prompts, and their cost.
@@ -92,7 +97,8 @@ class PauseGenerator:
         """
         limits = limits if max_new_tokens is None else replace(limits, max_new_tokens=max_new_tokens)
         prompting = self.pause.prompting if prompting is None else prompting
-        prefixes = self._prefixes(prompts, pauses, prompting, [limits.max_new_tokens] * len(prompts))
+        places = self._places(decoding, prompting)
+        prefixes = self._prefixes(prompts, pauses, prompting, places, [limits.max_new_tokens] * len(prompts))
         sampling.row_numbers(len(prefixes))  # raises where they do not fit
         if not prefixes:
             return Generation((), Cost())
@@ -100,21 +106,32 @@ class PauseGenerator:
         logits, used = prefill(meter.session, prefixes, self.pause.ids, bidirectional=_bidirectional(prompting))
         meter.end_prefill()
         answers = [Answer(self.encoder, () if limits.ignore_eos else self.eos, limits) for _ in prefixes]
+        rows = [Row(places, prefix, count) for prefix, count in zip(prefixes, used, strict=True)]
         suppressed = [*self.pause.ids, *(self.eos if limits.ignore_eos else ())]
         kept: list[list[Tensor]] = [[] for _ in prefixes]
 
-        def on_token(row: int, row_logits: Tensor, text: str) -> None:
+        def push(row: int, row_logits: Tensor, token_id: int) -> bool:
+            text = answers[row].push(token_id)
             if keep_logits:
                 kept[row].append(row_logits.cpu())
             if text and stream is not None:
                 stream(row, text)
+            return not answers[row].finish
 
-        _decode(meter.session, logits, answers, lambda *step: _select(sampling, suppressed, *step), on_token)
-        rows = zip(answers, prefixes, used, [torch.stack(row) if row else None for row in kept], strict=True)
+        decode(meter.session, logits, rows, self._chooser(places, suppressed, sampling.select), push)
         return Generation(
             tuple(
-                Completion(answer.text, tuple(answer.ids), answer.finish, prefix.prompt_tokens, count, row_logits)
-                for answer, prefix, count, row_logits in rows
+                Completion(
+                    answer.text,
+                    tuple(answer.ids),
+                    answer.finish,
+                    prefix.prompt_tokens,
+                    count,
+                    torch.stack(row_logits) if row_logits else None,
+                    tuple(row.pauses),
+                    prefix.inside,
+                )
+                for answer, prefix, count, row_logits, row in zip(answers, prefixes, used, kept, rows, strict=True)
             ),
             meter.cost(),
         )
@@ -128,17 +145,22 @@ class PauseGenerator:
         *,
         pauses: Pauses = None,
         prompting: Prompting | None = None,
+        decoding: DecodingPauses | None = None,
     ) -> tuple[tuple[Score, ...], Cost]:
         """Compute the log-likelihood of given continuations after prompts and pauses, as one batch.
 
         Pause ids take no part in the softmax, since they are never emitted. A prompt that occurs several times, as in
         the choices of a question, is computed once.
 
+        Places give a continuation the pauses that it would have as an answer, in one pass. With `decoding.entropy` or
+        `requests`, it is computed token by token with the pauses that greedy decoding would grant before each of them.
+
         Args:
             prompts: As for `generate`.
             continuations: One for each prompt: a text that follows the prompt, or token ids.
             pauses: As for `generate`.
             prompting: As for `generate`.
+            decoding: As for `generate`.
 
         Returns:
             A score for each prompt, and the cost of the batch.
@@ -155,32 +177,80 @@ class PauseGenerator:
         if not all(targets):
             raise ConfigError(f"continuation {targets.index([])}: expected at least one token, got none")
         prompting = self.pause.prompting if prompting is None else prompting
-        prefixes = self._prefixes(prompts, pauses, prompting, [len(ids) for ids in targets])
+        places = self._places(decoding, prompting)
+        prefixes = self._prefixes(prompts, pauses, prompting, places, [len(ids) for ids in targets])
         if not prefixes:
             return (), Cost()
         distinct, rows = deduplicate(prefixes)
         meter = _Meter(Session(self.model, len(distinct), self.pause.without_positions))
         first, used = prefill(meter.session, distinct, self.pause.ids, bidirectional=_bidirectional(prompting))
         meter.session.select_rows(rows)
-        first = first[rows]
         meter.end_prefill()
-        sums = _log_likelihoods(meter.session, first, targets, list(self.pause.ids))
-        scores = [Score(total, len(ids), used[row]) for total, ids, row in zip(sums, targets, rows, strict=True)]
+        counts = [used[row] for row in rows]
+        found = self._likelihoods(meter.session, first[rows], targets, prefixes, counts, places)
+        scores = [
+            Score(total, len(ids), count, tuple(inside), prefix.inside, greedy)
+            for (total, greedy, inside), ids, count, prefix in zip(found, targets, counts, prefixes, strict=True)
+        ]
         return tuple(scores), meter.cost()
 
+    def _likelihoods(
+        self,
+        session: Session,
+        first: Tensor,
+        targets: Sequence[list[int]],
+        prefixes: Sequence[Prefix],
+        used: Sequence[int],
+        places: Places,
+    ) -> list[tuple[float, bool, list[tuple[int, int]]]]:
+        """Log-likelihood of every row's target, whether it is the greedy answer, and its pauses."""
+        if not places.decoding.granted:
+            mixed = [
+                places.interleave(ids, prefix.counted, prefix.run(count))
+                for ids, prefix, count in zip(targets, prefixes, used, strict=True)
+            ]
+            found = log_likelihoods(session, first, targets, mixed, self.pause.ids)
+            inside = [pauses_between(predicting) for _, predicting in mixed]
+            return [(*each, pauses) for each, pauses in zip(found, inside, strict=True)]
+        rows = [Row(places, prefix, count) for prefix, count in zip(prefixes, used, strict=True)]
+        texts = Targets(targets, self.pause.ids.start if places.decoding.requests else None)
+        texts.chooser = self._chooser(places, self.pause.ids, texts.select)
+        decode(session, first, rows, texts.chooser, texts.push)
+        return [(*text, row.pauses) for text, row in zip(texts.found(), rows, strict=True)]
+
+    def _chooser(self, places: Places, suppressed: Sequence[int], select: Select) -> Chooser:
+        return Chooser(places, suppressed, self.pause.ids.start if self.pause.ids else None, select)
+
+    def _places(self, decoding: DecodingPauses | None, prompting: Prompting) -> Places:
+        """Check the pauses within answers against the model."""
+        decoding = self.pause.decoding if decoding is None else decoding
+        if decoding.requests and not self.pause.ids:
+            raise ConfigError("decoding.requests: expected a model with a pause token, to request with, got none")
+        if decoding.active and not prompting.filler and not self.pause.ids:
+            raise ConfigError("decoding: expected a model with a pause token, or a filler, got neither")
+        filler = self.encoder.filler_id(prompting.filler) if prompting.filler and decoding.active else None
+        return Places(self.encoder, decoding, self.pause.ids if filler is None else (filler,))
+
     def _prefixes(
-        self, prompts: Sequence[Prompt], pauses: Pauses, prompting: Prompting, new_tokens: Sequence[int]
+        self,
+        prompts: Sequence[Prompt],
+        pauses: Pauses,
+        prompting: Prompting,
+        places: Places,
+        new_tokens: Sequence[int],
     ) -> list[Prefix]:
         """Check everything that can be checked before the first forward pass."""
         if isinstance(prompts, str):
             raise ConfigError("prompts: expected a list of prompts, got one string")
         policies = self._policies(pauses, len(prompts))
         prefixes = [
-            build_prefix(self.encoder, prompt, policy, prompting, name=f"prompt {i}")
+            build_prefix(self.encoder, prompt, policy, prompting, f"prompt {i}", places)
             for i, (prompt, policy) in enumerate(zip(prompts, policies, strict=True))
         ]
         for i, (prefix, count) in enumerate(zip(prefixes, new_tokens, strict=True)):
-            prefix.check(self.model.config, f"prompt {i}", count, prompting, self.pause.without_positions)
+            most = places.most(count, prefix.counted)
+            without, level = self.pause.without_positions, len(prefixes) == 1
+            prefix.check(self.model.config, f"prompt {i}", count, prompting, most, without, level=level)
         return prefixes
 
     def _policies(self, pauses: Pauses, count: int) -> list[PausePolicy]:
@@ -219,56 +289,3 @@ class _Meter:
 
 def _bidirectional(prompting: Prompting) -> bool:
     return prompting.prefix_attention == "bidirectional"
-
-
-def _select(sampling: Sampling, suppressed: list[int], logits: Tensor, position: int) -> list[int]:
-    logits = logits.clone()
-    logits[:, suppressed] = float("-inf")
-    return sampling.select(logits, position)
-
-
-def _decode(
-    session: Session,
-    logits: Tensor,
-    answers: Sequence[Answer],
-    select: Callable[[Tensor, int], list[int]],
-    on_token: Callable[[int, Tensor, str], None],
-) -> None:
-    """Decode until every answer has ended.
-
-    Args:
-        session: The batch after its prefill.
-        logits: Logits of the first new tokens, fp32 [batch, vocab].
-        answers: The rows' answers, [batch]; they are filled.
-        select: Selects the next token of every row from (logits, position).
-        on_token: Called with (row, its logits, text that is certain now) for every new token.
-    """
-    position = 0
-    while True:
-        tokens = select(logits, position)
-        for row, answer in enumerate(answers):
-            if not answer.finish:
-                on_token(row, logits[row], answer.push(tokens[row]))
-        if all(answer.finish for answer in answers):
-            return
-        logits = session.forward([[] if a.finish else [a.ids[-1]] for a in answers])[:, -1]
-        position += 1
-
-
-def _log_likelihoods(
-    session: Session, first: Tensor, targets: Sequence[list[int]], suppressed: list[int]
-) -> list[float]:
-    """Log-likelihood of every row's target, in nats; `first` are the logits of its first token, [batch, vocab]."""
-    longest = max(map(len, targets))
-    logits = first[:, None]
-    if longest > 1:
-        rest = session.forward([ids[:-1] for ids in targets], keep=longest - 1)
-        logits = torch.cat([logits, rest], dim=1)
-    logits[..., suppressed] = float("-inf")
-    sums = []
-    for row, ids in zip(logits.log_softmax(-1), targets, strict=True):
-        # A row's first token is in slot 0, its others are at the right end.
-        predicted = torch.cat([row[:1], row[longest - len(ids) + 1 :]])
-        chosen = predicted.gather(1, torch.tensor(ids, device=predicted.device)[:, None])
-        sums.append(float(chosen.double().sum()))
-    return sums

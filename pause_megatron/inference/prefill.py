@@ -12,6 +12,7 @@ from torch import Tensor
 from pause_megatron.data.supervised.examples import Prompting
 from pause_megatron.errors import ConfigError
 from pause_megatron.inference.adaptive import PausePolicy
+from pause_megatron.inference.places import Places
 from pause_megatron.inference.prompts import PromptEncoder
 from pause_megatron.inference.session import Session
 
@@ -24,13 +25,19 @@ class Prefix:
         ids: Prompt and all pauses that it may get, `policy.limit` of them.
         prompt_tokens: Number of tokens of the prompt alone.
         policy: Decides how many of the pauses are used.
-        pauses: Places of these pauses (or fillers) in `ids`.
+        pauses: Places of the pauses (or fillers) in `ids`.
+        inside: How many of them are within the prompt, besides those of the policy.
+        counted: Tokens of the prompt that `DecodingPauses.every` counts.
+        own: Ids of the model's pauses.
     """
 
     ids: list[int]
     prompt_tokens: int
     policy: PausePolicy
-    pauses: range
+    pauses: frozenset[int]
+    inside: int
+    counted: int
+    own: range
 
     @property
     def adaptive(self) -> bool:
@@ -48,8 +55,27 @@ class Prefix:
         text = (token not in without and place not in self.pauses for place, token in enumerate(self.ids))
         return sum(text)
 
+    def run(self, used: int) -> int:
+        """Return the number of pauses directly before the first new token.
+
+        Args:
+            used: Pauses of the policy.
+        """
+        end = len(self.ids) - self.policy.limit + used
+        back = range(end - 1, -1, -1)
+        found = (place for place in back if place not in self.pauses and self.ids[place] not in self.own)
+        return end - 1 - next(found, -1)
+
     def check(
-        self, config: Any, name: str, new_tokens: int, prompting: Prompting, without_positions: range | None = None
+        self,
+        config: Any,
+        name: str,
+        new_tokens: int,
+        prompting: Prompting,
+        answer_pauses: int,
+        without_positions: range | None = None,
+        *,
+        level: bool = True,
     ) -> None:
         """Check that the row fits the model and that its options fit each other.
 
@@ -58,17 +84,23 @@ class Prefix:
             name: Names the row in messages.
             new_tokens: Maximum number of tokens after the prefix.
             prompting: Location and attention of the pauses.
+            answer_pauses: Maximum number of pauses among them.
             without_positions: As `positions` takes them.
+            level: Whether no other row of the batch gets fewer or more tokens in a pass of decoding.
 
         Raises:
             ConfigError: Too many positions, or adaptive pauses where pauses cannot be added one after the other.
         """
-        total, taken = len(self.ids) + new_tokens, self.positions(without_positions) + new_tokens
+        total = len(self.ids) + new_tokens + answer_pauses
+        taken = total if without_positions is None else self.positions(without_positions) + new_tokens
         available = getattr(config, "max_position_embeddings", None)
         if available is not None and taken > available:
-            pauses = "" if without_positions is not None else f" + {self.policy.limit} pauses"
+            uses = without_positions is None
+            inside = f" + {self.inside} pauses within it" if self.inside and uses else ""
+            within = f" + {answer_pauses} pauses among them" if answer_pauses and uses else ""
+            pauses = f" + {self.policy.limit} pauses" if uses else ""
             raise ConfigError(
-                f"{name}: {self.prompt_tokens} prompt tokens{pauses} + {new_tokens} new tokens = "
+                f"{name}: {self.prompt_tokens} prompt tokens{inside}{pauses} + {new_tokens} new tokens{within} = "
                 f"{taken} positions, but the model has {available} (max_position_embeddings); shorten the prompt, or "
                 f"lower pauses or max_new_tokens"
             )
@@ -89,10 +121,20 @@ class Prefix:
                 f"{name}: {total} tokens reach past the model's sliding window of {window}, where only a fixed "
                 f"number of pauses and a causal prefix are supported"
             )
+        if window is not None and total > window and answer_pauses and not level:
+            raise ConfigError(
+                f"{name}: {total} positions reach past the model's sliding window of {window}, where pauses within "
+                f"answers are supported for one prompt at a time (a batch of 1)"
+            )
 
 
 def build_prefix(
-    encoder: PromptEncoder, prompt: str | Sequence[int], policy: PausePolicy, prompting: Prompting, name: str
+    encoder: PromptEncoder,
+    prompt: str | Sequence[int],
+    policy: PausePolicy,
+    prompting: Prompting,
+    name: str,
+    places: Places | None = None,
 ) -> Prefix:
     """Encode a prompt and add its pauses.
 
@@ -102,6 +144,7 @@ def build_prefix(
         policy: Decides the number of pauses.
         prompting: Location and filler of the pauses.
         name: Names the row in messages.
+        places: Places of further pauses, which may be within the prompt.
 
     Raises:
         ConfigError: Pauses for a model that has none, a policy that contradicts itself, a filler of several tokens, or
@@ -120,10 +163,11 @@ def build_prefix(
             '<pause>. Use pauses=0, or a filler such as "."'
         )
     prompt_ids = encoder.encode(prompt)
-    ids = encoder.with_pauses(prompt_ids, policy.limit, prompting.location, filler)
+    inside, counted = ([], 0) if places is None else places.in_prompt(prompt_ids)
+    ids, places_of = encoder.paused(prompt_ids, policy.limit, prompting.location, filler, inside)
     if len(ids) - policy.limit + policy.first == 0:
         raise ConfigError(f"{name}: expected a non-empty prompt, a pause or a BOS, got none of them")
-    return Prefix(ids, len(prompt_ids), policy, encoder.pauses_of(prompt_ids, policy.limit, prompting.location))
+    return Prefix(ids, len(prompt_ids), policy, frozenset(places_of), len(inside), counted, encoder.pause.ids)
 
 
 def deduplicate(prefixes: Sequence[Prefix]) -> tuple[list[Prefix], list[int]]:
@@ -139,7 +183,8 @@ def deduplicate(prefixes: Sequence[Prefix]) -> tuple[list[Prefix], list[int]]:
     distinct: list[Prefix] = []
     rows = []
     for index, prefix in enumerate(prefixes):
-        row = index_of.setdefault(index if prefix.adaptive else (prefix.policy.limit, *prefix.ids), len(distinct))
+        key = index if prefix.adaptive else (prefix.policy.limit, prefix.pauses, *prefix.ids)
+        row = index_of.setdefault(key, len(distinct))
         if row == len(distinct):
             distinct.append(prefix)
         rows.append(row)

@@ -15,8 +15,9 @@ import numpy as np
 from pause_megatron.data.supervised.examples import Prompting
 from pause_megatron.data.tokenizer.continuation import Continuations
 from pause_megatron.data.tokenizer.tokenizer import PAUSE_TOKEN, ids_before
-from pause_megatron.data.windows.pause import add_pauses
+from pause_megatron.data.windows.pause import inject
 from pause_megatron.errors import ConfigError, DataError
+from pause_megatron.inference.decoding import NO_DECODING_PAUSES, DecodingPauses
 
 _NO_PAUSES = range(0)
 _DEFAULT = Prompting()
@@ -31,12 +32,15 @@ class PauseInfo:
         m_ft: M in finetuning; None if the model was not finetuned or its config.json does not name it.
         prompting: Location, filler and prefix attention in finetuning.
         positions: "own", or "shared": a pause has the position of the text token before it (`pause.positions`).
+        decoding: Pauses within answers: those that the model was trained with ("decoding"), and its requests
+            ("requests": the maximum before one token).
     """
 
     ids: range = _NO_PAUSES
     m_ft: int | None = None
     prompting: Prompting = _DEFAULT
     positions: str = "own"
+    decoding: DecodingPauses = NO_DECODING_PAUSES
 
     @property
     def without_positions(self) -> range | None:
@@ -114,9 +118,24 @@ def _parse(entry: Any) -> PauseInfo:
     if positions not in ("own", "shared"):
         raise DataError(f"config.json: pause.positions: expected own or shared, got {positions!r}")
     try:
-        return PauseInfo(consecutive, m_ft, Prompting(location, filler, attention), positions)
+        prompting = Prompting(location, filler, attention)
     except ConfigError as error:
         raise DataError(f"config.json: pause.{error}") from None
+    return PauseInfo(consecutive, m_ft, prompting, positions, _decoding(entry, consecutive))
+
+
+def _decoding(entry: Any, ids: range) -> DecodingPauses:
+    """Pauses within answers, of the keys "decoding" and "requests"."""
+    document, requests = entry.get("decoding"), entry.get("requests")
+    if requests is not None and (not isinstance(requests, int) or isinstance(requests, bool) or requests < 0):
+        raise DataError(f"config.json: pause.requests: expected null or 0 or more, got {requests!r}")
+    own = NO_DECODING_PAUSES if document is None else DecodingPauses.parse(document, "config.json: pause.decoding")
+    if requests:
+        own = replace(own, requests=True, limit=requests)
+    if own.active and not ids:
+        key = "requests" if document is None else "decoding"
+        raise DataError(f"config.json: pause.{key}: expected pause.ids with it, got none")
+    return own
 
 
 class PromptEncoder:
@@ -172,36 +191,32 @@ class PromptEncoder:
         return self._continuations.decode(ids)
 
     def with_pauses(self, ids: Sequence[int], count: int, location: str, filler: Sequence[int] = ()) -> list[int]:
+        """Put pauses before or after a prompt; see `paused`."""
+        return self.paused(ids, count, location, filler)[0]
+
+    def paused(
+        self, ids: Sequence[int], count: int, location: str, filler: Sequence[int] = (), inside: Sequence[int] = ()
+    ) -> tuple[list[int], list[int]]:
         """Put pauses into a prompt.
 
         Args:
             ids: Prompt ids, [P].
-            count: Number of pauses, M.
+            count: Number of pauses before or after it, M.
             location: "append" (after the prompt) or "prepend" (before it, after a leading BOS).
             filler: Id of the ordinary token that replaces `<pause>`; empty for the model's pause ids.
+            inside: Further pauses: for each, the number of prompt ids before it.
 
         Returns:
-            Token ids, [P + M].
+            Token ids, [P + M + len(inside)], and the places of the pauses among them, ascending.
         """
         pause_ids = range(filler[0], filler[0] + 1) if filler else self.pause.ids
-        kept = self._kept(ids)
         prompt = np.array(ids, dtype=np.int64)
-        return add_pauses(prompt, count, pause_ids, location=location, kept=kept).tolist()
-
-    def pauses_of(self, ids: Sequence[int], count: int, location: str) -> range:
-        """Return the places of the pauses in what `with_pauses` returns.
-
-        Args:
-            ids: As for `with_pauses`.
-            count: As for `with_pauses`.
-            location: As for `with_pauses`.
-        """
-        first = len(ids) if location == "append" else self._kept(ids)
-        return range(first, first + count)
-
-    def _kept(self, ids: Sequence[int]) -> int:
-        """Return the number of leading tokens that prepended pauses follow."""
-        return len(self.leading) if list(ids[: len(self.leading)]) == self.leading else 0
+        kept = len(self.leading) if list(ids[: len(self.leading)]) == self.leading else 0
+        gap = prompt.size if location == "append" else kept
+        # inject() inserts nothing before the first token, so a dummy token is put there and removed again.
+        gaps = np.array([*inside, *[gap] * count], dtype=np.int64) + 1
+        window = inject(np.concatenate([[0], prompt]), gaps, pause_ids)
+        return window.tokens[1:].tolist(), (window.places - 1).tolist()
 
     def filler_id(self, text: str) -> int:
         """Return the token id of a filler.

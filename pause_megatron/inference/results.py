@@ -18,6 +18,9 @@ class Completion:
         prompt_tokens: Tokens of the prompt, a BOS included, pauses not.
         pauses: Pauses (or fillers) before the answer.
         logits: Logits before suppression and sampling, fp32 [new tokens, vocab], on the CPU; None unless requested.
+        answer_pauses: Pauses within the answer: (tokens of the answer before them, number), for each place. One with
+            0 tokens before it was granted after the prompt's own pauses.
+        prompt_pauses: Pauses within the prompt.
     """
 
     text: str
@@ -26,6 +29,13 @@ class Completion:
     prompt_tokens: int
     pauses: int
     logits: Tensor | None = field(default=None, repr=False, compare=False)
+    answer_pauses: tuple[tuple[int, int], ...] = ()
+    prompt_pauses: int = 0
+
+    @property
+    def pauses_in_answer(self) -> int:
+        """Number of pauses within the answer."""
+        return sum(count for _, count in self.answer_pauses)
 
 
 @dataclass(frozen=True)
@@ -68,8 +78,14 @@ class Score:
         log_likelihood: Sum of its tokens' log-probabilities, in nats.
         tokens: Number of its tokens.
         pauses: Pauses before it, M.
+        answer_pauses: Pauses within it, as in `Completion`.
+        prompt_pauses: Pauses within the prompt.
+        greedy: Whether each of its tokens is the likeliest one.
     """
 
     log_likelihood: float
     tokens: int
     pauses: int
+    answer_pauses: tuple[tuple[int, int], ...] = ()
+    prompt_pauses: int = 0
+    greedy: bool = field(default=False, compare=False)

@@ -16,6 +16,8 @@ from pause_megatron.seeds import torch_seed
 class Sampling:
     """How the next token is selected. A draw depends on (seed, row, position) and on nothing else.
 
+    Where the model requests pauses, each selection after a request has a draw of its own, at the same position.
+
     Attributes:
         temperature: 0 selects the likeliest token (greedy); otherwise logits are divided by it.
         top_k: Sample from the k likeliest tokens only (ties with the k-th are kept); 0 for all.
@@ -57,12 +59,14 @@ class Sampling:
             raise ConfigError(f"rows: expected {prompts} numbers, one for each prompt, got {len(rows)}")
         return rows
 
-    def select(self, logits: Tensor, position: int) -> list[int]:
+    def select(self, logits: Tensor, position: int | Sequence[int], attempts: Sequence[int] | None = None) -> list[int]:
         """Select the next token of every row.
 
         Args:
             logits: Next-token logits, fp32 [batch, vocab]; -inf for tokens that must not be emitted.
-            position: Number of the new token, from 0.
+            position: Number of the new token, from 0; or one number for each row.
+            attempts: For each row, how often a token was selected at this position before, where a pause was requested.
+                The first draw does not depend on it; None for 0.
 
         Returns:
             Token ids, [batch].
@@ -70,13 +74,18 @@ class Sampling:
         if self.temperature == 0:
             return logits.argmax(-1).tolist()
         rows = self.row_numbers(len(logits))
-        return [self._draw(row_logits, row, position) for row_logits, row in zip(logits, rows, strict=True)]
+        positions = [position] * len(logits) if isinstance(position, int) else position
+        addresses = zip(rows, positions, attempts or [0] * len(logits), strict=True)
+        return [
+            self._draw(row_logits, (row, number, attempt) if attempt else (row, number))
+            for row_logits, (row, number, attempt) in zip(logits, addresses, strict=True)
+        ]
 
-    def _draw(self, logits: Tensor, row: int, position: int) -> int:
+    def _draw(self, logits: Tensor, address: tuple[int, ...]) -> int:
         logits = self._filter(logits / self.temperature)
         # The Gumbel-max trick: argmax(logits - log E), E exponential, is a draw from softmax(logits). A rounding
         # difference between batches changes it only where two perturbed logits nearly coincide.
-        noise = torch.empty(logits.shape).exponential_(generator=_generator(self.seed, row, position)).log_()
+        noise = torch.empty(logits.shape).exponential_(generator=_generator(self.seed, *address)).log_()
         return int((logits - noise.to(logits.device)).argmax())
 
     def _filter(self, logits: Tensor) -> Tensor:
@@ -94,6 +103,6 @@ class Sampling:
 GREEDY = Sampling()
 
 
-def _generator(seed: int, row: int, position: int) -> torch.Generator:
+def _generator(*address: int) -> torch.Generator:
     """Seed a generator on the host, so that a draw is the same on a CPU and on a GPU."""
-    return torch.Generator().manual_seed(torch_seed(seed, row, position))
+    return torch.Generator().manual_seed(torch_seed(*address))
