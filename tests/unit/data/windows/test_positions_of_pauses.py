@@ -39,7 +39,7 @@ def by_definition(tokens: list[int], *, restarts: bool) -> list[int]:
 
 
 @given(
-    policy=st.sampled_from(sorted(POLICIES)),
+    policy=st.sampled_from(sorted(set(POLICIES) - {"scored", "after", "before"})),  # these see more than the text
     window=st.sampled_from(["exact", "trim"]),
     rate=st.sampled_from([0.0, 0.1, 0.45]),
     embeddings=st.integers(1, 3),
