@@ -31,8 +31,6 @@ def answer_placement_is_known(config: ResolvedConfig) -> Broken:
     if name not in fitting:
         said = "; side arrays are of corpora" if name == "scored" else nearest(name, fitting)
         return keys, f"{', '.join(fitting)} or 'module:attribute'{said}"
-    if name in ("after", "before") and config.pause.pattern is None:
-        return (*keys, "pause.pattern"), f"pause.pattern with finetune.answer_placement={name}"
     if name == "isolated" and config.finetune.answer_rate > 1:
         return (*keys, "finetune.answer_rate"), "finetune.answer_rate <= 1 with isolated, so that no two pauses touch"
     return None

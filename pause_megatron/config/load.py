@@ -237,6 +237,8 @@ def _typed(entry: Entry) -> Entry:
     key, value = _known(entry), entry.value
     if key.kind is str and isinstance(value, (bool, int, float)):
         value = entry.text
+    elif key.kind is str and isinstance(value, list) and entry.text:  # [0-9] on a command line is a text
+        value = entry.text.strip()
     elif key.kind is int and isinstance(value, float) and value.is_integer():
         value = int(value)
     return Entry(entry.path, value, entry.text, entry.where)

@@ -9,7 +9,7 @@ from pause_megatron.config.batching import added_steps, pause_counts, pause_rang
 from pause_megatron.config.lora_rules import LORA_RULES
 from pause_megatron.config.model_rules import MODEL_RULES, Broken, Rule
 from pause_megatron.config.model_schema import ModelSection, ResolvedModel
-from pause_megatron.config.pauses import PLACEMENTS, placement_conflict
+from pause_megatron.config.pauses import BY_PATTERN, PLACEMENTS, pattern_error, placement_conflict
 from pause_megatron.config.schema import ParallelSection, ResolvedConfig, ResolvedData
 from pause_megatron.config.spelling import nearest
 from pause_megatron.errors import ConfigError
@@ -156,7 +156,10 @@ def placement_is_known(config: ResolvedConfig) -> Broken:
 @_rule
 def pauses_fit_the_window(config: ResolvedConfig) -> Broken:
     """Check that placement, rate and window fit together."""
-    return placement_conflict(pause_counts(config), config.pause.pattern)
+    pattern, of_answers = config.pause.pattern, config.finetune.answer_placement in BY_PATTERN
+    if pattern is not None and (wrong := pattern_error(pattern)) is not None:
+        return ("pause.pattern",), f"a regular expression ({wrong})"
+    return placement_conflict(pause_counts(config), None if of_answers else pattern)
 
 
 def _shares(split: str) -> list[float]:

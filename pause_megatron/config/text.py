@@ -64,7 +64,7 @@ class Entry:
     Attributes:
         path: "section.name"; "section" where the section is not a group of keys.
         value: Plain value: None, bool, int, float, str, or a list of these.
-        text: A scalar as it was written, without quotes; "" for a list.
+        text: A scalar as it was written, without quotes; "" for a list in a file.
         where: "FILE:LINE" or "command line".
     """
 
@@ -160,7 +160,7 @@ def read_override(override: str) -> Entry:
     plain = isinstance(node, yaml.ScalarNode) and node.style is None
     if plain and isinstance(value, str):  # `#` and `&` are no comment and no anchor on a command line
         value = text.strip()
-    return Entry(path.strip(), value, text if plain else written, where)
+    return Entry(path.strip(), value, text if plain or isinstance(value, list) else written, where)
 
 
 def write_yaml(data: dict[str, Any]) -> str:

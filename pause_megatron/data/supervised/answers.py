@@ -1,7 +1,8 @@
 """Pauses within answers: their gaps, by a placement policy, for each example and epoch.
 
     A     tokens of an answer without its end-of-document token: the text that a policy sees.
-    M_a   pauses within an answer: round(finetune.answer_rate x A), for a policy that takes a number of pauses.
+    M_a   pauses within an answer, in whole runs: pause.run x round(finetune.answer_rate x A / pause.run), for a policy
+          that takes a number of pauses; pause.run x A for `every`.
     gap   g in 1..A: directly after the g-th token of the answer. Pauses before its first token are those of the prompt.
 
 Pauses are inputs and never targets. What follows a run of them is predicted from its last pause. A draw is a function
@@ -11,17 +12,21 @@ of (seed, task, epoch, example number): it does not depend on packing, ranks, or
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from pause_megatron.data.windows.pause import POLICIES, resolve_policy
+from pause_megatron.config.pauses import BY_PATTERN
+from pause_megatron.data.windows.placement import Placement
+from pause_megatron.data.windows.policies import POLICIES
+from pause_megatron.data.windows.text_window import TextWindow, TokenTexts
 from pause_megatron.errors import ConfigError
 from pause_megatron.seeds import philox_key
 
 NO_GAPS = np.zeros(0, dtype=np.int64)
 """The gaps of an answer without pauses."""
 
-_FIXED = ("uniform", "isolated", "with_replacement", "interval")
+_OF_ANY_NUMBER = ("bernoulli",)
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,8 @@ class AnswerPauses:
         placement: A name in POLICIES, or 'module:attribute': `finetune.answer_placement`.
         rate: Pauses, as a fraction of the tokens of an answer: `finetune.answer_rate`.
         run: Consecutive pauses at each place: `pause.run`.
+        pattern: Regular expression of `after` and `before`: `pause.pattern`; other policies do not use it.
+        texts: Texts of the ids, for policies that look at them.
 
     Raises:
         ConfigError: There is no such policy.
@@ -40,12 +47,18 @@ class AnswerPauses:
     placement: str
     rate: float
     run: int = 1
+    pattern: str | None = None
+    texts: TokenTexts | None = None
 
     def __post_init__(self) -> None:
         try:
-            resolve_policy(self.placement)
+            _ = self._placement
         except ConfigError as error:
-            raise ConfigError(str(error).replace("pause.placement", "finetune.answer_placement")) from error
+            raise _renamed(error) from error
+
+    @cached_property
+    def _placement(self) -> Placement:
+        return Placement(self.placement, self.run, self.pattern if self.placement in BY_PATTERN else None)
 
     def most(self, size: int) -> int | None:
         """Return the largest number of pauses within an answer; None where a policy of the user's decides.
@@ -53,9 +66,9 @@ class AnswerPauses:
         Args:
             size: A, its tokens without EOD.
         """
-        if self.placement in _FIXED:
-            return self._places(size) * self.run
-        return size * self.run if self.placement in POLICIES else None
+        if self.placement not in POLICIES:
+            return None
+        return size * self.run if self.placement in _OF_ANY_NUMBER else self._count(size)
 
     def gaps(self, answer: np.ndarray, *address: object, number: int) -> np.ndarray:
         """Return the gaps of an answer.
@@ -75,18 +88,22 @@ class AnswerPauses:
             return NO_GAPS
         text = answer.astype(np.int64)
         text.flags.writeable = False
+        _, task, _ = address
+        window = TextWindow(
+            text, self._count(text.size), self.rate, sample=number, dataset=str(task), split="answers", texts=self.texts
+        )
         key = np.array(philox_key(*address, "answers"), dtype=np.uint64)
         rng = np.random.Generator(np.random.Philox(key=key, counter=(0, 0, number, 0)))
-        gaps = np.asarray(resolve_policy(self.placement)(text, self._places(answer.size), self.rate, rng))
-        if gaps.ndim != 1 or (gaps.size and gaps.dtype.kind not in "iu"):
-            raise self._error(number, f"an array of integers with one axis, got {gaps.dtype} of shape {gaps.shape}")
-        gaps = np.sort(gaps.astype(np.int64))
-        if gaps.size and (gaps[0] < 1 or gaps[-1] > text.size):
-            raise self._error(number, f"gaps from 1 to {text.size}, got some from {gaps[0]} to {gaps[-1]}")
-        return gaps.repeat(self.run)
+        try:
+            return self._placement.gaps(window, rng, exact=False)
+        except ConfigError as error:
+            raise _renamed(error) from error
 
-    def _places(self, size: int) -> int:
-        return round(self.rate * size / self.run)
+    def _count(self, size: int) -> int:
+        places = size if self.placement == "every" else round(self.rate * size / self.run)
+        return places * self.run
 
-    def _error(self, number: int, expected: str) -> ConfigError:
-        return ConfigError(f"finetune.answer_placement={self.placement}: expected {expected} (example {number})")
+
+def _renamed(error: ConfigError) -> ConfigError:
+    """Return an error about a policy with the key of answers."""
+    return ConfigError(str(error).replace("pause.placement", "finetune.answer_placement"))

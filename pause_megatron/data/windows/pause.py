@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pause_megatron.config.pauses import PauseCounts, placement_conflict
+from pause_megatron.config.pauses import BY_PATTERN, PauseCounts, placement_conflict
 from pause_megatron.config.schema import PauseSection
 from pause_megatron.data.windows.placement import Placement, resolve_policy
 from pause_megatron.data.windows.policies import POLICIES
@@ -152,7 +152,8 @@ class PausePlan:
             pause: The pause section.
             sequence_length: `data.sequence_length`.
         """
-        return cls(sequence_length, pause.rate, pause.window, pause.placement, pause.seed, pause.run, pause.pattern)
+        pattern = pause.pattern if pause.placement in BY_PATTERN else None  # else it is that of answers
+        return cls(sequence_length, pause.rate, pause.window, pause.placement, pause.seed, pause.run, pattern)
 
     def __post_init__(self) -> None:
         if not 0 <= self.rate < 1:

@@ -23,6 +23,7 @@ from pause_megatron.data.supervised.examples import (
 )
 from pause_megatron.data.supervised.windows import SupervisedWindows, summarize
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
+from pause_megatron.data.windows.token_texts import token_texts
 from pause_megatron.errors import ConfigError, DataError
 from pause_megatron.files.digest import bytes_digest
 from pause_megatron.tasks import Example, Task, fingerprint, load_task, read_examples
@@ -218,13 +219,15 @@ def _arrangement(config: ResolvedConfig, tokenizer: Tokenizer, pause_ids: range)
         leading=len(tokenizer.leading),
         hints="pauses" if finetune.pause_targets else "heads" if finetune.auxiliary_heads else None,
         shared_positions=config.pause.positions == "shared",
-        answers=_answers(config),
+        answers=_answers(config, tokenizer),
     )
 
 
-def _answers(config: ResolvedConfig) -> AnswerPauses | None:
-    placement = config.finetune.answer_placement
-    return None if placement is None else AnswerPauses(placement, config.finetune.answer_rate, config.pause.run)
+def _answers(config: ResolvedConfig, tokenizer: Tokenizer) -> AnswerPauses | None:
+    placement, pause = config.finetune.answer_placement, config.pause
+    if placement is None:
+        return None
+    return AnswerPauses(placement, config.finetune.answer_rate, pause.run, pause.pattern, token_texts(tokenizer))
 
 
 def _encoded(examples: Sequence[Example], tokenizer: Tokenizer, arrangement: Arrangement) -> list[EncodedExample]:

@@ -235,3 +235,9 @@ def test_configuration_imports_no_torch():
     heavy = "{'torch', 'numpy', 'deepspeed'}"
     code = f"import sys, pause_megatron.config as c; c.load(); assert not {heavy} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_regular_expression_is_no_list_on_a_command_line():
+    config = load(overrides=["pause.placement=after", "pause.pattern=[.,;:]"])
+    assert config.pause.pattern == "[.,;:]"
+    assert load(overrides=["pause.placement=after", "pause.pattern='[0-9]'"]).pause.pattern == "[0-9]"

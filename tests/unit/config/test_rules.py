@@ -6,6 +6,7 @@ import pytest
 
 from pause_megatron.config import rules
 from pause_megatron.config.load import load
+from pause_megatron.data.windows.pause import PausePlan
 from pause_megatron.errors import ConfigError
 
 # rule -> overrides that break it, and what the message must say
@@ -150,7 +151,7 @@ def test_hints_need_a_task_and_appended_pauses(overrides, expected):
     ("overrides", "expected"),
     [
         (["finetune.answer_placement=scored"], "or 'module:attribute'; side arrays are of corpora; got"),
-        (["finetune.answer_placement=after"], "pause.pattern with finetune.answer_placement=after"),
+        (["finetune.answer_placement=after", "pause.pattern=a["], "a regular expression (unterminated character set"),
         (["finetune.answer_placement=isolated", "finetune.answer_rate=1.5"], "finetune.answer_rate <= 1 with isolated"),
         (["finetune.answer_placement=every", "finetune.answer_rate=0.5"], "and not every, with finetune.answer_rate"),
         (["finetune.answer_rate=0.5"], "finetune.answer_placement, and not every, with finetune.answer_rate; got"),
@@ -160,6 +161,8 @@ def test_pauses_within_answers_fit_their_policy(overrides, expected):
     with pytest.raises(ConfigError) as caught:
         load(overrides=["task.name=gsm8k", *overrides])
     assert expected in str(caught.value) and "\n" not in str(caught.value)
+    loaded = load(overrides=["task.name=gsm8k", "finetune.answer_placement=before", "pause.pattern=[0-9]"])
+    assert PausePlan.of(loaded.pause, 64).pattern is None  # the pretraining's own placement does not use it
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pause_megatron.data.batches.batch import collate
 from pause_megatron.data.supervised.answers import AnswerPauses
 from pause_megatron.data.supervised.examples import Arrangement, EncodedExample
 from pause_megatron.data.supervised.windows import SupervisedWindows, summarize
+from pause_megatron.data.windows.token_texts import TokenTextTable
 from pause_megatron.errors import ConfigError, DataError
 
 PAUSES = range(900, 903)
@@ -43,6 +44,8 @@ POLICIES = [
     AnswerPauses("with_replacement", 1.5, run=2),
     AnswerPauses("bernoulli", 0.3, run=2),
     AnswerPauses("interval", 0.2),
+    AnswerPauses("every", 0.0, run=2),
+    AnswerPauses("before", 0.3, pattern="^5", texts=TokenTextTable(800, lambda ids: "".join(map(str, ids)), [])),
     AnswerPauses(f"{__name__}:twice_after_odd", 0.0),
 ]
 
@@ -125,7 +128,7 @@ def test_draws_are_by_address_and_lengths_count_them(answers):
     assert {item: packed[item] for item in range(7)} == parts(few, 1)
     drawn = [data.epoch(epoch).answers for epoch in (0, 1)]
     same = all(np.array_equal(one, two) for one, two in zip(*drawn, strict=True))
-    assert same == (":" in answers.placement)  # another epoch draws other places
+    assert same == (answers.placement == "every" or ":" in answers.placement)  # another epoch draws other places
     for item, (tokens, _) in packed.items():
         assert len(tokens) == data.arrangement.length(EXAMPLES[item], *data.epoch(1).pauses(item))
     facts, first = summarize(data), parts(data, 0)
