@@ -38,6 +38,7 @@ RANKS = {
         "plan": 6,
         "experiment": 7,
         "benchmark": 7,
+        "score": 7,
     },
     **{"cli": 8, "__main__": 9},
 }

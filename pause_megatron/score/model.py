@@ -1,0 +1,128 @@
+"""The model of a scoring, as far as it is known without its weights; and whether its tokenizer is the corpus's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pause_megatron.data.corpus.corpus import Corpus
+from pause_megatron.data.corpus.manifest import path_of
+from pause_megatron.errors import DataError
+from pause_megatron.inference.loading import DTYPES, check_folder
+from pause_megatron.inference.prompts import PauseInfo, PromptEncoder
+
+_PLACES = 64
+_PLACE_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What the files of a model's folder say, without its weights.
+
+    Attributes:
+        positions: Largest number of positions; None where config.json names none.
+        vocabulary: Number of rows of its embedding.
+        pauses: Ids of its pauses.
+        start: Id that its tokenizer puts before a text, such as a BOS; None for none.
+        dtype: Data type of the weights as stored: "fp32", "bf16" or "fp16".
+        encoder: Its tokenizer.
+    """
+
+    positions: int | None
+    vocabulary: int
+    pauses: range
+    start: int | None
+    dtype: str
+    encoder: PromptEncoder
+
+
+def read_facts(folder: Path) -> ModelFacts:
+    """Read config.json and the tokenizer of a folder.
+
+    Args:
+        folder: What `export-hf` wrote, or another transformers folder with safetensors.
+
+    Raises:
+        DataError: It is no such folder, or its tokenizer puts several ids before a text.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    check_folder(folder)
+    options = {"trust_remote_code": False, "local_files_only": True}
+    try:
+        config: Any = AutoConfig.from_pretrained(str(folder), **options)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), **options)
+    except Exception as error:  # transformers raises many types: each means an unusable folder
+        raise DataError(
+            f"{folder}: the configuration or the tokenizer cannot be loaded: {type(error).__name__}: "
+            f"{str(error).strip()[:300]}"
+        ) from None
+    if not tokenizer.is_fast:
+        raise DataError(f"{folder}: expected a fast tokenizer (tokenizer.json), got {type(tokenizer).__name__}")
+    pause = PauseInfo.of(config, tokenizer)
+    encoder = PromptEncoder(tokenizer, pause)
+    if len(encoder.leading) > 1:
+        raise DataError(
+            f"{folder}: expected a tokenizer that puts at most one id before a text, got the ids {encoder.leading}"
+        )
+    stored = {str(value).removeprefix("torch."): name for name, value in DTYPES.items()}
+    named = str(getattr(config, "dtype", None) or getattr(config, "torch_dtype", None)).removeprefix("torch.")
+    return ModelFacts(
+        positions=getattr(config, "max_position_embeddings", None),
+        vocabulary=config.vocab_size,
+        pauses=pause.ids,
+        start=encoder.leading[0] if encoder.leading else None,
+        dtype=stored.get(named, "fp32"),
+        encoder=encoder,
+    )
+
+
+def check_tokenizer(corpus: Corpus, folder: Path, facts: ModelFacts) -> None:
+    """Check that the model's tokenizer gives the ids of the corpus, on texts of many places of it.
+
+    Args:
+        corpus: The corpus.
+        folder: The model's folder, for messages.
+        facts: What its files say.
+
+    Raises:
+        DataError: It gives other ids, or the model's vocabulary lacks an id of the corpus's tokenizer.
+    """
+    tokenizer = corpus.tokenizer
+    largest = max(tokenizer.eod, tokenizer.vocab_size - 1 if tokenizer.pause_id >= tokenizer.vocab_size else 0)
+    if largest >= facts.vocabulary:
+        raise DataError(
+            f"model {folder}: expected the tokenizer of corpus {corpus.prefix} with ids up to {largest:,}, got a "
+            f"vocabulary of {facts.vocabulary:,} ids. Score with a model of the corpus's own tokenizer"
+        )
+    texts = _texts(corpus)
+    # Hugging Face spells special tokens apart; in a corpus their names are text, which both sides encode as text.
+    different = [
+        (text, expected, actual)
+        for text, expected in zip(texts, tokenizer.encode_batch(texts), strict=True)
+        if (actual := facts.encoder.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+        != expected
+    ]
+    if different:
+        text, expected, actual = different[0]
+        at = next((at for at, pair in enumerate(zip(expected, actual, strict=False)) if pair[0] != pair[1]), 0)
+        raise DataError(
+            f"model {folder}: expected the tokenizer of corpus {corpus.prefix}, got one of other ids for "
+            f"{len(different):,} of {len(texts):,} texts: in {text[:60]!r}, token {at:,} is {expected[at : at + 5]} in "
+            f"the corpus's and {actual[at : at + 5]} in the model's. Score with a model of the corpus's own tokenizer"
+        )
+
+
+def _texts(corpus: Corpus) -> list[str]:
+    """Return texts of evenly spaced places of the corpus, each within a document."""
+    tokens = np.memmap(path_of(corpus.prefix, "bin"), dtype=corpus.manifest.dtype, mode="r")
+    places = np.linspace(0, max(len(tokens) - _PLACE_TOKENS, 0), _PLACES).astype(np.int64)
+    found = []
+    for place in dict.fromkeys(places.tolist()):
+        ids = np.array(tokens[place : place + _PLACE_TOKENS], dtype=np.int64)
+        documents = np.split(ids, np.flatnonzero(ids == corpus.tokenizer.eod) + 1)
+        found.append(corpus.tokenizer.decode(max(documents, key=len).tolist()))
+    return [text for text in found if text]

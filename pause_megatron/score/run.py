@@ -1,0 +1,216 @@
+"""Scoring of a corpus: units in PREFIX.NAME.parts/, computed in parallel, joined to a side array at the end.
+
+A kill leaves the finished units, from which the same command continues. The values do not depend on the number of
+processes or of interruptions.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pause_megatron.data.corpus.corpus import Corpus, open_corpus
+from pause_megatron.data.corpus.records import FileRecord, SideRecord
+from pause_megatron.data.corpus.side import SideArray, check_side_name, find_side
+from pause_megatron.data.corpus.side_writing import only_side_writer, require_free, write_side
+from pause_megatron.errors import ConfigError, DataError
+from pause_megatron.evaluate.fingerprint import model_fingerprint
+from pause_megatron.score.model import ModelFacts, check_tokenizer, read_facts
+from pause_megatron.score.plan import Parts, ScorePlan
+from pause_megatron.score.windows import Unit, document_offsets, unit_tokens, units_of
+from pause_megatron.terminal.progress import Report, no_report
+
+CONTEXT, BATCH_TOKENS = 2048, 8192
+_STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """Options of a scoring.
+
+    Attributes:
+        kind: "loss" of each token, or "entropy" of its prediction, in nats.
+        name: Name of the side array.
+        context: Largest number of tokens that the model reads at a time; None for 2048, or fewer of a smaller model.
+        batch_tokens: Largest number of tokens of a forward pass; None for 8192, or the context.
+        processes: Number of processes; None for one each core that memory allows, or one each GPU.
+        device: "cpu", "cuda", or "auto" for GPUs where there are any.
+        dtype: Data type of the forward pass, "fp32", "bf16" or "fp16"; None for that of the stored weights.
+        store: Data type of the values.
+        overwrite: Replace a side array, or unfinished units, of other options.
+    """
+
+    kind: Literal["loss", "entropy"] = "loss"
+    name: str = "score"
+    context: int | None = None
+    batch_tokens: int | None = None
+    processes: int | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["fp32", "bf16", "fp16"] | None = None
+    store: Literal["float32", "float16"] = "float32"
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The result of `score`.
+
+    Attributes:
+        side: The side array.
+        already_done: Whether it existed with the same model and options.
+        reused: Number of tokens whose values earlier runs had computed.
+        seconds: Wall-clock time of this run.
+        processes: Number of processes.
+    """
+
+    side: SideArray
+    already_done: bool
+    reused: int
+    seconds: float
+    processes: int
+
+
+def score(prefix: str | Path, folder: str | Path, options: ScoreOptions, report: Report = no_report) -> Scored:
+    """Write a side array with the loss or the entropy of a model at each token of a corpus.
+
+    The value of a token is that of its prediction from the tokens before it in its document. The first token of a
+    document is predicted from the id that the model's tokenizer puts before a text (BOS), or from EOD if it puts none.
+
+    Args:
+        prefix: PREFIX of the corpus.
+        folder: What `export-hf` wrote, or another transformers folder with safetensors.
+        options: See there.
+        report: Progress callback.
+
+    Returns:
+        The side array, and how it was made.
+
+    Raises:
+        ConfigError: An option that does not fit the model or this machine.
+        DataError: The corpus, the model or the side array cannot be used, a process was killed, or the disk is full.
+    """
+    begun = time.perf_counter()
+    check_side_name(options.name)
+    corpus, facts = open_corpus(prefix), read_facts(Path(folder))
+    check_tokenizer(corpus, Path(folder), facts)
+    context, batch_tokens = _sizes(options, facts)
+    devices = _devices(options.device)
+    digest = model_fingerprint(Path(folder), report=report)
+    side = SideRecord(
+        file=FileRecord(bytes=0, digest=""),
+        dtype=options.store,
+        bin=corpus.manifest.files["bin"].digest,
+        idx=corpus.manifest.files["idx"].digest,
+        kind=options.kind,
+        model=Path(folder).absolute().name,
+        model_digest=digest,
+        context=context,
+        start=corpus.tokenizer.eod if facts.start is None else facts.start,
+        compute=options.dtype or facts.dtype,
+        batch_tokens=batch_tokens,
+    )
+    tokens = corpus.manifest.counts.tokens
+    plan = ScorePlan(side=side, device="cpu" if devices == ("cpu",) else "cuda", unit_tokens=unit_tokens(tokens))
+    try:
+        with only_side_writer(corpus.prefix, options.name):
+            if done := _already_done(corpus, side, options.name):
+                return Scored(done, True, tokens, time.perf_counter() - begun, 0)
+            require_free(corpus.prefix, options.name, overwrite=options.overwrite)
+            processes, reused = _compute(corpus, str(folder), plan, facts, options, devices, report)
+            parts = Parts(corpus.prefix, options.name, plan)
+            written = write_side(corpus.prefix, options.name, side, parts.read(_units(corpus, plan)))
+            parts.remove()
+    except OSError as error:
+        if error.errno not in _STORAGE_ERRORS:
+            raise
+        raise DataError(
+            f"cannot write {error.filename or prefix}: {os.strerror(error.errno or 0)}; finished units are kept: "
+            "resolve this and run the same command again"
+        ) from None
+    return Scored(written, False, reused, time.perf_counter() - begun, processes)
+
+
+def _compute(
+    corpus: Corpus,
+    folder: str,
+    plan: ScorePlan,
+    facts: ModelFacts,
+    options: ScoreOptions,
+    devices: tuple[str, ...],
+    report: Report,
+) -> tuple[int, int]:
+    """Compute the units that are not finished; return the number of processes, and of tokens of finished units."""
+    parts = Parts(corpus.prefix, options.name, plan)
+    parts.open(overwrite=options.overwrite)
+    try:
+        missing = [unit for unit in _units(corpus, plan) if not parts.has(unit)]
+        reused = corpus.manifest.counts.tokens - sum(map(len, missing))
+        processes = max(1, min(options.processes or _processes(Path(folder), plan, devices), len(missing)))
+        if missing:
+            from pause_megatron.score.pool import score_units
+            from pause_megatron.score.unit_scorer import UnitConfig
+
+            config = UnitConfig(
+                corpus.prefix,
+                options.name,
+                folder,
+                devices,
+                corpus.manifest.dtype,
+                facts.pauses,
+                facts.vocabulary,
+                plan,
+            )
+            stage, total = f"score {corpus.label}", corpus.manifest.counts.tokens
+            report(stage, reused, total)
+            score_units(iter(missing), config, processes, lambda done: report(stage, reused + done, total))
+    finally:
+        parts.close()
+    return processes, reused
+
+
+def _units(corpus: Corpus, plan: ScorePlan) -> Iterator[Unit]:
+    offsets = document_offsets(corpus.prefix, corpus.manifest.counts.documents)
+    assert plan.side.context is not None
+    return units_of(offsets, plan.side.context, plan.unit_tokens)
+
+
+def _already_done(corpus: Corpus, side: SideRecord, name: str) -> SideArray | None:
+    record = corpus.manifest.sides.get(name)
+    if record is None or record.model_copy(update={"file": side.file}) != side:
+        return None
+    return find_side(corpus.prefix, name)
+
+
+def _sizes(options: ScoreOptions, facts: ModelFacts) -> tuple[int, int]:
+    """Return the context and the largest number of tokens of a forward pass."""
+    limit = facts.positions
+    context = options.context or min(CONTEXT, limit or CONTEXT)
+    if context < 2 or (limit is not None and context > limit):
+        raise ConfigError(f"--context: expected 2 to {limit:,}, the model's max_position_embeddings, got {context:,}")
+    batch_tokens = options.batch_tokens or max(BATCH_TOKENS, context)
+    if batch_tokens < context:
+        raise ConfigError(f"--batch-tokens: expected at least --context {context:,}, got {batch_tokens:,}")
+    return context, batch_tokens
+
+
+def _devices(device: str) -> tuple[str, ...]:
+    import torch
+
+    count = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
+    if device == "cuda" and not count:
+        raise ConfigError("--device cuda: expected a CUDA device, this machine has none; use --device cpu")
+    return tuple(f"cuda:{number}" for number in range(count)) or ("cpu",)
+
+
+def _processes(folder: Path, plan: ScorePlan, devices: tuple[str, ...]) -> int:
+    """Return one process each GPU, or one each core if half of the free memory holds as many copies of the model."""
+    if plan.device == "cuda":
+        return len(devices)
+    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(len(os.sched_getaffinity(0)), int(free / 2 // (2 * stored + (512 << 20)))))

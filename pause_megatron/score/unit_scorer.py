@@ -1,0 +1,139 @@
+"""One process of a scoring: it computes units, each from the corpus to its file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import numpy as np
+import torch
+
+from pause_megatron.data.corpus.manifest import path_of
+from pause_megatron.errors import DataError
+from pause_megatron.score.plan import Parts, ScorePlan
+from pause_megatron.score.values import Scorer
+from pause_megatron.score.windows import Unit, Window, batches_of
+
+
+@dataclass(frozen=True)
+class UnitConfig:
+    """What a process needs to compute units.
+
+    Attributes:
+        prefix: PREFIX of the corpus.
+        name: Name of the side array.
+        model: Folder of the model.
+        devices: Devices of the processes, used in turn.
+        bin_dtype: Data type of the ids in `.bin`.
+        pauses: Ids of the model's pauses.
+        vocabulary: Number of rows of its embedding.
+        plan: The plan.
+    """
+
+    prefix: str
+    name: str
+    model: str
+    devices: tuple[str, ...]
+    bin_dtype: str
+    pauses: range
+    vocabulary: int
+    plan: ScorePlan
+
+
+class UnitScorer:
+    """The model of a process, loaded once.
+
+    Args:
+        config: What it needs.
+        device: Its device.
+
+    Raises:
+        DataError: The model cannot be loaded.
+    """
+
+    def __init__(self, config: UnitConfig, device: str) -> None:
+        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+        from transformers.utils import logging
+
+        from pause_megatron.inference.loading import load
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        self._config, side = config, config.plan.side
+        facts = AutoConfig.from_pretrained(config.model, trust_remote_code=False, local_files_only=True)
+        known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(facts), None)
+        attention = (
+            "sdpa" if getattr(known, "_supports_sdpa", True) else "eager"
+        )  # models with soft caps, such as Gemma 2
+        model = load(config.model, device=device, dtype=side.compute, attention=attention).model
+        self._scorer = Scorer(model, config.pauses, cast(Literal["loss", "entropy"], side.kind))
+        self._parts = Parts(config.prefix, config.name, config.plan)
+        self._tokens = np.memmap(path_of(config.prefix, "bin"), dtype=config.bin_dtype, mode="r")
+
+    def score(self, unit: Unit, on_tokens: Callable[[int], bool]) -> bool:
+        """Compute a unit and write its file.
+
+        Args:
+            unit: The unit.
+            on_tokens: Called after each batch with the number of tokens that now have values; False stops.
+
+        Returns:
+            Whether it was finished.
+
+        Raises:
+            DataError: The device is out of memory, a value is not finite, or an id is not the model's.
+            OSError: The file cannot be written.
+        """
+        side = self._config.plan.side
+        assert side.context is not None and side.batch_tokens is not None
+        self._check_ids(unit)
+        values = np.full(len(unit), np.nan, dtype=np.float32)
+        for batch in batches_of(unit.windows(side.context), side.batch_tokens):
+            try:
+                found = self._scorer.values(*self._rows(batch))
+            except (RuntimeError, MemoryError) as error:
+                raise DataError(f"{unit}: {_describe(error)}") from None
+            for window, row in zip(batch, found.numpy(), strict=True):
+                scored = slice(window.scored - window.first, len(window))
+                values[window.scored - unit.start : window.stop - unit.start] = row[scored]
+            if not on_tokens(sum(window.stop - window.scored for window in batch)):
+                return False
+        stored = values.astype(side.dtype)
+        if not (finite := np.isfinite(stored)).all():
+            first = int(np.argmin(finite))
+            raise DataError(
+                f"{unit}: token {unit.start + first:,}: expected a finite {side.kind} in {side.dtype}, got "
+                f"{values[first]}; compute with --dtype fp32, or check the model"
+            )
+        self._parts.save(unit, stored)
+        return True
+
+    def _rows(self, batch: Sequence[Window]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the ids that the model reads and those that it predicts, int64 [windows, tokens of the longest]."""
+        inputs = np.zeros((len(batch), len(batch[0])), dtype=np.int64)
+        targets, start = np.zeros_like(inputs), self._config.plan.side.start
+        assert start is not None
+        for row, window in enumerate(batch):
+            targets[row, : len(window)] = self._tokens[window.first : window.stop]
+            inputs[row, 1 : len(window)] = targets[row, : len(window) - 1]
+            inputs[row, 0] = start if window.begins else self._tokens[window.first - 1]
+        return torch.from_numpy(inputs), torch.from_numpy(targets)
+
+    def _check_ids(self, unit: Unit) -> None:
+        tokens, pauses = self._tokens[unit.start : unit.stop], self._config.pauses
+        wrong = (tokens >= self._config.vocabulary) | (tokens < 0)
+        if pauses:
+            wrong |= (tokens >= pauses.start) & (tokens < pauses.stop)
+        if wrong.any():
+            first = int(np.argmax(wrong))
+            raise DataError(
+                f"{path_of(self._config.prefix, 'bin')}: token {unit.start + first:,}: expected an id below "
+                f"{self._config.vocabulary:,} that is no pause of the model, got {tokens[first]}"
+            )
+
+
+def _describe(error: Exception) -> str:
+    text = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+    memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "memory" in text
+    return f"out of memory ({text}); use fewer --batch-tokens or --processes" if memory else text

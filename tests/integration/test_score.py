@@ -1,0 +1,251 @@
+"""The verb `score`: values of a plain loop, the same for any number of processes and after kills; refusals."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.prose import documents, small_tokenizer, write_shards
+from support.tiny_llama import llama, write_folder
+
+from pause_megatron.cli import main
+from pause_megatron.data.corpus.manifest import CorpusManifest
+from pause_megatron.data.corpus.side import open_side
+from pause_megatron.data.prepare.run import prepare
+from pause_megatron.files.durable import write_whole
+from pause_megatron.inference.loading import load
+from pause_megatron.score.windows import document_offsets, unit_tokens
+
+CONTEXT = 64
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of several units, and a model of its tokenizer."""
+    folder = tmp_path_factory.mktemp("score")
+    tokenizer = small_tokenizer(folder)
+    prepare([write_shards(folder / "shards", documents(400), 1)], tokenizer, folder / "c", workers=1)
+    write_folder(folder / "model")
+    assert CorpusManifest.load(folder / "c").counts.tokens > 4 * unit_tokens(1)
+    return folder
+
+
+@pytest.fixture
+def corpus(folder: Path, tmp_path: Path) -> Path:
+    for path in folder.glob("c.*"):
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
+    return tmp_path / "c"
+
+
+def arguments(corpus: Path, model: Path, *options: str) -> list[str]:
+    return [
+        *("score", str(corpus), "--model", str(model), "--context", str(CONTEXT), "--batch-tokens", "1024"),
+        *options,
+    ]
+
+
+def command(corpus: Path, model: Path, *options: str) -> list[str]:
+    return [sys.executable, "-m", "pause_megatron", *arguments(corpus, model, *options)]
+
+
+@torch.no_grad()
+def plain_loop(corpus: Path, model_folder: Path, kind: str, stop: int) -> np.ndarray:
+    """The values of the first `stop` tokens, one window after the other, from whole logits in fp64."""
+    model, manifest = load(model_folder, dtype="fp32", attention="eager").model, CorpusManifest.load(corpus)
+    pauses = torch.tensor(getattr(model.config, "pause", {"ids": []})["ids"], dtype=torch.int64)
+    tokens = np.fromfile(f"{corpus}.bin", dtype=manifest.dtype).astype(np.int64)
+    values, offsets = np.zeros(stop), document_offsets(corpus, manifest.counts.documents)
+    for first, end in itertools.pairwise(offsets):
+        if first >= stop:
+            break
+        text = np.concatenate([[manifest.tokenizer.eod], tokens[first:end]])
+        begin = 0
+        while True:
+            ids = torch.from_numpy(text[begin : begin + CONTEXT + 1])
+            logits = model(input_ids=ids[None, :-1]).logits[0].double()
+            logits[:, pauses] = -torch.inf
+            found = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+            if kind == "entropy":
+                found = torch.distributions.Categorical(logits=logits).entropy()
+            for at, value in enumerate(found.tolist()):
+                place = first + begin + at
+                if place < stop and (begin == 0 or at >= CONTEXT // 2):
+                    values[place] = value
+            if begin + CONTEXT >= len(text) - 1:
+                break
+            begin += CONTEXT // 2
+    return values
+
+
+def test_values_are_those_of_a_plain_loop(folder: Path, corpus: Path, capsys: pytest.CaptureFixture) -> None:
+    for kind in ("loss", "entropy"):
+        assert main(arguments(corpus, folder / "model", "--kind", kind, "--name", kind, "--processes", "1")) == 0
+        np.testing.assert_allclose(
+            open_side(corpus, kind)[:4000], plain_loop(corpus, folder / "model", kind, 4000), rtol=1e-5, atol=1e-5
+        )
+    manifest = CorpusManifest.load(corpus)
+    record = manifest.sides["loss"]
+    assert (record.kind, record.model, record.context, record.start) == ("loss", "model", 64, manifest.tokenizer.eod)
+    assert not Path(f"{corpus}.loss.parts").exists() and not list(corpus.parent.glob("*.lock"))
+    capsys.readouterr()
+    assert main(arguments(corpus, folder / "model", "--name", "loss")) == 0
+    assert "already scored with this model and these options: nothing to do" in capsys.readouterr().out
+    assert main(arguments(corpus, folder / "model", "--name", "loss", "--kind", "entropy")) == 2
+
+
+def test_logits_with_a_soft_cap(folder: Path, corpus: Path, tmp_path: Path) -> None:
+    model = tmp_path / "gemma"
+    shutil.copytree(folder / "model", model)
+    (model / "model.safetensors").unlink()
+    tokens = len(load(folder / "model").encoder.tokenizer)
+    llama(tokens, cls="Gemma2", head_dim=8, final_logit_softcapping=2.0, sliding_window=16).save_pretrained(str(model))
+    assert main(arguments(corpus, model, "--processes", "1", "--store", "float16")) == 0
+    found = open_side(corpus, "score")[:500]
+    assert found.dtype == np.float16
+    np.testing.assert_allclose(found, plain_loop(corpus, model, "loss", 500), rtol=2e-3)
+
+
+def test_any_number_of_processes_and_of_kills(folder: Path, corpus: Path, tmp_path: Path) -> None:
+    """The bytes of two processes, killed and resumed, are those of one process."""
+    assert main(arguments(corpus, folder / "model", "--processes", "1", "--name", "one")) == 0
+    parts = Path(f"{corpus}.two.parts")
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(
+            command(corpus, folder / "model", "--processes", "2", "--name", "two"), stdout=log, stderr=log
+        )
+        wait_until(lambda: len(list(parts.glob("*.values"))) >= 2 or process.poll() is not None)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
+    wait_until(lambda: not any(Path(f"/proc/{child}").exists() for child in children))  # no process is left behind
+    kept = {path: path.stat().st_mtime_ns for path in parts.glob("*.values")}
+    assert kept
+    damaged = min(kept)
+    damaged.write_bytes(damaged.read_bytes()[:-1])  # of another length: computed again
+    stray = parts / "000001.values.1.tmp"
+    stray.write_bytes(b"half")
+    refused = subprocess.run(
+        command(corpus, folder / "model", "--name", "two", "--kind", "entropy"), capture_output=True, text=True
+    )
+    assert refused.returncode == 2 and "there is an unfinished scoring" in refused.stderr
+    assert "kind: loss there, entropy now" in refused.stderr
+    done = subprocess.run(
+        command(corpus, folder / "model", "--processes", "2", "--name", "two"), capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "tokens were kept" in done.stdout, done.stderr
+    assert Path(f"{corpus}.one.npy").read_bytes() == Path(f"{corpus}.two.npy").read_bytes()
+    sides = CorpusManifest.load(corpus).sides
+    assert sides["one"] == sides["two"] and not parts.exists()
+
+
+def test_sigterm_ends_all_processes_and_keeps_units(folder: Path, corpus: Path, tmp_path: Path) -> None:
+    parts = Path(f"{corpus}.score.parts")
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command(corpus, folder / "model", "--processes", "2"), stdout=log, stderr=log)
+        wait_until(lambda: any(parts.glob("*.values")) or process.poll() is not None)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.terminate()
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM, (tmp_path / "log").read_text()
+    wait_until(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
+    assert any(parts.glob("*.values")) and not Path(f"{corpus}.score.lock").exists()
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_a_process_that_is_killed_is_named_by_its_unit(folder: Path, corpus: Path, tmp_path: Path) -> None:
+    parts = Path(f"{corpus}.score.parts")
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command(corpus, folder / "model", "--processes", "2"), stdout=log, stderr=log)
+        wait_until(lambda: any(parts.glob("*.values")) or process.poll() is not None)
+        for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
+                os.kill(int(child), signal.SIGKILL)
+                break
+        assert process.wait(timeout=60) == 2
+    message = (tmp_path / "log").read_text()
+    assert "a process was killed while these units were computed: " in message and "Traceback" not in message
+
+
+def test_what_is_refused_before_the_model_is_loaded(
+    folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(message: str, *words: str) -> None:
+        assert main([*words]) == 2
+        assert message in capsys.readouterr().err
+
+    monkeypatch.setattr("pause_megatron.score.unit_scorer.UnitScorer", None)
+    model = folder / "model"
+    refused("name of a side array: expected", *arguments(corpus, model, "--name", "a.b"))
+    refused("--context: expected 2 to 256", *arguments(corpus, model, "--context", "512"))
+    refused("--batch-tokens: expected at least --context 64, got 8", *arguments(corpus, model, "--batch-tokens", "8"))
+    refused("no corpus at", *arguments(tmp_path / "absent", model))
+    refused("there is no such folder", *arguments(corpus, tmp_path / "absent"))
+    if not torch.cuda.is_available():
+        refused("--device cuda: expected a CUDA device", *arguments(corpus, model, "--device", "cuda"))
+    other = tmp_path / "other"
+    shutil.copytree(model, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    names = {index: name for name, index in vocabulary.items()}
+    vocabulary[names[400]], vocabulary[names[401]] = 401, 400
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    refused("expected the tokenizer of corpus", *arguments(corpus, other))
+    np.save(tmp_path / "own.npy", np.zeros(3, np.float32))
+    own = ("score", str(corpus), "--values", str(tmp_path / "own.npy"))
+    refused("--kind: expected --model with it, got --values", *own, "--kind", "loss")
+    refused("own.npy: expected the shape", *own)
+    np.save(tmp_path / "own.npy", np.zeros(CorpusManifest.load(corpus).counts.tokens, np.uint8))
+    assert main([*own]) == 0
+    refused("there is a side array 'score' already (uint8, values of the user's own)", *arguments(corpus, model))
+
+
+def test_a_full_disk(
+    folder: Path, corpus: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, data: bytes) -> None:
+        if path.name == "000002.values":
+            raise OSError(28, "No space left on device", str(path))
+        write_whole(path, data)
+
+    monkeypatch.setattr("pause_megatron.score.plan.write_whole", full)
+    assert main(arguments(corpus, folder / "model", "--processes", "1")) == 2
+    assert "000002.values: No space left on device; finished units are kept" in capsys.readouterr().err
+    monkeypatch.undo()
+    unit = Path(f"{corpus}.score.parts/000001.values")
+    content = bytearray(unit.read_bytes())
+    content[7] ^= 1
+    unit.write_bytes(content)
+    assert main(arguments(corpus, folder / "model", "--processes", "1")) == 2
+    assert "000001.values: altered since it was written" in capsys.readouterr().err
+    assert main(arguments(corpus, folder / "model", "--processes", "1")) == 0
+
+
+def test_a_model_that_gives_no_number(folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder / "model", tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["model.norm.weight"][0] = torch.nan
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    assert main(arguments(corpus, tmp_path / "model", "--processes", "1")) == 2
+    assert (
+        "unit 0 (tokens 0 to " in caplog.text and "token 0: expected a finite loss in float32, got nan" in caplog.text
+    )
+
+
+def wait_until(condition, seconds: float = 60.0) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        begun = time.monotonic()
+        while not condition():
+            assert time.monotonic() - begun < seconds, "it took too long"
+            time.sleep(0.01)
