@@ -130,7 +130,7 @@ class PauseGPTModel(LanguageModule):
         given_positions: bool = False,
     ) -> None:
         check_supported(config, position_embedding_type, fp16_lm_cross_entropy, mtp_block_spec)
-        check_loops(loops, config, whole=pre_process and post_process)
+        check_loops(loops, loop_layers, config, whole=pre_process and post_process)
         super().__init__(config, pg_collection)
         self.vocabulary = vocabulary
         self.kernels = kernels or load_kernels("plain", "cpu")

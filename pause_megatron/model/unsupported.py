@@ -34,17 +34,20 @@ def check_supported(
             raise ConfigError(f"{name}: expected it to be off for PauseGPTModel, got {value!r}")
 
 
-def check_loops(loops: int, config: TransformerConfig, *, whole: bool) -> None:
+def check_loops(loops: int, looped: range | None, config: TransformerConfig, *, whole: bool) -> None:
     """Check that the layers can run several times.
 
     Args:
         loops: How many times.
+        looped: Numbers of the layers that repeat; None: all.
         config: As GPTModel.
         whole: Whether this pipeline stage has both the embedding and the head.
 
     Raises:
-        ConfigError: Pipeline parallelism, or recomputation that megatron-core runs by layer number.
+        ConfigError: No range of layers, pipeline parallelism, or recomputation that megatron-core runs by layer number.
     """
+    if looped is not None and not (looped.step == 1 and 0 <= looped.start < looped.stop <= config.num_layers):
+        raise ConfigError(f"loop_layers: expected a range within 0..{config.num_layers - 1}, got {looped}")
     if loops < 1:
         raise ConfigError(f"loops: expected 1 or more, got {loops}")
     if loops > 1 and not whole:

@@ -146,6 +146,8 @@ def pipeline_stage() -> str:
         vocabulary = Vocabulary(50, (50,))
         with pytest.raises(ConfigError) as refused:
             PauseGPTModel(config, block_spec(2), 52, 16, post_process=False, vocabulary=vocabulary, loops=2)
+        with pytest.raises(ConfigError, match=r"loop_layers: expected a range within 0\.\.1, got range\(1, 3\)"):
+            PauseGPTModel(config, block_spec(2), 52, 16, vocabulary=vocabulary, loops=2, loop_layers=range(1, 3))
     return str(refused.value)
 
 

@@ -35,7 +35,7 @@ PLAIN_KEYS = {
 PLAIN_GRID_KEYS = {
     *("Grid.name", "Grid.title", "Grid.baseline", "Grid.models", "Grid.tasks", "Grid.variants", "Budget.like"),
     *("Curve.m_ft", "Curve.tasks", "Curve.variants", "Evaluation.device", "Finetuning.set", "Inference.filler"),
-    *("GridTask.pauses", "GridTask.recipe", "GridTask.set", "Model.recipe", "Model.set"),
+    *("Extra.loop_layers", "GridTask.pauses", "GridTask.recipe", "GridTask.set", "Model.recipe", "Model.set"),
     *("Variant.about", "Variant.model", "Variant.pauses", "Variant.set", "Variant.tasks"),
 }
 PLAIN_OPTIONS = {
