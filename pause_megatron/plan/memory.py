@@ -88,11 +88,37 @@ def _phases(layout: Layout, states: TrainingStates, kept: Activations) -> dict[s
         },
         "optimizer step": {"gradients": states.gradients + states.new_gradients, "buffers": buffers + states.step},
     }
+    if layout.model.loops > 1:
+        phases["looped gradients"] = in_backward | _looped_gradients(layout, states, kept)
     if states.bucket:
         phases["gradient reduction"] = _costliest_reduction(layout, states, kept) | {
             "gradients": states.gradients + states.new_gradients
         }
     return phases
+
+
+def _looped_gradients(layout: Layout, states: TrainingStates, kept: Activations) -> dict[str, int]:
+    """Return the bytes when the last run of the looped layers has passed backwards, and earlier runs have not.
+
+    torch sums the gradients of all runs of a parameter before any engine gets them, so that here those of all looped
+    layers exist whole, at stages 2 and 3 too.
+    """
+    model = layout.model
+    parameters = {p.name: p.numel for p in layout.parameters}
+    looped = tuple(f"decoder.layers.{number}." for number in model.looped)
+    before = tuple(f"decoder.layers.{number}." for number in range(model.looped.start))
+    pending = sum(numel for name, numel in parameters.items() if name.startswith(looped))
+    done = sum(numel for name, numel in parameters.items() if not name.startswith((*looped, *before, "embedding.")))
+    exist = pending + (done if layout.stage < 2 and states.new_gradients else 0)
+    layers = model.looped.start + (model.loops - 1) * len(model.looped)  # with the one whose backward pass begins
+    again = kept.layer + kept.layer_input if layout.recompute else 0
+    activations = kept.angles + layers * (kept.layer_input if layout.recompute else kept.layer) + again
+    return {
+        "gathered parameters": max(0, states.live - layout.element * done),  # freed after their last use
+        "gradients": states.gradients + layout.element * exist,
+        "activations": activations + kept.layer_workspace,
+        "head": kept.head_gradient,
+    }
 
 
 def _costliest_reduction(layout: Layout, states: TrainingStates, kept: Activations) -> dict[str, int]:

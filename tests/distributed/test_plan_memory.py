@@ -83,6 +83,13 @@ MEMORY = {
         4,
         ["engine.zero_stage=1", *SP, "model.layers=4", "pause.positions=shared"],
     ),
+    "stage 3, looped, recomputed, more weights than activations": (
+        4,
+        [
+            *("engine.ds_config=DS/plain.json", "engine.zero_stage=3", "model.layers=4", "model.loops=2"),
+            *("parallel.recompute=full", "data.sequence_length=32"),
+        ],
+    ),
     "stage 2, a range of layers looped": (
         4,
         [
