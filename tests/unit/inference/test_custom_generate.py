@@ -9,7 +9,14 @@ import pytest
 import torch
 from support.tiny_llama import llama, write_folder
 
-from pause_megatron.inference import PauseGenerator, custom_generate, load, pause_generate, write_custom_generate
+from pause_megatron.inference import (
+    DecodingPauses,
+    PauseGenerator,
+    custom_generate,
+    load,
+    pause_generate,
+    write_custom_generate,
+)
 
 PROMPTS = ["My fellow citizens,", "A", "The state of the Union is strong, and we"]
 
@@ -117,7 +124,9 @@ def test_the_file_needs_nothing_of_this_project():
         tree = ast.parse(file.read())
     names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
-    assert {name.split(".")[0] for name in names} == {"__future__", "torch", "transformers", "typing"}
+    assert {name.split(".")[0] for name in names} <= {
+        "__future__", "collections", "re", "torch", "transformers", "typing"
+    }  # fmt: skip
 
 
 def test_a_folder_can_carry_it_and_runs_it_only_for_those_who_trust_it(tmp_path):
@@ -143,3 +152,61 @@ def test_a_folder_can_carry_it_and_runs_it_only_for_those_who_trust_it(tmp_path)
     spec.loader.exec_module(carried)
     with pytest.raises(ValueError, match="streamer: not supported"):
         carried.generate(ids, model=generator.model, streamer=object())
+
+
+MODES = {
+    "every": {"every": 3, "count": 2},
+    "everywhere": {"every": 1, "in_prompt": True},
+    "after": {"after": "[aeiou]", "count": 2, "in_prompt": True},
+    "entropy": {"entropy": 4.9, "count": 2, "limit": 3},
+    "requests": {"requests": True, "limit": 3},
+    "all": {"every": 4, "after": "^ ", "entropy": 5.1, "requests": True, "limit": 4, "in_prompt": True},
+}
+
+
+@pytest.mark.parametrize("positions", ["own", "shared"])
+@pytest.mark.parametrize("mode", MODES)
+def test_pauses_within_answers_equal_those_of_the_generator(sentencepiece, batch, mode, positions):
+    """Greedy, and with sampling from one token, as options of the call and as those of the configuration."""
+    fields = MODES[mode]
+    model = llama(len(sentencepiece) + 2, seed=3, pauses=3)
+    with torch.no_grad():
+        model.lm_head.weight[600] *= 5
+    model.config.pause["positions"] = positions
+    generator = PauseGenerator(model, sentencepiece)
+    expected = generator.generate(PROMPTS, pauses=2, max_new_tokens=9, decoding=DecodingPauses(**fields)).completions
+    assert sum(c.pauses_in_answer for c in expected) > 1
+    settings = {"max_new_tokens": 9, "pad_token_id": 2, "suppress_tokens": [600, 601, 602], "pauses": 2}
+    given = {f"pause_{name}": value for name, value in fields.items()}
+    for options in ({"do_sample": False}, {"do_sample": True, "top_k": 1}):
+        for own in (False, True):
+            model.config.pause["decoding"] = fields if own else None
+            output = model.generate(
+                **batch, custom_generate=pause_generate, pause_tokenizer=sentencepiece, **settings, **options,
+                **({} if own else given),
+            )  # fmt: skip
+            for row, completion in zip(output[:, batch.input_ids.shape[1] :].tolist(), expected, strict=True):
+                assert row[: len(completion.ids)] == list(completion.ids)
+                assert all(token_id == 2 for token_id in row[len(completion.ids) :])
+    off = {"pause_every": 0, "pause_after": "", "pause_entropy": float("inf"), "pause_requests": False}
+    plain = generator.generate(PROMPTS, pauses=2, max_new_tokens=9, decoding=DecodingPauses()).completions
+    output = model.generate(**batch, custom_generate=pause_generate, **settings, do_sample=False, **off)
+    for row, completion in zip(output[:, batch.input_ids.shape[1] :].tolist(), plain, strict=True):
+        assert row[: len(completion.ids)] == list(completion.ids)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pause_every": -1}, "pause_every: expected a whole number, 0 or more, got -1"),
+        ({"pause_every": 1, "pause_count": 0}, "pause_count: expected a whole number, 1 or more, got 0"),
+        ({"pause_entropy": -1.0}, "pause_entropy: expected 0 nats or more, got -1.0"),
+        ({"pause_after": "a"}, "pause_after: expected pause_tokenizer=TOKENIZER with it"),
+        ({"pause_requests": True, "pause_limit": 100}, r"4 new tokens \+ up to 400 pauses within them = 407 positions"),
+    ],
+)
+def test_wrong_options_within_answers_are_refused(generator, settings, message):
+    with pytest.raises(ValueError, match=message):
+        generator.model.generate(
+            torch.tensor([[5, 6, 7]]), custom_generate=pause_generate, max_new_tokens=4, **settings
+        )

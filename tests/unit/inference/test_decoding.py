@@ -143,7 +143,7 @@ def test_a_batch_equals_full_passes(asker, mode, temperature):
         assert completion.prompt_tokens + completion.prompt_pauses + completion.pauses == before
         alone = asker.generate([prompt], pauses=count, sampling=replace(sampling, rows=[row]), **settings)
         assert alone.completions[0] == completion
-    assert sum(c.pauses_in_answer for c in generation.completions) > 3, "the test needs pauses"
+    assert sum(c.pauses_in_answer for c in generation.completions) > 1, "the test needs pauses"
     assert 600 not in [token for c in generation.completions for token in c.ids]
     assert not any("<pause>" in c.text for c in generation.completions)
 
