@@ -224,6 +224,29 @@ def test_recipes_that_are_compared_differ_in_pauses_only():
         assert pause == standard
 
 
+METHODS = {  # method: the recipe that it is compared with, and the keys in which they differ
+    "cyb": ("pause", {"pause.run", "objective.name", "objective.discount"}),
+    "dit": ("pause", {"pause.placement", "data.side"}),
+    "every-k": ("pause", {"pause.placement", "pause.positions"}),
+    "looped": ("std", {"model.loops", "model.loop_layers"}),
+}
+
+
+@pytest.mark.parametrize("size", ["tiny", "c4-130m", "c4-1b"])
+@pytest.mark.parametrize("method", METHODS)
+def test_recipes_of_methods_differ_in_the_methods_keys_only(size, method):
+    other, differing = METHODS[method]
+    own, compared = load(recipe=f"{size}-{method}"), load(recipe=f"{size}-{other}")
+    assert own.train == compared.train and own.batch == compared.batch
+    found = {
+        f"{section}.{name}"
+        for section, values in compared
+        for name, value in values
+        if getattr(getattr(own, section), name) != value
+    }
+    assert found == {"run.dir", *differing}
+
+
 @pytest.mark.parametrize("name", ["paper-130m", "paper-1b"])
 def test_paper_recipes_hold_the_papers_numbers(name):
     config = load(recipe=name)
