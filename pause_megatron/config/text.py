@@ -156,7 +156,12 @@ def read_override(override: str) -> Entry:
     listed = isinstance(node, yaml.SequenceNode) and not node.flow_style  # "- x"
     if node is None or isinstance(node, yaml.MappingNode) or listed:
         return Entry(path.strip(), text.strip() or None, text, where)
-    value, written = _value(node, f"{where}: {path.strip()}")
+    try:
+        value, written = _value(node, f"{where}: {path.strip()}")
+    except ConfigError:  # a text that begins like a list, such as the regular expression [:;]
+        if isinstance(node, yaml.SequenceNode):
+            return Entry(path.strip(), text.strip(), text, where)
+        raise
     plain = isinstance(node, yaml.ScalarNode) and node.style is None
     if plain and isinstance(value, str):  # `#` and `&` are no comment and no anchor on a command line
         value = text.strip()

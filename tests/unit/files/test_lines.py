@@ -25,6 +25,7 @@ SHOWN = {
     ),
     *("config/deepspeed.py", "distributed/store.py", "data/text/hub.py", "data/tokenizer/train.py"),
     *("evaluate/lm_eval_tasks.py", "tasks/record_files.py", "inference/loading.py", "train/logs/tensorboard.py"),
+    "score/unit_scorer.py",  # an error of a process
     "hf/architecture.py",  # an error of transformers
     *("experiment/execute.py", "slurm/site.py", "slurm/commands.py"),  # what sinfo and squeue print
 }
