@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -53,10 +55,6 @@ def arguments(corpus: Path, model: Path, *options: str) -> list[str]:
         *("score", str(corpus), "--model", str(model), "--context", str(CONTEXT), "--batch-tokens", "1024"),
         *options,
     ]
-
-
-def command(corpus: Path, model: Path, *options: str) -> list[str]:
-    return [sys.executable, "-m", "pause_megatron", *arguments(corpus, model, *options)]
 
 
 @torch.no_grad()
@@ -116,64 +114,81 @@ def test_logits_with_a_soft_cap(folder: Path, corpus: Path, tmp_path: Path) -> N
     np.testing.assert_allclose(found, plain_loop(corpus, model, "loss", 500), rtol=2e-3)
 
 
-def test_any_number_of_processes_and_of_kills(folder: Path, corpus: Path, tmp_path: Path) -> None:
-    """The bytes of two processes, killed and resumed, are those of one process."""
-    assert main(arguments(corpus, folder / "model", "--processes", "1", "--name", "one")) == 0
-    parts = Path(f"{corpus}.two.parts")
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(
-            command(corpus, folder / "model", "--processes", "2", "--name", "two"), stdout=log, stderr=log
-        )
-        wait_until(lambda: len(list(parts.glob("*.values"))) >= 2 or process.poll() is not None)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+def test_any_number_of_processes_and_of_kills(
+    folder: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The bytes of two processes, which are killed in every way and resumed, are those of one process."""
+    options = ("--batch-tokens", "128", "--name")
+    assert main(arguments(corpus, folder / "model", "--processes", "1", *options, "one")) == 0
+    parts, log = Path(f"{corpus}.two.parts"), tmp_path / "log"
+    two = arguments(corpus, folder / "model", "--processes", "2", *options, "two")
+
+    with open(log, "w") as output:
+        process = subprocess.Popen([sys.executable, "-m", "pause_megatron", *two], stdout=output, stderr=output)
+        wait_until(lambda: any(parts.glob("*.values")) or process.poll() is not None)
+        workers = workers_of(process.pid)
         process.kill()
-        assert process.wait() == -signal.SIGKILL, (tmp_path / "log").read_text()
-    wait_until(lambda: not any(Path(f"/proc/{child}").exists() for child in children))  # no process is left behind
-    kept = {path: path.stat().st_mtime_ns for path in parts.glob("*.values")}
-    assert kept
-    damaged = min(kept)
-    damaged.write_bytes(damaged.read_bytes()[:-1])  # of another length: computed again
-    stray = parts / "000001.values.1.tmp"
-    stray.write_bytes(b"half")
-    refused = subprocess.run(
-        command(corpus, folder / "model", "--name", "two", "--kind", "entropy"), capture_output=True, text=True
-    )
-    assert refused.returncode == 2 and "there is an unfinished scoring" in refused.stderr
-    assert "kind: loss there, entropy now" in refused.stderr
-    done = subprocess.run(
-        command(corpus, folder / "model", "--processes", "2", "--name", "two"), capture_output=True, text=True
-    )
-    assert done.returncode == 0 and "tokens were kept" in done.stdout, done.stderr
+        assert process.wait() == -signal.SIGKILL and len(workers) == 2, log.read_text()
+    wait_until(lambda: not any(map(is_running, workers)))  # no process is left behind
+    kept = sorted(parts.glob("*.values"))
+    kept[0].write_bytes(kept[0].read_bytes()[:-1])  # of another length: computed again
+    (parts / "000001.values.1.tmp").write_bytes(b"half")
+
+    def kill_one() -> None:
+        wait_until(lambda: len(list(parts.glob("*.values"))) > len(kept))
+        os.kill(workers_of(os.getpid())[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_one)
+    killer.start()
+    capsys.readouterr()
+    assert main(two) == 2
+    killer.join()
+    assert re.search(r"a process was killed while these units were computed: \d+", capsys.readouterr().err)
+    assert not Path(f"{corpus}.two.lock").exists() and not workers_of(os.getpid())
+
+    assert main([*two, "--kind", "entropy"]) == 2
+    refused = capsys.readouterr().err
+    assert "there is an unfinished scoring" in refused and "kind: loss there, entropy now" in refused
+    assert main(two) == 0
+    assert "tokens were kept" in capsys.readouterr().out
     assert Path(f"{corpus}.one.npy").read_bytes() == Path(f"{corpus}.two.npy").read_bytes()
     sides = CorpusManifest.load(corpus).sides
     assert sides["one"] == sides["two"] and not parts.exists()
 
 
-def test_sigterm_ends_all_processes_and_keeps_units(folder: Path, corpus: Path, tmp_path: Path) -> None:
-    parts = Path(f"{corpus}.score.parts")
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(command(corpus, folder / "model", "--processes", "2"), stdout=log, stderr=log)
-        wait_until(lambda: any(parts.glob("*.values")) or process.poll() is not None)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        process.terminate()
-        assert process.wait(timeout=60) == 128 + signal.SIGTERM, (tmp_path / "log").read_text()
-    wait_until(lambda: not any(Path(f"/proc/{child}").exists() for child in children))
-    assert any(parts.glob("*.values")) and not Path(f"{corpus}.score.lock").exists()
-    assert "Traceback" not in (tmp_path / "log").read_text()
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_keeps_the_finished_units(
+    folder: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    def then_signal(path: Path, data: bytes) -> None:
+        write_whole(path, data)
+        if path.name == "000001.values":
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr("pause_megatron.score.plan.write_whole", then_signal)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(arguments(corpus, folder / "model", "--processes", "1")) == 128 + number
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert len(list(Path(f"{corpus}.score.parts").glob("*.values"))) == 2
+    assert not Path(f"{corpus}.score.lock").exists()
 
 
-def test_a_process_that_is_killed_is_named_by_its_unit(folder: Path, corpus: Path, tmp_path: Path) -> None:
-    parts = Path(f"{corpus}.score.parts")
-    with open(tmp_path / "log", "w") as log:
-        process = subprocess.Popen(command(corpus, folder / "model", "--processes", "2"), stdout=log, stderr=log)
-        wait_until(lambda: any(parts.glob("*.values")) or process.poll() is not None)
-        for child in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
-            if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes():
-                os.kill(int(child), signal.SIGKILL)
-                break
-        assert process.wait(timeout=60) == 2
-    message = (tmp_path / "log").read_text()
-    assert "a process was killed while these units were computed: " in message and "Traceback" not in message
+def workers_of(parent: int) -> list[int]:
+    """The processes of a pool, without the resource tracker."""
+    children = [int(child) for path in Path(f"/proc/{parent}/task").iterdir() for child in _words(path / "children")]
+    return [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+def _words(path: Path) -> list[str]:
+    return path.read_text().split()
+
+
+def is_running(process: int) -> bool:
+    """Whether a process runs; one that has ended may still wait for its parent."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_what_is_refused_before_the_model_is_loaded(
@@ -238,14 +253,12 @@ def test_a_model_that_gives_no_number(folder: Path, corpus: Path, tmp_path: Path
     weights["model.norm.weight"][0] = torch.nan
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     assert main(arguments(corpus, tmp_path / "model", "--processes", "1")) == 2
-    assert (
-        "unit 0 (tokens 0 to " in caplog.text and "token 0: expected a finite loss in float32, got nan" in caplog.text
-    )
+    message = capsys.readouterr().err
+    assert "unit 0 (tokens 0 to " in message and "token 0: expected a finite loss in float32, got nan" in message
 
 
-def wait_until(condition, seconds: float = 60.0) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        begun = time.monotonic()
-        while not condition():
-            assert time.monotonic() - begun < seconds, "it took too long"
-            time.sleep(0.01)
+def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    begun = time.monotonic()
+    while not condition():
+        assert time.monotonic() - begun < seconds, "it took too long"
+        time.sleep(0.01)
