@@ -27,6 +27,7 @@ from pause_megatron.engine import Engine
 from pause_megatron.engine.waits import MICRO_BATCH, STEP, HostWaits
 from pause_megatron.model import PauseGPTModel, parameter_groups
 from pause_megatron.model.kernels import choose_implementation
+from pause_megatron.objective import loss_plan
 from pause_megatron.plan.layout import Device, Layout
 from pause_megatron.plan.memory import rank_memory
 from pause_megatron.train.guards.same_run import run_record
@@ -163,6 +164,7 @@ def _take(setup: _Setup, sizes: Sizes, closing: ExitStack) -> _Steps:
         StopRequest(),  # without signal handlers: there is nothing to save
         corpora=data.names,
         hint_weight=config.finetune.hint_weight,
+        plan=loss_plan(config.objective),
     )
 
     def take(number: int) -> Iterator[StepResult]:

@@ -9,12 +9,13 @@ from pause_megatron.config.batching import added_steps, pause_counts, pause_rang
 from pause_megatron.config.lora_rules import LORA_RULES
 from pause_megatron.config.model_rules import MODEL_RULES, Broken, Rule
 from pause_megatron.config.model_schema import ModelSection, ResolvedModel
+from pause_megatron.config.objective_rules import OBJECTIVE_RULES
 from pause_megatron.config.pauses import BY_PATTERN, PLACEMENTS, pattern_error, placement_conflict
 from pause_megatron.config.schema import ParallelSection, ResolvedConfig, ResolvedData
 from pause_megatron.config.spelling import nearest
 from pause_megatron.errors import ConfigError
 
-RULES: list[Rule] = [*MODEL_RULES, *LORA_RULES, *ANSWER_RULES]
+RULES: list[Rule] = [*MODEL_RULES, *LORA_RULES, *OBJECTIVE_RULES, *ANSWER_RULES]
 
 
 def _rule(function: Rule) -> Rule:

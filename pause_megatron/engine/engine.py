@@ -145,7 +145,8 @@ class Engine:
         both. (scale_wrt_gas=False has no effect where the module itself returns the loss.)
         """
         if isinstance(global_targets, Tensor):
-            targets = global_targets.double().clamp(min=1)
+            targets = global_targets.double()
+            targets = targets.where(targets > 0, 1.0)  # weights may add up to less than 1
         else:
             targets = torch.full((), max(global_targets, 1), dtype=torch.float64, device=self.deepspeed.device)
         return (self._dp_size * micro_batches / targets).float()

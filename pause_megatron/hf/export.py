@@ -13,6 +13,7 @@ import torch
 from pause_megatron.checkpoint.merge import MergedReader
 from pause_megatron.config.batching import pause_range
 from pause_megatron.config.families import Family, families_of
+from pause_megatron.config.objective_rules import requests
 from pause_megatron.errors import CheckpointError
 from pause_megatron.files.durable import sync_file, sync_folder
 from pause_megatron.hf.architecture import config_json
@@ -237,6 +238,7 @@ def pause_record(checkpoint: NativeCheckpoint, names: Sequence[str], finetuned_p
         "location": finetune.location if finetuned else "append",
         "filler": finetune.filler if finetuned else None,
         **({"positions": "shared"} if pause.positions == "shared" else {}),
+        **({"requests": count} if (count := requests(config)) else {}),
         **{name: True for name in ("pause_targets", "auxiliary_heads") if getattr(finetune, name)},
     }
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pause_megatron.model.auxiliary import Hints
 from pause_megatron.model.build import build_model, transformer_config
 from pause_megatron.model.decay import parameter_groups
-from pause_megatron.model.gpt import Hints, PauseGPTModel
+from pause_megatron.model.gpt import PauseGPTModel
 from pause_megatron.model.head import LMLoss
 from pause_megatron.model.pause_rows import train_pause_rows_only
 from pause_megatron.model.vocabulary import Vocabulary

@@ -8,10 +8,27 @@ as the LM head, and weight decay draws it there. Finetuning uses them, and an ex
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
+
+
+class Hints(NamedTuple):
+    """Further targets of a micro-batch. A named tuple, because DeepSpeed's hooks look for tensors in tuples only.
+
+    Attributes:
+        rows: Rows that predict them, as `target_rows`, int64 [hints]; those of auxiliary head 0 first.
+        targets: Target ids, int64 [hints].
+        by_head: Hints of each auxiliary head; () without heads.
+        weight: Weight of a hint in the loss.
+    """
+
+    rows: Tensor
+    targets: Tensor
+    by_head: tuple[int, ...] = ()
+    weight: float = 1.0
 
 
 class AuxiliaryHeads(nn.Module):

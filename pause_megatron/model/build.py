@@ -21,6 +21,7 @@ from pause_megatron.model.lora import add_adapters
 from pause_megatron.model.rotary import inverse_frequencies, softmax_scale
 from pause_megatron.model.sequence_parallel import check_gradient_sums, sum_gradients_over
 from pause_megatron.model.vocabulary import Softmax, Vocabulary
+from pause_megatron.objective import Objective
 
 
 def build_model(
@@ -36,6 +37,7 @@ def build_model(
     draw: bool = True,
     auxiliary_heads: int = 0,
     lora: LoraSection | None = None,
+    objective: Objective | None = None,
     given_positions: bool = False,
 ) -> PauseGPTModel:
     """Build this rank's shard of a Llama-like model on the current CUDA device, or on the CPU where there is none.
@@ -56,6 +58,7 @@ def build_model(
             in either case.
         auxiliary_heads: Number of auxiliary heads, for the hints of a finetuning.
         lora: Adapters, which are initialized in either case; None: none.
+        objective: What is minimized; None: the cross-entropy.
         given_positions: Whether rotary positions are always position_ids (`pause.positions=shared`).
 
     Raises:
@@ -90,6 +93,7 @@ def build_model(
         auxiliary_heads=auxiliary_heads,
         given_positions=given_positions,
     )
+    gpt.output_layer.objective, gpt.output_layer.pause_ids = objective, vocabulary.pause_ids
     if model.rope_scaling is not None:
         rotary: Any = gpt.rotary_pos_emb
         rotary.inv_freq = inverse_frequencies(model).to(rotary.inv_freq.device)

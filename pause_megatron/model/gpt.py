@@ -8,7 +8,7 @@ head would have to override private methods.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
@@ -27,30 +27,14 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from pause_megatron.model.attention import MaskAndRotation, Rotation, SDPACoreAttention, additive_mask
-from pause_megatron.model.auxiliary import AuxiliaryHeads
+from pause_megatron.model.auxiliary import AuxiliaryHeads, Hints
 from pause_megatron.model.head import LMLoss, OutputLayer
 from pause_megatron.model.kernels import Kernels, load_kernels
 from pause_megatron.model.layers import loop, use_swiglu
 from pause_megatron.model.unsupported import check_loops, check_supported
 from pause_megatron.model.variable_length import PackedSegments
 from pause_megatron.model.vocabulary import Softmax, Vocabulary
-
-
-class Hints(NamedTuple):
-    """Further targets of a micro-batch. A named tuple, because DeepSpeed's hooks look for tensors in tuples only.
-
-    Attributes:
-        rows: Rows that predict them, as `target_rows`, int64 [hints]; those of auxiliary head 0 first.
-        targets: Target ids, int64 [hints].
-        by_head: Hints of each auxiliary head; () without heads.
-        weight: Weight of a hint in the loss.
-    """
-
-    rows: Tensor
-    targets: Tensor
-    by_head: tuple[int, ...] = ()
-    weight: float = 1.0
-
+from pause_megatron.objective import Steps
 
 PositionEmbedding = Literal["rope", "learned_absolute", "none"]
 AttentionMask = Tensor | PackedSegments
@@ -223,6 +207,7 @@ class PauseGPTModel(LanguageModule):
         targets: Tensor | None = None,
         loss_scale: Tensor | float = 1.0,
         hints: Hints | None = None,
+        steps: Steps | None = None,
         loss_mask: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
         extra_block_kwargs: dict[str, Any] | None = None,
@@ -245,6 +230,7 @@ class PauseGPTModel(LanguageModule):
             targets: Target ids of those rows, int64 [targets].
             loss_scale: Factor of the sum of token losses.
             hints: With `targets`: further targets, at pauses or for the auxiliary heads.
+            steps: With `targets`: their rows for the objective of the output layer, in place of `target_rows`.
             loss_mask: With `labels`: no logits are computed where it is 0, [batch, seq].
             packed_seq_params: As GPTModel, for the TransformerBlock.
             extra_block_kwargs: As GPTModel, for the TransformerBlock.
@@ -275,7 +261,7 @@ class PauseGPTModel(LanguageModule):
         if targets is not None:
             if target_rows is None:
                 raise TypeError("PauseGPTModel.forward: expected target_rows with targets, got None")
-            return self._loss(hidden, target_rows, targets, loss_scale, hints)
+            return self._loss(hidden, target_rows if steps is None else steps.rows, targets, loss_scale, hints, steps)
         if labels is not None:
             return self._token_losses(hidden, labels, loss_mask)
         logits, _ = self.output_layer(hidden, runtime_gather_output=runtime_gather_output)
@@ -362,26 +348,35 @@ class PauseGPTModel(LanguageModule):
         return angles[:, 0, 0][position_ids].transpose(0, 1).unsqueeze(2)
 
     def _loss(
-        self, hidden: Tensor, target_rows: Tensor, targets: Tensor, loss_scale: Tensor | float, hints: Hints | None
+        self,
+        hidden: Tensor,
+        rows: Tensor,
+        targets: Tensor,
+        loss_scale: Tensor | float,
+        hints: Hints | None,
+        steps: Steps | None,
     ) -> LMLoss:
         if not isinstance(loss_scale, Tensor):
             loss_scale = torch.full((), loss_scale, dtype=torch.float32, device=hidden.device)
         count = targets.shape[0]
         if hints is None and self.auxiliary_heads is None:
-            rows = self._rows(hidden, target_rows)
-            loss, total, token_losses = self.output_layer(rows, targets=targets, loss_scale=loss_scale)
-            return LMLoss(loss, total, count, token_losses)
+            selected = self._rows(hidden, rows)
+            loss, total, losses, *rest = self.output_layer(
+                selected, targets=targets, loss_scale=loss_scale, steps=steps
+            )
+            return LMLoss(loss, total, count, losses, None, *rest)
         if hints is None:  # the heads run all the same: under ZeRO-3 all ranks gather their weight together
-            hints = Hints(target_rows[:0], targets[:0])
-        rows = self._rows(hidden, torch.cat([target_rows, hints.rows]), count, hints.by_head)
-        loss, total, losses = self.output_layer(
-            rows,
+            hints = Hints(rows[:0], targets[:0])
+        selected = self._rows(hidden, torch.cat([rows, hints.rows]), rows.shape[0], hints.by_head)
+        loss, total, losses, *rest = self.output_layer(
+            selected,
             targets=torch.cat([targets, hints.targets]),
             loss_scale=loss_scale,
             hints=hints.targets.shape[0],
             hint_weight=hints.weight,
+            steps=steps,
         )
-        return LMLoss(loss, total, count, losses[:count], losses[count:])
+        return LMLoss(loss, total, count, losses[:count], losses[count:], *rest)
 
     def _token_losses(self, hidden: Tensor, labels: Tensor, loss_mask: Tensor | None) -> Tensor:
         batch, seq = labels.shape

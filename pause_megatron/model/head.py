@@ -8,19 +8,18 @@ chunked loss). The cross-entropy itself is in `pause_megatron.model.kernels`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
-import torch.distributed as dist
 from megatron.core import tensor_parallel
 from torch import Tensor
 
 from pause_megatron.config.presets import head_chunk_rows
+from pause_megatron.model.chunks import ColumnRanges, Task, WeightGradient, take_gradients
 from pause_megatron.model.kernels import Kernels
-
-ColumnRanges = list[tuple[int, int]]
-"""Half-open ranges of logit columns."""
+from pause_megatron.model.objective_head import ObjectiveTask, chunked_objective
+from pause_megatron.objective import Objective, Steps
 
 
 class LMLoss(NamedTuple):
@@ -32,6 +31,8 @@ class LMLoss(NamedTuple):
         count: Number of targets, hints excluded.
         token_losses: Loss of each target, fp32 [targets].
         hint_losses: Loss of each hint, fp32 [hints]; None: there are none.
+        terms: Sum of the objective's terms, scalar fp64; None: the objective is the sum of the token losses.
+        means: Sum and weights of each mean that the objective logs, fp64 [names, 2]; None as `terms`.
     """
 
     loss: Tensor
@@ -39,6 +40,8 @@ class LMLoss(NamedTuple):
     count: int  # type: ignore[assignment]  # hides tuple.count
     token_losses: Tensor
     hint_losses: Tensor | None = None
+    terms: Tensor | None = None
+    means: Tensor | None = None
 
 
 class _Weighted(Protocol):
@@ -60,6 +63,10 @@ class OutputLayer(tensor_parallel.ColumnParallelLinear):
         embedding: Module whose weight is used, for tied embeddings; else None. It is not a child of this module, so
             that the weight has one name in a checkpoint.
         **linear: Further arguments of ColumnParallelLinear.
+
+    Attributes:
+        objective: What is minimized at the rows of `steps`; None: the cross-entropy.
+        pause_ids: The K pause ids.
     """
 
     def __init__(
@@ -76,6 +83,8 @@ class OutputLayer(tensor_parallel.ColumnParallelLinear):
         self.chunk = chunk
         self._cross_entropy = kernels.cross_entropy
         self._tied_to = (embedding,)
+        self.objective: Objective | None = None
+        self.pause_ids: Sequence[int] = ()
 
     def forward(
         self,
@@ -87,6 +96,7 @@ class OutputLayer(tensor_parallel.ColumnParallelLinear):
         loss_scale: Tensor | None = None,
         hints: int = 0,
         hint_weight: float = 1.0,
+        steps: Steps | None = None,
     ) -> tuple[Any, ...]:
         """Compute logits, or the loss.
 
@@ -98,10 +108,12 @@ class OutputLayer(tensor_parallel.ColumnParallelLinear):
             loss_scale: Scalar fp32. None: each token loss is differentiable, and all logits exist at one time.
             hints: Number of rows at the end that are hints.
             hint_weight: Weight of each of them in the scaled sum.
+            steps: Rows of the targets for the objective, which replace one row a target.
 
         Returns:
             Without targets (logits, bias), as ColumnParallelLinear. With targets and a scale: (scaled sum, sum without
-            hints, token losses [rows]). With targets only: (token losses [rows],).
+            hints, token losses [targets, hints]), and with steps the objective's sum and means, as in `LMLoss`. With
+            targets only: (token losses [rows],).
         """
         (embedding,) = self._tied_to
         if weight is None and embedding is not None:
@@ -118,7 +130,10 @@ class OutputLayer(tensor_parallel.ColumnParallelLinear):
             self.chunk, columns=weight.shape[0], element=weight.element_size(), device=weight.device.type
         )
         differentiable = torch.is_grad_enabled()
-        task = _Task(self._cross_entropy, self.masked, chunk, self.tp_group, differentiable, hints, hint_weight)
+        task = Task(self._cross_entropy, self.masked, chunk, self.tp_group, differentiable, hints, hint_weight)
+        if self.objective is not None and steps is not None:
+            of_objective = ObjectiveTask(self.objective, steps, self.pause_ids, task)
+            return chunked_objective(input_, weight, targets, loss_scale, of_objective)
         return _ChunkedCrossEntropy.apply(input_, weight, targets, loss_scale, task)
 
 
@@ -140,30 +155,6 @@ def mask_columns(logits: Tensor, masked: ColumnRanges) -> Tensor:
     return logits.masked_fill(columns, float("-inf"))
 
 
-class _Task(NamedTuple):
-    """Arguments of `_ChunkedCrossEntropy` that are not tensors."""
-
-    cross_entropy: Callable[..., tuple[Tensor, Tensor | None]]
-    masked: ColumnRanges
-    chunk: int
-    group: dist.ProcessGroup
-    differentiable: bool
-    hints: int
-    hint_weight: float
-
-    def spans(self, rows: int, scale: Tensor) -> list[tuple[int, int, Tensor]]:
-        """Return the chunks of the rows, as (first, one past the last, factor of the gradient); none mixes in hints."""
-        answers = rows - self.hints
-        parts = [(0, answers, scale)]
-        if self.hints:
-            parts.append((answers, rows, scale * self.hint_weight))
-        return [
-            (start, min(start + self.chunk, last), factor)
-            for first, last, factor in parts
-            for start in range(first, last, self.chunk)
-        ]
-
-
 class _ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of vocabulary-parallel cross-entropies, with gradients computed chunk by chunk in the forward pass.
 
@@ -173,7 +164,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, task: _Task
+        ctx: Any, rows: Tensor, weight: Tensor, targets: Tensor, scale: Tensor, task: Task
     ) -> tuple[Tensor, Tensor, Tensor]:
         count = rows.shape[0]
         spans = task.spans(count, scale)
@@ -181,7 +172,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_rows = torch.empty_like(rows) if task.differentiable and ctx.needs_input_grad[0] else None
         grad_weight = None
         if task.differentiable and ctx.needs_input_grad[1]:
-            grad_weight = _WeightGradient(weight, chunks=len(spans))
+            grad_weight = WeightGradient(weight, chunks=len(spans))
         # One buffer for all chunks: on a CPU, new pages for each chunk cost more than the softmax.
         buffer = rows.new_empty(min(task.chunk, count), weight.shape[0])
         for start, stop, factor in spans:
@@ -209,40 +200,4 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
-        if ctx.gradients is None:
-            raise RuntimeError("LM head: expected one backward pass, got a second; its gradients are kept for one only")
-        gradients, ctx.gradients = ctx.gradients, None
-        return *(None if g is None else g.mul_(grad_loss) for g in gradients), None, None, None
-
-
-class _WeightGradient:
-    """Sum of the chunks' weight gradients, in fp32 and rounded once at the end; for one chunk, the product itself.
-
-    Args:
-        weight: [vocabulary shard, hidden].
-        chunks: Number of chunks.
-    """
-
-    def __init__(self, weight: Tensor, chunks: int) -> None:
-        self._weight = weight
-        self._sum: Tensor | None = None
-        self._wide = chunks > 1 and weight.dtype != torch.float32
-
-    def add(self, grad_logits: Tensor, rows: Tensor) -> None:
-        """Add grad_logits^T rows: [rows, vocabulary shard], [rows, hidden] -> [vocabulary shard, hidden]."""
-        left = grad_logits.t()
-        result: dict[str, Any] = {}
-        if self._wide and left.is_cuda:
-            result = {"out_dtype": torch.float32}
-        elif self._wide:  # on a CPU a product has the type of its factors
-            left, rows = left.float(), rows.float()
-        if self._sum is None:
-            self._sum = torch.mm(left, rows, **result)
-        else:
-            torch.addmm(self._sum, left, rows, out=self._sum, **result)
-
-    def result(self) -> Tensor:
-        """Return the gradient in the weight's type; zeros where no row had a target."""
-        if self._sum is None:
-            return torch.zeros_like(self._weight)
-        return self._sum.to(self._weight.dtype)
+        return *take_gradients(ctx, grad_loss), None, None, None

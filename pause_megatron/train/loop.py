@@ -16,6 +16,8 @@ from pause_megatron.distributed import ParallelContext
 from pause_megatron.distributed.collective import sum_over_ranks
 from pause_megatron.engine import Engine, learning_rate
 from pause_megatron.engine.waits import upload
+from pause_megatron.errors import DataError
+from pause_megatron.objective import LossPlan
 from pause_megatron.train.guards.signals import StopRequest
 from pause_megatron.train.losses import Losses, LossSums
 
@@ -119,6 +121,7 @@ def training_steps(
     corpora: Sequence[str] = (),
     long_hooks: Sequence[int] = (),
     hint_weight: float = 1.0,
+    plan: LossPlan | None = None,
 ) -> Iterator[StepResult]:
     """Take optimizer steps until the last one or a stop request.
 
@@ -136,6 +139,7 @@ def training_steps(
         corpora: Names of the corpora of a blend, whose losses are reported separately.
         long_hooks: Intervals, in steps, of hooks that take long (validation, saves); the same on all ranks.
         hint_weight: Weight of a hint in the loss, where a token of an answer has weight 1.
+        plan: What is minimized; None: the mean cross-entropy of the targets.
 
     Yields:
         The result of each step.
@@ -151,7 +155,7 @@ def training_steps(
             return
         loaded = time.perf_counter()
         lr = schedule.learning_rate(step + 1)
-        sums = _StepSums(micro_batches, context, corpora, stop, hint_weight)
+        sums = _StepSums(micro_batches, context, corpora, stop, hint_weight, plan)
         outcome = engine.train_step(
             [batch.to(context.device) for batch in micro_batches],
             sums.losses.forward,
@@ -202,11 +206,13 @@ class _StepSums:
         corpora: Sequence[str],
         stop: StopRequest,
         hint_weight: float,
+        plan: LossPlan | None,
     ) -> None:
         self._context, self._stop = context, stop
-        self.losses = LossSums(context.device, corpora, hint_weight)
+        self.losses = LossSums(context.device, corpora, hint_weight, plan)
+        self._samples = micro_batches[0].sample_ids
         local = [
-            (batch.targets_count + hint_weight * batch.hints_count, batch.raw_tokens, batch.text_tokens)
+            (batch.weight + hint_weight * batch.hints_count, batch.raw_tokens, batch.text_tokens)
             for batch in micro_batches
         ]
         # Whole numbers stay exact in float64 up to 2**53.
@@ -228,5 +234,11 @@ class _StepSums:
 
     def parse(self, values: Sequence[float]) -> tuple[int, int, bool, Losses]:
         """Return raw tokens, text tokens, whether any rank is asked to stop, and losses, from `reduced` on the host."""
-        _, tokens, text_tokens, stopping, *sums = values
-        return int(tokens), int(text_tokens), bool(stopping), self.losses.means(sums)
+        weight, tokens, text_tokens, stopping, *sums = values
+        losses = self.losses.means(sums)
+        if losses.targets and not weight:
+            raise DataError(
+                f"sample {int(self._samples[0])} and the others of its step: expected a target with a weight above 0 "
+                f"(objective.token_weights, the objective's own weights), got {losses.targets} targets of weight 0"
+            )
+        return int(tokens), int(text_tokens), bool(stopping), losses

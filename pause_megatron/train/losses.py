@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from pause_megatron.data.batches.batch import MicroBatch
 from pause_megatron.distributed import ParallelContext
 from pause_megatron.model import Hints, LMLoss
 from pause_megatron.model.variable_length import PackedSegments
+from pause_megatron.objective import LossPlan
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,9 @@ class Losses:
             one corpus.
         hints: Mean over the targets of pauses or auxiliary heads, which the other means exclude; None: there are none.
         hint_targets: Number of these targets.
+        objective: Mean of the objective that is minimized, hints excluded; None: it is `mean`.
+        means: Further means that the objective logs, by name; None for one without values.
+        rows: Rows of the head without those of hints, one or more a target.
     """
 
     mean: float
@@ -41,6 +45,15 @@ class Losses:
     by_corpus: dict[str, float | None] = field(default_factory=dict)
     hints: float | None = None
     hint_targets: int = 0
+    objective: float | None = None
+    means: dict[str, float | None] = field(default_factory=dict)
+    rows: int = 0
+
+    def of_objective(self) -> dict[str, float | None]:
+        """Return the values that the objective logs, by their names; none for the mean cross-entropy."""
+        if not self.rows:
+            return {}
+        return {"objective": self.objective, **{f"objective/{name}": mean for name, mean in self.means.items()}}
 
     @classmethod
     def from_sums(
@@ -85,7 +98,8 @@ def lm_loss(module: nn.Module, batch: MicroBatch, scale: Tensor | float, hint_we
     Args:
         module: A `PauseGPTModel`, or DeepSpeed's wrapper of one.
         batch: The micro-batch, on the model's device.
-        scale: Factor of the differentiable loss: loss = scale x (sum of the token losses + weighted sum of the hints').
+        scale: Factor of the differentiable loss: loss = scale x (sum of the token losses, or of
+            the objective's terms + weighted sum of the hints').
         hint_weight: Weight of a hint.
     """
     spans = None
@@ -102,6 +116,7 @@ def lm_loss(module: nn.Module, batch: MicroBatch, scale: Tensor | float, hint_we
         targets=batch.targets,
         loss_scale=scale,
         hints=hints,
+        **({} if batch.steps is None else {"steps": batch.steps}),
     )
     return output
 
@@ -113,13 +128,24 @@ class LossSums:
         device: Device of the token losses.
         corpora: Names of the corpora of a blend, in the order of their dataset_id; empty for one corpus.
         hint_weight: Weight of a hint in the loss that is differentiated.
+        plan: What is minimized; None: the mean cross-entropy of the targets.
     """
 
-    def __init__(self, device: torch.device, corpora: Sequence[str] = (), hint_weight: float = 1.0) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        corpora: Sequence[str] = (),
+        hint_weight: float = 1.0,
+        plan: LossPlan | None = None,
+    ) -> None:
+        self._names = None if plan is None else plan.objective.names
         self._corpora, self._hint_weight = corpora, hint_weight
         self._hints = torch.zeros(2, dtype=torch.float64, device=device)
         self._sums = torch.zeros(4, dtype=torch.float64, device=device)
         self._of_corpora = torch.zeros(len(corpora), 2, dtype=torch.float64, device=device)
+        # Sum and weights of the objective and of its means; then rows.
+        of_objective = 0 if self._names is None else 2 * len(self._names) + 3
+        self._of_objective = torch.zeros(of_objective, dtype=torch.float64, device=device)
 
     def forward(self, module: nn.Module, batch: MicroBatch, scale: Tensor) -> Tensor:
         """Return the scaled loss of a micro-batch, for `Engine.train_step`, and add its token losses to the sums.
@@ -141,6 +167,10 @@ class LossSums:
             batch: The micro-batch.
         """
         self.add(output.token_losses, batch.after_pause, batch.target_datasets)
+        if output.terms is not None and output.means is not None and batch.steps is not None:
+            of_data = [batch.steps.weight_sum, batch.steps.rows.shape[0]]
+            weight, rows = (torch.full_like(output.terms, value) for value in of_data)
+            self._of_objective += torch.cat([torch.stack([output.terms, weight]), output.means.flatten(), rows[None]])
         if output.hint_losses is not None:
             losses = output.hint_losses.double()
             self._hints += torch.stack([losses.sum(), losses.new_full((), losses.numel())])
@@ -167,7 +197,7 @@ class LossSums:
         Args:
             context: Process groups of this rank.
         """
-        sums = torch.cat([self._sums, self._hints, self._of_corpora.flatten()])
+        sums = torch.cat([self._sums, self._hints, self._of_corpora.flatten(), self._of_objective])
         if context.world_size > 1:
             dist.all_reduce(sums, group=context.dp_group)
         return sums
@@ -175,11 +205,16 @@ class LossSums:
     def means(self, sums: Sequence[float]) -> Losses:
         """Return the means of the sums that `reduced` gave, read by the host."""
         total, after_pause, targets, after_pause_targets, hints, hint_targets = sums[:6]
-        pairs = zip(sums[6::2], sums[7::2], strict=True)
-        by_corpus = dict(zip(self._corpora, pairs, strict=True))
-        return Losses.from_sums(
+        end = 6 + 2 * len(self._corpora)
+        by_corpus = dict(zip(self._corpora, zip(sums[6:end:2], sums[7:end:2], strict=True), strict=True))
+        losses = Losses.from_sums(
             total, after_pause, targets, after_pause_targets, by_corpus, hints=(hints, hint_targets)
         )
+        if self._names is None:
+            return losses
+        objective, *means = (_mean(*pair) for pair in zip(sums[end:-1:2], sums[end + 1 : -1 : 2], strict=True))
+        by_name = dict(zip(self._names, means, strict=True))
+        return replace(losses, objective=objective, means=by_name, rows=int(sums[-1]))
 
     def totals(self, context: ParallelContext) -> Losses:
         """Return the means over all ranks. Every rank calls this; the host waits for the device.

@@ -21,6 +21,7 @@ from pause_megatron.distributed import ParallelContext
 from pause_megatron.distributed.settings import threads_for_optimizer
 from pause_megatron.engine import Engine
 from pause_megatron.model import PauseGPTModel, Vocabulary, build_model, parameter_groups, train_pause_rows_only
+from pause_megatron.objective import loss_plan
 from pause_megatron.train.guards.ownership import Ownership, own_run
 from pause_megatron.train.guards.signals import StopRequest, deadline
 from pause_megatron.train.inputs.inputs import TrainingData
@@ -171,6 +172,7 @@ def new_model(config: ResolvedConfig, data: TrainingData, *, draw: bool = True) 
         draw=draw,
         auxiliary_heads=data.auxiliary_heads,
         lora=lora_of(config),
+        objective=None if (plan := loss_plan(config.objective)) is None else plan.objective,
         given_positions=config.pause.positions == "shared",
     )
     if config.train.only is not None:
@@ -233,4 +235,5 @@ def step_loader(
         config.data.prefetch,
         pause_ids=data.pause_ids,
         device=context.device,
+        plan=loss_plan(config.objective),
     )

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from pause_megatron.config.load import dump
+from pause_megatron.objective import loss_plan
 from pause_megatron.terminal.output import lost_output
 from pause_megatron.train.guards.ownership import WhileOwner
 from pause_megatron.train.guards.watch import HangWatch
@@ -53,6 +54,7 @@ def train(run: Run) -> None:
             corpora=run.data.names,
             long_hooks=(config.checkpoint.every, config.validation.every),
             hint_weight=config.finetune.hint_weight,
+            plan=loss_plan(config.objective),
         ):
             watch.beat(f"step {result.step} done")
             for hook in hooks:
@@ -100,6 +102,7 @@ class _Validation:
 
     def __init__(self, run: Run, held_out: HeldOut) -> None:
         self._run, self._held_out = run, held_out
+        self._plan = loss_plan(run.config.objective)
 
     def __call__(self, result: StepResult) -> Metrics:
         run = self._run
@@ -110,6 +113,7 @@ class _Validation:
             run.config.batch.micro_size,
             run.data.pause_ids,
             run.context,
+            self._plan,
         )
 
 

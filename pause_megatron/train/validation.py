@@ -10,6 +10,7 @@ from torch import nn
 
 from pause_megatron.data.batches.batch import MicroBatch, collate
 from pause_megatron.distributed import ParallelContext
+from pause_megatron.objective import LossPlan
 from pause_megatron.train.inputs.inputs import HeldOut
 from pause_megatron.train.loop import Metrics
 from pause_megatron.train.losses import Losses, LossSums, lm_loss
@@ -22,6 +23,7 @@ def validate(
     micro_size: int,
     pause_ids: range,
     context: ParallelContext,
+    plan: LossPlan | None = None,
 ) -> Metrics:
     """Return the held-out losses by the names under which they are logged. Every rank calls this; all get the same.
 
@@ -32,15 +34,21 @@ def validate(
         micro_size: Windows per forward pass on one rank.
         pause_ids: The K pause ids.
         context: Process groups of this rank.
+        plan: What is minimized; None: the mean cross-entropy of the targets.
     """
-    paused = evaluate_loss(module, with_pauses, micro_size, pause_ids, context)
+    paused = evaluate_loss(module, with_pauses, micro_size, pause_ids, context, plan)
     if without_pauses is None or without_pauses.windows is with_pauses.windows:
         return validation_losses(paused, paused)
-    return validation_losses(paused, evaluate_loss(module, without_pauses, micro_size, pause_ids, context))
+    return validation_losses(paused, evaluate_loss(module, without_pauses, micro_size, pause_ids, context, plan))
 
 
 def evaluate_loss(
-    module: nn.Module, held_out: HeldOut, micro_size: int, pause_ids: range, context: ParallelContext
+    module: nn.Module,
+    held_out: HeldOut,
+    micro_size: int,
+    pause_ids: range,
+    context: ParallelContext,
+    plan: LossPlan | None = None,
 ) -> Losses:
     """Return the mean token losses over held-out windows. Every rank calls this; all get the same.
 
@@ -50,12 +58,13 @@ def evaluate_loss(
         micro_size: Windows per forward pass on one rank.
         pause_ids: The K pause ids.
         context: Process groups of this rank.
+        plan: As in `validate`.
     """
-    sums = LossSums(context.device, held_out.names)
+    sums = LossSums(context.device, held_out.names, plan=plan)
     module.eval()
     try:
         with torch.no_grad():
-            for batch in _micro_batches(held_out, micro_size, pause_ids, context):
+            for batch in _micro_batches(held_out, micro_size, pause_ids, context, plan):
                 batch = batch.to(context.device)
                 sums.add_output(lm_loss(module, batch, 1.0), batch)
     finally:
@@ -76,12 +85,13 @@ def validation_losses(with_pauses: Losses, without_pauses: Losses) -> Metrics:
         "valid_loss_elsewhere": with_pauses.elsewhere,
         "valid_loss_without_pauses": without_pauses.mean,
         **({} if with_pauses.hints is None else {"valid_loss_hints": with_pauses.hints}),
+        **{f"valid_{name}": value for name, value in with_pauses.of_objective().items()},
         **{f"valid_loss/{name}": loss for name, loss in with_pauses.by_corpus.items()},
     }
 
 
 def _micro_batches(
-    held_out: HeldOut, micro_size: int, pause_ids: range, context: ParallelContext
+    held_out: HeldOut, micro_size: int, pause_ids: range, context: ParallelContext, plan: LossPlan | None
 ) -> Iterator[MicroBatch]:
     """Yield this rank's micro-batches: the same number on every rank, because ZeRO-3 runs collectives in each."""
     stride = micro_size * context.dp_size
@@ -89,7 +99,8 @@ def _micro_batches(
         start = first + context.dp_rank * micro_size
         own = range(start, min(start + micro_size, held_out.count))
         numbers = own or range(1)  # a rank without windows left runs a dummy batch without targets
-        batch = collate([held_out.windows[number] for number in numbers], sample_ids=numbers, pause_ids=pause_ids)
+        windows = [held_out.windows[number] for number in numbers]
+        batch = collate(windows, sample_ids=numbers, pause_ids=pause_ids, plan=plan)
         yield batch if own else _without_targets(batch)
 
 
@@ -102,4 +113,5 @@ def _without_targets(batch: MicroBatch) -> MicroBatch:
         hint_rows=None,
         hint_targets=None,
         hints_by_head=(),
+        steps=None if batch.steps is None else batch.steps.without_targets(),
     )

@@ -239,14 +239,14 @@ def test_compiled_model_is_the_plain_one():
 
 def test_weight_gradient_of_many_chunks_is_rounded_once():
     """In bf16 the sum over chunks is that of the whole product but for the last bit, and nearer than a sum of bf16s."""
-    from pause_megatron.model.head import _WeightGradient
+    from pause_megatron.model.chunks import WeightGradient
 
     generator = torch.Generator().manual_seed(4)
     grad_logits = torch.randn(400, 30, generator=generator).bfloat16()
     rows = torch.randn(400, 16, generator=generator).bfloat16()
     exact = grad_logits.double().t() @ rows.double()
     weight = torch.zeros(30, 16, dtype=torch.bfloat16)
-    chunked, rounded = _WeightGradient(weight, chunks=40), torch.zeros(30, 16)
+    chunked, rounded = WeightGradient(weight, chunks=40), torch.zeros(30, 16)
     for start in range(0, 400, 10):
         part = slice(start, start + 10)
         chunked.add(grad_logits[part], rows[part])
@@ -254,10 +254,10 @@ def test_weight_gradient_of_many_chunks_is_rounded_once():
     once, often = ((value.bfloat16().double() - exact).abs().mean() for value in (chunked.result(), rounded))
     assert torch.equal(chunked.result(), exact.bfloat16())
     assert once < often
-    single = _WeightGradient(weight, chunks=1)
+    single = WeightGradient(weight, chunks=1)
     single.add(grad_logits, rows)
     assert torch.equal(single.result(), grad_logits.t() @ rows)
-    assert not _WeightGradient(weight, chunks=0).result().any()
+    assert not WeightGradient(weight, chunks=0).result().any()
 
 
 def test_operators_have_the_shapes_that_they_compute():

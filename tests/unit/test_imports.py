@@ -27,7 +27,7 @@ RANKS = {
         "run_folder": 0,
         "config": 0,
     },
-    **{"slurm": 1, "data": 1, "tasks": 1, "distributed": 1, "model": 1, "engine": 1},
+    **{"slurm": 1, "objective": 1, "data": 1, "tasks": 1, "distributed": 1, "model": 1, "engine": 1},
     **{
         "checkpoint": 2,
         "train": 3,
@@ -54,6 +54,7 @@ NEIGHBOURS = {
     },
     *{("config", "errors"), ("config", "files"), ("config", "run_folder")},
     *{("model", "distributed"), ("engine", "distributed")},
+    *{("data", "objective"), ("model", "objective")},
     ("tasks", "data"),  # one reader of JSON lines
 }
 # The steps of the data's way, in their order: a folder of data/ imports those before it.

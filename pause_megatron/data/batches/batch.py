@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 
+from pause_megatron.objective import LossPlan, Steps
+
 _ALIGNMENT = 64  # bytes
+_STEPS = ("steps.rows", "steps.sizes", "steps.is_pause", "steps.weights")
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,7 @@ class MicroBatch:
         hint_rows: Rows that predict hints, int64 [H]; ascending by head where heads predict them. None: no hints.
         hint_targets: The hint at each of these rows, int64 [H]; never a pause.
         hints_by_head: Number of hints of each auxiliary head, in order; () where pauses predict the hints.
+        steps: Rows and weights of the targets for an objective; None: the cross-entropy of `target_rows`.
     """
 
     tokens: torch.Tensor
@@ -52,6 +56,12 @@ class MicroBatch:
     hint_rows: torch.Tensor | None = None
     hint_targets: torch.Tensor | None = None
     hints_by_head: tuple[int, ...] = ()
+    steps: Steps | None = None
+
+    @property
+    def weight(self) -> float:
+        """Sum of the weights of the targets; without weights, their number."""
+        return self.targets_count if self.steps is None else self.steps.weight_sum
 
     @property
     def target_datasets(self) -> torch.Tensor | None:
@@ -131,7 +141,7 @@ class MicroBatch:
             name: value
             for name, value in values.items()
             if isinstance(value, torch.Tensor) and name not in ("segments", "prefix")
-        }
+        } | {name: getattr(self.steps, name.partition(".")[2]) for name in _STEPS if self.steps is not None}
 
     def _with(self, tensors: Mapping[str, torch.Tensor]) -> MicroBatch:
         """Return the same micro-batch with other device tensors, all of them."""
@@ -146,20 +156,27 @@ class MicroBatch:
             dataset_ids=tensors.get("dataset_ids"),
             hint_rows=tensors.get("hint_rows"),
             hint_targets=tensors.get("hint_targets"),
+            steps=None if self.steps is None else self.steps.with_tensors(*(tensors[name] for name in _STEPS)),
         )
 
 
 def collate(
-    samples: Sequence[Mapping[str, torch.Tensor]], *, sample_ids: Sequence[int], pause_ids: range
+    samples: Sequence[Mapping[str, torch.Tensor]],
+    *,
+    sample_ids: Sequence[int],
+    pause_ids: range,
+    plan: LossPlan | None = None,
 ) -> MicroBatch:
     """Stack samples of PauseGPTDataset (or GPTDataset) and list their supervised positions.
 
     Args:
         samples: Dictionaries with tokens, labels, position_ids int64 [seq] and loss_mask float [seq] of zeros and ones.
             Samples of a BlendedDataset also have a dataset_id. All samples may have segments int32 [seq] and prefix
-            bool [seq], as in MicroBatch, and hints int64 [hints, 3]: position, head or -1, target.
+            bool [seq], as in MicroBatch, hints int64 [hints, 3]: position, head or -1, target, and weights float32
+            [seq]: weight of the label at each position, for `objective.token_weights=side`.
         sample_ids: Global sample numbers, one for each sample.
         pause_ids: The K pause ids.
+        plan: What is minimized; None: the mean cross-entropy of the targets.
 
     Returns:
         The micro-batch, on the host.
@@ -174,14 +191,26 @@ def collate(
         for name in ("segments", "prefix")
     )
     padding_tokens = 0 if segments is None else int((segments < 0).sum())
+    target_rows = sequence_first["loss_mask"].nonzero().squeeze(1)
+    targets = sequence_first["labels"][target_rows]
+    steps = None
+    if plan is not None:
+        weights = [sample["weights"] for sample in samples] if "weights" in samples[0] else None
+        steps = plan.steps(
+            is_pause=is_pause,
+            segments=segments,
+            target_rows=target_rows,
+            targets=targets,
+            side=None if weights is None else torch.stack(weights, dim=1).flatten(),
+            sample_ids=sample_ids,
+        )
     if segments is not None and prefix is None and _is_one_document(segments):
         segments = None
-    target_rows = sequence_first["loss_mask"].nonzero().squeeze(1)
     return MicroBatch(
         tokens=tokens,
         position_ids=torch.stack([sample["position_ids"] for sample in samples]),
         target_rows=target_rows,
-        targets=sequence_first["labels"][target_rows],
+        targets=targets,
         after_pause=is_pause.t().flatten()[target_rows],
         sample_ids=torch.tensor(sample_ids, dtype=torch.int64),
         pause_tokens=int(is_pause.sum()),
@@ -191,6 +220,7 @@ def collate(
         segments=segments,
         prefix=prefix,
         padding_tokens=padding_tokens,
+        steps=steps,
         **(_hints([sample["hints"] for sample in samples]) if "hints" in samples[0] else {}),
     )
 

@@ -12,6 +12,7 @@ import torch
 from pause_megatron.data.batches.batch import MicroBatch, collate
 from pause_megatron.data.batches.sampler import StepSampler
 from pause_megatron.errors import ConfigError
+from pause_megatron.objective import LossPlan
 
 Step = tuple[int, list[MicroBatch]]
 """The number of an optimizer step and this rank's micro-batches in it."""
@@ -42,6 +43,7 @@ class StepLoader:
         prefetch: Steps to prefetch. 0: no thread; each step is read by `next`.
         pause_ids: The K pause ids.
         device: Device of the model. For a GPU, the thread puts each micro-batch into one pinned buffer.
+        plan: As in `collate`.
 
     Raises:
         ConfigError: The dataset holds fewer samples than the steps need.
@@ -57,6 +59,7 @@ class StepLoader:
         *,
         pause_ids: range,
         device: torch.device | None = None,
+        plan: LossPlan | None = None,
     ) -> None:
         needed = end_step * sampler.global_size
         if first_step < end_step and needed > len(dataset):
@@ -66,7 +69,7 @@ class StepLoader:
             )
         self._dataset = dataset
         self._sampler = sampler
-        self._pause_ids = pause_ids
+        self._pause_ids, self._plan = pause_ids, plan
         self._gpu = device if device is not None and device.type == "cuda" else None
         self._steps = iter(range(first_step, end_step))
         self._stopped = threading.Event()
@@ -107,7 +110,12 @@ class StepLoader:
 
     def _read(self, step: int) -> Step:
         batches = [
-            collate([self._dataset[number] for number in numbers], sample_ids=numbers, pause_ids=self._pause_ids)
+            collate(
+                [self._dataset[number] for number in numbers],
+                sample_ids=numbers,
+                pause_ids=self._pause_ids,
+                plan=self._plan,
+            )
             for numbers in self._sampler.indices(step)
         ]
         return step, batches if self._gpu is None else [batch.packed(pinned=True) for batch in batches]

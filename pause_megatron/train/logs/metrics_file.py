@@ -31,9 +31,9 @@ class Throughput:
         (6 x parameters of layers and norms + 12 x layers x hidden x window) x raw tokens
         + 6 x vocabulary x hidden x targets
 
-    Hints are targets here. Recomputed activations do not count, nor do the matrices of auxiliary heads, nor the output
-    layer on rows without a target. The seconds include waiting
-    for the loader, but not hooks: those are `hook_seconds`.
+    Hints are targets here, and so is each row that an objective reads. Recomputed activations do not count, nor do the
+    matrices of auxiliary heads, nor the output layer on rows without a target. The seconds include waiting for the
+    loader, but not hooks: those are `hook_seconds`.
 
     Args:
         flops: (raw tokens, targets) -> model FLOPs of a step over all ranks.
@@ -67,7 +67,7 @@ class Throughput:
         Args:
             result: Result of the step.
         """
-        flops = self._flops(result.tokens, result.losses.targets + result.losses.hint_targets)
+        flops = self._flops(result.tokens, (result.losses.rows or result.losses.targets) + result.losses.hint_targets)
         return {
             "tokens_per_second": result.tokens / result.seconds,
             "text_tokens_per_second": result.text_tokens / result.seconds,
@@ -93,6 +93,7 @@ def metrics_record(result: StepResult, throughput: Throughput) -> dict[str, floa
         "loss_elsewhere": result.losses.elsewhere,
         **{f"loss/{name}": loss for name, loss in result.losses.by_corpus.items()},
         **({} if result.losses.hints is None else {"loss_hints": result.losses.hints}),
+        **result.losses.of_objective(),
         "grad_norm": result.grad_norm,
         "lr": result.lr,
         "tokens": result.progress.tokens,

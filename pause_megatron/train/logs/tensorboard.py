@@ -33,6 +33,8 @@ TAGS = {
     "valid_loss_elsewhere": "loss/valid_elsewhere",
     "valid_loss_hints": "loss/valid_hints",
     "valid_loss_without_pauses": "loss/valid_without_pauses",
+    "objective": "objective/train",
+    "valid_objective": "objective/valid",
     "grad_norm": "optimizer/grad_norm",
     "lr": "optimizer/learning_rate",
     "pause_fraction": "data/pause_fraction",
@@ -44,6 +46,13 @@ TAGS = {
     "seconds": "time/step_seconds",
     "loader_seconds": "time/loader_seconds",
     "hook_seconds": "time/hook_seconds",
+}
+
+TAGS_OF_NAMES = {
+    "loss/": "loss_by_corpus/train_",
+    "valid_loss/": "loss_by_corpus/valid_",
+    "objective/": "objective/train_",
+    "valid_objective/": "objective/valid_",
 }
 
 
@@ -89,8 +98,8 @@ class TensorBoard(Monitor):
         """Append the scalars of a step."""
         record = metrics_record(result, self._throughput)
         values = {tag: record[key] for key, tag in TAGS.items() if record.get(key) is not None}
-        for key, value in record.items():  # losses of the corpora of a blend
-            for prefix, tag in (("loss/", "loss_by_corpus/train_"), ("valid_loss/", "loss_by_corpus/valid_")):
+        for key, value in record.items():  # of the corpora of a blend, and of an objective
+            for prefix, tag in TAGS_OF_NAMES.items():
                 if key.startswith(prefix) and value is not None:
                     values[tag + key.removeprefix(prefix)] = value
         for key, tag in (("loss", "perplexity/train"), ("valid_loss", "perplexity/valid")):

@@ -52,6 +52,24 @@ BROKEN = {
     "warmup_ends": (["train.steps=10", "optim.warmup_steps=10"], "optim.warmup_steps < train.steps"),
     "placement_is_known": (["pause.placement=unifrom"], "Did you mean 'uniform'?"),
     "pauses_fit_the_window": (["pause.placement=bernoulli"], "pause.window=trim with bernoulli"),
+    "objective_is_known": (["objective=anytme"], "Did you mean 'anytime'?"),
+    "objective_uses_its_keys": (
+        ["objective.stop_rate=0.3", "objective=anytime"],
+        "objective.name=cyb_variational with objective.stop_rate",
+    ),
+    "token_weights_have_a_source": (
+        ["objective.token_weights=side"],
+        "a name in data.side with objective.token_weights=side",
+    ),
+    "requests_are_logits": (
+        ["objective=cyb_budget", "pause.softmax=exclude"],
+        "pause.softmax=keep, whose pause logit is the request",
+    ),
+    "requests_have_pauses": (["objective=cyb_anytime", "pause.rate=0"], "pause.rate > 0, for requests are learned"),
+    "steps_see_no_later_pause": (
+        ["task.name=gsm8k", "objective=anytime", "finetune.prefix_attention=bidirectional", "finetune.pauses=4"],
+        "a causal prefix with it",
+    ),
     "split_has_shares": (
         ["data.split=1,0,0"],
         "a validation share > 0 in data.split, corpora in data.valid_prefix, or",
