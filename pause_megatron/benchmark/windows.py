@@ -11,10 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from pause_megatron.config.load import scheduled
+from pause_megatron.config.pauses import BY_PATTERN
 from pause_megatron.config.schema import ResolvedConfig, ScheduledConfig
 from pause_megatron.data.stream.windows import StreamDataset
 from pause_megatron.data.windows.dataset import PauseTokenizer
 from pause_megatron.data.windows.pause import PauseInjector, PausePlan
+from pause_megatron.errors import ConfigError
 from pause_megatron.train.finetune import training_data
 from pause_megatron.train.inputs.inputs import TrainingData
 from pause_megatron.train.inputs.task_data import open_task
@@ -71,7 +73,12 @@ def synthetic_windows(config: ScheduledConfig, text_size: int) -> TrainingData:
     """
     ids = SyntheticIds(text_size)
     pause = config.pause
-    plan = PausePlan(config.data.sequence_length, pause.rate, pause.window, pause.placement, pause.seed)
+    if pause.placement in ("scored", *BY_PATTERN):
+        raise ConfigError(
+            f"data.prefix: expected a corpus with pause.placement={pause.placement}, got none: synthetic ids have "
+            "neither texts nor side values"
+        )
+    plan = PausePlan.of(pause, config.data.sequence_length)
     pause_ids = PauseTokenizer(ids, pause.embeddings).pause_ids
     windows = StreamDataset(
         SyntheticText(ids, plan.text_length, config.run.seed),

@@ -18,7 +18,7 @@ HELP = "show what a corpus holds, and its windows with their pauses"
 # Configuration keys that determine the windows; each is an option of the same name.
 KEYS = (
     *("pause.rate", "pause.window", "pause.placement", "pause.seed", "pause.embeddings"),
-    *("data.sequence_length", "run.seed"),
+    *("pause.run", "pause.pattern", "data.side", "data.sequence_length", "run.seed"),
 )
 
 
@@ -59,7 +59,13 @@ def run(args: argparse.Namespace) -> int:
     for override in args.overrides:
         if override.partition("=")[0] not in KEYS:
             raise ConfigError(f"command line: expected one of {', '.join(KEYS)}, got {override!r}")
-    config = load(overrides=[*(f"{key}={value}" for key, value in given.items()), *args.overrides])
+    words = [*(f"{key}={value}" for key, value in given.items()), *args.overrides]
+    side = next((word.partition("=")[2] for word in reversed(words) if word.startswith("data.side=")), None) or None
+    placement = [word for word in words if word.startswith("pause.placement=")]
+    if side and not any(word.endswith("=scored") or ":" in word for word in placement[-1:]):
+        # Beside the configured policy, `scored` is shown, so a run's rule that the side array has a use does not hold.
+        words = [word for word in words if not word.startswith("data.side=")]
+    config = load(overrides=words)
     corpus = open_corpus(args.prefix)
     silence_imports()
     from pause_megatron.cli.support.inspect_report import CorpusReport
@@ -71,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
         config.pause,
         sequence_length=config.data.sequence_length,
         seed=config.run.seed,
+        side=side,
         samples=max([args.windows, *(sample + 1 for sample in args.sample)]),
     )
     report = CorpusReport(

@@ -82,13 +82,12 @@ class PauseCounts:
     def expected(self) -> float:
         """Expected pauses among the N + 1 tokens of a window, for the uniform policy: M, or M x N / (N + M) (trim).
 
-        With runs in a trim window, those that the cut divides count too (by renewal theory, to a hundredth of a pause).
+        With runs in a trim window it is an approximation by renewal theory, to about half a pause.
         """
         if self.window != "trim":
             return float(self.inserted)
-        size, inserted = self.sequence_length, self.inserted
-        edge = self._edge
-        return (inserted + 2 * edge) * size / (size + inserted) - edge
+        size, whole, edge = self.sequence_length, self.places * self.run, self._edge
+        return (whole + 2 * edge) * size / (size + whole) - edge
 
     @property
     def input_fraction(self) -> float:
@@ -96,12 +95,14 @@ class PauseCounts:
         size = self.sequence_length
         if self.placement == "every" and self.rate:
             return (size - -(-size // (self.run + 1))) / size
-        if self.window != "trim" and self.run > 1:
-            # The window ends with a pause if its last text token or run is a run.
-            return (self.inserted - self.places / (size - self.inserted + self.places)) / size
+        if self.run > 1:
+            # In an exact window, the last place is a pause where a run is the last of all texts and runs.
+            at_the_end = self.places / (size - self.inserted + self.places)
+            if self.window == "trim":
+                at_the_end = self.expected / size
+            return (self.expected - at_the_end) / size
         slots = size + (self.inserted if self.window == "trim" else 0)
-        edge = self._edge / size  # 0 without runs
-        return self.inserted / slots * (size - 1) / size + edge * (2 * size / slots - 1)
+        return self.inserted / slots * (size - 1) / size
 
     @property
     def _edge(self) -> float:
@@ -125,22 +126,16 @@ def pattern_error(pattern: str) -> str | None:
     return None
 
 
-def placement_conflict(counts: PauseCounts, pattern: str | None = None) -> tuple[tuple[str, ...], str] | None:
+def placement_conflict(counts: PauseCounts) -> tuple[tuple[str, ...], str] | None:
     """Find pause options that do not fit together.
 
     Args:
         counts: Pauses and text tokens of a window.
-        pattern: `pause.pattern`.
 
     Returns:
         The keys and what is expected of them; None where they fit.
     """
     placement = counts.placement
-    if pattern is not None:
-        if placement not in BY_PATTERN:
-            return ("pause.pattern", "pause.placement"), "pause.placement=after or before with pause.pattern"
-        if (wrong := pattern_error(pattern)) is not None:
-            return ("pause.pattern",), f"a regular expression ({wrong})"
     if counts.window != "exact":
         if placement == "every" and counts.rate > 0:
             keys = ("pause.placement", "pause.window")

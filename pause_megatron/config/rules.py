@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from pause_megatron.config.answer_rules import ANSWER_RULES
-from pause_megatron.config.batching import added_steps, pause_counts, pause_range
+from pause_megatron.config.batching import added_steps, pause_range
 from pause_megatron.config.lora_rules import LORA_RULES
 from pause_megatron.config.model_rules import MODEL_RULES, Broken, Rule
 from pause_megatron.config.model_schema import ModelSection, ResolvedModel
 from pause_megatron.config.objective_rules import OBJECTIVE_RULES
-from pause_megatron.config.pauses import BY_PATTERN, PLACEMENTS, pattern_error, placement_conflict
+from pause_megatron.config.placement_rules import PLACEMENT_RULES
 from pause_megatron.config.schema import ParallelSection, ResolvedConfig, ResolvedData
-from pause_megatron.config.spelling import nearest
 from pause_megatron.errors import ConfigError
 
-RULES: list[Rule] = [*MODEL_RULES, *LORA_RULES, *OBJECTIVE_RULES, *ANSWER_RULES]
+RULES: list[Rule] = [*MODEL_RULES, *LORA_RULES, *PLACEMENT_RULES, *OBJECTIVE_RULES, *ANSWER_RULES]
 
 
 def _rule(function: Rule) -> Rule:
@@ -143,24 +142,6 @@ def warmup_ends(config: ResolvedConfig) -> Broken:
         share = f"({length})" if extended else length
         return keys, f"warm-up and decay (optim.decay_fraction x {share}) to fit into {length}"
     return None
-
-
-@_rule
-def placement_is_known(config: ResolvedConfig) -> Broken:
-    """Check that the placement policy ships or is named 'module:attribute'."""
-    name = config.pause.placement
-    if name not in PLACEMENTS and ":" not in name:
-        return ("pause.placement",), f"{', '.join(PLACEMENTS)} or 'module:attribute'{nearest(name, PLACEMENTS)}"
-    return None
-
-
-@_rule
-def pauses_fit_the_window(config: ResolvedConfig) -> Broken:
-    """Check that placement, rate and window fit together."""
-    pattern, of_answers = config.pause.pattern, config.finetune.answer_placement in BY_PATTERN
-    if pattern is not None and (wrong := pattern_error(pattern)) is not None:
-        return ("pause.pattern",), f"a regular expression ({wrong})"
-    return placement_conflict(pause_counts(config), None if of_answers else pattern)
 
 
 def _shares(split: str) -> list[float]:

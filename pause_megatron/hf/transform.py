@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from pause_megatron.config.pauses import pauses_per_window
+from pause_megatron.config.pauses import BY_PATTERN, pauses_per_window
 from pause_megatron.data.windows.pause import PauseInjector, PausePlan
+from pause_megatron.data.windows.token_texts import token_texts
 from pause_megatron.errors import ConfigError, DataError
 from pause_megatron.hf.loss import IGNORED
 
@@ -34,13 +35,17 @@ class PauseTransform:
         rate: Pauses inserted, as a fraction of the block with its pauses; 0 <= rate < 1.
         window: "exact": the block grows by its pauses and keeps all text (use blocks of `text_length`); "trim": it
             keeps its length, and text that does not fit is cut off (as in the paper).
-        placement: A name in `pause_megatron.data.windows.pause.POLICIES`, or 'module:attribute'.
+        placement: A name in `pause_megatron.data.windows.pause.POLICIES`, or 'module:attribute'. Not `scored`, since
+            blocks have no side array.
         seed: Seed of the positions.
         dataset: Name of the dataset; other names give other positions.
         split: Name of the split; other names give other positions.
+        run: Consecutive pauses at each place.
+        pattern: Regular expression of the placements `after` and `before`; None: punctuation.
+        tokenizer: The tokenizer, for these two.
 
     Raises:
-        ConfigError: As for PausePlan.
+        ConfigError: As for PausePlan; `scored`; `after` or `before` without a tokenizer.
     """
 
     def __init__(
@@ -53,10 +58,17 @@ class PauseTransform:
         seed: int = 1234,
         dataset: str = "blocks",
         split: str = "train",
+        run: int = 1,
+        pattern: str | None = None,
+        tokenizer: Any = None,
     ) -> None:
+        if placement == "scored" or (placement in BY_PATTERN and tokenizer is None):
+            missing = "another placement, for blocks have no side array" if placement == "scored" else "a tokenizer"
+            raise ConfigError(f"PauseTransform: expected {missing}, got placement={placement!r}")
+        self._texts = None if tokenizer is None else token_texts(tokenizer)
         self.pause_ids, self._address = pause_ids, (dataset, split)
         # Checked now rather than in the middle of the data. A block's plan is this one with its length.
-        self._plan = PausePlan(_ANY_LENGTH, rate, window, placement, seed)
+        self._plan = PausePlan(_ANY_LENGTH, rate, window, placement, seed, run, pattern)
 
     def text_length(self, length: int) -> int:
         """Return the text tokens of a block that has `length` tokens with its pauses."""
@@ -87,7 +99,7 @@ class PauseTransform:
         _refuse_shared_stream()
         text, labels = self._text(block, number)
         plan = replace(self._plan, sequence_length=self._length(text.size) - 1)
-        window = PauseInjector(plan, self.pause_ids, *self._address)(text, number)
+        window = PauseInjector(plan, self.pause_ids, *self._address, self._texts)(text, number)
         labels_with_pauses = np.full(window.tokens.size, IGNORED)
         labels_with_pauses[window.is_text] = labels[: window.tokens.size - window.places.size]
         labels_with_pauses[0] = IGNORED
@@ -137,6 +149,8 @@ class PauseTransform:
     def _length(self, text_length: int) -> int:
         """Return the length of a block with its pauses: the smallest number whose plan has this much text."""
         length = text_length
+        if self._plan.placement == "every" and self._plan.rate:
+            return (text_length - 1) * (self._plan.run + 1) + 1
         if self._plan.window == "exact":
             # One more token adds one text token or none, so a step of the missing number of tokens never overshoots.
             while missing := text_length - length + pauses_per_window(self._plan.rate, length - 1):

@@ -111,6 +111,9 @@ def pause_windows(
     eod_mask_loss: bool = False,
     cache: str | None = None,
     documents: str | None = None,
+    run: int = 1,
+    pattern: str | None = None,
+    side: str | None = None,
 ) -> PauseWindows:
     """Open prepared corpora as datasets for Trainer, accelerate or a plain loop.
 
@@ -135,6 +138,9 @@ def pause_windows(
         eod_mask_loss: Whether the token after an end of document is no target.
         cache: Folder of the index caches; None for 'cache' beside the first prefix.
         documents: Deprecated: "apart" is intra_document_masking=True, "joined" is False.
+        run: As pause.run.
+        pattern: As pause.pattern.
+        side: As data.side, for placement="scored" or a policy of yours.
 
     Raises:
         ConfigError: Options that do not fit, pause ids that differ from the corpus's, a weighted blend without
@@ -153,9 +159,17 @@ def pause_windows(
             FutureWarning,
             stacklevel=2,
         )
-    PausePlan(length - 1, rate, window, placement, pause_seed)  # raises where they do not fit
+    PausePlan(length - 1, rate, window, placement, pause_seed, run, pattern)  # raises where they do not fit
     data = DataSection(prefix=_words(prefix), valid_prefix=_words(valid_prefix))
-    pause = PauseSection(rate=rate, window=window, placement=placement, seed=pause_seed, embeddings=len(pause_ids) or 1)
+    pause = PauseSection(
+        rate=rate,
+        window=window,
+        placement=placement,
+        run=run,
+        pattern=pattern,
+        seed=pause_seed,
+        embeddings=len(pause_ids) or 1,
+    )
     tokenizer = open_corpora(data, pause.embeddings).tokenizer
     if pause_ids.start != tokenizer.pause_id or not len(pause_ids):
         raise ConfigError(
@@ -175,6 +189,7 @@ def pause_windows(
             train_samples=samples,
             valid_samples=valid_samples,
             cache=cache,
+            side=side,
             intra_document_masking=intra_document_masking,
             eod_mask_loss=eod_mask_loss,
         )

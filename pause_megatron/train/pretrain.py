@@ -123,6 +123,8 @@ def _datasets(config: ScheduledConfig, corpora: Corpora) -> Datasets:
             intra_document_masking=config.data.intra_document_masking,
             eod_mask_loss=config.data.eod_mask_loss,
             read_cache=config.data.verify == "always",
+            side=config.data.side,
+            side_weights=config.objective.token_weights == "side",
             samples_before=(config.train.extended_from or 0) * config.batch.global_size,
         )
     )

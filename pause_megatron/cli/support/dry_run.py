@@ -152,7 +152,10 @@ def _window(config: ResolvedConfig) -> str:
     pause = config.pause
     if not pause.rate:
         return "standard training"
-    return f"rate {pause.rate:g}, {pause.placement}, {'then cut' if pause.window == 'trim' else 'no text lost'}"
+    if pause.placement == "every":
+        return f"{pause.run} after every token"
+    runs = "" if pause.run == 1 else f" in runs of {pause.run}"
+    return f"rate {pause.rate:g}, {pause.placement}{runs}, {'then cut' if pause.window == 'trim' else 'no text lost'}"
 
 
 def _steps(config: ResolvedConfig, plan: BatchPlan) -> str:

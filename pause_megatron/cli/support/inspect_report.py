@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pause_megatron.config.pauses import pauses_per_window
+from pause_megatron.config.batching import pause_counts
 from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.data.corpus.corpus import Corpus
 from pause_megatron.data.corpus.side import distribution, find_side, summarize_side
@@ -155,10 +155,10 @@ def _histogram(lengths: Lengths) -> str:
 
 def _policies(config: ResolvedConfig, policies: Sequence[PolicyStatistics]) -> str:
     pause, length = config.pause, config.data.sequence_length
-    inserted = pauses_per_window(pause.rate, length)
+    inserted = pause_counts(config).inserted
     sizes = [str(size) for size in range(1, RUN_LENGTHS)] + [f"{RUN_LENGTHS}+"]
     lines = [
-        f"pauses in windows of {length:,} tokens: pause.rate={pause.rate:g} inserts {inserted:,}; "
+        f"pauses in windows of {length:,} tokens: {_said(config)} inserts {inserted:,}; "
         "shares of runs by number of pauses (* = as configured)",
         f"  {'pause.placement':22} {'window':7} {'rate':>7} {'pauses':>13}"
         + "".join(f"{'run of ' + size:>10}" for size in sizes)
@@ -173,6 +173,14 @@ def _policies(config: ResolvedConfig, policies: Sequence[PolicyStatistics]) -> s
             + f"{policy.longest_run:>9,}"
         )
     return "\n".join(lines)
+
+
+def _said(config: ResolvedConfig) -> str:
+    pause = config.pause
+    runs = f"pause.run={pause.run}"
+    if pause.placement == "every":
+        return runs if pause.rate else "pause.rate=0"
+    return f"pause.rate={pause.rate:g}{'' if pause.run == 1 else f' with {runs}'}"
 
 
 def _window(window: WindowView, colour: bool) -> str:

@@ -185,7 +185,11 @@ class StreamDataset:
         return self._samples
 
     def __getitem__(self, idx: int) -> dict[str, torch.Tensor]:
-        window = self._injector(self._windows.text(idx), idx)
+        text = self._windows.text(idx)
+        documents = None
+        if self._injector.sees_windows:
+            documents = np.concatenate([[0], np.flatnonzero(text[:-1] == self._eod) + 1])
+        window = self._injector(text, idx, documents=documents)
         begins = document_begins(window, self._eod) if self._intra_document_masking or self._eod_mask_loss else None
         targets = supervise(window, begins if self._eod_mask_loss else None)
         sample = {

@@ -11,7 +11,7 @@ of (seed, task, epoch, example number): it does not depend on packing, ranks, or
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -48,7 +48,7 @@ class AnswerPauses:
     rate: float
     run: int = 1
     pattern: str | None = None
-    texts: TokenTexts | None = None
+    texts: TokenTexts | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         try:

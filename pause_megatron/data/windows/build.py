@@ -54,6 +54,8 @@ class DatasetOptions:
         eod_mask_loss: Whether the first token of a document is no target, as in Megatron-LM.
         read_cache: Whether to compare index caches with their digests even if they are unchanged since.
         samples_before: Windows that a finished run was given, which this run extends (`data.windows.extension`).
+        side: Name of a side array that every corpus has, for policies that use it and for `side_weights`.
+        side_weights: Whether samples have `weights`: the side values of their labels.
     """
 
     prefix: Sequence[str]
@@ -71,6 +73,8 @@ class DatasetOptions:
     eod_mask_loss: bool = False
     read_cache: bool = False
     samples_before: int = 0
+    side: str | None = None
+    side_weights: bool = False
 
 
 @dataclass(frozen=True)
@@ -137,6 +141,8 @@ class _Plan:
             pause_positions=options.pause.positions,
             pause_run=options.pause.run,
             pause_pattern=options.pause.pattern,
+            side=options.side,
+            side_weights=options.side_weights,
             model_vocab_size=self.tokenizer.vocab_size,  # the model is built from it, and padded
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import os
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from pause_megatron.data.windows.boundaries import (
 from pause_megatron.data.windows.index_cache import Content, IndexCache, content_of
 from pause_megatron.data.windows.model_rows import check_model_rows
 from pause_megatron.data.windows.pause import PauseInjector, PausePlan, Window
+from pause_megatron.data.windows.pieces import SideValues, document_offsets, pieces_of
 from pause_megatron.data.windows.targets import supervise
 from pause_megatron.data.windows.token_texts import token_texts
 from pause_megatron.errors import ConfigError, DataError
@@ -65,6 +67,13 @@ class PauseGPTDatasetConfig(GPTDatasetConfig):
     pause_pattern: str | None = None
     """Regular expression of the placements after and before. None: punctuation."""
 
+    side: str | None = None
+    """Name of a side array of each corpus (PREFIX.NAME.npy with its record in PREFIX.manifest.json), for the placement
+       scored or a WindowPolicy of yours, and for side_weights."""
+
+    side_weights: bool = False
+    """Add weights float32 [N] to a sample: the side value of the label at each position, 0 where there is no target."""
+
     model_vocab_size: int | None = None
     """Rows of the model's embedding, padding included (Megatron-LM's args.padded_vocab_size). Too few are an error.
        None: those of the Megatron-LM in this process; without one, a warning says that they are not checked."""
@@ -103,6 +112,9 @@ class PauseGPTDatasetConfig(GPTDatasetConfig):
             )
         if self.pause_positions not in ("own", "shared"):
             raise ConfigError(f"pause_positions: expected 'own' or 'shared', got {self.pause_positions!r}")
+        if self.side is None and (self.side_weights or (self.pause_placement == "scored" and self.pause_rate)):
+            key = "side_weights" if self.side_weights else "pause_placement=scored"
+            raise ConfigError(f"side: expected the name of a side array with {key}, got None")
         if self.document_segments and not self.reset_position_ids:
             raise ConfigError("document_segments: expected reset_position_ids=True with it, got False")
         if self.token_dtype_code is not None:
@@ -121,13 +133,29 @@ class PauseGPTDatasetConfig(GPTDatasetConfig):
             check_model_rows(self.tokenizer.pause_ids, self.model_vocab_size)
 
 
+class Surroundings(NamedTuple):
+    """What is known about the text of a window.
+
+    Attributes:
+        side: Side values of its tokens [T], nan at padding; None without a side array.
+        documents: Offsets at which its documents begin; None: not looked up.
+    """
+
+    side: np.ndarray | None
+    documents: np.ndarray | None
+
+
+_UNKNOWN = Surroundings(None, None)
+
+
 class PauseGPTDataset(GPTDataset):
     """GPTDataset whose windows hold pauses.
 
     A sample has the keys, shapes and types of GPTDataset: tokens, labels, position_ids int64 [N], loss_mask float32 [N]
     and, with `create_attention_mask`, attention_mask bool [1, N, N] (True: hidden). `inter_document_masking`
     (megatron-core 0.19) adds cu_seqlens int32 [N + 1] and max_seqlen int32 []; `document_segments` adds segments
-    int32 [N]. Where the next token is a pause, label and loss mask are 0, as GPTDataset does for padding.
+    int32 [N], and `side_weights` weights float32 [N]. Where the next token is a pause, label and loss mask are 0, as
+    GPTDataset does for padding.
 
     Document boundaries are those of the text, as if there were no pauses. A pause belongs to the document of the text
     token that it follows. So with `eod_mask_loss` the first text token after an EOD is no target, even if pauses
@@ -173,6 +201,7 @@ class PauseGPTDataset(GPTDataset):
         text_config.sequence_length = plan.text_length - 1
         text_config.path_to_cache = config.window_cache_path or config.path_to_cache
         text_config.corpus_content = content_of(dataset_path, indexed_dataset.sequence_lengths)
+        self._side: SideValues | None = None
         self._position_ids = torch.arange(plan.sequence_length)
         self._attention_mask: torch.Tensor | None = None
         super().__init__(indexed_dataset, dataset_path, indexed_indices, num_samples, index_split, text_config)
@@ -180,6 +209,8 @@ class PauseGPTDataset(GPTDataset):
             # document_index holds them too. For C4 they take 1.5 GB in the memory of each rank. With fast_cache_load,
             # megatron-core sets None here as well.
             self.indices = None
+        if config.side is not None and (config.side_weights or self.injector.sees_windows):
+            self._side = SideValues(self, dataset_path or "", config.side)
 
     @staticmethod
     def build_low_level_dataset(dataset_path: str | None, config: PauseGPTDatasetConfig) -> IndexedDataset:
@@ -235,6 +266,9 @@ class PauseGPTDataset(GPTDataset):
         sample = super().__getitem__(idx)
         if self.config.document_segments:
             sample["segments"] = segments_of(sample["position_ids"])
+        if self.config.side_weights:
+            number, size = 0 if idx is None else int(idx), self.injector.plan.sequence_length + 1
+            self._add_weights(sample, self.surroundings(number, size).side, np.ones(size, dtype=bool), number)
         return sample
 
     def window_text(self, sample: int) -> np.ndarray:
@@ -253,12 +287,45 @@ class PauseGPTDataset(GPTDataset):
         text, _, *lengths = self._query_document_sample_shuffle_indices(sample)
         return text, lengths[0] if lengths else []
 
+    def surroundings(self, sample: int, size: int) -> Surroundings:
+        """Return what a policy may ask about the text of a window; its text must have been read before.
+
+        Args:
+            sample: Sample number, 0 or more.
+            size: T, tokens of its text.
+        """
+        pieces = pieces_of(self, sample)
+        return Surroundings(None if self._side is None else self._side.of(pieces, size), document_offsets(pieces))
+
+    def window(self, injector: PauseInjector, sample: int) -> Window:
+        """Return a window of this dataset with the pauses of another injector, whose plan has as much text.
+
+        Args:
+            injector: The pauses.
+            sample: Sample number, 0 or more.
+        """
+        text = self.window_text(sample)
+        known = self.surroundings(sample, text.size) if injector.sees_windows else _UNKNOWN
+        return injector(text, sample, side=known.side, documents=known.documents)
+
+    def _add_weights(
+        self, item: dict[str, torch.Tensor], side: np.ndarray | None, is_text: np.ndarray, sample: int
+    ) -> None:
+        if self._side is None or side is None:
+            raise TypeError("expected side values, got none")
+        loss_mask, split = item["loss_mask"].numpy(), self.index_split
+        item["weights"] = torch.from_numpy(self._side.weights(side, is_text, loss_mask, sample=sample, split=split))
+
     def _with_pauses(self, idx: int | None) -> dict[str, torch.Tensor]:
         sample = 0 if idx is None else int(idx)
         text, lengths = self.text_and_lengths(sample)
         self._check_no_pause_ids(text, sample)
-        window = self.injector(text, sample % len(self))
+        looks = self._side is not None or self.injector.sees_windows
+        known = self.surroundings(sample, text.size) if looks else _UNKNOWN
+        window = self.injector(text, sample % len(self), side=known.side, documents=known.documents)
         item = self._sample(text, window, supervised=idx is not None)
+        if self.config.side_weights:
+            self._add_weights(item, known.side, window.is_text, sample)
         if getattr(self.config, "inter_document_masking", False):  # from megatron-core 0.19 on
             item.pop("attention_mask", None)
             item |= packed_documents(window, lengths, shared=self.config.pause_positions == "shared")

@@ -183,7 +183,8 @@ class Windows:
         self._corpus, self._pause, self._samples, self._side = corpus, pause, samples, side
         self._sequence_length, self._seed = sequence_length, seed
         self._dataset = self._build(pause)
-        self._datasets = {self._dataset.injector.plan.text_length: self._dataset}
+        plan = self._dataset.injector.plan
+        self._datasets = {(plan.text_length, plan.policy.sees_windows): self._dataset}
 
     def show(self, sample: int) -> WindowView:
         """Return one window as text, with its counts.
@@ -232,10 +233,12 @@ class Windows:
 
     def _with_text_of(self, plan: PausePlan) -> PauseGPTDataset:
         """Return windows with the text of a plan; policies with equally much text share them."""
-        if plan.text_length not in self._datasets:
+        # The side array of a dataset is opened for a policy that may use it.
+        key = (plan.text_length, plan.policy.sees_windows)
+        if key not in self._datasets:
             changes = {"window": plan.window, "placement": plan.placement, "pattern": plan.pattern}
-            self._datasets[plan.text_length] = self._build(self._pause.model_copy(update=changes))
-        return self._datasets[plan.text_length]
+            self._datasets[key] = self._build(self._pause.model_copy(update=changes))
+        return self._datasets[key]
 
     def _build(self, pause: PauseSection) -> PauseGPTDataset:
         # The indices are used once, so they go into a temporary folder.
@@ -251,6 +254,7 @@ class Windows:
                     train_samples=self._samples,
                     valid_samples=0,
                     cache=cache,
+                    side=self._side,
                 )
             )
         if not isinstance(datasets.train, PauseGPTDataset):
@@ -262,7 +266,7 @@ class Windows:
         injector = PauseInjector(plan, own.pause_ids, own.dataset, own.split, own.texts)
         pauses, lengths = [], []
         for sample in range(self._samples):
-            is_text = injector(dataset.window_text(sample), sample).is_text[:-1]
+            is_text = dataset.window(injector, sample).is_text[:-1]
             pauses.append(int((~is_text).sum()))
             # Runs end where text follows: differences of the number of text tokens before each pause.
             _, run = np.unique(is_text.cumsum()[~is_text], return_counts=True)

@@ -163,7 +163,7 @@ class PausePlan:
         if self.seed < 0:
             raise ConfigError(f"pause.seed: expected 0 or more, got {self.seed}")
         _ = self.policy  # which checks its name, run and pattern
-        if (conflict := placement_conflict(self.counts, self.pattern)) is not None:
+        if (conflict := placement_conflict(self.counts)) is not None:
             keys, expected = conflict
             values = {
                 "pause.run": self.run,

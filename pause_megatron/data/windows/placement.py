@@ -14,7 +14,6 @@ from pause_megatron.data.windows.text_window import TextWindow, WindowPolicy
 from pause_megatron.errors import ConfigError
 
 
-@lru_cache(maxsize=64)
 def resolve_policy(placement: str, pattern: str | None = None) -> Policy:
     """Return a policy by its name, or by 'module:attribute'. A class is made without arguments, once in a process.
 
@@ -28,6 +27,11 @@ def resolve_policy(placement: str, pattern: str | None = None) -> Policy:
     """
     if placement in POLICIES:
         return _with_pattern(POLICIES[placement], pattern)
+    return _users_policy(placement)
+
+
+@lru_cache(maxsize=64)
+def _users_policy(placement: str) -> Policy:
     module_name, colon, attribute = placement.partition(":")
     expected = f"pause.placement: expected one of {', '.join(POLICIES)}, or 'module:attribute', got {placement!r}"
     if not (module_name and colon and attribute):
@@ -54,6 +58,19 @@ def _with_pattern(policy: Policy, pattern: str | None) -> Policy:
     if (wrong := pattern_error(pattern)) is not None:
         raise ConfigError(f"pause.pattern: expected a regular expression, got {pattern!r} ({wrong})")
     return replace(policy, pattern=pattern)
+
+
+def choose(policy: Policy, window: TextWindow, rng: np.random.Generator) -> np.ndarray:
+    """Return the gaps that a policy of either generation chooses, unchecked.
+
+    Args:
+        policy: The policy.
+        window: The window.
+        rng: Its generator.
+    """
+    if isinstance(policy, WindowPolicy):
+        return policy.place(window, rng)
+    return policy(window.text, window.count, window.rate, rng)
 
 
 @dataclass(frozen=True)

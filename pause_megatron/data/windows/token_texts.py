@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -78,7 +78,8 @@ def token_texts(tokenizer: Any) -> TokenTextTable | None:
     """Return the texts of a tokenizer's ids, the same object for the same tokenizer.
 
     Args:
-        tokenizer: A tokenizer of this project, or of Megatron-LM (`detokenize`); or a PauseTokenizer.
+        tokenizer: A tokenizer of this project, of transformers, or of Megatron-LM
+            (`detokenize`); or a PauseTokenizer.
 
     Returns:
         The table; None where the tokenizer cannot decode.
@@ -93,6 +94,9 @@ def _table(tokenizer: Any) -> TokenTextTable | None:
     if not callable(decode):
         return None
     silent = [getattr(tokenizer, "eod", -1)]
+    if (special := getattr(tokenizer, "all_special_ids", None)) is not None:  # a tokenizer of transformers
+        silent += special
+        decode = partial(decode, clean_up_tokenization_spaces=False)
     if isinstance(pause := getattr(tokenizer, "pause_id", None), int):
         silent.append(pause)
     return TokenTextTable(int(tokenizer.vocab_size), decode, encode("a") if callable(encode) else [], silent)

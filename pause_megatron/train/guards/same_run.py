@@ -26,6 +26,7 @@ from pause_megatron.config.model_from import checkpoint_config
 from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.data.corpus.corpora import Corpora
 from pause_megatron.data.windows.pause import PauseInjector, PausePlan
+from pause_megatron.data.windows.token_texts import TokenTextTable
 from pause_megatron.errors import ConfigError
 from pause_megatron.files.digest import file_digest
 from pause_megatron.versions import installed_version
@@ -76,7 +77,10 @@ def corpora_record(corpora: Corpora) -> dict[str, str]:
         corpora: The opened corpora.
     """
     valid = [corpus.manifest.fingerprint for corpus in corpora.valid]
-    return {
+    sides = (
+        {"content of data.side": _text([side.record.file.digest for side in corpora.sides])} if corpora.sides else {}
+    )
+    return sides | {
         "content of data.prefix": corpora.fingerprint,
         "names in data.prefix": _text(corpus_names(str(corpus.prefix) for corpus in corpora.corpora)),
         "content of data.valid_prefix": _text(valid),
@@ -158,10 +162,12 @@ def _gaps_digest(config: ResolvedConfig) -> str:
     pause, digest = config.pause, xxhash.xxh3_128()
     try:
         plan = PausePlan.of(pause, config.data.sequence_length)
-        injector = PauseInjector(plan, range(1), "", "")
+        texts = TokenTextTable(_TOKENS, lambda ids: "".join(chr(32 + token) for token in ids), [])
+        injector = PauseInjector(plan, range(1), "", "", texts)
         text = np.arange(plan.text_length, dtype=np.int64) % _TOKENS
+        side = None if config.data.side is None else (text * 7 % 11).astype(np.float32)
         for sample in range(_WINDOWS):
-            gaps = injector.gaps(text, sample)
+            gaps = injector.gaps(text, sample, side=side, documents=np.arange(0, text.size, 50))
             digest.update(f"{gaps.size} ".encode() + gaps.tobytes())
     except Exception as error:  # reported where the windows of the run are built
         return f"no gaps, but {type(error).__name__}"

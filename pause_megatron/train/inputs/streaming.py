@@ -20,6 +20,7 @@ from pause_megatron.data.stream.windows import StreamDataset, StreamPosition, Te
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer
 from pause_megatron.data.windows.dataset import PauseTokenizer
 from pause_megatron.data.windows.pause import PauseInjector, PausePlan
+from pause_megatron.data.windows.token_texts import token_texts
 from pause_megatron.distributed import ParallelContext
 from pause_megatron.distributed.collective import gather_objects
 from pause_megatron.errors import CheckpointError, DataError, PauseMegatronError
@@ -114,7 +115,9 @@ def open_stream(
     source = server or WindowClient(opened[reader_rank][0])
     dataset = StreamDataset(
         source,
-        PauseInjector(plan, PauseTokenizer(tokenizer, pause.embeddings).pause_ids, _CORPUS, "train"),
+        PauseInjector(
+            plan, PauseTokenizer(tokenizer, pause.embeddings).pause_ids, _CORPUS, "train", token_texts(tokenizer)
+        ),
         config.train.steps * size,
         eod=tokenizer.eod,
         intra_document_masking=config.data.intra_document_masking,

@@ -70,6 +70,19 @@ BROKEN = {
         ["task.name=gsm8k", "objective=anytime", "finetune.prefix_attention=bidirectional", "finetune.pauses=4"],
         "a causal prefix with it",
     ),
+    "patterns_are_used": (
+        ["pause.pattern=(a", "pause.placement=after"],
+        "a regular expression (missing ), unterminated subpattern at position 0); got pause.pattern=(a (command line)",
+    ),
+    "scores_need_a_side_array": (
+        ["pause.placement=scored"],
+        "data.side with scored; got pause.placement=scored (command line), data.side=None (default)",
+    ),
+    "side_arrays_are_used": (
+        ["data.side=ppl"],
+        "with data.side; got data.side=ppl (command line), pause.placement=uniform (default), "
+        "objective.token_weights=None (default)",
+    ),
     "split_has_shares": (
         ["data.split=1,0,0"],
         "a validation share > 0 in data.split, corpora in data.valid_prefix, or",
@@ -170,6 +183,7 @@ def test_hints_need_a_task_and_appended_pauses(overrides, expected):
     [
         (["finetune.answer_placement=scored"], "or 'module:attribute'; side arrays are of corpora; got"),
         (["finetune.answer_placement=after", "pause.pattern=a["], "a regular expression (unterminated character set"),
+        (["finetune.answer_placement=every", "pause.pattern=x"], "after or before with pause.pattern; got"),
         (["finetune.answer_placement=isolated", "finetune.answer_rate=1.5"], "finetune.answer_rate <= 1 with isolated"),
         (["finetune.answer_placement=every", "finetune.answer_rate=0.5"], "and not every, with finetune.answer_rate"),
         (["finetune.answer_rate=0.5"], "finetune.answer_placement, and not every, with finetune.answer_rate; got"),

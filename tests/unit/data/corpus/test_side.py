@@ -147,7 +147,7 @@ def test_a_file_of_another_corpus_of_the_same_length(original: Path, corpus: Pat
     register(corpus, values_of(corpus))
     register(other, values_of(other, seed=1))
     shutil.copy(f"{other}.score.npy", f"{corpus}.score.npy")
-    config = load(overrides=[f"data.prefix={corpus}", "data.side=score"])
+    config = load(overrides=[f"data.prefix={corpus}", "data.side=score", "pause.placement=scored"])
     with pytest.raises(DataError, match=r"c\.score\.npy is damaged; .*--values FILE\.npy --overwrite"):
         open_corpora(config.data, 1).verify(config.data)
     assert main(["verify", str(corpus)]) == 1
@@ -162,7 +162,9 @@ def test_a_file_of_another_corpus_of_the_same_length(original: Path, corpus: Pat
 def test_a_flipped_byte_is_found_at_the_first_use(corpus: Path, mode: str, capsys: pytest.CaptureFixture) -> None:
     register(corpus, values_of(corpus))
     register(corpus, values_of(corpus), "unused")
-    config = load(overrides=[f"data.prefix={corpus}", "data.side=score", f"data.verify={mode}"])
+    config = load(
+        overrides=[f"data.prefix={corpus}", "data.side=score", "pause.placement=scored", f"data.verify={mode}"]
+    )
     open_corpora(config.data, 1).verify(config.data)
     _flip(Path(f"{corpus}.unused.npy"), 200)
     open_corpora(config.data, 1).verify(config.data)  # a side array that the run does not use
@@ -185,16 +187,18 @@ def test_the_fingerprint_of_a_run_has_the_values_that_it_uses(corpus: Path) -> N
     plain = fingerprint()
     register(corpus, values_of(corpus))
     assert fingerprint() == plain == CorpusManifest.load(corpus).fingerprint
-    first = fingerprint("data.side=score")
+    first = fingerprint("data.side=score", "pause.placement=scored")
     register(corpus, values_of(corpus, seed=1), overwrite=True)
-    assert len({plain, first, fingerprint("data.side=score")}) == 3
+    assert len({plain, first, fingerprint("data.side=score", "pause.placement=scored")}) == 3
     with pytest.raises(DataError, match=r"expected a side array of its manifest \(one of score\), got 'other'"):
-        fingerprint("data.side=other")
+        fingerprint("data.side=other", "pause.placement=scored")
 
 
 def test_values_that_are_replaced_while_a_run_opens_them(corpus: Path) -> None:
     register(corpus, values_of(corpus))
-    opened = open_corpora(load(overrides=[f"data.prefix={corpus}", "data.side=score"]).data, 1)
+    opened = open_corpora(
+        load(overrides=[f"data.prefix={corpus}", "data.side=score", "pause.placement=scored"]).data, 1
+    )
     opened.require_unchanged()
     register(corpus, values_of(corpus, seed=1), overwrite=True)
     with pytest.raises(DataError, match=r"c\.score\.npy: written again while this run was opening it"):
