@@ -29,6 +29,7 @@ from pause_megatron.data.windows.pause import PauseInjector, PausePlan
 from pause_megatron.data.windows.token_texts import TokenTextTable
 from pause_megatron.errors import ConfigError
 from pause_megatron.files.digest import file_digest
+from pause_megatron.objective import loss_plan
 from pause_megatron.versions import installed_version
 
 PACKAGE = Path(pause_megatron.__file__).parent
@@ -62,6 +63,7 @@ def run_record(verb: str, config: ResolvedConfig, world_size: int) -> dict[str, 
         record["content of model.from"] = _manifest(config.model.from_)
     if ":" in config.pause.placement:
         record |= _policy(config)
+    record |= _objective(config)
     engine = deepspeed_config(config, data_parallel=batch_plan(config, world_size).data_parallel)
     record |= {f"{key} for DeepSpeed": _text(value) for key, value in _flat(engine)}
     record["version of pause-megatron"] = f"{pause_megatron.__version__}, sources {code_digest()}"
@@ -155,6 +157,17 @@ def _policy(config: ResolvedConfig) -> dict[str, str]:
     name, before = config.pause.placement, set(sys.modules)
     gaps = _gaps_digest(config)  # first: a policy may import modules when it is called
     return {f"source of {name}": _modules_digest(name.partition(":")[0], before), f"pauses by {name}": gaps}
+
+
+def _objective(config: ResolvedConfig) -> dict[str, str]:
+    """Return digests of the sources of a user's objective and token weights."""
+    named, before = config.objective, set(sys.modules)
+    names = [name for name in (named.name, named.token_weights) if name is not None and ":" in name]
+    try:
+        loss_plan(named)  # imports them
+    except Exception as error:  # reported where the model is built
+        return {f"source of {name}": f"not usable: {type(error).__name__}" for name in names}
+    return {f"source of {name}": _modules_digest(name.partition(":")[0], before) for name in names}
 
 
 def _gaps_digest(config: ResolvedConfig) -> str:
