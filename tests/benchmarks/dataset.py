@@ -11,12 +11,15 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from megatron.core.datasets.gpt_dataset import GPTDataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.timing import compare, environment
 from support.corpora import make_config, make_dataset, paragraphs, write_corpus
+
+from pause_megatron.data.windows import pieces
 
 TARGET = 1.5
 
@@ -29,6 +32,9 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         prefix = write_corpus(Path(folder) / "speeches", paragraphs(3000))
+        # The corpus has no manifest, in which a side array is recorded.
+        scores = np.random.default_rng(0).random(sum(map(len, paragraphs(3000))), dtype=np.float32)
+        pieces.open_side = lambda prefix, name: scores
 
         def reader(cls: type | None = None, embeddings: int = 1, **settings: object) -> Callable[[], None]:
             config = make_config(prefix, 2048, embeddings, **settings)
@@ -52,6 +58,10 @@ def main() -> None:
                 "trim, bernoulli": reader(pause_placement="bernoulli", pause_window="trim"),
                 "exact, interval": reader(pause_placement="interval"),
                 "exact, uniform, K=4": reader(embeddings=4),
+                "exact, runs of 5": reader(pause_run=5),
+                "exact, after": reader(pause_placement="after"),
+                "exact, scored": reader(pause_placement="scored", side="score"),
+                "exact, every": reader(pause_placement="every"),
             },
             arguments.rounds,
         )

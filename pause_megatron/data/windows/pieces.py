@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from megatron.core.datasets.gpt_dataset import GPTDataset
@@ -67,16 +67,24 @@ class SideValues:
 
     def __init__(self, dataset: GPTDataset, prefix: str, name: str) -> None:
         self.path = side_path(prefix, name)
+        self._prefix, self._name, self._corpus = prefix, name, dataset.dataset
         self._values = open_side(prefix, name)
-        self._index = dataset.dataset.index
-        self._bytes = np.dtype(self._index.dtype).itemsize
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A memory map would be pickled as the whole array, for each worker of a DataLoader.
+        return {name: value for name, value in self.__dict__.items() if name != "_values"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._values = open_side(self._prefix, self._name)
 
     def of(self, pieces: list[Piece], size: int) -> np.ndarray:
         """Return the values of a window's text tokens, nan at padding, float32 [size]."""
         values = np.full(size, np.nan, dtype=np.float32)
-        at = 0
+        index, at = self._corpus.index, 0
+        itemsize = np.dtype(index.dtype).itemsize
         for document, offset, length in pieces:
-            start = int(self._index.sequence_pointers[document]) // self._bytes + offset
+            start = int(index.sequence_pointers[document]) // itemsize + offset
             values[at : at + length] = self._values[start : start + length]
             at += length
         return values

@@ -35,6 +35,13 @@ class TokenTextTable:
         self._texts: list[str] | None = None
         self._matches: dict[str, np.ndarray] = {}
 
+    def __getstate__(self) -> dict[str, Any]:
+        # Without the lock, and without what is made on demand: `datasets` digests a transform by its pickle.
+        return {**self.__dict__, "_lock": None, "_texts": None, "_matches": {}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
     def __len__(self) -> int:
         return self._size
 

@@ -41,6 +41,31 @@ def test_text_stays_in_order_and_is_predicted_once(rate, window):
                 assert ids.size == length == transform.text_length(length)
 
 
+@pytest.mark.parametrize("run", [1, 3])
+def test_runs_patterns_and_every(run):
+    tokenizer = Bytes()
+    blocks = _blocks(40, 3)
+    commas = PauseTransform(PAUSES, rate=0.2, placement="after", run=run, pattern="[ae]", tokenizer=tokenizer)
+    every = PauseTransform(PAUSES, placement="every", run=run)
+    assert Hasher.hash(commas) == Hasher.hash(commas)
+    for number, block in enumerate(blocks):
+        ids = np.array(commas(block, number)["input_ids"])
+        before = ids[:-1][(ids[1:] == PAUSES.start) & (ids[:-1] != PAUSES.start)]
+        assert before.size and set(before) <= {ord("a"), ord("e")}
+        ids = np.array(every(block, number)["input_ids"])
+        assert ids[:: run + 1].tolist() == block["input_ids"] and ids.size == 39 * (run + 1) + 1
+    for placement, message in (("scored", "no side array"), ("before", "a tokenizer")):
+        with pytest.raises(ConfigError, match=f"PauseTransform: expected .*{message}.*got placement='{placement}'"):
+            PauseTransform(PAUSES, placement=placement)
+
+
+class Bytes:
+    vocab_size = 256
+
+    def decode(self, ids):
+        return bytes(ids).decode(errors="replace")
+
+
 def test_positions_depend_only_on_seed_names_and_number():
     block = _blocks(64)[0]
     made = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -10,8 +12,10 @@ import pytest
 import torch
 from support.prose import documents, small_tokenizer, write_shards
 
+from pause_megatron import data
 from pause_megatron.config.pauses import PauseCounts
-from pause_megatron.config.schema import PauseSection
+from pause_megatron.config.schema import DataSection, PauseSection
+from pause_megatron.data.corpus.corpora import open_corpora
 from pause_megatron.data.corpus.side_writing import register_values
 from pause_megatron.data.prepare.run import prepare
 from pause_megatron.data.stream.windows import StreamDataset
@@ -23,6 +27,7 @@ from pause_megatron.data.windows.pieces import pieces_of
 from pause_megatron.data.windows.placement import resolve_policy
 from pause_megatron.data.windows.token_texts import token_texts
 from pause_megatron.errors import ConfigError, DataError
+from pause_megatron.train.guards.same_run import corpora_record
 
 LENGTH = 64
 
@@ -224,6 +229,39 @@ def test_a_policy_of_the_second_generation_sees_its_window(prefix: str, tokenize
     assert np.array_equal(window.text, train.window_text(7)) and not window.text.flags.writeable
     assert window.side.shape == window.text.shape and window.documents[0] == 0
     assert window.texts is token_texts(tokenizer)
+
+
+def test_the_policy_of_the_readme(
+    prefix: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme = (Path(data.__file__).parent / "README.md").read_text()
+    (code,) = (text for text in re.findall(r"```python\n(.*?)```", readme, re.S) if "class AtBeginnings" in text)
+    (tmp_path / "policies_of_the_readme.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    train = build(prefix, tokenizer, tmp_path, placement="policies_of_the_readme:AtBeginnings", side="score").train
+    at_begins = 0
+    for sample in range(10):
+        documents = train.surroundings(sample, train.window_text(sample).size).documents
+        gaps = pause_gaps(train, train[sample]["tokens"].numpy())
+        assert set(documents[1:].tolist()) <= set(gaps)
+        at_begins += documents.size - 1
+    assert at_begins > 3
+
+
+def test_a_run_compares_the_content_of_its_side_arrays(prefix: str) -> None:
+    record = corpora_record(open_corpora(DataSection(prefix=(prefix,), side="score"), 1))
+    without = corpora_record(open_corpora(DataSection(prefix=(prefix,)), 1))
+    assert record["content of data.prefix"] != without.pop("content of data.prefix")
+    assert {name for name in record if name not in without} == {"content of data.side", "content of data.prefix"}
+
+
+def test_datasets_of_workers_open_the_side_array_again(prefix: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    train = build(prefix, tokenizer, tmp_path, placement="scored", side="score").train
+    values = pickle.dumps(train._side)
+    assert len(values) < side_of(prefix).nbytes // 2
+    pieces = pieces_of(train, 1) if train[1] else []
+    size = train.injector.plan.text_length
+    assert np.array_equal(pickle.loads(values).of(pieces, size), train.surroundings(1, size).side)
 
 
 def test_texts_of_tokens(tokenizer: Tokenizer) -> None:
