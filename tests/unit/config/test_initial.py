@@ -106,3 +106,16 @@ def test_what_is_trained_is_a_key():
     )
     with pytest.raises(ConfigError, match=r"train\.only: expected one of pause_rows, lora, or null"):
         load(overrides=["train.only=everything"])
+
+
+def test_a_finetuning_of_a_model_with_scored_pauses_needs_no_side_array(run):
+    """It takes the placement of the pretraining, whose windows it does not have."""
+    path = run / "checkpoints" / "step-00000007" / "config.yaml"
+    path.write_text(dump(load(overrides=[*SIZES, "pause.placement=scored", "pause.run=2", "data.side=ppl"])))
+    finetuning = load(recipe="finetune-gsm8k", overrides=[f"model.from={run}"])
+    assert (finetuning.pause.placement, finetuning.pause.run, finetuning.data.side) == ("scored", 2, None)
+    with pytest.raises(ConfigError, match=r"no data\.side with task\.name; side arrays are of corpora"):
+        load(recipe="finetune-gsm8k", overrides=[f"model.from={run}", "data.side=ppl"])
+    written = [*SIZES, "pause.placement=after", r"pause.pattern=[.:] # '\s'"]
+    path.write_text(dump(load(overrides=written)))
+    assert load(recipe="finetune-gsm8k", overrides=[f"model.from={run}"]).pause.pattern == r"[.:] # '\s'"
