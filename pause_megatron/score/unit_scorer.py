@@ -48,6 +48,9 @@ class UnitScorer:
         config: What it needs.
         device: Its device.
 
+    Attributes:
+        model: The model.
+
     Raises:
         DataError: The model cannot be loaded.
     """
@@ -67,6 +70,7 @@ class UnitScorer:
             "sdpa" if getattr(known, "_supports_sdpa", True) else "eager"
         )  # models with soft caps, such as Gemma 2
         model = load(config.model, device=device, dtype=side.compute, attention=attention).model
+        self.model = model
         self._scorer = Scorer(model, config.pauses, cast(Literal["loss", "entropy"], side.kind))
         self._parts = Parts(config.prefix, config.name, config.plan)
         self._tokens = np.memmap(path_of(config.prefix, "bin"), dtype=config.bin_dtype, mode="r")
@@ -134,6 +138,6 @@ class UnitScorer:
 
 
 def _describe(error: Exception) -> str:
-    text = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
+    text = str(error).strip().partition("\n")[0][:300] or type(error).__name__
     memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "memory" in text
     return f"out of memory ({text}); use fewer --batch-tokens or --processes" if memory else text
