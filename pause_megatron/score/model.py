@@ -100,11 +100,11 @@ def check_tokenizer(corpus: Corpus, folder: Path, facts: ModelFacts) -> None:
         )
     texts = _texts(corpus)
     # Hugging Face spells special tokens apart; in a corpus their names are text, which both sides encode as text.
+    options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
     different = [
         (text, expected, actual)
         for text, expected in zip(texts, tokenizer.encode_batch(texts), strict=True)
-        if (actual := facts.encoder.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
-        != expected
+        if (actual := facts.encoder.tokenizer(text, **options)["input_ids"]) != expected
     ]
     if different:
         text, expected, actual = different[0]

@@ -27,7 +27,7 @@ from pause_megatron.data.corpus.records import FileRecord, SideRecord
 from pause_megatron.data.prepare.run import prepare
 from pause_megatron.score.plan import Parts, ScorePlan
 from pause_megatron.score.unit_scorer import UnitConfig, UnitScorer
-from pause_megatron.score.windows import document_offsets, units_of
+from pause_megatron.score.windows import batches_of, document_offsets, units_of
 
 CONTEXT, BATCH_TOKENS, UNIT_TOKENS = 256, 2048, 1 << 12
 REPEATS = 10
@@ -92,6 +92,10 @@ def _speed(folder: Path, vocabulary: int, rounds: int) -> None:
         f"time a token of score / of a bare forward pass: {score.ratio * per_token:.2f} "
         f"[{score.low * per_token:.2f} .. {score.high * per_token:.2f}], {rounds} rounds of {len(unit):,} tokens, "
         f"vocabulary {vocabulary:,}, 4 layers of 256; {environment('torch', 'transformers')}"
+    )
+    read = sum(len(batch) * len(batch[0]) for batch in batches_of(unit.windows(CONTEXT), BATCH_TOKENS))
+    print(
+        f"   tokens read, with overlap and padding, / tokens scored: {read / len(unit):.2f} at a context of {CONTEXT}"
     )
     print(f"   bare  {ids.size / found['bare'].seconds:9,.0f} tokens/s")
     print(f"   score {len(unit) / score.seconds:9,.0f} tokens/s")
