@@ -95,13 +95,13 @@ class UnitScorer:
         values = np.full(len(unit), np.nan, dtype=np.float32)
         for batch in batches_of(unit.windows(side.context), side.batch_tokens):
             try:
-                found = self._scorer.values(*self._rows(batch))
+                found = self._scorer.values(*self._rows(batch)).numpy()
             except (RuntimeError, MemoryError) as error:
                 raise DataError(f"{unit}: {_describe(error)}") from None
-            for window, row in zip(batch, found.numpy(), strict=True):
-                scored = slice(window.scored - window.first, len(window))
-                values[window.scored - unit.start : window.stop - unit.start] = row[scored]
-            if not on_tokens(sum(window.stop - window.scored for window in batch)):
+            counts = [window.stop - window.scored for window in batch]
+            for window, part in zip(batch, np.split(found, np.cumsum(counts)[:-1]), strict=True):
+                values[window.scored - unit.start : window.stop - unit.start] = part
+            if not on_tokens(len(found)):
                 return False
         stored = values.astype(side.dtype)
         if not (finite := np.isfinite(stored)).all():
@@ -113,16 +113,20 @@ class UnitScorer:
         self._parts.save(unit, stored)
         return True
 
-    def _rows(self, batch: Sequence[Window]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the ids that the model reads and those that it predicts, int64 [windows, tokens of the longest]."""
+    def _rows(self, batch: Sequence[Window]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return the ids that the model reads, those that it predicts (int64), and whether they get a value (bool).
+
+        Each is of the shape [windows, tokens of the longest].
+        """
         inputs = np.zeros((len(batch), len(batch[0])), dtype=np.int64)
-        targets, start = np.zeros_like(inputs), self._config.plan.side.start
+        targets, scored, start = np.zeros_like(inputs), np.zeros(inputs.shape, dtype=bool), self._config.plan.side.start
         assert start is not None
         for row, window in enumerate(batch):
             targets[row, : len(window)] = self._tokens[window.first : window.stop]
             inputs[row, 1 : len(window)] = targets[row, : len(window) - 1]
             inputs[row, 0] = start if window.begins else self._tokens[window.first - 1]
-        return torch.from_numpy(inputs), torch.from_numpy(targets)
+            scored[row, window.scored - window.first : len(window)] = True
+        return torch.from_numpy(inputs), torch.from_numpy(targets), torch.from_numpy(scored)
 
     def _check_ids(self, unit: Unit) -> None:
         tokens, pauses = self._tokens[unit.start : unit.stop], self._config.pauses

@@ -29,33 +29,35 @@ class Scorer:
         self._head = self._plain_head()
 
     @torch.inference_mode()
-    def values(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Return the value of each target, fp32 [batch, tokens], on the CPU.
+    def values(self, inputs: Tensor, targets: Tensor, scored: Tensor) -> Tensor:
+        """Return the value of each scored target, row by row, fp32 [scored], on the CPU.
 
         Shorter rows are padded on the right, where causal attention does not let other tokens see the padding.
 
         Args:
             inputs: Token ids, int64 [batch, tokens].
             targets: The id that follows each of them, int64 [batch, tokens].
+            scored: Whether a target gets a value, bool [batch, tokens]. The LM head is computed for these only.
         """
         device = self._model.device
-        inputs, targets = inputs.to(device), targets.to(device).flatten()
+        inputs, scored = inputs.to(device), scored.to(device)
+        targets = targets.to(device)[scored]
         if self._head is None:
-            rows = self._model(input_ids=inputs, use_cache=False).logits.flatten(0, 1)
+            rows = self._model(input_ids=inputs, use_cache=False).logits[scored]
         else:
-            rows = self._model.base_model(input_ids=inputs, use_cache=False)[0].flatten(0, 1)
+            rows = self._model.base_model(input_ids=inputs, use_cache=False)[0][scored]
         size = max(1, _LOGITS // self._model.get_input_embeddings().weight.shape[0])
         found = torch.empty(len(rows), dtype=torch.float32, device=device)
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
             logits = (part if self._head is None else self._head(part)).float()
             found[start : start + size] = self._reduce(logits, targets[start : start + size])
-        return found.view(inputs.shape).cpu()
+        return found.cpu()
 
     def _reduce(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the value of each row of logits [rows, vocab]."""
         if len(self._pauses):
-            logits = logits.index_fill(1, self._pauses, torch.finfo(logits.dtype).min)
+            logits.index_fill_(1, self._pauses, torch.finfo(logits.dtype).min)  # made for this chunk alone
         if self._kind == "loss":
             return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
         log_probabilities = logits.log_softmax(dim=1)
