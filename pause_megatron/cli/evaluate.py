@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pause_megatron.cli.support.exported_model import (
+    add_decoding_arguments,
     add_machine_arguments,
     add_model_argument,
     add_pause_arguments,
+    decoding_pauses,
     default_pauses,
     load_model,
 )
@@ -92,6 +94,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pauses.add_argument(
         "--seed", metavar="N", default="0", help="label of the results, such as the seed of the finetuning"
     )
+    add_decoding_arguments(parser)
     machine = add_machine_arguments(parser)
     machine.add_argument("--batch-size", default="8", metavar="N", help="rows of a forward pass (default: 8)")
 
@@ -178,7 +181,11 @@ def _settings(
 
     given = {"location": args.location, "filler": args.filler, "prefix_attention": args.prefix_attention}
     counts = counts or [default_pauses(generator)]
-    found = [replace(own_settings(generator, **given, pauses=count, seed=seed), split=args.split) for count in counts]
+    decoding = decoding_pauses(args, generator)
+    found = [
+        replace(own_settings(generator, **given, pauses=count, seed=seed, decoding=decoding), split=args.split)
+        for count in counts
+    ]
     for settings in found:
         check_settings(generator, settings)
     return found
@@ -231,8 +238,8 @@ def _score(
 
 def _table(entries: Sequence[ResultEntry]) -> str:
     """Return a table with a line for each task, metric and M."""
-    head = ("task", "metric", "M", "value", "95 % interval", "+- s.e.", "n", "groups")
-    rows = [
+    head: tuple[str, ...] = ("task", "metric", "M", "value", "95 % interval", "+- s.e.", "n", "groups")
+    rows: list[tuple[str, ...]] = [
         (
             entry.task,
             entry.metric,
@@ -245,6 +252,9 @@ def _table(entries: Sequence[ResultEntry]) -> str:
         )
         for entry in entries
     ]
+    if any(entry.decoding for entry in entries):
+        head = (*head, "within answers")
+        rows = [(*row, entry.decoding or "none") for row, entry in zip(rows, entries, strict=True)]
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
     lines = []
     for row in (head, *rows):

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pause_megatron.cli.support.exported_model import (
+    add_decoding_arguments,
     add_machine_arguments,
     add_model_argument,
     add_pause_arguments,
+    decoding_pauses,
     default_pauses,
     load_model,
 )
@@ -23,7 +25,7 @@ from pause_megatron.files.lines import lines_of
 from pause_megatron.files.paths import path_option
 
 if TYPE_CHECKING:
-    from pause_megatron.inference import Generation, PauseGenerator, PausePolicy
+    from pause_megatron.inference import Completion, Generation, PauseGenerator, PausePolicy
 
 HELP = "generate answers to prompts, with pauses in the prefill and never in the text"
 
@@ -54,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     pauses.add_argument(
         "--auto-limit", type=int, default=50, metavar="N", help="auto: maximum number of pauses (default: 50)"
     )
+    add_decoding_arguments(parser)
     answer = parser.add_argument_group("answer")
     answer.add_argument(
         "--max-new-tokens", type=int, default=64, metavar="N", help="maximum length in tokens (default: 64)"
@@ -87,6 +90,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"--batch-size: expected 1 or more, got {args.batch_size}")
     generator = load_model(args)
     pauses = _pauses(args, generator)
+    decoding = decoding_pauses(args, generator)
     prompting = generator.pause.override(
         location=args.location, filler=args.filler, prefix_attention=args.prefix_attention
     )
@@ -104,6 +108,7 @@ def run(args: argparse.Namespace) -> int:
             sampling=replace(sampling, rows=range(start, start + len(batch))),
             limits=limits,
             stream=partial(_print_piece, unprinted) if streamed else None,
+            decoding=decoding,
         )
         batches.append(generation)
         if streamed:
@@ -149,7 +154,13 @@ def _print_piece(unprinted: Iterator[str], row: int, piece: str) -> None:
 
 def _print_batch(start: int, prompts: list[str], generation: Generation) -> None:
     for number, (prompt, completion) in enumerate(zip(prompts, generation.completions, strict=True), start + 1):
-        print(f"--- {number}: {completion.pauses} pauses\n{prompt}{completion.text}", flush=True)
+        print(f"--- {number}: {completion.pauses} pauses{_inside(completion)}\n{prompt}{completion.text}", flush=True)
+
+
+def _inside(completion: Completion) -> str:
+    """Pauses within prompt and answer, where there are any."""
+    counts = {"prompt": completion.prompt_pauses, "answer": completion.pauses_in_answer}
+    return "".join(f", {count} within the {place}" for place, count in counts.items() if count)
 
 
 def _document(args: argparse.Namespace, prompts: list[str], batches: list[Generation]) -> dict[str, Any]:
@@ -164,6 +175,8 @@ def _document(args: argparse.Namespace, prompts: list[str], batches: list[Genera
                 "prompt_tokens": completion.prompt_tokens,
                 "pauses": completion.pauses,
                 "new_tokens": len(completion.ids),
+                "prompt_pauses": completion.prompt_pauses,
+                "answer_pauses": completion.answer_pauses,
             }
             for prompt, completion in zip(prompts, completions, strict=True)
         ],
@@ -174,8 +187,11 @@ def _document(args: argparse.Namespace, prompts: list[str], batches: list[Genera
 def _summary(batches: list[Generation]) -> str:
     completions = [completion for batch in batches for completion in batch.completions]
     costs = [batch.cost for batch in batches]
+    within = sum(c.prompt_pauses + c.pauses_in_answer for c in completions)
+    inside = f" and {within:,} within prompts and answers" if within else ""
     return (
-        f"{sum(c.prompt_tokens for c in completions):,} prompt tokens, {sum(c.pauses for c in completions):,} pauses, "
+        f"{sum(c.prompt_tokens for c in completions):,} prompt tokens, "
+        f"{sum(c.pauses for c in completions):,} pauses{inside}, "
         f"{sum(len(c.ids) for c in completions):,} new tokens; {sum(c.forward_passes for c in costs):,} forward passes "
         f"({sum(c.prefill_passes for c in costs):,} of them prefill); prefill "
         f"{sum(c.prefill_seconds for c in costs):.2f} s, decode {sum(c.decode_seconds for c in costs):.2f} s"

@@ -30,6 +30,7 @@ class Settings:
         seed: Label of this evaluation, such as the seed of the finetuning. Answers do not depend on it.
         dtype: Dtype of the weights: "fp32", "bf16" or "fp16".
         split: "eval", or "held-out": the part of the train split that finetuning holds out.
+        decoding: Pauses within answers: the fields of `DecodingPauses` that are set, as JSON; "" for none.
     """
 
     pauses: int
@@ -39,10 +40,12 @@ class Settings:
     seed: int = 0
     dtype: str = "fp32"
     split: Split = "eval"
+    decoding: str = ""
 
     def document(self) -> dict[str, Any]:
-        """Return the settings as plain JSON; the split only where it is not "eval", as before there were others."""
-        return {name: value for name, value in asdict(self).items() if name != "split" or value != "eval"}
+        """Return the settings as plain JSON; newer keys only where they are set, as before there were these keys."""
+        newer = {"split": "eval", "decoding": ""}
+        return {name: value for name, value in asdict(self).items() if name not in newer or value != newer[name]}
 
     def name(self, task: str) -> str:
         """Return the stem of the samples files of a task under these settings."""
@@ -51,7 +54,8 @@ class Settings:
         dtype = "" if self.dtype == "fp32" else f"-{self.dtype}"
         stem = quote(task.replace("/", "."), safe="")
         split = "" if self.split == "eval" else f"-{self.split}"
-        return f"{stem}-m{self.pauses}-{self.location}{filler}{attention}{dtype}{split}-seed{self.seed}"
+        decoding = self.decoding and f"-decoding-{xxhash.xxh3_64(self.decoding.encode()).hexdigest()}"
+        return f"{stem}-m{self.pauses}-{self.location}{filler}{attention}{decoding}{dtype}{split}-seed{self.seed}"
 
 
 @dataclass(frozen=True, kw_only=True)

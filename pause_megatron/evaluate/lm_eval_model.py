@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pause_megatron.errors import ConfigError, DataError
 from pause_megatron.evaluate.scoring import own_settings
-from pause_megatron.inference import PauseGenerator
+from pause_megatron.inference import DecodingPauses, PauseGenerator
 from pause_megatron.inference.custom_generate import pause_generate
 
 
@@ -37,9 +37,10 @@ class PauseLM(HFLM):
         filler: Text of an ordinary token that replaces `<pause>`; "" for pauses; None for the model's own.
         batch_size: Rows of a forward pass.
         quiet: Whether to hide progress bars.
+        decoding: Pauses within answers, which lm-eval cannot have: `DecodingPauses()` where the model has its own.
 
     Raises:
-        ConfigError: The model has no pause token, the filler is several tokens, or the prefix is bidirectional.
+        ConfigError: Pauses within answers, no pause token, a filler of several tokens, or a bidirectional prefix.
     """
 
     def __init__(
@@ -51,13 +52,19 @@ class PauseLM(HFLM):
         filler: str | None = None,
         batch_size: int = 8,
         quiet: bool = False,
+        decoding: DecodingPauses | None = None,
     ) -> None:
         if generator.pause.prompting.prefix_attention != "causal":
             raise ConfigError(
                 "lm-eval: expected a causal model, got one that has a bidirectional prefix (pause.prefix_attention in "
                 "its config.json); evaluate it on the tasks of this project"
             )
-        settings = own_settings(generator, pauses=pauses, location=location, filler=filler)
+        settings = own_settings(generator, pauses=pauses, location=location, filler=filler, decoding=decoding)
+        if settings.decoding:
+            raise ConfigError(
+                f"lm-eval: expected no pauses within answers (decoding), got {settings.decoding}; evaluate them on the "
+                "tasks of this project, or switch them off (--pause-every 0, --no-pause-requests, ...)"
+            )
         filler = settings.filler
         self._generator = generator
         self._count = settings.pauses

@@ -24,7 +24,7 @@ from pause_megatron.evaluate.statistics import Mean, interval_of
 from pause_megatron.evaluate.stored import ResultEntry, Sample, TotalCost
 from pause_megatron.files.digest import Hasher
 from pause_megatron.files.durable import write_whole
-from pause_megatron.inference import PauseGenerator
+from pause_megatron.inference import DecodingPauses, PauseGenerator
 from pause_megatron.seeds import address_digest
 
 if TYPE_CHECKING:
@@ -175,6 +175,8 @@ class Harness:
 
         if settings.prefix_attention != "causal":
             raise ConfigError(f"lm_eval/{name}: expected prefix_attention causal, got {settings.prefix_attention}")
+        if settings.decoding:
+            raise ConfigError(f"lm_eval/{name}: expected no pauses within answers, got {settings.decoding}")
         model = PauseLM(
             generator,
             pauses=settings.pauses,
@@ -182,6 +184,7 @@ class Harness:
             filler=settings.filler or "",
             batch_size=batch_size,
             quiet=not sys.stderr.isatty(),
+            decoding=DecodingPauses(),
         )
         cache.parent.mkdir(exist_ok=True)
         return simple_evaluate(

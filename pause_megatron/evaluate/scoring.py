@@ -6,6 +6,7 @@ record depends on the record, the model and the settings, and not on its batch.
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -15,8 +16,9 @@ from typing import TypedDict
 from pause_megatron.errors import DataError
 from pause_megatron.evaluate.identity import Settings
 from pause_megatron.evaluate.stored import BatchCost, Sample, TokenCounts
-from pause_megatron.inference import Cost, Limits, PauseGenerator, Prompting
+from pause_megatron.inference import Cost, DecodingPauses, Limits, PauseGenerator, Prompting, Score
 from pause_megatron.inference.loading import DTYPES
+from pause_megatron.inference.places import Places
 from pause_megatron.tasks import Example, Task, answer_in, metrics_of
 
 
@@ -44,10 +46,12 @@ class DecodedAnswer:
     Attributes:
         text: The generated text.
         tokens: Number of generated tokens.
+        inside: Pauses within prompt and answer.
     """
 
     text: str
     tokens: int
+    inside: int = 0
 
 
 class Scorer:
@@ -98,10 +102,11 @@ class Scorer:
         start = time.perf_counter()
         costs: list[Cost] = []
         answers: Sequence[DecodedAnswer | None] = self._decode(batch, costs) if self._decodes else [None] * len(batch)
+        inside = [0] * len(batch)
         likelihoods: Sequence[list[float] | None] = (
-            self._log_likelihoods(batch, costs) if self._chooses else [None] * len(batch)
+            self._log_likelihoods(batch, costs, inside) if self._chooses else [None] * len(batch)
         )
-        samples = [self._sample(*row) for row in zip(batch, answers, likelihoods, strict=True)]
+        samples = [self._sample(*row) for row in zip(batch, answers, likelihoods, inside, strict=True)]
         return samples, BatchCost(
             records=len(batch),
             forward_passes=sum(cost.forward_passes for cost in costs),
@@ -121,14 +126,22 @@ class Scorer:
         except DataError as error:
             raise DataError(f"{where}: {error}") from None
         new = max([self.task.decoding.max_new_tokens if self._decodes else 0, *map(len, choices)])
-        room = room_for_prompt(self._generator, self.settings.pauses, new)
+        room = room_for_prompt(self._generator, self.settings.pauses, new, _decoding(self.settings))
         kept = cut_left(prompt, encoder.leading, room)
+        while kept and len(kept) + self._inside(kept) > room:
+            kept = cut_left(prompt, encoder.leading, len(kept) - 1)
         if not kept and not (self.settings.pauses and not prompt):
             raise DataError(
                 f"{where}: prompt: expected room for at least one token, but {self.settings.pauses} pauses and {new} "
                 f"new tokens leave {room} positions for its {len(prompt)} tokens"
             )
         return PreparedExample(example, kept, choices, len(prompt) - len(kept))
+
+    def _inside(self, prompt: list[int]) -> int:
+        """Return the positions that pauses within a prompt take."""
+        if self._generator.pause.without_positions is not None:
+            return 0
+        return len(Places(self._generator.encoder, _decoding(self.settings), ()).in_prompt(prompt)[0])
 
     def _decode(self, batch: Sequence[PreparedExample], costs: list[Cost]) -> list[DecodedAnswer]:
         """Return the answer of each record, and append the cost."""
@@ -139,19 +152,27 @@ class Scorer:
             **_options(self.settings),
         )
         costs.append(generation.cost)
-        return [DecodedAnswer(completion.text, len(completion.ids)) for completion in generation.completions]
+        return [
+            DecodedAnswer(each.text, len(each.ids), each.pauses_in_answer + each.prompt_pauses)
+            for each in generation.completions
+        ]
 
-    def _log_likelihoods(self, batch: Sequence[PreparedExample], costs: list[Cost]) -> list[list[float]]:
-        """Return the log-likelihood of every choice of each record in nats, and append the costs."""
+    def _log_likelihoods(
+        self, batch: Sequence[PreparedExample], costs: list[Cost], inside: list[int]
+    ) -> list[list[float]]:
+        """Return the log-likelihood of every choice of each record in nats; append the costs, count pauses inside."""
         rows = [(item.prompt, choice) for item in batch for choice in item.choices]
-        sums: list[float] = []
+        found: list[Score] = []
         for start in range(0, len(rows), self._batch_size):
             prompts, choices = zip(*rows[start : start + self._batch_size], strict=True)
             scores, cost = self._generator.score(prompts, choices, **_options(self.settings))
-            sums += [score.log_likelihood for score in scores]
+            found += scores
             costs.append(cost)
-        remaining = iter(sums)
-        likelihoods = [[next(remaining) for _ in item.choices] for item in batch]
+        remaining = iter(found)
+        of_each = [[next(remaining) for _ in item.choices] for item in batch]
+        likelihoods = [[score.log_likelihood for score in each] for each in of_each]
+        for index, each in enumerate(of_each):
+            inside[index] = each[0].prompt_pauses + sum(n for score in each for _, n in score.answer_pauses)
         for item, values in zip(batch, likelihoods, strict=True):
             if not all(map(math.isfinite, values)):
                 raise DataError(
@@ -160,7 +181,9 @@ class Scorer:
                 )
         return likelihoods
 
-    def _sample(self, item: PreparedExample, answer: DecodedAnswer | None, likelihoods: list[float] | None) -> Sample:
+    def _sample(
+        self, item: PreparedExample, answer: DecodedAnswer | None, likelihoods: list[float] | None, inside: int
+    ) -> Sample:
         """Return the line of the samples file."""
         example = item.example
         prediction = None if answer is None else answer_in(answer.text, self.task.decoding.stop)
@@ -174,10 +197,11 @@ class Scorer:
                 name: metric.per_record(*(text_arguments if metric.reads == "text" else choice_arguments))
                 for name, metric in self._metrics.items()
             },
-            tokens=TokenCounts(
+            tokens=TokenCounts.of(
                 prompt=len(item.prompt),
                 pauses=self.settings.pauses,
                 new=sum(map(len, item.choices)) + (0 if answer is None else answer.tokens),
+                inside=inside + (0 if answer is None else answer.inside),
             ),
             cut=item.cut,
         )
@@ -191,6 +215,7 @@ def own_settings(
     filler: str | None = None,
     prefix_attention: str | None = None,
     seed: int = 0,
+    decoding: DecodingPauses | None = None,
 ) -> Settings:
     """Return settings in which the model's own value (`pause` in its config.json) replaces each None.
 
@@ -201,8 +226,10 @@ def own_settings(
         filler: Text of the token that replaces `<pause>`; "" asks for pauses even if the model has a filler.
         prefix_attention: "causal" or "bidirectional".
         seed: Label of the results.
+        decoding: Pauses within answers.
     """
     prompting = generator.pause.override(location=location, filler=filler, prefix_attention=prefix_attention)
+    decoding = generator.pause.decoding if decoding is None else decoding
     dtypes = {dtype: name for name, dtype in DTYPES.items()}
     return Settings(
         pauses=generator.default_pauses if pauses is None else pauses,
@@ -211,6 +238,7 @@ def own_settings(
         prefix_attention=prompting.prefix_attention,
         seed=seed,
         dtype=dtypes.get(generator.model.dtype, str(generator.model.dtype)),
+        decoding=json.dumps(decoding.document(), sort_keys=True) if decoding.active else "",
     )
 
 
@@ -219,12 +247,17 @@ class _Options(TypedDict):
 
     pauses: int
     prompting: Prompting
+    decoding: DecodingPauses
 
 
 def _options(settings: Settings) -> _Options:
     """Return the settings as keyword arguments of the generator."""
     prompting = Prompting(settings.location, settings.filler, settings.prefix_attention)
-    return {"pauses": settings.pauses, "prompting": prompting}
+    return {"pauses": settings.pauses, "prompting": prompting, "decoding": _decoding(settings)}
+
+
+def _decoding(settings: Settings) -> DecodingPauses:
+    return DecodingPauses(**json.loads(settings.decoding or "{}"))
 
 
 def check_settings(generator: PauseGenerator, settings: Settings) -> None:
@@ -236,15 +269,19 @@ def check_settings(generator: PauseGenerator, settings: Settings) -> None:
     generator.generate(["a"], max_new_tokens=1, **_options(settings))
 
 
-def room_for_prompt(generator: PauseGenerator, pauses: int, new: int) -> int:
+def room_for_prompt(generator: PauseGenerator, pauses: int, new: int, decoding: DecodingPauses) -> int:
     """Return the positions that pauses and new tokens leave for a prompt; very large for a model without a limit.
 
     Args:
         generator: The model.
         pauses: Number of pauses.
         new: Number of new tokens.
+        decoding: Pauses within answers; for each the maximum is left.
     """
     available = getattr(generator.model.config, "max_position_embeddings", None)
+    # Of `every` the largest number over all lengths of the prompt.
+    counted = range(decoding.every or 1) if decoding.in_prompt else range(1)
+    pauses += max(Places(generator.encoder, decoding, ()).most(new, number) for number in counted)
     pauses = pauses if generator.pause.without_positions is None else 0
     return 1 << 40 if available is None else available - pauses - new
 

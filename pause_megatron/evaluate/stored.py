@@ -35,16 +35,24 @@ class TokenCounts(Stored):
         prompt: Prompt tokens after cutting.
         pauses: Pauses.
         new: Generated tokens, and tokens of all choices.
+        inside: Pauses within prompts and answers; unset for none.
     """
 
     prompt: int
     pauses: int
     new: int
+    inside: int = 0
+
+    @classmethod
+    def of(cls, prompt: int, pauses: int, new: int, inside: int) -> TokenCounts:
+        """Return the counts; without pauses inside as before there were any."""
+        more = {"inside": inside} if inside else {}
+        return cls(prompt=prompt, pauses=pauses, new=new, **more)
 
     @property
     def total(self) -> int:
         """Prompt, pauses and new tokens."""
-        return self.prompt + self.pauses + self.new
+        return self.prompt + self.pauses + self.new + self.inside
 
 
 class BatchCost(Stored):
@@ -113,10 +121,11 @@ class TotalCost:
         counts = [sample.tokens for sample in samples if sample.tokens is not None]
         batches = [sample.batch for sample in samples if sample.batch is not None]
         return cls(
-            tokens=TokenCounts(
+            tokens=TokenCounts.of(
                 prompt=sum(each.prompt for each in counts),
                 pauses=sum(each.pauses for each in counts),
                 new=sum(each.new for each in counts),
+                inside=sum(each.inside for each in counts),
             ),
             cut=sum(bool(sample.cut) for sample in samples),
             positions=sum(batch.positions for batch in batches),
@@ -145,6 +154,7 @@ class ResultEntry(Stored):
         seed: See `Settings`.
         dtype: See `Settings`.
         split: See `Settings`; unset for "eval".
+        decoding: See `Settings`; unset for "".
         model: Fingerprint of the model.
         model_path: Path of the model folder at that time.
         data: Fingerprint of the examples.
@@ -174,6 +184,7 @@ class ResultEntry(Stored):
     seed: int
     dtype: str
     split: Split = "eval"
+    decoding: str = ""
     model: str
     model_path: str | None = None
     data: str
@@ -237,4 +248,5 @@ class ResultEntry(Stored):
     @property
     def key(self) -> tuple[str | int | None, ...]:
         """Key that is unique among entries. An lm-eval task may be requested by itself and as part of a group."""
-        return self.task, self.metric, self.asked, *asdict(self.settings).values()
+        *settings, decoding = asdict(self.settings).values()
+        return self.task, self.metric, self.asked, *settings, *([decoding] if decoding else [])

@@ -11,7 +11,7 @@ from pause_megatron.files.paths import path_option
 log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
-    from pause_megatron.inference import PauseGenerator
+    from pause_megatron.inference import DecodingPauses, PauseGenerator
 
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +38,61 @@ def add_pause_arguments(parser: argparse._ActionsContainer) -> None:
         help="an ordinary token in place of <pause>, such as '.' (a control); '': <pause> (default: the model's own)",
     )
     parser.add_argument("--prefix-attention", choices=("causal", "bidirectional"), help="default: the model's own")
+
+
+def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of pauses within answers.
+
+    Args:
+        parser: The parser; they get a group of their own.
+    """
+    group = parser.add_argument_group("pauses within answers (default: the model's own, or none)")
+    group.add_argument(
+        "--pause-every", type=int, metavar="N", help="--pause-count pauses after each N-th token of an answer; 0: never"
+    )
+    group.add_argument(
+        "--pause-after",
+        metavar="REGEX",
+        help="the same after each token whose text, with its leading blank, contains REGEX; '': never",
+    )
+    group.add_argument(
+        "--pause-entropy",
+        type=float,
+        metavar="NATS",
+        help="--pause-count pauses at a time while the next token's distribution has more entropy; inf: never",
+    )
+    group.add_argument(
+        "--pause-requests",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="one pause each time that the model selects <pause>, which is never shown",
+    )
+    group.add_argument("--pause-count", type=int, metavar="N", help="pauses at each place (default: 1)")
+    group.add_argument(
+        "--pause-limit",
+        type=int,
+        metavar="N",
+        help="maximum number of pauses before one token on entropy and requests (default: 10)",
+    )
+    group.add_argument(
+        "--pause-in-prompt",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="--pause-every and --pause-after also within prompts; every then counts from the prompt's first token",
+    )
+
+
+def decoding_pauses(args: argparse.Namespace, generator: PauseGenerator) -> DecodingPauses:
+    """Return the model's own pauses within answers, with the values that options give."""
+    return generator.pause.decoding.override(
+        every=args.pause_every,
+        after=args.pause_after,
+        entropy=args.pause_entropy,
+        requests=args.pause_requests,
+        count=args.pause_count,
+        limit=args.pause_limit,
+        in_prompt=args.pause_in_prompt,
+    )
 
 
 def add_machine_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
