@@ -145,7 +145,7 @@ def training_steps(
         The result of each step.
     """
     ended, remaining = time.perf_counter(), iter(batches)
-    if _any_rank_stops(stop, context):
+    if any_rank_stops(stop, context):
         return
     while True:
         begun = time.perf_counter()
@@ -182,12 +182,17 @@ def training_steps(
         )
         if stopping:
             return
-        if any(every and (step + 1) % every == 0 for every in long_hooks) and _any_rank_stops(stop, context):
+        if any(every and (step + 1) % every == 0 for every in long_hooks) and any_rank_stops(stop, context):
             return
 
 
-def _any_rank_stops(stop: StopRequest, context: ParallelContext) -> bool:
-    """Return whether any rank is asked to stop, the same on all of them; the host waits for the answer."""
+def any_rank_stops(stop: StopRequest, context: ParallelContext) -> bool:
+    """Return whether any rank is asked to stop, the same on all of them; the host waits for the answer.
+
+    Args:
+        stop: This rank's request.
+        context: Process groups of this rank.
+    """
     return bool(sum_over_ranks([int(bool(stop))], context)[0])
 
 

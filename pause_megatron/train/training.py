@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -16,7 +17,7 @@ from pause_megatron.train.inputs.inputs import HeldOut
 from pause_megatron.train.logs.metrics_file import MetricsFile, Throughput
 from pause_megatron.train.logs.monitoring import ConfigFile, ProgressBar
 from pause_megatron.train.logs.tensorboard import TensorBoard
-from pause_megatron.train.loop import Metrics, StepResult, StepSchedule, training_steps
+from pause_megatron.train.loop import Metrics, StepResult, StepSchedule, any_rank_stops, training_steps
 from pause_megatron.train.run import Run, step_loader
 from pause_megatron.train.saving import CheckpointSaver, naming_last_checkpoint
 from pause_megatron.train.validation import validate
@@ -98,14 +99,22 @@ def _log_failures(hooks: Sequence[Hook]) -> None:
 
 
 class _Validation:
-    """Validation on the held-out windows of a run, which returns their losses."""
+    """Validation on the held-out windows of a run, which returns their losses.
+
+    A stop request ends it early: the step is saved without them, as the time until a kill may be short.
+    """
+
+    _SECONDS_BETWEEN_LINES = 30.0
+    _BATCHES_BETWEEN_LOOKS = 8  # a look waits for all ranks
 
     def __init__(self, run: Run, held_out: HeldOut) -> None:
         self._run, self._held_out = run, held_out
         self._plan = loss_plan(run.config.objective)
+        self._batches, self._last_line = 0, 0.0
 
     def __call__(self, result: StepResult) -> Metrics:
         run = self._run
+        self._batches, self._last_line = 0, time.monotonic()
         return validate(
             run.engine.deepspeed,
             self._held_out,
@@ -114,7 +123,18 @@ class _Validation:
             run.data.pause_ids,
             run.context,
             self._plan,
+            self._goes_on,
         )
+
+    def _goes_on(self, done: int, total: int) -> bool:
+        self._batches += 1
+        if time.monotonic() - self._last_line > self._SECONDS_BETWEEN_LINES:
+            self._last_line = time.monotonic()
+            log.info(f"validation: {done:,} of {total:,} windows")
+        if self._batches % self._BATCHES_BETWEEN_LOOKS or not any_rank_stops(self._run.stop, self._run.context):
+            return True
+        log.info(f"validation ends after {done:,} of {total:,} windows, without its losses: a stop is requested")
+        return False
 
 
 def _monitors(run: Run) -> list[Hook]:

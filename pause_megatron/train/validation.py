@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import torch
@@ -15,6 +15,18 @@ from pause_megatron.train.inputs.inputs import HeldOut
 from pause_megatron.train.loop import Metrics
 from pause_megatron.train.losses import Losses, LossSums, lm_loss
 
+Goes = Callable[[int, int], bool]
+"""Called after each micro-batch with (windows done, windows of this pass); False on every rank ends the validation."""
+
+
+def always(done: int, total: int) -> bool:
+    """Return True: the validation is not ended early."""
+    return True
+
+
+class _Ended(Exception):
+    """The validation is to end before its last window."""
+
 
 def validate(
     module: nn.Module,
@@ -24,6 +36,7 @@ def validate(
     pause_ids: range,
     context: ParallelContext,
     plan: LossPlan | None = None,
+    goes_on: Goes = always,
 ) -> Metrics:
     """Return the held-out losses by the names under which they are logged. Every rank calls this; all get the same.
 
@@ -35,11 +48,16 @@ def validate(
         pause_ids: The K pause ids.
         context: Process groups of this rank.
         plan: What is minimized; None: the mean cross-entropy of the targets.
+        goes_on: Reports progress, and ends the validation, which then has no losses.
     """
-    paused = evaluate_loss(module, with_pauses, micro_size, pause_ids, context, plan)
-    if without_pauses is None or without_pauses.windows is with_pauses.windows:
-        return validation_losses(paused, paused)
-    return validation_losses(paused, evaluate_loss(module, without_pauses, micro_size, pause_ids, context, plan))
+    options = (micro_size, pause_ids, context, plan, goes_on)
+    try:
+        paused = evaluate_loss(module, with_pauses, *options)
+        if without_pauses is None or without_pauses.windows is with_pauses.windows:
+            return validation_losses(paused, paused)
+        return validation_losses(paused, evaluate_loss(module, without_pauses, *options))
+    except _Ended:
+        return {}
 
 
 def evaluate_loss(
@@ -49,6 +67,7 @@ def evaluate_loss(
     pause_ids: range,
     context: ParallelContext,
     plan: LossPlan | None = None,
+    goes_on: Goes = always,
 ) -> Losses:
     """Return the mean token losses over held-out windows. Every rank calls this; all get the same.
 
@@ -59,14 +78,19 @@ def evaluate_loss(
         pause_ids: The K pause ids.
         context: Process groups of this rank.
         plan: As in `validate`.
+        goes_on: As in `validate`.
     """
     sums = LossSums(context.device, held_out.names, plan=plan)
     module.eval()
     try:
         with torch.no_grad():
-            for batch in _micro_batches(held_out, micro_size, pause_ids, context, plan):
+            batches = _micro_batches(held_out, micro_size, pause_ids, context, plan)
+            for number, batch in enumerate(batches, start=1):
                 batch = batch.to(context.device)
                 sums.add_output(lm_loss(module, batch, 1.0), batch)
+                done = min(number * micro_size * context.dp_size, held_out.count)
+                if done < held_out.count and not goes_on(done, held_out.count):
+                    raise _Ended
     finally:
         module.train()
     return sums.totals(context)

@@ -7,12 +7,14 @@ import random
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.file_calls import Delay, FileCall, available
 from support.forked_ranks import STEPS, assert_same, finish, metrics, run_config, start
 from support.log_lines import log_lines
 
 from pause_megatron.checkpoint import Store
+from pause_megatron.data.windows.text_window import TextWindow
 from pause_megatron.train.run import EXIT_STOPPED
 
 
@@ -59,3 +61,26 @@ def test_a_complete_run_reports_that(corpus, straight):
     finish(start(run_config(corpus, straight, 1), output), output)
     end = log_lines(output.read_text())[-1]
     assert end.startswith(f"complete after step {STEPS}") and end.endswith(f"/checkpoints/step-{STEPS:08d}")
+
+
+class StopsInValidation:
+    """A policy that asks its own rank to stop while window 20 of a validation is read."""
+
+    def place(self, window: TextWindow, rng: np.random.Generator) -> np.ndarray:
+        if (window.split, window.sample) == ("valid", 20):
+            os.kill(os.getpid(), signal.SIGTERM)
+        return rng.integers(1, window.text.size + 1, window.count)
+
+
+def test_a_signal_during_a_validation_ends_it_and_saves_its_step(corpus, tmp_path):
+    config = run_config(corpus, tmp_path, 1)
+    changes = {"pause": {"placement": f"{__name__}:StopsInValidation"}, "validation": {"samples": 300, "every": 3}}
+    parts = {name: getattr(config, name).model_copy(update=values) for name, values in changes.items()}
+    output = tmp_path / "log"
+    processes = start(config.model_copy(update=parts), output)
+    finish(processes, output, code=EXIT_STOPPED)
+    assert Store(tmp_path / "checkpoints").steps()[-1] == 3 == metrics(tmp_path)[-1]["step"]
+    assert "valid_loss" not in metrics(tmp_path)[-1]
+    said = output.read_text()
+    assert "validation ends after 32 of 300 windows, without its losses: a stop is requested" in said
+    assert "stopped after step 3" in said

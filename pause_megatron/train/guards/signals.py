@@ -29,8 +29,8 @@ class StopRequest:
     SIGHUP (a terminal that is closed) is left alone where it is ignored, as under nohup. A SIGPIPE that another process
     sends is a request; one that a failed write to a pipe raises is not (see `_SentPipeSignals`).
 
-    The step, validation or save in progress is finished, then a checkpoint of the last step is saved, unless there is
-    one. Further signals change nothing: only SIGKILL ends a save.
+    The step or save in progress is finished and a validation is ended early, then a checkpoint of the last step is
+    saved, unless there is one. Further signals change nothing: only SIGKILL ends a save.
 
     Attributes:
         reason: Why a stop is requested; None: none is.
