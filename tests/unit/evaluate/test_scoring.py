@@ -18,6 +18,8 @@ SETTINGS = [
     Settings(pauses=3, location="prepend"),
     Settings(pauses=3, filler="."),
     Settings(pauses=2, prefix_attention="bidirectional"),
+    Settings(pauses=2, decoding='{"count": 2, "every": 3, "in_prompt": true}'),
+    Settings(pauses=1, decoding='{"entropy": 4.0, "limit": 2, "requests": true}'),
 ]
 
 
@@ -45,6 +47,22 @@ def test_a_batched_outcome_is_the_single_one(generator, task, examples, settings
         single |= outcomes(generator, task, settings, [example], batch_size=1)
     assert len({record["prediction"] for record in single.values()}) > 3
     assert_same(outcomes(generator, task, settings, examples, batch_size=5), single)
+
+
+def test_pauses_within_answers_are_counted_named_and_never_mixed(generator, task, examples):
+    """A prompt that they leave no room for is cut; results without them keep their identity."""
+    own, other = Settings(pauses=2), Settings(pauses=2, decoding='{"every": 1, "in_prompt": true}')
+    assert "decoding" not in own.document()
+    assert own.name("m") != other.name("m") == replace(other).name("m")
+    assert other != own
+    found = outcomes(generator, task, other, examples[:2])
+    for example in examples[:2]:
+        record = found[example.id]
+        assert record["tokens"]["inside"] > record["tokens"]["prompt"]
+    assert all("inside" not in each["tokens"] for each in outcomes(generator, task, own, examples[:2]).values())
+    long = replace(examples[0], prompt="word " * 400)
+    [record] = outcomes(generator, task, other, [long]).values()
+    assert record["cut"] > 0
 
 
 def test_outcomes_are_those_of_the_generator(generator, task, examples):
