@@ -40,7 +40,20 @@ PLAIN_GRID_KEYS = {
 }
 PLAIN_OPTIONS = {
     *("overrides", "words", "recipe", "text_key", "hf_config", "hf_split", "hf_revision", "eod_token", "gpu", "assume"),
-    *("mem", "partition", "time", "sbatch", "launcher", "prompt", "pauses", "stop", "filler", "device", "limit"),
+    *(
+        "mem",
+        "partition",
+        "time",
+        "sbatch",
+        "launcher",
+        "prompt",
+        "pauses",
+        "stop",
+        "filler",
+        "pause_after",
+        "device",
+        "limit",
+    ),
     *("name", "seed", "batch_size", "pause_token", "max_malformed", "held_out", "question"),
     *("pause.rate", "pause.window", "pause.placement", "pause.seed", "pause.embeddings", "data.sequence_length"),
     "run.seed",
