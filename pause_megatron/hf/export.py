@@ -14,6 +14,7 @@ from pause_megatron.checkpoint.merge import MergedReader
 from pause_megatron.config.batching import pause_range
 from pause_megatron.config.families import Family, families_of
 from pause_megatron.config.objective_rules import requests
+from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.errors import CheckpointError
 from pause_megatron.files.durable import sync_file, sync_folder
 from pause_megatron.hf.architecture import config_json
@@ -214,7 +215,7 @@ def pause_record(checkpoint: NativeCheckpoint, names: Sequence[str], finetuned_p
     `m_ft`, `location`, `filler` and `prefix_attention` are those of the finetuning, and the defaults of inference. m_ft
     is the upper end of a range. `realised_rate` is that of a pretraining. `pause_targets` and `auxiliary_heads` tell
     that the finetuning had them; the heads themselves are not exported. `positions` is there where pauses have none of
-    their own.
+    their own, `decoding` where answers get pauses as training had them.
 
     Args:
         checkpoint: The checkpoint to export.
@@ -239,8 +240,25 @@ def pause_record(checkpoint: NativeCheckpoint, names: Sequence[str], finetuned_p
         "filler": finetune.filler if finetuned else None,
         **({"positions": "shared"} if pause.positions == "shared" else {}),
         **({"requests": count} if (count := requests(config)) else {}),
+        **({"decoding": decoding} if (decoding := decoding_record(config)) else {}),
         **{name: True for name in ("pause_targets", "auxiliary_heads") if getattr(finetune, name)},
     }
+
+
+def decoding_record(config: ResolvedConfig) -> dict[str, int | bool]:
+    """Return where generation puts pauses by default: where all of training had them, after each token; {} elsewhere.
+
+    A pretraining has them after the tokens of prompts too, a finetuning only within answers.
+
+    Args:
+        config: Configuration of the run.
+    """
+    finetuned = config.task.name is not None
+    if finetuned and config.finetune.answer_placement == "every":
+        return {"every": 1, "count": config.pause.run}
+    if not finetuned and config.pause.placement == "every" and config.pause.rate:
+        return {"every": 1, "count": config.pause.run, "in_prompt": True}
+    return {}
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
