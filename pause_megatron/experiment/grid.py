@@ -14,7 +14,7 @@ from pause_megatron.config.schema import ResolvedConfig, TaskSection
 from pause_megatron.config.text import read_entries
 from pause_megatron.errors import ConfigError
 from pause_megatron.experiment.cell import INPUT, OUTPUT, Cell, Estimate
-from pause_megatron.experiment.inputs import Inputs
+from pause_megatron.experiment.inputs import NOT_READ, Inputs
 from pause_megatron.experiment.models import Pretraining, as_overrides, resolve_models
 from pause_megatron.experiment.schema import Grid, Pauses, Variant, highest
 
@@ -139,11 +139,13 @@ class _Expansion:
         model = self.models[name]
         train = model.config.train
         prefix = as_overrides({"data.prefix": self.grid.data.prefix})
+        name_of_side = model.config.data.side
+        side = {} if name_of_side is None else {"side": self.inputs.sides.get(name_of_side, NOT_READ)}
         return Cell(
             f"pretrain-{name}",
             "pretrain",
             (*model.source, *model.overrides, *prefix, f"run.dir={OUTPUT}"),
-            {"config": _plain(digest_keys(model.config)), "corpus": self.inputs.corpus},
+            {"config": _plain(digest_keys(model.config)), "corpus": self.inputs.corpus, **side},
             estimate=Estimate(
                 train.steps,
                 train.tokens,

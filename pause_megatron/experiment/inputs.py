@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from pause_megatron.config.blend import is_number
 from pause_megatron.config.schema import TaskSection
 from pause_megatron.data.corpus.manifest import CorpusManifest
-from pause_megatron.errors import ConfigError
+from pause_megatron.data.corpus.side import find_side
+from pause_megatron.errors import ConfigError, DataError
+from pause_megatron.experiment.models import resolve_models
 from pause_megatron.experiment.schema import Grid
 from pause_megatron.tasks import fingerprint, load_task, metrics_of, read_examples
 
@@ -44,11 +46,13 @@ class Inputs:
         corpus: Fingerprint of the corpus or blend.
         vocabulary: Number of text tokens.
         tasks: Records by the grid's names of tasks.
+        sides: Digests of the side arrays that models use (`data.side`), by name.
     """
 
     corpus: str
     vocabulary: int
     tasks: Mapping[str, TaskRecords]
+    sides: Mapping[str, str] = field(default_factory=dict)
 
 
 def assumed_inputs(grid: Grid) -> Inputs:
@@ -61,7 +65,7 @@ def read_inputs(grid: Grid) -> Inputs:
 
     Raises:
         ConfigError: data.prefix is missing, or a task is unknown.
-        DataError: A corpus or record cannot be used.
+        DataError: A corpus or record cannot be used, or a corpus lacks a side array that a model needs.
     """
     if not grid.data.prefix:
         raise ConfigError(
@@ -71,7 +75,23 @@ def read_inputs(grid: Grid) -> Inputs:
     manifests = {word: CorpusManifest.load(word) for word in words if not is_number(word)}
     corpus = " ".join(manifests[word].fingerprint if word in manifests else word for word in words)
     vocabulary = next(iter(manifests.values())).tokenizer.vocab_size
-    return Inputs(corpus, vocabulary, {name: _records(grid, name) for name in grid.tasks})
+    sides = _sides(grid, manifests, vocabulary)
+    return Inputs(corpus, vocabulary, {name: _records(grid, name) for name in grid.tasks}, sides)
+
+
+def _sides(grid: Grid, manifests: Mapping[str, CorpusManifest], vocabulary: int) -> dict[str, str]:
+    """Return the digests of the side arrays that the models need."""
+    found = {}
+    for name, run in resolve_models(grid, vocabulary).items():
+        side = run.config.data.side
+        if side is None or side in found:
+            continue
+        try:
+            arrays = [find_side(prefix, side, manifest) for prefix, manifest in manifests.items()]
+        except DataError as error:
+            raise DataError(f"models.{name}: data.side={side}: {error}") from None
+        found[side] = " ".join(array.record.file.digest for array in arrays)
+    return found
 
 
 def _records(grid: Grid, name: str) -> TaskRecords:

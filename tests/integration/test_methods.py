@@ -1,0 +1,84 @@
+"""The commands of recipes/METHODS.md on real text: each method's tiny recipe, its export, its way of generating."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from support.ranks import run_on_ranks
+
+from pause_megatron.cli import main
+
+PAGE = Path(__file__).resolve().parents[2] / "pause_megatron" / "recipes" / "METHODS.md"
+SMALL = [
+    *("train.steps=20", "optim.warmup_steps=2", "data.sequence_length=64", "batch.global_size=8", "batch.micro_size=8"),
+    *("model.hidden=64", "model.heads=2", "checkpoint.every=0", "validation.every=0", "log.tensorboard=false"),
+]
+ADDED = {
+    "pretrain": SMALL,
+    "finetune": [
+        *("train.steps=2", "optim.warmup_steps=0", "finetune.epochs=null", "finetune.pauses=2", "batch.global_size=4"),
+        *("batch.micro_size=4", "task.path=records/gsm8k", "task.limit=6", "data.sequence_length=512"),
+        *("checkpoint.every=0", "validation.every=0", "log.tensorboard=false", "engine.precision=fp32"),
+    ],
+    "score": ["--processes", "1", "--device", "cpu"],
+    "generate": ["--device", "cpu", "--json"],
+}
+
+
+def commands() -> list[list[str]]:
+    """The commands of the page, continued lines joined."""
+    blocks = re.findall(r"^```\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in re.sub(r"\\\n\s*", "", block).splitlines()]
+    return [shlex.split(line) for line in lines]
+
+
+def run_commands(folder: str, wanted: list[list[str]]) -> dict[str, str]:
+    """Run commands in a folder, in this process. Returns what `generate` printed by its model."""
+    os.chdir(folder)
+    answers = {}
+    for program, verb, *arguments in wanted:
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main([verb, *arguments, *ADDED.get(verb, [])])
+        assert (program, code) == ("pause-megatron", 0), (verb, arguments, err.getvalue()[-2000:])
+        if verb == "generate":
+            answers[arguments[arguments.index("--model") + 1]] = out.getvalue()
+    return answers
+
+
+@pytest.fixture(scope="module")
+def workplace(corpus, task_records, tmp_path_factory) -> Path:
+    """A working folder as the page assumes: a corpus, and a task's records."""
+    folder = tmp_path_factory.mktemp("methods")
+    prefix = Path(corpus)
+    (folder / "data").mkdir()
+    for path in prefix.parent.glob(f"{prefix.name}.*"):
+        place = folder / "data" / path.name.replace(prefix.name, "text", 1)
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, place)
+    shutil.copytree(task_records / "gsm8k", folder / "records" / "gsm8k")
+    return folder
+
+
+def test_the_pages_commands_train_export_and_generate(workplace):
+    [answers] = run_on_ranks(1, run_commands, str(workplace), commands())
+    entries = {
+        path.parent.name: json.loads(path.read_text())["pause"] for path in sorted(workplace.glob("out-*/config.json"))
+    }
+    assert {f"{name}/" for name in entries if name != "out-std"} == set(answers)
+    for text in answers.values():
+        (completion,) = json.loads(text)["completions"]
+        assert "<pause>" not in completion["text"]
+    assert entries["out-every-k"]["decoding"] == {"every": 1, "count": 1, "in_prompt": True}
+    assert (entries["out-every-k"]["placement"], entries["out-every-k"]["positions"]) == ("every", "shared")
+    assert entries["out-dit"]["placement"] == "scored"
+    assert all("decoding" not in entries[name] for name in ("out-cyb", "out-dit", "out-looped"))
+    lines = [json.loads(line) for line in (workplace / "runs/tiny-cyb/metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == 20 and lines[-1]["loss"] < lines[0]["loss"]
