@@ -1,0 +1,111 @@
+"""Rows of runs, weights of targets and their refusals, chunks that split no run, and the objective of the README."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pause_megatron.config.schema import ObjectiveSection
+from pause_megatron.data.batches.batch import collate
+from pause_megatron.errors import ConfigError, DataError
+from pause_megatron.objective import LossPlan, Objective, loss_plan
+
+ANYTIME = loss_plan(ObjectiveSection(name="anytime", discount=0.5))
+PAUSES = range(90, 92)
+PAGE = Path(__file__).resolve().parents[3] / "pause_megatron" / "objective" / "README.md"
+
+
+def sample(tokens: list[int], segments: list[int] | None = None, weights: list[float] | None = None) -> dict:
+    """A window of these inputs; every next token that is text is a target."""
+    ids = torch.tensor(tokens)
+    after = torch.cat([ids[1:], torch.tensor([1])])
+    item = {
+        "tokens": ids,
+        "labels": torch.where(after < 90, after, 0),
+        "loss_mask": (after < 90).float(),
+        "position_ids": torch.arange(len(tokens)),
+    }
+    if segments is not None:
+        item["segments"] = torch.tensor(segments, dtype=torch.int32)
+    if weights is not None:
+        item["weights"] = torch.tensor(weights)
+    return item
+
+
+def runs(plan: LossPlan, *samples: dict) -> list[list[int]]:
+    steps = collate(samples, sample_ids=range(len(samples)), pause_ids=PAUSES, plan=plan).steps
+    return [part.tolist() for part in steps.rows.split(steps.sizes.tolist())]
+
+
+def test_a_run_is_a_text_token_and_the_pauses_after_it_within_a_segment():
+    assert runs(ANYTIME, sample([5, 90, 91, 6, 7, 90])) == [[0, 1, 2], [3], [4, 5]]
+    # A window, and a segment, that begins with pauses: the run starts at its first pause.
+    assert runs(ANYTIME, sample([90, 91, 6, 7])) == [[0, 1], [2], [3]]
+    assert runs(ANYTIME, sample([5, 90, 90, 6], [0, 0, 1, 1])) == [[2], [3]]
+    # Two windows: rows are position x 2 + window.
+    assert runs(ANYTIME, sample([5, 90, 6]), sample([90, 5, 6])) == [[1], [0, 2], [3], [4], [5]]
+    assert runs(loss_plan(ObjectiveSection(z_loss=1.0)), sample([5, 90, 91, 6])) == [[2], [3]]
+
+
+def test_weights_are_those_of_steps_and_targets():
+    batch = collate([sample([5, 90, 91, 6])], sample_ids=[0], pause_ids=PAUSES, plan=ANYTIME)
+    assert batch.steps.weights.tolist() == [1, 0.5, 0.25, 1] and batch.weight == 2.75
+    assert batch.steps.is_pause.tolist() == [False, True, True, False]
+    packed = batch.packed(pinned=False)
+    assert packed.steps.weights.untyped_storage().data_ptr() == packed.tokens.untyped_storage().data_ptr()
+    assert torch.equal(packed.steps.rows, batch.steps.rows) and packed.weight == 2.75
+    assert batch.steps.without_targets().spans(4) == [] and batch.steps.without_targets().weight_sum == 0
+
+
+def test_no_chunk_splits_a_run():
+    steps = collate([sample([5, 90, 91, 6, 7, 90])], sample_ids=[0], pause_ids=PAUSES, plan=ANYTIME).steps
+    for chunk in range(1, 9):
+        spans = steps.spans(chunk)
+        assert [n for numbers, _ in spans for n in numbers] == [0, 1, 2]
+        assert [row for _, rows in spans for row in rows] == list(range(6))
+        assert all(len(rows) <= chunk or len(numbers) == 1 for numbers, rows in spans)
+        assert all(rows.start in (0, 3, 4) for _, rows in spans)
+        assert steps.longest(spans[0][0]) == 3
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_a_weight_that_is_none_is_refused_with_its_sample(value):
+    plan = loss_plan(ObjectiveSection(token_weights="side"))
+    good, bad = sample([5, 6, 7], weights=[0.0, 0.0, 1.0]), sample([5, 6, 7], weights=[1.0, value, 1.0])
+    with pytest.raises(DataError, match=r"sample 8, position 1: expected a weight of 0 or more for its target 7"):
+        collate([good, bad], sample_ids=[4, 8], pause_ids=PAUSES, plan=plan)
+    with pytest.raises(ConfigError, match=r"expected samples with weights of data.side"):
+        collate([sample([5, 6, 7])], sample_ids=[4], pause_ids=PAUSES, plan=plan)
+    shape = LossPlan(plan.objective, lambda ids: np.ones(1), "m:f")
+    with pytest.raises(ConfigError, match=r"objective.token_weights=m:f: expected a number for each of 3 targets"):
+        collate([sample([5, 6, 7])], sample_ids=[4], pause_ids=PAUSES, plan=shape)
+
+
+def test_the_default_has_no_plan_and_unknown_names_are_refused():
+    assert loss_plan(ObjectiveSection()) is None
+    for name, message in (
+        ("nothing", "expected one of cross_entropy, anytime"),
+        ("no_such_module:x", "its module must be in this folder or on PYTHONPATH"),
+        ("math:pi", "a float without runs, names, weights, terms"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            loss_plan(ObjectiveSection(name=name))
+    with pytest.raises(ConfigError, match=r"objective.token_weights: expected a function, got a float"):
+        loss_plan(ObjectiveSection(token_weights="math:pi"))
+
+
+def test_the_objective_of_the_page_is_one(tmp_path, monkeypatch):
+    (code,) = re.findall(r"```python\n(.+?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    assert len(code.splitlines()) <= 30
+    (tmp_path / "my_losses.py").write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    plan = loss_plan(ObjectiveSection(name="my_losses:Focal", discount=0.5))
+    sys.modules.pop("my_losses")
+    assert isinstance(plan.objective, Objective) and plan.objective.power == 0.5
+    steps = collate([sample([5, 90, 6])], sample_ids=[0], pause_ids=PAUSES, plan=plan).steps
+    assert steps.rows.tolist() == [1, 2] and steps.weight_sum == 2
