@@ -215,7 +215,8 @@ def pause_record(checkpoint: NativeCheckpoint, names: Sequence[str], finetuned_p
     `m_ft`, `location`, `filler` and `prefix_attention` are those of the finetuning, and the defaults of inference. m_ft
     is the upper end of a range. `realised_rate` is that of a pretraining. `pause_targets` and `auxiliary_heads` tell
     that the finetuning had them; the heads themselves are not exported. `positions` is there where pauses have none of
-    their own, `decoding` where answers get pauses as training had them.
+    their own, `decoding` where answers get pauses as training had them, and `requests` with Catch Your Breath: the most
+    pauses in a row that the model learned to ask for.
 
     Args:
         checkpoint: The checkpoint to export.

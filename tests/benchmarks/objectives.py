@@ -3,7 +3,7 @@
 python -m tests.benchmarks.objectives [--revision REV] [--layers 4] [--hidden 256] [--vocabulary 8192] [--rounds 9]
 
 Forward and backward of a micro-batch through `collate` and `lm_loss`, fp32, one thread, 2048-token windows with 205
-pauses. The revision is checked out in a git worktree. It and this one run in a process each, which take turns (A B A B):
+pauses. The revision is checked out in a git worktree. It and this one run in a process each, and take turns (A B A B):
 the ratio is that of one round, and its median is printed (target <= 1.01). --of-tree is for those processes.
 """
 
