@@ -1,4 +1,4 @@
-"""The paper's numbers from published.yaml, read off its figures to about +-0.1."""
+"""Numbers from published.yaml: the paper's, read off its figures to about +-0.1, and those of other methods."""
 
 from __future__ import annotations
 
@@ -65,6 +65,18 @@ class PublishedCurve(_Section):
         return self.variant if self.m_ft is None else f"{self.variant}, M_ft={self.m_ft}"
 
 
+class PublishedMethod(_Section):
+    """A method of another paper.
+
+    Attributes:
+        paper: The paper.
+        reported: What it reports, in words; None where no figure is known here.
+    """
+
+    paper: str
+    reported: str | None
+
+
 class Published(_Section):
     """The paper's numbers in per cent; None for a number that it does not report.
 
@@ -76,6 +88,7 @@ class Published(_Section):
         m_ft: Curves over pauses in finetuning.
         m_inf: Curves over pauses at inference.
         statements: The paper's statements in words.
+        methods: Methods of other papers, by the name of the variant.
         chances: Score of guessing that a grid gives, by task; it counts before the paper's.
     """
 
@@ -86,6 +99,7 @@ class Published(_Section):
     m_ft: tuple[PublishedCurve, ...]
     m_inf: tuple[PublishedCurve, ...]
     statements: tuple[str, ...]
+    methods: Mapping[str, PublishedMethod]
     chances: Mapping[str, Number] = {}
 
     def score(self, task: str, variant: str) -> float | None:

@@ -136,7 +136,8 @@ def _all_variants(
     html = figures(drawn) + tables.all_table(main, findings.comparisons, findings.tasks, paper, where, pages)
     html += tables.choice_table(findings.choices, paper)
     html += bullets([f"{name}: {variant.about}" for name, variant in grid.variants.items() if variant.about])
-    return Part("All variants and controls, against the baseline", html + bullets(_paper_controls(findings)))
+    html += bullets(_paper_controls(findings)) + bullets(_other_papers(findings))
+    return Part("All variants and controls, against the baseline", html)
 
 
 def _caveats(findings: Findings) -> list[str]:
@@ -173,6 +174,15 @@ def _paper_controls(findings: Findings) -> list[str]:
     filler = [f"{paper.title(task)} {paper.filler(task):.1f}" for task in known if paper.filler(task) is not None]
     lines = [f'Paper, filler "." at inference on StdPT_StdFT: {", ".join(filler)}: no gain.'] if filler else []
     return lines + [f"Paper: {statement}" for statement in paper.statements] if known else []
+
+
+def _other_papers(findings: Findings) -> list[str]:
+    known = findings.paper.methods
+    return [
+        f"{name}: {known[name].paper}: {known[name].reported or 'no figure known here'} (other models, data and tasks)"
+        for name in findings.collected.grid.variants
+        if name in known
+    ]
 
 
 def _ledger_notes() -> list[str]:

@@ -19,6 +19,7 @@ from pause_megatron.experiment.grid import CellGraph, expand
 from pause_megatron.experiment.inputs import assumed_inputs
 from pause_megatron.experiment.load import dump_grid, load_grid, recipe_names
 from pause_megatron.experiment.models import resolve_models
+from pause_megatron.experiment.report.published import published
 from pause_megatron.experiment.schema import Extra
 
 
@@ -96,6 +97,33 @@ def test_inputs_come_first_and_no_folder_is_used_twice(recipe, paper):
     assert len({cell.folder_name for cell in plan.cells}) == len(plan.cells)
     four = {"StdPT_StdFT", "StdPT_PauseFT", "PausePT_StdFT", "PausePT_PauseFT"}
     assert four < set(grid.variants) and len({(p.variant, p.task) for p in plan.points}) >= 4 * len(grid.tasks)
+
+
+def test_the_grids_of_methods_share_the_baselines_cells_and_name_what_was_published():
+    tiny, methods = (load_grid(recipe=name) for name in ("tiny", "methods-tiny"))
+    known, cells = by_name(expand(tiny, assumed_inputs(tiny))), by_name(expand(methods, assumed_inputs(methods)))
+    shared = set(known) & set(cells)
+    assert {"pretrain-StdPT", "pretrain-PausePT", "evaluate-StdPT-squad-m0-s1-at0"} < shared
+    assert all(known[name] == cells[name] for name in shared)
+    assert set(published().methods) == {"CYB", "DIT", "EveryK", "Looped"} < set(methods.variants)
+    for name in ("methods-130m", "methods-1b"):
+        grid = load_grid(recipe=name)
+        assert grid.variants == methods.variants and grid.models.keys() == methods.models.keys()
+        tokens = {run.config.train.tokens for run in resolve_models(grid, 32_000).values()}
+        assert len(tokens) == 1  # equal raw tokens
+
+
+def test_a_side_array_is_part_of_a_cell_and_of_no_other(small, tmp_path):
+    path = write_grid(tmp_path / "sides.yaml", dump_grid(load_grid(small)))
+    plain = by_name(plan_of(path))
+    grid = load_grid(
+        path, overrides=["models.DIT.recipe=tiny-dit", "variants.DIT.model=DIT", "variants.DIT.finetune=pauses"]
+    )
+    one, two = (
+        by_name(expand(grid, dataclasses.replace(assumed_inputs(grid), sides={"loss": digest}))) for digest in "ab"
+    )
+    assert one["pretrain-DIT"] != two["pretrain-DIT"]
+    assert all(plain[name] == one[name] == two[name] for name in plain)
 
 
 def test_the_papers_grid_is_the_papers(paper):
