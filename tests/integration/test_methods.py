@@ -78,7 +78,9 @@ def test_the_pages_commands_train_export_and_generate(workplace):
         assert "<pause>" not in completion["text"]
     assert entries["out-every-k"]["decoding"] == {"every": 1, "count": 1, "in_prompt": True}
     assert (entries["out-every-k"]["placement"], entries["out-every-k"]["positions"]) == ("every", "shared")
-    assert entries["out-dit"]["placement"] == "scored"
+    assert entries["out-cyb"]["requests"] == 2 and entries["out-dit"]["placement"] == "scored"
     assert all("decoding" not in entries[name] for name in ("out-cyb", "out-dit", "out-looped"))
     lines = [json.loads(line) for line in (workplace / "runs/tiny-cyb/metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 20 and lines[-1]["loss"] < lines[0]["loss"]
+    tuned = [json.loads(line) for line in (workplace / "runs/cyb-gsm8k/metrics.jsonl").read_text().splitlines()]
+    assert all(0 < line["objective/requested_steps"] < 2 for line in tuned)  # of runs after prompts and within answers
