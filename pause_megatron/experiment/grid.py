@@ -206,15 +206,17 @@ class _Expansion:
             "--filler": inference.filler,
             "--split": held_out and "held-out",
             "--held-out": held_out,
+            **inference.decoding.options,
         }
         given = deciding | {
             "--task-path": grid.data.tasks,
             "--batch-size": grid.evaluate.batch_size,
             "--device": grid.evaluate.device,
         }
-        options = tuple(part for name, value in given.items() if value is not None for part in (name, str(value)))
+        options = tuple(part for name, value in given.items() for part in _option(name, value))
         filler = "" if inference.filler is None else "-filler"
         location = "" if inference.location is None else f"-{inference.location}"
+        location += _marks({name: f"{name[8:]}{value}" for name, value in inference.decoding.options.items()})
         curve = f"-curve{m_inf[0]}to{m_inf[-1]}" if len(m_inf) > 1 else f"-at{m_inf[0]}"
         rows = self.inputs.vocabulary + config.pause.embeddings
         records = self.inputs.tasks[which.task]
@@ -290,6 +292,16 @@ def _all_pauses(grid: Grid, name: str, task: str, m_ft: Pauses) -> tuple[int, ..
         if name in curve.variants and of_task and of_m_ft:
             pauses |= set(curve.pauses)
     return tuple(sorted(pauses))
+
+
+def _option(name: str, value: Any) -> tuple[str, ...]:
+    """Return an option of the command line; nothing where it has no value."""
+    if isinstance(value, bool):
+        return (name if value else f"--no-{name[2:]}",)
+    text = str(value)
+    if text.startswith("-"):  # a regular expression, which argparse would take for an option
+        return (f"{name}={text}",)
+    return () if value is None else (name, text)
 
 
 def _marks(keys: Mapping[str, Any]) -> str:

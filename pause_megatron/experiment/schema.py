@@ -6,7 +6,7 @@ A grid declares pretrained models, variants of them, tasks, numbers of pauses an
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
@@ -102,12 +102,31 @@ class GridTask(GridSection):
     chance: float | None = Field(None, ge=0, le=100, description="score of guessing, per cent; null: the paper's")
 
 
+class Decoding(GridSection):
+    """Pauses within generated answers, as the options --pause-* of `evaluate`; null: the model's own."""
+
+    every: int | None = Field(None, ge=0)
+    after: str | None = None
+    entropy: float | None = Field(None, ge=0)
+    requests: bool | None = None
+    count: int | None = Field(None, ge=1)
+    limit: int | None = Field(None, ge=0)
+    in_prompt: bool | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Values that were given, by the option of `evaluate`."""
+        given = self.model_dump(exclude_none=True)
+        return {f"--pause-{name.replace('_', '-')}": value for name, value in given.items()}
+
+
 class Inference(GridSection):
     """Pauses at inference that differ from those of the finetuning."""
 
     pauses: tuple[Annotated[int, Field(ge=0)], ...] | None = None
     location: Literal["append", "prepend"] | None = None
     filler: str | None = None
+    decoding: Decoding = Decoding()
 
 
 class Variant(GridSection):

@@ -35,7 +35,15 @@ PLAIN_KEYS = {
 PLAIN_GRID_KEYS = {
     *("Grid.name", "Grid.title", "Grid.baseline", "Grid.models", "Grid.tasks", "Grid.variants", "Budget.like"),
     *("Curve.m_ft", "Curve.tasks", "Curve.variants", "Evaluation.device", "Finetuning.set", "Inference.filler"),
-    *("Extra.loop_layers", "GridTask.pauses", "GridTask.recipe", "GridTask.set", "Model.recipe", "Model.set"),
+    *(
+        "Decoding.after",
+        "Extra.loop_layers",
+        "GridTask.pauses",
+        "GridTask.recipe",
+        "GridTask.set",
+        "Model.recipe",
+        "Model.set",
+    ),
     *("Variant.about", "Variant.model", "Variant.pauses", "Variant.set", "Variant.tasks"),
 }
 PLAIN_OPTIONS = {
@@ -56,7 +64,7 @@ PLAIN_OPTIONS = {
     ),
     *("name", "seed", "batch_size", "pause_token", "max_malformed", "held_out", "question"),
     *("pause.rate", "pause.window", "pause.placement", "pause.seed", "pause.embeddings", "data.sequence_length"),
-    "run.seed",
+    *("run.seed", "pause.run", "pause.pattern", "data.side"),
 }
 PATH_TYPES = {path_option, pattern_option, prefix_option, _container, _names}
 
