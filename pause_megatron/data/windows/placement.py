@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from pause_megatron.errors import ConfigError
 
 
 def resolve_policy(placement: str, pattern: str | None = None) -> Policy:
-    """Return a policy by its name, or by 'module:attribute'. A class is made without arguments, once in a process.
+    """Return a policy by its name, or by 'module:attribute'. A class is made without arguments, at each call.
 
     Args:
         placement: `pause.placement`.
@@ -30,7 +30,6 @@ def resolve_policy(placement: str, pattern: str | None = None) -> Policy:
     return _users_policy(placement)
 
 
-@lru_cache(maxsize=64)
 def _users_policy(placement: str) -> Policy:
     module_name, colon, attribute = placement.partition(":")
     expected = f"pause.placement: expected one of {', '.join(POLICIES)}, or 'module:attribute', got {placement!r}"

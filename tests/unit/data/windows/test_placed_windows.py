@@ -219,7 +219,7 @@ def test_every_token_has_its_run(prefix: str, tokenizer: Tokenizer, tmp_path: Pa
 def test_a_policy_of_the_second_generation_sees_its_window(prefix: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
     name = f"{__name__}:Recorder"
     train = build(prefix, tokenizer, tmp_path, placement=name, side="score", run=2).train
-    recorder = resolve_policy(name)
+    recorder = train.injector.plan.policy._policy  # made for this dataset
     assert isinstance(recorder, Recorder)
     recorder.seen.clear()
     train[7]
