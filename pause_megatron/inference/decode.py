@@ -173,14 +173,12 @@ def log_likelihoods(
     logits = first[:, None]
     if width:
         marks = [pause_marks(len(ids), predicting) for ids, predicting in mixed]
-        rest = session.forward([ids for ids, _ in mixed], keep=width, pauses=marks)
+        rest = session.forward([ids for ids, _ in mixed], keep=width, pauses=marks, last=True)
         logits = torch.cat([logits, rest], dim=1)
     logits[..., list(suppressed)] = float("-inf")
     found = []
-    for row, ids, (fed, predicting) in zip(logits.log_softmax(-1), targets, mixed, strict=True):
-        # A row's first token is in slot 0, its others are at the right end.
-        start = 1 + width - len(fed)
-        index = torch.tensor([0, *(start + slot for slot in predicting)], device=row.device)
+    for row, ids, (_, predicting) in zip(logits.log_softmax(-1), targets, mixed, strict=True):
+        index = torch.tensor([0, *(1 + slot for slot in predicting)], device=row.device)
         predicted, wanted = row[index], torch.tensor(ids, device=row.device)
         chosen = predicted.gather(1, wanted[:, None])
         found.append((float(chosen.double().sum()), bool((predicted.argmax(-1) == wanted).all())))

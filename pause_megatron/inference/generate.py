@@ -178,7 +178,8 @@ class PauseGenerator:
             raise ConfigError(f"continuation {targets.index([])}: expected at least one token, got none")
         prompting = self.pause.prompting if prompting is None else prompting
         places = self._places(decoding, prompting)
-        prefixes = self._prefixes(prompts, pauses, prompting, places, [len(ids) for ids in targets])
+        lengths = [len(ids) for ids in targets]
+        prefixes = self._prefixes(prompts, pauses, prompting, places, lengths, together=not places.decoding.granted)
         if not prefixes:
             return (), Cost()
         distinct, rows = deduplicate(prefixes)
@@ -238,8 +239,10 @@ class PauseGenerator:
         prompting: Prompting,
         places: Places,
         new_tokens: Sequence[int],
+        *,
+        together: bool = False,
     ) -> list[Prefix]:
-        """Check everything that can be checked before the first forward pass."""
+        """Check everything that can be checked before the first forward pass; `together`: one pass is all that follows."""
         if isinstance(prompts, str):
             raise ConfigError("prompts: expected a list of prompts, got one string")
         policies = self._policies(pauses, len(prompts))
@@ -249,7 +252,7 @@ class PauseGenerator:
         ]
         for i, (prefix, count) in enumerate(zip(prefixes, new_tokens, strict=True)):
             most = places.most(count, prefix.counted)
-            without, level = self.pause.without_positions, len(prefixes) == 1
+            without, level = self.pause.without_positions, together or len(prefixes) == 1
             prefix.check(self.model.config, f"prompt {i}", count, prompting, most, without, level=level)
         return prefixes
 

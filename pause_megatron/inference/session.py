@@ -61,25 +61,32 @@ class Session:
         *,
         bidirectional: bool = False,
         pauses: Sequence[Sequence[bool]] | None = None,
+        last: bool = False,
     ) -> Tensor:
         """Compute the next tokens of every row in one forward pass.
 
         Args:
-            rows: Token ids of each row; shorter rows are padded on the left. A row may be empty.
+            rows: Token ids of each row; shorter rows are padded, on the left unless it is the last pass. A row may be
+                empty.
             keep: Number of slots, from the end, whose logits are returned.
             bidirectional: Let these tokens attend to each other in both directions; in the first pass only.
             pauses: Which tokens of each row are pauses or fillers in their place; None: those with a pause's id. It
                 matters to pauses without positions only.
+            last: Whether it is the last pass. Rows are then padded on the right, so that no slots lie between a row's
+                tokens, which a sliding window would count.
 
         Returns:
             Logits, fp32 [batch, keep, vocab], undefined at slots where a row has no token.
         """
         width = max(map(len, rows))
-        padded = [[0] * (width - len(row)) + list(row) for row in rows]
-        tokens = torch.tensor(padded, dtype=torch.int64, device=self._model.device)
+        tokens = torch.tensor(_padded(rows, width, right=last), dtype=torch.int64, device=self._model.device)
         counts = torch.tensor([len(row) for row in rows], device=tokens.device)
-        valid = torch.arange(width, device=tokens.device) >= width - counts[:, None]
-        counted = valid if self._without_positions is None else valid & ~self._pauses(tokens, pauses)
+        slots = torch.arange(width, device=tokens.device)
+        valid = slots < counts[:, None] if last else slots >= width - counts[:, None]
+        counted = valid
+        if self._without_positions is not None:
+            marks = None if pauses is None else _padded(pauses, width, right=last)
+            counted = valid & ~self._pauses(tokens, marks)
         positions = (self.lengths[:, None] + counted.cumsum(1) - 1).clamp_(min=0)
         self._valid = torch.cat([self._valid, valid], dim=1)
         self._counted = self._valid if counted is valid else torch.cat([self._counted, counted], dim=1)
@@ -116,15 +123,13 @@ class Session:
         if self._model.device.type == "cuda":
             torch.cuda.synchronize(self._model.device)
 
-    def _pauses(self, tokens: Tensor, marks: Sequence[Sequence[bool]] | None) -> Tensor:
+    def _pauses(self, tokens: Tensor, marks: list[list[int]] | None) -> Tensor:
         """Return which slots hold pauses without a position, bool [batch, width]."""
         ids = self._without_positions or range(0)
         found = (tokens >= ids.start) & (tokens < ids.stop)
         if marks is None:
             return found
-        width = tokens.shape[1]
-        padded = [[False] * (width - len(row)) + list(row) for row in marks]
-        return found | torch.tensor(padded, dtype=torch.bool, device=tokens.device)
+        return found | torch.tensor(marks, dtype=torch.bool, device=tokens.device)
 
     def _mask(self) -> Tensor | None:
         """[batch, slots], or None where all slots are valid: the model then takes its fastest path."""
@@ -146,3 +151,8 @@ class Session:
         )
         mask = torch.zeros(attended.shape, dtype=self._model.dtype, device=valid.device)
         return mask.masked_fill_(~attended, torch.finfo(self._model.dtype).min)[:, None]
+
+
+def _padded(rows: Sequence[Sequence[int]], width: int, *, right: bool) -> list[list[int]]:
+    gaps = [[0] * (width - len(row)) for row in rows]
+    return [[*row, *gap] if right else [*gap, *row] for row, gap in zip(rows, gaps, strict=True)]

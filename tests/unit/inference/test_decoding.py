@@ -294,6 +294,19 @@ def test_a_sliding_window_needs_one_prompt_at_a_time(sentencepiece):
         generator.generate(PROMPTS, pauses=2, max_new_tokens=5, decoding=decoding)
 
 
+@pytest.mark.parametrize("decoding", [None, MODES["everywhere"]])
+def test_scores_past_a_sliding_window_do_not_depend_on_the_batch(sentencepiece, decoding):
+    """Choices of unequal length: no slots of padding lie between a prompt and its choice."""
+    generator = asking(sentencepiece, bias=4, cls="Mistral", sliding_window=6)
+    choices = [" of the Union", " a", " the state of the Union is strong, and we have reason", " of"]
+    for prompts in (PROMPTS, PROMPTS[3:] * 4):
+        together, _ = generator.score(prompts, choices, pauses=COUNTS, decoding=decoding)
+        for score, prompt, choice, count in zip(together, prompts, choices, COUNTS, strict=True):
+            ((alone,), _) = generator.score([prompt], [choice], pauses=count, decoding=decoding)
+            assert score.log_likelihood == pytest.approx(alone.log_likelihood, abs=2e-5)
+            assert score.answer_pauses == alone.answer_pauses
+
+
 def test_pauses_that_a_prompt_has_as_ids_are_no_text(asker):
     """The chat template with pauses gives such ids."""
     ids = [9, 17, 30, 600, 600]
