@@ -26,6 +26,9 @@ from pause_megatron.evaluate.scoring import own_settings
 from pause_megatron.inference import DecodingPauses, PauseGenerator
 from pause_megatron.inference.custom_generate import pause_generate
 
+_NONE_WITHIN_ANSWERS = {"pause_every": 0, "pause_after": "", "pause_entropy": float("inf"), "pause_requests": False}
+"""Options of `pause_generate` where the model's own pauses within answers are switched off."""
+
 
 class PauseLM(HFLM):
     """HFLM with pauses, for `lm_eval.simple_evaluate(model=PauseLM(load("out/"), pauses=10), tasks=[...])`.
@@ -208,7 +211,7 @@ class PauseLM(HFLM):
         if self._generator.pause.ids:
             generation_kwargs["suppress_tokens"] = list(self._generator.pause.ids)
         if self._shares_positions:  # pauses are in the context; generate itself counts positions by tokens
-            generation_kwargs |= {"custom_generate": pause_generate, "pauses": 0}
+            generation_kwargs |= {"custom_generate": pause_generate, "pauses": 0, **_NONE_WITHIN_ANSWERS}
         return super()._model_generate(context, max_length, stop, **generation_kwargs)
 
     @torch.no_grad()

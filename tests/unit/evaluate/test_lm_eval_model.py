@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from pause_megatron.errors import ConfigError, DataError
-from pause_megatron.inference import Limits, PauseGenerator, Prompting
+from pause_megatron.inference import DecodingPauses, Limits, PauseGenerator, Prompting
 
 pytest.importorskip("lm_eval")
 
@@ -61,6 +61,28 @@ def test_log_likelihoods_and_answers_are_the_generators(generator, examples, set
     written = [decode(completion.ids, skip_special_tokens=True) for completion in generation.completions]
     assert texts == [text.split("\n")[0] for text in written]
     assert len(set(texts)) > 3
+
+
+@pytest.mark.parametrize("positions", ["own", "shared"])
+def test_pauses_within_answers_are_refused_or_switched_off(generator, examples, positions, monkeypatch):
+    """The model's own ones too: what config.json says must not reach the answers past lm-eval."""
+    own = {"decoding": {"every": 1, "count": 2, "in_prompt": True}, "requests": 2, "positions": positions}
+    for name, value in own.items():
+        monkeypatch.setitem(generator.model.config.pause, name, value)
+    generator = PauseGenerator(generator.model, generator.encoder.tokenizer)
+    for given in (None, DecodingPauses(every=3)):
+        with pytest.raises(ConfigError, match=r"lm-eval: expected no pauses within answers \(decoding\), got .*every"):
+            PauseLM(generator, pauses=2, quiet=True, decoding=given)
+    model = PauseLM(generator, pauses=2, batch_size=3, quiet=True, decoding=DecodingPauses())
+    prompts = [example.prompt for example in examples]
+    texts = model.generate_until(asked("generate_until", [(prompt, NEW) for prompt in prompts]))
+    settings = {"pauses": 2, "max_new_tokens": 6, "limits": Limits(stop=["\n"])}
+    plain = generator.generate(prompts, **settings, decoding=DecodingPauses()).completions
+    paused = generator.generate(prompts, **settings).completions
+    decode = generator.encoder.tokenizer.decode
+    written = [decode(completion.ids, skip_special_tokens=True).split("\n")[0] for completion in plain]
+    assert texts == written
+    assert [completion.ids for completion in paused] != [completion.ids for completion in plain]
 
 
 def test_without_pauses_it_is_lm_evals_own(without_pause, examples):
