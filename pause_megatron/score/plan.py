@@ -56,6 +56,14 @@ class Parts:
         self.folder = path_of(prefix, f"{name}.parts")
         self.plan = plan
 
+    @property
+    def begun(self) -> bool:
+        """Whether the folder has this plan, as an interrupted run leaves it."""
+        try:
+            return read_record(self.folder / _PLAN, ScorePlan) == self.plan
+        except DataError:  # missing, or damaged, which `open` reports
+            return False
+
     def open(self, *, overwrite: bool) -> None:
         """Create the folder, or continue in one of the same plan.
 
@@ -65,16 +73,15 @@ class Parts:
         Raises:
             DataError: There are units of another plan.
         """
-        if (self.folder / _PLAN).exists():
-            found = read_record(self.folder / _PLAN, ScorePlan)
-            if found != self.plan:
-                if any(self.folder.glob("[0-9]*")) and not overwrite:
-                    raise DataError(
-                        f"{self.folder}: there is an unfinished scoring with another model, corpus or options; choose "
-                        "another --name, or replace it with --overwrite. The differences:\n  "
-                        + "\n  ".join(found.differences(self.plan))
-                    )
-                shutil.rmtree(self.folder)
+        if (self.folder / _PLAN).exists() and not self.begun:
+            if any(self.folder.glob("[0-9]*")) and not overwrite:
+                found = read_record(self.folder / _PLAN, ScorePlan)
+                raise DataError(
+                    f"{self.folder}: there is an unfinished scoring with another model, corpus or options; choose "
+                    "another --name, or replace it with --overwrite. The differences:\n  "
+                    + "\n  ".join(found.differences(self.plan))
+                )
+            shutil.rmtree(self.folder)
         if not (self.folder / _PLAN).exists():
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir()

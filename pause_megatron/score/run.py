@@ -118,11 +118,13 @@ def score(prefix: str | Path, folder: str | Path, options: ScoreOptions, report:
     plan = ScorePlan(side=side, device="cpu" if devices == ("cpu",) else "cuda", unit_tokens=unit_tokens(tokens))
     try:
         with only_side_writer(corpus.prefix, options.name):
-            if done := _already_done(corpus, side, options.name):
-                return Scored(done, True, tokens, time.perf_counter() - begun, 0)
-            require_free(corpus.prefix, options.name, overwrite=options.overwrite)
-            processes, reused = _compute(corpus, str(folder), plan, facts, options, devices, report)
             parts = Parts(corpus.prefix, options.name, plan)
+            if done := _already_done(corpus, side, options.name):
+                if parts.begun:  # a kill after the record left them
+                    parts.remove()
+                return Scored(done, True, tokens, time.perf_counter() - begun, 0)
+            require_free(corpus.prefix, options.name, overwrite=options.overwrite, resumed=parts.begun)
+            processes, reused = _compute(corpus, str(folder), plan, facts, options, devices, report)
             written = write_side(corpus.prefix, options.name, side, parts.read(_units(corpus, plan)))
             parts.remove()
     except OSError as error:

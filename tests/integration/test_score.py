@@ -173,6 +173,26 @@ def test_a_signal_keeps_the_finished_units(
     assert not Path(f"{corpus}.score.lock").exists()
 
 
+def test_an_end_between_the_file_and_its_record(folder: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same command continues there too, and after an end before the units are removed."""
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    parts = Path(f"{corpus}.score.parts")
+    monkeypatch.setattr("pause_megatron.data.corpus.side_writing.sync_folder", stop)
+    assert main(arguments(corpus, folder / "model", "--processes", "1")) == 128 + signal.SIGINT
+    monkeypatch.undo()
+    assert Path(f"{corpus}.score.npy").exists() and not CorpusManifest.load(corpus).sides  # between file and record
+    monkeypatch.setattr("pause_megatron.score.plan.Parts.remove", stop)
+    assert main(arguments(corpus, folder / "model", "--processes", "1")) == 128 + signal.SIGINT
+    monkeypatch.undo()
+    assert CorpusManifest.load(corpus).sides and parts.exists()
+    (parts / "plan.json").write_bytes(b"{")
+    assert main(arguments(corpus, folder / "model", "--processes", "1", "--kind", "entropy", "--overwrite")) == 0
+    assert CorpusManifest.load(corpus).sides["score"].kind == "entropy" and not parts.exists()
+
+
 def workers_of(parent: int) -> list[int]:
     """The processes of a pool, without the resource tracker."""
     children = [int(child) for path in Path(f"/proc/{parent}/task").iterdir() for child in _words(path / "children")]

@@ -102,13 +102,14 @@ def register_values(prefix: str | Path, name: str, source: Path, *, overwrite: b
         return write_side(prefix, name, made, (array[start : start + _CHUNK] for start in range(0, len(array), _CHUNK)))
 
 
-def require_free(prefix: str | Path, name: str, *, overwrite: bool) -> None:
+def require_free(prefix: str | Path, name: str, *, overwrite: bool, resumed: bool = False) -> None:
     """Check that no side array has this name, unless it may be replaced.
 
     Args:
         prefix: PREFIX of the corpus.
         name: Name of the side array.
         overwrite: Whether it may be replaced.
+        resumed: Whether this continues an interrupted writing, which may have left the file without its record.
 
     Raises:
         DataError: There is one, or a file of its name.
@@ -121,7 +122,7 @@ def require_free(prefix: str | Path, name: str, *, overwrite: bool) -> None:
             f"corpus {prefix}: there is a side array {name!r} already ({describe_side(record)}); choose another "
             "--name, or replace it with --overwrite"
         )
-    if (path := side_path(prefix, name)).exists():
+    if not resumed and (path := side_path(prefix, name)).exists():
         raise DataError(
             f"{path}: expected no such file, got one without a record in the manifest; choose another --name, or "
             "replace it with --overwrite"

@@ -35,7 +35,7 @@ class PauseTokenizer:
             raise ConfigError(f"pause.embeddings: expected 1 or more, got {embeddings}")
         self.tokenizer = tokenizer
         # vocab_size of Hugging Face is the number of tokens; with gaps, ids can exceed it.
-        self.text_size = max(int(tokenizer.vocab_size), _ids_end(tokenizer))
+        self.text_size = max(int(tokenizer.vocab_size), ids_end(tokenizer))
         if pause_id is None:
             pause_id = getattr(tokenizer, "pause_id", None)
         if pause_id is None:
@@ -135,8 +135,12 @@ def id_of_token(tokenizer: object, text: str) -> int | None:
     return vocabulary.index(text) if isinstance(vocabulary, list) and text in vocabulary else None
 
 
-def _ids_end(tokenizer: object) -> int:
-    """Return one more than the largest id of a Hugging Face vocabulary; 0 for other tokenizers."""
+def ids_end(tokenizer: object) -> int:
+    """Return one more than the largest id of a Hugging Face vocabulary; 0 for other tokenizers.
+
+    Args:
+        tokenizer: Any tokenizer.
+    """
     for library in _layers(tokenizer):
         if callable(get_vocab := _read(library, "get_vocab")):
             return max(get_vocab().values(), default=-1) + 1

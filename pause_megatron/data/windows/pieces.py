@@ -79,8 +79,11 @@ class SideValues:
         self._values = open_side(self._prefix, self._name)
 
     def of(self, pieces: list[Piece], size: int) -> np.ndarray:
-        """Return the values of a window's text tokens, nan at padding, float32 [size]."""
-        values = np.full(size, np.nan, dtype=np.float32)
+        """Return the values of a window's text tokens, nan at padding [size].
+
+        They are float32, or float64 where float32 would round values of the array (int32, int64, float64).
+        """
+        values = np.full(size, np.nan, dtype=np.result_type(self._values.dtype, np.float32))
         index, at = self._corpus.index, 0
         itemsize = np.dtype(index.dtype).itemsize
         for document, offset, length in pieces:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pause_megatron.data.tokenizer.pause_tokenizer import PauseTokenizer
+from pause_megatron.data.tokenizer.pause_tokenizer import PauseTokenizer, ids_end
 
 
 class TokenTextTable:
@@ -103,7 +103,10 @@ def _table(tokenizer: Any) -> TokenTextTable | None:
     silent = [getattr(tokenizer, "eod", -1)]
     if (special := getattr(tokenizer, "all_special_ids", None)) is not None:  # a tokenizer of transformers
         silent += special
+        silent += [token for token, added in getattr(tokenizer, "added_tokens_decoder", {}).items() if added.special]
         decode = partial(decode, clean_up_tokenization_spaces=False)
     if isinstance(pause := getattr(tokenizer, "pause_id", None), int):
         silent.append(pause)
-    return TokenTextTable(int(tokenizer.vocab_size), decode, encode("a") if callable(encode) else [], silent)
+    # vocab_size of transformers leaves out added tokens, among which a tokenizer may have runs of blanks.
+    size = max(int(tokenizer.vocab_size), ids_end(tokenizer))
+    return TokenTextTable(size, decode, encode("a") if callable(encode) else [], silent)

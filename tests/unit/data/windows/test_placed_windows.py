@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 import torch
 from support.prose import documents, small_tokenizer, write_shards
+from support.tiny_llama import byte_level_tokenizer
+from transformers import AddedToken
 
 from pause_megatron import data
 from pause_megatron.config.pauses import PauseCounts
@@ -119,6 +121,18 @@ def test_pieces_address_the_text_and_documents_are_those_of_eod(
         assert known.documents.tolist() == by_eod
         several += len(by_eod) > 2
     assert several > 5
+
+
+def test_values_are_not_rounded(prefix: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Those of int32 and int64 have more bits than float32."""
+    for path in Path(prefix).parent.glob("c.*"):
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
+    np.save(tmp_path / "v.npy", side_of(prefix).astype(np.int64) + 2**40)
+    register_values(tmp_path / "c", "wide", tmp_path / "v.npy")
+    wide = build(str(tmp_path / "c"), tokenizer, tmp_path, placement="scored", side="wide").train
+    narrow = build(prefix, tokenizer, tmp_path, placement="scored", side="score").train
+    for sample in range(4):
+        assert torch.equal(wide[sample]["tokens"], narrow[sample]["tokens"])
 
 
 @pytest.mark.parametrize("run", [1, 3])
@@ -271,6 +285,17 @@ def test_texts_of_tokens(tokenizer: Tokenizer) -> None:
     assert any(texts[token].startswith(" ") for token in ids)
     assert texts[tokenizer.eod] == "" and len(texts) == tokenizer.vocab_size
     assert not texts.matches("")[tokenizer.eod] and not texts.matches("a")[-1]
+
+
+def test_texts_of_added_tokens(tmp_path: Path) -> None:
+    """Those of GPT-NeoX, which are runs of blanks, are beyond `vocab_size`; special ones are no text."""
+    transformers_tokenizer = byte_level_tokenizer(tmp_path / "t")
+    transformers_tokenizer.add_tokens(["    "])
+    transformers_tokenizer.add_tokens([AddedToken("<|role|>", special=True)])
+    blanks, role = transformers_tokenizer.convert_tokens_to_ids(["    ", "<|role|>"])
+    texts = token_texts(transformers_tokenizer)
+    assert (texts[blanks], texts[role]) == ("    ", "") and blanks >= transformers_tokenizer.vocab_size
+    assert texts.matches("^ {4}").nonzero()[0].tolist() == [blanks]
 
 
 @pytest.mark.parametrize("name", ["NeedsArguments", "LENGTH"])
