@@ -242,7 +242,7 @@ class PauseGenerator:
         *,
         together: bool = False,
     ) -> list[Prefix]:
-        """Check all that can be checked before the first forward pass; `together`: only one pass follows the prefill."""
+        """Check all that can be checked before a forward pass; `together`: only one pass follows the prefill."""
         if isinstance(prompts, str):
             raise ConfigError("prompts: expected a list of prompts, got one string")
         policies = self._policies(pauses, len(prompts))
