@@ -130,7 +130,10 @@ class _Options:
     def of(cls, config: Any, given: dict[str, Any], tokenizer: Any) -> _Options:
         """Merge what the call gives with what the configuration has, and check it."""
         entry = getattr(config, "pause", None) or {}
-        own = {name: value for name, value in (entry.get("decoding") or {}).items() if value is not None}
+        decoding = entry.get("decoding") or {}
+        if not isinstance(decoding, dict):
+            raise ValueError(f"pauses: decoding: expected an object in config.json, got {decoding!r}")
+        own = {name: value for name, value in decoding.items() if value is not None}
         if entry.get("requests"):
             own |= {"requests": True, "limit": entry["requests"]}
         if unknown := own.keys() - given.keys():
@@ -140,13 +143,29 @@ class _Options:
             value = getattr(options, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"pause_{name}: expected a whole number, {least} or more, got {value!r}")
+        for name in ("requests", "in_prompt"):
+            if not isinstance(flag := getattr(options, name), bool):
+                raise ValueError(f"pause_{name}: expected True or False, got {flag!r}")
         if not isinstance(options.entropy, (int, float)) or not options.entropy >= 0:
             raise ValueError(f"pause_entropy: expected 0 nats or more, got {options.entropy!r}")
+        _check_pattern(options.after)
+        for name, used, modes in (
+            ("count", options.placed or options.entropy != float("inf"), "pause_every, pause_after or pause_entropy"),
+            ("limit", options.granted, "pause_entropy or pause_requests"),
+            ("in_prompt", options.placed, "pause_every or pause_after"),
+        ):
+            if given[name] and not used:
+                raise ValueError(f"pause_{name}: expected {modes} with it, got none of them")
         if options.after and tokenizer is None:
             raise ValueError("pause_after: expected pause_tokenizer=TOKENIZER with it, which knows the texts of tokens")
         if options.active and not entry.get("ids"):
             raise ValueError('pauses: the model has none (its config.json has no "pause" entry with "ids")')
         return options
+
+    @property
+    def placed(self) -> bool:
+        """Whether the text alone decides places."""
+        return bool(self.every or self.after)
 
     @property
     def granted(self) -> bool:
@@ -156,7 +175,7 @@ class _Options:
     @property
     def active(self) -> bool:
         """Whether there are pauses within the answer."""
-        return bool(self.granted or self.every or self.after)
+        return self.granted or self.placed
 
     def follows(self, token_id: int, number: int) -> int:
         """Pauses after a token."""
@@ -334,6 +353,14 @@ def _pauses(config: Any, pauses: int | None) -> tuple[list[int], int]:
     if count and not pause_ids:
         raise ValueError('pauses: the model has none (its config.json has no "pause" entry with "ids")')
     return pause_ids, count
+
+
+def _check_pattern(pattern: Any) -> None:
+    """Check a regular expression; "" is none."""
+    try:
+        re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(f"pause_after: expected a regular expression, got {pattern!r} ({error})") from None
 
 
 def _shares_positions(config: Any) -> bool:

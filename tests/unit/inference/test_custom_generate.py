@@ -202,6 +202,11 @@ def test_pauses_within_answers_equal_those_of_the_generator(sentencepiece, batch
         ({"pause_every": 1, "pause_count": 0}, "pause_count: expected a whole number, 1 or more, got 0"),
         ({"pause_entropy": -1.0}, "pause_entropy: expected 0 nats or more, got -1.0"),
         ({"pause_after": "a"}, "pause_after: expected pause_tokenizer=TOKENIZER with it"),
+        ({"pause_after": "("}, r"pause_after: expected a regular expression, got '\('"),
+        ({"pause_requests": "no"}, "pause_requests: expected True or False, got 'no'"),
+        ({"pause_count": 2, "pause_requests": True}, "pause_count: expected pause_every, pause_after or pause_entropy"),
+        ({"pause_limit": 2, "pause_every": 1}, "pause_limit: expected pause_entropy or pause_requests with it"),
+        ({"pause_in_prompt": True}, "pause_in_prompt: expected pause_every or pause_after with it"),
         ({"pause_requests": True, "pause_limit": 100}, r"4 new tokens \+ up to 400 pauses within them = 407 positions"),
     ],
 )
