@@ -203,9 +203,8 @@ def _measurement(
     context, vocabulary, machine = setup.context, setup.model.vocabulary, Machine.of(setup.context)
     tokens = [result.tokens for result in taken.results]
     targets = [result.losses.targets for result in taken.results]
-    flops = step_flops(
-        config.model, vocabulary.size, config.data.sequence_length, tokens=sum(tokens), targets=sum(targets)
-    )
+    rows = sum(result.losses.rows or result.losses.targets for result in taken.results)
+    flops = step_flops(config.model, vocabulary.size, config.data.sequence_length, tokens=sum(tokens), targets=rows)
     count = len(taken.results)
     return Measurement(
         config=config,

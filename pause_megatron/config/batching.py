@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pause_megatron.config.pauses import PauseCounts
+from pause_megatron.config.pauses import OBJECTIVES, PauseCounts
 from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.errors import ConfigError
 
@@ -48,6 +48,8 @@ class BatchPlan:
         global_size: Windows of an optimizer step, over all ranks.
         counts: Pauses and text tokens of a window.
         steps: Optimizer steps of this run; of an extended one, those that are added; None where not known yet.
+        runs: Whether the objective needs the rows of whole runs: a text token and the pauses after it. Of an objective
+            of the user's that is not known without its code; one row a target is assumed.
     """
 
     world_size: int
@@ -58,6 +60,7 @@ class BatchPlan:
     global_size: int
     counts: PauseCounts
     steps: int | None
+    runs: bool = False
 
     @property
     def sequence_length(self) -> int:
@@ -86,7 +89,12 @@ class BatchPlan:
 
     @property
     def target_rows(self) -> int:
-        """Rows of a micro-batch that reach the LM head: those whose next token is text (expected, in a trim window)."""
+        """Rows of a micro-batch that reach the LM head: those whose next token is text (expected, in a trim window).
+
+        With runs all of them, but for the pauses at the end of a window whose target is beyond it.
+        """
+        if self.runs:
+            return self.micro_size * self.sequence_length
         return round(self.micro_size * (self.sequence_length - self.counts.expected))
 
     @property
@@ -153,6 +161,7 @@ def batch_plan(config: ResolvedConfig, world_size: int) -> BatchPlan:
         global_size=batch.global_size,
         counts=pause_counts(config),
         steps=added_steps(config),
+        runs=config.objective.name in OBJECTIVES[1:],
     )
 
 

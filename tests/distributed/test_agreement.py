@@ -218,6 +218,8 @@ def test_the_content_at_a_path_is_compared(tmp_path, monkeypatch, base):
     ("placement", "changed"),
     [
         ("own:place", "own.py"),
+        ("answers own:place", "own.py"),
+        ("answers own:place", "gap.txt"),
         ("own:place", "beside.py"),  # a helper in the same folder
         ("own:place", "later.py"),  # imported when it is called
         ("own:place", "elsewhere/far.py"),  # a helper in another folder
@@ -246,7 +248,10 @@ def test_a_different_policy_is_an_error_wherever_its_code_differs(placement, cha
         (tmp_path / name).write_text(body)
     monkeypatch.syspath_prepend(str(tmp_path / "elsewhere"))
     monkeypatch.syspath_prepend(str(tmp_path))
-    config = CONFIG.model_copy(update={"pause": CONFIG.pause.model_copy(update={"placement": placement})})
+    where, _, placement = placement.rpartition(" ")
+    finetune = CONFIG.finetune.model_copy(update={"answer_placement": placement})
+    pause = CONFIG.pause.model_copy(update={"placement": placement})
+    config = CONFIG.model_copy(update={"finetune": finetune} if where else {"pause": pause})
 
     def record() -> dict[str, str]:
         """Return the record of a separate process."""
@@ -259,7 +264,8 @@ def test_a_different_policy_is_an_error_wherever_its_code_differs(placement, cha
     assert messages([before, record()]) == {""}
     (tmp_path / changed).write_text("4" if changed == "gap.txt" else f"{bodies[changed]}B = 2\n")
     (text,) = messages([before, record()])
-    assert (f"pauses by {placement} is " if changed == "gap.txt" else f"source of {placement} is ") in text
+    pauses = f"pauses {where and 'in answers '}by {placement} is "
+    assert (pauses if changed == "gap.txt" else f"source of {placement} is ") in text
 
 
 def test_variables_that_change_numerics_are_compared_but_not_threads():

@@ -11,7 +11,7 @@ import platform
 import stat
 import sys
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from pause_megatron.config.identity import compared_keys, corpus_names
 from pause_megatron.config.model_from import checkpoint_config
 from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.data.corpus.corpora import Corpora
+from pause_megatron.data.supervised.answers import AnswerPauses
 from pause_megatron.data.windows.pause import PauseInjector, PausePlan
 from pause_megatron.data.windows.token_texts import TokenTextTable
 from pause_megatron.errors import ConfigError
@@ -62,7 +63,10 @@ def run_record(verb: str, config: ResolvedConfig, world_size: int) -> dict[str, 
         record["model.from"] = _text(os.path.realpath(config.model.from_))
         record["content of model.from"] = _manifest(config.model.from_)
     if ":" in config.pause.placement:
-        record |= _policy(config)
+        record |= _policy(config.pause.placement, lambda: _window_gaps(config))
+    answers = config.finetune.answer_placement
+    if answers is not None and ":" in answers:
+        record |= _policy(answers, lambda: _answer_gaps(config, answers), "in answers ")
     record |= _objective(config)
     engine = deepspeed_config(config, data_parallel=batch_plan(config, world_size).data_parallel)
     record |= {f"{key} for DeepSpeed": _text(value) for key, value in _flat(engine)}
@@ -152,11 +156,12 @@ def _manifest(path: str) -> str:
         return "not there"
 
 
-def _policy(config: ResolvedConfig) -> dict[str, str]:
+def _policy(name: str, gaps: Callable[[], Iterator[np.ndarray]], where: str = "") -> dict[str, str]:
     """Return digests of a user's placement policy: its sources, and its gaps, which may depend on data files too."""
-    name, before = config.pause.placement, set(sys.modules)
-    gaps = _gaps_digest(config)  # first: a policy may import modules when it is called
-    return {f"source of {name}": _modules_digest(name.partition(":")[0], before), f"pauses by {name}": gaps}
+    before = set(sys.modules)
+    chosen = _gaps_digest(gaps)  # first: a policy may import modules when it is called
+    source = _modules_digest(name.partition(":")[0], before)
+    return {f"source of {name}": source, f"pauses {where}by {name}": chosen}
 
 
 def _objective(config: ResolvedConfig) -> dict[str, str]:
@@ -170,21 +175,35 @@ def _objective(config: ResolvedConfig) -> dict[str, str]:
     return {f"source of {name}": _modules_digest(name.partition(":")[0], before) for name in names}
 
 
-def _gaps_digest(config: ResolvedConfig) -> str:
-    """Return a digest of the gaps that the policy chooses in a few synthetic windows."""
-    pause, digest = config.pause, xxhash.xxh3_128()
+def _gaps_digest(gaps: Callable[[], Iterator[np.ndarray]]) -> str:
+    """Return a digest of the gaps that a policy chooses in a few synthetic windows or answers."""
+    digest = xxhash.xxh3_128()
     try:
-        plan = PausePlan.of(pause, config.data.sequence_length)
-        texts = TokenTextTable(_TOKENS, lambda ids: "".join(chr(32 + token) for token in ids), [])
-        injector = PauseInjector(plan, range(1), "", "", texts)
-        text = np.arange(plan.text_length, dtype=np.int64) % _TOKENS
-        side = None if config.data.side is None else (text * 7 % 11).astype(np.float32)
-        for sample in range(_WINDOWS):
-            gaps = injector.gaps(text, sample, side=side, documents=np.arange(0, text.size, 50))
-            digest.update(f"{gaps.size} ".encode() + gaps.tobytes())
+        for each in gaps():
+            digest.update(f"{each.size} ".encode() + each.tobytes())
     except Exception as error:  # reported where the windows of the run are built
         return f"no gaps, but {type(error).__name__}"
     return digest.hexdigest()
+
+
+def _window_gaps(config: ResolvedConfig) -> Iterator[np.ndarray]:
+    plan = PausePlan.of(config.pause, config.data.sequence_length)
+    injector = PauseInjector(plan, range(1), "", "", _synthetic_texts())
+    text = np.arange(plan.text_length, dtype=np.int64) % _TOKENS
+    side = None if config.data.side is None else (text * 7 % 11).astype(np.float32)
+    for sample in range(_WINDOWS):
+        yield injector.gaps(text, sample, side=side, documents=np.arange(0, text.size, 50))
+
+
+def _answer_gaps(config: ResolvedConfig, placement: str) -> Iterator[np.ndarray]:
+    pause, rate = config.pause, config.finetune.answer_rate
+    answers = AnswerPauses(placement, rate, pause.run, pause.pattern, _synthetic_texts())
+    for number in range(1, 1 + _WINDOWS):
+        yield answers.gaps(np.arange(number * _TOKENS // 2, dtype=np.int64) % _TOKENS, 0, "", 0, number=number)
+
+
+def _synthetic_texts() -> TokenTextTable:
+    return TokenTextTable(_TOKENS, lambda ids: "".join(chr(32 + token) for token in ids), [])
 
 
 def _modules_digest(module: str, before: set[str]) -> str:

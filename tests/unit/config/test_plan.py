@@ -37,6 +37,13 @@ def test_a_batch_that_does_not_divide_names_the_nearest_that_do():
         batch_plan(config, 16)
 
 
+@pytest.mark.parametrize(("objective", "rows"), [("cross_entropy", 58), ("anytime", 64), ("cyb_budget", 64)])
+def test_an_objective_over_runs_has_the_rows_of_their_pauses_in_the_head(objective, rows):
+    config = load(overrides=["data.sequence_length=64", "pause.run=2", f"objective={objective}"])
+    plan = batch_plan(config, 1)
+    assert (plan.target_rows, plan.targets) == (4 * rows, 32 * rows)
+
+
 def test_the_papers_arithmetic():
     assert pauses_per_window(0.1, 2048) == 205
     trim, exact = (PauseCounts(2048, 0.1, window) for window in ("trim", "exact"))
