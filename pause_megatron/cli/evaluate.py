@@ -20,6 +20,7 @@ from pause_megatron.cli.support.exported_model import (
     default_pauses,
     load_model,
 )
+from pause_megatron.cli.support.task_records import records_folder
 from pause_megatron.errors import ConfigError, DataError
 from pause_megatron.files.paths import path_option
 
@@ -146,12 +147,7 @@ def _examples(names: Sequence[str], args: argparse.Namespace, limit: int | None)
     tasks = [load_task(name) for name in names]
     found = []
     for task in tasks:
-        path = None if root is None else Path(root) / task.folder
-        if path is not None and not path.is_dir():
-            raise DataError(
-                f"--task-path {root}: expected the folder {task.folder} with the records of {task.name}, got none"
-            )
-        found.append((task, read_examples(task, args.split, None if path is None else str(path), limit, fraction)))
+        found.append((task, read_examples(task, args.split, records_folder(task, root), limit, fraction)))
     return found
 
 

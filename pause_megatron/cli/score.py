@@ -1,4 +1,4 @@
-"""`pause-megatron score`: write a side array of a corpus, from a model or from values of the user's own."""
+"""`pause-megatron score`: write a side array of a corpus, or the values of a task's answers."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from pause_megatron.cli import at_least
 from pause_megatron.errors import ConfigError
 from pause_megatron.files.paths import path_option, prefix_option
 
-HELP = "write a side array of a corpus: a model's loss or entropy at each token; parallel, resumable"
+HELP = "write a model's loss or entropy at each token of a corpus (a side array) or of a task's answers"
 
 _OF_MODELS = ("kind", "context", "batch_tokens", "processes", "device", "dtype", "store")
+_OF_CORPORA = ("values", "name", "processes", "store")
+_OF_TASKS = ("output", "task_path", "task_limit", "held_out")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,13 +33,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "After an interruption, the same command resumes from the finished units in PREFIX.NAME.parts/. Needs disk\n"
         "space for the values twice.\n\n"
         "A run uses the values with data.side=NAME.\n\n"
+        "With --task, a value is that of a token of a training record's answer, given its prompt. No pauses are read.\n"
+        "FILE is written at the end, whole. Values differ by less than 1e-5 between sizes of a batch (fp32). A\n"
+        "finetuning uses them with task.scores=FILE finetune.answer_placement=scored.\n\n"
         "examples:\n"
         "  pause-megatron score data/c4 --model out/ --name loss\n"
-        "  pause-megatron score data/c4 --values my_values.npy --name mine"
+        "  pause-megatron score data/c4 --values my_values.npy --name mine\n"
+        "  pause-megatron score --task gsm8k --model out/ --output gsm8k.safetensors"
     )
     parser.add_argument(
-        "prefix", type=prefix_option, metavar="PREFIX", help="prefix of a corpus that `prepare` or `adopt` made"
+        "prefix",
+        nargs="?",
+        type=prefix_option,
+        metavar="PREFIX",
+        help="prefix of a corpus that `prepare` or `adopt` made; or --task",
     )
+    _add_task_arguments(parser)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
         "--model",
@@ -52,8 +63,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="copy your own values instead: a .npy of numpy with one number for each token of the .bin, in its order",
     )
-    parser.add_argument("--name", default="score", metavar="NAME", help="writes PREFIX.NAME.npy (default: score)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a side array or units of other options")
+    parser.add_argument("--name", metavar="NAME", help="writes PREFIX.NAME.npy (default: score)")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a side array, units of other options, or --output"
+    )
     model = parser.add_argument_group("with --model")
     model.add_argument("--kind", choices=("loss", "entropy"), help="what a value is (default: loss)")
     model.add_argument(
@@ -83,8 +96,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     machine.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), help="of the forward pass; default: as stored")
 
 
+def _add_task_arguments(parser: argparse.ArgumentParser) -> None:
+    task = parser.add_argument_group("with --task, in place of PREFIX")
+    task.add_argument(
+        "--task",
+        type=path_option,
+        metavar="NAME",
+        help="the answers of a task: one that ships, a YAML file, or 'module:attribute'",
+    )
+    task.add_argument("--output", type=path_option, metavar="FILE", help="the file of values, such as x.safetensors")
+    task.add_argument(
+        "--task-path",
+        type=path_option,
+        metavar="DIR",
+        help="folder with the task's records in a folder of its name (default: the Hugging Face Hub)",
+    )
+    task.add_argument(
+        "--task-limit",
+        type=at_least(1),
+        metavar="N",
+        help="the records that task.limit=N of the finetuning trains on, and those held out (default: all)",
+    )
+    task.add_argument(
+        "--held-out",
+        type=float,
+        metavar="X",
+        help="task.held_out of the finetuning, for --task-limit and few-shot prompts (default: 0.05)",
+    )
+
+
 def run(args: argparse.Namespace) -> int:
-    """Write the side array and print a summary."""
+    """Write the side array or the values of answers, and print a summary."""
+    _check_source(args)
+    if args.task is not None:
+        return _score_task(args)
+    args.name = args.name or "score"
     given = {name: getattr(args, name) for name in _OF_MODELS if getattr(args, name) is not None}
     if args.values is not None:
         return _register(args, list(given))
@@ -108,6 +154,48 @@ def run(args: argparse.Namespace) -> int:
         f"({computed / scored.seconds:,.0f} tokens/s, start included)"
         + (f"; the values of {scored.reused:,} tokens were kept" if scored.reused else "")
     )
+    return 0
+
+
+def _check_source(args: argparse.Namespace) -> None:
+    """Check that there is a corpus or a task, and that each option belongs to it."""
+    if (args.prefix is None) == (args.task is None):
+        got = "neither" if args.task is None else "both"
+        raise ConfigError(f"PREFIX, --task: expected one of them, a corpus or a task, got {got}")
+    of_others = _OF_TASKS if args.task is None else _OF_CORPORA
+    for name in of_others:
+        if getattr(args, name) is not None:
+            expected = "--task" if args.task is None else "PREFIX"
+            raise ConfigError(f"--{name.replace('_', '-')}: expected {expected} with it, got the other")
+    if args.task is not None and args.output is None:
+        raise ConfigError("--output: expected the file to write with --task, got none")
+    if args.held_out is not None and not 0 <= args.held_out < 1:
+        raise ConfigError(f"--held-out: expected at least 0 and below 1, got {args.held_out}")
+
+
+def _score_task(args: argparse.Namespace) -> int:
+    from pause_megatron.cli.pretrain import silence_imports
+
+    silence_imports()
+    from pause_megatron.cli.support.task_records import records_folder
+    from pause_megatron.score.task import TaskScoreOptions, score_task
+    from pause_megatron.tasks import load_task
+    from pause_megatron.terminal.progress import StageProgress
+
+    given = {name: getattr(args, name) for name in ("kind", "context", "batch_tokens", "device", "dtype", "held_out")}
+    options = TaskScoreOptions(
+        path=records_folder(load_task(args.task), args.task_path),
+        limit=args.task_limit,
+        overwrite=args.overwrite,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    with _sigterm_ends(), StageProgress(sys.stderr, " tokens") as progress:
+        scored = score_task(args.task, args.model, args.output, options, progress.report)
+    print(
+        f"{args.output}: {options.kind} of {scored.values:,} tokens of {scored.examples:,} answers, mean "
+        f"{scored.mean:.4f} nats" + (f"; {scored.truncated:,} prompts cut on the left" if scored.truncated else "")
+    )
+    print(f"time: {scored.seconds:,.1f} s ({scored.values / scored.seconds:,.0f} tokens/s, start included)")
     return 0
 
 

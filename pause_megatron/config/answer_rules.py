@@ -27,13 +27,23 @@ def answer_placement_is_known(config: ResolvedConfig) -> Broken:
     keys = ("finetune.answer_placement",)
     if name is None or ":" in name:
         return None
-    fitting = [each for each in PLACEMENTS if each != "scored"]
-    if name not in fitting:
-        said = "; side arrays are of corpora" if name == "scored" else nearest(name, fitting)
-        return keys, f"{', '.join(fitting)} or 'module:attribute'{said}"
+    if name not in PLACEMENTS:
+        return keys, f"{', '.join(PLACEMENTS)} or 'module:attribute'{nearest(name, PLACEMENTS)}"
     if name == "isolated" and config.finetune.answer_rate > 1:
         return (*keys, "finetune.answer_rate"), "finetune.answer_rate <= 1 with isolated, so that no two pauses touch"
     return None
 
 
-ANSWER_RULES: list[Rule] = [answers_are_of_a_task, answer_placement_is_known]
+def scores_of_answers_are_used(config: ResolvedConfig) -> Broken:
+    """Check that placement by score has scores of the task's answers, and that scores have a use."""
+    name, scores = config.finetune.answer_placement, config.task.scores
+    if name == "scored" and scores is None:
+        keys = ("finetune.answer_placement", "task.scores")
+        return keys, "the file of `pause-megatron score --task` in task.scores with scored"
+    if scores is not None and (name is None or (name != "scored" and ":" not in name)):
+        keys = ("task.scores", "finetune.answer_placement")
+        return keys, "finetune.answer_placement=scored or a policy of yours with task.scores"
+    return None
+
+
+ANSWER_RULES: list[Rule] = [answers_are_of_a_task, answer_placement_is_known, scores_of_answers_are_used]

@@ -31,6 +31,7 @@ _OF_AN_EPOCH = (
         "finetune.batching",
         "task.name",
         "task.path",
+        "task.scores",
         "task.limit",
         "task.held_out",
     ),

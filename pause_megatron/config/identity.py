@@ -17,7 +17,7 @@ FREE_KEYS = frozenset(
         *("run.dir", "run.hang_seconds", "run.connect_seconds", "run.start_over"),
         *("data.prefix", "data.valid_prefix", "data.tokenizer", "data.cache"),  # the data are compared by their content
         *("data.verify", "data.prefetch"),
-        "task.path",
+        *("task.path", "task.scores"),
         *("model.attention", "model.head_chunk", "model.family", "model.positions"),
         "batch.micro_size",
         *("engine.ds_config", "engine.zero_stage", "engine.kernels", "engine.deterministic"),
@@ -47,9 +47,9 @@ ADDED_KEYS: dict[str, int | float | str | tuple[str, ...] | None] = {
     **{"lora.rank": 16, "lora.alpha": 32.0, "lora.targets": ("qkv", "proj", "fc1", "fc2"), "lora.layers": None},
 }
 # Keys that were added later and that no digest has, for they are free.
-ADDED_FREE_KEYS = ("model.family", "model.positions")
+ADDED_FREE_KEYS = ("model.family", "model.positions", "task.scores")
 # Keys that may differ between the ranks of a run: paths of copies whose content the ranks compare.
-LOCAL_KEYS = frozenset({"data.prefix", "data.valid_prefix", "data.tokenizer", "task.path"})
+LOCAL_KEYS = frozenset({"data.prefix", "data.valid_prefix", "data.tokenizer", "task.path", "task.scores"})
 
 
 def deciding_keys(config: ResolvedConfig) -> dict[str, Any]:

@@ -192,6 +192,11 @@ class TaskSection(Section):
         "0: no validation; null: as before this key existed (a limit counts from the start, validation reads the "
         "evaluation split)",
     )
+    scores: PathText | None = Field(
+        None,
+        description="file of `score --task`: a value for each token of the answers, for "
+        "finetune.answer_placement=scored or a policy of yours",
+    )
 
 
 class FinetuneSection(Section):

@@ -10,10 +10,11 @@ import numpy as np
 
 from pause_megatron.data.corpus.corpus import Corpus
 from pause_megatron.data.corpus.manifest import path_of
-from pause_megatron.errors import DataError
-from pause_megatron.inference.loading import DTYPES, check_folder
+from pause_megatron.errors import ConfigError, DataError
+from pause_megatron.inference.loading import DTYPES, check_folder, load
 from pause_megatron.inference.prompts import PauseInfo, PromptEncoder
 
+CONTEXT, BATCH_TOKENS = 2048, 8192
 _PLACES = 64
 _PLACE_TOKENS = 512
 
@@ -78,6 +79,66 @@ def read_facts(folder: Path) -> ModelFacts:
         dtype=stored.get(named, "fp32"),
         encoder=encoder,
     )
+
+
+def sizes(context: int | None, batch_tokens: int | None, facts: ModelFacts) -> tuple[int, int]:
+    """Return the largest number of tokens that are read at a time, and that of a forward pass.
+
+    Args:
+        context: The first one; None for 2048, or the model's positions if fewer.
+        batch_tokens: The second one; None for 8192, or the first one if larger.
+        facts: What the model's files say.
+
+    Raises:
+        ConfigError: The model has fewer positions, or the second is less than the first.
+    """
+    limit = facts.positions
+    context = context or min(CONTEXT, limit or CONTEXT)
+    if context < 2 or (limit is not None and context > limit):
+        raise ConfigError(f"--context: expected 2 to {limit:,}, the model's max_position_embeddings, got {context:,}")
+    batch_tokens = batch_tokens or max(BATCH_TOKENS, context)
+    if batch_tokens < context:
+        raise ConfigError(f"--batch-tokens: expected at least --context {context:,}, got {batch_tokens:,}")
+    return context, batch_tokens
+
+
+def find_devices(device: str) -> tuple[str, ...]:
+    """Return the devices of a scoring: all GPUs, or "cpu".
+
+    Args:
+        device: "cpu", "cuda", or "auto" for GPUs where there are any.
+
+    Raises:
+        ConfigError: "cuda" without a GPU.
+    """
+    import torch
+
+    count = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
+    if device == "cuda" and not count:
+        raise ConfigError("--device cuda: expected a CUDA device, this machine has none; use --device cpu")
+    return tuple(f"cuda:{number}" for number in range(count)) or ("cpu",)
+
+
+def load_model(folder: str | Path, device: str, dtype: str | None) -> Any:
+    """Load the model of a folder, quietly, with the fastest attention that computes it exactly.
+
+    Args:
+        folder: What `export-hf` wrote, or another transformers folder with safetensors.
+        device: "cpu", "cuda:0", ...
+        dtype: "fp32", "bf16" or "fp16"; None for that of the stored weights.
+
+    Raises:
+        DataError: It cannot be loaded.
+    """
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    attention = "sdpa" if getattr(known, "_supports_sdpa", True) else "eager"  # models with soft caps, such as Gemma 2
+    return load(folder, device=device, dtype=dtype, attention=attention).model
 
 
 def check_tokenizer(corpus: Corpus, folder: Path, facts: ModelFacts) -> None:

@@ -18,14 +18,13 @@ from pause_megatron.data.corpus.corpus import Corpus, open_corpus
 from pause_megatron.data.corpus.records import FileRecord, SideRecord
 from pause_megatron.data.corpus.side import SideArray, check_side_name, find_side
 from pause_megatron.data.corpus.side_writing import only_side_writer, require_free, write_side
-from pause_megatron.errors import ConfigError, DataError
+from pause_megatron.errors import DataError
 from pause_megatron.evaluate.fingerprint import model_fingerprint
-from pause_megatron.score.model import ModelFacts, check_tokenizer, read_facts
+from pause_megatron.score.model import ModelFacts, check_tokenizer, find_devices, read_facts, sizes
 from pause_megatron.score.plan import Parts, ScorePlan
 from pause_megatron.score.windows import Unit, document_offsets, unit_tokens, units_of
 from pause_megatron.terminal.progress import Report, no_report
 
-CONTEXT, BATCH_TOKENS = 2048, 8192
 _STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -98,8 +97,8 @@ def score(prefix: str | Path, folder: str | Path, options: ScoreOptions, report:
     check_side_name(options.name)
     corpus, facts = open_corpus(prefix), read_facts(Path(folder))
     check_tokenizer(corpus, Path(folder), facts)
-    context, batch_tokens = _sizes(options, facts)
-    devices = _devices(options.device)
+    context, batch_tokens = sizes(options.context, options.batch_tokens, facts)
+    devices = find_devices(options.device)
     digest = model_fingerprint(Path(folder), report=report)
     side = SideRecord(
         file=FileRecord(bytes=0, digest=""),
@@ -186,27 +185,6 @@ def _already_done(corpus: Corpus, side: SideRecord, name: str) -> SideArray | No
     if record is None or record.model_copy(update={"file": side.file}) != side:
         return None
     return find_side(corpus.prefix, name)
-
-
-def _sizes(options: ScoreOptions, facts: ModelFacts) -> tuple[int, int]:
-    """Return the context and the largest number of tokens of a forward pass."""
-    limit = facts.positions
-    context = options.context or min(CONTEXT, limit or CONTEXT)
-    if context < 2 or (limit is not None and context > limit):
-        raise ConfigError(f"--context: expected 2 to {limit:,}, the model's max_position_embeddings, got {context:,}")
-    batch_tokens = options.batch_tokens or max(BATCH_TOKENS, context)
-    if batch_tokens < context:
-        raise ConfigError(f"--batch-tokens: expected at least --context {context:,}, got {batch_tokens:,}")
-    return context, batch_tokens
-
-
-def _devices(device: str) -> tuple[str, ...]:
-    import torch
-
-    count = torch.cuda.device_count() if device != "cpu" and torch.cuda.is_available() else 0
-    if device == "cuda" and not count:
-        raise ConfigError("--device cuda: expected a CUDA device, this machine has none; use --device cpu")
-    return tuple(f"cuda:{number}" for number in range(count)) or ("cpu",)
 
 
 def _processes(folder: Path, plan: ScorePlan, devices: tuple[str, ...]) -> int:

@@ -11,6 +11,7 @@ import torch
 
 from pause_megatron.data.corpus.manifest import path_of
 from pause_megatron.errors import DataError
+from pause_megatron.score.model import load_model
 from pause_megatron.score.plan import Parts, ScorePlan
 from pause_megatron.score.values import Scorer
 from pause_megatron.score.windows import Unit, Window, batches_of
@@ -56,22 +57,9 @@ class UnitScorer:
     """
 
     def __init__(self, config: UnitConfig, device: str) -> None:
-        from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
-        from transformers.utils import logging
-
-        from pause_megatron.inference.loading import load
-
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
         self._config, side = config, config.plan.side
-        facts = AutoConfig.from_pretrained(config.model, trust_remote_code=False, local_files_only=True)
-        known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(facts), None)
-        attention = (
-            "sdpa" if getattr(known, "_supports_sdpa", True) else "eager"
-        )  # models with soft caps, such as Gemma 2
-        model = load(config.model, device=device, dtype=side.compute, attention=attention).model
-        self.model = model
-        self._scorer = Scorer(model, config.pauses, cast(Literal["loss", "entropy"], side.kind))
+        self.model = load_model(config.model, device, side.compute)
+        self._scorer = Scorer(self.model, config.pauses, cast(Literal["loss", "entropy"], side.kind))
         self._parts = Parts(config.prefix, config.name, config.plan)
         self._tokens = np.memmap(path_of(config.prefix, "bin"), dtype=config.bin_dtype, mode="r")
 
@@ -97,7 +85,7 @@ class UnitScorer:
             try:
                 found = self._scorer.values(*self._rows(batch)).numpy()
             except (RuntimeError, MemoryError) as error:
-                raise DataError(f"{unit}: {_describe(error)}") from None
+                raise DataError(f"{unit}: {describe(error)}") from None
             counts = [window.stop - window.scored for window in batch]
             for window, part in zip(batch, np.split(found, np.cumsum(counts)[:-1]), strict=True):
                 values[window.scored - unit.start : window.stop - unit.start] = part
@@ -141,7 +129,8 @@ class UnitScorer:
             )
 
 
-def _describe(error: Exception) -> str:
+def describe(error: Exception) -> str:
+    """Return the first line of an error of the device, and what helps against one of its memory."""
     text = str(error).strip().partition("\n")[0][:300] or type(error).__name__
     memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "memory" in text
     return f"out of memory ({text}); use fewer --batch-tokens or --processes" if memory else text

@@ -16,6 +16,7 @@ from pause_megatron.distributed import initialize
 from pause_megatron.distributed.agreement import failing_together
 from pause_megatron.distributed.context import started_ranks
 from pause_megatron.distributed.settings import settings_of
+from pause_megatron.files.digest import bytes_digest
 from pause_megatron.terminal.output import tolerant_output
 from pause_megatron.train.guards.same_run import run_record
 from pause_megatron.train.guards.signals import StopRequest, stop_signals
@@ -69,7 +70,7 @@ def finetune(config: ResolvedConfig, stop: StopRequest | None = None) -> int:
 
 
 def task_record(task: TaskData, data: TrainingData) -> dict[str, str]:
-    """Return digests of a run's examples and tokenizer, which must be the same on every rank.
+    """Return digests of a run's examples, their values and its tokenizer, which must be the same on every rank.
 
     Args:
         task: The training examples.
@@ -79,7 +80,10 @@ def task_record(task: TaskData, data: TrainingData) -> dict[str, str]:
     windows = data.valid.windows if data.valid else None
     for example in windows.examples if isinstance(windows, SupervisedWindows) else ():
         valid.update(np.concatenate([[len(example.prompt)], example.prompt, example.target, example.hints]).tobytes())
-    return {
+        valid.update(b"" if example.values is None else example.values.tobytes())
+    values = [each.values for each in task.windows.examples if each.values is not None]
+    scores = {"content of task.scores": bytes_digest(np.concatenate(values).tobytes())} if values else {}
+    return scores | {
         "content of task.path": task.fingerprint,
         "content of task.path for validation": valid.hexdigest(),
         "content of data.tokenizer": task.tokenizer.fingerprint,

@@ -91,7 +91,7 @@ def test_a_key_that_differs_between_ranks_is_an_error_or_local(key, base):
 
 def test_the_local_keys_are_few_and_their_content_is_compared():
     assert {key.path for key in keys().values() if key.local} == LOCAL_KEYS
-    assert {"data.prefix", "data.valid_prefix", "data.tokenizer", "task.path"} == LOCAL_KEYS
+    assert {"data.prefix", "data.valid_prefix", "data.tokenizer", "task.path", "task.scores"} == LOCAL_KEYS
 
 
 def test_equal_records_start():

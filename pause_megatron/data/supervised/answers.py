@@ -3,7 +3,8 @@
     A     tokens of an answer without its end-of-document token: the text that a policy sees.
     M_a   pauses within an answer, in whole runs: pause.run x round(finetune.answer_rate x A / pause.run), for a policy
           that takes a number of pauses; pause.run x A for `every`.
-    gap   g in 1..A: directly after the g-th token of the answer. Pauses before its first token are those of the prompt.
+    gap   g in 1..A: directly after the g-th token of the answer. Pauses before its first token are those of the prompt:
+          `scored` never chooses that token, however high its value, nor EOD, which is not part of the text.
 
 Pauses are inputs and never targets. What follows a run of them is predicted from its last pause. A draw is a function
 of (seed, task, epoch, example number): it does not depend on packing, ranks, or the step of a resume.
@@ -70,13 +71,14 @@ class AnswerPauses:
             return None
         return size * self.run if self.placement in _OF_ANY_NUMBER else self._count(size)
 
-    def gaps(self, answer: np.ndarray, *address: object, number: int) -> np.ndarray:
+    def gaps(self, answer: np.ndarray, *address: object, number: int, values: np.ndarray | None = None) -> np.ndarray:
         """Return the gaps of an answer.
 
         Args:
             answer: Its ids without EOD, [A].
             *address: Seed, task and epoch.
             number: Number of the example.
+            values: Values of these tokens, of `task.scores` [A]; None without them.
 
         Returns:
             Gaps in 1..A, int64, ascending. A gap that is there r times has r pauses.
@@ -90,7 +92,11 @@ class AnswerPauses:
         text.flags.writeable = False
         _, task, _ = address
         window = TextWindow(
-            text, self._count(text.size), self.rate, sample=number, dataset=str(task), split="answers", texts=self.texts
+            *(text, self._count(text.size), self.rate, values),
+            sample=number,
+            dataset=str(task),
+            split="answers",
+            texts=self.texts,
         )
         key = np.array(philox_key(*address, "answers"), dtype=np.uint64)
         rng = np.random.Generator(np.random.Philox(key=key, counter=(0, 0, number, 0)))

@@ -109,12 +109,14 @@ class EncodedExample(NamedTuple):
         prompt: Token ids, int32 [P].
         target: Token ids, int32 [T]. The last one is EOD.
         hints: Token ids of the hints, int32 [hints].
+        values: Values of the answer's tokens without EOD, fp32 [T - 1], for policies; None without `task.scores`.
     """
 
     id: str
     prompt: np.ndarray
     target: np.ndarray
     hints: np.ndarray = np.zeros(0, dtype=np.int32)
+    values: np.ndarray | None = None
 
 
 def continuations(tokenizer: Tokenizer) -> Continuations:

@@ -130,7 +130,7 @@ class SupervisedWindows:
         if answers is None:
             return ()
         gaps = [
-            answers.gaps(example.target[:-1], *self._address, epoch, number=number)
+            answers.gaps(example.target[:-1], *self._address, epoch, number=number, values=example.values)
             for number, example in enumerate(self.examples)
         ]
         for example, each in zip(self.examples, gaps, strict=True):

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from pause_megatron.config.batching import pause_range
 from pause_megatron.config.follow import fitting_warmup
 from pause_megatron.config.load import resolve, scheduled
@@ -13,6 +15,7 @@ from pause_megatron.config.model_from import checkpoint_config, read_config_text
 from pause_megatron.config.rules import check, warmup_ends
 from pause_megatron.config.schema import ResolvedConfig, ScheduledConfig, TaskSection
 from pause_megatron.config.text import read_entries
+from pause_megatron.data.supervised.answer_values import AnswerValues
 from pause_megatron.data.supervised.answers import AnswerPauses
 from pause_megatron.data.supervised.examples import (
     Arrangement,
@@ -39,7 +42,8 @@ class TaskData:
         windows: Training windows.
         tokenizer: Tokenizer that encoded them.
         pause_ids: The K pause ids.
-        fingerprint: Digest of the examples and of the tokenizer.
+        fingerprint: Digest of the examples, of the values of their answers, and of the tokenizer.
+        values: Values of answers, of `task.scores`; None without them.
     """
 
     config: ScheduledConfig
@@ -48,6 +52,7 @@ class TaskData:
     tokenizer: Tokenizer
     pause_ids: range
     fingerprint: str
+    values: AnswerValues | None = None
 
     @property
     def auxiliary_heads(self) -> int:
@@ -81,7 +86,8 @@ def open_task(config: ResolvedConfig) -> TaskData:
 
     Raises:
         ConfigError: No such task, no tokenizer, a filler of several tokens, or steps that contradict each other.
-        DataError: A malformed record, or an example that does not fit into a window; it is named.
+        DataError: A malformed record, or an example that does not fit into a window or has no values in `task.scores`;
+            it is named.
     """
     if config.task.name is None:
         raise ConfigError("task.name: expected a task to finetune on, got none (--recipe finetune-gsm8k names one)")
@@ -95,11 +101,12 @@ def open_task(config: ResolvedConfig) -> TaskData:
         from_start=config.task.held_out is None,
     )
     arrangement = _arrangement(config, tokenizer, pause_ids)
-    encoded = _encoded(examples, tokenizer, arrangement)
+    values = None if config.task.scores is None else AnswerValues.read(config.task.scores)
+    encoded = _encoded(examples, tokenizer, arrangement, values)
     windows = SupervisedWindows(encoded, arrangement, seed=config.run.seed, task=task.name)
-    content = (fingerprint(examples), tokenizer.fingerprint, tokenizer.eod, tokenizer.pause_id)
+    content = (fingerprint(examples), tokenizer.fingerprint, tokenizer.eod, tokenizer.pause_id, *_digests(encoded))
     digest = bytes_digest(repr(content).encode())
-    return TaskData(with_steps(config, windows), task, windows, tokenizer, pause_ids, digest)
+    return TaskData(with_steps(config, windows), task, windows, tokenizer, pause_ids, digest, values)
 
 
 def as_begun(config: ResolvedConfig) -> ResolvedConfig:
@@ -142,7 +149,7 @@ def held_out(data: TaskData) -> tuple[SupervisedWindows, SupervisedWindows]:
         reason = f"validation.every={config.validation.every} scores held-out examples; validation.every=0 needs none"
         raise type(error)(f"{error}. {reason}") from None
     arrangement = data.windows.arrangement
-    encoded, most = _encoded(examples, data.tokenizer, arrangement), arrangement.pauses[-1]
+    encoded, most = _encoded(examples, data.tokenizer, arrangement, data.values), arrangement.pauses[-1]
     if data.auxiliary_heads and (more := max(example.hints.size for example in encoded)) > data.auxiliary_heads:
         which = next(each.id for each, one in zip(examples, encoded, strict=True) if one.hints.size == more)
         raise DataError(
@@ -230,6 +237,16 @@ def _answers(config: ResolvedConfig, tokenizer: Tokenizer) -> AnswerPauses | Non
     return AnswerPauses(placement, config.finetune.answer_rate, pause.run, pause.pattern, token_texts(tokenizer))
 
 
-def _encoded(examples: Sequence[Example], tokenizer: Tokenizer, arrangement: Arrangement) -> list[EncodedExample]:
+def _encoded(
+    examples: Sequence[Example], tokenizer: Tokenizer, arrangement: Arrangement, values: AnswerValues | None
+) -> list[EncodedExample]:
     encoded = encode_examples(examples, tokenizer)
+    if values is not None:
+        encoded = values.of(encoded)
     return with_hints(encoded, examples, tokenizer) if arrangement.hints else encoded
+
+
+def _digests(encoded: Sequence[EncodedExample]) -> tuple[str, ...]:
+    """Return the digest of the values of answers; nothing without them, so that earlier digests stay."""
+    values = [example.values for example in encoded if example.values is not None]
+    return (bytes_digest(np.concatenate(values).tobytes()),) if values else ()

@@ -125,6 +125,11 @@ BROKEN = {
         ["finetune.answer_placement=unifrom", "task.name=a:b"],
         "every or 'module:attribute'. Did you mean 'uniform'?; got finetune.answer_placement=unifrom (command line)",
     ),
+    "scores_of_answers_are_used": (
+        ["task.scores=f", "task.name=a:b"],
+        "finetune.answer_placement=scored or a policy of yours with task.scores; got task.scores=f (command line), "
+        "finetune.answer_placement=None (default)",
+    ),
     "adapters_are_trained": (
         ["lora.rank=4", "lora.layers=0..1"],
         "expected train.only=lora with keys of lora; got lora.rank=4 (command line), lora.layers=0..1 (command line)",
@@ -181,7 +186,8 @@ def test_hints_need_a_task_and_appended_pauses(overrides, expected):
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["finetune.answer_placement=scored"], "or 'module:attribute'; side arrays are of corpora; got"),
+        (["finetune.answer_placement=every", "task.scores=f"], "=scored or a policy of yours with task.scores; got"),
+        (["finetune.answer_placement=scored"], "`pause-megatron score --task` in task.scores with scored; got"),
         (["finetune.answer_placement=after", "pause.pattern=a["], "a regular expression (unterminated character set"),
         (["finetune.answer_placement=every", "pause.pattern=x"], "after or before with pause.pattern; got"),
         (["finetune.answer_placement=isolated", "finetune.answer_rate=1.5"], "finetune.answer_rate <= 1 with isolated"),
@@ -311,6 +317,8 @@ def test_all_broken_rules_are_reported_together():
         ["task.name=gsm8k", "finetune.batching=padded", "model.attention=te"],
         ["task.name=gsm8k", "finetune.answer_placement=with_replacement", "finetune.answer_rate=2"],
         ["task.name=gsm8k", "finetune.answer_placement=every", "pause.run=2"],
+        ["task.name=gsm8k", "finetune.answer_placement=scored", "task.scores=f", "pause.run=2"],
+        ["task.name=gsm8k", "finetune.answer_placement=a:b", "task.scores=f"],
     ],
 )
 def test_combinations_that_are_fine(overrides):

@@ -97,7 +97,7 @@ def test_ids_are_those_of_inference_with_the_exported_tokenizer(task_records, tm
     split = "eval" if task == "hellaswag" else "train"
     examples = read_examples(load_task(task), split, str(task_records / task), 150)
     encoded = encode_examples(examples, native)
-    for example, (name, prompt, target, _) in zip(examples, encoded, strict=True):
+    for example, (name, prompt, target, *_) in zip(examples, encoded, strict=True):
         assert name == example.id
         assert prompt.tolist() == encoder.encode(example.prompt)
         assert target.tolist() == [*encoder.encode_continuation(example.target), native.eod]
@@ -115,7 +115,7 @@ def test_loss_is_on_the_target_only_from_the_last_prefix_token_on(examples, loca
     seen = set()
     for number in range(5):
         (item,) = dataset.epoch(0).windows[number]
-        _, prompt, target, _ = examples[item]
+        _, prompt, target, *_ = examples[item]
         sample = {name: value.numpy() for name, value in dataset[number].items()}
         length, first = prompt.size + count + target.size - 1, prompt.size + count - 1
         assert np.flatnonzero(sample["loss_mask"]).tolist() == list(range(first, length))
