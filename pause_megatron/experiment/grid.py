@@ -173,6 +173,8 @@ class _Expansion:
             config = _finetuning_config(which.task, recipe, overrides, model.config)
         name = f"finetune-{variant.model}-{which.task}-m{which.m_ft}{_marks(variant.set)}-s{which.seed}"
         folder = () if records.folder is None else as_overrides({"task.path": records.folder})
+        file = config.task.scores
+        scores = {} if file is None else {"scores": self.inputs.scores.get(file, NOT_READ)}
         rows = self.inputs.vocabulary + config.pause.embeddings
         per_token = flops_per_token(config.model, rows, config.data.sequence_length)
         return Cell(
@@ -185,7 +187,7 @@ class _Expansion:
                 *folder,
                 f"run.dir={OUTPUT}",
             ),
-            {"config": _plain(digest_keys(config)), "records": records.train},
+            {"config": _plain(digest_keys(config)), "records": records.train, **scores},
             pretrained,
             Estimate(config.train.steps, config.train.tokens, per_token),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from pause_megatron.config.blend import is_number
 from pause_megatron.config.schema import TaskSection
@@ -13,6 +14,8 @@ from pause_megatron.data.corpus.side import find_side
 from pause_megatron.errors import ConfigError, DataError
 from pause_megatron.experiment.models import resolve_models
 from pause_megatron.experiment.schema import Grid
+from pause_megatron.files.digest import file_digest
+from pause_megatron.files.paths import expanded
 from pause_megatron.tasks import fingerprint, load_task, metrics_of, read_examples
 
 ASSUMED_VOCABULARY = 32_000
@@ -47,12 +50,14 @@ class Inputs:
         vocabulary: Number of text tokens.
         tasks: Records by the grid's names of tasks.
         sides: Digests of the side arrays that models use (`data.side`), by name.
+        scores: Digests of the files of values of answers (`task.scores`), by path.
     """
 
     corpus: str
     vocabulary: int
     tasks: Mapping[str, TaskRecords]
     sides: Mapping[str, str] = field(default_factory=dict)
+    scores: Mapping[str, str] = field(default_factory=dict)
 
 
 def assumed_inputs(grid: Grid) -> Inputs:
@@ -76,7 +81,7 @@ def read_inputs(grid: Grid) -> Inputs:
     corpus = " ".join(manifests[word].fingerprint if word in manifests else word for word in words)
     vocabulary = next(iter(manifests.values())).tokenizer.vocab_size
     sides = _sides(grid, manifests, vocabulary)
-    return Inputs(corpus, vocabulary, {name: _records(grid, name) for name in grid.tasks}, sides)
+    return Inputs(corpus, vocabulary, {name: _records(grid, name) for name in grid.tasks}, sides, _scores(grid))
 
 
 def _sides(grid: Grid, manifests: Mapping[str, CorpusManifest], vocabulary: int) -> dict[str, str]:
@@ -91,6 +96,19 @@ def _sides(grid: Grid, manifests: Mapping[str, CorpusManifest], vocabulary: int)
         except DataError as error:
             raise DataError(f"models.{name}: data.side={side}: {error}") from None
         found[side] = " ".join(array.record.file.digest for array in arrays)
+    return found
+
+
+def _scores(grid: Grid) -> dict[str, str]:
+    """Return the digests of the files of values of answers that the finetunings use."""
+    found = {}
+    sections = (grid.finetune, *grid.tasks.values(), *grid.variants.values())
+    for given in (section.set["task.scores"] for section in sections if section.set.get("task.scores")):
+        try:
+            path = expanded(str(given))
+            found[path] = file_digest(Path(path))
+        except (OSError, ValueError) as error:
+            raise DataError(f"task.scores={given}: expected a file of `score --task`, got none ({error})") from None
     return found
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.ranks import run_on_ranks
+from support.ranks import RankError, run_on_ranks
 from support.tiny_llama import write_folder
 
 from pause_megatron.cli import main
@@ -128,6 +128,8 @@ def test_a_finetuning_places_pauses_before_the_answers_least_expected_tokens(fil
     other = [*resumed, f"task.scores={files}/entropy.safetensors"]
     changed = open_task(load(overrides=other))
     assert changed.fingerprint != data.fingerprint
+    with pytest.raises(RankError, match="another configuration.*corpus: xxh3_128:.* in the checkpoint"):
+        run_on_ranks(1, tune, other)
     records = [task_record(each, training_data(each)) for each in (data, changed)]
     assert {name for name in records[0] if records[0][name] != records[1][name]} == {
         *("content of task.path", "content of task.path for validation", "content of task.scores")

@@ -1,4 +1,6 @@
-"""A grid whose models need a side array: missing ones are refused with the command, others are in the fingerprint."""
+"""A grid whose models need a side array, or whose finetunings need values of answers: missing ones are refused, others
+are in the fingerprint.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +14,7 @@ from support.small_grid import GRID, write_grid, write_records
 from pause_megatron.cli import main
 from pause_megatron.data.corpus.side_writing import register_values
 from pause_megatron.errors import DataError
+from pause_megatron.experiment.grid import expand
 from pause_megatron.experiment.inputs import read_inputs
 from pause_megatron.experiment.load import load_grid
 
@@ -41,6 +44,22 @@ def test_a_missing_side_array_is_refused_with_the_command(tmp_path):
     np.save(tmp_path / "values.npy", tokens)
     register_values(str(prefix), "loss", tmp_path / "values.npy", overwrite=False)
     assert set(read_inputs(grid).sides) == {"loss"}
+    _check_values_of_answers(path, given, tmp_path / "answers.safetensors")
+
+
+def _check_values_of_answers(path: Path, given: list[str], file: Path) -> None:
+    """The content of `task.scores`, and not its path, is in the fingerprints of the finetunings."""
+    keys = ["finetune.answer_placement=scored", f"task.scores={file}"]
+    more = [f"finetune.set.{key}" for key in keys]
+    with pytest.raises(DataError, match=r"answers\.safetensors: expected a file of `score --task`, got none"):
+        read_inputs(load_grid(path, overrides=[*given, *more]))
+    fingerprints = []
+    for content, name in ((b"1", file), (b"2", file), (b"1", file.with_name("moved"))):
+        name.write_bytes(content)
+        grid = load_grid(path, overrides=[*given, *more[:1], f"finetune.set.task.scores={name}"])
+        cells = expand(grid, read_inputs(grid)).cells
+        fingerprints.append({cell.fingerprint for cell in cells if cell.verb == "finetune"})
+    assert fingerprints[0] == fingerprints[2] and not fingerprints[0] & fingerprints[1]
 
 
 def _tokens(prefix: str) -> int:
