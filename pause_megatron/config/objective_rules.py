@@ -84,7 +84,7 @@ def requests_have_pauses(config: ResolvedConfig) -> Broken:
     if not config.objective.name.startswith(CYB):
         return None
     if config.task.name is None:
-        if config.pause.rate == 0 and config.pause.placement != "every":
+        if config.pause.rate == 0:
             return ("objective.name", "pause.rate"), "pause.rate > 0, for requests are learned from runs of pauses"
         return None
     if not _most_pauses(config):

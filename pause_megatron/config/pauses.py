@@ -74,6 +74,11 @@ class PauseCounts:
         return self.inserted / self.sequence_length
 
     @property
+    def nominal_rate(self) -> float:
+        """Pauses as a fraction of a long window: `pause.rate`, except for `every`, which uses that as a switch only."""
+        return self.run / (self.run + 1) if self.placement == "every" and self.rate else self.rate
+
+    @property
     def text_length(self) -> int:
         """T, text tokens drawn for a window: N + 1 - M (exact) or N + 1 (trim)."""
         return self.sequence_length + 1 - (0 if self.window == "trim" else self.inserted)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pause_megatron.checkpoint.merge import MergedReader
-from pause_megatron.config.batching import pause_range
+from pause_megatron.config.batching import pause_counts, pause_range
 from pause_megatron.config.families import Family, families_of
 from pause_megatron.config.objective_rules import requests
 from pause_megatron.config.schema import ResolvedConfig
@@ -231,7 +231,7 @@ def pause_record(checkpoint: NativeCheckpoint, names: Sequence[str], finetuned_p
     return {
         **pause_entry(names, checkpoint.pause_ids),
         "m_ft": finetuned_pauses,
-        "rate": pause.rate if config.model.from_ or not finetuned else 0.0,
+        "rate": pause_counts(config).nominal_rate if config.model.from_ or not finetuned else 0.0,
         "realised_rate": 1 - progress.get("text_tokens", 0) / tokens if tokens else None,
         "window": pause.window,
         "placement": pause.placement,

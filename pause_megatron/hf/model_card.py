@@ -132,7 +132,10 @@ def _recipe(
         ("text tokens seen", f"{progress.get('text_tokens', 0):,}"),
         ("pauses in pretraining", f"{pause['rate']:g} of the window, window `{config.pause.window}`"),
         ("realised pause rate", "not recorded" if realised is None else f"{realised:.4%} of the input tokens"),
-        ("placement", f"`{config.pause.placement}`"),
+        (
+            "placement",
+            f"`{config.pause.placement}`" + ("" if config.pause.run == 1 else f", runs of {config.pause.run}"),
+        ),
         *([("pause positions", "`shared`: those of the text before them")] if "positions" in pause else []),
         ("pause embeddings", f"{config.pause.embeddings} (ids {pause['ids']})"),
         ("pause softmax", f"`{config.pause.softmax}`"),

@@ -22,7 +22,8 @@ SHAPE = (
     *("data.sequence_length", "data.intra_document_masking", "batch.micro_size", "engine.precision"),
     *("parallel.tensor", "parallel.sequence", "parallel.recompute"),
     *("model.attention", "model.head_chunk", "model.vocab_multiple"),
-    *("pause.rate", "pause.window", "pause.softmax", "pause.embeddings"),
+    *("pause.rate", "pause.window", "pause.run", "pause.softmax", "pause.embeddings"),
+    *("objective.name", "objective.z_loss", "objective.token_weights"),
     *("engine.deterministic", "train.only"),
 )
 
@@ -106,12 +107,17 @@ def _differences(
     stored, planned = _part(record, "config", path), config.model_dump(mode="json")
     for key in SHAPE:
         section, name = key.split(".")
-        _part(stored, section, path)
+        if key not in ADDED_KEYS:
+            _part(stored, section, path)
         measured, now = stored_value(stored, key), planned[section][name]
         if measured is None:  # a key that the version which measured lacked
             measured = ADDED_KEYS.get(key)
         if measured != now:
             yield f"{key}={measured}, planned {now}"
+    # Other placements make other windows with as many pauses (synthetic ids have none for some of them).
+    placements = str(stored["pause"].get("placement")), planned["pause"]["placement"]
+    if placements.count("every") == 1:
+        yield f"pause.placement={placements[0]}, planned {placements[1]}"
     fused = planned["engine"]["kernels"] != "plain"
     if (record.get("kernels") != "plain") != fused:
         yield f"engine.kernels={record.get('kernels')}, planned {planned['engine']['kernels']}"

@@ -91,12 +91,16 @@ class UnitScorer:
                 values[window.scored - unit.start : window.stop - unit.start] = part
             if not on_tokens(len(found)):
                 return False
-        stored = values.astype(side.dtype)
+        with np.errstate(over="ignore"):
+            stored = values.astype(side.dtype)
         if not (finite := np.isfinite(stored)).all():
             first = int(np.argmin(finite))
+            remedy = "compute with --dtype fp32, or check the model"
+            if np.isfinite(values[first]):
+                remedy = "choose --store float32"
             raise DataError(
                 f"{unit}: token {unit.start + first:,}: expected a finite {side.kind} in {side.dtype}, got "
-                f"{values[first]}; compute with --dtype fp32, or check the model"
+                f"{values[first]}; {remedy}"
             )
         self._parts.save(unit, stored)
         return True

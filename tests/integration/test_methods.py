@@ -79,6 +79,15 @@ def test_the_pages_commands_train_export_and_generate(workplace):
     assert entries["out-every-k"]["decoding"] == {"every": 1, "count": 1, "in_prompt": True}
     assert (entries["out-every-k"]["placement"], entries["out-every-k"]["positions"]) == ("every", "shared")
     assert entries["out-cyb"]["requests"] == 2 and entries["out-dit"]["placement"] == "scored"
+    assert entries["out-every-k"]["rate"] == 0.5  # pause.rate says nothing there
+    cards = {name: (workplace / name / "README.md").read_text() for name in entries}
+    assert "| 0.5 of the window" in cards["out-every-k"]
+    assert "within answers**: a pause after every token, in prompts too.\n" in cards["out-every-k"]
+    assert "| objective | `cyb_anytime`, discount 0.9 |" in cards["out-cyb"]
+    assert "selects `<pause>`, a request, up to 2 before a token.\n" in cards["out-cyb"]
+    assert "| placement | `uniform`, runs of 2 |" in cards["out-cyb"]
+    assert "must not emit" not in cards["out-cyb"] and "pauses=0, max_new_tokens" in cards["out-cyb"]
+    assert "within answers" not in cards["out-looped"] + cards["out-std"]
     assert all("decoding" not in entries[name] for name in ("out-cyb", "out-dit", "out-looped"))
     lines = [json.loads(line) for line in (workplace / "runs/tiny-cyb/metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 20 and lines[-1]["loss"] < lines[0]["loss"]

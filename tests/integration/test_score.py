@@ -270,7 +270,13 @@ def test_a_model_that_gives_no_number(folder: Path, corpus: Path, tmp_path: Path
 
     shutil.copytree(folder / "model", tmp_path / "model")
     weights = load_file(tmp_path / "model" / "model.safetensors")
-    weights["model.norm.weight"][0] = torch.nan
+    norm = weights["model.norm.weight"].clone()
+    weights["model.norm.weight"] = 1e5 * norm
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    assert main(arguments(corpus, tmp_path / "model", "--processes", "1", "--store", "float16")) == 2
+    message = capsys.readouterr().err
+    assert "expected a finite loss in float16" in message and "choose --store float32" in message
+    weights["model.norm.weight"] = norm.index_fill(0, torch.tensor(0), torch.nan)
     save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
     assert main(arguments(corpus, tmp_path / "model", "--processes", "1")) == 2
     message = capsys.readouterr().err

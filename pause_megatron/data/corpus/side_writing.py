@@ -177,6 +177,8 @@ def remove_sides(paths: Iterable[Path]) -> None:
 
 def _read_values(path: Path, tokens: int) -> np.ndarray:
     """Memory-map a user's array after checking its header."""
+    if path.exists() and not path.is_file():  # reading a pipe would wait
+        raise DataError(f"{path}: expected a file of values (.npy), got something else of that name")
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError as error:
@@ -184,7 +186,7 @@ def _read_values(path: Path, tokens: int) -> np.ndarray:
     except Exception as error:  # numpy evaluates the header: what it raises depends on what is there
         raise DataError(
             f"{path}: expected an array of numbers in numpy's format (.npy), got a file that numpy refuses "
-            f"({type(error).__name__}: {str(error)[:200]})"
+            f"({type(error).__name__})"
         ) from None
     if not isinstance(array, np.ndarray):  # an archive (.npz)
         raise DataError(f"{path}: expected one array (.npy), got an archive of arrays")

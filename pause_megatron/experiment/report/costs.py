@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pause_megatron.config.batching import pause_counts
 from pause_megatron.config.load import load_saved
 from pause_megatron.errors import DataError
 from pause_megatron.experiment.cell import PRODUCT
@@ -28,7 +29,7 @@ class PretrainedModel:
         layers: Number of layers.
         hidden: Hidden size.
         parameters: Number of parameters.
-        pause_rate: `pause.rate` of the run.
+        pause_rate: `pause.rate` of the run; with `every`, what its runs make of it.
         steps: Optimizer steps.
         raw_tokens: Text and pause tokens.
         text_tokens: Text tokens.
@@ -85,7 +86,7 @@ def pretrained(collected: Collected) -> list[PretrainedModel]:
                 layers=config.model.layers,
                 hidden=config.model.hidden,
                 parameters=cell.parameters,
-                pause_rate=config.pause.rate,
+                pause_rate=pause_counts(config).nominal_rate,
                 steps=last["step"],
                 raw_tokens=last["tokens"],
                 text_tokens=last["text_tokens"],

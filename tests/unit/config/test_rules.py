@@ -65,7 +65,10 @@ BROKEN = {
         ["objective=cyb_budget", "pause.softmax=exclude"],
         "pause.softmax=keep, whose pause logit is the request",
     ),
-    "requests_have_pauses": (["objective=cyb_anytime", "pause.rate=0"], "pause.rate > 0, for requests are learned"),
+    "requests_have_pauses": (
+        ["objective=cyb_anytime", "pause.placement=every", "pause.rate=0"],
+        "pause.rate > 0, for requests are learned",
+    ),
     "steps_see_no_later_pause": (
         ["task.name=gsm8k", "objective=anytime", "finetune.prefix_attention=bidirectional", "finetune.pauses=4"],
         "a causal prefix with it",

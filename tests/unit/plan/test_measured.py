@@ -92,6 +92,9 @@ def test_an_mfu_that_is_given_still_wins(planned, found):
         (["batch.micro_size=8", "parallel.recompute=full"], "batch.micro_size=4, planned 8; parallel.recompute=none"),
         (["data.sequence_length=1024"], "data.sequence_length=2048, planned 1024"),
         (["engine.kernels=plain"], "engine.kernels=triton, planned plain"),
+        (["pause.run=4"], "pause.run=1, planned 4"),
+        (["pause.placement=every"], "pause.placement=uniform, planned every"),
+        (["objective.z_loss=0.1"], "objective.z_loss=0.0, planned 0.1"),
     ],
 )
 def test_another_run_is_refused(planned, found, arguments, difference):
@@ -103,6 +106,13 @@ def test_another_run_is_refused(planned, found, arguments, difference):
 def test_a_run_on_other_ranks_is_the_same(planned, found):
     code, _, _ = planned(as_record(found), "--nodes", "16")
     assert code == 0
+
+
+def test_another_placement_of_as_many_pauses_is_the_same_work(planned, found):
+    """Also in a record from before the keys of runs and objectives."""
+    record = as_record(found)
+    del record["config"]["objective"], record["config"]["pause"]["run"]
+    assert planned(record, "pause.placement=isolated")[0] == 0
 
 
 @pytest.mark.parametrize(
