@@ -102,8 +102,12 @@ def _sides(grid: Grid, manifests: Mapping[str, CorpusManifest], vocabulary: int)
 def _scores(grid: Grid) -> dict[str, str]:
     """Return the digests of the files of values of answers that the finetunings use."""
     found = {}
-    sections = (grid.finetune, *grid.tasks.values(), *grid.variants.values())
-    for given in (section.set["task.scores"] for section in sections if section.set.get("task.scores")):
+    sets = [
+        grid.finetune.set,
+        *(each.set for each in grid.tasks.values()),
+        *(each.set for each in grid.variants.values()),
+    ]
+    for given in (keys["task.scores"] for keys in sets if keys.get("task.scores")):
         try:
             path = expanded(str(given))
             found[path] = file_digest(Path(path))

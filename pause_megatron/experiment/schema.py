@@ -110,7 +110,7 @@ class Decoding(GridSection):
     entropy: float | None = Field(None, ge=0)
     requests: bool | None = None
     count: int | None = Field(None, ge=1)
-    limit: int | None = Field(None, ge=0)
+    limit: int | None = Field(None, ge=1)
     in_prompt: bool | None = None
 
     @property

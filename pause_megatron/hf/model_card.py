@@ -8,7 +8,7 @@ from typing import Any
 from pause_megatron.config.families import Family
 from pause_megatron.config.model_schema import ResolvedModel
 from pause_megatron.config.presets import parameters
-from pause_megatron.config.schema import ResolvedConfig
+from pause_megatron.config.schema import ObjectiveSection, ResolvedConfig
 
 DEFAULT_PAUSES = 10
 """M of the card's example where M_ft is unknown: the better choice on most tasks of the paper."""
@@ -35,13 +35,17 @@ def model_card(
         live_rows: Rows of the embedding.
         dtype: "fp32", "bf16" or "fp16".
     """
-    count, shared = pause["m_ft"] or DEFAULT_PAUSES, pause.get("positions") == "shared"
+    within, shared = within_answers(pause), pause.get("positions") == "shared"
+    count = pause["m_ft"] or (0 if within else DEFAULT_PAUSES)
+    usage = _SHARED_USAGE if shared else _USAGE if within is None else _WITHIN_USAGE
+    suppressed = "" if pause.get("requests") else _SUPPRESSED.format(ids=pause["ids"])
     sections = [
         _FRONT,
         f"# {_title(config, pause)}\n",
         _INTRODUCTION.format(title=family.title, architecture=family.architecture),
         "## Use\n",
-        (_SHARED_USAGE if shared else _USAGE).format(token=pause["token"], count=count, ids=pause["ids"]),
+        usage.format(token=pause["token"], count=count, ids=pause["ids"], suppressed=suppressed).strip() + "\n",
+        *([] if within is None else [_WITHIN.format(words=within)]),
         "## Recipe\n",
         _table(_recipe(config, progress, pause, step, live_rows, dtype)),
         _notes(config, pause),
@@ -74,10 +78,30 @@ print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```
 
 Append the pauses to the prompt, directly and without a space; they are read in one forward pass. What the model
-predicts before the last pause is ignored. The model must not emit pauses: `generation_config.json` suppresses the ids
-{ids} in transformers. vLLM and others do not read that: pass `bad_words` or a `logit_bias` there.
+predicts before the last pause is ignored. {suppressed}
 """
 
+_SUPPRESSED = """The model must not emit pauses: `generation_config.json` suppresses the ids
+{ids} in transformers. vLLM and others do not read that: pass `bad_words` or a `logit_bias` there."""
+
+_WITHIN_USAGE = """```python
+from pause_megatron.inference import pause_generate
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+model = AutoModelForCausalLM.from_pretrained("FOLDER")
+inputs = tokenizer(prompt, return_tensors="pt")
+output = model.generate(**inputs, custom_generate=pause_generate, pauses={count}, max_new_tokens=64)
+print(tokenizer.decode(output[0], skip_special_tokens=True))
+```
+
+{suppressed}
+"""
+
+_WITHIN = """**Pauses within answers**: {words}.
+`pause_generate` and `pause-megatron generate` put them there, as `config.json` says ("pause"); they are read and not
+shown. transformers' own `generate` has none of them.
+"""
 
 _SHARED_USAGE = """```python
 from pause_megatron.inference import pause_generate
@@ -102,8 +126,23 @@ logits = model(**inputs, position_ids=(is_text.cumsum(1) - 1).clamp(min=0)).logi
 ```
 
 Programs that count a position for every token (transformers' own `generate`, vLLM and others) compute something else.
-Use attention "sdpa" or "eager". The model must not emit pauses: `generation_config.json` suppresses the ids {ids}.
+Use attention "sdpa" or "eager". {suppressed}
 """
+
+
+def within_answers(pause: Mapping[str, Any]) -> str | None:
+    """Return where generation puts pauses within answers, in words; None for nowhere.
+
+    Args:
+        pause: The "pause" entry of config.json.
+    """
+    found = []
+    if decoding := pause.get("decoding"):
+        many = "a pause" if decoding["count"] == 1 else f"{decoding['count']} pauses"
+        found.append(f"{many} after every token" + (", in prompts too" if decoding.get("in_prompt") else ""))
+    if most := pause.get("requests"):
+        found.append(f"one each time that the model selects `{pause['token']}`, a request, up to {most} before a token")
+    return "; ".join(found) or None
 
 
 def _title(config: ResolvedConfig, pause: Mapping[str, Any]) -> str:
@@ -136,6 +175,7 @@ def _recipe(
             "placement",
             f"`{config.pause.placement}`" + ("" if config.pause.run == 1 else f", runs of {config.pause.run}"),
         ),
+        *([("objective", _objective(config.objective))] if config.objective != ObjectiveSection() else []),
         *([("pause positions", "`shared`: those of the text before them")] if "positions" in pause else []),
         ("pause embeddings", f"{config.pause.embeddings} (ids {pause['ids']})"),
         ("pause softmax", f"`{config.pause.softmax}`"),
@@ -151,6 +191,12 @@ def _recipe(
     if config.train.only:
         rows.append(("trained", f"`{config.train.only}` only"))
     return rows
+
+
+def _objective(objective: ObjectiveSection) -> str:
+    """Return the objective with the keys that differ from their defaults."""
+    given = {name: value for name, value in objective if value != ObjectiveSection.model_fields[name].default}
+    return ", ".join(f"`{value}`" if name == "name" else f"{name} {value}" for name, value in given.items())
 
 
 def _loops(model: ResolvedModel) -> str:
@@ -198,7 +244,7 @@ def _table(rows: list[tuple[str, str]]) -> str:
 
 def _notes(config: ResolvedConfig, pause: Mapping[str, Any]) -> str:
     notes = []
-    if pause["m_ft"] is None:
+    if pause["m_ft"] is None and within_answers(pause) is None:
         notes.append(
             f"The example appends {DEFAULT_PAUSES} pauses. A model that was not finetuned with pauses need not gain "
             "from them: compare with none."

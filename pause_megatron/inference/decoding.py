@@ -71,6 +71,22 @@ class DecodingPauses:
         return self.every is not None or self.after is not None
 
     @property
+    def words(self) -> str:
+        """Where pauses stand, in words; "" for nowhere."""
+        count, found = "a pause" if self.count == 1 else f"{self.count} pauses", []
+        if self.every is not None:
+            found.append(f"{count} after every {'token' if self.every == 1 else f'{self.every} tokens'}")
+        if self.after is not None:
+            found.append(f"{count} after each token that contains {self.after!r}")
+        if self.in_prompt:
+            found.append("in prompts too")
+        if self.entropy is not None:
+            found.append(f"{count} at a time above {self.entropy:g} nats, up to {self.limit} before a token")
+        if self.requests:
+            found.append(f"on the model's request, up to {self.limit} before a token")
+        return "; ".join(found)
+
+    @property
     def granted(self) -> bool:
         """Whether predictions decide: `entropy` or `requests`."""
         return self.entropy is not None or self.requests

@@ -128,7 +128,7 @@ def test_a_finetuning_places_pauses_before_the_answers_least_expected_tokens(fil
     other = [*resumed, f"task.scores={files}/entropy.safetensors"]
     changed = open_task(load(overrides=other))
     assert changed.fingerprint != data.fingerprint
-    with pytest.raises(RankError, match="another configuration.*corpus: xxh3_128:.* in the checkpoint"):
+    with pytest.raises(RankError, match=r"another configuration.*corpus: xxh3_128:.* in the checkpoint"):
         run_on_ranks(1, tune, other)
     records = [task_record(each, training_data(each)) for each in (data, changed)]
     assert {name for name in records[0] if records[0][name] != records[1][name]} == {

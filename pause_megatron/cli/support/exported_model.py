@@ -83,8 +83,8 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def decoding_pauses(args: argparse.Namespace, generator: PauseGenerator) -> DecodingPauses:
-    """Return the model's own pauses within answers, with the values that options give."""
-    return generator.pause.decoding.override(
+    """Return the model's own pauses within answers, with the values that options give, and log where there are any."""
+    decoding = generator.pause.decoding.override(
         every=args.pause_every,
         after=args.pause_after,
         entropy=args.pause_entropy,
@@ -93,6 +93,10 @@ def decoding_pauses(args: argparse.Namespace, generator: PauseGenerator) -> Deco
         limit=args.pause_limit,
         in_prompt=args.pause_in_prompt,
     )
+    if words := decoding.words:
+        why = "as its config.json says" if decoding == generator.pause.decoding else "as the options say"
+        log.info(f"pauses within answers: {words} ({why})")
+    return decoding
 
 
 def add_machine_arguments(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
