@@ -140,7 +140,7 @@ def pause_windows(
         documents: Deprecated: "apart" is intra_document_masking=True, "joined" is False.
         run: As pause.run.
         pattern: As pause.pattern.
-        side: As data.side, for placement="scored" or a policy of yours.
+        side: As data.side, for placement="scored" or a policy of yours. Samples have no weights from it.
 
     Raises:
         ConfigError: Options that do not fit, pause ids that differ from the corpus's, a weighted blend without
@@ -160,6 +160,8 @@ def pause_windows(
             stacklevel=2,
         )
     PausePlan(length - 1, rate, window, placement, pause_seed, run, pattern)  # raises where they do not fit
+    if side is not None and placement != "scored" and ":" not in placement:
+        raise ConfigError(f"side: expected placement='scored' or a policy of yours with it, got {placement!r}")
     data = DataSection(prefix=_words(prefix), valid_prefix=_words(valid_prefix))
     pause = PauseSection(
         rate=rate,

@@ -44,6 +44,7 @@ def describe(config: ResolvedConfig, plan: BatchPlan, engine: dict[str, Any], *,
         ("learning rate", _schedule(config)),
         *_model_rows(config, plan, engine, text_size, origin),
         *(("not there", f"{prefix} ({key})") for key, prefix in missing_corpora(config)),
+        *(("not there", f"{path} (data.side)") for path in missing_sides(config)),
     ]
     return _table(rows)
 
@@ -215,6 +216,18 @@ def missing_corpora(config: ResolvedConfig) -> list[tuple[str, str]]:
         for word in words
         if not _is_weight(word) and not Path(f"{word}.manifest.json").is_file()
     ]
+
+
+def missing_sides(config: ResolvedConfig) -> list[Path]:
+    """Return the side arrays that corpora on this host lack; those of corpora elsewhere are unknown.
+
+    Args:
+        config: Configuration of the run.
+    """
+    missing = {prefix for _, prefix in missing_corpora(config)}
+    words = (*config.data.prefix, *config.data.valid_prefix)
+    here = [word for word in words if not _is_weight(word) and word not in missing] if config.data.side else []
+    return [path for word in here if not (path := Path(f"{word}.{config.data.side}.npy")).is_file()]
 
 
 def _is_weight(word: str) -> bool:

@@ -10,6 +10,7 @@ from pause_megatron.benchmark.measure import Sizes, _with_steps
 from pause_megatron.benchmark.windows import DOCUMENT_TOKENS, SyntheticIds, SyntheticText, synthetic_windows
 from pause_megatron.config.load import load
 from pause_megatron.data.batches.batch import collate
+from pause_megatron.errors import ConfigError
 
 TEXT_SIZE = 300
 
@@ -82,3 +83,17 @@ def test_an_extended_run_is_measured_from_its_first_step():
     running = _with_steps(config, Sizes())
     assert running.train.extended_from is None and running.train.steps == 150
     assert _with_steps(config, Sizes(steps=500)).train.steps > 500
+
+
+@pytest.mark.parametrize("placement", ["scored", "after", "before"])
+def test_made_up_ids_have_no_texts_and_no_values(placement):
+    side = ["data.side=score", "data.prefix=c"] if placement == "scored" else []
+    with pytest.raises(ConfigError, match=f"data.prefix: expected a corpus with pause.placement={placement}, got none"):
+        windows(f"pause.placement={placement}", *side)
+
+
+@pytest.mark.parametrize("run", [1, 3])
+def test_every_text_has_its_run(run):
+    batch = micro_batch(windows("pause.placement=every", f"pause.run={run}"), range(2))
+    assert ((batch.tokens < TEXT_SIZE).nonzero()[:, 1] % (run + 1) == 0).all()
+    assert batch.targets_count == 2 * (-(-65 // (run + 1)) - 1)

@@ -35,6 +35,14 @@ def test_the_papers_run(capsys):
     assert table["engine"] == "ZeRO stage 1, bf16"
 
 
+def test_a_side_array_that_is_not_there(capsys, tmp_path):
+    (tmp_path / "c.manifest.json").write_text("{}")
+    given = (f"data.prefix={tmp_path}/c", "data.side=score", "pause.placement=scored", "--vocab-size", "8000")
+    assert rows(capsys, *given)["not there"] == f"{tmp_path}/c.score.npy (data.side)"
+    (tmp_path / "c.score.npy").touch()
+    assert "not there" not in rows(capsys, *given)
+
+
 def test_options_of_a_model_have_a_row_where_it_has_some(capsys):
     table = rows(capsys, "model.preset=qwen3-0.6b", "model.sliding_window=512", "model.loops=2")
     sizes = "x 1024 hidden, 16 heads, 8 key/value heads, 3072 ffn, tied"

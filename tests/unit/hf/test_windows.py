@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from support.prose import documents, small_tokenizer, write_shards
@@ -11,6 +13,7 @@ from support.tiny_llama import llama
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from pause_megatron.data.corpus.side_writing import register_values
 from pause_megatron.data.prepare.run import prepare
 from pause_megatron.errors import ConfigError, DataError
 from pause_megatron.hf.windows import LabelledWindows, pause_windows
@@ -121,6 +124,20 @@ def test_held_out_windows_with_and_without_pauses(folder):
     assert pause_windows(folder / "a", LENGTH, pause_ids=PAUSES, samples=8).valid is None
 
 
+def test_pauses_stand_before_the_tokens_of_highest_value(folder, tmp_path):
+    for path in folder.glob("a.*"):
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
+    tokens = np.fromfile(tmp_path / "a.bin", dtype=np.uint16)
+    np.save(tmp_path / "v.npy", tokens)  # so that a token's value is its id
+    register_values(tmp_path / "a", "score", tmp_path / "v.npy")
+    options = {"placement": "scored", "side": "score", "run": 2, "rate": 0.16, "samples": 6}
+    for sample in pause_windows(tmp_path / "a", LENGTH, pause_ids=PAUSES, **options).train:
+        ids = sample["input_ids"].numpy()
+        before = (ids == 600).nonzero()[0][1::2] + 1  # behind the second pause of a run
+        text = ids[ids != 600]
+        assert sorted(ids[before]) == sorted(text[1:])[-len(before) :] and len(before) == 5
+
+
 def test_invalid_arguments_are_refused_before_anything_is_built(folder, monkeypatch):
     with pytest.raises(ConfigError, match=r"pause_ids: expected ids from 600 on, .* got range\(601, 602\)"):
         pause_windows(folder / "a", LENGTH, pause_ids=range(601, 602))
@@ -129,8 +146,11 @@ def test_invalid_arguments_are_refused_before_anything_is_built(folder, monkeypa
         ({"rate": 1.5}, r"pause\.rate: expected a fraction"),
         ({"placement": "unifrom"}, r"pause\.placement"),
         ({"split": "a"}, r"data\.split"),
+        ({"side": "score"}, "side: expected placement='scored' or a policy of yours with it, got 'uniform'"),
+        ({"placement": "scored"}, "expected the name of a side array with pause_placement=scored"),
+        ({"placement": "scored", "side": "score"}, "expected a side array of its manifest"),
     ):
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises((ConfigError, DataError), match=message):
             pause_windows(folder / "a", LENGTH, pause_ids=PAUSES, **settings)
     with pytest.raises(DataError, match="nothing-here"):
         pause_windows(folder / "nothing-here", LENGTH, pause_ids=PAUSES)

@@ -221,6 +221,7 @@ def test_every_token_has_its_run(prefix: str, tokenizer: Tokenizer, tmp_path: Pa
     datasets = build(prefix, tokenizer, tmp_path, placement="every", run=run, window="exact")
     dataset = datasets.train
     counts = PauseCounts(LENGTH, 0.2, "exact", "every", run)
+    assert counts.nominal_rate == pytest.approx(counts.fraction, abs=1 / LENGTH)
     for sample in range(5):
         tokens = dataset[sample]["tokens"].numpy()
         is_text = tokens < dataset.injector.pause_ids.start
