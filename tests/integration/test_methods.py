@@ -18,7 +18,7 @@ from pause_megatron.cli import main
 
 PAGE = Path(__file__).resolve().parents[2] / "pause_megatron" / "recipes" / "METHODS.md"
 SMALL = [
-    *("train.steps=20", "optim.warmup_steps=2", "data.sequence_length=64", "batch.global_size=8", "batch.micro_size=8"),
+    *("train.steps=20", "optim.warmup_steps=2", "data.sequence_length=128", "batch.global_size=8", "batch.micro_size=8"),
     *("model.hidden=64", "model.heads=2", "checkpoint.every=0", "validation.every=0", "log.tensorboard=false"),
 ]
 ADDED = {
@@ -29,6 +29,7 @@ ADDED = {
         *("checkpoint.every=0", "validation.every=0", "log.tensorboard=false", "engine.precision=fp32"),
     ],
     "score": ["--processes", "1", "--device", "cpu"],
+    "score --task": ["--task-path", "records", "--device", "cpu"],
     "generate": ["--device", "cpu", "--json"],
 }
 
@@ -47,7 +48,8 @@ def run_commands(folder: str, wanted: list[list[str]]) -> dict[str, str]:
     for program, verb, *arguments in wanted:
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            code = main([verb, *arguments, *ADDED.get(verb, [])])
+            added = "score --task" if "--task" in arguments else verb
+            code = main([verb, *arguments, *ADDED.get(added, [])])
         assert (program, code) == ("pause-megatron", 0), (verb, arguments, err.getvalue()[-2000:])
         if verb == "generate":
             answers[arguments[arguments.index("--model") + 1]] = out.getvalue()
@@ -92,4 +94,6 @@ def test_the_pages_commands_train_export_and_generate(workplace):
     lines = [json.loads(line) for line in (workplace / "runs/tiny-cyb/metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 20 and lines[-1]["loss"] < lines[0]["loss"]
     tuned = [json.loads(line) for line in (workplace / "runs/cyb-gsm8k/metrics.jsonl").read_text().splitlines()]
+    dit = [json.loads(line) for line in (workplace / "runs/dit-gsm8k/metrics.jsonl").read_text().splitlines()]
+    assert all(line["pause_fraction"] > 0 for line in dit)
     assert all(0 < line["objective/requested_steps"] < 2 for line in tuned)  # of runs after prompts and within answers
