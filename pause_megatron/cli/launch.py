@@ -248,7 +248,7 @@ def _check_site(
 
 
 def _warnings(job: TrainingJob, config: ResolvedConfig) -> list[str]:
-    from pause_megatron.cli.support.dry_run import missing_corpora, missing_sides
+    from pause_megatron.cli.support.dry_run import missing_corpora
 
     tensor = config.parallel.tensor
     warnings: list[str] = []
@@ -259,8 +259,9 @@ def _warnings(job: TrainingJob, config: ResolvedConfig) -> list[str]:
         )
     if not config.checkpoint.every:
         warnings.append("checkpoint.every=0: a failing node loses everything since the last stop")
-    warnings += [f"{key}: no corpus at {prefix} on this machine" for key, prefix in missing_corpora(config)]
-    warnings += [f"data.side: no side array {path} on this machine" for path in missing_sides(config)]
+    for key, path in missing_corpora(config):
+        kind = "side array" if key == "data.side" else "corpus"
+        warnings.append(f"{key}: no {kind} at {path} on this machine")
     return warnings
 
 

@@ -18,7 +18,13 @@ from pause_megatron.cli import main
 
 PAGE = Path(__file__).resolve().parents[2] / "pause_megatron" / "recipes" / "METHODS.md"
 SMALL = [
-    *("train.steps=20", "optim.warmup_steps=2", "data.sequence_length=128", "batch.global_size=8", "batch.micro_size=8"),
+    *(
+        "train.steps=20",
+        "optim.warmup_steps=2",
+        "data.sequence_length=128",
+        "batch.global_size=8",
+        "batch.micro_size=8",
+    ),
     *("model.hidden=64", "model.heads=2", "checkpoint.every=0", "validation.every=0", "log.tensorboard=false"),
 ]
 ADDED = {

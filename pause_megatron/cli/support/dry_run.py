@@ -42,9 +42,9 @@ def describe(config: ResolvedConfig, plan: BatchPlan, engine: dict[str, Any], *,
         ("raw tokens in all", _total(plan.total_tokens)),
         ("text tokens in all", _total(plan.steps and plan.steps * plan.text_tokens)),
         ("learning rate", _schedule(config)),
+        *_objective_rows(config),
         *_model_rows(config, plan, engine, text_size, origin),
         *(("not there", f"{prefix} ({key})") for key, prefix in missing_corpora(config)),
-        *(("not there", f"{path} (data.side)") for path in missing_sides(config)),
     ]
     return _table(rows)
 
@@ -86,6 +86,7 @@ def describe_task(data: TaskData, plan: BatchPlan, engine: dict[str, Any]) -> st
         *([("hints an epoch", f"{facts.hints:,}, weight {finetune.hint_weight:g}")] if arrangement.hints else []),
         ("steps", f"{steps:,}, about {epochs:.2f} epochs (by the first one's windows)"),
         ("learning rate", _schedule(config)),
+        *_objective_rows(config),
         *_model_rows(config, plan, engine, data.tokenizer.vocab_size, "the tokenizer's"),
     ]
     return _table(rows)
@@ -133,6 +134,17 @@ def _model_rows(
     ]
 
 
+def _objective_rows(config: ResolvedConfig) -> list[tuple[str, str]]:
+    """Return a row about what is minimized, where it is not the mean cross-entropy: keys that are not at their default.
+
+    Args:
+        config: Configuration of the run.
+    """
+    fields, objective = type(config.objective).model_fields, config.objective
+    changed = {name: getattr(objective, name) for name in fields if getattr(objective, name) != fields[name].default}
+    return [("objective", ", ".join(f"{key}={value}" for key, value in changed.items()))] if changed else []
+
+
 def _model_options(model: ResolvedModel) -> str:
     """Return the options of the model that are not at their default, as `key=value`; without loops, which are shown."""
     shown = ("layers", "hidden", "heads", "kv_heads", "ffn", "tied", "loops", "loop_layers")
@@ -154,9 +166,15 @@ def _window(config: ResolvedConfig) -> str:
     if not pause.rate:
         return "standard training"
     if pause.placement == "every":
-        return f"{pause.run} after every token"
+        return f"{pause.run} after every token{_positions(config)}"
     runs = "" if pause.run == 1 else f" in runs of {pause.run}"
-    return f"rate {pause.rate:g}, {pause.placement}{runs}, {'then cut' if pause.window == 'trim' else 'no text lost'}"
+    side = "" if config.data.side is None else f" with data.side={config.data.side}"
+    lost = "then cut" if pause.window == "trim" else "no text lost"
+    return f"rate {pause.rate:g}, {pause.placement}{side}{runs}, {lost}{_positions(config)}"
+
+
+def _positions(config: ResolvedConfig) -> str:
+    return ", shared positions" if config.pause.positions == "shared" else ""
 
 
 def _steps(config: ResolvedConfig, plan: BatchPlan) -> str:
@@ -204,30 +222,16 @@ def text_vocabulary(config: ResolvedConfig, given: int | None) -> tuple[int, str
 
 
 def missing_corpora(config: ResolvedConfig) -> list[tuple[str, str]]:
-    """Return (key, prefix) of every corpus that is missing on this host, which is no error: the run may be elsewhere.
+    """Return (key, path) of each corpus and side array that is missing on this host: no error, a run may be elsewhere.
 
     Args:
         config: Configuration of the run.
     """
     given = (("data.prefix", config.data.prefix), ("data.valid_prefix", config.data.valid_prefix))
-    return [
-        (key, word)
-        for key, words in given
-        for word in words
-        if not _is_weight(word) and not Path(f"{word}.manifest.json").is_file()
-    ]
-
-
-def missing_sides(config: ResolvedConfig) -> list[Path]:
-    """Return the side arrays that corpora on this host lack; those of corpora elsewhere are unknown.
-
-    Args:
-        config: Configuration of the run.
-    """
-    missing = {prefix for _, prefix in missing_corpora(config)}
-    words = (*config.data.prefix, *config.data.valid_prefix)
-    here = [word for word in words if not _is_weight(word) and word not in missing] if config.data.side else []
-    return [path for word in here if not (path := Path(f"{word}.{config.data.side}.npy")).is_file()]
+    prefixes = [(key, word) for key, words in given for word in words if not _is_weight(word)]
+    missing = [each for each in prefixes if not Path(f"{each[1]}.manifest.json").is_file()]
+    sides = [f"{each[1]}.{config.data.side}.npy" for each in prefixes if config.data.side and each not in missing]
+    return missing + [("data.side", path) for path in sides if not Path(path).is_file()]
 
 
 def _is_weight(word: str) -> bool:

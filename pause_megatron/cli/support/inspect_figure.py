@@ -26,7 +26,7 @@ def draw(name: str, lengths: Lengths, policies: Sequence[PolicyStatistics], outp
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (documents, runs) = plt.subplots(1, 2, figsize=(12, 4.8), constrained_layout=True)
+    figure, (documents, runs) = plt.subplots(1, 2, figsize=(14, 4.8), constrained_layout=True)
     documents.stairs(lengths.counts, lengths.edges, fill=True, alpha=0.5)
     documents.axvline(lengths.quantiles[50], color="C1", label=f"median {lengths.quantiles[50]:,}")
     documents.axvline(lengths.mean, color="C3", linestyle="--", label=f"mean {lengths.mean:,.0f}")
@@ -42,7 +42,8 @@ def draw(name: str, lengths: Lengths, policies: Sequence[PolicyStatistics], outp
     runs.set(title="runs of pauses", xlabel="pauses in a run", ylabel="share of the runs")
     for axes in (documents, runs):
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+    documents.legend(fontsize=8)
+    runs.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))  # beside the bars, of which there are many
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(output, dpi=120)

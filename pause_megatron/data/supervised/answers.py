@@ -61,6 +61,11 @@ class AnswerPauses:
     def _placement(self) -> Placement:
         return Placement(self.placement, self.run, self.pattern if self.placement in BY_PATTERN else None)
 
+    @property
+    def decided_by(self) -> str:
+        """The key that decides the number of pauses."""
+        return "pause.run" if self.placement == "every" else "finetune.answer_rate"
+
     def most(self, size: int) -> int | None:
         """Return the largest number of pauses within an answer; None where a policy of the user's decides.
 

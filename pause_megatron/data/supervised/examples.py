@@ -246,12 +246,12 @@ class Arrangement:
         kept = min(example.prompt.size, max(self.leading, 1))
         if kept + most + targets > self.sequence_length + 1:
             there = "" if self.answers is None else f" ({within} in the answer)"
-            keys = "finetune.pauses" if self.answers is None else "finetune.pauses or finetune.answer_rate"
+            room = max(self.sequence_length + 1 - most - kept, 0)
             raise DataError(
-                f"example {example.id}: expected at most {self.sequence_length + 1 - most - kept} target tokens beside "
-                f"{most} pauses{there} and {kept} tokens of the prompt in a window of data.sequence_length="
-                f"{self.sequence_length}, got {targets}. Pauses and targets are never truncated: raise "
-                f"data.sequence_length, or lower {keys}"
+                f"example {example.id}: expected at most {room} target tokens beside {most} pauses{there} and {kept} "
+                f"tokens of the prompt in a window of data.sequence_length={self.sequence_length}, got {targets}. "
+                f"Pauses and targets are never truncated: raise data.sequence_length, or lower finetune.pauses"
+                f"{'' if self.answers is None else f' or {self.answers.decided_by}'}"
             )
 
     def _check_hints(self, example: EncodedExample) -> None:

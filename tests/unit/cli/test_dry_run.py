@@ -43,6 +43,16 @@ def test_a_side_array_that_is_not_there(capsys, tmp_path):
     assert "not there" not in rows(capsys, *given)
 
 
+def test_the_keys_of_a_method_are_shown(capsys, tmp_path):
+    (tmp_path / "c.manifest.json").write_text("{}")
+    cyb = rows(capsys, "--recipe", "tiny-cyb", f"data.prefix={tmp_path}/c")
+    assert cyb["objective"] == "name=cyb_anytime, discount=0.9" and "not there" not in cyb
+    dit = rows(capsys, "--recipe", "tiny-dit", f"data.prefix={tmp_path}/c")
+    assert dit["window"].endswith("(rate 0.1, scored with data.side=loss, no text lost)")
+    assert dit["not there"] == f"{tmp_path}/c.loss.npy (data.side)" and "objective" not in dit
+    assert rows(capsys, "--recipe", "tiny-every-k")["window"].endswith("(1 after every token, shared positions)")
+
+
 def test_options_of_a_model_have_a_row_where_it_has_some(capsys):
     table = rows(capsys, "model.preset=qwen3-0.6b", "model.sliding_window=512", "model.loops=2")
     sizes = "x 1024 hidden, 16 heads, 8 key/value heads, 3072 ffn, tied"

@@ -201,6 +201,8 @@ def test_an_example_must_fit_with_all_its_pauses(length, fits):
         SupervisedWindows([example], arrangement, seed=0, task="t")
     assert "example long: expected at most 10 target tokens beside 18 pauses (13 in the answer)" in str(caught.value)
     assert "lower finetune.pauses or finetune.answer_rate" in str(caught.value)
+    with pytest.raises(DataError, match=r"expected at most 0 target tokens .* lower finetune\.pauses or pause\.run$"):
+        replace(arrangement, answers=AnswerPauses("every", 0.1, run=3)).check(example)
 
 
 @pytest.mark.parametrize(
