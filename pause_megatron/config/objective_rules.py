@@ -22,11 +22,14 @@ def requests(config: ResolvedConfig) -> int | None:
         config: Configuration of the run.
 
     Returns:
-        `finetune.pauses`, or its upper end; in pretraining `pause.run`. None: the objective has no requests.
+        `pause.run` in a pretraining, and where answers have pauses, for generation grants requests within answers; else
+        `finetune.pauses`, or its upper end. None: the objective has no requests.
     """
     if not config.objective.name.startswith(CYB):
         return None
-    return _most_pauses(config) if config.task.name is not None else config.pause.run
+    if config.task.name is None or config.finetune.answer_placement is not None:
+        return config.pause.run
+    return _most_pauses(config)
 
 
 def _most_pauses(config: ResolvedConfig) -> int:

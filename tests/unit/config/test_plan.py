@@ -9,6 +9,7 @@ import pytest
 from pause_megatron.config.batching import batch_plan
 from pause_megatron.config.load import dump, load
 from pause_megatron.config.model_schema import Preset
+from pause_megatron.config.objective_rules import requests
 from pause_megatron.config.pauses import PauseCounts, pauses_per_window
 from pause_megatron.config.presets import PRESETS, flops_per_token, parameters
 from pause_megatron.errors import ConfigError
@@ -42,6 +43,19 @@ def test_an_objective_over_runs_has_the_rows_of_their_pauses_in_the_head(objecti
     config = load(overrides=["data.sequence_length=64", "pause.run=2", f"objective={objective}"])
     plan = batch_plan(config, 1)
     assert (plan.target_rows, plan.targets) == (4 * rows, 32 * rows)
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ((), 2),
+        (("task.name=gsm8k", "finetune.pauses=0..10"), 10),
+        (("task.name=gsm8k", "finetune.pauses=10", "finetune.answer_placement=uniform"), 2),
+        (("objective=anytime",), None),
+    ],
+)
+def test_requests_are_as_many_as_training_had_in_a_row_where_generation_grants_them(keys, expected):
+    assert requests(load(overrides=["pause.run=2", "objective=cyb_anytime", *keys])) == expected
 
 
 def test_the_papers_arithmetic():
