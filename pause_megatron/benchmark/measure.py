@@ -203,7 +203,7 @@ def _measurement(
     context, vocabulary, machine = setup.context, setup.model.vocabulary, Machine.of(setup.context)
     tokens = [result.tokens for result in taken.results]
     targets = [result.losses.targets for result in taken.results]
-    rows = sum(result.losses.rows or result.losses.targets for result in taken.results)
+    rows = sum(result.losses.head_rows for result in taken.results)
     flops = step_flops(config.model, vocabulary.size, config.data.sequence_length, tokens=sum(tokens), targets=rows)
     count = len(taken.results)
     return Measurement(

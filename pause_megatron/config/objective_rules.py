@@ -9,8 +9,8 @@ from pause_megatron.config.schema import ObjectiveSection, ResolvedConfig
 from pause_megatron.config.spelling import nearest
 from pause_megatron.errors import ConfigError
 
-CYB = "cyb_"
-"""Beginning of the names of Catch Your Breath's objectives."""
+CYB = tuple(name for name in OBJECTIVES if name.startswith("cyb_"))
+"""Catch Your Breath's objectives; a module of yours may have a name that begins like theirs."""
 
 _USERS = {"discount": ("anytime", "cyb_anytime"), "stop_rate": ("cyb_variational",), "step_cost": ("cyb_budget",)}
 
@@ -25,7 +25,7 @@ def requests(config: ResolvedConfig) -> int | None:
         `pause.run` in a pretraining, and where answers have pauses, for generation grants requests within answers; else
         `finetune.pauses`, or its upper end. None: the objective has no requests.
     """
-    if not config.objective.name.startswith(CYB):
+    if config.objective.name not in CYB:
         return None
     if config.task.name is None or config.finetune.answer_placement is not None:
         return config.pause.run
@@ -77,14 +77,14 @@ def token_weights_have_a_source(config: ResolvedConfig) -> Broken:
 
 def requests_are_logits(config: ResolvedConfig) -> Broken:
     """Check that the logit of the pause, which is the request, is in the softmax."""
-    if config.objective.name.startswith(CYB) and config.pause.softmax != "keep":
+    if config.objective.name in CYB and config.pause.softmax != "keep":
         return ("objective.name", "pause.softmax"), "pause.softmax=keep, whose pause logit is the request"
     return None
 
 
 def requests_have_pauses(config: ResolvedConfig) -> Broken:
     """Check that targets have pauses directly before them, from which requests are learned."""
-    if not config.objective.name.startswith(CYB):
+    if config.objective.name not in CYB:
         return None
     if config.task.name is None:
         if config.pause.rate == 0:

@@ -78,7 +78,7 @@ class CatchYourBreath:
         log_stop = torch.where(chunk.is_last, 0.0, F.logsigmoid(-margin))
         requested = chunk.by_target(log_request)
         is_step = chunk.by_target(torch.ones_like(chunk.is_last), fill=False)
-        log_stay = requested.cumsum(dim=1) - requested
+        log_stay = F.pad(requested.cumsum(dim=1), (1, -1))  # of the steps before; a difference would lose digits
         runs = Decisions(
             chunk.by_target(losses),
             torch.where(is_step, chunk.by_target(log_stop) + log_stay, -math.inf),

@@ -15,6 +15,7 @@ from pause_megatron.config.pauses import OBJECTIVES
 from pause_megatron.config.schema import ObjectiveSection
 from pause_megatron.errors import ConfigError, DataError
 from pause_megatron.objective.catch_your_breath import CybAnytime, CybBudget, CybVariational
+from pause_megatron.objective.checked import Checked
 from pause_megatron.objective.protocol import Objective
 from pause_megatron.objective.shipped import Anytime, CrossEntropy, WithZLoss
 from pause_megatron.objective.steps import Steps, collect, steps_of
@@ -138,20 +139,26 @@ def resolve_objective(section: ObjectiveSection) -> Objective:
         section: Section `objective`.
 
     Raises:
-        ConfigError: There is no such objective, module or attribute, or it is no `Objective`.
+        ConfigError: There is no such objective, module or attribute, or it is no `Objective`, or it cannot be made.
     """
     if section.name in SHIPPED:
         return SHIPPED[section.name](section)
     found = _imported("objective.name", section.name, f"one of {', '.join(OBJECTIVES)}, or 'module:attribute'")
     if isinstance(found, type) or (callable(found) and not isinstance(found, Objective)):
-        found = found(section)
+        try:
+            found = found(section)
+        except TypeError as error:
+            raise ConfigError(
+                f"objective.name: expected a class or function of one argument, the section objective, in "
+                f"{section.name!r}, got {error}"
+            ) from error
     missing = [name for name in ("runs", "names", "weights", "terms") if not hasattr(found, name)]
     if missing:
         raise ConfigError(
             f"objective.name: expected an objective, or a class or function that makes one, in {section.name!r}, got a "
             f"{type(found).__name__} without {', '.join(missing)}"
         )
-    return found
+    return Checked(found, section.name)
 
 
 def _imported(key: str, name: str, expected: str) -> Any:

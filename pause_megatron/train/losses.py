@@ -49,6 +49,11 @@ class Losses:
     means: dict[str, float | None] = field(default_factory=dict)
     rows: int = 0
 
+    @property
+    def head_rows(self) -> int:
+        """Rows of the LM head in all, those of hints included."""
+        return (self.rows or self.targets) + self.hint_targets
+
     def of_objective(self) -> dict[str, float | None]:
         """Return the values that the objective logs, by their names; none for the mean cross-entropy."""
         if not self.rows:

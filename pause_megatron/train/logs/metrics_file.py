@@ -67,7 +67,7 @@ class Throughput:
         Args:
             result: Result of the step.
         """
-        flops = self._flops(result.tokens, (result.losses.rows or result.losses.targets) + result.losses.hint_targets)
+        flops = self._flops(result.tokens, result.losses.head_rows)
         return {
             "tokens_per_second": result.tokens / result.seconds,
             "text_tokens_per_second": result.text_tokens / result.seconds,

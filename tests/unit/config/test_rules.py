@@ -6,6 +6,7 @@ import pytest
 
 from pause_megatron.config import rules
 from pause_megatron.config.load import load
+from pause_megatron.config.objective_rules import requests
 from pause_megatron.data.windows.pause import PausePlan
 from pause_megatron.errors import ConfigError
 
@@ -353,3 +354,8 @@ def test_with_corpora_to_validate_on_all_of_data_prefix_trains():
     assert load(overrides=["data.valid_prefix=v w"]).data.split == "1,0,0"
     config = load(recipe="tiny-pause", overrides=["data.valid_prefix=0.3 v 0.7 w"])
     assert (config.data.split, config.data.valid_prefix) == ("1,0,0", ("0.3", "v", "0.7", "w"))
+
+
+def test_a_module_may_be_named_like_catch_your_breath():
+    keys = ["objective=cyb_of_mine:Loss", "pause.softmax=exclude", "pause.rate=0"]
+    assert requests(load(overrides=keys)) is None

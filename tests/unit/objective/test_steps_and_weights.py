@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from pause_megatron.config.schema import ObjectiveSection
 from pause_megatron.data.batches.batch import collate
 from pause_megatron.errors import ConfigError, DataError
-from pause_megatron.objective import LossPlan, Objective, loss_plan
+from pause_megatron.objective import Chunk, LossPlan, Objective, Terms, loss_plan
+from pause_megatron.objective.chunk import Columns
 
 ANYTIME = loss_plan(ObjectiveSection(name="anytime", discount=0.5))
 PAUSES = range(90, 92)
@@ -106,6 +110,77 @@ def test_the_objective_of_the_page_is_one(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(str(tmp_path))
     plan = loss_plan(ObjectiveSection(name="my_losses:Focal", discount=0.5))
     sys.modules.pop("my_losses")
-    assert isinstance(plan.objective, Objective) and plan.objective.power == 0.5
+    assert isinstance(plan.objective, Objective) and plan.objective.runs is False
     steps = collate([sample([5, 90, 6])], sample_ids=[0], pause_ids=PAUSES, plan=plan).steps
     assert steps.rows.tolist() == [1, 2] and steps.weight_sum == 2
+
+
+class Own:
+    """An objective in which one part is replaced by a wrong one."""
+
+    runs, names = True, ("probability",)
+
+    def __init__(self, section: ObjectiveSection) -> None: ...
+
+    def weights(self, index, length, weight):
+        return weight
+
+    def terms(self, chunk: Chunk) -> Terms:
+        return self.made(chunk, -chunk.log_probability(chunk.targets))
+
+    def made(self, chunk: Chunk, losses: torch.Tensor) -> Terms:
+        return Terms(losses, chunk.last(losses), {"probability": (torch.exp(-losses), chunk.weights)})
+
+
+WRONG = {
+    "names: expected a tuple of strings, each once, got 'probability'": {"names": "probability"},
+    "names: expected a tuple of strings, each once, got ('a', 'a')": {"names": ("a", "a")},
+    "expected a class or function of one argument": {"__init__": lambda self: None},
+    "objective.name=my_own:Own: weights: expected a tensor of shape (4,), got a None": {
+        "weights": lambda self, *_: None
+    },
+    "weights: expected a tensor of shape (4,), got a tensor of shape (3,)": {"weights": lambda self, i, n, w: w[1:]},
+    "weights: expected finite numbers of 0 or more, got -1.0 for step 2 of a run of 3 rows": {
+        "weights": lambda self, index, length, weight: weight * (1.0 - index)
+    },
+    "of 0 or more, got nan for step 0 of a run of 3 rows": {"weights": lambda self, i, n, w: w * math.nan},
+    "terms: expected Terms(values, token_losses, means), got a tensor of shape (4,)": {"made": lambda self, c, x: x},
+    "got a tensor of shape (4,) without a gradient": {"made": lambda self, c, x: Terms(x.detach(), c.last(x))},
+    "expected token_losses of shape (2,)": {"made": lambda self, c, x: Terms(x, x)},
+    "(chunk.last), got a tensor of shape (1,)": {"made": lambda self, c, x: Terms(x, x.mean()[None])},
+    "means among names ('probability',), got 'other'": {
+        "made": lambda self, c, x: Terms(x, c.last(x), {"other": (x, x)})
+    },
+    "one shape in means['probability'], got (4,) and (2,)": {
+        "made": lambda self, c, x: Terms(x, c.last(x), {"probability": (x, c.last(x))})
+    },
+}
+
+
+def one_chunk(plan: LossPlan, group: dist.ProcessGroup) -> Chunk:
+    """The chunk of a window of two targets, 3 and 1 rows."""
+    steps = collate([sample([5, 90, 91, 6])], sample_ids=[0], pause_ids=PAUSES, plan=plan).steps
+    return Chunk(
+        torch.zeros(4, 92),
+        torch.zeros(4, 8),
+        targets=torch.tensor([6, 1]),
+        sizes=steps.sizes,
+        is_pause=steps.is_pause,
+        weights=steps.weights,
+        longest=3,
+        columns=Columns(0, PAUSES, PAUSES, group),
+        differentiable=True,
+    )
+
+
+def test_what_an_objective_returns_is_checked(monkeypatch):
+    monkeypatch.setitem(sys.modules, "my_own", module := types.ModuleType("my_own"))
+    alone = types.SimpleNamespace(size=lambda: 1)
+    module.Own = Own
+    plan = loss_plan(ObjectiveSection(name="my_own:Own", z_loss=0.1))
+    assert set(plan.objective.terms(one_chunk(plan, alone)).means) == {"probability", "z_loss"}
+    for message, change in WRONG.items():
+        module.Own = type("Own", (Own,), change)
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            plan = loss_plan(ObjectiveSection(name="my_own:Own", z_loss=0.1))
+            plan.objective.terms(one_chunk(plan, alone))

@@ -1,0 +1,87 @@
+"""An objective of a user, whose results are checked: a wrong shape would broadcast or be dropped without a word."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from pause_megatron.errors import ConfigError
+from pause_megatron.objective.chunk import Chunk
+from pause_megatron.objective.protocol import Objective, Terms
+
+
+class Checked:
+    """An objective, with checks of its names, weights and terms. None of them waits for a device.
+
+    Args:
+        objective: The objective.
+        name: `objective.name`, for messages.
+
+    Raises:
+        ConfigError: Its names are no names.
+    """
+
+    def __init__(self, objective: Objective, name: str) -> None:
+        self._objective, self._name = objective, name
+        self.runs = bool(objective.runs)
+        names: Any = objective.names
+        is_list = isinstance(names, (tuple, list)) and all(isinstance(each, str) for each in names)
+        if not is_list or len(set(names)) < len(names):
+            raise self._wrong("names", "a tuple of strings, each once", repr(names))
+        self.names = tuple(names)
+
+    def weights(self, index: Tensor, length: Tensor, weight: Tensor) -> Tensor:
+        """Return the weight of each row.
+
+        Args:
+            index: As `Objective.weights`.
+            length: As `Objective.weights`.
+            weight: As `Objective.weights`.
+
+        Raises:
+            ConfigError: They are not one finite number >= 0 for each row.
+        """
+        found: Any = self._objective.weights(index, length, weight)
+        if not isinstance(found, Tensor) or found.shape != index.shape:
+            raise self._wrong("weights", f"a tensor of shape {tuple(index.shape)}", _described(found))
+        wrong = ~((found >= 0) & found.isfinite())
+        if wrong.any():
+            row = int(wrong.nonzero()[0])
+            step = f"step {int(index[row])} of a run of {int(length[row])} rows"
+            raise self._wrong("weights", "finite numbers of 0 or more", f"{float(found[row])} for {step}")
+        return found
+
+    def terms(self, chunk: Chunk) -> Terms:
+        """Return the terms of a chunk.
+
+        Args:
+            chunk: As `Objective.terms`.
+
+        Raises:
+            ConfigError: They are no `Terms`, have no gradient, or have other shapes or names.
+        """
+        terms: Any = self._objective.terms(chunk)
+        if not isinstance(terms, Terms):
+            raise self._wrong("terms", "Terms(values, token_losses, means)", _described(terms))
+        values, losses, means = terms
+        if not isinstance(values, Tensor) or (chunk.hidden.requires_grad and not values.requires_grad):
+            expected = "values that autograd derives from the chunk's logits or hidden states"
+            raise self._wrong("terms", expected, f"{_described(values)} without a gradient")
+        if not isinstance(losses, Tensor) or losses.shape != (chunk.count,):
+            expected = f"token_losses of shape {(chunk.count,)}, one for each target (chunk.last)"
+            raise self._wrong("terms", expected, _described(losses))
+        for name, (of_rows, weights) in means.items():
+            if name not in self.names:
+                raise self._wrong("terms", f"means among names {self.names}", repr(name))
+            if of_rows.shape != weights.shape:
+                shapes = f"{tuple(of_rows.shape)} and {tuple(weights.shape)}"
+                raise self._wrong("terms", f"values and weights of one shape in means[{name!r}]", shapes)
+        return terms
+
+    def _wrong(self, method: str, expected: str, got: str) -> ConfigError:
+        return ConfigError(f"objective.name={self._name}: {method}: expected {expected}, got {got}")
+
+
+def _described(found: Any) -> str:
+    return f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
