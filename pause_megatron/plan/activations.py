@@ -136,12 +136,18 @@ def _angles(layout: Layout) -> int:
 def _head_chunk(layout: Layout, device: Device) -> int:
     """Return the maximum while `model/head.py` processes a chunk: logits, their gradient, the fp32 weight gradient.
 
-    A fused cross-entropy has no fp32 logits, and writes their gradient in place.
+    A fused cross-entropy has no fp32 logits, and writes their gradient in place. An objective adds softmaxes in fp32 to
+    an fp32 gradient. What one of the user derives from the chunk is not in it.
     """
     rows = head_chunk_rows(layout.model.head_chunk, columns=layout.rows, element=layout.element, device=device)
     chunk = min(rows, layout.target_rows)
     chunks = -(-layout.target_rows // chunk)
     logits, matrix = chunk * layout.rows, layout.rows * layout.model.hidden
+    if layout.has_objective:
+        others = 4 * matrix if chunks > 1 else 0  # gradient of the chunks before
+        if layout.element == 4:
+            return max(12 * logits + others, 8 * logits + 4 * matrix)
+        return max(14 * logits + others, 4 * logits + (6 if chunks > 1 else 2) * matrix)
     if layout.element == 4:
         return 4 * logits + 4 * matrix
     if layout.fused_on(device):

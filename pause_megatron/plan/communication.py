@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from pause_megatron.config.objective_rules import CYB
 from pause_megatron.plan.layout import Layout
 from pause_megatron.plan.live import live_parameters
 from pause_megatron.plan.shapes import gathers_qkv, qkv_width
@@ -92,7 +93,10 @@ def _tensor_parallel(layout: Layout) -> list[Traffic]:
     def traffic(purpose: str, operation: Operation, size: int) -> Traffic:
         return Traffic(purpose, operation, "tensor", ranks, size * passes)
 
-    losses = traffic("token losses", "all_reduce", 3 * 4 * layout.target_rows)  # maximum, target's logit, denominator
+    numbers = 3  # maximum, target's logit, denominator
+    if layout.config.objective.name in CYB:  # the request's logit; a softmax with pauses beside that without
+        numbers += 1 + (2 if layout.config.objective.z_loss else 0)
+    losses = traffic("token losses", "all_reduce", numbers * 4 * layout.target_rows)
     # Each rank has a part of the gradient: of the sequence, or of the heads. Summed over loops first.
     summed = layout.element * sum(p.numel for p in layout.parameters if layout.sums_gradient(p))
     attention = [traffic("norm gradients", "all_reduce", summed)]

@@ -10,6 +10,7 @@ from pause_megatron.config.batching import BatchPlan, batch_plan
 from pause_megatron.config.deepspeed import deepspeed_config
 from pause_megatron.config.lora import lora_of
 from pause_megatron.config.model_schema import ResolvedModel
+from pause_megatron.config.pauses import OBJECTIVES
 from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.plan.shapes import Parameter, padded_vocabulary, rank_parameters
 
@@ -130,6 +131,12 @@ class Layout:
     def target_rows(self) -> int:
         """Rows of a micro-batch that reach the LM head."""
         return self.batch.target_rows
+
+    @property
+    def has_objective(self) -> bool:
+        """Whether the LM head computes an objective's terms, by torch's operators, and not the cross-entropy alone."""
+        objective = self.config.objective
+        return objective.name != OBJECTIVES[0] or objective.z_loss > 0 or objective.token_weights is not None
 
     @property
     def variable_length(self) -> bool:

@@ -22,7 +22,7 @@ SHAPE = (
     *("data.sequence_length", "data.intra_document_masking", "batch.micro_size", "engine.precision"),
     *("parallel.tensor", "parallel.sequence", "parallel.recompute"),
     *("model.attention", "model.head_chunk", "model.vocab_multiple"),
-    *("pause.rate", "pause.window", "pause.run", "pause.softmax", "pause.embeddings"),
+    *("pause.rate", "pause.window", "pause.softmax", "pause.embeddings", "pause.run", "pause.positions"),
     *("objective.name", "objective.z_loss", "objective.token_weights"),
     *("engine.deterministic", "train.only"),
 )
@@ -107,7 +107,7 @@ def _differences(
     stored, planned = _part(record, "config", path), config.model_dump(mode="json")
     for key in SHAPE:
         section, name = key.split(".")
-        if key not in ADDED_KEYS:
+        if section in stored or key not in ADDED_KEYS:
             _part(stored, section, path)
         measured, now = stored_value(stored, key), planned[section][name]
         if measured is None:  # a key that the version which measured lacked

@@ -45,7 +45,8 @@ def rank_memory(layout: Layout, device: Device = "cuda") -> RankMemory:
     """
     states, kept = training_states(layout), activations(layout, device)
     token = 20 if layout.variable_length and device == "cpu" else 16  # sequence lengths stay on the host
-    batches = layout.batch.accumulation * (token * layout.tokens + 17 * layout.target_rows)
+    row = 38 if layout.has_objective else 17  # with rows, sizes, kinds and weights of runs
+    batches = layout.batch.accumulation * (token * layout.tokens + row * layout.target_rows)
     always = {
         "weights": states.weights,
         "optimizer": states.optimizer,

@@ -137,6 +137,10 @@ def head_work(layout: Layout) -> Work:
     if chunks > 1 and element < 4:
         around += (4 + element) * matrix  # the fp32 sum becomes the gradient
     products = 6 * logits * hidden
+    if layout.has_objective:
+        # Maximum 4, difference 8, exponential 8, sum 4; zeros 4, difference 8, exponential 8, scale 8, sum 12.
+        bytes_per_logit = 64 + (18 if element < 4 else 0)
+        return Work(products, 0, bytes_per_logit * logits + around, 80 * chunks + 13)
     if layout.fused:
         # Read twice where tensor-parallel ranks exchange maxima; else the second read comes from the cache.
         reads, kernels = (2, 16 * chunks) if layout.tensor > 1 else (1, 13 * chunks // 2)

@@ -54,6 +54,20 @@ MEMORY = {
             *("model.vocab_multiple=2048", "model.head_chunk=64"),
         ],
     ),
+    "stage 1, a loss after every pause, a large vocabulary in chunks": (
+        4,
+        [
+            *("engine.zero_stage=1", "model.layers=1", "data.sequence_length=256", "pause.rate=0.3"),
+            *("model.vocab_multiple=2048", "model.head_chunk=64", "objective=anytime"),
+        ],
+    ),
+    "stage 1, fp32, tensor parallel, Catch Your Breath and a z-loss, a large vocabulary in one chunk": (
+        4,
+        [
+            *("engine.zero_stage=1", "engine.precision=fp32", "model.layers=1", "pause.rate=0.3"),
+            *("model.vocab_multiple=2048", "parallel.tensor=2", "objective=cyb_budget", "objective.z_loss=0.1"),
+        ],
+    ),
     "stage 1, tensor parallel, grouped queries, documents apart": (
         8,
         [

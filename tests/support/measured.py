@@ -145,6 +145,7 @@ def new_engine_of(config: Any, context: Any) -> tuple[Any, dict[str, tuple[int, 
 
 def _model(config: Any) -> torch.nn.Module:
     from pause_megatron.model import Vocabulary, build_model
+    from pause_megatron.objective import loss_plan
 
     pause_ids = tuple(range(TEXT_SIZE, TEXT_SIZE + config.pause.embeddings))
     return build_model(
@@ -156,15 +157,17 @@ def _model(config: Any) -> torch.nn.Module:
         precision=config.engine.precision,
         seed=config.run.seed,
         given_positions=config.pause.positions == "shared",
+        objective=None if (plan := loss_plan(config.objective)) is None else plan.objective,
     )
 
 
 def _step(config: Any, context: Any, engine: Any) -> Callable[[], Any]:
     """An optimizer step on random windows, as the training loop takes it."""
+    from pause_megatron.objective import loss_plan
     from pause_megatron.train.losses import LossSums
 
-    batches, sums = random_batches(config, context), LossSums(context.device)
-    targets = sum(batch.targets_count for batch in batches) * context.dp_size
+    batches, sums = random_batches(config, context), LossSums(context.device, plan=loss_plan(config.objective))
+    targets = int(sum(batch.weight for batch in batches)) * context.dp_size
     return lambda: engine.train_step(batches, sums.forward, lr=1e-3, global_targets=targets)
 
 
@@ -172,8 +175,11 @@ def random_batches(config: Any, context: Any) -> list[Any]:
     """This rank's micro-batches of a step: random windows with the configuration's number of pauses."""
     from pause_megatron.config.batching import batch_plan
     from pause_megatron.data.batches.batch import MicroBatch
+    from pause_megatron.objective import loss_plan
 
     plan = batch_plan(config, context.world_size)
+    if loss_plan(config.objective) is not None:
+        return [_with_runs(config, plan, context.dp_rank * plan.accumulation + n) for n in range(plan.accumulation)]
     micro, length = plan.micro_size, plan.sequence_length
     generator = torch.Generator().manual_seed(context.dp_rank)
     batches = []
@@ -193,6 +199,29 @@ def random_batches(config: Any, context: Any) -> list[Any]:
             )
         )
     return batches
+
+
+def _with_runs(config: Any, plan: Any, number: int) -> Any:
+    """A micro-batch of windows with runs of pauses, for an objective."""
+    from pause_megatron.data.batches.batch import collate
+    from pause_megatron.objective import loss_plan
+
+    length, generator = plan.sequence_length, torch.Generator().manual_seed(number)
+    samples = []
+    for _ in range(plan.micro_size):
+        tokens = torch.randint(0, TEXT_SIZE, (length + 1,), generator=generator)
+        tokens[torch.randperm(length - 1, generator=generator)[: plan.pauses] + 1] = TEXT_SIZE  # the last is text
+        is_text = tokens[1:] < TEXT_SIZE
+        samples.append(
+            {
+                "tokens": tokens[:-1],
+                "labels": torch.where(is_text, tokens[1:], 0),
+                "loss_mask": is_text.float(),
+                "position_ids": torch.arange(length),
+            }
+        )
+    pause_ids = range(TEXT_SIZE, TEXT_SIZE + config.pause.embeddings)
+    return collate(samples, sample_ids=range(len(samples)), pause_ids=pause_ids, plan=loss_plan(config.objective))
 
 
 def _segments(config: Any, micro: int, length: int) -> Tensor | None:
