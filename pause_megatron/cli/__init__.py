@@ -27,7 +27,7 @@ VERBS = {
     "prepare": "turn shards of text into a tokenized corpus (.bin, .idx, manifest)",
     "adopt": "check a corpus that Megatron-LM's preprocess_data.py made, and write its manifest",
     "verify": "read a corpus and its side arrays whole and compare them with the digests of its manifest",
-    "score": "write a side array of a corpus: a model's loss or entropy at each token; parallel, resumable",
+    "score": "write a model's loss or entropy at each token of a corpus (parallel, resumable) or of a task's answers",
     "inspect": "show what a corpus holds, and its windows with their pauses",
     "pretrain": "pretrain a model on windows with pauses",
     "finetune": "finetune a model on a task with pauses after the prompts",

@@ -15,7 +15,7 @@ from pause_megatron.cli import at_least
 from pause_megatron.errors import ConfigError
 from pause_megatron.files.paths import path_option, prefix_option
 
-HELP = "write a model's loss or entropy at each token of a corpus (a side array) or of a task's answers"
+HELP = "write a model's loss or entropy at each token of a corpus (parallel, resumable) or of a task's answers"
 
 _OF_MODELS = ("kind", "context", "batch_tokens", "processes", "device", "dtype", "store")
 _OF_CORPORA = ("values", "name", "processes", "store")
