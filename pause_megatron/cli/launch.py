@@ -262,6 +262,8 @@ def _warnings(job: TrainingJob, config: ResolvedConfig) -> list[str]:
     for key, path in missing_corpora(config):
         kind = "side array" if key == "data.side" else "corpus"
         warnings.append(f"{key}: no {kind} at {path} on this machine")
+    if config.task.scores is not None and not Path(config.task.scores).is_file():
+        warnings.append(f"task.scores: no file at {config.task.scores} on this machine")
     return warnings
 
 

@@ -149,9 +149,9 @@ class AnswerValues:
                 f"task.scores: {self._path}: expected values of example {missing[0]}, got none; {len(missing):,} of "
                 f"{len(examples):,} examples are missing. The file is of the task {self.metadata.get('task')}, read by "
                 f"{self.metadata.get('model')}. "
-                + ("Its tokenizer or its prompts are others" if every else "It is of other or fewer records")
-                + ": write one with `pause-megatron score --task`, with a model of this run's tokenizer and the "
-                "records, task.limit and task.held_out of this run"
+                + ("The tokenizer or the prompts differ" if every else "The records differ, or were fewer")
+                + f": run `pause-megatron score --task NAME --model DIR --output {self._path} --overwrite` with a "
+                "model of this run's tokenizer, and with the records, task.limit and task.held_out of this run"
             )
         result = []
         for example, place in zip(examples, places, strict=True):

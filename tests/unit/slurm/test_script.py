@@ -120,6 +120,9 @@ def test_launch_refuses_what_cannot_run_and_warns_of_what_is_slow(tmp_path, caps
     warned = capsys.readouterr().err
     assert "warning: parallel.tensor=16 does not divide the 8 ranks of a node" in warned
     assert "warning: data.prefix: no corpus at no/where on this machine\n" in warned
+    scored = ["task.name=gsm8k", "finetune.answer_placement=scored", "task.scores=no/file"]
+    assert main([*base, *scored, "data.tokenizer=t"]) == 0
+    assert "warning: task.scores: no file at no/file on this machine\n" in capsys.readouterr().err
     assert main([*base, "checkpoint.before_end_seconds=900", "--time", "2:00:00"]) == 0
     assert "#SBATCH --signal=B:USR2@900\n" in capsys.readouterr().out
 

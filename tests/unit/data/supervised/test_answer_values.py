@@ -82,8 +82,10 @@ def test_a_missing_example_is_named(file):
     other = EXAMPLES[4]._replace(id="number 5", prompt=np.array([9], np.int32))
     with pytest.raises(DataError, match=re.escape("of example number 5, got none; 1 of 2 examples are missing")) as got:
         AnswerValues.read(file).of([EXAMPLES[0], other])
-    assert "It is of other or fewer records: write one with `pause-megatron score --task`" in str(got.value)
-    with pytest.raises(DataError, match="Its tokenizer or its prompts are others"):
+    assert "The records differ, or were fewer: run `pause-megatron score --task NAME --model DIR --output " in str(
+        got.value
+    )
+    with pytest.raises(DataError, match="The tokenizer or the prompts differ: run"):
         AnswerValues.read(file).of([other])
 
 
