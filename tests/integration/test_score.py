@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import torch
 from support.prose import documents, small_tokenizer, write_shards
-from support.tiny_llama import llama, write_folder
+from support.tiny_llama import llama, sentencepiece_tokenizer, write_folder
 
 from pause_megatron.cli import main
 from pause_megatron.data.corpus.manifest import CorpusManifest
@@ -58,16 +58,17 @@ def arguments(corpus: Path, model: Path, *options: str) -> list[str]:
 
 
 @torch.no_grad()
-def plain_loop(corpus: Path, model_folder: Path, kind: str, stop: int) -> np.ndarray:
+def plain_loop(corpus: Path, model_folder: Path, kind: str, stop: int, bos: int | None = None) -> np.ndarray:
     """The values of the first `stop` tokens, one window after the other, from whole logits in fp64."""
     model, manifest = load(model_folder, dtype="fp32", attention="eager").model, CorpusManifest.load(corpus)
     pauses = torch.tensor(getattr(model.config, "pause", {"ids": []})["ids"], dtype=torch.int64)
     tokens = np.fromfile(f"{corpus}.bin", dtype=manifest.dtype).astype(np.int64)
+    start = manifest.tokenizer.eod if bos is None else bos
     values, offsets = np.zeros(stop), document_offsets(corpus, manifest.counts.documents)
     for first, end in itertools.pairwise(offsets):
         if first >= stop:
             break
-        text = np.concatenate([[manifest.tokenizer.eod], tokens[first:end]])
+        text = np.concatenate([[start], tokens[first:end]])
         begin = 0
         while True:
             ids = torch.from_numpy(text[begin : begin + CONTEXT + 1])
@@ -102,16 +103,17 @@ def test_values_are_those_of_a_plain_loop(folder: Path, corpus: Path, capsys: py
     assert main(arguments(corpus, folder / "model", "--name", "loss", "--kind", "entropy")) == 2
 
 
-def test_logits_with_a_soft_cap(folder: Path, corpus: Path, tmp_path: Path) -> None:
+def test_logits_with_a_soft_cap_after_a_bos(folder: Path, corpus: Path, tmp_path: Path) -> None:
     model = tmp_path / "gemma"
     shutil.copytree(folder / "model", model)
     (model / "model.safetensors").unlink()
     tokens = len(load(folder / "model").encoder.tokenizer)
     llama(tokens, cls="Gemma2", head_dim=8, final_logit_softcapping=2.0, sliding_window=16).save_pretrained(str(model))
+    sentencepiece_tokenizer(model, bos=True).save_pretrained(str(model))
     assert main(arguments(corpus, model, "--processes", "1", "--store", "float16")) == 0
     found = open_side(corpus, "score")[:500]
-    assert found.dtype == np.float16
-    np.testing.assert_allclose(found, plain_loop(corpus, model, "loss", 500), rtol=2e-3)
+    assert found.dtype == np.float16 and CorpusManifest.load(corpus).sides["score"].start == 1
+    np.testing.assert_allclose(found, plain_loop(corpus, model, "loss", 500, bos=1), rtol=2e-3)
 
 
 def test_any_number_of_processes_and_of_kills(

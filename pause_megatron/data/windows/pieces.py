@@ -79,7 +79,7 @@ class SideValues:
         self._values = open_side(self._prefix, self._name)
 
     def of(self, pieces: list[Piece], size: int) -> np.ndarray:
-        """Return the values of a window's text tokens, nan at padding [size].
+        """Return the values of a window's text tokens, nan at padding, read-only [size].
 
         They are float32, or float64 where float32 would round values of the array (int32, int64, float64).
         """
@@ -90,6 +90,7 @@ class SideValues:
             start = int(index.sequence_pointers[document]) // itemsize + offset
             values[at : at + length] = self._values[start : start + length]
             at += length
+        values.flags.writeable = False  # the policy sees them before the weights are made of them
         return values
 
     def weights(

@@ -41,8 +41,8 @@ class TextWindow:
         text: The window's text tokens, with any padding at its end, int64 [T], read-only.
         count: Places to choose: M, or ceil(M / run) with runs of pauses.
         rate: `pause.rate` / `pause.run`: places, as a fraction of the window.
-        side: Values of `data.side` of these tokens [T], nan at padding; in an answer those of `task.scores`. None
-            without them.
+        side: Values of `data.side` of these tokens [T], nan at padding, read-only; in an answer those of `task.scores`.
+            None without them.
         documents: Offsets in `text` at which documents begin, ascending, the first one 0, int64. In a corpus they are
             those of its index, in a stream those after an EOD. They are the same where each document ends with EOD,
             and has no other one.

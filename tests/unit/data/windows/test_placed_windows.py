@@ -243,6 +243,7 @@ def test_a_policy_of_the_second_generation_sees_its_window(prefix: str, tokenize
     assert (window.count, window.rate) == (-(-round(0.2 * LENGTH) // 2), 0.1)
     assert np.array_equal(window.text, train.window_text(7)) and not window.text.flags.writeable
     assert window.side.shape == window.text.shape and window.documents[0] == 0
+    assert not window.side.flags.writeable
     assert window.texts is token_texts(tokenizer)
 
 
