@@ -33,9 +33,17 @@ class ScorePlan(FrozenModel):
     device: Literal["cpu", "cuda"]
     unit_tokens: int
 
+    def gives_values_of(self, other: ScorePlan) -> bool:
+        """Return whether another plan gives the same values; the folder of the model may have another name."""
+        return self == other.model_copy(
+            update={"side": other.side.model_copy(update={"model": self.side.model, "file": self.side.file})}
+        )
+
     def differences(self, other: ScorePlan) -> list[str]:
         """Return the differences from another plan, one sentence each; empty for equal plans."""
-        ours, theirs = ({"device": plan.device, **plan.side.model_dump(exclude={"file"})} for plan in (self, other))
+        ours, theirs = (
+            {"device": plan.device, **plan.side.model_dump(exclude={"file", "model"})} for plan in (self, other)
+        )
         return [f"{name}: {ours[name]} there, {theirs[name]} now" for name in ours if ours[name] != theirs[name]]
 
 
@@ -60,7 +68,7 @@ class Parts:
     def begun(self) -> bool:
         """Whether the folder has this plan, as an interrupted run leaves it."""
         try:
-            return read_record(self.folder / _PLAN, ScorePlan) == self.plan
+            return self.plan.gives_values_of(read_record(self.folder / _PLAN, ScorePlan))
         except DataError:  # missing, or damaged, which `open` reports
             return False
 

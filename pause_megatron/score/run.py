@@ -182,7 +182,7 @@ def _units(corpus: Corpus, plan: ScorePlan) -> Iterator[Unit]:
 
 def _already_done(corpus: Corpus, side: SideRecord, name: str) -> SideArray | None:
     record = corpus.manifest.sides.get(name)
-    if record is None or record.model_copy(update={"file": side.file}) != side:
+    if record is None or record.model_copy(update={"file": side.file, "model": side.model}) != side:
         return None
     return find_side(corpus.prefix, name)
 

@@ -187,7 +187,9 @@ def test_an_end_between_the_file_and_its_record(folder: Path, corpus: Path, monk
     monkeypatch.undo()
     assert Path(f"{corpus}.score.npy").exists() and not CorpusManifest.load(corpus).sides  # between file and record
     monkeypatch.setattr("pause_megatron.score.plan.Parts.remove", stop)
-    assert main(arguments(corpus, folder / "model", "--processes", "1")) == 128 + signal.SIGINT
+    moved = corpus.parent / "moved"
+    moved.symlink_to(folder / "model")  # the same model under another name
+    assert main(arguments(corpus, moved, "--processes", "1")) == 128 + signal.SIGINT
     monkeypatch.undo()
     assert CorpusManifest.load(corpus).sides and parts.exists()
     (parts / "plan.json").write_bytes(b"{")
