@@ -246,6 +246,19 @@ def test_a_policy_of_the_second_generation_sees_its_window(prefix: str, tokenize
     assert not window.side.flags.writeable
     assert window.texts is token_texts(tokenizer)
 
+    class Texts:
+        def text(self, sample: int) -> np.ndarray:
+            return train.window_text(sample)
+
+    stream, several = StreamDataset(Texts(), train.injector, 60, eod=tokenizer.eod), 0
+    for sample in range(20):
+        recorder.seen.clear()
+        assert torch.equal(stream[sample]["tokens"], train[sample]["tokens"])  # Recorder draws among the documents
+        streamed, read = recorder.seen
+        assert streamed.documents.tolist() == read.documents.tolist() and streamed.side is None
+        several += read.documents.size > 1
+    assert several > 5
+
 
 def test_the_policy_of_the_readme(
     prefix: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
