@@ -35,17 +35,12 @@ def model_card(
         live_rows: Rows of the embedding.
         dtype: "fp32", "bf16" or "fp16".
     """
-    within, shared = within_answers(pause), pause.get("positions") == "shared"
-    count = pause["m_ft"] or (0 if within else DEFAULT_PAUSES)
-    usage = _SHARED_USAGE if shared else _USAGE if within is None else _WITHIN_USAGE
-    suppressed = "" if pause.get("requests") else _SUPPRESSED.format(ids=pause["ids"])
     sections = [
         _FRONT,
         f"# {_title(config, pause)}\n",
         _INTRODUCTION.format(title=family.title, architecture=family.architecture),
         "## Use\n",
-        usage.format(token=pause["token"], count=count, ids=pause["ids"], suppressed=suppressed).strip() + "\n",
-        *([] if within is None else [_WITHIN.format(words=within)]),
+        _usage(pause),
         "## Recipe\n",
         _table(_recipe(config, progress, pause, step, live_rows, dtype)),
         _notes(config, pause),
@@ -78,13 +73,12 @@ print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```
 
 Append the pauses to the prompt, directly and without a space; they are read in one forward pass. What the model
-predicts before the last pause is ignored. {suppressed}
+predicts before the last pause is ignored. The model must not emit pauses: `generation_config.json` suppresses the ids
+{ids} in transformers. vLLM and others do not read that: pass `bad_words` or a `logit_bias` there.
 """
 
-_SUPPRESSED = """The model must not emit pauses: `generation_config.json` suppresses the ids
-{ids} in transformers. vLLM and others do not read that: pass `bad_words` or a `logit_bias` there."""
 
-_WITHIN_USAGE = """```python
+_OWN_GENERATE = """```python
 from pause_megatron.inference import pause_generate
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -94,55 +88,52 @@ inputs = tokenizer(prompt, return_tensors="pt")
 output = model.generate(**inputs, custom_generate=pause_generate, pauses={count}, max_new_tokens=64)
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```
-
-{suppressed}
 """
 
-_WITHIN = """**Pauses within answers**: {words}.
-`pause_generate` and `pause-megatron generate` put them there, as `config.json` says ("pause"); they are read and not
-shown. transformers' own `generate` has none of them.
+_WITHIN_ANSWERS = """
+**Answers have pauses within them**: {where}. The call above, `pause-megatron generate` and `PauseGenerator` put them
+there, as "pause" in `config.json` says, and never show one. transformers' own `generate`, vLLM and others do not: with
+them the model answers without these pauses. The ids {ids} must not be part of an answer.
 """
 
-_SHARED_USAGE = """```python
-from pause_megatron.inference import pause_generate
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
-model = AutoModelForCausalLM.from_pretrained("FOLDER")
-inputs = tokenizer(prompt, return_tensors="pt")
-output = model.generate(**inputs, custom_generate=pause_generate, pauses={count}, max_new_tokens=64)
-print(tokenizer.decode(output[0], skip_special_tokens=True))
-```
-
+_SHARED_POSITIONS = """
 **Pauses use up no positions**: a pause has the position of the text token before it. transformers alone computes the
 same if it is given these positions, and a mask, without which it reads repeated positions as several packed texts:
 
 ```python
 import torch
 
-inputs = tokenizer(prompt + "{token}" * {count}, return_tensors="pt")
+inputs = tokenizer(prompt + "{token}" * {shown}, return_tensors="pt")
 is_text = ~torch.isin(inputs.input_ids, torch.tensor({ids}))
 logits = model(**inputs, position_ids=(is_text.cumsum(1) - 1).clamp(min=0)).logits
 ```
 
 Programs that count a position for every token (transformers' own `generate`, vLLM and others) compute something else.
-Use attention "sdpa" or "eager". {suppressed}
+Use attention "sdpa" or "eager". The model must not emit pauses: `generation_config.json` suppresses the ids {ids}.
 """
 
 
-def within_answers(pause: Mapping[str, Any]) -> str | None:
-    """Return where generation puts pauses within answers, in words; None for nowhere.
+def _usage(pause: Mapping[str, Any]) -> str:
+    """How to generate: with transformers alone where that is what training had, otherwise with `pause_generate`."""
+    within, shared = _within(pause), pause.get("positions") == "shared"
+    count = pause["m_ft"] or (0 if within else DEFAULT_PAUSES)
+    values = {"token": pause["token"], "ids": pause["ids"], "where": within, "count": count}
+    if not within and not shared:
+        return _USAGE.format(**values)
+    parts = [_OWN_GENERATE, *([_WITHIN_ANSWERS] if within else []), *([_SHARED_POSITIONS] if shared else [])]
+    values["shown"] = count or DEFAULT_PAUSES
+    return "".join(parts).format(**values)
 
-    Args:
-        pause: The "pause" entry of config.json.
-    """
-    found = []
+
+def _within(pause: Mapping[str, Any]) -> str:
+    """Pauses within answers that generation has by default, in words; "" for none."""
+    words = []
     if decoding := pause.get("decoding"):
-        many = "a pause" if decoding["count"] == 1 else f"{decoding['count']} pauses"
-        found.append(f"{many} after every token" + (", in prompts too" if decoding.get("in_prompt") else ""))
-    if most := pause.get("requests"):
-        found.append(f"one each time that the model selects `{pause['token']}`, a request, up to {most} before a token")
-    return "; ".join(found) or None
+        place = "prompts and answers" if decoding.get("in_prompt") else "answers"
+        words.append(f"{decoding['count']} after each token of {place}")
+    if requests := pause.get("requests"):
+        words.append(f"up to {requests} before a token, one each time that the model selects `{pause['token']}`")
+    return "; ".join(words)
 
 
 def _title(config: ResolvedConfig, pause: Mapping[str, Any]) -> str:
@@ -176,6 +167,7 @@ def _recipe(
             f"`{config.pause.placement}`" + ("" if config.pause.run == 1 else f", runs of {config.pause.run}"),
         ),
         *([("objective", _objective(config.objective))] if config.objective != ObjectiveSection() else []),
+        *([("pauses within answers", within)] if (within := _within(pause)) else []),
         *([("pause positions", "`shared`: those of the text before them")] if "positions" in pause else []),
         ("pause embeddings", f"{config.pause.embeddings} (ids {pause['ids']})"),
         ("pause softmax", f"`{config.pause.softmax}`"),
@@ -244,7 +236,7 @@ def _table(rows: list[tuple[str, str]]) -> str:
 
 def _notes(config: ResolvedConfig, pause: Mapping[str, Any]) -> str:
     notes = []
-    if pause["m_ft"] is None and within_answers(pause) is None:
+    if pause["m_ft"] is None and not _within(pause):
         notes.append(
             f"The example appends {DEFAULT_PAUSES} pauses. A model that was not finetuned with pauses need not gain "
             "from them: compare with none."

@@ -62,6 +62,17 @@ def run_commands(folder: str, wanted: list[list[str]]) -> dict[str, str]:
     return answers
 
 
+def run_card(folder: Path, prompt: str) -> str:
+    """Run the first code of an export's card, with 8 new tokens as on the page. Returns what it prints."""
+    code = re.findall(r"^```python\n(.*?)^```$", (folder / "README.md").read_text(), re.MULTILINE | re.DOTALL)[0]
+    assert '"FOLDER"' in code and "max_new_tokens=64" in code
+    code = code.replace('"FOLDER"', repr(str(folder))).replace("max_new_tokens=64", "max_new_tokens=8")
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        exec(code, {"prompt": prompt})
+    return out.getvalue().removesuffix("\n")
+
+
 @pytest.fixture(scope="module")
 def workplace(corpus, task_records, tmp_path_factory) -> Path:
     """A working folder as the page assumes: a corpus, and a task's records."""
@@ -76,7 +87,7 @@ def workplace(corpus, task_records, tmp_path_factory) -> Path:
 
 
 def test_the_pages_commands_train_export_and_generate(workplace):
-    [answers] = run_on_ranks(1, run_commands, str(workplace), commands())
+    [answers] = run_on_ranks(1, run_commands, str(workplace), commands(), timeout=280)
     entries = {
         path.parent.name: json.loads(path.read_text())["pause"] for path in sorted(workplace.glob("out-*/config.json"))
     }
@@ -90,13 +101,18 @@ def test_the_pages_commands_train_export_and_generate(workplace):
     assert entries["out-every-k"]["rate"] == 0.5  # pause.rate says nothing there
     cards = {name: (workplace / name / "README.md").read_text() for name in entries}
     assert "| 0.5 of the window" in cards["out-every-k"]
-    assert "within answers**: a pause after every token, in prompts too.\n" in cards["out-every-k"]
+    assert "within them**: 1 after each token of prompts and answers. The call" in cards["out-every-k"]
     assert "| objective | `cyb_anytime`, discount 0.9 |" in cards["out-cyb"]
-    assert "selects `<pause>`, a request, up to 2 before a token.\n" in cards["out-cyb"]
+    assert "up to 2 before a token, one each time that the model selects `<pause>`. The call" in cards["out-cyb"]
     assert "| placement | `uniform`, runs of 2 |" in cards["out-cyb"]
     assert "must not emit" not in cards["out-cyb"] and "pauses=0, max_new_tokens" in cards["out-cyb"]
     assert "within answers" not in cards["out-looped"] + cards["out-std"]
     assert all("decoding" not in entries[name] for name in ("out-cyb", "out-dit", "out-looped"))
+    for name, text in answers.items():
+        (completion,) = json.loads(text)["completions"]
+        if "decoding" in (entry := entries[name.rstrip("/")]) or "requests" in entry:
+            assert "**Answers have pauses within them**" in (workplace / name / "README.md").read_text()
+            assert run_card(workplace / name, completion["prompt"]) == completion["prompt"] + completion["text"], name
     lines = [json.loads(line) for line in (workplace / "runs/tiny-cyb/metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 20 and lines[-1]["loss"] < lines[0]["loss"]
     tuned = [json.loads(line) for line in (workplace / "runs/cyb-gsm8k/metrics.jsonl").read_text().splitlines()]
