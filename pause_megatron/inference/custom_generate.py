@@ -2,7 +2,7 @@
 
 As a callable it needs no trust_remote_code: `model.generate(**inputs, custom_generate=pause_generate, pauses=10)`.
 Copied to FOLDER/custom_generate/generate.py it serves `model.generate(**inputs, custom_generate=FOLDER, pauses=10)`,
-which transformers allows only to callers who set trust_remote_code.
+which transformers allows only to callers who set trust_remote_code (5.0 trusts a local folder without it).
 
 The pauses are computed after the prompt, in the prefill; `pause_every` and the like put more of them into the answer.
 Logits processors, stopping criteria and the result do not see them: lengths, penalties and stop conditions count text.
