@@ -82,17 +82,18 @@ def requests_are_logits(config: ResolvedConfig) -> Broken:
     return None
 
 
-def requests_have_pauses(config: ResolvedConfig) -> Broken:
-    """Check that targets have pauses directly before them, from which requests are learned."""
-    if config.objective.name not in CYB:
+def runs_have_pauses(config: ResolvedConfig) -> Broken:
+    """Check that targets have pauses directly before them, without which these objectives are the cross-entropy."""
+    name = config.objective.name
+    if name not in OBJECTIVES[1:]:
         return None
     if config.task.name is None:
         if config.pause.rate == 0:
-            return ("objective.name", "pause.rate"), "pause.rate > 0, for requests are learned from runs of pauses"
+            return ("objective.name", "pause.rate"), f"pause.rate > 0 with {name}, which is about runs of pauses"
         return None
     if not _most_pauses(config):
         keys = ("objective.name", "finetune.pauses", "finetune.location", "finetune.answer_placement")
-        return keys, "pauses after the prompt or within the answer, for requests are learned from runs of pauses"
+        return keys, f"pauses after the prompt or within the answer with {name}, which is about runs of pauses"
     return None
 
 
@@ -118,6 +119,6 @@ OBJECTIVE_RULES: tuple[Rule, ...] = (
     objective_uses_its_keys,
     token_weights_have_a_source,
     requests_are_logits,
-    requests_have_pauses,
+    runs_have_pauses,
     steps_see_no_later_pause,
 )

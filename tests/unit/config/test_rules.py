@@ -66,10 +66,7 @@ BROKEN = {
         ["objective=cyb_budget", "pause.softmax=exclude"],
         "pause.softmax=keep, whose pause logit is the request",
     ),
-    "requests_have_pauses": (
-        ["objective=cyb_anytime", "pause.placement=every", "pause.rate=0"],
-        "pause.rate > 0, for requests are learned",
-    ),
+    "runs_have_pauses": (["objective=cyb_anytime", "pause.placement=every", "pause.rate=0"], "pause.rate > 0 with cyb"),
     "steps_see_no_later_pause": (
         ["task.name=gsm8k", "objective=anytime", "finetune.prefix_attention=bidirectional", "finetune.pauses=4"],
         "a causal prefix with it",
@@ -194,8 +191,14 @@ def test_hints_need_a_task_and_appended_pauses(overrides, expected):
         (["finetune.answer_placement=scored"], "`pause-megatron score --task` in task.scores with scored; got"),
         (["finetune.answer_placement=after", "pause.pattern=a["], "a regular expression (unterminated character set"),
         (["finetune.answer_placement=every", "pause.pattern=x"], "after or before with pause.pattern; got"),
-        (["finetune.answer_placement=isolated", "finetune.answer_rate=1.5"], "finetune.answer_rate <= 1 with isolated"),
+        (["finetune.answer_placement=isolated", "finetune.answer_rate=1.5"], "answer_rate <= pause.run with isolated"),
+        (
+            ["finetune.answer_placement=bernoulli", "finetune.answer_rate=1.5"],
+            "answer_rate <= pause.run with bernoulli",
+        ),
         (["finetune.answer_placement=every", "finetune.answer_rate=0.5"], "and not every, with finetune.answer_rate"),
+        (["objective=anytime"], "pauses after the prompt or within the answer with anytime"),
+        (["objective=anytime", "finetune.pauses=3", "finetune.location=prepend"], "within the answer with anytime"),
         (["finetune.answer_rate=0.5"], "finetune.answer_placement, and not every, with finetune.answer_rate; got"),
     ],
 )
@@ -321,6 +324,8 @@ def test_all_broken_rules_are_reported_together():
         ["task.name=gsm8k", "finetune.batching=padded", "model.attention=te"],
         ["task.name=gsm8k", "finetune.answer_placement=with_replacement", "finetune.answer_rate=2"],
         ["task.name=gsm8k", "finetune.answer_placement=every", "pause.run=2"],
+        ["task.name=gsm8k", "finetune.answer_placement=isolated", "finetune.answer_rate=2", "pause.run=2"],
+        ["task.name=gsm8k", "finetune.answer_placement=every", "objective=anytime", "finetune.location=prepend"],
         ["task.name=gsm8k", "finetune.answer_placement=scored", "task.scores=f", "pause.run=2"],
         ["task.name=gsm8k", "finetune.answer_placement=a:b", "task.scores=f"],
     ],
