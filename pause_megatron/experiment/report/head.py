@@ -9,15 +9,19 @@ from datetime import datetime, timezone
 from html import escape
 from typing import Any
 
+from pause_megatron.config.pauses import PLACEMENTS
 from pause_megatron.experiment.declared import read_declaration
 from pause_megatron.experiment.provenance import DECLARED, Start, StartsFile, origin, sha256
 from pause_megatron.experiment.report.collect import CellFacts, Collected
 from pause_megatron.experiment.report.page import Cell, Row, breakable, bullets, definitions, table
 
+_OBJECTIVE = ("name", "discount", "stop_rate", "step_cost", "z_loss", "token_weights")
 _SETTINGS = (
     *("optim.lr", "optim.warmup_steps", "train.steps", "batch.global_size", "data.sequence_length", "engine.precision"),
     *("task.limit", "task.held_out", "finetune.location", "finetune.filler", "finetune.prefix_attention"),
     *("pause.rate", "pause.embeddings", "model.layers", "model.hidden", "model.loops", "model.loop_layers"),
+    *("pause.placement", "pause.run", "pause.pattern", "pause.positions", "data.side"),
+    *("finetune.answer_placement", "finetune.answer_rate", *(f"objective.{name}" for name in _OBJECTIVE)),
 )
 
 
@@ -59,6 +63,8 @@ def settings_table(collected: Collected) -> str:
         config = cell.identity.get("config")
         if cell.verb in ("pretrain", "finetune") and isinstance(config, Mapping):
             values = ["" if config.get(key) is None else str(config[key]) for key in _SETTINGS]
+            if config.get("pause.placement") == PLACEMENTS[0]:  # other keys of methods are absent at their default
+                values[_SETTINGS.index("pause.placement")] = ""
             name = cell.name.rpartition("-s")[0] if cell.verb == "finetune" else cell.name
             found.setdefault((name, *values), []).append(cell)
     shown = [index for index, _ in enumerate(_SETTINGS) if any(key[index + 1] for key in found)]

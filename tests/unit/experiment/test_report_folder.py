@@ -10,6 +10,7 @@ import re
 import tarfile
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -27,6 +28,7 @@ from pause_megatron.experiment.report.compare import summarise
 from pause_megatron.experiment.report.data_files import COLUMNS
 from pause_megatron.experiment.report.findings import findings_of
 from pause_megatron.experiment.report.flips import find_outcomes, flips, mcnemar, read_records
+from pause_megatron.experiment.report.head import settings_table
 from pause_megatron.experiment.report.published import published
 from pause_megatron.experiment.stored import PlanFile
 
@@ -118,6 +120,18 @@ def test_the_head_names_program_machine_files_and_settings(root, report):
     assert "nothing: the runs were chosen freely" in page and "optim.lr" in page
     for fingerprint in (*summary["records"].values(), *summary["corpora"].values()):
         assert fingerprint.startswith("xxh3_128:") and fingerprint in page
+
+
+def test_settings_tell_methods_apart():
+    keys = [{"pause.placement": "uniform"}, {"objective.name": "anytime", "pause.run": 2, "pause.placement": "every"}]
+    cells = {
+        name: SimpleNamespace(name=f"pretrain-{name}", verb="pretrain", identity={"config": config})
+        for name, config in zip("ab", keys, strict=True)
+    }
+    both = settings_table(SimpleNamespace(cells=cells))
+    assert all(text in both for text in ("objective.name", "anytime", "pause.run", "pause.placement", "every"))
+    cells.pop("b")
+    assert "pause.placement" not in settings_table(SimpleNamespace(cells=cells))
 
 
 def test_the_page_is_self_contained_accessible_and_links_to_cells(root, report):
