@@ -30,8 +30,9 @@ def answer_placement_is_known(config: ResolvedConfig) -> Broken:
     if name not in PLACEMENTS:
         return keys, f"{', '.join(PLACEMENTS)} or 'module:attribute'{nearest(name, PLACEMENTS)}"
     if name in ("isolated", "bernoulli") and config.finetune.answer_rate > config.pause.run:
-        keys = (*keys, "finetune.answer_rate", "pause.run")
-        return keys, f"finetune.answer_rate <= pause.run with {name}, which has at most one run after a token"
+        return (*keys, "finetune.answer_rate", "pause.run"), (
+            f"finetune.answer_rate <= pause.run with {name}, which has at most one run after a token"
+        )
     return None
 
 
