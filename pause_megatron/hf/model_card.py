@@ -179,10 +179,22 @@ def _recipe(
     if config.task.name is not None:
         how = f"{config.finetune.pauses} pauses an example, `{pause['location']}`"
         filler = "" if pause["filler"] is None else f", filler {pause['filler']!r} in place of the pauses"
-        rows.append(("finetuned on", f"`{config.task.name}`: {how}{filler}"))
+        rows.append(("finetuned on", f"`{config.task.name}`: {how}{filler}{_answers(config)}"))
     if config.train.only:
         rows.append(("trained", f"`{config.train.only}` only"))
     return rows
+
+
+def _answers(config: ResolvedConfig) -> str:
+    """Return where the answers of the finetuning had pauses within them; "" for nowhere."""
+    placement, pause = config.finetune.answer_placement, config.pause
+    if placement is None:
+        return ""
+    if placement == "every":
+        return f"; within answers {pause.run} after every token"
+    pattern = "" if pause.pattern is None else f" {pause.pattern!r}"
+    in_runs = f", {pause.run} at each place" if pause.run > 1 else ""
+    return f"; within answers {config.finetune.answer_rate:g} of the tokens{in_runs}, `{placement}`{pattern}"
 
 
 def _objective(objective: ObjectiveSection) -> str:
