@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,41 @@ def test_json_names_counts_and_units(generate, tmp_path):
     assert set(document["batches"][0]) >= {"forward_passes", "positions", "prefill_seconds", "decode_seconds"}
     _, other, _ = generate(*options, "--pauses", "5", "--batch-size", "3")
     assert json.loads(other)["completions"] == document["completions"]
+
+
+def test_options_of_pauses_within_answers_reach_the_answers(folder, generate, tmp_path):
+    """Every option, and how each is switched off where the model has its own."""
+    from pause_megatron.inference import DecodingPauses, load
+
+    own = tmp_path / "own"
+    shutil.copytree(folder, own)
+    config = json.loads((own / "config.json").read_text())
+    config["pause"] |= {"requests": 2, "decoding": {"every": 2, "count": 3, "in_prompt": True}}
+    (own / "config.json").write_text(json.dumps(config))
+    cases = [
+        ("--pause-every 2", {"every": 2}),
+        (
+            "--pause-after [aeiou] --pause-count 2 --pause-in-prompt",
+            {"after": "[aeiou]", "count": 2, "in_prompt": True},
+        ),
+        ("--pause-entropy 0 --pause-limit 2", {"entropy": 0.0, "limit": 2}),
+        ("--pause-requests --pause-limit 3", {"requests": True, "limit": 3}),
+        (f"--model {own}", {"every": 2, "count": 3, "in_prompt": True, "requests": True, "limit": 2}),
+        (f"--model {own} --pause-every 0 --no-pause-requests", {}),
+        (
+            f"--model {own} --no-pause-in-prompt --pause-entropy inf",
+            {"every": 2, "count": 3, "requests": True, "limit": 2},
+        ),
+    ]
+    generator = load(folder)
+    for options, fields in cases:
+        code, out, err = generate("--prompt", PROMPT, "--json", "--max-new-tokens", "5", *options.split())
+        assert code == 0, err
+        (expected,) = generator.generate([PROMPT], max_new_tokens=5, decoding=DecodingPauses(**fields)).completions
+        (found,) = json.loads(out)["completions"]
+        assert found["text"] == expected.text and found["prompt_pauses"] == expected.prompt_pauses, options
+        assert found["answer_pauses"] == [list(place) for place in expected.answer_pauses], options
+        assert bool(found["answer_pauses"]) == bool(fields) or fields.get("requests"), options
 
 
 def test_controls_and_adaptive_pauses(generate):
