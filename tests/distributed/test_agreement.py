@@ -288,3 +288,20 @@ def test_versions_are_compared(base):
 def test_the_readme_names_the_local_keys():
     text = (Path(__file__).resolve().parents[2] / "launchers" / "README.md").read_text()
     assert all(f"`{key}`" in text for key in LOCAL_KEYS)
+
+
+@pytest.mark.parametrize("key", ["name", "token_weights"])
+def test_a_different_objective_or_weights_of_the_users_are_an_error(key, tmp_path, monkeypatch):
+    objective = CONFIG.objective.model_copy(update={key: "own_loss:thing"})
+    config = CONFIG.model_copy(update={"objective": objective})
+    monkeypatch.syspath_prepend(str(tmp_path))
+    body = "from pause_megatron.objective.shipped import CrossEntropy as Loss\ndef thing(it): return Loss(it)\n"
+    records = []
+    for text in (body, body, f"{body}changed = 1\n"):
+        (tmp_path / "own_loss.py").write_text(text)
+        monkeypatch.delitem(sys.modules, "own_loss", raising=False)
+        importlib.invalidate_caches()
+        records.append(run_record("pretrain", config, 2))
+    assert messages(records[:2]) == {""}
+    (text,) = messages(records[1:])
+    assert "source of own_loss:thing is " in text

@@ -103,6 +103,7 @@ def test_a_finetuning_with_its_own_file_recomputes_its_epochs(tmp_path):
         "batch.global_size=16",
         "task.limit=10",
         "finetune.answer_placement=uniform",
+        "pause.run=2",
     ):
         config, said = loaded(None, override, path=path)
         assert (config.finetune.epochs, config.train.steps, config.train.tokens) == (5, None, None) and not said

@@ -50,10 +50,17 @@ def test_nothing_else_comes_from_it(run):
 
 def test_pause_vectors_come_from_it_and_a_finetuning_takes_the_window_too(tmp_path, run):
     path = run / "checkpoints" / "step-00000007" / "config.yaml"
-    written = ["pause.embeddings=3", "pause.softmax=exclude", "pause.rate=0.2", "data.sequence_length=96"]
+    written = [
+        "pause.embeddings=3",
+        "pause.softmax=exclude",
+        "pause.rate=0.2",
+        "pause.positions=shared",
+        "data.sequence_length=96",
+    ]
     path.write_text(dump(load(overrides=[*SIZES, *written])))
     pretraining = load(overrides=[f"model.from={run}"])
     assert (pretraining.pause.embeddings, pretraining.pause.softmax) == (3, "exclude")
+    assert pretraining.pause.positions == "shared"
     assert (pretraining.pause.rate, pretraining.data.sequence_length) == (0.1, 2048)
     finetuning = load(recipe="finetune-gsm8k", overrides=[f"model.from={run}"])
     assert (finetuning.pause.embeddings, finetuning.pause.rate, finetuning.data.sequence_length) == (3, 0.2, 96)
