@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 import types
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -49,6 +51,28 @@ def by_hand(section: ObjectiveSection, logits: Tensor, target: int) -> Tensor:
     return -together.logsumexp(0) if section.name == "cyb_anytime" else together.sum()
 
 
+def assert_means_are_those_of_fp64(means: dict[str, tuple[Tensor, Tensor]], runs: Sequence[Tensor]) -> None:
+    """Requests, and losses by step, are those of runs with pauses, found step by step."""
+    requests, expected, losses = [], [], [[] for _ in range(4)]
+    for target, rows in enumerate(runs):
+        if len(rows) == 1:
+            continue
+        text = rows[:, :TEXT].logsumexp(1)
+        request = torch.sigmoid(rows[:-1, TEXT] - text[:-1]).tolist()
+        requests += request
+        # The expected number of requests is the sum of the probabilities of at least 1, 2, ... of them.
+        expected.append(sum(math.prod(request[:steps]) for steps in range(1, len(rows))))
+        for step in range(min(4, len(rows))):
+            losses[step].append(float(text[step] - rows[step, target]))
+    wanted = {"request_probability": requests, "requested_steps": expected}
+    wanted |= {f"loss_step_{step}": values for step, values in enumerate(losses)}
+    assert means.keys() == wanted.keys()
+    for name, values in wanted.items():
+        found, weights = (each.detach().double() for each in means[name])
+        assert weights.sum() == len(values), name
+        assert float((found * weights).sum()) == pytest.approx(sum(values), rel=2e-6), name
+
+
 @pytest.mark.parametrize("name", ["cyb_anytime", "cyb_variational", "cyb_budget"])
 def test_value_and_gradient_are_those_of_fp64(name):
     section = ObjectiveSection(name=name, **({"discount": 0.9} if name == "cyb_anytime" else {}))
@@ -67,7 +91,8 @@ def test_value_and_gradient_are_those_of_fp64(name):
         columns=Columns(0, PAUSES, PAUSES, types.SimpleNamespace(size=lambda: 1)),
         differentiable=True,
     )
-    values = objective.terms(chunk).values
+    values, _, means = objective.terms(chunk)
+    assert_means_are_those_of_fp64(means, logits.double().split(SIZES))
     gradient, _ = chunk.gradient(values.sum())
     exact = logits.double().requires_grad_()
     expected = [by_hand(section, part, i) for i, part in enumerate(exact.split(SIZES))]
