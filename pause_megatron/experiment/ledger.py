@@ -94,8 +94,11 @@ def _training(path: Path) -> _Work:
 
 def _evaluation(folder: Path) -> _Work:
     """Return the work of all settings; the metrics of a setting share one cost."""
-    settings = {(entry.task, entry.pauses, entry.location, entry.filler): entry for entry in read_results(folder)}
+    settings = {
+        (entry.task, entry.pauses, entry.location, entry.filler, entry.decoding): entry
+        for entry in read_results(folder)
+    }
     counts = [entry.tokens for entry in settings.values() if entry.tokens is not None]  # lm-eval counts no tokens
     raw = sum(each.total for each in counts)
     seconds = sum(entry.seconds or 0.0 for entry in settings.values())
-    return _Work(raw, raw - sum(each.pauses for each in counts), seconds)
+    return _Work(raw, raw - sum(each.pauses + each.inside for each in counts), seconds)

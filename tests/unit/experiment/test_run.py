@@ -171,6 +171,9 @@ def test_ledgers_add_up(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps({"version": 1, "results": entries}))
     scored = ledger_of("evaluate", tmp_path, 1.0, wall_seconds=4, ranks=1)
     assert scored == Ledger(200.0, 200, 180, 20, 3.0, 4, 4, 1)
+    within = {**entry, "metric": "f1", "decoding": '{"every": 1}', "tokens": {**entry["tokens"], "inside": 7}}
+    (tmp_path / "results.json").write_text(json.dumps({"version": 1, "results": [*entries, within]}))
+    assert ledger_of("evaluate", tmp_path, 1.0, wall_seconds=4, ranks=1) == Ledger(307.0, 307, 270, 37, 4.5, 4, 4, 1)
     assert total([trained, scored]) == Ledger(320.0, 240, 216, 24, 11.0, 24, 44, 2)
 
 
