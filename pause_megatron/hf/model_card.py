@@ -88,6 +88,9 @@ inputs = tokenizer(prompt, return_tensors="pt")
 output = model.generate(**inputs, custom_generate=pause_generate, pauses={count}, max_new_tokens=64)
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```
+
+`pause_generate` is part of the package pause-megatron. `pause_megatron.inference.write_custom_generate("FOLDER")`
+copies it into this folder. Users without the package then give `custom_generate="FOLDER", trust_remote_code=True`.
 """
 
 _WITHIN_ANSWERS = """
