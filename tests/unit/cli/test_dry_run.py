@@ -53,6 +53,12 @@ def test_the_keys_of_a_method_are_shown(capsys, tmp_path):
     assert rows(capsys, "--recipe", "tiny-every-k")["window"].endswith("(1 after every token, shared positions)")
 
 
+def test_code_of_the_user_that_is_not_there(capsys):
+    assert "not there" not in rows(capsys, f"pause.placement={__name__}:rows")
+    assert rows(capsys, "objective=json:Nope")["not there"].startswith("json:Nope: module 'json' has no attribute")
+    assert rows(capsys, "pause.placement=no_such:f")["not there"].startswith("no_such:f: No module named 'no_such'")
+
+
 def test_options_of_a_model_have_a_row_where_it_has_some(capsys):
     table = rows(capsys, "model.preset=qwen3-0.6b", "model.sliding_window=512", "model.loops=2")
     sizes = "x 1024 hidden, 16 heads, 8 key/value heads, 3072 ffn, tied"
