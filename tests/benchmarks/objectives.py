@@ -1,4 +1,4 @@
-"""P12: a step with the default objective against a revision before objectives, and each objective against the default.
+"""A step with the default objective against a revision before objectives, and each objective against the default.
 
 python -m tests.benchmarks.objectives [--revision REV] [--layers 4] [--hidden 256] [--vocabulary 8192] [--rounds 9]
 
@@ -155,7 +155,7 @@ def main() -> None:
     if arguments.revision:
         ratios = against(arguments.revision, arguments.rounds)
         low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        print(f"P12 default objective / {arguments.revision}: {median:.4f} [{low:.4f} .. {high:.4f}] (target <= 1.01)")
+        print(f"default objective / {arguments.revision}: {median:.4f} [{low:.4f} .. {high:.4f}] (target <= 1.01)")
     import torch
 
     from pause_megatron.config.schema import ParallelSection
