@@ -90,7 +90,7 @@ print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```
 
 `pause_generate` is part of the package pause-megatron. `pause_megatron.inference.write_custom_generate("FOLDER")`
-copies it into this folder. Users without the package then give `custom_generate="FOLDER", trust_remote_code=True`.
+copies it into this folder. Users without the package then give `custom_generate="FOLDER"` and set `trust_remote_code`.
 """
 
 _WITHIN_ANSWERS = """
