@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from pause_megatron.data.prepare.run import prepare
     from pause_megatron.data.tokenizer.pause_tokenizer import PauseTokenizer
     from pause_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
-    from pause_megatron.data.windows.dataset import PauseGPTDataset, PauseGPTDatasetConfig
+    from pause_megatron.data.windows.dataset import PauseGPTDataset
+    from pause_megatron.data.windows.dataset_config import PauseGPTDatasetConfig
     from pause_megatron.data.windows.pause import PauseInjector, PausePlan, add_pauses, inject
     from pause_megatron.errors import ConfigError, PauseMegatronError
     from pause_megatron.hf.examples import PauseExamples
@@ -85,7 +86,7 @@ _PLACES = {
     "ConfigError": "errors",
     "PauseExamples": "hf.examples",
     "PauseGPTDataset": "data.windows.dataset",
-    "PauseGPTDatasetConfig": "data.windows.dataset",
+    "PauseGPTDatasetConfig": "data.windows.dataset_config",
     "PauseGPTModel": "model.gpt",
     "PauseGenerator": "inference.generate",
     "PauseInjector": "data.windows.pause",
