@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pause_megatron.config.finetune_schema import FinetuneSection
 from pause_megatron.config.model_rules import Broken, Rule
 from pause_megatron.config.pauses import PLACEMENTS
-from pause_megatron.config.schema import FinetuneSection, ResolvedConfig
+from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.config.spelling import nearest
 
 

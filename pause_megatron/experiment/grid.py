@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from pause_megatron.config.finetune_schema import TaskSection
 from pause_megatron.config.identity import deciding_keys, digest_keys
 from pause_megatron.config.load import load, recipe_names, recipe_path
 from pause_megatron.config.model_from import OF_A_TASK, PAUSES, SHAPE
 from pause_megatron.config.presets import flops_per_token
-from pause_megatron.config.schema import ResolvedConfig, TaskSection
+from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.config.text import read_entries
 from pause_megatron.errors import ConfigError
 from pause_megatron.experiment.cell import INPUT, OUTPUT, Cell, Estimate

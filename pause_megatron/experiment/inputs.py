@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pause_megatron.config.blend import is_number
-from pause_megatron.config.schema import TaskSection
+from pause_megatron.config.finetune_schema import TaskSection
 from pause_megatron.data.corpus.manifest import CorpusManifest
 from pause_megatron.data.corpus.side import find_side
 from pause_megatron.errors import ConfigError, DataError

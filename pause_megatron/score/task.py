@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from pause_megatron.config.schema import TaskSection
+from pause_megatron.config.finetune_schema import TaskSection
 from pause_megatron.data.supervised.answer_values import AnswerValues
 from pause_megatron.data.supervised.examples import EncodedExample, encode_examples
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer

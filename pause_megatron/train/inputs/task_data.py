@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from pause_megatron.config.batching import pause_range
+from pause_megatron.config.finetune_schema import TaskSection
 from pause_megatron.config.follow import fitting_warmup
 from pause_megatron.config.load import resolve, scheduled
 from pause_megatron.config.model_from import checkpoint_config, read_config_text
 from pause_megatron.config.rules import check, warmup_ends
-from pause_megatron.config.schema import ResolvedConfig, ScheduledConfig, TaskSection
+from pause_megatron.config.schema import ResolvedConfig, ScheduledConfig
 from pause_megatron.config.text import read_entries
 from pause_megatron.data.supervised.answer_values import AnswerValues
 from pause_megatron.data.supervised.answers import AnswerPauses
