@@ -2,7 +2,43 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from pause_megatron.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class LayerOrder(Sequence[int]):
+    """Numbers of the layers in the order of a forward pass, of which a range repeats.
+
+    It takes no memory: a configuration may state any number of layers before anything is checked.
+
+    Attributes:
+        layers: Number of layers.
+        looped: The layers that repeat.
+        loops: How many times they run.
+    """
+
+    layers: int
+    looped: range
+    loops: int
+
+    def __len__(self) -> int:
+        return self.layers + (self.loops - 1) * len(self.looped)
+
+    def __getitem__(self, place: int) -> int:  # type: ignore[override]  # no slices
+        """Return the number of the layer that runs at a place.
+
+        Raises:
+            IndexError: There is no such place.
+        """
+        if not 0 <= place < len(self):
+            raise IndexError(place)
+        first, size = self.looped.start, len(self.looped)
+        if first <= place < first + size * self.loops:
+            return first + (place - first) % size
+        return place if place < first else place - (self.loops - 1) * size
 
 
 def layer_range(key: str, text: str | None, layers: int) -> range:

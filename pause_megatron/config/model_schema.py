@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import ConfigDict, Field, field_validator
 
 from pause_megatron.config.blend import split_words
-from pause_megatron.config.layer_range import layer_range
+from pause_megatron.config.layer_range import LayerOrder, layer_range
 from pause_megatron.config.section import PathText, Section
 
 OurPreset = Literal["tiny", "130m", "1b", "7b"]
@@ -154,10 +154,9 @@ class ResolvedModel(ModelSection):
         return layer_range("model.loop_layers", self.loop_layers, self.layers)
 
     @property
-    def order(self) -> tuple[int, ...]:
+    def order(self) -> LayerOrder:
         """Numbers of the layers in the order of a forward pass; looped ones occur several times."""
-        looped = self.looped
-        return (*range(looped.start), *(tuple(looped) * self.loops), *range(looped.stop, self.layers))
+        return LayerOrder(self.layers, self.looped, self.loops)
 
     def unrolled(self) -> ResolvedModel:
         """Return the model without loops that computes the same if its layers are copies in `order`.

@@ -21,6 +21,7 @@ from pause_megatron.config.load import dump, load, recipe_names
 from pause_megatron.versions import EXTRAS
 
 ROOT = Path(__file__).resolve().parents[2]
+METHODS = ("cyb", "dit", "every-k", "looped")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -265,6 +266,10 @@ def check_verb(program: str, words: list[str]) -> None:
         assert main([verb, *arguments, "--dry-run"]) == 0
 
 
-def test_the_readme_names_every_recipe():
+def test_the_readme_and_the_page_of_methods_name_every_recipe():
+    methods = (ROOT / "pause_megatron/recipes/METHODS.md").read_text()
+    named = r"`((?:tiny|c4|paper|retrofit)(?:-[\w-]+)?)`"
+    of_methods = {f"{size}-{method}" for size in ("tiny", "c4-130m", "c4-1b") for method in METHODS}
     pretraining = {name for name in recipe_names() if not name.startswith("finetune-")}
-    assert set(re.findall(r"`((?:tiny|c4|paper|retrofit)(?:-[\w-]+)?)`", README)) == pretraining
+    assert set(re.findall(named, README)) == pretraining - of_methods
+    assert all(f"-{method}`" in README for method in METHODS) and of_methods <= set(re.findall(named, methods))
