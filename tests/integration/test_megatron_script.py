@@ -239,7 +239,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_the_readmes_policy(corpus: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (block,) = blocks("python", "# my_policies.py")
+    (block,) = [each for each in blocks("python", "# my_policies.py") if "def after_punctuation" in each]
     (tmp_path / "my_policies.py").write_text(block, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     for window in ("exact", "trim"):
