@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -158,6 +158,15 @@ def test_any_number_of_processes_and_of_kills(
     assert sides["one"] == sides["two"] and not parts.exists()
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """SIGINT as in a terminal: a job in the background begins with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_keeps_the_finished_units(
     folder: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
