@@ -102,7 +102,7 @@ def against_plain_torch(tokenizer: str, data: str) -> tuple[float, float]:
         windows = task_windows(tokenizer, data, (range(1), "append", "causal"))
         found, gradients, _ = total(model, [batch_of(windows, list(range(windows.windows_in_epochs(1))))])
         expected = []
-        for _, prompt, target, _ in windows.examples:
+        for _, prompt, target, *_ in windows.examples:
             text = torch.tensor([*prompt, *target], dtype=torch.int64)
             logits = model.logits(text[None, :-1], torch.arange(len(text) - 1)[None])[0]
             losses = F.cross_entropy(logits[prompt.size - 1 :], text[prompt.size :], reduction="none")
