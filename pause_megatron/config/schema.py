@@ -169,6 +169,12 @@ class ObjectiveSection(Section):
         "function of the target ids; null: 1 each",
     )
 
+    @property
+    def changed(self) -> dict[str, object]:
+        """The keys that differ from their defaults; empty for the mean cross-entropy of the targets."""
+        fields = type(self).model_fields
+        return {name: value for name, value in self if value != fields[name].default}
+
 
 class TrainSection(Section):
     """Training duration."""

@@ -169,7 +169,7 @@ def _recipe(
             "placement",
             f"`{config.pause.placement}`" + ("" if config.pause.run == 1 else f", runs of {config.pause.run}"),
         ),
-        *([("objective", _objective(config.objective))] if config.objective != ObjectiveSection() else []),
+        *([("objective", _objective(config.objective))] if config.objective.changed else []),
         *([("pauses within answers", within)] if (within := _within(pause)) else []),
         *([("pause positions", "`shared`: those of the text before them")] if "positions" in pause else []),
         ("pause embeddings", f"{config.pause.embeddings} (ids {pause['ids']})"),
@@ -202,8 +202,7 @@ def _answers(config: ResolvedConfig) -> str:
 
 def _objective(objective: ObjectiveSection) -> str:
     """Return the objective with the keys that differ from their defaults."""
-    given = {name: value for name, value in objective if value != ObjectiveSection.model_fields[name].default}
-    return ", ".join(f"`{value}`" if name == "name" else f"{name} {value}" for name, value in given.items())
+    return ", ".join(f"`{value}`" if name == "name" else f"{name} {value}" for name, value in objective.changed.items())
 
 
 def _loops(model: ResolvedModel) -> str:

@@ -7,17 +7,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.forked_ranks import TIMING
+from support import parity_runs
+from support.parity_runs import metrics
 from support.ranks import run_on_ranks
-from support.tiny_config import tiny_model
 
 from pause_megatron.checkpoint import Store
 from pause_megatron.checkpoint.manifest import Manifest
-from pause_megatron.config.load import load
 from pause_megatron.hf.export import export
 from pause_megatron.tasks.synthetic.base import write_tokenizer
 
-TASK = "pause_megatron.tasks.synthetic.parity:PARITY_OF_8"
 PLACES = {
     "pauses": ["finetune.pause_targets=true", "finetune.pauses=9..11", "pause.embeddings=9"],
     "heads": ["finetune.auxiliary_heads=true", "finetune.pauses=0", "pause.embeddings=9"],
@@ -25,22 +23,14 @@ PLACES = {
 HEADS = "auxiliary_heads.weight"
 
 
+SETTINGS = (
+    *("train.steps=6", "batch.micro_size=8", "checkpoint.every=0", "log.tensorboard=false"),
+    *("validation.every=3", "finetune.hint_weight=0.5"),
+)
+
+
 def tune(folder: str, tokenizer: str, *overrides: str) -> int:
-    from pause_megatron.train.finetune import finetune
-
-    settings = [
-        *(f"run.dir={folder}", f"task.name={TASK}", f"data.tokenizer={tokenizer}", "data.sequence_length=48"),
-        *tiny_model(layers=2, hidden=32, heads=4, tied=False),
-        *("train.steps=6", "batch.global_size=8", "batch.micro_size=8", "optim.lr=3e-3", "optim.warmup_steps=1"),
-        *("engine.precision=fp32", "engine.zero_stage=0", "checkpoint.every=0", "log.tensorboard=false"),
-        *("validation.every=3", "validation.samples=7", "finetune.hint_weight=0.5"),
-    ]
-    return finetune(load(overrides=[*settings, *overrides]))
-
-
-def metrics(folder: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMING and value is not None} for line in lines]
+    return parity_runs.tune(folder, tokenizer, *SETTINGS, *overrides)
 
 
 @pytest.fixture(scope="module")

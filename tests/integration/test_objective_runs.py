@@ -1,20 +1,17 @@
-"""Runs with an objective: one list of values at every topology and ZeRO stage, resume, and what an export states."""
+"""Runs with an objective: one list of values at every topology and ZeRO stage, and what an export states."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
-from support.forked_ranks import TIMING
+from support import parity_runs
+from support.parity_runs import metrics
 from support.ranks import run_on_ranks
-from support.tiny_config import tiny_model
 
-from pause_megatron.config.load import load
 from pause_megatron.hf.export import export
 from pause_megatron.tasks.synthetic.base import write_tokenizer
 
-TASK = "pause_megatron.tasks.synthetic.parity:PARITY_OF_8"
 KINDS = {
     "cyb": ["objective=cyb_variational", "objective.z_loss=0.01", "finetune.pauses=0..4"],
     "anytime": ["objective=anytime", "finetune.auxiliary_heads=true", "finetune.pauses=1..3"],
@@ -27,22 +24,14 @@ TOPOLOGIES = [
 ]
 
 
+SETTINGS = (
+    *("train.steps=4", "batch.micro_size=4", "checkpoint.every=2", "pause.embeddings=2"),
+    *("validation.every=2", "log.tensorboard=true"),
+)
+
+
 def tune(folder: str, tokenizer: str, *overrides: str) -> int:
-    from pause_megatron.train.finetune import finetune
-
-    settings = [
-        *(f"run.dir={folder}", f"task.name={TASK}", f"data.tokenizer={tokenizer}", "data.sequence_length=48"),
-        *tiny_model(layers=2, hidden=32, heads=4, tied=False),
-        *("train.steps=4", "batch.global_size=8", "batch.micro_size=4", "optim.lr=3e-3", "optim.warmup_steps=1"),
-        *("engine.precision=fp32", "engine.zero_stage=0", "checkpoint.every=2", "pause.embeddings=2"),
-        *("validation.every=2", "validation.samples=7", "log.tensorboard=true"),
-    ]
-    return finetune(load(overrides=[*settings, *overrides]))
-
-
-def metrics(folder: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMING and value is not None} for line in lines]
+    return parity_runs.tune(folder, tokenizer, *SETTINGS, *overrides)
 
 
 @pytest.fixture(scope="module")

@@ -142,8 +142,7 @@ def _objective_rows(config: ResolvedConfig) -> list[tuple[str, str]]:
     Args:
         config: Configuration of the run.
     """
-    fields, objective = type(config.objective).model_fields, config.objective
-    changed = {name: getattr(objective, name) for name in fields if getattr(objective, name) != fields[name].default}
+    changed = config.objective.changed
     return [("objective", ", ".join(f"{key}={value}" for key, value in changed.items()))] if changed else []
 
 
