@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from support.processes import children
 from support.slurm_cluster import installed
 from support.slurm_job import Job
 from support.small_grid import GRID, write_grid, write_records
@@ -55,8 +56,7 @@ def straight(corpus, records, tmp_path_factory) -> Path:
 
 def kill_with_children(process: subprocess.Popen) -> None:
     """kill -9 of the runner and of every verb that it has started."""
-    children = [path.read_text().split() for path in Path(f"/proc/{process.pid}/task").glob("*/children")]
-    for victim in (process.pid, *(int(child) for group in children for child in group)):
+    for victim in (process.pid, *children(process.pid)):
         with contextlib.suppress(ProcessLookupError):
             os.kill(victim, signal.SIGKILL)
     process.wait()

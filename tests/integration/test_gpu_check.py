@@ -13,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from support.processes import has_ended
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gpu"))
 import wheels
@@ -54,14 +55,6 @@ def checked(folder: Path, parts: list[Part], seconds: float = 100.0) -> tuple[di
     return {one["name"]: one for one in found["parts"]}, summary
 
 
-def ended(pid: int) -> bool:
-    """Whether a process is gone, or is about to be when its new parent looks for it."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except OSError:
-        return True
-
-
 def test_a_part_that_goes_wrong_stops_no_other(tmp_path):
     texts = {"failing": FAILING, "crashing": CRASHING, "hanging": HANGING, "skipped": SKIPPED, "fine": FINE}
     parts = [part(tmp_path, name, text, 10 if name == "hanging" else 60) for name, text in texts.items()]
@@ -79,7 +72,7 @@ def test_a_part_that_goes_wrong_stops_no_other(tmp_path):
     logs = (tmp_path / "out" / "logs.txt").read_text()
     assert "in test_two" in logs.partition("===== hanging")[2].partition("=====")[0]  # the stacks of the one that hung
     sleeper = int(logs.partition("sleeper ")[2].split()[0])
-    assert ended(sleeper)  # a session of its own does not save it
+    assert has_ended(sleeper)  # a session of its own does not save it
     assert "assert 1 == 2" in summary and "the answer is 42" in summary and "Segmentation fault" in summary
 
 
@@ -131,7 +124,7 @@ def test_a_stopped_check_leaves_its_report_and_no_process(tmp_path):
     process.send_signal(signal.SIGTERM)
     printed, _ = process.communicate(timeout=30)
     assert process.returncode == 143, printed
-    assert all(map(ended, below))
+    assert all(map(has_ended, below))
     assert json.loads((tmp_path / "report.json").read_text())["parts"][0]["status"] == "stopped"
 
 

@@ -20,6 +20,7 @@ from support.slurm_cluster import installed
 
 from pause_megatron.checkpoint import Store
 from pause_megatron.config.load import dump
+from pause_megatron.host.processes import words
 
 ROOT = Path(__file__).resolve().parents[2]
 LATEST_END = 10.0
@@ -131,7 +132,7 @@ def kill_the_launcher(process: subprocess.Popen, config: Path) -> float:
     """Return the seconds until the last rank has exited."""
     began = time.monotonic()
     # Only the launcher is in this group, and srun's own guard, which would have SLURM end the step.
-    if b"srun" in Path(f"/proc/{process.pid}/cmdline").read_bytes():
+    if "srun" in " ".join(words(process.pid)):
         os.killpg(process.pid, signal.SIGKILL)
     process.kill()
     while ranks_of(config):

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from support.processes import children, has_ended
 from support.prose import documents, small_tokenizer, write_shards
 from support.tiny_llama import llama, sentencepiece_tokenizer, write_folder
 
@@ -28,6 +29,8 @@ from pause_megatron.data.prepare.run import prepare
 from pause_megatron.files.durable import write_whole
 from pause_megatron.inference.loading import load
 from pause_megatron.score.windows import document_offsets, unit_tokens
+
+WORKER = "spawn_main"  # on the command line of a pool's process
 
 CONTEXT = 64
 
@@ -128,19 +131,19 @@ def test_any_number_of_processes_and_of_kills(
     with open(log, "w") as output:
         process = subprocess.Popen([sys.executable, "-m", "pause_megatron", *two], stdout=output, stderr=output)
         wait_until(lambda: any(parts.glob("*.values")) or process.poll() is not None)
-        workers = workers_of(process.pid)
+        workers = children(process.pid, WORKER)
         process.kill()
         assert process.wait() == -signal.SIGKILL and len(workers) == 2, log.read_text()
-    wait_until(lambda: not any(map(is_running, workers)))  # no process is left behind
+    wait_until(lambda: all(map(has_ended, workers)))  # no process is left behind
     kept = sorted(parts.glob("*.values"))
     kept[0].write_bytes(kept[0].read_bytes()[:-1])  # of another length: computed again
     (parts / "000001.values.1.tmp").write_bytes(b"half")
 
-    others = set(workers_of(os.getpid()))  # ranks that other tests keep
+    others = set(children(os.getpid(), WORKER))  # ranks that other tests keep
 
     def kill_one() -> None:
         wait_until(lambda: len(list(parts.glob("*.values"))) > len(kept))
-        os.kill(next(worker for worker in workers_of(os.getpid()) if worker not in others), signal.SIGKILL)
+        os.kill(next(worker for worker in children(os.getpid(), WORKER) if worker not in others), signal.SIGKILL)
 
     killer = threading.Thread(target=kill_one)
     killer.start()
@@ -148,7 +151,7 @@ def test_any_number_of_processes_and_of_kills(
     assert main(two) == 2
     killer.join()
     assert re.search(r"a process was killed while these units were computed: \d+", capsys.readouterr().err)
-    assert not Path(f"{corpus}.two.lock").exists() and set(workers_of(os.getpid())) <= others
+    assert not Path(f"{corpus}.two.lock").exists() and set(children(os.getpid(), WORKER)) <= others
 
     assert main([*two, "--kind", "entropy"]) == 2
     refused = capsys.readouterr().err
@@ -206,24 +209,6 @@ def test_an_end_between_the_file_and_its_record(folder: Path, corpus: Path, monk
     (parts / "plan.json").write_bytes(b"{")
     assert main(arguments(corpus, folder / "model", "--processes", "1", "--kind", "entropy", "--overwrite")) == 0
     assert CorpusManifest.load(corpus).sides["score"].kind == "entropy" and not parts.exists()
-
-
-def workers_of(parent: int) -> list[int]:
-    """The processes of a pool, without the resource tracker."""
-    children = [int(child) for path in Path(f"/proc/{parent}/task").iterdir() for child in _words(path / "children")]
-    return [child for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
-
-
-def _words(path: Path) -> list[str]:
-    return path.read_text().split()
-
-
-def is_running(process: int) -> bool:
-    """Whether a process runs; one that has ended may still wait for its parent."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def test_what_is_refused_before_the_model_is_loaded(

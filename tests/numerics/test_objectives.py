@@ -160,11 +160,11 @@ def build(tensor: ParallelSection, plan: LossPlan | None, chunk: int, tied: bool
 
 
 def by_hand(name: str, numbers: list[int]) -> tuple[float, float, dict[str, Tensor]]:
-    """Objective, mean cross-entropy at the last steps, and gradient over windows."""
+    """Objective, mean cross-entropy at the last steps, and gradient over windows, in fp64."""
     from pause_megatron.model.variable_length import PackedSegments
 
     plan, total, weights, losses = plan_of(name), 0.0, 0.0, []
-    model = build(ParallelSection(), None, 4096, tied=name != "cyb_budget")
+    model = build(ParallelSection(), None, 4096, tied=name != "cyb_budget").double()
     for number in numbers:
         sample = sample_of(LAYOUTS[number % 4], number)
         spans = PackedSegments.of(sample["segments"][None], None, device=torch.device("cpu"))
@@ -186,14 +186,17 @@ def by_hand(name: str, numbers: list[int]) -> tuple[float, float, dict[str, Tens
 
 
 def trained(name: str, micro_batches: list[list[int]], parallel: ParallelSection, chunk: int) -> tuple:
-    """The same from the model and the sums of the training loop, over data-parallel ranks and micro-batches."""
+    """The same from the model and the sums of the training loop, over data-parallel ranks and micro-batches.
+
+    The layers are in fp64, so that nothing but the head differs: an objective's numbers are fp32 in any model.
+    """
     from pause_megatron.distributed import initialize
     from pause_megatron.train.guards.signals import StopRequest
     from pause_megatron.train.loop import _StepSums
 
     with initialize(parallel, device="cpu") as context:
         plan = plan_of(name)
-        model = build(parallel, plan, chunk, tied=name != "cyb_budget")
+        model = build(parallel, plan, chunk, tied=name != "cyb_budget").double()
         own = [micro_batch(each, plan) for each in micro_batches[context.dp_rank :: context.dp_size]]
         sums = _StepSums(own, context, (), StopRequest(), 1.0, plan)
         for batch in own:
@@ -222,7 +225,7 @@ def test_value_and_gradient_are_those_of_the_formula(name):
             case = f"{parallel.tensor} {parallel.sequence} {chunk}"
             assert losses.objective == pytest.approx(value, rel=1e-6), case
             assert losses.mean == pytest.approx(mean, rel=1e-6), case
-            assert distance(found, gradient) < 2e-6, case
+            assert distance(found, gradient) < 1e-6, case
             assert losses.of_objective().keys() == {"objective", *(f"objective/{n}" for n in losses.means)}
 
 

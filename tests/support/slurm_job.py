@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pause_megatron.checkpoint import Store
+from pause_megatron.host.processes import stat
 from support.slurm_cluster import ENDED, Cluster
 
 SECONDS_BETWEEN_LOOKS = 0.2
@@ -109,7 +110,7 @@ class Job:
             if not any(self.store.folder.glob(".incoming-*")):
                 return False
             self.signal(signal.SIGSTOP, 0, 1)
-            while any(_state(process) not in "TtZX" for rank in (0, 1) for process in self._processes(rank)):
+            while any((stat(process) or "X")[0] not in "TtZX" for rank in (0, 1) for process in self._processes(rank)):
                 time.sleep(0.001)
             if any(self.store.folder.glob(".incoming-*")):
                 return True
@@ -156,14 +157,6 @@ class Job:
             except (OSError, UnicodeDecodeError):
                 continue  # it has ended, or is no python of ours
         return found
-
-
-def _state(process: int) -> str:
-    """Of a process, as in /proc/PID/stat; X: it is gone."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return "X"
 
 
 def _by_number(path: Path) -> list[tuple[int, str]]:
