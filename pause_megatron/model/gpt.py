@@ -80,7 +80,7 @@ class PauseGPTModel(LanguageModule):
     Raises:
         ConfigError: The configuration has a feature of GPTModel that is not supported: multi-token prediction,
             multi-latent attention, MuP, YaRN or multimodal positions, a 16-bit cross-entropy, deferred embedding
-            gradients.
+            gradients, given positions under context parallelism.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class PauseGPTModel(LanguageModule):
         auxiliary_heads: int = 0,
         given_positions: bool = False,
     ) -> None:
-        check_supported(config, position_embedding_type, fp16_lm_cross_entropy, mtp_block_spec)
+        check_supported(config, position_embedding_type, fp16_lm_cross_entropy, mtp_block_spec, given_positions)
         check_loops(loops, loop_layers, config, whole=pre_process and post_process)
         super().__init__(config, pg_collection)
         self.vocabulary = vocabulary

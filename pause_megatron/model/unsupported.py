@@ -10,7 +10,11 @@ _POSITIONS = ("rope", "learned_absolute", "none")
 
 
 def check_supported(
-    config: TransformerConfig, position_embedding_type: str, fp16_loss: bool, mtp_block_spec: object
+    config: TransformerConfig,
+    position_embedding_type: str,
+    fp16_loss: bool,
+    mtp_block_spec: object,
+    given_positions: bool,
 ) -> None:
     """Check that the arguments of GPTModel ask for no feature that PauseGPTModel does not have.
 
@@ -19,6 +23,7 @@ def check_supported(
         position_embedding_type: As GPTModel.
         fp16_loss: `fp16_lm_cross_entropy` of GPTModel.
         mtp_block_spec: As GPTModel.
+        given_positions: As PauseGPTModel.
 
     Raises:
         ConfigError: Names the feature.
@@ -32,6 +37,8 @@ def check_supported(
     for name in ("multi_latent_attention", "mtp_num_layers", "use_mup", "defer_embedding_wgrad_compute"):
         if value := getattr(config, name, None):
             raise ConfigError(f"{name}: expected it to be off for PauseGPTModel, got {value!r}")
+    if given_positions and config.context_parallel_size > 1:  # its ranks rotate by the order of tokens
+        raise ConfigError(f"context_parallel_size: expected 1 with given_positions, got {config.context_parallel_size}")
 
 
 def check_loops(loops: int, looped: range | None, config: TransformerConfig, *, whole: bool) -> None:

@@ -132,7 +132,7 @@ def test_flops_count_every_run_of_a_layer_and_parameters_count_it_once():
     assert counts[0] == counts[1] == counts[2] < counts[3]
 
 
-def pipeline_stage() -> str:
+def refused_when_built() -> str:
     from support.tiny_model import section
 
     from pause_megatron.distributed import initialize
@@ -148,8 +148,11 @@ def pipeline_stage() -> str:
             PauseGPTModel(config, block_spec(2), 52, 16, post_process=False, vocabulary=vocabulary, loops=2)
         with pytest.raises(ConfigError, match=r"loop_layers: expected a range within 0\.\.1, got range\(1, 3\)"):
             PauseGPTModel(config, block_spec(2), 52, 16, vocabulary=vocabulary, loops=2, loop_layers=range(1, 3))
+        config.context_parallel_size = 2
+        with pytest.raises(ConfigError, match=r"context_parallel_size: expected 1 with given_positions, got 2"):
+            PauseGPTModel(config, block_spec(2), 52, 16, vocabulary=vocabulary, given_positions=True)
     return str(refused.value)
 
 
-def test_a_pipeline_stage_cannot_loop():
-    assert run_on_ranks(1, pipeline_stage) == ["loops: expected 1 under pipeline parallelism, got 2"]
+def test_what_the_model_refuses_when_it_is_built():
+    assert run_on_ranks(1, refused_when_built) == ["loops: expected 1 under pipeline parallelism, got 2"]
