@@ -117,8 +117,8 @@ class Engine:
             micro_batches: This rank's share of the global batch; the same number on every rank.
             forward: (module, micro-batch, scale) -> scalar loss; scale is a scalar fp32 on the device.
             lr: Learning rate of this step.
-            global_targets: Supervised targets over all ranks and micro-batches, an integer or a scalar on the device.
-                0 gives a zero gradient.
+            global_targets: Supervised targets over all ranks and micro-batches, or the sum of their weights; an integer
+                or a scalar on the device. 0 gives a zero gradient, whatever the terms are.
             read: Returns further numbers [n] on the device for the host. It is called after the last backward pass,
                 and its result is read together with the norm.
 
@@ -146,10 +146,9 @@ class Engine:
         """
         if isinstance(global_targets, Tensor):
             targets = global_targets.double()
-            targets = targets.where(targets > 0, 1.0)  # weights may add up to less than 1
         else:
-            targets = torch.full((), max(global_targets, 1), dtype=torch.float64, device=self.deepspeed.device)
-        return (self._dp_size * micro_batches / targets).float()
+            targets = torch.full((), global_targets, dtype=torch.float64, device=self.deepspeed.device)
+        return (self._dp_size * micro_batches / targets).where(targets > 0, 0.0).float()
 
     def _optimizer_step(self, read: Callable[[], Tensor] | None) -> StepOutcome:
         numbers = [] if read is None else [read().double()]

@@ -37,7 +37,7 @@ class Hook:
         """Close files and the like."""
 
     def failure(self) -> str | None:
-        """Return a line about what could not be written during the run; None where nothing is missing."""
+        """Return a line about what went wrong during the run, such as lines that are not written; None: nothing did."""
         return None
 
 
@@ -165,3 +165,35 @@ class SkippedStepLimit(Hook):
                 f"step {result.step}: the gradient norm is {result.grad_norm}, and {self._skipped} steps in a row "
                 "were not finite and not applied. Lower optim.lr, or inspect the data of these steps"
             )
+
+
+class WeightlessSteps(Hook):
+    """Hook that tells of steps whose targets all have weight 0: they add nothing to the gradient.
+
+    They happen by chance where few tokens have a weight, and always where the weights are wrong. So the run goes on,
+    and the first, 10th, 100th, ... is told.
+    """
+
+    def __init__(self) -> None:
+        self._steps = self._weightless = 0
+        self._next = 1
+
+    def __call__(self, result: StepResult) -> None:
+        """Count a step, and log its number if it is the 1st, 10th, 100th, ... of its kind."""
+        self._steps += 1
+        if not result.losses.is_weightless:
+            return
+        self._weightless += 1
+        if self._weightless == self._next:
+            self._next *= 10
+            log.warning(f"step {result.step}: {self._counted()}")
+
+    def failure(self) -> str | None:
+        """Return how many steps of how many added nothing; None where all did."""
+        return self._counted() if self._weightless else None
+
+    def _counted(self) -> str:
+        return (
+            f"{self._weightless:,} of {self._steps:,} steps have targets of weight 0 only (objective.token_weights, "
+            "the objective's own weights), which add nothing to the gradient"
+        )

@@ -16,7 +16,6 @@ from pause_megatron.distributed import ParallelContext
 from pause_megatron.distributed.collective import sum_over_ranks
 from pause_megatron.engine import Engine, learning_rate
 from pause_megatron.engine.waits import upload
-from pause_megatron.errors import DataError
 from pause_megatron.objective import LossPlan
 from pause_megatron.train.guards.signals import StopRequest
 from pause_megatron.train.losses import Losses, LossSums
@@ -215,7 +214,6 @@ class _StepSums:
     ) -> None:
         self._context, self._stop = context, stop
         self.losses = LossSums(context.device, corpora, hint_weight, plan)
-        self._samples = micro_batches[0].sample_ids
         local = [
             (batch.weight + hint_weight * batch.hints_count, batch.raw_tokens, batch.text_tokens)
             for batch in micro_batches
@@ -239,11 +237,5 @@ class _StepSums:
 
     def parse(self, values: Sequence[float]) -> tuple[int, int, bool, Losses]:
         """Return raw tokens, text tokens, whether any rank is asked to stop, and losses, from `reduced` on the host."""
-        weight, tokens, text_tokens, stopping, *sums = values
-        losses = self.losses.means(sums)
-        if losses.targets and not weight:
-            raise DataError(
-                f"sample {int(self._samples[0])} and the others of its step: expected a target with a weight above 0 "
-                f"(objective.token_weights, the objective's own weights), got {losses.targets} targets of weight 0"
-            )
-        return int(tokens), int(text_tokens), bool(stopping), losses
+        _, tokens, text_tokens, stopping, *sums = values
+        return int(tokens), int(text_tokens), bool(stopping), self.losses.means(sums)

@@ -32,7 +32,7 @@ class Losses:
             one corpus.
         hints: Mean over the targets of pauses or auxiliary heads, which the other means exclude; None: there are none.
         hint_targets: Number of these targets.
-        objective: Mean of the objective that is minimized, hints excluded; None: it is `mean`.
+        objective: Mean of the objective that is minimized, hints excluded; None: it is `mean`, or all weights are 0.
         means: Further means that the objective logs, by name; None for one without values.
         rows: Rows of the head without those of hints, one or more a target.
     """
@@ -53,6 +53,11 @@ class Losses:
     def head_rows(self) -> int:
         """Rows of the LM head in all, those of hints included."""
         return (self.rows or self.targets) + self.hint_targets
+
+    @property
+    def is_weightless(self) -> bool:
+        """Whether there are targets, but the objective gives all of them weight 0, so that it has no value."""
+        return self.rows > 0 and self.objective is None
 
     def of_objective(self) -> dict[str, float | None]:
         """Return the values that the objective logs, by their names; none for the mean cross-entropy."""

@@ -12,7 +12,7 @@ from pause_megatron.objective import loss_plan
 from pause_megatron.terminal.output import lost_output
 from pause_megatron.train.guards.ownership import WhileOwner
 from pause_megatron.train.guards.watch import HangWatch
-from pause_megatron.train.hooks import BestEffort, Every, Hook, SkippedStepLimit
+from pause_megatron.train.hooks import BestEffort, Every, Hook, SkippedStepLimit, WeightlessSteps
 from pause_megatron.train.inputs.inputs import HeldOut
 from pause_megatron.train.logs.metrics_file import MetricsFile, Throughput
 from pause_megatron.train.logs.monitoring import ConfigFile, ProgressBar
@@ -80,7 +80,7 @@ def open_hooks(run: Run) -> Iterator[list[Hook]]:
         The hooks of this rank; they are closed when the body ends, and what they could not write is logged.
     """
     config = run.config
-    hooks: list[Hook] = [SkippedStepLimit(MAX_SKIPPED_STEPS)]
+    hooks: list[Hook] = [SkippedStepLimit(MAX_SKIPPED_STEPS), WeightlessSteps()]
     with ExitStack() as closing:
         closing.callback(_log_failures, hooks)
         if run.data.valid is not None:

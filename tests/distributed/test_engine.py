@@ -126,20 +126,23 @@ def test_a_step_that_is_not_finite_on_one_rank_is_skipped_by_all(precision):
             assert norm > 0
 
 
-def empty_batch(zero: int) -> tuple:
+def without_targets(zero: int) -> list[tuple]:
     from pause_megatron.config.schema import ParallelSection
     from pause_megatron.distributed import initialize
 
     run = config(zero, "fp32", 4)
     with initialize(ParallelSection()) as context, make_engine(run, context) as engine:
-        batches = [torch.zeros(0, WIDTH)] * (WINDOWS // (4 * context.dp_size))
-        outcome = engine.train_step(batches, lambda m, rows, scale: m(rows, scale), lr=0.01, global_targets=0)
-        return outcome.applied, outcome.grad_norm
+        outcomes = []
+        for rows, targets in ((0, 0), (3, torch.tensor(0.0))):  # no targets; targets of weight 0, whose terms are not 0
+            batches = [torch.ones(rows, WIDTH)] * (WINDOWS // (4 * context.dp_size))
+            step = engine.train_step(batches, lambda m, rows, scale: m(rows, scale), lr=0.01, global_targets=targets)
+            outcomes.append((step.applied, step.grad_norm))
+        return outcomes
 
 
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_a_batch_without_targets_has_a_zero_gradient(zero):
-    assert run_on_ranks(2, empty_batch, zero) == [(True, 0.0)] * 2
+def test_a_batch_without_targets_or_weights_has_a_zero_gradient(zero):
+    assert run_on_ranks(2, without_targets, zero) == [[(True, 0.0)] * 2] * 2
 
 
 def test_optimizer_steps_start_at_zero():

@@ -12,7 +12,7 @@ import torch
 
 from pause_megatron.config.load import load
 from pause_megatron.errors import TrainingError
-from pause_megatron.train.hooks import BestEffort, Every, Monitor, SkippedStepLimit
+from pause_megatron.train.hooks import BestEffort, Every, Monitor, SkippedStepLimit, WeightlessSteps
 from pause_megatron.train.logs.metrics_file import MetricsFile, Throughput
 from pause_megatron.train.logs.monitoring import ProgressBar, validation_text
 from pause_megatron.train.logs.tensorboard import TensorBoard
@@ -80,6 +80,26 @@ def test_a_run_ends_after_too_many_skipped_steps_in_a_row():
         limit(result(step, applied=applied))
     with pytest.raises(TrainingError, match="3 steps in a row were not finite"):
         limit(result(6, applied=False))
+
+
+def test_steps_of_weight_0_are_told_at_the_1st_10th_and_100th_and_in_the_end(tmp_path, caplog):
+    with_weight = replace(result(1).losses, rows=10, objective=2.0)
+    hook, file = WeightlessSteps(), MetricsFile(tmp_path / "metrics.jsonl", Throughput(flops, None), resume_after=0)
+    for step in range(1, 31):
+        objective = None if step % 2 == 0 else 2.0
+        hook(now := replace(result(step), losses=replace(with_weight, objective=objective)))
+        if step < 3:
+            file(now)
+    file.close()
+    said = [message.partition(" steps have targets of weight 0 only")[0] for message in caplog.messages]
+    assert said == ["step 2: 1 of 2", "step 20: 10 of 20"]
+    assert hook.failure().startswith("15 of 30 steps have targets of weight 0 only (objective.token_weights,")
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["loss"], line["objective"]) for line in lines] == [(3.0, 2.0), (3.0, None)]
+    hook = WeightlessSteps()
+    for losses in (with_weight, result(1).losses):  # the default objective has no rows
+        hook(replace(result(1), losses=losses))
+    assert hook.failure() is None
 
 
 def test_metrics_are_whole_lines_and_a_resumed_run_repeats_its_steps(tmp_path):

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from pause_megatron.config.load import load
+from pause_megatron.config.schema import ObjectiveSection
 from pause_megatron.data.batches.batch import MicroBatch
 from pause_megatron.engine import StepOutcome
+from pause_megatron.model import LMLoss
+from pause_megatron.objective import Steps, loss_plan
 from pause_megatron.train.loop import Progress, StepResult, StepSchedule, training_steps
 
 ALONE = SimpleNamespace(device=torch.device("cpu"), world_size=1, dp_group=None)
@@ -61,6 +65,33 @@ def test_counts_are_those_of_the_step():
     assert [result.step for result in results] == list(range(1, STEPS + 1)) and results[-1].last
     assert {(result.tokens, result.text_tokens) for result in results} == {(32, 26)}
     assert results[-1].progress == Progress(STEPS, STEPS * 32, STEPS * 26)
+
+
+class OneOfEach(Engine):
+    """Computes a loss of 1 at each target, and no objective."""
+
+    def train_step(self, micro_batches, forward, *, lr, global_targets, read) -> StepOutcome:
+        def module(*_, targets, **__):
+            count, none = targets.numel(), torch.zeros((), dtype=torch.float64)
+            return LMLoss(torch.zeros(()), torch.zeros(()), count, torch.ones(count), None, none, none.new_zeros(0, 2))
+
+        for batch in micro_batches:
+            forward(module, batch, torch.ones(()))
+        assert float(global_targets) == sum(batch.weight for batch in micro_batches)
+        return StepOutcome(1.0, True, read().tolist())
+
+
+def test_a_step_whose_targets_have_weight_0_has_a_loss_and_no_objective():
+    ones, ends = torch.ones(5, dtype=torch.int64), torch.arange(1, 6).numpy()
+    batches = []
+    for weight in (0.0, 2.0):
+        weights = Steps(torch.arange(5), ones, ones < 0, ones * weight, ends, 5 * weight)
+        batches.append(replace(micro_batch(5), steps=weights))
+    plan = loss_plan(ObjectiveSection(token_weights="side"))
+    read = enumerate([[batches[0], batches[0]], [batches[0], batches[1]]])
+    first, second = (result.losses for result in steps(OneOfEach(), [], read, plan=plan))
+    assert (first.mean, first.objective, first.is_weightless) == (1.0, None, True)
+    assert (second.mean, second.objective, second.is_weightless) == (1.0, 0.0, False)
 
 
 def test_a_request_before_the_first_step_stops_before_it():
