@@ -134,33 +134,45 @@ class _Options:
         if not isinstance(decoding, dict):
             raise ValueError(f"pauses: decoding: expected an object in config.json, got {decoding!r}")
         own = {name: value for name, value in decoding.items() if value is not None}
-        if entry.get("requests"):
-            own |= {"requests": True, "limit": entry["requests"]}
         if unknown := own.keys() - given.keys():
             raise ValueError(f"pauses: decoding: expected some of {', '.join(given)}, got {min(unknown)!r}")
+        cls(tokenizer, **own)._check(own, "pause.decoding.", "config.json: ")
+        if entry.get("requests"):
+            if "limit" in own:
+                raise ValueError("config.json: pause.requests: expected no pause.decoding.limit beside it, got both")
+            own |= {"requests": True, "limit": entry["requests"]}
         options = cls(tokenizer, **own | {name: value for name, value in given.items() if value is not None})
-        for name, least in (("every", 0), ("count", 1), ("limit", 1)):
-            value = getattr(options, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"pause_{name}: expected a whole number, {least} or more, got {value!r}")
-        for name in ("requests", "in_prompt"):
-            if not isinstance(flag := getattr(options, name), bool):
-                raise ValueError(f"pause_{name}: expected True or False, got {flag!r}")
-        if not isinstance(options.entropy, (int, float)) or not options.entropy >= 0:
-            raise ValueError(f"pause_entropy: expected 0 nats or more, got {options.entropy!r}")
-        _check_pattern(options.after)
-        for name, used, modes in (
-            ("count", options.placed or options.entropy != float("inf"), "pause_every, pause_after or pause_entropy"),
-            ("limit", options.granted, "pause_entropy or pause_requests"),
-            ("in_prompt", options.placed, "pause_every or pause_after"),
-        ):
-            if given[name] and not used:
-                raise ValueError(f"pause_{name}: expected {modes} with it, got none of them")
+        options._check(given, "pause_")
         if options.after and tokenizer is None:
             raise ValueError("pause_after: expected pause_tokenizer=TOKENIZER with it, which knows the texts of tokens")
         if options.active and not entry.get("ids"):
             raise ValueError('pauses: the model has none (its config.json has no "pause" entry with "ids")')
         return options
+
+    def _check(self, given: dict[str, Any], prefix: str, file: str = "") -> None:
+        """Check the values, and that each given one has the mode that it belongs to; `prefix` begins their names."""
+        for name, least in (("every", 0), ("count", 1), ("limit", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{file}{prefix}{name}: expected a whole number, {least} or more, got {value!r}")
+        for name in ("requests", "in_prompt"):
+            if not isinstance(flag := getattr(self, name), bool):
+                raise ValueError(f"{file}{prefix}{name}: expected True or False, got {flag!r}")
+        if not isinstance(self.entropy, (int, float)) or not self.entropy >= 0:
+            raise ValueError(f"{file}{prefix}entropy: expected 0 nats or more, got {self.entropy!r}")
+        try:
+            re.compile(self.after)
+        except (re.error, TypeError) as error:
+            wrong = f"got {self.after!r} ({error})"
+            raise ValueError(f"{file}{prefix}after: expected a regular expression, {wrong}") from None
+        for name, used, modes in (
+            ("count", self.placed or self.entropy != float("inf"), ("every", "after", "entropy")),
+            ("limit", self.granted, ("entropy", "requests")),
+            ("in_prompt", self.placed, ("every", "after")),
+        ):
+            if given.get(name) and not used:
+                wanted = " or ".join(prefix + mode for mode in modes)
+                raise ValueError(f"{file}{prefix}{name}: expected {wanted} with it, got none of them")
 
     @property
     def placed(self) -> bool:
@@ -353,14 +365,6 @@ def _pauses(config: Any, pauses: int | None) -> tuple[list[int], int]:
     if count and not pause_ids:
         raise ValueError('pauses: the model has none (its config.json has no "pause" entry with "ids")')
     return pause_ids, count
-
-
-def _check_pattern(pattern: Any) -> None:
-    """Check a regular expression; "" is none."""
-    try:
-        re.compile(pattern)
-    except (re.error, TypeError) as error:
-        raise ValueError(f"pause_after: expected a regular expression, got {pattern!r} ({error})") from None
 
 
 def _shares_positions(config: Any) -> bool:

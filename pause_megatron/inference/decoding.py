@@ -10,6 +10,9 @@ from typing import Any
 
 from pause_megatron.errors import ConfigError, DataError
 
+_LIMIT = 10
+_UNLIMITED = "decoding.limit: expected decoding.entropy or decoding.requests with it, got neither"
+
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingPauses:
@@ -46,7 +49,7 @@ class DecodingPauses:
     entropy: float | None = None
     requests: bool = False
     count: int = 1
-    limit: int = 10
+    limit: int = _LIMIT
     in_prompt: bool = False
 
     def __post_init__(self) -> None:
@@ -63,7 +66,10 @@ class DecodingPauses:
         if self.in_prompt and not self.placed:
             raise ConfigError("decoding.in_prompt: expected decoding.every or decoding.after with it, got neither")
         if self.count != 1 and not self.placed and self.entropy is None:
-            raise ConfigError("decoding.count: expected decoding.every, after or entropy with it, got none of them")
+            modes = "decoding.every, decoding.after or decoding.entropy"
+            raise ConfigError(f"decoding.count: expected {modes} with it, got none of them")
+        if self.limit != _LIMIT and not self.granted:
+            raise ConfigError(_UNLIMITED)
 
     @property
     def placed(self) -> bool:
@@ -157,12 +163,15 @@ class DecodingPauses:
         entropy = self.entropy if entropy is None else None if entropy == float("inf") else entropy
         requests = self.requests if requests is None else requests
         placed = every is not None or after is not None
-        if limit is not None and entropy is None and not requests:
-            raise ConfigError("decoding.limit: expected decoding.entropy or decoding.requests with it, got neither")
+        granted = entropy is not None or requests
+        if limit is not None and not granted:
+            raise ConfigError(_UNLIMITED)
         if in_prompt is None:
             in_prompt = self.in_prompt and placed
         if count is None:
             count = self.count if placed or entropy is not None else 1
+        if limit is None:
+            limit = self.limit if granted else _LIMIT
         return replace(
             self,
             every=every,
@@ -170,7 +179,7 @@ class DecodingPauses:
             entropy=entropy,
             requests=requests,
             count=count,
-            limit=self.limit if limit is None else limit,
+            limit=limit,
             in_prompt=in_prompt,
         )
 

@@ -6,7 +6,7 @@ text, and no pause is ever shown in an answer. Goyal et al., section 3.3.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -131,6 +131,8 @@ def _decoding(entry: Any, ids: range) -> DecodingPauses:
         raise DataError(f"config.json: pause.requests: expected null or 0 or more, got {requests!r}")
     own = NO_DECODING_PAUSES if document is None else DecodingPauses.parse(document, "config.json: pause.decoding")
     if requests:
+        if isinstance(document, Mapping) and "limit" in document:
+            raise DataError("config.json: pause.requests: expected no pause.decoding.limit beside it, got both")
         own = replace(own, requests=True, limit=requests)
     if own.active and not ids:
         key = "requests" if document is None else "decoding"

@@ -135,6 +135,12 @@ def test_controls_and_adaptive_pauses(generate):
         (["--prompt", "a", "--model", "nowhere"], "there is no such folder"),
         (["--prompt", "a", "--batch-size", "0"], "--batch-size: expected 1 or more"),
         (["--prompt", "a", "--filler", "two words"], "filler: expected the text of one token"),
+        (
+            ["--prompt", "a", "--pause-count", "2"],
+            "--pause-count: expected --pause-every, --pause-after or --pause-ent",
+        ),
+        (["--prompt", "a", "--pause-limit", "2"], "--pause-limit: expected --pause-entropy or --pause-requests with"),
+        (["--prompt", "a", "--pause-in-prompt"], "--pause-in-prompt: expected --pause-every or --pause-after with it"),
     ],
 )
 def test_errors_are_one_clear_message(generate, options, message):

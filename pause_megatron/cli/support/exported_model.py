@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+import re
 from typing import TYPE_CHECKING
 
+from pause_megatron.errors import ConfigError
 from pause_megatron.files.paths import path_option
 
 log = logging.getLogger(__name__)
@@ -83,16 +85,24 @@ def add_decoding_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def decoding_pauses(args: argparse.Namespace, generator: PauseGenerator) -> DecodingPauses:
-    """Return the model's own pauses within answers, with the values that options give, and log where there are any."""
-    decoding = generator.pause.decoding.override(
-        every=args.pause_every,
-        after=args.pause_after,
-        entropy=args.pause_entropy,
-        requests=args.pause_requests,
-        count=args.pause_count,
-        limit=args.pause_limit,
-        in_prompt=args.pause_in_prompt,
-    )
+    """Return the model's own pauses within answers, with the values that options give, and log where there are any.
+
+    Raises:
+        ConfigError: Options that do not fit each other; the message names them.
+    """
+    try:
+        decoding = generator.pause.decoding.override(
+            every=args.pause_every,
+            after=args.pause_after,
+            entropy=args.pause_entropy,
+            requests=args.pause_requests,
+            count=args.pause_count,
+            limit=args.pause_limit,
+            in_prompt=args.pause_in_prompt,
+        )
+    except ConfigError as error:
+        named = re.sub(r"decoding\.(\w+)", lambda field: f"--pause-{field[1].replace('_', '-')}", str(error))
+        raise ConfigError(named) from None
     if words := decoding.words:
         why = "as its config.json says" if decoding == generator.pause.decoding else "as the options say"
         log.info(f"pauses within answers: {words} ({why})")

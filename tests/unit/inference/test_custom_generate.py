@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 
 import pytest
 import torch
@@ -206,7 +207,10 @@ def test_pauses_within_answers_equal_those_of_the_generator(sentencepiece, batch
         ({"pause_after": "a"}, "pause_after: expected pause_tokenizer=TOKENIZER with it"),
         ({"pause_after": "("}, r"pause_after: expected a regular expression, got '\('"),
         ({"pause_requests": "no"}, "pause_requests: expected True or False, got 'no'"),
-        ({"pause_count": 2, "pause_requests": True}, "pause_count: expected pause_every, pause_after or pause_entropy"),
+        (
+            {"pause_count": 2, "pause_requests": True},
+            "pause_count: expected pause_every or pause_after or pause_en",
+        ),
         ({"pause_limit": 2, "pause_every": 1}, "pause_limit: expected pause_entropy or pause_requests with it"),
         ({"pause_in_prompt": True}, "pause_in_prompt: expected pause_every or pause_after with it"),
         ({"pause_requests": True, "pause_limit": 100}, r"4 new tokens \+ up to 400 pauses within them = 407 positions"),
@@ -217,3 +221,20 @@ def test_wrong_options_within_answers_are_refused(generator, settings, message):
         generator.model.generate(
             torch.tensor([[5, 6, 7]]), custom_generate=pause_generate, max_new_tokens=4, **settings
         )
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        (
+            {"decoding": {"limit": 3}},
+            "pause.decoding.limit: expected pause.decoding.entropy or pause.decoding.req",
+        ),
+        ({"decoding": {"every": -1}}, "pause.decoding.every: expected a whole number, 0 or more, got -1"),
+        ({"decoding": {"entropy": 1.0, "limit": 3}, "requests": 2}, "pause.requests: expected no pause.decoding.limit"),
+    ],
+)
+def test_wrong_options_of_the_configuration_are_refused(generator, monkeypatch, own, message):
+    monkeypatch.setattr(generator.model.config, "pause", generator.model.config.pause | own)
+    with pytest.raises(ValueError, match=f"^config.json: {re.escape(message)}"):
+        generator.model.generate(torch.tensor([[5, 6, 7]]), custom_generate=pause_generate, max_new_tokens=4)

@@ -344,7 +344,9 @@ def test_the_room_that_pauses_may_take_is_checked_first(asker):
         ({"requests": 3}, "decoding.requests: expected true or false, got 3"),
         ({"limit": 0, "requests": True}, "decoding.limit: expected 1 or more, got 0"),
         ({"in_prompt": True}, "decoding.in_prompt: expected decoding.every or decoding.after with it"),
-        ({"count": 2}, "decoding.count: expected decoding.every, after or entropy with it"),
+        ({"count": 2}, "decoding.count: expected decoding.every, decoding.after or decoding.entropy with it"),
+        ({"limit": 3}, "decoding.limit: expected decoding.entropy or decoding.requests with it, got neither"),
+        ({"limit": 3, "every": 1}, "decoding.limit: expected decoding.entropy or decoding.requests with it"),
     ],
 )
 def test_wrong_fields_are_refused(sentencepiece, fields, message):
@@ -366,7 +368,7 @@ def test_a_model_brings_its_own(sentencepiece):
     assert generator.generate(PROMPTS, max_new_tokens=4).completions == given.completions
     off = generator.generate(PROMPTS, max_new_tokens=4, decoding=DecodingPauses()).completions
     assert all(c.pauses_in_answer == c.prompt_pauses == 0 for c in off)
-    assert own.override(every=0, requests=False) == DecodingPauses(limit=4)
+    assert own.override(every=0, requests=False) == DecodingPauses()
     assert own.override(every=0) == DecodingPauses(requests=True, limit=4)
     assert own.override(entropy=2.0, count=3) == replace(own, entropy=2.0, count=3)
     with pytest.raises(ConfigError, match=r"decoding.limit: expected decoding.entropy or decoding.requests"):
@@ -375,9 +377,10 @@ def test_a_model_brings_its_own(sentencepiece):
         ("requests", -1, "pause.requests: expected null or 0 or more, got -1"),
         ("decoding", {"evry": 1}, "pause.decoding: expected some of every, after, .*, got 'evry'"),
         ("decoding", 3, "pause.decoding: expected an object with some of every"),
+        ("decoding", {"entropy": 1.0, "limit": 3}, "pause.requests: expected no pause.decoding.limit beside it"),
     ):
         wrong = llama(len(sentencepiece))
-        wrong.config.pause[key] = value
+        wrong.config.pause |= {"requests": 2, key: value}
         with pytest.raises(DataError, match=message):
             PauseGenerator(wrong, sentencepiece)
 
