@@ -113,6 +113,12 @@ class Decoding(GridSection):
     limit: int | None = Field(None, ge=1)
     in_prompt: bool | None = None
 
+    @model_validator(mode="after")
+    def _limits_pauses(self) -> Decoding:
+        if self.limit is not None and self.requests is False and self.entropy is None:
+            raise ValueError("expected entropy or requests with limit, got requests: false")
+        return self
+
     @property
     def options(self) -> dict[str, Any]:
         """Values that were given, by the option of `evaluate`."""

@@ -144,18 +144,22 @@ def test_the_papers_grid_is_the_papers(paper):
 
 def test_a_variant_decodes_with_pauses_of_its_own(small):
     plain = {cell.name: cell for cell in plan_of(small).cells}
-    settings = ["every=4", "after='-$'", "requests=false", "in_prompt=true", "limit=3"]
+    settings = ["every=4", "after='-$'", "entropy=2", "requests=false", "in_prompt=true", "limit=3"]
     decoded = ["variants.D.model=StdPT", "variants.D.finetune=pauses"]
     plan = plan_of(small, *decoded, *(f"variants.D.inference.decoding.{each}" for each in settings))
     found = {cell.name: cell for cell in plan.cells}
     assert all(found[name].fingerprint == cell.fingerprint for name, cell in plain.items())
     added = [cell for name, cell in found.items() if name not in plain]
     assert added and all(cell.verb == "evaluate" for cell in added)
-    given = ("--pause-every", "4", "--pause-after=-$", "--no-pause-requests", "--pause-limit", "3", "--pause-in-prompt")
+    given = ("--pause-every", "4", "--pause-after=-$", "--pause-entropy", "2.0")
+    given += ("--no-pause-requests", "--pause-limit", "3", "--pause-in-prompt")
     for cell in added:
         start = cell.arguments.index("--pause-every")
         assert cell.arguments[start : start + len(given)] == given
         assert cell.identity["options"]["--pause-requests"] is False
+    without = [f"variants.D.inference.decoding.{each}" for each in settings if not each.startswith("entropy")]
+    with pytest.raises(ConfigError, match="expected entropy or requests with limit"):
+        plan_of(small, *decoded, *without)
 
 
 def test_equal_cells_are_one(small):
