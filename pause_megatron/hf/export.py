@@ -14,6 +14,7 @@ from pause_megatron.checkpoint.merge import MergedReader
 from pause_megatron.config.batching import pause_counts, pause_range
 from pause_megatron.config.families import Family, families_of
 from pause_megatron.config.objective_rules import requests
+from pause_megatron.config.pauses import PATTERN
 from pause_megatron.config.schema import ResolvedConfig
 from pause_megatron.errors import CheckpointError
 from pause_megatron.files.durable import sync_file, sync_folder
@@ -215,8 +216,9 @@ def pause_record(checkpoint: NativeCheckpoint, names: Sequence[str], finetuned_p
     `m_ft`, `location`, `filler` and `prefix_attention` are those of the finetuning, and the defaults of inference. m_ft
     is the upper end of a range. `realised_rate` is that of a pretraining. `pause_targets` and `auxiliary_heads` tell
     that the finetuning had them; the heads themselves are not exported. `positions` is there where pauses have none of
-    their own, `decoding` where answers get pauses as training had them, and `requests` with Catch Your Breath: the most
-    pauses in a row that the model learned to ask for.
+    their own, `decoding` where answers get pauses at the places of training, `answer_placement` where training had them
+    at places that no decoding has, and `requests` with Catch Your Breath: the most pauses in a row that the model
+    learned to ask for.
 
     Args:
         checkpoint: The checkpoint to export.
@@ -228,6 +230,8 @@ def pause_record(checkpoint: NativeCheckpoint, names: Sequence[str], finetuned_p
     if finetuned and finetuned_pauses is None:
         finetuned_pauses = pause_range(finetune.pauses)[-1]
     tokens = 0 if finetuned else progress.get("tokens", 0)
+    count, decoding = requests(config), decoding_record(config)
+    placement = None if count or decoding else _answer_placement(config)
     return {
         **pause_entry(names, checkpoint.pause_ids),
         "m_ft": finetuned_pauses,
@@ -240,26 +244,37 @@ def pause_record(checkpoint: NativeCheckpoint, names: Sequence[str], finetuned_p
         "location": finetune.location if finetuned else "append",
         "filler": finetune.filler if finetuned else None,
         **({"positions": "shared"} if pause.positions == "shared" else {}),
-        **({"requests": count} if (count := requests(config)) else {}),
-        **({"decoding": decoding} if (decoding := decoding_record(config)) else {}),
+        **({"requests": count} if count else {}),
+        **({"decoding": decoding} if decoding else {}),
+        **({"answer_placement": placement} if placement else {}),
         **{name: True for name in ("pause_targets", "auxiliary_heads") if getattr(finetune, name)},
     }
 
 
-def decoding_record(config: ResolvedConfig) -> dict[str, int | bool]:
-    """Return where generation puts pauses by default: where all of training had them, after each token; {} elsewhere.
+def decoding_record(config: ResolvedConfig) -> dict[str, int | bool | str]:
+    """Return where generation puts pauses by default: at the places of training; {} where the text does not tell them.
 
-    A pretraining has them after the tokens of prompts too, a finetuning only within answers.
+    A pretraining has them after the tokens of prompts too, a finetuning only within answers. `every` is that of
+    training. `after` has a run after each token of the pattern, of which training drew a part. A model that requests
+    pauses gets none at places: a run of training is what it may ask for.
 
     Args:
         config: Configuration of the run.
     """
-    finetuned = config.task.name is not None
-    if finetuned and config.finetune.answer_placement == "every":
-        return {"every": 1, "count": config.pause.run}
-    if not finetuned and config.pause.placement == "every" and config.pause.rate:
-        return {"every": 1, "count": config.pause.run, "in_prompt": True}
-    return {}
+    pause, finetuned = config.pause, config.task.name is not None
+    placement = _answer_placement(config) if finetuned else pause.placement if pause.rate else None
+    if placement not in ("every", "after") or requests(config):
+        return {}
+    places: dict[str, int | str] = {"every": 1}
+    if placement == "after":  # an empty pattern is in every text, but as an option it would be none
+        places = {"after": PATTERN if pause.pattern is None else pause.pattern or "(?:)"}
+    return {**places, "count": pause.run, **({} if finetuned else {"in_prompt": True})}
+
+
+def _answer_placement(config: ResolvedConfig) -> str | None:
+    """Return the placement of pauses within the answers of a finetuning; None where they have none."""
+    placement = config.finetune.answer_placement
+    return placement if placement == "every" or config.finetune.answer_rate else None
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

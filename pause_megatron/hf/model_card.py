@@ -85,7 +85,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 model = AutoModelForCausalLM.from_pretrained("FOLDER")
 inputs = tokenizer(prompt, return_tensors="pt")
-output = model.generate(**inputs, custom_generate=pause_generate, pauses={count}, max_new_tokens=64)
+output = model.generate(**inputs, custom_generate=pause_generate, pauses={count}, {tokenizer}max_new_tokens=64)
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```
 
@@ -101,18 +101,20 @@ them the model answers without these pauses. The ids {ids} must not be part of a
 
 _SHARED_POSITIONS = """
 **Pauses use up no positions**: a pause has the position of the text token before it. transformers alone computes the
-same if it is given these positions, and a mask, without which it reads repeated positions as several packed texts:
+same if it is given these positions, and a mask, without which it reads repeated positions as several packed texts{code}
+Programs that count a position for every token (transformers' own `generate`, vLLM and others) compute something else.
+Use attention "sdpa" or "eager". The model must not emit pauses: `generation_config.json` suppresses the ids {ids}.
+"""
+
+_POSITIONS = """:
 
 ```python
 import torch
 
-inputs = tokenizer(prompt + "{token}" * {shown}, return_tensors="pt")
+inputs = tokenizer(prompt + "{token}" * {count}, return_tensors="pt")
 is_text = ~torch.isin(inputs.input_ids, torch.tensor({ids}))
 logits = model(**inputs, position_ids=(is_text.cumsum(1) - 1).clamp(min=0)).logits
 ```
-
-Programs that count a position for every token (transformers' own `generate`, vLLM and others) compute something else.
-Use attention "sdpa" or "eager". The model must not emit pauses: `generation_config.json` suppresses the ids {ids}.
 """
 
 
@@ -121,10 +123,11 @@ def _usage(pause: Mapping[str, Any]) -> str:
     within, shared = _within(pause), pause.get("positions") == "shared"
     count = pause["m_ft"] or (0 if within else DEFAULT_PAUSES)
     values = {"token": pause["token"], "ids": pause["ids"], "where": within, "count": count}
+    values["tokenizer"] = "pause_tokenizer=tokenizer, " if "after" in pause.get("decoding", {}) else ""
     if not within and not shared:
         return _USAGE.format(**values)
+    values["code"] = _POSITIONS.format(**values) if count else "."
     parts = [_OWN_GENERATE, *([_WITHIN_ANSWERS] if within else []), *([_SHARED_POSITIONS] if shared else [])]
-    values["shown"] = count or DEFAULT_PAUSES
     return "".join(parts).format(**values)
 
 
@@ -133,7 +136,8 @@ def _within(pause: Mapping[str, Any]) -> str:
     words = []
     if decoding := pause.get("decoding"):
         place = "prompts and answers" if decoding.get("in_prompt") else "answers"
-        words.append(f"{decoding['count']} after each token of {place}")
+        pattern = f" that contains {decoding['after']!r}" if "after" in decoding else ""
+        words.append(f"{decoding['count']} after each token of {place}{pattern}")
     if requests := pause.get("requests"):
         words.append(f"up to {requests} before a token, one each time that the model selects `{pause['token']}`")
     return "; ".join(words)
@@ -143,7 +147,8 @@ def _title(config: ResolvedConfig, pause: Mapping[str, Any]) -> str:
     pretrained = f"pretrained {'with' if pause['rate'] else 'without'} pauses"
     if config.task.name is None:
         return f"A model {pretrained}"
-    finetuned = f"finetuned {'with' if pause['m_ft'] else 'without'} pauses on {config.task.name}"
+    paused = any(pause.get(key) for key in ("m_ft", "decoding", "requests", "answer_placement"))
+    finetuned = f"finetuned {'with' if paused else 'without'} pauses on {config.task.name}"
     return f"A model {pretrained}, {finetuned}" if config.model.from_ else f"A model {finetuned}"
 
 
@@ -200,6 +205,12 @@ def _answers(config: ResolvedConfig) -> str:
     return f"; within answers {config.finetune.answer_rate:g} of the tokens{in_runs}, `{placement}`{pattern}"
 
 
+def _not_decoded(config: ResolvedConfig, pause: Mapping[str, Any]) -> str | None:
+    """Return the placement of training that chose places within texts which generation cannot have; None without."""
+    pretrained = config.task.name is None and pause["rate"] and config.pause.placement in ("before", "scored")
+    return config.pause.placement if pretrained else pause.get("answer_placement")
+
+
 def _objective(objective: ObjectiveSection) -> str:
     """Return the objective with the keys that differ from their defaults."""
     return ", ".join(f"`{value}`" if name == "name" else f"{name} {value}" for name, value in objective.changed.items())
@@ -254,6 +265,13 @@ def _notes(config: ResolvedConfig, pause: Mapping[str, Any]) -> str:
         notes.append(
             f"The example appends {DEFAULT_PAUSES} pauses. A model that was not finetuned with pauses need not gain "
             "from them: compare with none."
+        )
+    if "after" in pause.get("decoding", {}):
+        notes.append("Generation has pauses after each token of the pattern; training drew some of these, at its rate.")
+    if (placement := _not_decoded(config, pause)) is not None:
+        notes.append(
+            f"Training placed pauses by `{placement}`, which no decoding does: without an option of its own "
+            "(`--pause-entropy` and others), generation puts none within answers."
         )
     if config.pause.softmax == "exclude":
         notes.append(

@@ -34,6 +34,7 @@ class PauseInfo:
         positions: "own", or "shared": a pause has the position of the text token before it (`pause.positions`).
         decoding: Pauses within answers: those that the model was trained with ("decoding"), and its requests
             ("requests": the maximum before one token).
+        not_decoded: Placement of training that chose places within texts which decoding cannot have; "" without.
     """
 
     ids: range = _NO_PAUSES
@@ -41,6 +42,7 @@ class PauseInfo:
     prompting: Prompting = _DEFAULT
     positions: str = "own"
     decoding: DecodingPauses = NO_DECODING_PAUSES
+    not_decoded: str = ""
 
     @property
     def without_positions(self) -> range | None:
@@ -121,7 +123,9 @@ def _parse(entry: Any) -> PauseInfo:
         prompting = Prompting(location, filler, attention)
     except ConfigError as error:
         raise DataError(f"config.json: pause.{error}") from None
-    return PauseInfo(consecutive, m_ft, prompting, positions, _decoding(entry, consecutive))
+    pretrained = entry.get("placement") if m_ft is None and entry.get("rate") else None
+    not_decoded = entry.get("answer_placement") or (pretrained if pretrained in ("before", "scored") else "")
+    return PauseInfo(consecutive, m_ft, prompting, positions, _decoding(entry, consecutive), str(not_decoded))
 
 
 def _decoding(entry: Any, ids: range) -> DecodingPauses:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support.cards import run_card
 from support.ranks import run_on_ranks
 from support.tiny_config import tiny_config
 
@@ -192,9 +193,10 @@ def names(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def run(corpus, tmp_path_factory) -> Path:
-    """A run at tensor parallel 2, ZeRO 2, with grouped queries and two pauses."""
+    """A run at tensor parallel 2, ZeRO 2, with grouped queries and two pauses, which stand after words on e."""
     folder = tmp_path_factory.mktemp("runs") / "run"
-    run_on_ranks(2, train, corpus, str(folder), 2, 2, ["model.tied=false", "model.kv_heads=4", "pause.embeddings=2"])
+    keys = ["model.tied=false", "model.kv_heads=4", "pause.embeddings=2", "pause.placement=after", "pause.pattern=e$"]
+    run_on_ranks(2, train, corpus, str(folder), 2, 2, keys)
     return folder
 
 
@@ -216,11 +218,29 @@ def test_the_command_prints_its_checks_and_writes_a_card(run, tmp_path, capsys):
     card = (out / "README.md").read_text()
     progress = Manifest.load(run / "checkpoints" / "latest").progress
     rate = 1 - progress["text_tokens"] / progress["tokens"]
-    assert f"realised pause rate | {rate:.4%}" in card and "| M_ft | 7 |" in card and '"<pause>" * 7' in card
+    assert f"realised pause rate | {rate:.4%}" in card and "| M_ft | 7 |" in card and "pauses=7, " in card
     config = json.loads((out / "config.json").read_text())
     assert config["pause"]["m_ft"] == 7 and config["pause"]["realised_rate"] == pytest.approx(rate)
     assert config["pause"]["tokens"] == ["<pause>", "<pause_1>"] and config["pause"]["rate"] == 0.2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    check_places_of_decoding(run, out, config["pause"]["decoding"])
+
+
+def check_places_of_decoding(run: Path, out: Path, document: dict) -> None:
+    """Generation has pauses after the tokens that training knew; the card's code, with transformers, has the same."""
+    from pause_megatron.data.tokenizer.tokenizer import load_tokenizer
+    from pause_megatron.data.windows.token_texts import token_texts
+    from pause_megatron.inference import load
+    from pause_megatron.inference.places import Places
+
+    assert document == {"after": "e$", "count": 1, "in_prompt": True}
+    generator, prompt = load(out), "We are the people, and these are true, more or less"
+    [completion] = generator.generate([prompt], max_new_tokens=8).completions
+    assert completion.prompt_pauses >= 3 and completion.pauses == 7
+    assert run_card(out, prompt) == prompt + completion.text
+    places = Places(generator.encoder, generator.pause.decoding, generator.pause.ids)
+    trained = token_texts(load_tokenizer(run / "checkpoints" / "latest" / "tokenizer")).matches("e$")[:-1]
+    assert trained.sum() > 10 and trained.tolist() == [places.after(token, 1) > 0 for token in range(trained.size)]
 
 
 def gate_and_up_exchanged(model, rows: int, family: Family) -> list:

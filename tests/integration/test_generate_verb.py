@@ -103,6 +103,12 @@ def test_options_of_pauses_within_answers_reach_the_answers(folder, generate, tm
         assert found["text"] == expected.text and found["prompt_pauses"] == expected.prompt_pauses, options
         assert found["answer_pauses"] == [list(place) for place in expected.answer_pauses], options
         assert bool(found["answer_pauses"]) == bool(fields) or fields.get("requests"), options
+    config["pause"] = {**config["pause"], "requests": None, "decoding": None, "answer_placement": "scored"}
+    (own / "config.json").write_text(json.dumps(config))
+    line = "pauses within answers: none; training placed them by scored, which no --pause-* option does"
+    for options in ("", " --pause-entropy 0"):
+        code, _, err = generate(*f"--prompt A --max-new-tokens 1 --model {own}{options}".split())
+        assert code == 0 and (line in err) == (not options)
 
 
 def test_controls_and_adaptive_pauses(generate):

@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from support.cards import run_card
 from support.ranks import run_on_ranks
 
 from pause_megatron.cli import main
@@ -60,17 +61,6 @@ def run_commands(folder: str, wanted: list[list[str]]) -> dict[str, str]:
         if verb == "generate":
             answers[arguments[arguments.index("--model") + 1]] = out.getvalue()
     return answers
-
-
-def run_card(folder: Path, prompt: str) -> str:
-    """Run the first code of an export's card, with 8 new tokens as on the page. Returns what it prints."""
-    code = re.findall(r"^```python\n(.*?)^```$", (folder / "README.md").read_text(), re.MULTILINE | re.DOTALL)[0]
-    assert '"FOLDER"' in code and "max_new_tokens=64" in code
-    code = code.replace('"FOLDER"', repr(str(folder))).replace("max_new_tokens=64", "max_new_tokens=8")
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        exec(code, {"prompt": prompt})
-    return out.getvalue().removesuffix("\n")
 
 
 @pytest.fixture(scope="module")

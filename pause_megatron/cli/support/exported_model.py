@@ -106,6 +106,8 @@ def decoding_pauses(args: argparse.Namespace, generator: PauseGenerator) -> Deco
     if words := decoding.words:
         why = "as its config.json says" if decoding == generator.pause.decoding else "as the options say"
         log.info(f"pauses within answers: {words} ({why})")
+    elif placement := generator.pause.not_decoded:
+        log.info(f"pauses within answers: none; training placed them by {placement}, which no --pause-* option does")
     return decoding
 
 
