@@ -127,21 +127,16 @@ class Scorer:
             raise DataError(f"{where}: {error}") from None
         new = max([self.task.decoding.max_new_tokens if self._decodes else 0, *map(len, choices)])
         room = room_for_prompt(self._generator, self.settings.pauses, new, _decoding(self.settings))
-        kept = cut_left(prompt, encoder.leading, room)
-        while kept and len(kept) + self._inside(kept) > room:
-            kept = cut_left(prompt, encoder.leading, len(kept) - 1)
+        size = room
+        if self._generator.pause.without_positions is None:
+            size = Places(encoder, _decoding(self.settings), ()).longest(prompt, encoder.leading, room)
+        kept = cut_left(prompt, encoder.leading, size)
         if not kept and not (self.settings.pauses and not prompt):
             raise DataError(
                 f"{where}: prompt: expected room for at least one token, but {self.settings.pauses} pauses and {new} "
                 f"new tokens leave {room} positions for its {len(prompt)} tokens"
             )
         return PreparedExample(example, kept, choices, len(prompt) - len(kept))
-
-    def _inside(self, prompt: list[int]) -> int:
-        """Return the positions that pauses within a prompt take."""
-        if self._generator.pause.without_positions is not None:
-            return 0
-        return len(Places(self._generator.encoder, _decoding(self.settings), ()).in_prompt(prompt)[0])
 
     def _decode(self, batch: Sequence[PreparedExample], costs: list[Cost]) -> list[DecodedAnswer]:
         """Return the answer of each record, and append the cost."""

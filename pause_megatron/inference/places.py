@@ -35,12 +35,17 @@ class Places:
         decoding = self.decoding
         if decoding.every is not None and number % decoding.every == 0:
             return decoding.count
-        if decoding.pattern is None:
-            return 0
+        return decoding.count if self._match(token_id) else 0
+
+    def _match(self, token_id: int) -> bool:
+        """Return whether `after` names a token."""
+        pattern = self.decoding.pattern
+        if pattern is None:
+            return False
         if token_id not in self._matches:
             text = self._encoder.decode_continuation([token_id])
-            self._matches[token_id] = text != "" and decoding.pattern.search(text) is not None
-        return decoding.count if self._matches[token_id] else 0
+            self._matches[token_id] = text != "" and pattern.search(text) is not None
+        return self._matches[token_id]
 
     def in_prompt(self, ids: Sequence[int]) -> tuple[list[int], int]:
         """Return the gaps of a prompt's pauses, and the number of its last token.
@@ -62,6 +67,40 @@ class Places:
                 number += 1
                 gaps += [index] * self.after(token_id, number)
         return gaps, number
+
+    def longest(self, ids: Sequence[int], leading: Sequence[int], room: int) -> int:
+        """Return how many tokens of a prompt fit with the pauses within them, in one pass from its right end.
+
+        Args:
+            ids: Ids of the prompt, which is cut from the left.
+            leading: Ids that are kept before the cut, if the prompt begins with them and one more is kept.
+            room: Available positions.
+        """
+        if not self.decoding.in_prompt:
+            return max(min(room, len(ids)), 0)
+        count, every = self.decoding.count, self.decoding.every or 0
+        begins = bool(leading) and list(ids[: len(leading)]) == list(leading)
+        heads = [(len(head), *self.in_prompt(head)) for head in ([], leading)]
+        found = text = matches = 0  # `text` and `matches` of ids[start:]
+        by_number = [0] * (every or 1)  # matches, by their number from the right modulo `every`
+        for start in reversed(range(len(ids))):
+            if len(ids) - start > room:
+                break
+            if ids[start] not in self._own:
+                text += 1
+                matched = self._match(ids[start])
+                matches += matched
+                by_number[text % len(by_number)] += matched
+            for length, gaps, before in heads:
+                size = len(ids) - start + length
+                if not (begins and start >= length if length else not begins or not start or size <= len(leading)):
+                    continue  # such a cut is not made
+                places = matches
+                if every:  # a token that both modes name has one place
+                    places += (before + text) // every - before // every - by_number[(before + text + 1) % every]
+                if size + len(gaps) + places * count <= room:
+                    found = max(found, size)
+        return found
 
     def interleave(self, ids: Sequence[int], number: int, run: int) -> tuple[list[int], list[int]]:
         """Put the pauses of the places into a text that is given as a whole.

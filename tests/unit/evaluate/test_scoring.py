@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
 from pause_megatron.errors import ConfigError, DataError
 from pause_megatron.evaluate import ResultsFolder, Sample, Scorer, Settings, evaluate, own_settings, read_samples
 from pause_megatron.evaluate.scoring import cut_left
-from pause_megatron.inference import Limits, Prompting
+from pause_megatron.inference import DecodingPauses, Limits, Prompting
+from pause_megatron.inference.places import Places
 from pause_megatron.tasks import Decoding
 
 SETTINGS = [
@@ -127,6 +130,40 @@ def test_a_neighbours_long_choice_does_not_cut_a_prompt(generator, task, example
 )
 def test_truncation_keeps_the_right_end_after_a_bos(ids, room, expected):
     assert cut_left(ids, [1], room) == expected
+
+
+class Letters:
+    """An encoder whose token i is a letter; 90 and 91 are pauses."""
+
+    pause = SimpleNamespace(ids=range(90, 92))
+
+    def decode_continuation(self, ids):
+        return "" if ids[0] in (0, 90, 91) else chr(97 + ids[0])
+
+
+def test_truncation_with_pauses_in_prompts_is_the_longest_that_fits():
+    """Against cutting token by token; `every` counts from the cut, so more tokens may have fewer pauses."""
+    rng, cuts = random.Random(0), 0
+    for _ in range(4000):
+        places = Places(
+            Letters(),
+            DecodingPauses(
+                every=rng.choice([None, 1, 2, 3, 5]),
+                after=rng.choice(["[a-c]", "[b-z]", "."]),
+                count=rng.choice([1, 2]),
+                in_prompt=True,
+            ),
+            (),
+        )
+        leading = rng.choice([[], [0], [0, 1], [2, 90]])
+        ids = rng.choice([leading, []]) + rng.choices([0, 1, 2, 3, 5, 7, 15, 90, 91], k=rng.randrange(25))
+        room = rng.randrange(-2, 45)
+        expected = cut_left(ids, leading, room)
+        while expected and len(expected) + len(places.in_prompt(expected)[0]) > room:
+            expected = cut_left(ids, leading, len(expected) - 1)
+        assert cut_left(ids, leading, places.longest(ids, leading, room)) == expected
+        cuts += 0 < len(expected) < len(ids)
+    assert cuts > 1000
 
 
 def test_examples_that_cannot_be_asked_are_named(generator, task, examples):
