@@ -9,16 +9,20 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from pause_megatron.cli import at_least
 from pause_megatron.errors import ConfigError
 from pause_megatron.files.paths import path_option, prefix_option
 
+if TYPE_CHECKING:
+    from pause_megatron.score.run import Scored
+    from pause_megatron.score.task import TaskScored
+
 HELP = "write a model's loss or entropy at each token of a corpus (parallel, resumable) or of a task's answers"
 
 _OF_MODELS = ("kind", "context", "batch_tokens", "processes", "device", "dtype", "store")
-_OF_CORPORA = ("values", "name", "processes", "store")
+_OF_CORPORA = ("values", "name", "store")
 _OF_TASKS = ("output", "task_path", "task_limit", "held_out")
 
 
@@ -30,11 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "a text (BOS), or from EOD if it puts none. A document longer than the context is read in windows that\n"
         "overlap by half, so that each token has at least half a context before it. A model with pauses reads the\n"
         "text without pauses, and their logits take no part. The values do not depend on the number of processes.\n\n"
-        "After an interruption, the same command resumes from the finished units in PREFIX.NAME.parts/. Needs disk\n"
-        "space for the values twice.\n\n"
+        "After an interruption, the same command resumes from the finished units in PREFIX.NAME.parts/ (with --task,\n"
+        "in FILE.parts/). Needs disk space for the values twice.\n\n"
         "A run uses the values with data.side=NAME.\n\n"
         "With --task, a value is that of a token of a training record's answer, given its prompt. No pauses are read.\n"
-        "FILE is written at the end, whole. Values differ by less than 1e-5 between sizes of a batch (fp32). A\n"
+        "Values differ by less than 1e-5 between sizes of a batch (fp32). A\n"
         "finetuning uses them with task.scores=FILE finetune.answer_placement=scored.\n\n"
         "examples:\n"
         "  pause-megatron score data/c4 --model out/ --name loss\n"
@@ -65,7 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--name", metavar="NAME", help="writes PREFIX.NAME.npy (default: score)")
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace a side array, units of other options, or --output"
+        "--overwrite",
+        action="store_true",
+        help="replace a side array or --output, and unfinished units, of other options",
     )
     model = parser.add_argument_group("with --model")
     model.add_argument("--kind", choices=("loss", "entropy"), help="what a value is (default: loss)")
@@ -145,15 +151,7 @@ def run(args: argparse.Namespace) -> int:
     with _sigterm_ends(), StageProgress(sys.stderr, " tokens") as progress:
         scored = score(args.prefix, args.model, options, progress.report)
     print(f"{scored.side.path}: {summarize_side(scored.side)}")
-    if scored.already_done:
-        print("already scored with this model and these options: nothing to do")
-        return 0
-    computed = scored.side.tokens - scored.reused
-    print(
-        f"time: {scored.seconds:,.1f} s, {computed:,} tokens in {scored.processes} processes "
-        f"({computed / scored.seconds:,.0f} tokens/s, start included)"
-        + (f"; the values of {scored.reused:,} tokens were kept" if scored.reused else "")
-    )
+    _print_end(scored, scored.side.tokens)
     return 0
 
 
@@ -182,7 +180,7 @@ def _score_task(args: argparse.Namespace) -> int:
     from pause_megatron.tasks import load_task
     from pause_megatron.terminal.progress import StageProgress
 
-    given = {name: getattr(args, name) for name in ("kind", "context", "batch_tokens", "device", "dtype", "held_out")}
+    given = {name: getattr(args, name) for name in (*_OF_MODELS, "held_out") if name != "store"}
     options = TaskScoreOptions(
         path=records_folder(load_task(args.task), args.task_path),
         limit=args.task_limit,
@@ -191,12 +189,29 @@ def _score_task(args: argparse.Namespace) -> int:
     )
     with _sigterm_ends(), StageProgress(sys.stderr, " tokens") as progress:
         scored = score_task(args.task, args.model, args.output, options, progress.report)
-    print(
-        f"{args.output}: {options.kind} of {scored.values:,} tokens of {scored.examples:,} answers, mean "
-        f"{scored.mean:.4f} nats" + (f"; {scored.truncated:,} prompts cut on the left" if scored.truncated else "")
-    )
-    print(f"time: {scored.seconds:,.1f} s ({scored.values / scored.seconds:,.0f} tokens/s, start included)")
+    cut = f"; {scored.truncated:,} prompts cut on the left" if scored.truncated else ""
+    mean = "" if scored.mean is None else f", mean {scored.mean:.4f} nats"
+    print(f"{args.output}: {options.kind} of {scored.values:,} tokens of {scored.examples:,} answers{mean}{cut}")
+    _print_end(scored, scored.values)
     return 0
+
+
+def _print_end(scored: Scored | TaskScored, values: int) -> None:
+    """Print what was computed, and how fast.
+
+    Args:
+        scored: The result.
+        values: Number of its values.
+    """
+    if not scored.processes:
+        print("already scored with this model and these options: nothing to do")
+        return
+    computed = values - scored.reused
+    print(
+        f"time: {scored.seconds:,.1f} s, {computed:,} tokens in {scored.processes} processes "
+        f"({computed / scored.seconds:,.0f} tokens/s, start included)"
+        + (f"; the values of {scored.reused:,} tokens were kept" if scored.reused else "")
+    )
 
 
 def _register(args: argparse.Namespace, given: list[str]) -> int:

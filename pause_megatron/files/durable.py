@@ -195,6 +195,25 @@ def has_name(descriptor: int, path: Path) -> bool:
 
 
 @contextlib.contextmanager
+def only_file_writer(path: Path, lock: Path, what: str) -> Iterator[None]:
+    """Hold the lock of a file while the body runs, and remove the temporary files of a killed process.
+
+    Args:
+        path: The file.
+        lock: The lock file.
+        what: What the file is, for the message.
+
+    Raises:
+        DataError: Another process writes it.
+    """
+    with only_writer(lock, what):
+        for left in path.parent.iterdir():
+            if left.name.startswith(f"{path.name}.") and left.suffix == ".tmp":
+                left.unlink(missing_ok=True)
+        yield
+
+
+@contextlib.contextmanager
 def only_writer(path: Path, what: str) -> Iterator[int]:
     """Hold a lock while the body runs, on `path`, or by a holder file where the file system has no locks.
 

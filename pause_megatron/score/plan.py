@@ -1,58 +1,142 @@
-"""The plan of a scoring: all that determines its values, and the finished units in PREFIX.NAME.parts/."""
+"""The plan of a scoring: all that determines its values, and the finished units in a folder of parts."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from pause_megatron.data.corpus.manifest import path_of
 from pause_megatron.data.corpus.records import FrozenModel, SideRecord, read_record
 from pause_megatron.errors import DataError
 from pause_megatron.files.digest import bytes_digest
 from pause_megatron.files.durable import write_whole
-from pause_megatron.score.windows import Unit
+from pause_megatron.score.units import Batch, Unit
 
 _PLAN = "plan.json"
 _DIGEST_BYTES = len(bytes_digest(b""))
 
 
-class ScorePlan(FrozenModel):
+class Plan(FrozenModel):
     """Everything that determines the values of a scoring.
 
     Attributes:
-        side: The record of the side array, whose `file` is not known yet.
         device: Kind of device; its arithmetic differs from that of others.
         unit_tokens: Approximate size of a unit.
     """
 
-    side: SideRecord
     device: Literal["cpu", "cuda"]
     unit_tokens: int
 
-    def gives_values_of(self, other: ScorePlan) -> bool:
-        """Return whether another plan gives the same values; the folder of the model may have another name."""
-        return self == other.model_copy(
-            update={"side": other.side.model_copy(update={"model": self.side.model, "file": self.side.file})}
-        )
+    output_option: ClassVar[str]
+    """The option that names what is written."""
 
-    def differences(self, other: ScorePlan) -> list[str]:
-        """Return the differences from another plan, one sentence each; empty for equal plans."""
-        ours, theirs = (
-            {"device": plan.device, **plan.side.model_dump(exclude={"file", "model"})} for plan in (self, other)
-        )
+    @property
+    def dtype(self) -> str:
+        """Data type of the stored values, a numpy name."""
+        raise NotImplementedError
+
+    @property
+    def value_kind(self) -> Literal["loss", "entropy"]:
+        """What a value is."""
+        raise NotImplementedError
+
+    @property
+    def compute_dtype(self) -> str | None:
+        """Data type of the forward pass, such as "fp32"."""
+        raise NotImplementedError
+
+    def determines(self) -> dict[str, Any]:
+        """Return what determines the values, by name. The folder of the model may have another name."""
+        return self.model_dump()
+
+    def gives_values_of(self, other: Plan) -> bool:
+        """Return whether another plan gives the same values."""
+        return type(self) is type(other) and self.determines() == other.determines()
+
+    def differences(self, other: Plan) -> list[str]:
+        """Return the differences from another plan of this type, one sentence each; empty for equal plans."""
+        ours, theirs = self.determines(), other.determines()
         return [f"{name}: {ours[name]} there, {theirs[name]} now" for name in ours if ours[name] != theirs[name]]
 
 
+class SidePlan(Plan):
+    """The plan of a side array.
+
+    Attributes:
+        side: Its record, whose `file` is not known yet.
+    """
+
+    side: SideRecord
+
+    output_option: ClassVar[str] = "--name"
+
+    @property
+    def dtype(self) -> str:
+        """Data type of the stored values, a numpy name."""
+        return self.side.dtype
+
+    @property
+    def value_kind(self) -> Literal["loss", "entropy"]:
+        """What a value is."""
+        assert self.side.kind != "user"
+        return self.side.kind
+
+    @property
+    def compute_dtype(self) -> str | None:
+        """Data type of the forward pass, such as "fp32"."""
+        return self.side.compute
+
+    def determines(self) -> dict[str, Any]:
+        """Return what determines the values, by name. The folder of the model may have another name."""
+        return {**self.model_dump(exclude={"side"}), **self.side.model_dump(exclude={"file", "model"})}
+
+
+class AnswerPlan(Plan):
+    """The plan of the values of a task's answers.
+
+    Attributes:
+        examples: Digest of the ids of all examples, in order.
+        kind: What a value is.
+        model_digest: Digest of the content of the model's folder.
+        context: Largest number of tokens that the model reads.
+        compute: Data type of the forward pass.
+        batch_tokens: Largest number of tokens of a forward pass.
+    """
+
+    examples: str
+    kind: Literal["loss", "entropy"]
+    model_digest: str
+    context: int
+    compute: str
+    batch_tokens: int
+
+    output_option: ClassVar[str] = "--output"
+
+    @property
+    def dtype(self) -> str:
+        """Data type of the stored values, a numpy name."""
+        return "float32"
+
+    @property
+    def value_kind(self) -> Literal["loss", "entropy"]:
+        """What a value is."""
+        return self.kind
+
+    @property
+    def compute_dtype(self) -> str | None:
+        """Data type of the forward pass, such as "fp32"."""
+        return self.compute
+
+
 class Parts:
-    """PREFIX.NAME.parts/: the plan, and a file for each finished unit, which appears whole.
+    """A folder with the plan, and a file for each finished unit, which appears whole.
 
     Args:
-        prefix: PREFIX of the corpus.
-        name: Name of the side array.
+        folder: The folder: PREFIX.NAME.parts or OUTPUT.parts.
         plan: The plan.
 
     Attributes:
@@ -60,15 +144,14 @@ class Parts:
         plan: The plan.
     """
 
-    def __init__(self, prefix: str | Path, name: str, plan: ScorePlan) -> None:
-        self.folder = path_of(prefix, f"{name}.parts")
-        self.plan = plan
+    def __init__(self, folder: Path, plan: Plan) -> None:
+        self.folder, self.plan = folder, plan
 
     @property
     def begun(self) -> bool:
         """Whether the folder has this plan, as an interrupted run leaves it."""
         try:
-            return self.plan.gives_values_of(read_record(self.folder / _PLAN, ScorePlan))
+            return self.plan.gives_values_of(read_record(self.folder / _PLAN, type(self.plan)))
         except DataError:  # missing, or damaged, which `open` reports
             return False
 
@@ -79,14 +162,16 @@ class Parts:
             overwrite: Whether units of another plan may be removed.
 
         Raises:
-            DataError: There are units of another plan.
+            DataError: There are units of another plan, or files of something else.
         """
+        if foreign := self._foreign():
+            raise DataError(f"{self.folder}: expected the units of a scoring, or no such folder, got {foreign}")
         if (self.folder / _PLAN).exists() and not self.begun:
             if any(self.folder.glob("[0-9]*")) and not overwrite:
-                found = read_record(self.folder / _PLAN, ScorePlan)
+                found = read_record(self.folder / _PLAN, type(self.plan))
                 raise DataError(
-                    f"{self.folder}: there is an unfinished scoring with another model, corpus or options; choose "
-                    "another --name, or replace it with --overwrite. The differences:\n  "
+                    f"{self.folder}: there is an unfinished scoring with another model, other data or options; "
+                    f"choose another {self.plan.output_option}, or replace it with --overwrite. The differences:\n  "
                     + "\n  ".join(found.differences(self.plan))
                 )
             shutil.rmtree(self.folder)
@@ -103,7 +188,7 @@ class Parts:
             shutil.rmtree(self.folder)
 
     def remove(self) -> None:
-        """Remove the folder, once the side array is recorded."""
+        """Remove the folder, once all values are in their file."""
         shutil.rmtree(self.folder)
 
     def has(self, unit: Unit) -> bool:
@@ -120,10 +205,10 @@ class Parts:
             unit: The unit.
             values: Its values [tokens of the unit].
         """
-        data = values.astype(np.dtype(self.plan.side.dtype).newbyteorder("<")).tobytes()
+        data = values.astype(np.dtype(self.plan.dtype).newbyteorder("<")).tobytes()
         write_whole(self._path(unit), data + bytes_digest(data).encode())
 
-    def read(self, units: Iterator[Unit]) -> Iterator[np.ndarray]:
+    def read(self, units: Iterable[Unit]) -> Iterator[np.ndarray]:
         """Yield the values of each unit, in order.
 
         Args:
@@ -140,10 +225,38 @@ class Parts:
                 raise DataError(
                     f"{self._path(unit)}: altered since it was written; run the same command again to compute it again"
                 )
-            yield np.frombuffer(data, dtype=np.dtype(self.plan.side.dtype).newbyteorder("<"))
+            yield np.frombuffer(data, dtype=np.dtype(self.plan.dtype).newbyteorder("<"))
+
+    def _foreign(self) -> str:
+        """Return a name of the folder that no scoring wrote; "" for none."""
+        if not self.folder.is_dir():
+            return "a file" if self.folder.exists() else ""
+        ours = (_PLAN, "*.values", "*.tmp")
+        return next((path.name for path in self.folder.iterdir() if not any(map(path.match, ours))), "")
 
     def _path(self, unit: Unit) -> Path:
         return self.folder / f"{unit.number:06}.values"
 
     def _bytes(self, unit: Unit) -> int:
-        return len(unit) * np.dtype(self.plan.side.dtype).itemsize
+        return len(unit) * np.dtype(self.plan.dtype).itemsize
+
+
+@dataclass(frozen=True)
+class UnitConfig:
+    """What a process needs to compute units.
+
+    Attributes:
+        folder: Folder of the finished units.
+        model: Folder of the model.
+        devices: Devices of the processes, used in turn.
+        pauses: Ids of the model's pauses.
+        plan: The plan.
+        batches: Yields the batches of a unit.
+    """
+
+    folder: Path
+    model: str
+    devices: tuple[str, ...]
+    pauses: range
+    plan: Plan
+    batches: Callable[[Any], Iterator[Batch]]

@@ -14,8 +14,9 @@ from concurrent.futures.process import BrokenProcessPool
 import torch
 
 from pause_megatron.errors import DataError
-from pause_megatron.score.unit_scorer import UnitConfig, UnitScorer
-from pause_megatron.score.windows import Unit
+from pause_megatron.score.plan import UnitConfig
+from pause_megatron.score.unit_scorer import UnitScorer
+from pause_megatron.score.units import Unit
 
 POLL_SECONDS = 0.2
 _CELLS = 2

@@ -6,8 +6,6 @@ processes or of interruptions.
 
 from __future__ import annotations
 
-import errno
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,17 +13,17 @@ from pathlib import Path
 from typing import Literal
 
 from pause_megatron.data.corpus.corpus import Corpus, open_corpus
+from pause_megatron.data.corpus.manifest import path_of
 from pause_megatron.data.corpus.records import FileRecord, SideRecord
 from pause_megatron.data.corpus.side import SideArray, check_side_name, find_side
 from pause_megatron.data.corpus.side_writing import only_side_writer, require_free, write_side
-from pause_megatron.errors import DataError
 from pause_megatron.evaluate.fingerprint import model_fingerprint
+from pause_megatron.score.compute import compute_units, storage_errors
 from pause_megatron.score.model import ModelFacts, check_tokenizer, find_devices, read_facts, sizes
-from pause_megatron.score.plan import Parts, ScorePlan
-from pause_megatron.score.windows import Unit, document_offsets, unit_tokens, units_of
+from pause_megatron.score.plan import Parts, SidePlan, UnitConfig
+from pause_megatron.score.units import unit_tokens
+from pause_megatron.score.windows import CorpusReader, CorpusUnit, document_offsets, units_of
 from pause_megatron.terminal.progress import Report, no_report
-
-_STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 @dataclass(frozen=True)
@@ -61,14 +59,12 @@ class Scored:
 
     Attributes:
         side: The side array.
-        already_done: Whether it existed with the same model and options.
         reused: Number of tokens whose values earlier runs had computed.
         seconds: Wall-clock time of this run.
-        processes: Number of processes.
+        processes: Number of processes; 0 if it existed with the same model and options.
     """
 
     side: SideArray
-    already_done: bool
     reused: int
     seconds: float
     processes: int
@@ -114,67 +110,37 @@ def score(prefix: str | Path, folder: str | Path, options: ScoreOptions, report:
         batch_tokens=batch_tokens,
     )
     tokens = corpus.manifest.counts.tokens
-    plan = ScorePlan(side=side, device="cpu" if devices == ("cpu",) else "cuda", unit_tokens=unit_tokens(tokens))
-    try:
-        with only_side_writer(corpus.prefix, options.name):
-            parts = Parts(corpus.prefix, options.name, plan)
-            if done := _already_done(corpus, side, options.name):
-                if parts.begun:  # a kill after the record left them
-                    parts.remove()
-                return Scored(done, True, tokens, time.perf_counter() - begun, 0)
-            require_free(corpus.prefix, options.name, overwrite=options.overwrite, resumed=parts.begun)
-            processes, reused = _compute(corpus, str(folder), plan, facts, options, devices, report)
-            written = write_side(corpus.prefix, options.name, side, parts.read(_units(corpus, plan)))
-            parts.remove()
-    except OSError as error:
-        if error.errno not in _STORAGE_ERRORS:
-            raise
-        raise DataError(
-            f"cannot write {error.filename or prefix}: {os.strerror(error.errno or 0)}; finished units are kept: "
-            "resolve this and run the same command again"
-        ) from None
-    return Scored(written, False, reused, time.perf_counter() - begun, processes)
+    plan = SidePlan(side=side, device="cpu" if devices == ("cpu",) else "cuda", unit_tokens=unit_tokens(tokens))
+    config = _config(corpus, str(folder), facts, devices, plan, options.name)
+    with storage_errors(prefix), only_side_writer(corpus.prefix, options.name):
+        parts = Parts(config.folder, plan)
+        if done := _already_done(corpus, side, options.name):
+            if parts.begun:  # a kill after the record left them
+                parts.remove()
+            return Scored(done, tokens, time.perf_counter() - begun, 0)
+        require_free(corpus.prefix, options.name, overwrite=options.overwrite, resumed=parts.begun)
+        stage = f"score {corpus.label}"
+        processes, reused = compute_units(
+            _units(corpus, plan), config, options.processes, stage, report, overwrite=options.overwrite
+        )
+        written = write_side(corpus.prefix, options.name, side, parts.read(_units(corpus, plan)))
+        parts.remove()
+    return Scored(written, reused, time.perf_counter() - begun, processes)
 
 
-def _compute(
-    corpus: Corpus,
-    folder: str,
-    plan: ScorePlan,
-    facts: ModelFacts,
-    options: ScoreOptions,
-    devices: tuple[str, ...],
-    report: Report,
-) -> tuple[int, int]:
-    """Compute the units that are not finished; return the number of processes, and of tokens of finished units."""
-    parts = Parts(corpus.prefix, options.name, plan)
-    parts.open(overwrite=options.overwrite)
-    try:
-        missing = [unit for unit in _units(corpus, plan) if not parts.has(unit)]
-        reused = corpus.manifest.counts.tokens - sum(map(len, missing))
-        processes = max(1, min(options.processes or _processes(Path(folder), plan, devices), len(missing)))
-        if missing:
-            from pause_megatron.score.pool import score_units
-            from pause_megatron.score.unit_scorer import UnitConfig
-
-            config = UnitConfig(
-                corpus.prefix,
-                options.name,
-                folder,
-                devices,
-                corpus.manifest.dtype,
-                facts.pauses,
-                facts.vocabulary,
-                plan,
-            )
-            stage, total = f"score {corpus.label}", corpus.manifest.counts.tokens
-            report(stage, reused, total)
-            score_units(iter(missing), config, processes, lambda done: report(stage, reused + done, total))
-    finally:
-        parts.close()
-    return processes, reused
+def _config(
+    corpus: Corpus, folder: str, facts: ModelFacts, devices: tuple[str, ...], plan: SidePlan, name: str
+) -> UnitConfig:
+    side = plan.side
+    assert side.start is not None and side.context is not None and side.batch_tokens is not None
+    reader = CorpusReader(
+        *(corpus.prefix, corpus.manifest.dtype, side.start, side.context, side.batch_tokens),
+        *(facts.vocabulary, facts.pauses),
+    )
+    return UnitConfig(path_of(corpus.prefix, f"{name}.parts"), folder, devices, facts.pauses, plan, reader)
 
 
-def _units(corpus: Corpus, plan: ScorePlan) -> Iterator[Unit]:
+def _units(corpus: Corpus, plan: SidePlan) -> Iterator[CorpusUnit]:
     offsets = document_offsets(corpus.prefix, corpus.manifest.counts.documents)
     assert plan.side.context is not None
     return units_of(offsets, plan.side.context, plan.unit_tokens)
@@ -185,12 +151,3 @@ def _already_done(corpus: Corpus, side: SideRecord, name: str) -> SideArray | No
     if record is None or record.model_copy(update={"file": side.file, "model": side.model}) != side:
         return None
     return find_side(corpus.prefix, name)
-
-
-def _processes(folder: Path, plan: ScorePlan, devices: tuple[str, ...]) -> int:
-    """Return one process each GPU, or one each core if half of the free memory holds as many copies of the model."""
-    if plan.device == "cuda":
-        return len(devices)
-    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(1, min(len(os.sched_getaffinity(0)), int(free / 2 // (2 * stored + (512 << 20)))))

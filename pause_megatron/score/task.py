@@ -1,30 +1,34 @@
 """Scoring of a task: the loss or the entropy of a model at each token of its answers, given their prompts.
 
-Placement within the answers of a finetuning uses the values (`task.scores`). Batches hold examples of similar length,
-so that little is padding; they change a value in its last digits only.
+Placement within the answers of a finetuning uses the values (`task.scores`). The units are in OUTPUT.parts/, from which
+the same command continues after a kill. The bytes of the file do not depend on the number of processes.
 """
 
 from __future__ import annotations
 
-import os
+import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import torch
+from pydantic import ValidationError
 
 from pause_megatron.config.finetune_schema import TaskSection
-from pause_megatron.data.supervised.answer_values import AnswerValues
+from pause_megatron.data.supervised.answer_values import AnswerValues, example_digest
 from pause_megatron.data.supervised.examples import EncodedExample, encode_examples
 from pause_megatron.data.tokenizer.tokenizer import Tokenizer, load_tokenizer
 from pause_megatron.errors import DataError
 from pause_megatron.evaluate.fingerprint import model_fingerprint
-from pause_megatron.score.model import ModelFacts, find_devices, load_model, read_facts, sizes
-from pause_megatron.score.unit_scorer import describe
-from pause_megatron.score.values import Scorer
+from pause_megatron.files.digest import bytes_digest
+from pause_megatron.files.durable import only_file_writer
+from pause_megatron.score.answer_units import AnswerUnit, answer_units, in_order
+from pause_megatron.score.compute import compute_units, storage_errors
+from pause_megatron.score.model import ModelFacts, find_devices, read_facts, sizes
+from pause_megatron.score.plan import AnswerPlan, Parts, UnitConfig
+from pause_megatron.score.units import unit_tokens
 from pause_megatron.tasks import Example, Task, load_task, read_examples
 from pause_megatron.terminal.progress import Report, no_report
 
@@ -40,9 +44,10 @@ class TaskScoreOptions:
         kind: "loss" of each token, or "entropy" of its prediction, in nats.
         context: Largest number of tokens that the model reads; None for 2048, or fewer of a smaller model.
         batch_tokens: Largest number of tokens of a forward pass; None for 8192, or the context.
-        device: "cpu", "cuda", or "auto" for a GPU where there is one.
+        processes: Number of processes; None for one each core that memory allows, or one each GPU.
+        device: "cpu", "cuda", or "auto" for GPUs where there are any.
         dtype: Data type of the forward pass, "fp32", "bf16" or "fp16"; None for that of the stored weights.
-        overwrite: Replace a file.
+        overwrite: Replace a file, or unfinished units, of other options.
     """
 
     path: str | None = None
@@ -51,6 +56,7 @@ class TaskScoreOptions:
     kind: Literal["loss", "entropy"] = "loss"
     context: int | None = None
     batch_tokens: int | None = None
+    processes: int | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["fp32", "bf16", "fp16"] | None = None
     overwrite: bool = False
@@ -63,16 +69,20 @@ class TaskScored:
     Attributes:
         examples: Number of examples.
         values: Number of tokens of their targets, EOD included.
-        mean: Mean of the values.
         truncated: Examples whose prompt is longer than the context, and is read from its end.
-        seconds: Wall-clock time.
+        mean: Mean of the values; None if there was nothing to do.
+        reused: Number of values that earlier runs had computed.
+        seconds: Wall-clock time of this run.
+        processes: Number of processes; 0 if the file existed with the same examples, model and options.
     """
 
     examples: int
     values: int
-    mean: float
     truncated: int
+    mean: float | None
+    reused: int
     seconds: float
+    processes: int
 
 
 def score_task(
@@ -92,10 +102,10 @@ def score_task(
 
     Raises:
         ConfigError: No such task, or an option that does not fit the model or this machine.
-        DataError: A record or the model cannot be used, or the file exists or cannot be written.
+        DataError: A record or the model cannot be used, the file exists or cannot be written, or a process was killed.
     """
     begun, output, folder = time.perf_counter(), Path(output), Path(folder)
-    _require_free(output, overwrite=options.overwrite)
+    _require_free(output, overwrite=options.overwrite or _plan_of(output) is not None)
     task, facts = load_task(task_name), read_facts(folder)
     if facts.encoder.pause.prompting.prefix_attention != "causal":
         raise DataError(
@@ -103,33 +113,61 @@ def score_task(
             "finetune.prefix_attention=bidirectional; score with the model that it was finetuned from"
         )
     context, batch_tokens = sizes(options.context, options.batch_tokens, facts)
-    device = find_devices(options.device)[0]
+    devices = find_devices(options.device)
     tokenizer = load_tokenizer(folder)
     encoded = encode_examples(_records(task, options), tokenizer)
     rows = _rows(encoded, context, facts, tokenizer)
-    digest = model_fingerprint(folder, report=report)
-    scorer = Scorer(load_model(folder, device, options.dtype), facts.pauses, options.kind)
-    values: list[np.ndarray] = [np.zeros(0, dtype=np.float32)] * len(rows)
-    total = sum(example.target.size for example in encoded)
-    done, stage = 0, f"score {task.name}"
-    report(stage, done, total)
-    for batch in _batches(rows, batch_tokens):
-        for number, found in zip(batch, _values(scorer, [rows[each] for each in batch], encoded, batch), strict=True):
-            values[number] = found
-            done += found.size
-        report(stage, done, total)
-    metadata = {
-        **{"task": task.name, "kind": options.kind, "model": folder.absolute().name, "model_digest": digest},
-        **{"tokenizer": tokenizer.fingerprint, "context": str(context), "dtype": options.dtype or facts.dtype},
-    }
-    try:
-        AnswerValues.write(output, encoded, values, metadata)
-    except OSError as error:
-        raise DataError(f"cannot write {error.filename or output}: {os.strerror(error.errno or 0)}") from None
-    pairs = zip(rows, encoded, strict=True)
+    plan = AnswerPlan(
+        device="cpu" if devices == ("cpu",) else "cuda",
+        unit_tokens=unit_tokens(sum(row.size for row in rows)),
+        examples=bytes_digest(np.array([example_digest(example) for example in encoded], dtype="<i8").tobytes()),
+        kind=options.kind,
+        model_digest=model_fingerprint(folder, report=report),
+        context=context,
+        compute=options.dtype or facts.dtype,
+        batch_tokens=batch_tokens,
+    )
+    config = UnitConfig(_beside(output, "parts"), str(folder), devices, facts.pauses, plan, AnswerUnit.batches)
+    pairs = list(zip(rows, encoded, strict=True))
     truncated = sum(row.size < example.prompt.size + example.target.size for row, example in pairs)
+    counts = len(encoded), sum(example.target.size for example in encoded), truncated
+    with storage_errors(output), only_file_writer(output, _beside(output, "lock"), str(output)):
+        parts, there = Parts(config.folder, plan), _plan_of(output)
+        if there is not None and there.gives_values_of(plan):
+            if parts.begun:  # a kill after the file was written left them
+                parts.remove()
+            return TaskScored(*counts, None, counts[1], time.perf_counter() - begun, 0)
+        _require_free(output, overwrite=options.overwrite)
+        units = list(answer_units(rows, encoded, batch_tokens, plan.unit_tokens))
+        processes, reused = compute_units(
+            units, config, options.processes, f"score {task.name}", report, overwrite=options.overwrite
+        )
+        values = in_order(units, parts.read(units))
+        metadata = {
+            **{
+                "task": task.name,
+                "kind": plan.kind,
+                "model": folder.absolute().name,
+                "model_digest": plan.model_digest,
+            },
+            **{"tokenizer": tokenizer.fingerprint, "context": str(context), "dtype": plan.compute},
+            "plan": plan.model_dump_json(),
+        }
+        AnswerValues.write(output, encoded, values, metadata)
+        parts.remove()
     mean = float(np.concatenate(values).mean(dtype=np.float64))
-    return TaskScored(len(encoded), total, mean, truncated, time.perf_counter() - begun)
+    return TaskScored(*counts, mean, reused, time.perf_counter() - begun, processes)
+
+
+def _beside(output: Path, extension: str) -> Path:
+    return output.with_name(f"{output.name}.{extension}")
+
+
+def _plan_of(output: Path) -> AnswerPlan | None:
+    """Return the plan of a file that a scoring wrote; None for no file, or another one."""
+    with contextlib.suppress(DataError, ValidationError):
+        return AnswerPlan.model_validate_json(AnswerValues.read(output).metadata.get("plan", ""))
+    return None
 
 
 def _require_free(output: Path, *, overwrite: bool) -> None:
@@ -170,38 +208,3 @@ def _rows(encoded: Sequence[EncodedExample], context: int, facts: ModelFacts, to
             )
         rows.append(row)
     return rows
-
-
-def _batches(rows: Sequence[np.ndarray], batch_tokens: int) -> Iterator[list[int]]:
-    """Yield the numbers of rows in batches of similar length, the longest first, as memory may not suffice."""
-    batch: list[int] = []
-    for number in sorted(range(len(rows)), key=lambda number: (-rows[number].size, number)):
-        if batch and (len(batch) + 1) * (rows[batch[0]].size - 1) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(number)
-    yield batch
-
-
-def _values(
-    scorer: Scorer, rows: Sequence[np.ndarray], encoded: Sequence[EncodedExample], numbers: Sequence[int]
-) -> list[np.ndarray]:
-    """Return the values of the targets of a batch, fp32 [T] each."""
-    inputs = np.zeros((len(rows), rows[0].size - 1), dtype=np.int64)
-    targets, scored = np.zeros_like(inputs), np.zeros(inputs.shape, dtype=bool)
-    counts = [encoded[number].target.size for number in numbers]
-    for at, (row, count) in enumerate(zip(rows, counts, strict=True)):
-        inputs[at, : row.size - 1], targets[at, : row.size - 1] = row[:-1], row[1:]
-        scored[at, row.size - 1 - count : row.size - 1] = True
-    try:
-        found = scorer.values(*map(torch.from_numpy, (inputs, targets, scored))).numpy()
-    except (RuntimeError, MemoryError) as error:
-        raise DataError(f"example {encoded[numbers[0]].id}: {describe(error)}") from None
-    parts = np.split(found, np.cumsum(counts)[:-1])
-    for number, part in zip(numbers, parts, strict=True):
-        if not np.isfinite(part).all():
-            raise DataError(
-                f"example {encoded[number].id}: expected finite values, got some that are not; compute with --dtype "
-                "fp32, or check the model"
-            )
-    return parts

@@ -16,9 +16,8 @@ import numpy as np
 
 from pause_megatron.data.corpus.index_file import read_lengths
 from pause_megatron.data.corpus.manifest import path_of
-
-_UNITS = 256
-_LEAST, _MOST = 1 << 13, 1 << 20
+from pause_megatron.errors import DataError
+from pause_megatron.score.units import Batch
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Unit:
+class CorpusUnit:
     """A range of tokens that one process scores.
 
     Attributes:
@@ -63,6 +62,14 @@ class Unit:
 
     def __str__(self) -> str:
         return f"unit {self.number:,} (tokens {self.start:,} to {self.stop - 1:,})"
+
+    def place(self, at: int) -> str:
+        """Return what a value is of, for messages.
+
+        Args:
+            at: Its place among those of the unit.
+        """
+        return f"token {self.start + at:,}"
 
     def windows(self, context: int) -> list[Window]:
         """Return the windows whose tokens it has, in order.
@@ -95,16 +102,7 @@ def document_offsets(prefix: str | Path, documents: int) -> np.ndarray:
     return np.cumsum(offsets, out=offsets)
 
 
-def unit_tokens(tokens: int) -> int:
-    """Return the approximate size of a unit of a corpus.
-
-    Args:
-        tokens: Number of tokens of the corpus.
-    """
-    return min(max(tokens // _UNITS, _LEAST), _MOST)
-
-
-def units_of(offsets: np.ndarray, context: int, size: int) -> Iterator[Unit]:
+def units_of(offsets: np.ndarray, context: int, size: int) -> Iterator[CorpusUnit]:
     """Yield the units of a corpus in order. Together they have each token once.
 
     Args:
@@ -119,7 +117,9 @@ def units_of(offsets: np.ndarray, context: int, size: int) -> Iterator[Unit]:
         if start < stop:
             first = int(np.searchsorted(offsets, start, side="right")) - 1
             last = int(np.searchsorted(offsets, stop, side="left"))
-            yield Unit(number, start, stop, np.stack([offsets[first:last], offsets[first + 1 : last + 1]], axis=1))
+            yield CorpusUnit(
+                number, start, stop, np.stack([offsets[first:last], offsets[first + 1 : last + 1]], axis=1)
+            )
 
 
 def _boundary(offsets: np.ndarray, context: int, token: int) -> int:
@@ -148,3 +148,59 @@ def batches_of(windows: list[Window], batch_tokens: int) -> Iterator[list[Window
         batch.append(window)
     if batch:
         yield batch
+
+
+@dataclass(frozen=True)
+class CorpusReader:
+    """Reads the batches of the units of a corpus.
+
+    Attributes:
+        prefix: PREFIX of the corpus.
+        bin_dtype: Data type of the ids in `.bin`.
+        start: Id that the first token of a document is predicted from.
+        context: Largest number of tokens of a window.
+        batch_tokens: Largest number of tokens of a batch.
+        vocabulary: Number of rows of the model's embedding.
+        pauses: Ids of the model's pauses.
+    """
+
+    prefix: str
+    bin_dtype: str
+    start: int
+    context: int
+    batch_tokens: int
+    vocabulary: int
+    pauses: range
+
+    def __call__(self, unit: CorpusUnit) -> Iterator[Batch]:
+        """Yield the batches of a unit.
+
+        Args:
+            unit: The unit.
+
+        Raises:
+            DataError: An id of it is not the model's.
+        """
+        tokens = np.memmap(path_of(self.prefix, "bin"), dtype=self.bin_dtype, mode="r")
+        self._check_ids(unit, tokens[unit.start : unit.stop])
+        for windows in batches_of(unit.windows(self.context), self.batch_tokens):
+            inputs = np.zeros((len(windows), len(windows[0])), dtype=np.int64)
+            targets, scored = np.zeros_like(inputs), np.zeros(inputs.shape, dtype=bool)
+            for row, window in enumerate(windows):
+                targets[row, : len(window)] = tokens[window.first : window.stop]
+                inputs[row, 1 : len(window)] = targets[row, : len(window) - 1]
+                inputs[row, 0] = self.start if window.begins else tokens[window.first - 1]
+                scored[row, window.scored - window.first : len(window)] = True
+            places = np.concatenate([np.arange(window.scored, window.stop) for window in windows]) - unit.start
+            yield Batch(inputs, targets, scored, places)
+
+    def _check_ids(self, unit: CorpusUnit, tokens: np.ndarray) -> None:
+        wrong = (tokens >= self.vocabulary) | (tokens < 0)
+        if self.pauses:
+            wrong |= (tokens >= self.pauses.start) & (tokens < self.pauses.stop)
+        if wrong.any():
+            first = int(np.argmax(wrong))
+            raise DataError(
+                f"{path_of(self.prefix, 'bin')}: {unit.place(first)}: expected an id below {self.vocabulary:,} that is "
+                f"no pause of the model, got {tokens[first]}"
+            )

@@ -25,9 +25,9 @@ from support.tiny_llama import write_folder
 from pause_megatron.data.corpus.manifest import CorpusManifest
 from pause_megatron.data.corpus.records import FileRecord, SideRecord
 from pause_megatron.data.prepare.run import prepare
-from pause_megatron.score.plan import Parts, ScorePlan
-from pause_megatron.score.unit_scorer import UnitConfig, UnitScorer
-from pause_megatron.score.windows import batches_of, document_offsets, units_of
+from pause_megatron.score.plan import Parts, SidePlan, UnitConfig
+from pause_megatron.score.unit_scorer import UnitScorer
+from pause_megatron.score.windows import CorpusReader, batches_of, document_offsets, units_of
 
 CONTEXT, BATCH_TOKENS, UNIT_TOKENS = 256, 2048, 1 << 12
 REPEATS = 10
@@ -63,19 +63,13 @@ def _speed(folder: Path, vocabulary: int, rounds: int) -> None:
     manifest = CorpusManifest.load(folder / "small")
     record = {"file": FileRecord(bytes=0, digest=""), "bin": "", "idx": "", "context": CONTEXT, "compute": "fp32"}
     side = SideRecord(**record, dtype="float32", kind="loss", start=2, batch_tokens=BATCH_TOKENS)
-    plan = ScorePlan(side=side, device="cpu", unit_tokens=UNIT_TOKENS)
-    config = UnitConfig(
-        str(folder / "small"),
-        "score",
-        str(folder / "model"),
-        ("cpu",),
-        manifest.dtype,
-        range(600, 601),
-        vocabulary,
-        plan,
+    plan = SidePlan(side=side, device="cpu", unit_tokens=UNIT_TOKENS)
+    reader = CorpusReader(
+        str(folder / "small"), manifest.dtype, 2, CONTEXT, BATCH_TOKENS, vocabulary=vocabulary, pauses=range(600, 601)
     )
+    config = UnitConfig(folder / "units", str(folder / "model"), ("cpu",), reader.pauses, plan, reader)
     scorer = UnitScorer(config, "cpu")
-    Parts(config.prefix, config.name, plan).open(overwrite=True)
+    Parts(config.folder, plan).open(overwrite=True)
     unit = next(units_of(document_offsets(folder / "small", manifest.counts.documents), CONTEXT, UNIT_TOKENS))
     ids = np.fromfile(folder / "small.bin", dtype=manifest.dtype)[: len(unit) // CONTEXT * CONTEXT].astype(np.int64)
     rows = torch.from_numpy(ids).view(-1, CONTEXT).split(BATCH_TOKENS // CONTEXT)

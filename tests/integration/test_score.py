@@ -28,7 +28,8 @@ from pause_megatron.data.corpus.side import open_side
 from pause_megatron.data.prepare.run import prepare
 from pause_megatron.files.durable import write_whole
 from pause_megatron.inference.loading import load
-from pause_megatron.score.windows import document_offsets, unit_tokens
+from pause_megatron.score.units import unit_tokens
+from pause_megatron.score.windows import document_offsets
 
 WORKER = "spawn_main"  # on the command line of a pool's process
 

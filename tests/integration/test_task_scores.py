@@ -17,6 +17,7 @@ from pause_megatron.cli import main
 from pause_megatron.config.load import load
 from pause_megatron.data.supervised.answer_values import AnswerValues
 from pause_megatron.errors import DataError
+from pause_megatron.files.durable import write_whole
 from pause_megatron.inference.loading import load as load_generator
 from pause_megatron.tasks import load_task, read_examples
 from pause_megatron.train.finetune import task_record, training_data
@@ -102,6 +103,45 @@ def test_values_are_those_of_a_plain_loop_at_any_size_of_batch(files, model, tas
         np.testing.assert_allclose(example.values, cut[example.id][:-1], rtol=1e-5, atol=1e-5)
 
 
+def test_any_number_of_processes_and_of_interruptions(model, task_records, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("pause_megatron.score.task.unit_tokens", lambda tokens: 512)
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    words = [*arguments(model, task_records, two, "--batch-tokens", "256"), "--processes"]
+    assert main([str(one) if word == str(two) else word for word in [*words, "1"]]) == 0
+    parts = tmp_path / "two.safetensors.parts"
+
+    def then_interrupt(path: Path, data: bytes) -> None:
+        write_whole(path, data)
+        if path.name == "000001.values":
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pause_megatron.score.plan.write_whole", then_interrupt)
+        assert main([*words, "1"]) == 130
+    assert sorted(path.name for path in parts.iterdir()) == ["000000.values", "000001.values", "plan.json"]
+    assert not two.exists()
+    capsys.readouterr()
+    for other in (["--kind", "entropy"], ["--task-limit", "9"]):
+        assert main([*words, "1", *other]) == 2
+        assert "there is an unfinished scoring" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr("pause_megatron.score.plan.Parts.remove", pytest.fail)
+        with pytest.raises(pytest.fail.Exception):  # an end between the file and the removal of the units
+            main([*words, "2"])
+    assert one.read_bytes() == two.read_bytes() and parts.is_dir()
+    assert main([*words, "2"]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == [one.name, two.name]
+    assert main([*words, "2", "--kind", "entropy"]) == 2
+    assert "one that exists; --overwrite replaces a file" in capsys.readouterr().err
+    parts.mkdir()
+    (parts / "mine.txt").write_text("")
+    assert main([*words, "2", "--kind", "entropy", "--overwrite"]) == 2
+    assert "two.safetensors.parts: expected the units of a scoring, or no such folder, got mine.txt" in (
+        capsys.readouterr().err
+    )
+
+
 def tune(words: list[str]) -> int:
     from pause_megatron.train.finetune import finetune
 
@@ -138,7 +178,7 @@ def test_a_finetuning_places_pauses_before_the_answers_least_expected_tokens(fil
     assert "content of task.scores" not in task_record(open_task(load(overrides=plain)), training_data(data))
 
 
-def test_what_does_not_fit_is_refused_before_work_starts(files, model, task_records, tmp_path, capsys, monkeypatch):
+def test_what_does_not_fit_is_refused_before_work_starts(files, model, task_records, tmp_path, capsys):
     out = tmp_path / "x.safetensors"
     (out.parent / "there").write_text("")
     right = arguments(model, task_records, out)
@@ -147,7 +187,7 @@ def test_what_does_not_fit_is_refused_before_work_starts(files, model, task_reco
         ([*right, str(tmp_path / "c")], "a corpus or a task, got both"),
         (["score", str(tmp_path / "c"), "--model", "m", "--output", "f"], "--output: expected --task with it"),
         ([*right, "--name", "x"], "--name: expected PREFIX with it"),
-        ([*right, "--processes", "2"], "--processes: expected PREFIX with it"),
+        ([*right, "--store", "float16"], "--store: expected PREFIX with it"),
         (["score", "--task", TASK, "--model", str(model)], "--output: expected the file to write with --task"),
         ([*right, "--held-out", "1"], "--held-out: expected at least 0 and below 1"),
         (arguments(model, task_records, tmp_path / "there"), "one that exists; --overwrite replaces a file"),
@@ -161,13 +201,6 @@ def test_what_does_not_fit_is_refused_before_work_starts(files, model, task_reco
         assert message in capsys.readouterr().err, words
     assert sorted(path.name for path in tmp_path.iterdir()) == ["there"]
 
-    def interrupted(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("pause_megatron.score.task._values", interrupted)
-        assert main(right) == 130
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["there"]
     other = write_folder(tmp_path / "prefix")
     config = json.loads((other / "config.json").read_text())
     config["pause"]["prefix_attention"] = "bidirectional"

@@ -14,7 +14,7 @@ from pause_megatron.data.corpus.manifest import CorpusManifest, path_of
 from pause_megatron.data.corpus.records import FileRecord, SideRecord
 from pause_megatron.data.corpus.side import DTYPES, SideArray, check_side_name, describe_side, header_of, side_path
 from pause_megatron.errors import DataError
-from pause_megatron.files.durable import DigestFile, only_writer, sync_folder
+from pause_megatron.files.durable import DigestFile, only_file_writer, only_writer, sync_folder
 from pause_megatron.files.locks import Backoff
 
 log = logging.getLogger(__name__)
@@ -140,11 +140,8 @@ def only_side_writer(prefix: str | Path, name: str) -> Iterator[None]:
     Raises:
         DataError: Another process writes it.
     """
-    with only_writer(path_of(prefix, f"{name}.lock"), f"side array {side_path(prefix, name)}"):
-        path = side_path(prefix, name)
-        for left in path.parent.iterdir():
-            if left.name.startswith(f"{path.name}.") and left.suffix == ".tmp":
-                left.unlink(missing_ok=True)
+    path = side_path(prefix, name)
+    with only_file_writer(path, path_of(prefix, f"{name}.lock"), f"side array {path}"):
         yield
 
 

@@ -12,6 +12,7 @@ another tokenizer or text are not found.
 
 from __future__ import annotations
 
+import json
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -130,7 +131,7 @@ class AnswerValues:
             "values": np.concatenate([found[digest] for digest in digests]).astype(np.float32),
         }
         described = {**metadata, "version": VERSION, "content": _content(arrays)}
-        write_whole(Path(path), save(arrays, metadata=described))
+        write_whole(Path(path), _sorted_header(save(arrays, metadata=described)))
 
     def of(self, examples: Sequence[EncodedExample]) -> list[EncodedExample]:
         """Return examples with the values of their answers.
@@ -164,6 +165,14 @@ class AnswerValues:
                 )
             result.append(example._replace(values=values[:-1]))
         return result
+
+
+def _sorted_header(file: bytes) -> bytes:
+    """Return a safetensors file with its header sorted: the library writes the metadata in random order."""
+    data = 8 + int.from_bytes(file[:8], "little")
+    header = json.dumps(json.loads(file[8:data]), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + file[data:]
 
 
 def _content(arrays: Mapping[str, np.ndarray]) -> str:

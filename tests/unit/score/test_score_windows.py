@@ -8,7 +8,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pause_megatron.score.windows import Unit, batches_of, unit_tokens, units_of
+from pause_megatron.score.units import unit_tokens
+from pause_megatron.score.windows import CorpusUnit, batches_of, units_of
 
 
 @given(
@@ -43,4 +44,4 @@ def test_each_token_has_one_value_with_enough_before_it(
 
 def test_units_are_few_and_bounded() -> None:
     assert [unit_tokens(tokens) for tokens in (10, 1 << 24, 10**12)] == [1 << 13, 1 << 16, 1 << 20]
-    assert str(Unit(3, 1000, 2000, np.zeros((0, 2)))) == "unit 3 (tokens 1,000 to 1,999)"
+    assert str(CorpusUnit(3, 1000, 2000, np.zeros((0, 2)))) == "unit 3 (tokens 1,000 to 1,999)"
