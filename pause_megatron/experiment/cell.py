@@ -13,13 +13,15 @@ import xxhash
 from pause_megatron import __version__
 
 VERSION = 1
-Verb = Literal["pretrain", "finetune", "export-hf", "evaluate"]
+Verb = Literal["pretrain", "score", "finetune", "export-hf", "evaluate"]
 
-PRODUCT: Mapping[str, str] = {"pretrain": "run", "finetune": "run", "export-hf": "hf", "evaluate": "results"}
-"""The folder that a verb writes in its cell's folder."""
+PRODUCT: Mapping[str, str] = {
+    **{"pretrain": "run", "score": "scores.safetensors", "finetune": "run", "export-hf": "hf", "evaluate": "results"}
+}
+"""The folder or file that a verb writes in its cell's folder."""
 
-OUTPUT, INPUT = "{output}", "{input}"
-"""Placeholders in arguments for the cell's product and for the product of its input cell."""
+OUTPUT, INPUT, SCORES = "{output}", "{input}", "{scores}"
+"""Placeholders in arguments for the cell's product, and for those of its input cell and of the cell of its scores."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class Cell:
         arguments: Arguments of the verb, with OUTPUT and INPUT as placeholders.
         identity: What determines the result, plain JSON: no paths, no hardware, nothing that affects only speed.
         input: The cell whose product this one reads; None for pretraining.
+        scores: The cell of `score --task` whose values a finetuning reads as well; None for others.
         estimate: Its cost.
     """
 
@@ -64,17 +67,24 @@ class Cell:
     arguments: tuple[str, ...]
     identity: Mapping[str, Any]
     input: Cell | None = None
+    scores: Cell | None = None
     estimate: Estimate = field(default=Estimate(), compare=False)
+
+    @property
+    def inputs(self) -> tuple[Cell, ...]:
+        """The cells whose products this one reads."""
+        return tuple(cell for cell in (self.input, self.scores) if cell is not None)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Digest of verb, identity, the input's fingerprint and the package's version: 32 hexadecimal digits."""
+        """Digest of verb, identity, the inputs' fingerprints and the package's version: 32 hexadecimal digits."""
         content = {
             "version": VERSION,
             "package": __version__,
             "verb": self.verb,
             "identity": self.identity,
             "input": self.input.fingerprint if self.input else None,
+            **({"scores": self.scores.fingerprint} if self.scores else {}),
         }
         return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 

@@ -26,16 +26,16 @@ def describe(located: Sequence[LocatedCell], baseline: str = "") -> str:
     """
     number = {entry.cell.fingerprint: index for index, entry in enumerate(located, start=1)}
     width = max(len(entry.cell.name) for entry in located)
-    lines = [f"{'':>5}  {'cell':{width}}  {'after':>5}  {'steps':>9}  {'raw tokens':>10}  {'FLOP':>8}"]
+    lines = [f"{'':>5}  {'cell':{width}}  {'after':>7}  {'steps':>9}  {'raw tokens':>10}  {'FLOP':>8}"]
     for entry in located:
         cell, cost = entry.cell, entry.cell.estimate
-        after = number[cell.input.fingerprint] if cell.input else ""
+        after = ",".join(str(number[source.fingerprint]) for source in cell.inputs)
         steps = "" if cost.steps is None else f"{cost.steps:,}"
         tokens = "" if cost.raw_tokens is None else si(cost.raw_tokens)
         flops = "" if not cost.flops else si(cost.flops)
         done = "  done" if entry.done else ""
         index = number[cell.fingerprint]
-        lines.append(f"{index:>5}  {cell.name:{width}}  {after:>5}  {steps:>9}  {tokens:>10}  {flops:>8}{done}")
+        lines.append(f"{index:>5}  {cell.name:{width}}  {after:>7}  {steps:>9}  {tokens:>10}  {flops:>8}{done}")
     lines += [*_models([entry.cell for entry in located], baseline), "", *_sums(located)]
     return "\n".join(lines)
 

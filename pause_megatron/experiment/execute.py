@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pause_megatron.errors import DataError
-from pause_megatron.experiment.cell import INPUT, OUTPUT, PRODUCT
+from pause_megatron.experiment.cell import INPUT, OUTPUT, PRODUCT, SCORES
 from pause_megatron.experiment.ledger import ledger_of
 from pause_megatron.experiment.provenance import OriginFile, origin
 from pause_megatron.experiment.stored import Attempt, AttemptsFile, CellFile, DoneFile, FailedFile, is_done
@@ -145,9 +145,9 @@ def arguments_of(folder: Path, cell: CellFile) -> list[str]:
         cell: Its cell.json.
     """
     paths = {OUTPUT: str(folder / PRODUCT[cell.verb])}
-    if cell.input:
-        input_folder = folder.parent / cell.input
-        paths[INPUT] = str(input_folder / PRODUCT[CellFile.read(input_folder).verb])
+    for placeholder, name in ((INPUT, cell.input), (SCORES, cell.scores)):
+        if name:
+            paths[placeholder] = str(folder.parent / name / PRODUCT[CellFile.read(folder.parent / name).verb])
     arguments = []
     for argument in cell.arguments:
         for placeholder, path in paths.items():
@@ -234,8 +234,8 @@ def _run_verb(folder: Path, cell: CellFile, launch: Launch, stop: Stop, lock: in
 def _finish(folder: Path, cell: CellFile, attempts: Sequence[Attempt]) -> None:
     """Write done.json."""
     product = folder / PRODUCT[cell.verb]
-    if not product.is_dir():
-        raise DataError(f"{folder.name}: expected {cell.verb} to write {product}, got exit code 0 and no such folder")
+    if not product.exists():
+        raise DataError(f"{folder.name}: expected {cell.verb} to write {product}, got exit code 0 and nothing there")
     wall_seconds = sum(attempt.seconds or 0.0 for attempt in attempts)
     DoneFile(
         name=cell.name,

@@ -78,12 +78,14 @@ def write_plan(directory: Path, grid: Grid, graph: CellGraph, ranks: int) -> dic
     """
     (directory / "cells").mkdir(parents=True, exist_ok=True)
     located = locate_cells(directory, graph)
+
+    def folder_of(cell: Cell) -> str:
+        return located[cell.fingerprint].folder.name
+
     for entry in located.values():
         entry.folder.mkdir(exist_ok=True)
         if not entry.done:
-            source = entry.cell.input
-            input_folder = located[source.fingerprint].folder.name if source else None
-            content = CellFile.of(entry.cell, input_folder, ranks if entry.cell.verb in TRAINING else 1)
+            content = CellFile.of(entry.cell, folder_of, ranks if entry.cell.verb in TRAINING else 1)
             if CellFile.read_if_present(entry.folder) != content:
                 content.write(entry.folder)
     write_whole(directory / "grid.yaml", dump_grid(grid).encode())
@@ -94,8 +96,8 @@ def write_plan(directory: Path, grid: Grid, graph: CellGraph, ranks: int) -> dic
             m_ft=point.m_ft,
             seed=point.seed,
             m_inf=point.m_inf,
-            cell=located[point.cell.fingerprint].folder.name,
-            held_out=located[point.held_out.fingerprint].folder.name if point.held_out else None,
+            cell=folder_of(point.cell),
+            held_out=folder_of(point.held_out) if point.held_out else None,
         )
         for point in graph.points
     )

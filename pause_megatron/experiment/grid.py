@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-from pause_megatron.config.finetune_schema import TaskSection
-from pause_megatron.config.identity import deciding_keys, digest_keys
-from pause_megatron.config.load import load, recipe_names, recipe_path
-from pause_megatron.config.model_from import OF_A_TASK, PAUSES, SHAPE
+from pause_megatron.config.identity import digest_keys
 from pause_megatron.config.presets import flops_per_token
-from pause_megatron.config.schema import ResolvedConfig
-from pause_megatron.config.text import read_entries
 from pause_megatron.errors import ConfigError
 from pause_megatron.experiment.cell import INPUT, OUTPUT, Cell, Estimate
+from pause_megatron.experiment.combinations import Combination, combinations
+from pause_megatron.experiment.finetunings import FinetuningRun, finetuning
 from pause_megatron.experiment.inputs import NOT_READ, Inputs
 from pause_megatron.experiment.models import Pretraining, as_overrides, resolve_models
-from pause_megatron.experiment.schema import Grid, Pauses, Variant, highest
-
-# What a finetuning takes from its initial checkpoint, unless it is given.
-_INHERITED = frozenset({*(f"model.{name}" for name in SHAPE), *PAUSES, *OF_A_TASK})
+from pause_megatron.experiment.schema import Grid
 
 
 @dataclass(frozen=True)
@@ -60,22 +54,6 @@ class CellGraph:
     points: tuple[Point, ...]
 
 
-class Combination(NamedTuple):
-    """One finetuning of a grid and its evaluation.
-
-    Attributes:
-        variant: Name of the variant.
-        task: Name of the task in the grid.
-        m_ft: Pauses in finetuning.
-        seed: Seed of the finetuning.
-    """
-
-    variant: str
-    task: str
-    m_ft: Pauses
-    seed: int
-
-
 def expand(grid: Grid, inputs: Inputs) -> CellGraph:
     """Return all cells of a grid.
 
@@ -90,16 +68,6 @@ def expand(grid: Grid, inputs: Inputs) -> CellGraph:
     points = tuple(expansion.point(which) for which in combinations(grid))
     _refuse_equal_names(expansion.cells)
     return CellGraph(tuple(expansion.cells.values()), points)
-
-
-def combinations(grid: Grid) -> Iterator[Combination]:
-    """Yield every combination, seeds outermost, so that an experiment that is stopped early has whole seeds."""
-    for seed in grid.seeds:
-        for name, variant in grid.variants.items():
-            for task in variant.tasks or grid.tasks:
-                pauses = (0,) if variant.finetune == "standard" else variant.pauses or grid.tasks[task].pauses
-                for m_ft in pauses:
-                    yield Combination(name, task, m_ft, seed)
 
 
 @dataclass
@@ -120,17 +88,15 @@ class _Expansion:
 
     def point(self, which: Combination) -> Point:
         """Add the cells of a combination and return its point."""
-        variant = self.grid.variants[which.variant]
-        pretrained = self._shared(self._pretrain(variant.model))
-        finetuned = self._shared(self._finetune(which, pretrained))
-        exported = self._shared(_export(finetuned))
-        own = _own_pauses(variant, which.m_ft)
-        m_inf = _all_pauses(self.grid, which.variant, which.task, which.m_ft)
-        scored = self._shared(self._evaluate(which, exported, m_inf))
-        held = None
-        if self.grid.evaluate.select == "held_out" and (fraction := _held_out(self.grid, which)):
+        run = finetuning(self.grid, which, self.models[self.grid.variants[which.variant].model])
+        pretrained = self._shared(self._pretrain(self.grid.variants[which.variant].model))
+        scores = self._scores(which, run, pretrained)
+        exported = self._shared(_export(self._shared(self._finetune(which, run, pretrained, scores))))
+        own, held = which.own_pauses(self.grid), None
+        measured = self._shared(self._evaluate(which, exported, which.all_pauses(self.grid)))
+        if fraction := which.held_out(self.grid):
             held = self._shared(self._evaluate(which, exported, own, fraction))
-        return Point(which.variant, which.task, str(which.m_ft), which.seed, own, scored, held)
+        return Point(which.variant, which.task, str(which.m_ft), which.seed, own, measured, held)
 
     def _shared(self, cell: Cell) -> Cell:
         """Return the cell, or the earlier one of the same content."""
@@ -156,40 +122,56 @@ class _Expansion:
             ),
         )
 
-    def _finetune(self, which: Combination, pretrained: Cell) -> Cell:
-        variant, section = self.grid.variants[which.variant], self.grid.tasks[which.task]
-        records = self.inputs.tasks[which.task]
-        task_name = section.task or which.task
-        recipe = section.recipe or (f"finetune-{task_name}" if f"finetune-{task_name}" in recipe_names() else None)
-        overrides = (
-            f"task.name={task_name}",
-            *as_overrides({**self.grid.finetune.set, **section.set, **variant.set}),
-            f"finetune.pauses={which.m_ft}",
-            f"run.seed={which.seed}",
+    def _scores(self, which: Combination, run: FinetuningRun, pretrained: Cell) -> Cell | None:
+        """Add the cell that scores the task's answers for a finetuning, and return it; None if the row has none."""
+        kind, task = self.grid.variants[which.variant].scores, run.config.task
+        if kind is None:
+            return None
+        exported = self._shared(_export(pretrained))
+        # Without a held-out part a finetuning takes the first records, which `score` takes among all of them.
+        limited = task.limit if task.held_out is not None else None
+        deciding = {"--task": task.name, "--kind": kind, "--task-limit": limited, "--held-out": task.held_out or 0.0}
+        given = deciding | {"--task-path": self.grid.data.tasks, "--device": self.grid.evaluate.device}
+        options = tuple(part for name, value in given.items() for part in _option(name, value))
+        model = pretrained.name.removeprefix("pretrain-")
+        return self._shared(
+            Cell(
+                f"score-{model}-{which.task}-{kind}",
+                "score",
+                # The file of an attempt that was killed just after it had written it is replaced.
+                ("--model", INPUT, *options, "--output", OUTPUT, "--overwrite"),
+                {
+                    "options": {name: value for name, value in deciding.items() if value is not None},
+                    "records": self.inputs.tasks[which.task].train,
+                },
+                exported,
+                estimate=Estimate(flops_per_token=_forward(self.models[model], self.inputs)),
+            )
         )
-        model = self.models[variant.model]
-        config = _finetuning_config(which.task, recipe, overrides, model.config)
-        if model.spent and model.spent.longer != 1:
-            overrides = (*overrides, _longer(config, model.spent.longer))
-            config = _finetuning_config(which.task, recipe, overrides, model.config)
-        name = f"finetune-{variant.model}-{which.task}-m{which.m_ft}{_marks(variant.set)}-s{which.seed}"
+
+    def _finetune(self, which: Combination, run: FinetuningRun, pretrained: Cell, scores: Cell | None) -> Cell:
+        variant, config = self.grid.variants[which.variant], run.config
+        records = self.inputs.tasks[which.task]
+        marks = _marks(variant.set) + (f"-{variant.scores}" if variant.scores else "")
+        name = f"finetune-{variant.model}-{which.task}-m{which.m_ft}{marks}-s{which.seed}"
         folder = () if records.folder is None else as_overrides({"task.path": records.folder})
-        file = config.task.scores
-        scores = {} if file is None else {"scores": self.inputs.scores.get(file, NOT_READ)}
+        file = config.task.scores if scores is None else None
+        content = {} if file is None else {"scores": self.inputs.scores.get(file, NOT_READ)}
         rows = self.inputs.vocabulary + config.pause.embeddings
         per_token = flops_per_token(config.model, rows, config.data.sequence_length)
         return Cell(
             name.replace("..", "to"),
             "finetune",
             (
-                *(("--recipe", recipe) if recipe else ()),
-                *overrides,
+                *(("--recipe", run.recipe) if run.recipe else ()),
+                *run.overrides,
                 f"model.from={INPUT}",
                 *folder,
                 f"run.dir={OUTPUT}",
             ),
-            {"config": _plain(digest_keys(config)), "records": records.train, **scores},
+            {"config": _plain(digest_keys(config)), "records": records.train, **content},
             pretrained,
+            scores,
             Estimate(config.train.steps, config.train.tokens, per_token),
         )
 
@@ -199,7 +181,7 @@ class _Expansion:
         """Return the cell that scores a model, on the held-out part of train if its fraction is given."""
         grid, section = self.grid, self.grid.tasks[which.task]
         variant = grid.variants[which.variant]
-        inference, config = variant.inference, self.models[variant.model].config
+        inference, model = variant.inference, self.models[variant.model]
         deciding = {
             "--tasks": section.task or which.task,
             "--pauses": ",".join(map(str, m_inf)),
@@ -221,7 +203,6 @@ class _Expansion:
         location = "" if inference.location is None else f"-{inference.location}"
         location += _marks({name: f"{name[8:]}{value}" for name, value in inference.decoding.options.items()})
         curve = f"-curve{m_inf[0]}to{m_inf[-1]}" if len(m_inf) > 1 else f"-at{m_inf[0]}"
-        rows = self.inputs.vocabulary + config.pause.embeddings
         records = self.inputs.tasks[which.task]
         return Cell(
             exported.name.replace("export", "evaluate", 1) + filler + location + curve + "-held-out" * bool(held_out),
@@ -232,69 +213,18 @@ class _Expansion:
                 "records": records.held_out if held_out else records.evaluation,
             },
             exported,
-            # The forward pass is a third. The number of tokens depends on the records' lengths and is unknown here.
-            Estimate(flops_per_token=flops_per_token(config.model, rows, 0) / 3),
+            estimate=Estimate(flops_per_token=_forward(model, self.inputs)),
         )
 
 
-def _finetuning_config(
-    task: str, recipe: str | None, overrides: tuple[str, ...], model: ResolvedConfig
-) -> ResolvedConfig:
-    """Return the configuration that a finetuning will resolve to when its initial checkpoint exists.
-
-    Args:
-        task: Name of the task in the grid, for messages.
-        recipe: Recipe of the finetuning.
-        overrides: KEY=VALUE overrides.
-        model: Configuration of the pretraining, from which missing keys are inherited.
-    """
-    given = {override.partition("=")[0] for override in overrides}
-    if recipe is not None:
-        path = recipe_path(recipe)
-        given |= {entry.path for entry in read_entries(path.read_text(encoding="utf-8"), str(path))}
-    inherited = {key: value for key, value in deciding_keys(model).items() if key in _INHERITED and key not in given}
-    try:
-        return load(recipe=recipe, overrides=(*as_overrides({"model.preset": None, **inherited}), *overrides))
-    except ConfigError as error:
-        raise ConfigError(f"tasks.{task}: {error}") from None
+def _export(trained: Cell) -> Cell:
+    name = trained.name.replace("finetune", "export", 1).replace("pretrain", "export", 1)
+    return Cell(name, "export-hf", (INPUT, OUTPUT), {}, trained)
 
 
-def _longer(config: ResolvedConfig, factor: float) -> str:
-    """Return the override that multiplies the length of a finetuning."""
-    if config.finetune.epochs is not None:
-        return f"finetune.epochs={config.finetune.epochs * factor:.6g}"
-    return f"train.steps={round((config.train.steps or 0) * factor)}"
-
-
-def _export(finetuned: Cell) -> Cell:
-    return Cell(finetuned.name.replace("finetune", "export", 1), "export-hf", (INPUT, OUTPUT), {}, finetuned)
-
-
-def _held_out(grid: Grid, which: Combination) -> float | None:
-    """Return the held-out fraction of train where the variant has several M_ft or M_inf to choose from; else None."""
-    variant, section = grid.variants[which.variant], grid.tasks[which.task]
-    of_m_ft = 1 if variant.finetune == "standard" else len(variant.pauses or section.pauses)
-    if of_m_ft == 1 and len(_own_pauses(variant, which.m_ft)) == 1:
-        return None
-    default = TaskSection.model_fields["held_out"].default
-    found = {**grid.finetune.set, **section.set, **variant.set}.get("task.held_out", default)
-    return found if isinstance(found, float) and found else None
-
-
-def _own_pauses(variant: Variant, m_ft: Pauses) -> tuple[int, ...]:
-    """Return the M_inf of a variant."""
-    return variant.inference.pauses or (highest(m_ft),)
-
-
-def _all_pauses(grid: Grid, name: str, task: str, m_ft: Pauses) -> tuple[int, ...]:
-    """Return every M_inf of a combination: the variant's own, and those of its curves."""
-    pauses = set(_own_pauses(grid.variants[name], m_ft))
-    for curve in grid.curves:
-        of_task = curve.tasks is None or task in curve.tasks
-        of_m_ft = curve.m_ft is None or str(m_ft) in map(str, curve.m_ft)
-        if name in curve.variants and of_task and of_m_ft:
-            pauses |= set(curve.pauses)
-    return tuple(sorted(pauses))
+def _forward(model: Pretraining, inputs: Inputs) -> float:
+    """Return the FLOPs of a token in a forward pass, a third. How many there are depends on the records' lengths."""
+    return flops_per_token(model.config.model, inputs.vocabulary + model.config.pause.embeddings, 0) / 3
 
 
 def _option(name: str, value: Any) -> tuple[str, ...]:

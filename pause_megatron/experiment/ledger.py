@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from pause_megatron.data.supervised.answer_values import AnswerValues
 from pause_megatron.errors import DataError
 from pause_megatron.evaluate.results import read_results
 from pause_megatron.files.metrics_lines import NAME, read_metrics
@@ -64,7 +65,7 @@ def ledger_of(verb: str, product: Path, flops_per_token: float, wall_seconds: fl
 
     Args:
         verb: The verb.
-        product: What the verb wrote: a run folder, a Hugging Face folder, or results.
+        product: What the verb wrote: a run folder, values of answers, a Hugging Face folder, or results.
         flops_per_token: See `Estimate`.
         wall_seconds: Time of all attempts that ended, seconds.
         ranks: Ranks of the verb.
@@ -76,6 +77,9 @@ def ledger_of(verb: str, product: Path, flops_per_token: float, wall_seconds: fl
         work = _training(product / NAME)
     elif verb == "evaluate":
         work = _evaluation(product)
+    elif verb == "score":
+        read = int(AnswerValues.read(product).metadata["tokens"])
+        work = _Work(read, read, wall_seconds)
     else:
         work = _Work(0, 0, wall_seconds)
     raw, text = work.raw_tokens, work.text_tokens

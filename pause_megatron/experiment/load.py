@@ -179,6 +179,8 @@ def _message(problem: ErrorDetails, locations: Locations) -> str:
             expected = f"the task's name in this grid ({_name_of(str(problem['input']))})"
         elsewhere = "" if problem["loc"][-1] != "[key]" else "; to name a task yourself write NAME: {task: FILE.yaml}"
         return f"{where}: {shown}: expected {expected}, got {problem['input']!r}{elsewhere}"
+    if problem["type"] == "value_error":  # of a section's own validator, which says what it got
+        return f"{where}: {shown}: {problem['ctx']['error']}"
     return f"{where}: {shown}: {_plain(problem['msg'])}, got {problem['input']!r}"
 
 

@@ -1,4 +1,4 @@
-"""Running the cells of a grid on this machine, several at a time, each after its input cell."""
+"""Running the cells of a grid on this machine, several at a time, each after its input cells."""
 
 from __future__ import annotations
 
@@ -141,11 +141,11 @@ def set_threads(jobs: int, ranks: int) -> None:
 
 
 def _ready(waiting: Mapping[str, LocatedCell], finished: set[str]) -> list[tuple[str, LocatedCell]]:
-    """Return the cells whose input is complete, in the order of the plan."""
+    """Return the cells whose inputs are complete, in the order of the plan."""
     return [
         (fingerprint, entry)
         for fingerprint, entry in waiting.items()
-        if entry.cell.input is None or entry.cell.input.fingerprint in finished
+        if all(source.fingerprint in finished for source in entry.cell.inputs)
     ]
 
 

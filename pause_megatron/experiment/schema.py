@@ -142,9 +142,18 @@ class Variant(GridSection):
     finetune: Literal["standard", "pauses"]
     pauses: tuple[Pauses, ...] | None = Field(None, min_length=1, description="M_ft instead of the tasks'")
     set: Keys = {}
+    scores: Literal["loss", "entropy"] | None = Field(
+        None, description="values of the answers by the row's own pretrained model, computed first: its task.scores"
+    )
     inference: Inference = Inference()
     tasks: tuple[Name, ...] | None = Field(None, description="null: all")
     about: str = Field("", description="a line in the report")
+
+    @model_validator(mode="after")
+    def _scores_once(self) -> Variant:
+        if self.scores is not None and "task.scores" in self.set:
+            raise ValueError("expected scores, or a file of task.scores in set, got both")
+        return self
 
 
 class Curve(GridSection):

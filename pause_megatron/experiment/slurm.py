@@ -1,4 +1,4 @@
-"""Submission of the cells of a grid to SLURM: a job per cell, each after the job of its input cell."""
+"""Submission of the cells of a grid to SLURM: a job per cell, each after the jobs of its input cells."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def submit(directory: Path, located: Mapping[str, LocatedCell], options: JobOpti
             continue
         job = job_in_queue(entry.folder, queue)
         if job is None:
-            dependency = jobs.get(entry.cell.input.fingerprint) if entry.cell.input else None
+            dependency = ":".join(jobs[each.fingerprint] for each in entry.cell.inputs if each.fingerprint in jobs)
             job = _submit_one(entry, options, dependency)
             submitted += 1
             log.info(f"job {job}{f' after {dependency}' if dependency else ''}: {entry.cell.name}")
@@ -137,8 +137,8 @@ def render(folder: Path, verb: str, ranks: int, options: JobOptions) -> str:
     )
 
 
-def _submit_one(entry: LocatedCell, options: JobOptions, dependency: str | None) -> str:
-    """Write job.sbatch, submit it after the job `dependency`, write job.json, and return the job's id."""
+def _submit_one(entry: LocatedCell, options: JobOptions, dependency: str) -> str:
+    """Write job.sbatch, submit it after the jobs `dependency` ("3:4"; "" for none), write job.json, return the id."""
     cell = CellFile.read(entry.folder)
     script = entry.folder / "job.sbatch"
     write_whole(script, render(entry.folder, cell.verb, cell.ranks, options).encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -77,6 +78,7 @@ class CellFile(StoredFile):
         parameters: See `Estimate`.
         identity: See `Cell.identity`.
         package: Version of the package.
+        scores: Name of the folder of the cell whose values of answers this one reads; None where it reads none.
     """
 
     NAME = "cell.json"
@@ -90,14 +92,20 @@ class CellFile(StoredFile):
     parameters: int
     identity: dict[str, Any]
     package: str
+    scores: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave `scores` out where there are none, as files of earlier versions do."""
+        return _without(handler(self), "scores")
 
     @classmethod
-    def of(cls, cell: Cell, input_folder: str | None, ranks: int) -> Self:
+    def of(cls, cell: Cell, folder_of: Callable[[Cell], str], ranks: int) -> Self:
         """Return the file of a cell.
 
         Args:
             cell: The cell.
-            input_folder: Name of the input cell's folder in DIR/cells.
+            folder_of: Returns the name of a cell's folder in DIR/cells.
             ranks: Ranks that the verb is started on.
         """
         return cls(
@@ -105,12 +113,13 @@ class CellFile(StoredFile):
             fingerprint=cell.fingerprint,
             verb=cell.verb,
             arguments=cell.arguments,
-            input=input_folder,
+            input=folder_of(cell.input) if cell.input else None,
             ranks=ranks,
             flops_per_token=cell.estimate.flops_per_token,
             parameters=cell.estimate.parameters,
             identity=dict(cell.identity),
             package=__version__,
+            scores=folder_of(cell.scores) if cell.scores else None,
         )
 
 
@@ -204,7 +213,7 @@ class StoredPoint(TypedJson):
     @model_serializer(mode="wrap")
     def _without_none(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """Leave `held_out` out where there is none, as files of earlier versions do."""
-        return {name: value for name, value in handler(self).items() if name != "held_out" or value is not None}
+        return _without(handler(self), "held_out")
 
 
 class PlanFile(StoredFile):
@@ -229,6 +238,11 @@ def is_done(folder: Path, fingerprint: str) -> bool:
     """
     done = DoneFile.read_if_present(folder)
     return done is not None and done.fingerprint == fingerprint
+
+
+def _without(content: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Return the content without a key that is null."""
+    return {key: value for key, value in content.items() if key != name or value is not None}
 
 
 def write_json(path: Path, content: object) -> None:

@@ -144,13 +144,14 @@ def score_task(
         )
         values = in_order(units, parts.read(units))
         metadata = {
-            **{
-                "task": task.name,
-                "kind": plan.kind,
-                "model": folder.absolute().name,
-                "model_digest": plan.model_digest,
-            },
-            **{"tokenizer": tokenizer.fingerprint, "context": str(context), "dtype": plan.compute},
+            "task": task.name,
+            "kind": plan.kind,
+            "model": folder.absolute().name,
+            "model_digest": plan.model_digest,
+            "tokenizer": tokenizer.fingerprint,
+            "context": str(context),
+            "dtype": plan.compute,
+            "tokens": str(sum(row.size - 1 for row in rows)),  # that the model read
             "plan": plan.model_dump_json(),
         }
         AnswerValues.write(output, encoded, values, metadata)

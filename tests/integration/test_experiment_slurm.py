@@ -53,7 +53,7 @@ def test_jobs_run_in_order_and_resubmission_covers_the_rest(cluster, tmp_path, c
     assert {name: entry.done for name, entry in named.items()} == {**dict.fromkeys("abc", True), "d": False, "e": False}
     ends = [(named[name].folder / "done.json").stat().st_mtime_ns for name in "abc"]
     assert ends == sorted(ends)
-    assert "got exit code 0 and no such folder" in (named["d"].folder / "job.txt").read_text()
+    assert "got exit code 0 and nothing there" in (named["d"].folder / "job.txt").read_text()
     assert not (named["e"].folder / "job.txt").exists(), "e was started although d failed"
 
     give_product(named["d"])

@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,15 @@ from support.cards import run_card
 from support.ranks import run_on_ranks
 
 from pause_megatron.cli import main
+from pause_megatron.config.load import load_saved
+from pause_megatron.data.supervised.answer_values import AnswerValues
+from pause_megatron.evaluate.results import read_results
+from pause_megatron.experiment.execute import Stop, run_cell
+from pause_megatron.experiment.folder import write_plan
+from pause_megatron.experiment.grid import expand
+from pause_megatron.experiment.inputs import read_inputs
+from pause_megatron.experiment.load import load_grid
+from pause_megatron.experiment.stored import DoneFile
 
 PAGE = Path(__file__).resolve().parents[2] / "pause_megatron" / "recipes" / "METHODS.md"
 SMALL = [
@@ -63,6 +73,40 @@ def run_commands(folder: str, wanted: list[list[str]]) -> dict[str, str]:
     return answers
 
 
+def run_row(folder: str) -> dict[str, tuple[str, str, object]]:
+    """Run the cells of the row DIT of the grid methods-tiny, smaller, each verb in this process.
+
+    Returns verb, the cell's folder and its ledger by the cell's name, in their order.
+    """
+    few = ["train.steps=2", "optim.warmup_steps=0", "checkpoint.every=0"]
+    small = [each for each in SMALL if each.partition("=")[0] not in ("train.steps", "optim.warmup_steps")]
+    given = [f"models.StdPT.set.{each}" for each in (*small, *few)] + [f"finetune.set.{each}" for each in few]
+    data = [f"data.prefix={folder}/data/text", f"data.tasks={folder}/records", "evaluate.device=cpu"]
+    more = ["seeds=[1]", "evaluate.limit=2", "models.StdPT.set.data.sequence_length=512"]
+    grid = load_grid(recipe="methods-tiny", overrides=[*given, *data, *more])
+    only = {"models": "StdPT", "variants": "DIT", "tasks": "squad"}
+    parts = {key: {name: getattr(grid, key)[name]} for key, name in only.items()}
+    grid = grid.model_copy(update={**parts, "baseline": "DIT"})
+    located = write_plan(Path(folder, "grid"), grid, expand(grid, read_inputs(grid)), ranks=1)
+
+    def in_this_process(program: Sequence[str], ranks: int) -> list[str]:
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main(list(program[1:]))
+        assert (code, ranks) == (0, 1), (program, err.getvalue()[-2000:])
+        return ["true"]
+
+    for entry in located.values():
+        assert run_cell(entry.folder, in_this_process, Stop()).code == 0
+    ledgers = {name: DoneFile.read(entry.folder).ledger for name, entry in located.items()}
+    return {each.cell.name: (each.cell.verb, str(each.folder), ledgers[name]) for name, each in located.items()}
+
+
+def run_page(folder: str) -> tuple[dict[str, str], dict[str, tuple[str, str, object]]]:
+    """Run the commands of the page, then the grid's row."""
+    return run_commands(folder, commands()), run_row(folder)
+
+
 @pytest.fixture(scope="module")
 def workplace(corpus, task_records, tmp_path_factory) -> Path:
     """A working folder as the page assumes: a corpus, and a task's records."""
@@ -72,12 +116,13 @@ def workplace(corpus, task_records, tmp_path_factory) -> Path:
     for path in prefix.parent.glob(f"{prefix.name}.*"):
         place = folder / "data" / path.name.replace(prefix.name, "text", 1)
         (shutil.copytree if path.is_dir() else shutil.copy)(path, place)
-    shutil.copytree(task_records / "gsm8k", folder / "records" / "gsm8k")
+    for task in ("gsm8k", "squad"):
+        shutil.copytree(task_records / task, folder / "records" / task)
     return folder
 
 
 def test_the_pages_commands_train_export_and_generate(workplace):
-    [answers] = run_on_ranks(1, run_commands, str(workplace), commands(), timeout=280)
+    [(answers, cells)] = run_on_ranks(1, run_page, str(workplace), timeout=280)
     entries = {
         path.parent.name: json.loads(path.read_text())["pause"] for path in sorted(workplace.glob("out-*/config.json"))
     }
@@ -109,3 +154,24 @@ def test_the_pages_commands_train_export_and_generate(workplace):
     dit = [json.loads(line) for line in (workplace / "runs/dit-gsm8k/metrics.jsonl").read_text().splitlines()]
     assert all(line["pause_fraction"] > 0 for line in dit)
     assert all(0 < line["objective/requested_steps"] < 2 for line in tuned)  # of runs after prompts and within answers
+    check_row(cells)
+
+
+def check_row(cells: dict[str, tuple[str, str, object]]) -> None:
+    """The grid's row: values of the answers, a finetuning that reads them, an evaluation that decodes with pauses."""
+    shared, tuned = ["pretrain", "export-hf", "score"], ["finetune", "export-hf", "evaluate"]
+    assert [verb for verb, _, _ in cells.values()] == [*shared, *tuned]
+    scored = Path(cells["score-StdPT-squad-loss"][1], "scores.safetensors")
+    values = AnswerValues.read(scored)
+    assert (values.metadata["kind"], values.metadata["model"]) == ("loss", "hf")
+    ledger = cells["score-StdPT-squad-loss"][2]
+    assert ledger.raw_tokens == int(values.metadata["tokens"]) > 0 and ledger.flops > 0
+    for verb, folder, _ in cells.values():
+        config = Path(folder, "run", "config.yaml")
+        if verb == "finetune":
+            assert load_saved(config).task.scores == str(scored)
+            lines = [json.loads(line) for line in Path(folder, "run", "metrics.jsonl").read_text().splitlines()]
+            assert all(line["pause_fraction"] > 0 for line in lines)
+        if verb == "evaluate":
+            (result,) = [each for each in read_results(Path(folder, "results")) if each.primary]
+            assert result.settings.decoding and result.settings.pauses == 0

@@ -80,7 +80,7 @@ def place_cells(directory: Path, cells: Iterable[Cell]) -> dict[str, LocatedCell
     for cell in cells:
         folder = directory / "cells" / cell.folder_name
         folder.mkdir(parents=True)
-        CellFile.of(cell, cell.input.folder_name if cell.input else None, 1).write(folder)
+        CellFile.of(cell, lambda source: source.folder_name, 1).write(folder)
         placed[cell.fingerprint] = LocatedCell(cell, folder)
     return placed
 

@@ -83,7 +83,7 @@ class CellFacts:
     Attributes:
         name: Name of the cell.
         verb: The verb.
-        input: Folder name of its input cell.
+        inputs: Folder names of the cells whose products it reads.
         parameters: Number of parameters of the model, of pretraining cells.
         ledger: Costs; None until it is complete.
         fingerprint: See `Cell.fingerprint`.
@@ -93,7 +93,7 @@ class CellFacts:
 
     name: str
     verb: str
-    input: str | None
+    inputs: tuple[str, ...]
     parameters: int
     ledger: Ledger | None
     fingerprint: str
@@ -127,11 +127,11 @@ class Collected:
         return sum(cell.ledger is not None for cell in self.cells.values())
 
     def lineage(self, cell: str) -> Iterator[str]:
-        """Yield a cell and all cells that it depends on, by folder name."""
-        current: str | None = cell
-        while current is not None:
-            yield current
-            current = self.cells[current].input
+        """Yield a cell and all cells that it depends on, by folder name, each once."""
+        found = [cell]
+        for name in found:
+            yield name
+            found += [each for each in self.cells[name].inputs if each not in found]
 
 
 def collect(directory: Path) -> Collected:
@@ -161,7 +161,8 @@ def _facts(folder: Path) -> CellFacts:
     ledger = done.ledger if done is not None and done.fingerprint == cell.fingerprint else None
     found = OriginFile.read_if_present(folder)
     origin = None if found is None else found.origin
-    return CellFacts(cell.name, cell.verb, cell.input, cell.parameters, ledger, cell.fingerprint, cell.identity, origin)
+    inputs = tuple(name for name in (cell.input, cell.scores) if name)
+    return CellFacts(cell.name, cell.verb, inputs, cell.parameters, ledger, cell.fingerprint, cell.identity, origin)
 
 
 def _scores(folder: Path, point: StoredPoint) -> Iterator[Score]:

@@ -14,9 +14,10 @@ from pause_megatron.config.load import load
 from pause_megatron.config.model_schema import ModelSection
 from pause_megatron.config.presets import fill_sizes, flops_per_token
 from pause_megatron.errors import ConfigError
+from pause_megatron.experiment.cell import INPUT, OUTPUT, SCORES
 from pause_megatron.experiment.extra import spend as spend_extra
 from pause_megatron.experiment.grid import CellGraph, expand
-from pause_megatron.experiment.inputs import assumed_inputs
+from pause_megatron.experiment.inputs import TaskRecords, assumed_inputs
 from pause_megatron.experiment.load import dump_grid, load_grid, recipe_names
 from pause_megatron.experiment.models import resolve_models
 from pause_megatron.experiment.report.published import published
@@ -108,9 +109,43 @@ def test_the_grids_of_methods_share_the_baselines_cells_and_name_what_was_publis
     assert set(published().methods) == {"CYB", "DIT", "EveryK", "Looped"} < set(methods.variants)
     for name in ("methods-130m", "methods-1b"):
         grid = load_grid(recipe=name)
-        assert grid.variants == methods.variants and grid.models.keys() == methods.models.keys()
+        everywhere = {row: variant.model_copy(update={"tasks": None}) for row, variant in grid.variants.items()}
+        assert everywhere == {row: each.model_copy(update={"tasks": None}) for row, each in methods.variants.items()}
+        assert grid.models.keys() == methods.models.keys()
         tokens = {run.config.train.tokens for run in resolve_models(grid, 32_000).values()}
         assert len(tokens) == 1  # equal raw tokens
+
+
+def test_values_of_answers_are_computed_between_pretraining_and_finetuning(tmp_path):
+    grid = load_grid(recipe="methods-tiny", overrides=["evaluate.device=cpu", "data.tasks=R"])
+    inputs = dataclasses.replace(assumed_inputs(grid), tasks={n: TaskRecords("R", n) for n in grid.tasks})
+    cells = {cell.name: cell for cell in expand(grid, inputs).cells}
+    (scored,) = (cell for cell in cells.values() if cell.verb == "score")  # one, for three seeds
+    tuned = [cell for cell in cells.values() if cell.scores]
+    assert [cell.name for cell in tuned] == [f"finetune-StdPT-squad-m0-scored-0_2-loss-s{seed}" for seed in (1, 2, 3)]
+    for cell in tuned:
+        assert cell.inputs == (cells["pretrain-StdPT"], scored) and f"task.scores={SCORES}" in cell.arguments
+    assert scored.name == "score-StdPT-squad-loss" and scored.inputs == (cells["export-StdPT"],)
+    assert cells["export-StdPT"].inputs == (cells["pretrain-StdPT"],)
+    options = ("--task", "squad", "--kind", "loss", "--task-limit", "2000", "--held-out", "0.05")
+    machine = ("--task-path", "R", "--device", "cpu", "--output", OUTPUT, "--overwrite")
+    assert scored.arguments == ("--model", INPUT, *options, *machine)
+    deciding = dict(zip(options[::2], ["squad", "loss", 2000, 0.05], strict=True))
+    assert scored.identity == {"options": deciding, "records": "squad"}
+    evaluated = next(cell for cell in cells.values() if cell.verb == "evaluate" and cell.input.input in tuned)
+    assert evaluated.arguments[evaluated.arguments.index("--pause-entropy") + 1] == "2.0"
+    # What the scoring depends on reaches the finetuning and its evaluation, and no other row.
+    for override in ("variants.DIT.scores=entropy", "models.StdPT.set.train.steps=401"):
+        other = load_grid(recipe="methods-tiny", overrides=["evaluate.device=cpu", "data.tasks=R", override])
+        changed = set(by_name(expand(other, inputs)).values()) - {cell.fingerprint for cell in cells.values()}
+        assert not changed & {cell.fingerprint for cell in (*tuned, evaluated, scored)}
+        assert len(changed) == (1 + 3 * 3 if "entropy" in override else 1 + 1 + 1 + 9 + 6 * 3)
+    wrong = ["variants.DIT.set.finetune.answer_placement=uniform", "variants.DIT.set.task.scores=mine.safetensors"]
+    for override, message in zip(
+        wrong, ("variants.DIT: tasks.squad: ", r"variants.DIT: .*task.scores in set"), strict=True
+    ):
+        with pytest.raises(ConfigError, match=message):
+            expand(load_grid(recipe="methods-tiny", overrides=[override]), inputs)
 
 
 def test_a_side_array_is_part_of_a_cell_and_of_no_other(small, tmp_path):
