@@ -106,6 +106,11 @@ def summary(findings: Findings) -> dict[str, Any]:
         "flips": rows(findings)["flips.csv"],
         "models": [asdict(model) for model in costs.pretrained(collected)],
         "ledger": {name: each.as_json() for name, each in costs.by_variant(collected).items()},
+        "methods": {
+            name: method.model_dump()
+            for name, method in findings.paper.methods.items()
+            if name in collected.grid.variants
+        },
         "paper": {"source": findings.paper.source, "precision": findings.paper.precision},
         "columns": data_files.COLUMNS,
     }

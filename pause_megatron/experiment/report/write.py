@@ -13,6 +13,7 @@ from pause_megatron.experiment.report.data_files import COLUMNS, as_csv
 from pause_megatron.experiment.report.findings import Findings, findings_of, rows, summary
 from pause_megatron.experiment.report.flips import Flips, read_records
 from pause_megatron.experiment.report.head import cells_table, head, settings_table
+from pause_megatron.experiment.report.methods import methods_table
 from pause_megatron.experiment.report.page import Part, bullets, figures, link, paragraph, picture, render, table
 from pause_megatron.experiment.report.pairs import pair_page
 from pause_megatron.experiment.report.published import VARIANTS
@@ -136,7 +137,8 @@ def _all_variants(
     html = figures(drawn) + tables.all_table(main, findings.comparisons, findings.tasks, paper, where, pages)
     html += tables.choice_table(findings.choices, paper)
     html += bullets([f"{name}: {variant.about}" for name, variant in grid.variants.items() if variant.about])
-    html += bullets(_paper_controls(findings)) + bullets(_other_papers(findings))
+    html += bullets(_paper_controls(findings))
+    html += methods_table(list(grid.variants), findings.comparisons, grid.baseline, paper)
     return Part("All variants and controls, against the baseline", html)
 
 
@@ -174,15 +176,6 @@ def _paper_controls(findings: Findings) -> list[str]:
     filler = [f"{paper.title(task)} {paper.filler(task):.1f}" for task in known if paper.filler(task) is not None]
     lines = [f'Paper, filler "." at inference on StdPT_StdFT: {", ".join(filler)}: no gain.'] if filler else []
     return lines + [f"Paper: {statement}" for statement in paper.statements] if known else []
-
-
-def _other_papers(findings: Findings) -> list[str]:
-    known = findings.paper.methods
-    return [
-        f"{name}: {known[name].paper}: {known[name].reported or 'no figure known here'} (other models, data and tasks)"
-        for name in findings.collected.grid.variants
-        if name in known
-    ]
 
 
 def _ledger_notes() -> list[str]:

@@ -29,6 +29,7 @@ from pause_megatron.experiment.report.data_files import COLUMNS
 from pause_megatron.experiment.report.findings import findings_of
 from pause_megatron.experiment.report.flips import find_outcomes, flips, mcnemar, read_records
 from pause_megatron.experiment.report.head import settings_table
+from pause_megatron.experiment.report.methods import methods_table
 from pause_megatron.experiment.report.published import published
 from pause_megatron.experiment.stored import PlanFile
 
@@ -120,6 +121,22 @@ def test_the_head_names_program_machine_files_and_settings(root, report):
     assert "nothing: the runs were chosen freely" in page and "optim.lr" in page
     for fingerprint in (*summary["records"].values(), *summary["corpora"].values()):
         assert fingerprint.startswith("xxh3_128:") and fingerprint in page
+
+
+def test_rows_of_other_methods_stand_beside_what_their_papers_report(root, report, tmp_path):
+    assert "it reports" not in (report / "index.html").read_text()
+    assert json.loads((report / "summary.json").read_text())["methods"] == {}
+    for name in ("grid.yaml", "plan.json"):  # the same cells, of a row that is named as a method
+        (tmp_path / name).write_text((root / "exp" / name).read_text().replace("Filler", "DIT"))
+    (tmp_path / "cells").symlink_to(root / "exp" / "cells")
+    assert main(["experiment", "report", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+    page = (tmp_path / "out" / "index.html").read_text()
+    (row,) = re.findall(r"<tr><th scope=row>DIT</th><td>DIT, arXiv:2506.03616</td>.*?</tr>", page)
+    (found,) = (each for each in rows(report, "comparisons.csv") if each["variant"] == "Filler")
+    assert "+4.7 points on GSM8K" in row and f"WebQuestions {float(found['difference']):+.1f} (" in row
+    assert json.loads((tmp_path / "out" / "summary.json").read_text())["methods"].keys() == {"DIT"}
+    every = methods_table(["CYB", "Other", "EveryK"], {}, "StdPT_StdFT", published())
+    assert "no figure known here" in every and "3 times the data" in every and "Other" not in every
 
 
 def test_settings_tell_methods_apart():
