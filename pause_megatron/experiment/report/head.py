@@ -58,8 +58,10 @@ def head(facts: Mapping[str, Any]) -> str:
 
 def settings_table(collected: Collected) -> str:
     """Return the settings of every training, those of equal settings in one row; "" if none is known."""
+    lines = {point.cell: set(collected.lineage(point.cell)) for point in collected.points}
     found: dict[tuple[str, ...], list[CellFacts]] = {}
-    for cell in collected.cells.values():
+    variants: dict[tuple[str, ...], dict[str, None]] = {}
+    for folder, cell in collected.cells.items():
         config = cell.identity.get("config")
         if cell.verb in ("pretrain", "finetune") and isinstance(config, Mapping):
             values = ["" if config.get(key) is None else str(config[key]) for key in _SETTINGS]
@@ -67,14 +69,21 @@ def settings_table(collected: Collected) -> str:
                 values[_SETTINGS.index("pause.placement")] = ""
             name = cell.name.rpartition("-s")[0] if cell.verb == "finetune" else cell.name
             found.setdefault((name, *values), []).append(cell)
+            users = (point.variant for point in collected.points if folder in lines[point.cell])
+            variants.setdefault((name, *values), {}).update(dict.fromkeys(users))
     shown = [index for index, _ in enumerate(_SETTINGS) if any(key[index + 1] for key in found)]
     rows: list[Row] = [
-        [breakable(key[0]), str(len(cells)), *(escape(key[index + 1]) for index in shown)]
+        [
+            breakable(key[0]),
+            "<br>".join(map(breakable, variants[key])),
+            str(len(cells)),
+            *(escape(key[index + 1]) for index in shown),
+        ]
         for key, cells in found.items()
     ]
     names = [_SETTINGS[index] for index in shown]
     caption = "Keys of each run's config.yaml; all of them are in DIR/cells/NAME/run/config.yaml."
-    return table(["run", "seeds", *names], rows, caption) if rows else ""
+    return table(["run", "variants", "seeds", *names], rows, caption) if rows else ""
 
 
 def cells_table(collected: Collected, where: Callable[[str], str]) -> str:

@@ -145,10 +145,13 @@ def test_settings_tell_methods_apart():
         name: SimpleNamespace(name=f"pretrain-{name}", verb="pretrain", identity={"config": config})
         for name, config in zip("ab", keys, strict=True)
     }
-    both = settings_table(SimpleNamespace(cells=cells))
+    points = [SimpleNamespace(variant=f"Row{name}", cell=name) for name in "aba"]
+    experiment = SimpleNamespace(cells=cells, points=points, lineage=lambda name: name)
+    both = settings_table(experiment)
+    assert "<th scope=row>pretrain-<wbr>a</th><td>Rowa</td><td>1</td>" in both and "<td>Rowb</td>" in both
     assert all(text in both for text in ("objective.name", "anytime", "pause.run", "pause.placement", "every"))
     cells.pop("b")
-    assert "pause.placement" not in settings_table(SimpleNamespace(cells=cells))
+    assert "pause.placement" not in settings_table(experiment)
 
 
 def test_the_page_is_self_contained_accessible_and_links_to_cells(root, report):
