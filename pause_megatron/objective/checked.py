@@ -1,14 +1,20 @@
-"""An objective of a user, whose results are checked: a wrong shape would broadcast or be dropped without a word."""
+"""An objective of a user, whose results are checked: a wrong shape would broadcast or be dropped without a word.
+
+So is what it was given: terms with weights that it changed in place would not be those of the denominator.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pause_megatron.errors import ConfigError
 from pause_megatron.objective.chunk import Chunk
 from pause_megatron.objective.protocol import Objective, Terms
+
+_GIVEN = ("number", "targets", "index", "length", "is_last", "is_pause", "weights", "hidden")
 
 
 class Checked:
@@ -24,7 +30,10 @@ class Checked:
 
     def __init__(self, objective: Objective, name: str) -> None:
         self._objective, self._name = objective, name
-        self.runs = bool(objective.runs)
+        runs: Any = objective.runs
+        if not isinstance(runs, bool):
+            raise self._wrong("runs", "True or False", repr(runs))
+        self.runs = runs
         names: Any = objective.names
         is_list = isinstance(names, (tuple, list)) and all(isinstance(each, str) for each in names)
         if not is_list or len(set(names)) < len(names):
@@ -50,7 +59,7 @@ class Checked:
             row = int(wrong.nonzero()[0])
             step = f"step {int(index[row])} of a run of {int(length[row])} rows"
             raise self._wrong("weights", "finite numbers of 0 or more", f"{float(found[row])} for {step}")
-        return found
+        return found.detach().to("cpu", torch.float32, copy=True)  # the objective may change its own later
 
     def terms(self, chunk: Chunk) -> Terms:
         """Return the terms of a chunk.
@@ -59,9 +68,14 @@ class Checked:
             chunk: As `Objective.terms`.
 
         Raises:
-            ConfigError: They are no `Terms`, have no gradient, or have other shapes or names.
+            ConfigError: They are no `Terms`, have no gradient, or have other shapes or names; or a tensor of the chunk
+                was changed.
         """
+        given = [(name, getattr(chunk, name), getattr(chunk, name)._version) for name in _GIVEN]
         terms: Any = self._objective.terms(chunk)
+        for name, tensor, version in given:
+            if getattr(chunk, name) is not tensor or tensor._version != version:
+                raise self._wrong("terms", f"chunk.{name} as it was given", "it changed; change a copy (clone)")
         if not isinstance(terms, Terms):
             raise self._wrong("terms", "Terms(values, token_losses, means)", _described(terms))
         values, losses, means = terms
@@ -77,7 +91,8 @@ class Checked:
             if of_rows.shape != weights.shape:
                 shapes = f"{tuple(of_rows.shape)} and {tuple(weights.shape)}"
                 raise self._wrong("terms", f"values and weights of one shape in means[{name!r}]", shapes)
-        return terms
+        # A sum in bf16, where an objective computes with hidden states only, would lose its digits.
+        return terms._replace(values=values.float()) if values.element_size() < 4 else terms
 
     def _wrong(self, method: str, expected: str, got: str) -> ConfigError:
         return ConfigError(f"objective.name={self._name}: {method}: expected {expected}, got {got}")

@@ -33,6 +33,24 @@ class Columns(NamedTuple):
     group: dist.ProcessGroup
 
 
+class _Picked(NamedTuple):
+    """Logits of ids, one a row.
+
+    Attributes:
+        ids: The ids, which their owner may change later.
+        version: Version of the ids when the logits were picked.
+        local: Columns of this shard, int64 [rows, 1].
+        here: Whether the ids are in this shard, bool [rows].
+        leaf: The logits, fp32 [rows].
+    """
+
+    ids: Tensor
+    version: int
+    local: Tensor
+    here: Tensor
+    leaf: Tensor
+
+
 class Chunk:
     """Rows of whole runs. All tensors but the shard's logits are the same on all tensor-parallel ranks.
 
@@ -80,7 +98,7 @@ class Chunk:
         self._logits, self._columns, self._differentiable = logits, columns, differentiable
         self._hidden = hidden.detach().requires_grad_(differentiable)
         self._shard: Tensor | None = None
-        self._picked: list[tuple[Tensor, Tensor]] = []  # ids, leaf
+        self._picked: list[_Picked] = []
         self._normalizers: dict[bool, Tensor] = {}
 
     @property
@@ -125,19 +143,22 @@ class Chunk:
         """Return the logit of an id at each row, fp32 [rows].
 
         Args:
-            ids: int64 [rows], or one id.
+            ids: int64 [rows], or one id, of the vocabulary.
         """
         if isinstance(ids, int):
             ids = torch.full_like(self.targets, ids)
-        for known, leaf in self._picked:
-            if known is ids:
-                return leaf
+        if ids is not self.targets:  # without a look at the device: an id that no rank has would have the logit 0
+            total = self._logits.shape[1] * self._columns.group.size()
+            torch._assert_async(((ids >= 0) & (ids < total)).all(), f"chunk.logit: expected ids from 0 to {total - 1}")
+        for known in self._picked:
+            if known.ids is ids and known.version == ids._version:
+                return known.leaf
         local, here = self._local(ids)
         values = torch.where(here, self._logits.gather(1, local).squeeze(1).float(), 0.0)
         if self._columns.group.size() > 1:
             dist.all_reduce(values, group=self._columns.group)
-        self._picked.append((ids, self._leaf(values)))
-        return self._picked[-1][1]
+        self._picked.append(_Picked(ids, ids._version, local, here, self._leaf(values)))
+        return self._picked[-1].leaf
 
     def log_normalizer(self, *, pauses: bool = True) -> Tensor:
         """Return the logarithm of the softmax denominator at each row, fp32 [rows].
@@ -186,7 +207,7 @@ class Chunk:
         Returns:
             [rows, columns], and [rows, hidden] of the hidden states' direct use, or None. Both in their own type.
         """
-        leaves = [*self._normalizers.values(), *(leaf for _, leaf in self._picked)]
+        leaves = [*self._normalizers.values(), *(each.leaf for each in self._picked)]
         direct = [self._hidden] if self._shard is None else [self._hidden, self._shard]
         found: list[Tensor | None] = [None] * (len(direct) + len(leaves))
         if value.requires_grad:
@@ -197,10 +218,10 @@ class Chunk:
         for (pauses, normalizer), slope in zip(self._normalizers.items(), found, strict=False):
             if slope is not None:
                 total += self._softmax(normalizer.detach(), pauses).mul_(slope.unsqueeze(1))
-        for (ids, _), slope in zip(self._picked, found[len(self._normalizers) :], strict=True):
+        for each, slope in zip(self._picked, found[len(self._normalizers) :], strict=True):
             if slope is not None:
-                local, here = self._local(ids)
-                total.scatter_(1, local, total.gather(1, local) + torch.where(here, slope, 0.0).unsqueeze(1))
+                values = total.gather(1, each.local) + torch.where(each.here, slope, 0.0).unsqueeze(1)
+                total.scatter_(1, each.local, values)
         return total.to(self._logits.dtype), of_hidden
 
     def _leaf(self, values: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ class LossPlan:
         if self.token_weights is None:
             return torch.ones(targets.shape[0])
         if callable(self.token_weights):
-            found = np.asarray(self.token_weights(targets.numpy()))
+            found = np.asarray(self.token_weights(targets.numpy().copy()))  # which it may change
             if found.shape != tuple(targets.shape) or found.dtype.kind not in "fiub":
                 raise ConfigError(
                     f"objective.token_weights={self.name}: expected a number for each of {targets.shape[0]} targets, "
@@ -122,6 +122,11 @@ def loss_plan(section: ObjectiveSection) -> LossPlan | None:
         return None
     objective = resolve_objective(section)
     if section.z_loss:
+        if "z_loss" in objective.names:
+            raise ConfigError(
+                f"objective.z_loss={section.z_loss:g}: expected an objective without a mean named z_loss, which is "
+                f"then logged, got names {objective.names} of objective.name={section.name}"
+            )
         objective = WithZLoss(objective, section.z_loss)
     name = section.token_weights
     if name is None or name == SIDE:

@@ -133,6 +133,8 @@ class Own:
 
 
 WRONG = {
+    "runs: expected True or False, got 'no'": {"runs": "no"},
+    "objective.z_loss=0.1: expected an objective without a mean named z_loss": {"names": ("z_loss",)},
     "names: expected a tuple of strings, each once, got 'probability'": {"names": "probability"},
     "names: expected a tuple of strings, each once, got ('a', 'a')": {"names": ("a", "a")},
     "expected a class or function of one argument": {"__init__": lambda self: None},
@@ -154,6 +156,23 @@ WRONG = {
     "one shape in means['probability'], got (4,) and (2,)": {
         "made": lambda self, c, x: Terms(x, c.last(x), {"probability": (x, c.last(x))})
     },
+}
+
+
+def changing(name: str, change) -> dict:
+    """An objective that changes a tensor of the chunk before it computes the terms."""
+
+    def terms(self, chunk: Chunk) -> Terms:
+        change(chunk)
+        return self.made(chunk, -chunk.log_probability(chunk.targets))
+
+    return {f"my_own:Own: terms: expected chunk.{name} as it was given, got it changed; change": {"terms": terms}}
+
+
+WRONG |= {
+    **changing("weights", lambda chunk: chunk.weights.mul_(2)),
+    **changing("targets", lambda chunk: chunk.targets.clamp_(max=5)),
+    **changing("is_pause", lambda chunk: setattr(chunk, "is_pause", ~chunk.is_pause)),
 }
 
 
@@ -184,3 +203,34 @@ def test_what_an_objective_returns_is_checked(monkeypatch):
         with pytest.raises(ConfigError, match=re.escape(message)):
             plan = loss_plan(ObjectiveSection(name="my_own:Own", z_loss=0.1))
             plan.objective.terms(one_chunk(plan, alone))
+
+
+def test_what_a_user_s_code_changes_or_returns_again_changes_nothing_else(monkeypatch):
+    """A buffer of weights that is used again, ids that are changed in place, sums in bf16."""
+    alone, buffer = types.SimpleNamespace(size=lambda: 1), torch.ones(4)
+    module = types.ModuleType("my_own")
+    monkeypatch.setitem(sys.modules, "my_own", module)
+    kept = {"weights": lambda self, index, length, weight: buffer}
+    module.Own = type("Own", (Own,), kept)
+    plan = LossPlan(loss_plan(ObjectiveSection(name="my_own:Own")).objective, lambda ids: np.minimum(ids, 0, out=ids))
+    batch = collate([sample([5, 90, 91, 6])], sample_ids=[0], pause_ids=PAUSES, plan=plan)
+    buffer.zero_()
+    assert batch.steps.weights.tolist() == [1] * 4 and batch.targets.tolist() == [6, 1]
+
+    chunk, ids = one_chunk(plan, alone), torch.tensor([3, 3, 3, 3])
+    chunk._logits[:, 3:5] = torch.tensor([1.0, 2.0])
+    first = chunk.logit(ids)
+    ids.add_(1)
+    second = chunk.logit(ids)
+    ids.add_(1)
+    assert (first.tolist(), second.tolist()) == ([1.0] * 4, [2.0] * 4)
+    gradient, _ = chunk.gradient((first + 3 * second).sum())
+    assert torch.equal(gradient[:, 2:7], torch.tensor([0.0, 1.0, 3.0, 0.0, 0.0]).expand(4, 5))
+    for wrong in (92, -1, torch.tensor([0, 1, 2, 92])):
+        with pytest.raises(RuntimeError, match=r"chunk.logit: expected ids from 0 to 91"):
+            chunk.logit(wrong)
+
+    halves = {"made": lambda self, c, x: Terms((c.hidden.sum(1) + 1).bfloat16(), c.last(x))}
+    module.Own = type("Own", (Own,), halves)
+    terms = loss_plan(ObjectiveSection(name="my_own:Own")).objective.terms(one_chunk(plan, alone))
+    assert terms.values.dtype == torch.float32
