@@ -7,6 +7,7 @@ from typing import Any
 
 from pause_megatron.config.families import Family
 from pause_megatron.config.model_schema import ResolvedModel
+from pause_megatron.config.pauses import BY_PATTERN
 from pause_megatron.config.presets import parameters
 from pause_megatron.config.schema import ObjectiveSection, ResolvedConfig
 
@@ -170,10 +171,7 @@ def _recipe(
         ("text tokens seen", f"{progress.get('text_tokens', 0):,}"),
         ("pauses in pretraining", f"{pause['rate']:g} of the window, window `{config.pause.window}`"),
         ("realised pause rate", "not recorded" if realised is None else f"{realised:.4%} of the input tokens"),
-        (
-            "placement",
-            f"`{config.pause.placement}`" + ("" if config.pause.run == 1 else f", runs of {config.pause.run}"),
-        ),
+        ("placement", _placement(config)),
         *([("objective", _objective(config.objective))] if config.objective.changed else []),
         *([("pauses within answers", within)] if (within := _within(pause)) else []),
         *([("pause positions", "`shared`: those of the text before them")] if "positions" in pause else []),
@@ -193,6 +191,13 @@ def _recipe(
     return rows
 
 
+def _placement(config: ResolvedConfig) -> str:
+    """Return where a pretraining had pauses."""
+    pause = config.pause
+    pattern = f" {pause.pattern!r}" if pause.pattern is not None and pause.placement in BY_PATTERN else ""
+    return f"`{pause.placement}`{pattern}" + ("" if pause.run == 1 else f", runs of {pause.run}")
+
+
 def _answers(config: ResolvedConfig) -> str:
     """Return where the answers of the finetuning had pauses within them; "" for nowhere."""
     placement, pause = config.finetune.answer_placement, config.pause
@@ -200,7 +205,7 @@ def _answers(config: ResolvedConfig) -> str:
         return ""
     if placement == "every":
         return f"; within answers {pause.run} after every token"
-    pattern = "" if pause.pattern is None else f" {pause.pattern!r}"
+    pattern = "" if pause.pattern is None or placement not in BY_PATTERN else f" {pause.pattern!r}"
     in_runs = f", {pause.run} at each place" if pause.run > 1 else ""
     return f"; within answers {config.finetune.answer_rate:g} of the tokens{in_runs}, `{placement}`{pattern}"
 

@@ -68,11 +68,12 @@ def pause_generate(
 
     Returns:
         Prompts and new tokens without pauses, int64 [batch, seq + new tokens]; or a GenerateDecoderOnlyOutput of these
-        sequences, if `return_dict_in_generate` is set.
+        sequences, if `return_dict_in_generate` is set. Its `scores` and `logits`, if asked for, are those from which
+        each new token was selected, after the pauses before it.
 
     Raises:
-        ValueError: A model without pauses or with a bidirectional prefix, beam search, a cache that is not empty, or
-            too many positions.
+        ValueError: A model without pauses or with a bidirectional prefix, beam search, attentions or hidden states as
+            outputs, a cache that is not empty, or too many positions.
     """
     pause_ids, count = _pauses(model.config, pauses)
     given = model_kwargs.get(CACHE)
@@ -94,8 +95,13 @@ def pause_generate(
     sample, pad = generation_config.do_sample, generation_config._pad_token_tensor
     unfinished = torch.ones(len(rows), dtype=torch.bool, device=model.device)
     logits = batch.forward([row.prefix for row in rows])
+    kept: dict[str, list[Tensor]] = {"scores": [], "logits": []}
     while True:
-        chosen, scores = _choose(batch, rows, options, unfinished, logits, input_ids, logits_processor, sample)
+        chosen, scores, logits = _choose(batch, rows, options, unfinished, logits, input_ids, logits_processor, sample)
+        if generation_config.output_scores:
+            kept["scores"].append(scores)
+        if generation_config.output_logits:
+            kept["logits"].append(logits)
         if pad is not None:
             chosen = torch.where(unfinished, chosen, pad.to(chosen))
         input_ids = torch.cat([input_ids, chosen[:, None]], dim=1)
@@ -105,6 +111,7 @@ def pause_generate(
         logits = batch.forward([row.follow(token) for row, token in zip(rows, chosen.tolist(), strict=True)])
     if generation_config.return_dict_in_generate:
         fields: dict[str, Any] = {"sequences": input_ids, CACHE: batch.cache}
+        fields |= {name: tuple(steps) for name, steps in kept.items() if steps}
         return GenerateDecoderOnlyOutput(**fields)
     return input_ids
 
@@ -283,8 +290,8 @@ def _choose(
     input_ids: Tensor,
     processors: Any,
     sample: bool,
-) -> tuple[Tensor, Tensor]:
-    """Return every row's next token, after the pauses that it is granted, and the scores that it was selected from."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return every row's next token, after the pauses that it is granted, and the scores and logits it is chosen by."""
     waiting, found, kept = unfinished.tolist(), None, None
     while True:
         allowed = logits.clone()
@@ -310,7 +317,7 @@ def _choose(
             found, kept = torch.where(open_rows, chosen, found), torch.where(open_rows[:, None], scores, kept)
         waiting = [wait and grant > 0 for wait, grant in zip(waiting, grants, strict=True)]
         if not any(waiting):
-            return found, kept
+            return found, kept, logits
         steps = [row.more(grants[i]) if waiting[i] else [] for i, row in enumerate(rows)]
         logits = torch.where(torch.tensor(waiting, device=logits.device)[:, None], batch.forward(steps), logits)
 
@@ -376,6 +383,9 @@ def _check(config: Any, generation_config: Any, prompt: int, pauses: int, rows: 
     """`max_length` counts prompt and new tokens, as everywhere in transformers; pauses are additional."""
     if generation_config.num_beams > 1:
         raise ValueError("pauses: expected num_beams=1 (greedy or sampling)")
+    for name in ("output_attentions", "output_hidden_states"):
+        if getattr(generation_config, name):
+            raise ValueError(f"pauses: {name}: not supported; output_scores and output_logits are")
     entry = getattr(config, "pause", None) or {}
     placed: tuple[tuple[str, str | None], ...] = (
         (("location", "append"), ("filler", None)) if pauses or rows[0].options.active else ()

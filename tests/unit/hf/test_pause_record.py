@@ -20,6 +20,7 @@ CASES = [
     ("pause.placement=after pause.rate=0", {}, {}, "", '"<pause>" * 10'),
     ("pause.placement=every pause.run=2", {"every": 1, "count": 2, "in_prompt": True}, {}, "", "2 after each token of"),
     ("pause.placement=before", {}, {"placement": "before"}, "before", "placed pauses by `before`, which no decoding"),
+    ("pause.placement=before pause.pattern=a", {}, {}, "before", "| placement | `before` 'a' |"),
     ("pause.placement=uniform", {}, {"placement": "uniform"}, "", "need not gain"),
     (
         f"{AFTER} pause.run=3 pause.pattern=[0-9]",
@@ -57,4 +58,8 @@ def test_generation_has_the_places_of_training_or_the_card_says_so(overrides, de
     card = model_card(config, pause=record, **given)
     assert words in card and ("no decoding does" in card) == bool(lacking)
     assert ("pause_tokenizer=tokenizer" in card) == ("after" in decoding)
+    shared = model_card(config, pause=record | {"positions": "shared"}, **given)
+    assert "** 0" not in shared.replace('"<pause>" *', "**") and ("import torch" in shared) == (
+        "pauses=0" not in shared
+    )
     assert ("training drew some of these" in card) == ("after" in decoding)

@@ -76,10 +76,36 @@ def test_settings_see_text_only(sentencepiece):
     )  # fmt: skip
     assert ids.shape[1] + 5 <= output.shape[1] <= ids.shape[1] + 9
     assert 600 not in output
-    details = model.generate(
-        ids, custom_generate=pause_generate, pauses=3, max_new_tokens=4, return_dict_in_generate=True, pad_token_id=2
+
+
+def test_scores_and_logits_are_those_of_transformers(sentencepiece):
+    """After pauses that are granted too: from logits that have them, a pause excluded from the scores."""
+    model = llama(len(sentencepiece))
+    ids = sentencepiece(PROMPTS[0], return_tensors="pt")["input_ids"]
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 2, "repetition_penalty": 1.3}
+    settings |= {"return_dict_in_generate": True, "output_scores": True, "output_logits": True, "eos_token_id": None}
+    ours = model.generate(
+        ids, custom_generate=pause_generate, pauses=3, pause_entropy=0.0, pause_limit=2, pause_count=2, **settings
     )
-    assert details.sequences.shape[1] <= ids.shape[1] + 4
+    assert ours.sequences.shape[1] == ids.shape[1] + 4 and len(ours.scores) == len(ours.logits) == 4
+    text, pauses = ids, torch.full((1, 2), 600)
+    for step in range(4):
+        text = torch.cat([text, torch.full((1, 3), 600)] if not step else [text], dim=1)
+        text = torch.cat([text, pauses], dim=1)
+        with torch.no_grad():
+            expected = model(text).logits[:, -1]
+        assert torch.allclose(ours.logits[step], expected, atol=1e-5)
+        seen = ours.sequences[:, : ids.shape[1] + step]
+        scores = transformers.RepetitionPenaltyLogitsProcessor(1.3)(seen, expected.index_fill(1, pauses[0], -torch.inf))
+        assert torch.allclose(ours.scores[step], scores, atol=1e-5)
+        assert int(scores.argmax()) == int(ours.sequences[0, ids.shape[1] + step])
+        text = torch.cat([text, ours.sequences[:, ids.shape[1] + step, None]], dim=1)
+    assert model.compute_transition_scores(ours.sequences, ours.scores).shape == (1, 4)
+    plain = model.generate(ids, custom_generate=pause_generate, pauses=0, **settings)
+    theirs = model.generate(ids, suppress_tokens=[600], **settings)
+    for step in range(4):
+        assert torch.allclose(plain.logits[step], theirs.logits[step], atol=1e-5)
+        assert torch.allclose(plain.scores[step], theirs.scores[step], atol=1e-5)
 
 
 def test_one_prefill(sentencepiece):
@@ -100,6 +126,7 @@ def test_one_prefill(sentencepiece):
         ({"pauses": 500}, r"3 prompt tokens \+ 500 pauses \+ 4 new tokens = 507 positions, but the model has 256"),
         ({"pauses": -1}, "expected a whole number, 0 or more, got -1"),
         ({"pauses": 2, "num_beams": 2}, "expected num_beams=1"),
+        ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions: not supported"),
     ],
 )
 def test_wrong_settings_are_refused(generator, settings, message):
