@@ -113,6 +113,7 @@ def run(args: argparse.Namespace) -> int:
     job = _job(args, config, site)
     plan = batch_plan(config, job.nodes * job.tasks_per_node)
     deepspeed_config(config, data_parallel=plan.data_parallel)
+    _check_code(args, config)
     _check_site(args, job, config, site)
     if job.gpus_per_node:
         _check_plan(args.gpu, job, config)
@@ -157,6 +158,18 @@ def _job(args: argparse.Namespace, config: ResolvedConfig, site: dict[str, Parti
         signal_seconds=config.checkpoint.before_end_seconds or SIGNAL_SECONDS,
         lines=tuple(args.sbatch),
     )
+
+
+def _check_code(args: argparse.Namespace, config: ResolvedConfig) -> None:
+    """Check that the user's own code can be used; a container may have other code than this machine."""
+    from pause_megatron.cli.support.user_code import check_user_code
+
+    try:
+        check_user_code(config)
+    except ConfigError as error:
+        if not args.container:
+            raise
+        log.warning(f"on this machine, outside the container: {error}")
 
 
 def _whole_paths(overrides: Sequence[str], config: ResolvedConfig) -> list[str]:

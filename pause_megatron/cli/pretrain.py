@@ -130,7 +130,8 @@ def handle_dry_run(args: argparse.Namespace, config: ResolvedConfig, describe: D
         Whether one of the options was given.
 
     Raises:
-        ConfigError: Batch sizes or DeepSpeed settings contradict each other (not checked by --print-config).
+        ConfigError: Batch sizes or DeepSpeed settings contradict each other, or code of the user cannot be used (not
+            checked by --print-config).
     """
     from pause_megatron.config import batch_plan, deepspeed_config, dump
 
@@ -144,6 +145,9 @@ def handle_dry_run(args: argparse.Namespace, config: ResolvedConfig, describe: D
     engine = deepspeed_config(config, data_parallel=plan.data_parallel)
     if not args.dry_run:
         return False
+    from pause_megatron.cli.support.user_code import check_user_code
+
+    check_user_code(config)
     if ranks.rank == 0:
         print(describe(plan, engine), flush=True)
     check_same_verb("--dry-run")

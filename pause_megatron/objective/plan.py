@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +11,7 @@ from torch import Tensor
 
 from pause_megatron.config.pauses import OBJECTIVES
 from pause_megatron.config.schema import ObjectiveSection
+from pause_megatron.config.user_code import import_for_key
 from pause_megatron.errors import ConfigError, DataError
 from pause_megatron.objective.catch_your_breath import CybAnytime, CybBudget, CybVariational
 from pause_megatron.objective.checked import Checked
@@ -131,7 +130,7 @@ def loss_plan(section: ObjectiveSection) -> LossPlan | None:
     name = section.token_weights
     if name is None or name == SIDE:
         return LossPlan(objective, name, name or "")
-    function = _imported("objective.token_weights", name, f"{SIDE} or 'module:attribute'")
+    function = import_for_key("objective.token_weights", name, f"{SIDE} or 'module:attribute'")
     if not callable(function):
         raise ConfigError(f"objective.token_weights: expected a function, got a {type(function).__name__} in {name}")
     return LossPlan(objective, function, name)
@@ -148,7 +147,7 @@ def resolve_objective(section: ObjectiveSection) -> Objective:
     """
     if section.name in SHIPPED:
         return SHIPPED[section.name](section)
-    found = _imported("objective.name", section.name, f"one of {', '.join(OBJECTIVES)}, or 'module:attribute'")
+    found = import_for_key("objective.name", section.name, f"one of {', '.join(OBJECTIVES)}, or 'module:attribute'")
     if isinstance(found, type) or (callable(found) and not isinstance(found, Objective)):
         try:
             found = found(section)
@@ -164,14 +163,3 @@ def resolve_objective(section: ObjectiveSection) -> Objective:
             f"{type(found).__name__} without {', '.join(missing)}"
         )
     return Checked(found, section.name)
-
-
-def _imported(key: str, name: str, expected: str) -> Any:
-    module, colon, attribute = name.partition(":")
-    message = f"{key}: expected {expected}, got {name!r}"
-    if not (module and colon and attribute):
-        raise ConfigError(message)
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{message}: {error}; its module must be in this folder or on PYTHONPATH") from error

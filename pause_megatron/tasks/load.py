@@ -10,8 +10,8 @@ from pydantic import BaseModel, ValidationError
 
 from pause_megatron.config.spelling import nearest
 from pause_megatron.config.text import Entry, read_entries
+from pause_megatron.config.user_code import import_attribute
 from pause_megatron.errors import ConfigError
-from pause_megatron.tasks.imports import import_attribute
 from pause_megatron.tasks.metrics.registry import find_metric
 from pause_megatron.tasks.task import TASK_MEMBERS, Decoding, FinetuneDefaults, Kind, Task
 from pause_megatron.tasks.yaml_task import DeclaredTask

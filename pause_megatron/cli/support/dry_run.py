@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +45,6 @@ def describe(config: ResolvedConfig, plan: BatchPlan, engine: dict[str, Any], *,
         *_objective_rows(config),
         *_model_rows(config, plan, engine, text_size, origin),
         *(("not there", f"{prefix} ({key})") for key, prefix in missing_corpora(config)),
-        *(("not there", f"{name} ({key})") for key, name in missing_code(config)),
     ]
     return _table(rows)
 
@@ -233,27 +231,6 @@ def missing_corpora(config: ResolvedConfig) -> list[tuple[str, str]]:
     missing = [each for each in prefixes if not Path(f"{each[1]}.manifest.json").is_file()]
     sides = [f"{each[1]}.{config.data.side}.npy" for each in prefixes if config.data.side and each not in missing]
     return missing + [("data.side", path) for path in sides if not Path(path).is_file()]
-
-
-def missing_code(config: ResolvedConfig) -> list[tuple[str, str]]:
-    """Return (key, 'module:attribute') of a user's code that cannot be imported here, with the reason.
-
-    Args:
-        config: Configuration of the run.
-    """
-    keys = ("pause.placement", "finetune.answer_placement", "objective.name", "objective.token_weights")
-    found = []
-    for key in keys:
-        section, _, field = key.partition(".")
-        name = getattr(getattr(config, section), field)
-        if name is None or ":" not in name:
-            continue
-        module, _, attribute = name.partition(":")
-        try:
-            getattr(importlib.import_module(module), attribute)
-        except (ImportError, AttributeError) as error:
-            found.append((key, f"{name}: {error}"))
-    return found
 
 
 def _is_weight(word: str) -> bool:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
 from pause_megatron.config.pauses import BY_PATTERN, pattern_error
+from pause_megatron.config.user_code import import_for_key
 from pause_megatron.data.windows.policies import POLICIES, ByPattern, Policy
 from pause_megatron.data.windows.text_window import TextWindow, WindowPolicy
 from pause_megatron.errors import ConfigError
@@ -31,14 +31,9 @@ def resolve_policy(placement: str, pattern: str | None = None) -> Policy:
 
 
 def _users_policy(placement: str) -> Policy:
-    module_name, colon, attribute = placement.partition(":")
-    expected = f"pause.placement: expected one of {', '.join(POLICIES)}, or 'module:attribute', got {placement!r}"
-    if not (module_name and colon and attribute):
-        raise ConfigError(expected)
-    try:
-        policy = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{expected}: {error}; its module must be in this folder or on PYTHONPATH") from error
+    allowed = f"one of {', '.join(POLICIES)}, or 'module:attribute'"
+    policy = import_for_key("pause.placement", placement, allowed)
+    expected = f"pause.placement: expected {allowed}, got {placement!r}"
     if isinstance(policy, type):
         try:
             policy = policy()

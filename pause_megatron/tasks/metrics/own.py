@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from pause_megatron.config.user_code import raised_at
 from pause_megatron.errors import ConfigError, DataError
 from pause_megatron.files.digest import Hasher, bytes_digest
-from pause_megatron.tasks.imports import raised_at
 
 Reads = Literal["text", "choices"]
 PARAMETERS: dict[Reads, tuple[str, ...]] = {

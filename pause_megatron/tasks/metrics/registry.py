@@ -9,8 +9,8 @@ from types import MappingProxyType
 from typing import TypeVar, get_args
 
 from pause_megatron.config.spelling import nearest
+from pause_megatron.config.user_code import import_attribute
 from pause_megatron.errors import ConfigError
-from pause_megatron.tasks.imports import import_attribute
 from pause_megatron.tasks.metrics.choice import choice_accuracy, choice_accuracy_bytes, choice_accuracy_norm
 from pause_megatron.tasks.metrics.number import final_number, final_number_flexible
 from pause_megatron.tasks.metrics.own import Reads, checked, code_digest, reads_of

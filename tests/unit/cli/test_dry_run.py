@@ -53,10 +53,38 @@ def test_the_keys_of_a_method_are_shown(capsys, tmp_path):
     assert rows(capsys, "--recipe", "tiny-every-k")["window"].endswith("(1 after every token, shared positions)")
 
 
-def test_code_of_the_user_that_is_not_there(capsys):
-    assert "not there" not in rows(capsys, f"pause.placement={__name__}:rows")
-    assert rows(capsys, "objective=json:Nope")["not there"].startswith("json:Nope: module 'json' has no attribute")
-    assert rows(capsys, "pause.placement=no_such:f")["not there"].startswith("no_such:f: No module named 'no_such'")
+def test_code_of_the_user_is_resolved_as_at_the_start(capsys, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "broken_of_mine.py").write_text("x = 1\n1 / 0\n")
+    rows(capsys, f"pause.placement={__name__}:rows", f"objective.token_weights={__name__}:rows")
+    launch = ["launch", "--recipe", "tiny-std", "--gpus-per-node", "0", "--tasks-per-node", "1"]
+    answers = ["finetune", "--dry-run", "--recipe", "finetune-gsm8k", "train.steps=1"]
+    for words, message in (
+        (["objective=json:Nope"], "objective.name: expected one of cross_entropy, anytime"),
+        (["objective=json:Nope"], "json/__init__.py: expected 'Nope' in the module, got none"),
+        (["objective=json:loads"], "the section objective, in 'json:loads', got"),
+        (["pause.placement=no_such:f"], "pause.placement: expected one of uniform, isolated"),
+        (["pause.placement=no_such:f"], "got 'no_such:f': expected the module no_such in this folder or on PYTHONPATH"),
+        (["pause.placement=broken_of_mine:f"], "broken_of_mine.py:2: cannot be imported (ZeroDivisionError: division"),
+        (["objective.token_weights=math:pi"], "objective.token_weights: expected a function, got a float in math:pi"),
+    ):
+        for start in (["pretrain", "--dry-run"], launch):
+            assert main([*start, *words]) == 2
+            assert message in capsys.readouterr().err, (start, words)
+    assert main([*answers, "finetune.answer_placement=no_such:f"]) == 2
+    assert "finetune.answer_placement: expected one of uniform" in capsys.readouterr().err
+    main(
+        [
+            *launch,
+            "pause.placement=no_such:f",
+            "--container",
+            "pyxis:image",
+            "--gpus-per-node",
+            "0",
+            "--tasks-per-node=1",
+        ]
+    )
+    assert "outside the container: pause.placement: expected" in capsys.readouterr().err
 
 
 def test_options_of_a_model_have_a_row_where_it_has_some(capsys):

@@ -94,7 +94,7 @@ def test_the_default_has_no_plan_and_unknown_names_are_refused():
     assert loss_plan(ObjectiveSection()) is None
     for name, message in (
         ("nothing", "expected one of cross_entropy, anytime"),
-        ("no_such_module:x", "its module must be in this folder or on PYTHONPATH"),
+        ("no_such_module:x", "expected the module no_such_module in this folder or on PYTHONPATH"),
         ("math:pi", "a float without runs, names, weights, terms"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -298,7 +298,10 @@ GOLDEN = {
         ({"window": "cut"}, r"pause\.window: expected 'exact' or 'trim', got 'cut'"),
         ({"seed": -1}, r"pause\.seed: expected 0 or more"),
         ({"placement": "random"}, r"pause\.placement: expected one of uniform, isolated.*got 'random'"),
-        ({"placement": "no.such.module:policy"}, r"pause\.placement.*No module named"),
+        (
+            {"placement": "no.such.module:policy"},
+            r"pause\.placement.*the module no.such.module in this folder or on",
+        ),
         ({"placement": "math:no_such_name"}, r"pause\.placement.*no_such_name"),
         ({"placement": "math:pi"}, r"pause\.placement.*a float, which cannot be called"),
         (

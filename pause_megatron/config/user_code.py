@@ -47,6 +47,26 @@ def import_attribute(name: str, folders: Sequence[Path] = ()) -> Any:
     return found
 
 
+def import_for_key(key: str, name: str, expected: str) -> Any:
+    """Return what the 'module:attribute' of a configuration key names.
+
+    Args:
+        key: The key.
+        name: Its value.
+        expected: What is allowed.
+
+    Raises:
+        ConfigError: As `import_attribute`, with the key.
+    """
+    message = f"{key}: expected {expected}, got {name!r}"
+    if ":" not in name:
+        raise ConfigError(message)
+    try:
+        return import_attribute(name)
+    except ConfigError as error:
+        raise ConfigError(f"{message}: {error}") from None
+
+
 def raised_at(error: BaseException) -> str:
     """Return FILE:LINE at which a user's code raised, or "".
 
@@ -69,6 +89,8 @@ def _import(name: str, folders: Sequence[Path]) -> ModuleType:
     file = next((path for folder in folders if (path := folder / f"{name.replace('.', '/')}.py").is_file()), None)
     known = sys.modules.get(name)
     try:
+        if not folders:
+            return importlib.import_module(name)
         if file is None or "." in name:
             return _with_path(folders, lambda: importlib.import_module(name))
         if known is not None and Path(getattr(known, "__file__", None) or "").resolve() == file.resolve():
@@ -80,8 +102,8 @@ def _import(name: str, folders: Sequence[Path]) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name not in (name, name.partition(".")[0]):
             raise ConfigError(f"{file or name}: cannot be imported ({error})") from None
-        places = [*dict.fromkeys(str(folder.absolute()) for folder in folders), "on PYTHONPATH"]
-        raise ConfigError(f"expected the module {name} in {' or '.join(places)}, got none") from None
+        searched = [*dict.fromkeys(str(folder.absolute()) for folder in folders)] or ["this folder"]
+        raise ConfigError(f"expected the module {name} in {' or '.join(searched)} or on PYTHONPATH, got none") from None
     except (Exception, SystemExit) as error:  # a user's module may raise anything
         place = raised_at(error) or str(file or name)
         raise ConfigError(f"{place}: cannot be imported ({type(error).__name__}: {error})") from None
