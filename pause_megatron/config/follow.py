@@ -1,16 +1,18 @@
 """Values of a recipe that follow overrides: warm-up, micro-batch, sequence parallelism.
 
 `--recipe R train.steps=10` has the recipe's warm-up, which may be longer than ten steps. The warm-up is then shortened,
-with a note. Values that fit stay. Keys that were given together and contradict each other are refused by `rules`.
+with a note. Values that fit stay. Keys that were given together and contradict each other are refused by `rules`. Keys
+that a finetuning does not use are noted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from pause_megatron.config.batching import added_steps
+from pause_megatron.config.pauses import BY_PATTERN
 from pause_megatron.config.rules import micro_divides_global, sequence_needs_tensor, warmup_ends
 from pause_megatron.config.schema import ResolvedConfig, RunConfig
 
@@ -38,6 +40,7 @@ _OF_AN_EPOCH = (
 )
 _LENGTHS = ("train.steps", "train.tokens")
 _OF_A_WARMUP = (*_LENGTHS, "train.extended_from", *_OF_A_STEP, *_OF_A_SCHEDULE)
+_OF_PRETRAINING = ("pause.rate", "pause.window", "pause.placement", "pause.seed")
 _SHARE = 10
 
 
@@ -48,7 +51,7 @@ class Sources:
     Attributes:
         later: Keys of the last source, the overrides.
         origin: "FILE:LINE" or "command line" of each key that was given.
-        notes: One line for each value that was adjusted.
+        notes: One line for each value that was adjusted, or is not used.
     """
 
     later: frozenset[str]
@@ -84,6 +87,32 @@ class Sources:
 
     def _age(self, key: str) -> int:
         return 2 if key in self.later else int(key in self.origin)
+
+
+def note_unused(config: ResolvedConfig, sources: Sources, in_file: Collection[str]) -> None:
+    """Note the keys of pretraining's pauses that were written for a finetuning, which does not use them.
+
+    Keys that it takes from `model.from` are not noted, nor those of a run's own config.yaml, which has all keys.
+
+    Args:
+        config: Resolved configuration.
+        sources: Where its keys were written; receives a note for each such key.
+        in_file: Keys of the file or recipe.
+    """
+    answers = config.finetune.answer_placement
+    unused = {key: "" for key in _OF_PRETRAINING}
+    if answers is None:
+        unused["pause.run"] = " without finetune.answer_placement"
+    if answers not in BY_PATTERN:
+        unused["pause.pattern"] = " without finetune.answer_placement after or before"
+    written = sources.later if set(_OF_PRETRAINING) <= set(in_file) else {*sources.later, *in_file}
+    for key, condition in unused.items() if config.task.name is not None else ():
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
+        if key in written and value != type(getattr(config, section)).model_fields[name].default:
+            sources.notes.append(
+                f"{key}={_yaml(value)} ({sources.where(key)}): a finetuning{condition} does not use it"
+            )
 
 
 def follow_epochs(config: RunConfig, sources: Sources) -> RunConfig:

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pause_megatron.config.follow import Sources, follow_epochs, follow_values
+from pause_megatron.config.follow import Sources, follow_epochs, follow_values, note_unused
 from pause_megatron.config.keys import Key, keys, sections
 from pause_megatron.config.model_from import SHAPE, with_initial_sizes
 from pause_megatron.config.presets import fill_sizes, preset_values
@@ -60,7 +60,8 @@ def load(
         recipe: Name of a recipe that ships (see `recipe_names`); None for a file or the defaults.
         overrides: `section.name=value` texts, each value a YAML scalar or list; later ones win.
         notify: Function that takes one line of text. It is called for each value of the file that was adjusted to an
-            override (see `follow`). Keys under an earlier name (see `renamed`) are logged as warnings.
+            override, and for each key that a finetuning does not use (see `follow`). Keys under an earlier name (see
+            `renamed`) are logged as warnings.
 
     Returns:
         The resolved configuration: sizes of the preset and the splits filled in; `train.steps` and `train.tokens` both
@@ -100,7 +101,7 @@ def load_saved(path: str | Path) -> ResolvedConfig:
 
 
 def _load(source: str | Path | None, overrides: Iterable[str]) -> tuple[ResolvedConfig, list[str], list[str]]:
-    """Return the configuration, a line for each deprecated key, and a line for each adjusted value."""
+    """Return the configuration, and lines about its deprecated keys and about its adjusted or unused values."""
     layers: list[list[Entry]] = []
     deprecated: list[str] = []
     for written in ([] if source is None else _read_file(Path(source)), map(read_override, overrides)):
@@ -114,6 +115,7 @@ def _load(source: str | Path | None, overrides: Iterable[str]) -> tuple[Resolved
     of_preset = {f"model.{name}": f"preset {parsed.model.preset}" for name in preset_values(parsed.model)}
     config = follow_values(resolve(follow_epochs(parsed, sources)), sources)
     check(config, given | of_preset)
+    note_unused(config, sources, {entry.path for entry in layers[0]})
     return config, deprecated, sources.notes
 
 

@@ -106,6 +106,33 @@ def test_a_finetuning_with_its_own_file_recomputes_its_epochs(tmp_path):
         "pause.run=2",
     ):
         config, said = loaded(None, override, path=path)
-        assert (config.finetune.epochs, config.train.steps, config.train.tokens) == (5, None, None) and not said
+        assert (config.finetune.epochs, config.train.steps, config.train.tokens) == (5, None, None)
+        assert len(said) == (override == "pause.run=2")  # which is not used
     config, _ = loaded(None, "run.dir=elsewhere", path=path)
     assert (config.finetune.epochs, config.train.steps) == (5, 40)
+
+
+def test_keys_of_pretraining_that_are_given_for_a_finetuning_are_noted(tmp_path):
+    recipe, unused = "finetune-gsm8k", "a finetuning does not use it"
+    config, said = loaded(recipe, "pause.run=2", "pause.rate=0.2")
+    assert said == [
+        f"pause.rate=0.2 (command line): {unused}",
+        "pause.run=2 (command line): a finetuning without finetune.answer_placement does not use it",
+    ]
+    answers = "finetune.answer_placement=uniform"
+    assert loaded(recipe, "pause.run=2", answers)[1] == []
+    assert loaded("tiny-pause", "pause.run=2", "pause.placement=uniform")[1] == []
+    (tmp_path / "config.yaml").write_text(dump(config))
+    assert loaded(None, path=tmp_path / "config.yaml") == (config, [])  # its keys may have been inherited
+    assert loaded(None, "pause.seed=7", path=tmp_path / "config.yaml")[1] == [f"pause.seed=7 (command line): {unused}"]
+    inheriting = tmp_path / "own.yaml"
+    inheriting.write_text(f"model: {{from: {tmp_path / 'model'}}}\ntask: {{name: gsm8k}}\ntrain: {{steps: 100}}\n")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.yaml").write_text(dump(loaded("tiny-pause", "pause.run=4")[0]))
+    (tmp_path / "model" / "manifest.json").write_text("{}")
+    inherited, said = loaded(None, path=inheriting)
+    assert inherited.pause.run == 4 and said == []
+    inheriting.write_text(inheriting.read_text() + "pause: {run: 3}\n")
+    assert loaded(None, path=inheriting)[1] == [
+        f"pause.run=3 ({inheriting}:4): a finetuning without finetune.answer_placement does not use it"
+    ]
