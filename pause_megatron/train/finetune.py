@@ -16,7 +16,9 @@ from pause_megatron.distributed import initialize
 from pause_megatron.distributed.agreement import failing_together
 from pause_megatron.distributed.context import started_ranks
 from pause_megatron.distributed.settings import settings_of
+from pause_megatron.errors import ConfigError
 from pause_megatron.files.digest import bytes_digest
+from pause_megatron.objective import loss_plan
 from pause_megatron.terminal.output import tolerant_output
 from pause_megatron.train.guards.same_run import run_record
 from pause_megatron.train.guards.signals import StopRequest, stop_signals
@@ -58,6 +60,7 @@ def finetune(config: ResolvedConfig, stop: StopRequest | None = None) -> int:
         task = open_task(config)  # a missing record fails before the rendezvous
         data = training_data(task)
         same = run_record("finetune", task.config, started_ranks()) | task_record(task, data)
+        check_steps_are_pauses(task.config)
         timeout = collective_timeout(config)
         with initialize(config.parallel, timeout=timeout, connect_seconds=connect_seconds, same=same) as context:
             if context.rank == 0 and (line := shorter_warmup(config, task.config)):
@@ -67,6 +70,23 @@ def finetune(config: ResolvedConfig, stop: StopRequest | None = None) -> int:
             with open_run(task.config, data, context, stop) as run:  # checkpoint or initial weights, model, engine
                 train(run)
             return finish(run)
+
+
+def check_steps_are_pauses(config: ResolvedConfig) -> None:
+    """Check that an objective of the user's that asks for runs of pauses gets some: fillers are no pauses.
+
+    Args:
+        config: Configuration of a finetuning run.
+
+    Raises:
+        ConfigError: It would get the last row of each target only.
+    """
+    plan, filler = loss_plan(config.objective), config.finetune.filler
+    if plan is not None and plan.objective.runs and filler is not None:
+        raise ConfigError(
+            f"objective.name={config.objective.name}, finetune.filler={filler!r}: expected finetune.filler=null with "
+            "an objective that asks for runs of pauses (runs=True), got an ordinary token in their place"
+        )
 
 
 def task_record(task: TaskData, data: TrainingData) -> dict[str, str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from pause_megatron.distributed.settings import threads_for_optimizer
 from pause_megatron.engine import Engine
 from pause_megatron.model import PauseGPTModel, Vocabulary, build_model, parameter_groups, train_pause_rows_only
 from pause_megatron.objective import loss_plan
+from pause_megatron.train.guards.own_code import changed_sources, own_sources
 from pause_megatron.train.guards.ownership import Ownership, own_run
 from pause_megatron.train.guards.signals import StopRequest, deadline
 from pause_megatron.train.inputs.inputs import TrainingData
@@ -29,6 +31,8 @@ from pause_megatron.train.inputs.streaming import Stream
 from pause_megatron.train.logs.monitoring import log_end, log_start
 from pause_megatron.train.loop import Progress
 from pause_megatron.train.start.start import Start, find_start
+
+log = logging.getLogger(__name__)
 
 EXIT_FINISHED = 0
 EXIT_STOPPED = 75  # EX_TEMPFAIL: asked to stop, checkpoint saved, the same command resumes
@@ -51,6 +55,7 @@ class Run:
         engine: The model under DeepSpeed.
         stream: Windows of `data.source`; None where `data.train` holds them.
         progress: Counters after the last step.
+        sources: Digests of the user's modules, as this run has imported them.
         saved_step: Step of the checkpoint that was saved last; None before the first save.
     """
 
@@ -66,6 +71,7 @@ class Run:
     engine: Engine
     stream: Stream | None
     progress: Progress
+    sources: Mapping[str, str] = field(default_factory=dict)
     saved_step: int | None = None
 
     @property
@@ -109,6 +115,9 @@ def open_run(config: ScheduledConfig, data: TrainingData, context: ParallelConte
         owner = closing.enter_context(own_run(folder, context))
         store = Store(folder / "checkpoints", context.rank, context.world_size)
         start = find_start(store, config, data, context)
+        sources = own_sources(config)
+        if start.resumed_from and context.rank == 0 and (line := changed_sources(start.resumed_from, config, sources)):
+            log.warning(line)
         # run.start_over is a permission for this start only: the run's config.yaml must not repeat it.
         config = config.model_copy(update={"run": config.run.model_copy(update={"start_over": False})})
         model = new_model(config, data, draw=start.checkpoint is None)
@@ -134,6 +143,7 @@ def open_run(config: ScheduledConfig, data: TrainingData, context: ParallelConte
             engine=engine,
             stream=stream,
             progress=start.progress,
+            sources=sources,
         )
 
 

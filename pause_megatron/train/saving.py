@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pause_megatron.checkpoint import save
 from pause_megatron.config.load import dump
+from pause_megatron.train.guards.own_code import sources_file
 from pause_megatron.train.loop import StepResult
 from pause_megatron.train.run import Run
 from pause_megatron.train.start.resume import progress_record
@@ -48,7 +49,7 @@ class CheckpointSaver:
             config_yaml=dump(run.config),
             save_tokenizer=self._save_tokenizer,
             keep=run.config.checkpoint.keep,
-            extra=run.stream.files(result.step) if run.stream else {},
+            extra={**(run.stream.files(result.step) if run.stream else {}), **sources_file(run.sources)},
         )
         run.saved_step = result.step
 

@@ -240,6 +240,10 @@ def test_an_export_prompts_as_it_was_finetuned(base, data, reference, tmp_path):
         (["finetune.location=prepend"], "finetune.location: 'append' in the checkpoint, 'prepend' in this run"),
         (["task.limit=50"], "corpus: xxh3_128:"),
         (["finetune.filler=two words"], "filler: expected the text of one token"),
+        (
+            ["finetune.filler=.", "objective=pause_megatron.objective.shipped:Anytime"],
+            "expected finetune.filler=null with",
+        ),
         (["finetune.pauses=400"], "of the prompt in a window of data.sequence_length=256"),
         (["finetune.answer_placement=no.such:policy"], "finetune.answer_placement: expected one of"),
         (["finetune.pauses=ten"], "a whole number of pauses, or a range LOW..HIGH"),

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
+from pathlib import Path
 
 import pytest
 from support import parity_runs
@@ -11,10 +14,14 @@ from support.ranks import run_on_ranks
 
 from pause_megatron.hf.export import export
 from pause_megatron.tasks.synthetic.base import write_tokenizer
+from pause_megatron.train.guards.own_code import SOURCES
 
 KINDS = {
     "cyb": ["objective=cyb_variational", "objective.z_loss=0.01", "finetune.pauses=0..4"],
-    "anytime": ["objective=anytime", "finetune.auxiliary_heads=true", "finetune.pauses=1..3"],
+    "anytime": [
+        *("objective=anytime", "finetune.auxiliary_heads=true", "finetune.pauses=1..3"),
+        "objective.token_weights=own_weights:weigh",
+    ],
 }
 TOPOLOGIES = [
     (2, ["engine.zero_stage=1", "batch.micro_size=2"]),
@@ -30,7 +37,11 @@ SETTINGS = (
 )
 
 
+WEIGHTS = "import numpy as np\ndef weigh(ids): return np.where(ids == 2, 0.0, 1.5)\n"
+
+
 def tune(folder: str, tokenizer: str, *overrides: str) -> int:
+    sys.path.insert(0, tokenizer)  # where the weights are
     return parity_runs.tune(folder, tokenizer, *SETTINGS, *overrides)
 
 
@@ -38,11 +49,12 @@ def tune(folder: str, tokenizer: str, *overrides: str) -> int:
 def tokenizer(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("tokenizer")
     write_tokenizer(folder)
+    (folder / "own_weights.py").write_text(WEIGHTS)
     return str(folder)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_list_of_values(kind, tokenizer, tmp_path):
+def test_one_list_of_values(kind, tokenizer, tmp_path, capfd):
     assert run_on_ranks(1, tune, str(tmp_path / "one"), tokenizer, *KINDS[kind]) == [0]
     expected = metrics(tmp_path / "one")
     names = {"cyb": {"requested_steps", "request_probability", "z_loss"}, "anytime": {"loss_step_0", "loss_step_1"}}
@@ -57,3 +69,11 @@ def test_one_list_of_values(kind, tokenizer, tmp_path):
     if kind == "cyb":
         export(tmp_path / "one", tmp_path / "hf")
         assert json.loads((tmp_path / "hf" / "config.json").read_text())["pause"]["requests"] == 4
+        assert not (tmp_path / "one" / "checkpoints" / "latest" / SOURCES).exists()
+    else:
+        (Path(tokenizer) / "own_weights.py").write_text(WEIGHTS.replace("1.5", "1.0"))
+        capfd.readouterr()
+        assert run_on_ranks(1, tune, str(tmp_path / "one"), tokenizer, *KINDS[kind]) == [0]  # resumes, and has no step
+        (line,) = (line for line in capfd.readouterr().err.splitlines() if "warning: " in line)
+        assert "expected the code of objective.token_weights=own_weights:weigh as the checkpoint was trained" in line
+        assert re.search(r"got module own_weights: xxh3_128:\w+ in the checkpoint, xxh3_128:\w+ now", line)

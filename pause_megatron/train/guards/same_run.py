@@ -10,7 +10,6 @@ import os
 import platform
 import stat
 import sys
-import sysconfig
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,19 +28,16 @@ from pause_megatron.data.supervised.answers import AnswerPauses
 from pause_megatron.data.windows.pause import PauseInjector, PausePlan
 from pause_megatron.data.windows.token_texts import TokenTextTable
 from pause_megatron.errors import ConfigError
-from pause_megatron.files.digest import file_digest
 from pause_megatron.objective import loss_plan
+from pause_megatron.train.guards.own_code import PACKAGE, digest_of, modules_of
 from pause_megatron.versions import installed_version
 
-PACKAGE = Path(pause_megatron.__file__).parent
 _PACKAGES = ("torch", "deepspeed", "megatron-core", "numpy", "triton", "transformer-engine")
 _VARIABLES = (
     *("CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO", "NCCL_PROTO", "NVIDIA_TF32_OVERRIDE"),
     "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",
 )
 _PREFIXES = ("NVTE_",)
-_STDLIB = sysconfig.get_path("stdlib")
-_INSTALLED = frozenset(("site-packages", "dist-packages"))
 _WINDOWS, _TOKENS = 4, 100  # synthetic windows, and the size of their vocabulary
 
 
@@ -151,7 +147,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 def _manifest(path: str) -> str:
     """Return the digest of a checkpoint's manifest, which holds those of its files; it may be gone in a resumed run."""
     try:
-        return _digest(checkpoint_config(path).parent / "manifest.json")
+        return digest_of(checkpoint_config(path).parent / "manifest.json")
     except ConfigError:
         return "not there"
 
@@ -207,30 +203,11 @@ def _synthetic_texts() -> TokenTextTable:
 
 
 def _modules_digest(module: str, before: set[str]) -> str:
-    """Return a digest of the files of a module, its package, and the modules outside site-packages that it imported."""
-    top = sys.modules.get(module.partition(".")[0])
-    if module not in sys.modules or top is None:
+    """Return a digest of the files of a module and of what belongs to it."""
+    found = modules_of(module, before)
+    if found is None:
         return "not found"
-    at = [*getattr(top, "__path__", ()), getattr(top, "__file__", None)][0]
-    folder, digest = Path(at or ".").parent, xxhash.xxh3_128()
-    for name, file in sorted(_loaded_files()):
-        own = name == module or f"{name}.".startswith(f"{top.__name__}.")
-        installed = file.is_relative_to(_STDLIB) or not _INSTALLED.isdisjoint(file.parts)
-        if own or (not installed and (name not in before or file.is_relative_to(folder))):
-            digest.update(f"{name} {_digest(file)}\n".encode())
+    digest = xxhash.xxh3_128()
+    for name, file in found.items():
+        digest.update(f"{name} {digest_of(file)}\n".encode())
     return digest.hexdigest()
-
-
-def _loaded_files() -> Iterator[tuple[str, Path]]:
-    """Yield name and file of each loaded module outside this package."""
-    for name, module in list(sys.modules.items()):
-        file = getattr(module, "__file__", None)
-        if isinstance(file, str) and not Path(file).is_relative_to(PACKAGE):
-            yield name, Path(file)
-
-
-def _digest(path: Path) -> str:
-    try:
-        return file_digest(path)
-    except OSError as error:
-        return f"cannot be read: {error.strerror}"
