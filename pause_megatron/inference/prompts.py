@@ -6,16 +6,14 @@ text, and no pause is ever shown in an answer. Goyal et al., section 3.3.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from pause_megatron.data.supervised.examples import Prompting
 from pause_megatron.data.tokenizer.continuation import Continuations
 from pause_megatron.data.tokenizer.tokenizer import PAUSE_TOKEN, ids_before
-from pause_megatron.data.windows.pause import inject
 from pause_megatron.errors import ConfigError, DataError
 from pause_megatron.inference.decoding import NO_DECODING_PAUSES, DecodingPauses
 
@@ -216,13 +214,22 @@ class PromptEncoder:
             Token ids, [P + M + len(inside)], and the places of the pauses among them, ascending.
         """
         pause_ids = range(filler[0], filler[0] + 1) if filler else self.pause.ids
-        prompt = np.array(ids, dtype=np.int64)
         kept = len(self.leading) if list(ids[: len(self.leading)]) == self.leading else 0
-        gap = prompt.size if location == "append" else kept
-        # inject() inserts nothing before the first token, so a dummy token is put there and removed again.
-        gaps = np.array([*inside, *[gap] * count], dtype=np.int64) + 1
-        window = inject(np.concatenate([[0], prompt]), gaps, pause_ids)
-        return window.tokens[1:].tolist(), (window.places - 1).tolist()
+        added = Counter(inside)
+        added[len(ids) if location == "append" else kept] += count
+        tokens: list[int] = []
+        places: list[int] = []
+        run = 0  # pauses directly before, those that the ids contain among them
+        for gap in range(len(ids) + 1):
+            if gap:
+                token_id = int(ids[gap - 1])
+                tokens.append(token_id)
+                run = run + 1 if token_id in self.pause.ids else 0
+            for _ in range(added[gap]):
+                places.append(len(tokens))
+                tokens.append(pause_ids[run % len(pause_ids)])
+                run += 1
+        return tokens, places
 
     def filler_id(self, text: str) -> int:
         """Return the token id of a filler.

@@ -314,6 +314,11 @@ def test_pauses_that_a_prompt_has_as_ids_are_no_text(asker):
     assert found.prompt_pauses == 3
     same = asker.generate([[9, 600, 17, 600, 30, 600, 600, 600]], max_new_tokens=2, decoding=DecodingPauses(every=1))
     assert same.completions[0].ids == found.ids
+    several = asking(asker.encoder.tokenizer, pauses=3)
+    typed, added = ([5, 600, 601], 2), ([5, 600, 601, 602, 600], 0)
+    assert several.encoder.with_pauses(typed[0], 2, "append") == added[0]
+    one, other = (several.generate([ids], pauses=count, max_new_tokens=3) for ids, count in (typed, added))
+    assert one.completions[0].ids == other.completions[0].ids
 
 
 def test_the_room_that_pauses_may_take_is_checked_first(asker):
