@@ -35,6 +35,22 @@ def pause_counts(config: ResolvedConfig) -> PauseCounts:
     return PauseCounts(config.data.sequence_length, pause.rate, pause.window, pause.placement, pause.run)
 
 
+def positions(config: ResolvedConfig) -> int:
+    """Return the most positions of a window: its tokens; with `pause.positions=shared`, those of them that are text.
+
+    Args:
+        config: Resolved configuration.
+    """
+    length = config.data.sequence_length
+    if config.pause.positions != "shared":
+        return length
+    if config.task.name is not None:
+        return length - pause_range(config.finetune.pauses).start
+    if config.pause.placement == "every" and config.pause.rate:  # a window begins with text
+        return -(-length // (config.pause.run + 1))
+    return min(length, pause_counts(config).text_length)
+
+
 @dataclass(frozen=True)
 class BatchPlan:
     """The windows of an optimizer step over ranks and micro-batches.

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pause_megatron.checkpoint import MergedReader
 from pause_megatron.checkpoint.store import open_newest
+from pause_megatron.config.batching import positions
 from pause_megatron.config.load import load_saved
 from pause_megatron.config.lora import lora_of, scale
 from pause_megatron.config.model_from import SHAPE
@@ -45,11 +46,11 @@ def find_initial_weights(place: str, config: ResolvedConfig, tokenizer: Tokenize
         source = load_saved(found.folder / "config.yaml")
         merged = ", its LoRA adapters merged" if lora_of(source) else ""
         log.info(f"initial weights from {found.folder}{merged}")
-        ours, theirs = config.data.sequence_length, source.data.sequence_length
+        ours, theirs = positions(config), positions(source)
         if ours > theirs:
             log.warning(
-                f"data.sequence_length={ours}: longer than the {theirs} positions of model.from={place}, whose weights "
-                "have met no others"
+                f"data.sequence_length={config.data.sequence_length}: expected at most the {theirs} positions of "
+                f"model.from={place}, whose weights have met no others, got {ours}"
             )
     return found.folder
 

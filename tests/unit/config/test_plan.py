@@ -6,7 +6,7 @@ from typing import get_args
 
 import pytest
 
-from pause_megatron.config.batching import batch_plan
+from pause_megatron.config.batching import batch_plan, positions
 from pause_megatron.config.load import dump, load
 from pause_megatron.config.model_schema import Preset
 from pause_megatron.config.objective_rules import requests
@@ -56,6 +56,22 @@ def test_an_objective_over_runs_has_the_rows_of_their_pauses_in_the_head(objecti
 )
 def test_requests_are_as_many_as_training_had_in_a_row_where_generation_grants_them(keys, expected):
     assert requests(load(overrides=["pause.run=2", "objective=cyb_anytime", *keys])) == expected
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        (["pause.run=3"], 64),
+        (["pause.positions=shared"], 59),  # 65 tokens, of which 6 are pauses; the last one of them may be
+        (["pause.positions=shared", "pause.window=trim"], 64),
+        (["pause.positions=shared", "pause.rate=0"], 64),
+        (["pause.positions=shared", "pause.placement=every"], 32),
+        (["pause.positions=shared", "pause.placement=every", "pause.run=2"], 22),
+        (["pause.positions=shared", "task.name=gsm8k", "finetune.pauses=5..10", "train.steps=1000"], 59),
+    ],
+)
+def test_positions_of_a_window(keys, expected):
+    assert positions(load(overrides=["data.sequence_length=64", *keys])) == expected
 
 
 def test_the_papers_arithmetic():
