@@ -92,6 +92,12 @@ class PauseGPTDatasetConfig(GPTDatasetConfig):
         if self.side is None and (self.side_weights or (self.pause_placement == "scored" and self.pause_rate)):
             key = "side_weights" if self.side_weights else "pause_placement=scored"
             raise ConfigError(f"side: expected the name of a side array with {key}, got None")
+        used = self.side_weights or self.pause_placement == "scored" or ":" in self.pause_placement
+        if self.side is not None and not used:
+            raise ConfigError(
+                "side: expected pause_placement=scored, a policy of yours or side_weights=True with it, got "
+                f"pause_placement={self.pause_placement}"
+            )
         if self.document_segments and not self.reset_position_ids:
             raise ConfigError("document_segments: expected reset_position_ids=True with it, got False")
         if self.token_dtype_code is not None:

@@ -188,6 +188,8 @@ def test_weights_below_zero_name_corpus_and_sample(prefix: str, tokenizer: Token
         build(str(tmp_path / "c"), tokenizer, tmp_path, side="nosuch", side_weights=True)
     with pytest.raises(ConfigError, match=r"side: expected the name of a side array with pause_placement=scored"):
         build(prefix, tokenizer, tmp_path, placement="scored")
+    with pytest.raises(ConfigError, match=r"side: expected pause_placement=scored, .* got pause_placement=uniform"):
+        build(prefix, tokenizer, tmp_path, side="score")
 
 
 @pytest.mark.parametrize("run", [1, 2])
