@@ -88,7 +88,6 @@ def describe_task(data: TaskData, plan: BatchPlan, engine: dict[str, Any]) -> st
         ("learning rate", _schedule(config)),
         *_objective_rows(config),
         *_model_rows(config, plan, engine, data.tokenizer.vocab_size, "the tokenizer's"),
-        *(("not there", f"{name} ({key})") for key, name in missing_code(config)),
     ]
     return _table(rows)
 
