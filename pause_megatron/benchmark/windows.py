@@ -73,10 +73,13 @@ def synthetic_windows(config: ScheduledConfig, text_size: int) -> TrainingData:
     """
     ids = SyntheticIds(text_size)
     pause = config.pause
-    if pause.placement in ("scored", *BY_PATTERN):
+    weights = config.objective.token_weights
+    reads = [f"pause.placement={pause.placement}"] if pause.placement in ("scored", *BY_PATTERN) else []
+    reads += [f"objective.token_weights={weights}"] if weights == "side" else []
+    if reads:
         raise ConfigError(
-            f"data.prefix: expected a corpus with pause.placement={pause.placement}, got none: synthetic ids have "
-            "neither texts nor side values"
+            f"data.prefix: expected a corpus with {' and '.join(reads)}, got none: synthetic ids have neither texts "
+            "nor side values"
         )
     plan = PausePlan.of(pause, config.data.sequence_length)
     pause_ids = PauseTokenizer(ids, pause.embeddings).pause_ids

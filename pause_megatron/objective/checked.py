@@ -25,7 +25,7 @@ class Checked:
         name: `objective.name`, for messages.
 
     Raises:
-        ConfigError: Its names are no names.
+        ConfigError: Its names are no names, or it has parameters, which would not be trained.
     """
 
     def __init__(self, objective: Objective, name: str) -> None:
@@ -39,6 +39,8 @@ class Checked:
         if not is_list or len(set(names)) < len(names):
             raise self._wrong("names", "a tuple of strings, each once", repr(names))
         self.names = tuple(names)
+        if isinstance(objective, torch.nn.Module) and any(each.requires_grad for each in objective.parameters()):
+            raise self._wrong("parameters", "none that requires a gradient, for no optimizer has them", "some")
 
     def weights(self, index: Tensor, length: Tensor, weight: Tensor) -> Tensor:
         """Return the weight of each row.
@@ -51,6 +53,8 @@ class Checked:
         Raises:
             ConfigError: They are not one finite number >= 0 for each row.
         """
+        if not index.numel():
+            return weight  # of a micro-batch without targets, which a reduction over rows may not expect
         found: Any = self._objective.weights(index, length, weight)
         if not isinstance(found, Tensor) or found.shape != index.shape:
             raise self._wrong("weights", f"a tensor of shape {tuple(index.shape)}", _described(found))

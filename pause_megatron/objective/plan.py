@@ -83,7 +83,7 @@ class LossPlan:
 
     def _weights(self, target_rows: Tensor, targets: Tensor, side: Tensor | None, sample_ids: Sequence[int]) -> Tensor:
         """Return the checked weight of each target, fp32 [targets]."""
-        if self.token_weights is None:
+        if self.token_weights is None or not targets.numel():
             return torch.ones(targets.shape[0])
         if callable(self.token_weights):
             found = np.asarray(self.token_weights(targets.numpy().copy()))  # which it may change

@@ -85,11 +85,14 @@ def test_an_extended_run_is_measured_from_its_first_step():
     assert _with_steps(config, Sizes(steps=500)).train.steps > 500
 
 
-@pytest.mark.parametrize("placement", ["scored", "after", "before"])
-def test_made_up_ids_have_no_texts_and_no_values(placement):
-    side = ["data.side=score", "data.prefix=c"] if placement == "scored" else []
-    with pytest.raises(ConfigError, match=f"data.prefix: expected a corpus with pause.placement={placement}, got none"):
-        windows(f"pause.placement={placement}", *side)
+@pytest.mark.parametrize(
+    "reads",
+    ["pause.placement=scored", "pause.placement=after", "pause.placement=before", "objective.token_weights=side"],
+)
+def test_made_up_ids_have_no_texts_and_no_values(reads):
+    side = ["data.side=score", "data.prefix=c"] if reads.endswith(("scored", "side")) else []
+    with pytest.raises(ConfigError, match=f"data.prefix: expected a corpus with {reads}, got none"):
+        windows(reads, *side)
 
 
 @pytest.mark.parametrize("run", [1, 3])

@@ -132,9 +132,21 @@ class Own:
         return Terms(losses, chunk.last(losses), {"probability": (torch.exp(-losses), chunk.weights)})
 
 
+class WithParameters(torch.nn.Linear):
+    """A module, whose parameters the run does not train."""
+
+    runs, names, weights, terms = False, (), Own.weights, Own.terms
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+
+
 WRONG = {
     "runs: expected True or False, got 'no'": {"runs": "no"},
     "objective.z_loss=0.1: expected an objective without a mean named z_loss": {"names": ("z_loss",)},
+    "parameters: expected none that requires a gradient, for no optimizer has them, got some": {
+        "__new__": lambda cls, section: WithParameters()
+    },
     "names: expected a tuple of strings, each once, got 'probability'": {"names": "probability"},
     "names: expected a tuple of strings, each once, got ('a', 'a')": {"names": ("a", "a")},
     "expected a class or function of one argument": {"__init__": lambda self: None},
@@ -216,6 +228,10 @@ def test_what_a_user_s_code_changes_or_returns_again_changes_nothing_else(monkey
     batch = collate([sample([5, 90, 91, 6])], sample_ids=[0], pause_ids=PAUSES, plan=plan)
     buffer.zero_()
     assert batch.steps.weights.tolist() == [1] * 4 and batch.targets.tolist() == [6, 1]
+    none = sample([5, 90, 91, 90], weights=[1.0] * 4) | {"loss_mask": torch.zeros(4)}
+    module.Own = type("Own", (Own,), {"weights": lambda self, index, length, weight: weight * (index == index.max())})
+    largest = LossPlan(loss_plan(ObjectiveSection(name="my_own:Own")).objective, lambda ids: ids / ids.max(), "m:f")
+    assert collate([none], sample_ids=[0], pause_ids=PAUSES, plan=largest).steps.weight_sum == 0
 
     chunk, ids = one_chunk(plan, alone), torch.tensor([3, 3, 3, 3])
     chunk._logits[:, 3:5] = torch.tensor([1.0, 2.0])
