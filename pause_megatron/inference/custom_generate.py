@@ -72,8 +72,8 @@ def pause_generate(
         each new token was selected, after the pauses before it.
 
     Raises:
-        ValueError: A model without pauses or with a bidirectional prefix, beam search, attentions or hidden states as
-            outputs, a cache that is not empty, or too many positions.
+        ValueError: A model without pauses or with a bidirectional prefix, beam search, embeddings as inputs, attentions
+            or hidden states as outputs, a cache that is not empty, or too many positions.
     """
     pause_ids, count = _pauses(model.config, pauses)
     given = model_kwargs.get(CACHE)
@@ -81,6 +81,8 @@ def pause_generate(
         raise ValueError(
             "pauses: expected an empty cache, since they belong to the prefill of the prompt, got a filled one"
         )
+    if model_kwargs.get("inputs_embeds") is not None:
+        raise ValueError("pauses: inputs_embeds: expected input_ids, since pauses are ids, got embeddings")
     names = ("every", "after", "entropy", "requests", "count", "limit", "in_prompt")
     values = (pause_every, pause_after, pause_entropy, pause_requests, pause_count, pause_limit, pause_in_prompt)
     options = _Options.of(model.config, dict(zip(names, values, strict=True)), pause_tokenizer)
@@ -89,6 +91,8 @@ def pause_generate(
     rows = [
         _Row(ids[seen.bool()].tolist(), count, pause_ids, options) for ids, seen in zip(input_ids, mask, strict=True)
     ]
+    if not all(row.prefix for row in rows):
+        raise ValueError("pauses: input_ids: expected at least one token, or a pause, in each row, got a row without")
     _check(model.config, generation_config, input_ids.shape[1], count, rows)
     input_ids = input_ids.to(model.device)
     batch = _Batch(model, len(rows), pause_ids)
@@ -367,7 +371,7 @@ def _pauses(config: Any, pauses: int | None) -> tuple[list[int], int]:
     entry = getattr(config, "pause", None) or {}
     pause_ids = [int(token_id) for token_id in entry.get("ids") or ()]
     count = (entry.get("m_ft") or 0) if pauses is None else pauses
-    if not isinstance(count, int) or count < 0:
+    if not isinstance(count, int) or isinstance(count, bool) or count < 0:
         raise ValueError(f"pauses: expected a whole number, 0 or more, got {count!r}")
     if count and not pause_ids:
         raise ValueError('pauses: the model has none (its config.json has no "pause" entry with "ids")')

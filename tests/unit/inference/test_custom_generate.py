@@ -13,6 +13,7 @@ from support.tiny_llama import llama, write_folder
 
 from pause_megatron.inference import (
     DecodingPauses,
+    Limits,
     PauseGenerator,
     custom_generate,
     load,
@@ -125,6 +126,8 @@ def test_one_prefill(sentencepiece):
     [
         ({"pauses": 500}, r"3 prompt tokens \+ 500 pauses \+ 4 new tokens = 507 positions, but the model has 256"),
         ({"pauses": -1}, "expected a whole number, 0 or more, got -1"),
+        ({"pauses": True}, "expected a whole number, 0 or more, got True"),
+        ({"attention_mask": torch.tensor([[0, 0, 0]])}, "input_ids: expected at least one token, or a pause"),
         ({"pauses": 2, "num_beams": 2}, "expected num_beams=1"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions: not supported"),
     ],
@@ -134,6 +137,24 @@ def test_wrong_settings_are_refused(generator, settings, message):
         generator.model.generate(
             torch.tensor([[5, 6, 7]]), custom_generate=pause_generate, max_new_tokens=4, **settings
         )
+
+
+def test_embeddings_are_refused_and_stop_texts_see_no_pauses(generator, sentencepiece):
+    model, settings = generator.model, {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 2}
+    ids = sentencepiece(PROMPTS[0], return_tensors="pt")["input_ids"]
+    with pytest.raises(ValueError, match="inputs_embeds: expected input_ids"):
+        embeddings = model.get_input_embeddings()(ids)
+        model.generate(inputs_embeds=embeddings, custom_generate=pause_generate, pauses=1, **settings)
+    decoding = DecodingPauses(every=1, count=2)
+    [whole] = generator.generate(PROMPTS[:1], pauses=1, max_new_tokens=12, decoding=decoding).completions
+    stop = next(piece for token in whole.ids[3:] if (piece := sentencepiece.decode([token])).isalpha())
+    limits = Limits(max_new_tokens=12, stop=[stop])
+    [stopped] = generator.generate(PROMPTS[:1], pauses=1, limits=limits, decoding=decoding).completions
+    output = model.generate(
+        ids, custom_generate=pause_generate, pauses=1, pause_every=1, pause_count=2,
+        stopping_criteria=[transformers.StopStringCriteria(sentencepiece, [stop])], **settings,
+    )  # fmt: skip
+    assert stopped.finish == "stop" and output[0, ids.shape[1] :].tolist() == list(stopped.ids)
 
 
 def test_a_bidirectional_model_is_refused():
