@@ -15,6 +15,7 @@ from pause_megatron.data.corpus.corpus import Corpus
 from pause_megatron.data.corpus.side import distribution, find_side, summarize_side
 from pause_megatron.data.tokenizer.tokenizer import PAUSE_TOKEN
 from pause_megatron.data.windows.inspection import RUN_LENGTHS, Fertility, Lengths, PolicyStatistics, WindowView
+from pause_megatron.errors import DataError
 
 BAR = 40
 """Characters of the longest bar of the histogram."""
@@ -87,13 +88,23 @@ def _as_json(report: CorpusReport) -> str:
 
 
 def _sides(corpus: Corpus) -> str:
-    sides = [find_side(corpus.prefix, name, corpus.manifest) for name in corpus.manifest.sides]
-    return "side arrays\n" + "\n".join(f"  {side.name:16} {summarize_side(side)}" for side in sides)
+    lines = []
+    for name in corpus.manifest.sides:
+        try:
+            text = summarize_side(find_side(corpus.prefix, name, corpus.manifest))
+        except DataError as error:  # the corpus can be used without it
+            text = f"not usable: {error}"
+        lines.append(f"  {name:16} {text}")
+    return "side arrays\n" + "\n".join(lines)
 
 
 def _side_as_json(corpus: Corpus, name: str) -> dict[str, Any]:
-    side = find_side(corpus.prefix, name, corpus.manifest)
-    return side.record.model_dump(mode="json") | dataclasses.asdict(distribution(side.values()))
+    record = corpus.manifest.sides[name].model_dump(mode="json")
+    try:
+        values = find_side(corpus.prefix, name, corpus.manifest).values()
+    except DataError as error:
+        return record | {"error": str(error)}
+    return record | dataclasses.asdict(distribution(values))
 
 
 def _counts(corpus: Corpus, fertility: Fertility) -> str:

@@ -184,7 +184,7 @@ class Windows:
         self._sequence_length, self._seed = sequence_length, seed
         self._dataset = self._build(pause)
         plan = self._dataset.injector.plan
-        self._datasets = {(plan.text_length, plan.policy.sees_windows): self._dataset}
+        self._datasets = {self._key(plan): self._dataset}
 
     def show(self, sample: int) -> WindowView:
         """Return one window as text, with its counts.
@@ -233,12 +233,18 @@ class Windows:
 
     def _with_text_of(self, plan: PausePlan) -> PauseGPTDataset:
         """Return windows with the text of a plan; policies with equally much text share them."""
-        # The side array of a dataset is opened for a policy that may use it.
-        key = (plan.text_length, plan.policy.sees_windows)
+        key = self._key(plan)
         if key not in self._datasets:
             changes = {"window": plan.window, "placement": plan.placement, "pattern": plan.pattern}
             self._datasets[key] = self._build(self._pause.model_copy(update=changes))
         return self._datasets[key]
+
+    def _key(self, plan: PausePlan) -> tuple[int, bool]:
+        """Return what the datasets of plans differ in: the length of their text, and whether they have a side array."""
+        return plan.text_length, plan.policy.sees_windows and self._side_for(plan.placement) is not None
+
+    def _side_for(self, placement: str) -> str | None:
+        return self._side if placement == "scored" or ":" in placement else None
 
     def _build(self, pause: PauseSection) -> PauseGPTDataset:
         # The indices are used once, so they go into a temporary folder.
@@ -254,7 +260,7 @@ class Windows:
                     train_samples=self._samples,
                     valid_samples=0,
                     cache=cache,
-                    side=self._side,
+                    side=self._side_for(pause.placement),
                 )
             )
         if not isinstance(datasets.train, PauseGPTDataset):

@@ -13,6 +13,7 @@ from support.prose import documents, small_tokenizer, write_shards
 from pause_megatron.cli import main
 from pause_megatron.config.schema import PauseSection
 from pause_megatron.data.corpus.corpus import open_corpus
+from pause_megatron.data.corpus.side_writing import register_values
 from pause_megatron.data.prepare.run import prepare
 from pause_megatron.data.windows.build import DatasetOptions, build_datasets
 from pause_megatron.data.windows.pause import POLICIES
@@ -110,3 +111,19 @@ def test_wrong_options_and_corpora(prefix: Path, tmp_path: Path, capsys: pytest.
     ]:
         assert main(["inspect", *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_scored_beside_any_policy_and_a_lost_side_array(prefix: Path, inspect, tmp_path: Path) -> None:
+    np.save(tmp_path / "own.npy", np.arange(open_corpus(prefix).manifest.counts.tokens, dtype=np.int32))
+    register_values(prefix, "own", tmp_path / "own.npy")
+    for placement in ("uniform", "after", "scored", "every", f"{__name__}:second"):
+        found = json.loads(inspect("--json", "--data.side", "own", f"pause.placement={placement}"))["policies"]
+        assert [policy["placement"] for policy in found][: len(POLICIES)] == list(POLICIES)
+        assert next(policy for policy in found if policy["placement"] == "scored")["most"] == 6
+    Path(f"{prefix}.own.npy").unlink()
+    assert "own              not usable: " in inspect()
+    assert "got no such file" in json.loads(inspect("--json"))["sides"]["own"]["error"]
+
+
+def second(text: np.ndarray, count: int, rate: float, rng: np.random.Generator) -> np.ndarray:
+    return np.arange(2, count + 2)
