@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
+import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from pause_megatron.config.spelling import nearest
-from pause_megatron.errors import ConfigError
+from pause_megatron.errors import ConfigError, PauseMegatronError
 from pause_megatron.files.digest import bytes_digest
 
 _PACKAGE = str(Path(__file__).resolve().parents[1])
@@ -65,6 +67,46 @@ def import_for_key(key: str, name: str, expected: str) -> Any:
         return import_attribute(name)
     except ConfigError as error:
         raise ConfigError(f"{message}: {error}") from None
+
+
+def check_arguments(place: str, function: Callable[..., Any], *arguments: str) -> None:
+    """Check that a user's function can be called, by its signature; some functions of C code have none.
+
+    Args:
+        place: Key and value, for messages.
+        function: The function.
+        arguments: What it is called with.
+
+    Raises:
+        ConfigError: It takes other arguments.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError as error:
+        raise ConfigError(
+            f"{place}: expected a function of ({', '.join(arguments)}), got {signature}: {error}"
+        ) from None
+
+
+@contextlib.contextmanager
+def calling(place: str) -> Iterator[None]:
+    """Raise what a user's code raises as a ConfigError that names the key, file and line; ours are passed on.
+
+    Args:
+        place: Key and value, for messages.
+    """
+    try:
+        yield
+    except PauseMegatronError:
+        raise
+    except Exception as error:
+        at = raised_at(error)
+        raised = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"{place}: expected a result, got {raised}" + (f" ({at})" if at else "")) from error
 
 
 def raised_at(error: BaseException) -> str:

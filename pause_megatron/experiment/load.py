@@ -53,6 +53,9 @@ def load_grid(path: str | Path | None = None, *, recipe: str | None = None, over
         _put(tree, locations, override)
     _spell_out_tasks(tree, locations, file)
     with_new_keys(tree, locations)
+    for rows in ("models", "variants"):  # null leaves a row out
+        if isinstance(tree.get(rows), Mapping):
+            tree[rows] = {name: row for name, row in tree[rows].items() if row is not None}
     try:
         grid = Grid.model_validate(tree)
     except ValidationError as error:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pause_megatron.config.user_code import calling
 from pause_megatron.errors import ConfigError
 from pause_megatron.objective.chunk import Chunk
 from pause_megatron.objective.protocol import Objective, Terms
@@ -55,7 +56,8 @@ class Checked:
         """
         if not index.numel():
             return weight  # of a micro-batch without targets, which a reduction over rows may not expect
-        found: Any = self._objective.weights(index, length, weight)
+        with calling(f"objective.name={self._name}: weights"):
+            found: Any = self._objective.weights(index, length, weight)
         if not isinstance(found, Tensor) or found.shape != index.shape:
             raise self._wrong("weights", f"a tensor of shape {tuple(index.shape)}", _described(found))
         wrong = ~((found >= 0) & found.isfinite())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pause_megatron.config.pauses import OBJECTIVES
 from pause_megatron.config.schema import ObjectiveSection
-from pause_megatron.config.user_code import import_for_key
+from pause_megatron.config.user_code import calling, check_arguments, import_for_key
 from pause_megatron.errors import ConfigError, DataError
 from pause_megatron.objective.catch_your_breath import CybAnytime, CybBudget, CybVariational
 from pause_megatron.objective.checked import Checked
@@ -86,7 +86,8 @@ class LossPlan:
         if self.token_weights is None or not targets.numel():
             return torch.ones(targets.shape[0])
         if callable(self.token_weights):
-            found = np.asarray(self.token_weights(targets.numpy().copy()))  # which it may change
+            with calling(f"objective.token_weights={self.name}"):
+                found = np.asarray(self.token_weights(targets.numpy().copy()))  # which it may change
             if found.shape != tuple(targets.shape) or found.dtype.kind not in "fiub":
                 raise ConfigError(
                     f"objective.token_weights={self.name}: expected a number for each of {targets.shape[0]} targets, "
@@ -133,6 +134,7 @@ def loss_plan(section: ObjectiveSection) -> LossPlan | None:
     function = import_for_key("objective.token_weights", name, f"{SIDE} or 'module:attribute'")
     if not callable(function):
         raise ConfigError(f"objective.token_weights: expected a function, got a {type(function).__name__} in {name}")
+    check_arguments(f"objective.token_weights={name}", function, "ids")
     return LossPlan(objective, function, name)
 
 
@@ -147,19 +149,18 @@ def resolve_objective(section: ObjectiveSection) -> Objective:
     """
     if section.name in SHIPPED:
         return SHIPPED[section.name](section)
+    place = f"objective.name={section.name}"
     found = import_for_key("objective.name", section.name, f"one of {', '.join(OBJECTIVES)}, or 'module:attribute'")
     if isinstance(found, type) or (callable(found) and not isinstance(found, Objective)):
-        try:
+        check_arguments(place, found, "section")
+        with calling(place):
             found = found(section)
-        except TypeError as error:
-            raise ConfigError(
-                f"objective.name: expected a class or function of one argument, the section objective, in "
-                f"{section.name!r}, got {error}"
-            ) from error
     missing = [name for name in ("runs", "names", "weights", "terms") if not hasattr(found, name)]
     if missing:
         raise ConfigError(
             f"objective.name: expected an objective, or a class or function that makes one, in {section.name!r}, got a "
             f"{type(found).__name__} without {', '.join(missing)}"
         )
+    check_arguments(f"{place}: weights", found.weights, "index", "length", "weight")
+    check_arguments(f"{place}: terms", found.terms, "chunk")
     return Checked(found, section.name)

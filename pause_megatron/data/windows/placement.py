@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from pause_megatron.config.pauses import BY_PATTERN, pattern_error
-from pause_megatron.config.user_code import import_for_key
+from pause_megatron.config.user_code import calling, check_arguments, import_for_key
 from pause_megatron.data.windows.policies import POLICIES, ByPattern, Policy
 from pause_megatron.data.windows.text_window import TextWindow, WindowPolicy
 from pause_megatron.errors import ConfigError
@@ -43,6 +43,11 @@ def _users_policy(placement: str) -> Policy:
             ) from error
     if not isinstance(policy, WindowPolicy) and not callable(policy):
         raise ConfigError(f"{expected}, a {type(policy).__name__}, which cannot be called and has no method `place`")
+    place = f"pause.placement={placement}"
+    if isinstance(policy, WindowPolicy):
+        check_arguments(f"{place}: place", policy.place, "window", "rng")
+    else:
+        check_arguments(place, policy, "text", "count", "rate", "rng")
     return policy
 
 
@@ -122,13 +127,16 @@ class Placement:
         """
         policy, run, count = self._policy, self.run, window.count
         places, rate = (count, window.rate) if run == 1 else (-(-count // run), window.rate / run)
+        place = f"pause.placement={self.name}"
         try:
-            if self.sees_windows:
-                chosen = policy.place(replace(window, count=places, rate=rate), rng)  # type: ignore[union-attr]
-            else:
-                chosen = policy(window.text, places, rate, rng)  # type: ignore[operator]
+            with calling(place):
+                if self.sees_windows:
+                    chosen = policy.place(replace(window, count=places, rate=rate), rng)  # type: ignore[union-attr]
+                else:
+                    chosen = policy(window.text, places, rate, rng)  # type: ignore[operator]
         except ConfigError as error:
-            raise ConfigError(f"pause.placement={self.name}: {error}{_where(window)}") from None
+            said = str(error) if str(error).startswith(place) else f"{place}: {error}"
+            raise ConfigError(f"{said}{_where(window)}") from error.__cause__
         gaps = np.asarray(chosen)
         if gaps.ndim != 1 or (gaps.size and gaps.dtype.kind not in "iu"):
             raise self._error(window, f"an array of integers with one axis, got {gaps.dtype} of shape {gaps.shape}")

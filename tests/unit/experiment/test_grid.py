@@ -67,6 +67,19 @@ def test_a_wrong_grid_names_the_line_and_what_was_meant(tmp_path, old, new, mess
         plan_of(path)
 
 
+def test_null_leaves_a_row_out():
+    whole = load_grid(recipe="methods-tiny")
+    part = load_grid(recipe="methods-tiny", overrides=["variants.DIT=null", "variants.DIT_PT=null", "models.DIT=null"])
+    assert part == whole.model_copy(
+        update={
+            "models": {name: row for name, row in whole.models.items() if name != "DIT"},
+            "variants": {name: row for name, row in whole.variants.items() if name not in ("DIT", "DIT_PT")},
+        }
+    )
+    with pytest.raises(ConfigError, match=r"variants.DIT_PT.model: expected .*, got 'DIT'"):
+        load_grid(recipe="methods-tiny", overrides=["models.DIT=null"])
+
+
 @pytest.fixture(scope="module")
 def paper() -> CellGraph:
     """The cells of the paper's experiment: 1645 of them."""

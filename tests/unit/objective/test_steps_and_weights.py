@@ -101,6 +101,13 @@ def test_the_default_has_no_plan_and_unknown_names_are_refused():
             loss_plan(ObjectiveSection(name=name))
     with pytest.raises(ConfigError, match=r"objective.token_weights: expected a function, got a float"):
         loss_plan(ObjectiveSection(token_weights="math:pi"))
+    with pytest.raises(ConfigError, match=r"objective.token_weights=math:dist: expected a function of \(ids\), got \("):
+        loss_plan(ObjectiveSection(token_weights="math:dist"))
+    plan = loss_plan(ObjectiveSection(token_weights="json:loads"))
+    with pytest.raises(
+        ConfigError, match=r"token_weights=json:loads: expected a result, got TypeError: .* \(.*py:\d+\)"
+    ):
+        collate([sample([5, 6, 7])], sample_ids=[4], pause_ids=PAUSES, plan=plan)
 
 
 def test_the_objective_of_the_page_is_one(tmp_path, monkeypatch):
@@ -149,7 +156,14 @@ WRONG = {
     },
     "names: expected a tuple of strings, each once, got 'probability'": {"names": "probability"},
     "names: expected a tuple of strings, each once, got ('a', 'a')": {"names": ("a", "a")},
-    "expected a class or function of one argument": {"__init__": lambda self: None},
+    "objective.name=my_own:Own: expected a function of (section), got ()": {"__init__": lambda self: None},
+    "got AttributeError: 'ObjectiveSection' object has no attribute 'nosuch' (": {
+        "__init__": lambda self, section: section.nosuch
+    },
+    "objective.name=my_own:Own: terms: expected a function of (chunk), got (chunk, step)": {
+        "__init__": lambda self, section: setattr(self, "terms", lambda chunk, step: None)
+    },
+    "objective.name=my_own:Own: weights: expected a result, got KeyError: 5 (": {"weights": lambda self, *_: {}[5]},
     "objective.name=my_own:Own: weights: expected a tensor of shape (4,), got a None": {
         "weights": lambda self, *_: None
     },

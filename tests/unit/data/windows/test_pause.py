@@ -304,6 +304,7 @@ GOLDEN = {
         ),
         ({"placement": "math:no_such_name"}, r"pause\.placement.*no_such_name"),
         ({"placement": "math:pi"}, r"pause\.placement.*a float, which cannot be called"),
+        ({"placement": "json:loads"}, r"expected a function of \(text, count, rate, rng\), got \(s, "),
         (
             {"placement": "bernoulli"},
             r"pause\.placement: expected pause\.window=trim with bernoulli: .*got pause\.placement=bern.*window=exact",
@@ -334,6 +335,7 @@ def test_the_policies_are_those_that_a_configuration_may_name() -> None:
         ("before_the_text", "expected gaps from 1 to 15, got some from 0 to 0"),
         ("too_few", "expected 2 gaps for an exact window, got 1"),
         ("fractions", "expected an array of integers with one axis, got float64"),
+        ("writes_to_the_text", r"expected a result, got ValueError: .*read-only \(.*test_pause\.py:\d+\)"),
     ],
 )
 def test_a_users_policy_that_is_wrong_is_named(policy: str, message: str) -> None:
@@ -345,7 +347,7 @@ def test_a_users_policy_that_is_wrong_is_named(policy: str, message: str) -> Non
 def test_a_users_policy_cannot_change_the_text() -> None:
     injector = make_injector(16, 0.1, "exact", f"{__name__}:writes_to_the_text")
     text = np.arange(15)
-    with pytest.raises(ValueError, match="read-only"):
+    with pytest.raises(ConfigError, match="read-only"):
         injector(text, 0)
     text[0] = 5  # the caller's own array stays writable
 
