@@ -86,7 +86,8 @@ class ByPattern:
     """Draw M places among those directly after, or before, the tokens whose text contains a match of a pattern.
 
     Every choice of M of them is equally likely. Where there are fewer, their runs are longer: evenly, and one longer at
-    a random subset. Without any, it is `uniform`. There is no place before the first token of a window.
+    a random subset. Without any, it is `uniform`. There is no place before the first token of a window. A pattern that
+    no token of the vocabulary matches is an error.
 
     Attributes:
         before: Whether pauses stand before the tokens.
@@ -105,6 +106,11 @@ class ByPattern:
         found = matches[np.minimum(window.text, matches.size - 1)]
         gaps = np.flatnonzero(found[1:] if self.before else found) + 1
         if not gaps.size:
+            if not matches.any():  # else every window would be `uniform`
+                raise ConfigError(
+                    f"pause.pattern: expected one that the text of a token matches, got {self.pattern!r}, which none "
+                    f"of {len(window.texts):,} tokens does; it is searched in single tokens, with their leading blank"
+                )
             return uniform(window.text, window.count, window.rate, rng)
         times, rest = divmod(window.count, gaps.size)
         return np.concatenate([np.repeat(gaps, times), rng.choice(gaps, rest, replace=False, shuffle=False)])

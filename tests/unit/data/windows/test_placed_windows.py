@@ -192,6 +192,13 @@ def test_weights_below_zero_name_corpus_and_sample(prefix: str, tokenizer: Token
         build(prefix, tokenizer, tmp_path, side="score")
 
 
+def test_a_pattern_that_no_token_matches_is_no_uniform_placement(prefix, tokenizer, tmp_path) -> None:
+    for placement in ("after", "before"):
+        train = build(prefix, tokenizer, tmp_path, placement=placement, pattern="Answer:").train
+        with pytest.raises(ConfigError, match=r"got 'Answer:', which none of \d+ tokens does; .*sample 0\)"):
+            train[0]
+
+
 @pytest.mark.parametrize("run", [1, 2])
 @pytest.mark.parametrize("placement", ["after", "before"])
 def test_pauses_by_pattern(prefix: str, tokenizer: Tokenizer, tmp_path: Path, placement: str, run: int) -> None:

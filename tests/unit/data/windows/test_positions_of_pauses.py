@@ -39,7 +39,7 @@ def by_definition(tokens: list[int], *, restarts: bool) -> list[int]:
     return found
 
 
-TEXTS = TokenTextTable(EOD + 1, lambda ids: "," if ids == [EOD - 2] else "a", [])
+TEXTS = TokenTextTable(EOD + 1, lambda ids: "".join("a,"[token == EOD - 2] for token in ids), [])
 
 
 @given(
