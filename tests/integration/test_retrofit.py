@@ -15,7 +15,7 @@ from pause_megatron.checkpoint import MergedReader
 from pause_megatron.checkpoint.format import ADAM_STATE
 from pause_megatron.checkpoint.layout import VOCABULARY
 from pause_megatron.checkpoint.store import open_newest
-from pause_megatron.config.load import load
+from pause_megatron.config.load import load, load_saved
 from pause_megatron.config.lora import LORA_A, LORA_B
 from pause_megatron.errors import CheckpointError, ConfigError
 from pause_megatron.hf.adapter import export_adapter, load_with_peft
@@ -96,7 +96,9 @@ def test_the_second_stage_trains_everything_from_there(bases, corpus, tmp_path):
     run_on_ranks(
         2, pretrain, corpus, first, 1, 2, [f"model.from={bases['untied']}", "train.only=pause_rows", *settings]
     )
-    run_on_ranks(2, pretrain, corpus, second, 2, 1, [f"model.from={first}", *settings])
+    looped = ["model.loops=2", "model.loop_layers=1..1"]  # plain weights retrofitted with a loop
+    run_on_ranks(2, pretrain, corpus, second, 2, 1, [f"model.from={first}", *settings, *looped])
+    assert load_saved(open_newest(second).folder / "config.yaml").model.depth == 3
     changed = changed_rows(Path(first), Path(second))
     assert len(changed) == len(MergedReader(open_newest(first).folder).manifest.parameters)
     losses = [json.loads((Path(run) / "metrics.jsonl").read_text().splitlines()[-1]) for run in (first, second)]

@@ -18,6 +18,9 @@ from pause_megatron.errors import CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)
 
+_RUNS = ("loops", "loop_layers")
+"""How often layers run, which a new run may change: a plain model becomes a looped one of the same weights."""
+
 
 def find_initial_weights(place: str, config: ResolvedConfig, tokenizer: Tokenizer, context: ParallelContext) -> Path:
     """Return the folder of the checkpoint that `model.from` names. Every rank calls this.
@@ -46,6 +49,11 @@ def find_initial_weights(place: str, config: ResolvedConfig, tokenizer: Tokenize
         source = load_saved(found.folder / "config.yaml")
         merged = ", its LoRA adapters merged" if lora_of(source) else ""
         log.info(f"initial weights from {found.folder}{merged}")
+        if source.model.order != config.model.order:
+            before, now = (
+                ", ".join(f"model.{key}={getattr(each.model, key)}" for key in _RUNS) for each in (source, config)
+            )
+            log.warning(f"{now}: the weights of model.from={place} were trained with {before}")
         ours, theirs = positions(config), positions(source)
         if ours > theirs:
             log.warning(
@@ -85,7 +93,7 @@ def _differences(folder: Path, config: ResolvedConfig, tokenizer: Tokenizer) -> 
     differences = [
         f"model.{key}: {getattr(before.model, key)} in the checkpoint, {getattr(config.model, key)} in this run"
         for key in SHAPE
-        if getattr(before.model, key) != getattr(config.model, key)
+        if key not in _RUNS and getattr(before.model, key) != getattr(config.model, key)
     ]
     if before.pause.embeddings != config.pause.embeddings:
         differences.append(
