@@ -31,12 +31,13 @@ log = logging.getLogger(__name__)
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 
+_LOOPS = ("model.loops", "model.loop_layers")
 # A key given by a later source discards the values of these keys in earlier sources.
 _REPLACES = {
     "train.steps": ("train.tokens", "finetune.epochs"),
     "train.tokens": ("train.steps", "finetune.epochs"),
     "finetune.epochs": ("train.steps", "train.tokens"),
-    "model.preset": tuple(f"model.{name}" for name in SHAPE if name not in ("loops", "loop_layers")),
+    "model.preset": tuple(f"model.{name}" for name in SHAPE if f"model.{name}" not in _LOOPS),
     "data.valid_prefix": ("data.split",),
     "model.from": ("model.preset", *(f"model.{name}" for name in SHAPE)),
 }
@@ -222,10 +223,17 @@ def _merge(layers: list[list[Entry]]) -> dict[str, Entry]:
         given = {entry.path: entry for entry in map(_typed, map(_whole, layer))}
         for path, entry in given.items():
             if entry.value is not None:
-                for replaced in _REPLACES.get(path, ()):
+                for replaced in _replaced(path, merged):
                     merged.pop(replaced, None)
         merged |= given
     return merged
+
+
+def _replaced(path: str, merged: Mapping[str, Entry]) -> list[str]:
+    """Return the keys of earlier sources that a key discards; a looped recipe loops the weights of model.from too."""
+    loops = merged.get("model.loops")
+    kept = () if loops is None or loops.value == 1 else _LOOPS
+    return [name for name in _REPLACES.get(path, ()) if name not in kept]
 
 
 def _whole(entry: Entry) -> Entry:

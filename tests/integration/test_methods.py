@@ -151,7 +151,8 @@ def test_the_pages_commands_train_export_and_generate(workplace):
     lines = [json.loads(line) for line in (workplace / "runs/tiny-cyb/metrics.jsonl").read_text().splitlines()]
     assert len(lines) == 20 and lines[-1]["loss"] < lines[0]["loss"]
     tuned = [json.loads(line) for line in (workplace / "runs/cyb-gsm8k/metrics.jsonl").read_text().splitlines()]
-    assert "from: runs/tiny-std" in (workplace / "runs/tiny-std-looped/config.yaml").read_text()
+    retrofitted = load_saved(workplace / "runs/tiny-std-looped/config.yaml").model
+    assert (retrofitted.from_, retrofitted.loops, retrofitted.loop_layers) == ("runs/tiny-std", 2, "1..2")
     dit = [json.loads(line) for line in (workplace / "runs/dit-gsm8k/metrics.jsonl").read_text().splitlines()]
     assert all(line["pause_fraction"] > 0 for line in dit)
     assert all(0 < line["objective/requested_steps"] < 2 for line in tuned)  # of runs after prompts and within answers

@@ -44,6 +44,15 @@ def test_sizes_come_from_the_checkpoint(run, place):
     assert model.from_ == str(run / place)
 
 
+def test_a_looped_recipe_loops_the_weights_of_another_model(run):
+    """Loops are no size: a recipe's stay, and those of a plain file give way to the checkpoint's, as its sizes do."""
+    model = load(recipe="tiny-looped", overrides=[f"model.from={run}"]).model
+    assert (model.loops, model.loop_layers, model.layers, model.hidden) == (2, "1..2", 3, 48)
+    plain = run.parent / "plain.yaml"
+    plain.write_text(dump(load(recipe="tiny-std")))
+    assert load(plain, overrides=[f"model.from={run}"]).model.depth == 6
+
+
 def test_nothing_else_comes_from_it(run):
     assert load(overrides=[f"model.from={run}"]).optim == load().optim
 
