@@ -78,6 +78,7 @@ MOVED = {
     "train.ownership": "train.guards.ownership",
     "train.same_run": "train.guards.same_run",
     "tasks.read": "tasks.examples",
+    "tasks.imports": "config.user_code",
     "tasks.declared": "tasks.yaml_task",
     "tasks.metrics": "tasks.metrics.registry",
     "tasks.choice_metrics": "tasks.metrics.choice",
