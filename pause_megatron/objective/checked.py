@@ -5,6 +5,7 @@ So is what it was given: terms with weights that it changed in place would not b
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -58,8 +59,8 @@ class Checked:
             return weight  # of a micro-batch without targets, which a reduction over rows may not expect
         with calling(f"objective.name={self._name}: weights"):
             found: Any = self._objective.weights(index, length, weight)
-        if not isinstance(found, Tensor) or found.shape != index.shape:
-            raise self._wrong("weights", f"a tensor of shape {tuple(index.shape)}", _described(found))
+        if not isinstance(found, Tensor) or found.shape != index.shape or found.is_complex():
+            raise self._wrong("weights", f"a real tensor of shape {tuple(index.shape)}", _described(found))
         wrong = ~((found >= 0) & found.isfinite())
         if wrong.any():
             row = int(wrong.nonzero()[0])
@@ -88,21 +89,32 @@ class Checked:
         if not isinstance(values, Tensor) or (chunk.hidden.requires_grad and not values.requires_grad):
             expected = "values that autograd derives from the chunk's logits or hidden states"
             raise self._wrong("terms", expected, f"{_described(values)} without a gradient")
-        if not isinstance(losses, Tensor) or losses.shape != (chunk.count,):
-            expected = f"token_losses of shape {(chunk.count,)}, one for each target (chunk.last)"
+        if not isinstance(losses, Tensor) or losses.shape != (chunk.count,) or not losses.is_floating_point():
+            expected = f"fp32 token_losses of shape {(chunk.count,)}, one for each target (chunk.last)"
             raise self._wrong("terms", expected, _described(losses))
-        for name, (of_rows, weights) in means.items():
-            if name not in self.names:
-                raise self._wrong("terms", f"means among names {self.names}", repr(name))
-            if of_rows.shape != weights.shape:
-                shapes = f"{tuple(of_rows.shape)} and {tuple(weights.shape)}"
-                raise self._wrong("terms", f"values and weights of one shape in means[{name!r}]", shapes)
+        self._check_means(means)
         # A sum in bf16, where an objective computes with hidden states only, would lose its digits.
         return terms._replace(values=values.float()) if values.element_size() < 4 else terms
+
+    def _check_means(self, means: Any) -> None:
+        if not isinstance(means, Mapping):
+            raise self._wrong("terms", "means by name", _described(means))
+        for name, pair in means.items():
+            if name not in self.names:
+                raise self._wrong("terms", f"means among names {self.names}", repr(name))
+            is_pair = isinstance(pair, (tuple, list)) and len(pair) == 2
+            if not is_pair or not all(isinstance(each, Tensor) for each in pair):
+                raise self._wrong("terms", f"values and weights, two tensors, in means[{name!r}]", _described(pair))
+            if pair[0].shape != pair[1].shape:
+                shapes = f"{tuple(pair[0].shape)} and {tuple(pair[1].shape)}"
+                raise self._wrong("terms", f"values and weights of one shape in means[{name!r}]", shapes)
 
     def _wrong(self, method: str, expected: str, got: str) -> ConfigError:
         return ConfigError(f"objective.name={self._name}: {method}: expected {expected}, got {got}")
 
 
 def _described(found: Any) -> str:
-    return f"a tensor of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"a {type(found).__name__}"
+    if not isinstance(found, Tensor):
+        return f"a {type(found).__name__}"
+    kind = "" if found.dtype == torch.float32 else f" and {str(found.dtype).removeprefix('torch.')}"
+    return f"a tensor of shape {tuple(found.shape)}{kind}"

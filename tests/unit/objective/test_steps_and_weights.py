@@ -164,17 +164,28 @@ WRONG = {
         "__init__": lambda self, section: setattr(self, "terms", lambda chunk, step: None)
     },
     "objective.name=my_own:Own: weights: expected a result, got KeyError: 5 (": {"weights": lambda self, *_: {}[5]},
-    "objective.name=my_own:Own: weights: expected a tensor of shape (4,), got a None": {
+    "objective.name=my_own:Own: weights: expected a real tensor of shape (4,), got a None": {
         "weights": lambda self, *_: None
     },
-    "weights: expected a tensor of shape (4,), got a tensor of shape (3,)": {"weights": lambda self, i, n, w: w[1:]},
+    "weights: expected a real tensor of shape (4,), got a tensor of shape (3,": {
+        "weights": lambda self, i, n, w: w[1:]
+    },
     "weights: expected finite numbers of 0 or more, got -1.0 for step 2 of a run of 3 rows": {
         "weights": lambda self, index, length, weight: weight * (1.0 - index)
     },
     "of 0 or more, got nan for step 0 of a run of 3 rows": {"weights": lambda self, i, n, w: w * math.nan},
     "terms: expected Terms(values, token_losses, means), got a tensor of shape (4,)": {"made": lambda self, c, x: x},
+    "real tensor of shape (4,), got a tensor of shape (4,) and complex64": {"weights": lambda self, i, n, w: w + 0j},
+    "(chunk.last), got a tensor of shape (2,) and int64": {"made": lambda self, c, x: Terms(x, c.last(x).long())},
+    "terms: expected means by name, got a list": {"made": lambda self, c, x: Terms(x, c.last(x), [("probability", x)])},
+    "two tensors, in means['probability'], got a tuple": {
+        "made": lambda self, c, x: Terms(x, c.last(x), {"probability": (x, 1.0)})
+    },
+    "two tensors, in means['probability'], got a tensor of shape (4,)": {
+        "made": lambda self, c, x: Terms(x, c.last(x), {"probability": x})
+    },
     "got a tensor of shape (4,) without a gradient": {"made": lambda self, c, x: Terms(x.detach(), c.last(x))},
-    "expected token_losses of shape (2,)": {"made": lambda self, c, x: Terms(x, x)},
+    "expected fp32 token_losses of shape (2,)": {"made": lambda self, c, x: Terms(x, x)},
     "(chunk.last), got a tensor of shape (1,)": {"made": lambda self, c, x: Terms(x, x.mean()[None])},
     "means among names ('probability',), got 'other'": {
         "made": lambda self, c, x: Terms(x, c.last(x), {"other": (x, x)})
