@@ -113,6 +113,7 @@ def _run(args: argparse.Namespace) -> int:
     directory = Path(args.output or f"runs/experiments/{grid.name}").resolve()
     if grid.declared and grid.data.prefix:
         _warn_of_undeclared(Path(grid.declared), graph)
+    _check_code(graph)
     if args.dry_run:
         baseline = f"pretrain-{grid.variants[grid.baseline].model}"
         print(describe(list(locate_cells(directory, graph).values()), baseline))
@@ -132,6 +133,17 @@ def _run(args: argparse.Namespace) -> int:
     if code == 0:
         log.info(f"next: pause-megatron experiment report {shlex.quote(str(directory))}")
     return code
+
+
+def _check_code(graph: CellGraph) -> None:
+    """Check that the user's own code of all cells can be used, before the first one starts."""
+    from pause_megatron.cli.support.user_code import check_words
+
+    for cell in graph.cells:
+        try:
+            check_words(cell.arguments)
+        except ConfigError as error:
+            raise ConfigError(f"cell {cell.name}: {error}") from None
 
 
 def _warn_of_undeclared(path: Path, graph: CellGraph) -> None:

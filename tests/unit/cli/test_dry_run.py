@@ -62,7 +62,7 @@ def test_code_of_the_user_is_resolved_as_at_the_start(capsys, tmp_path, monkeypa
     for words, message in (
         (["objective=json:Nope"], "objective.name: expected one of cross_entropy, anytime"),
         (["objective=json:Nope"], "json/__init__.py: expected 'Nope' in the module, got none"),
-        (["objective=json:loads"], "the section objective, in 'json:loads', got"),
+        (["objective=json:loads"], "objective.name=json:loads: expected a result, got TypeError"),
         (["pause.placement=no_such:f"], "pause.placement: expected one of uniform, isolated"),
         (["pause.placement=no_such:f"], "got 'no_such:f': expected the module no_such in this folder or on PYTHONPATH"),
         (["pause.placement=broken_of_mine:f"], "broken_of_mine.py:2: cannot be imported (ZeroDivisionError: division"),
@@ -73,17 +73,10 @@ def test_code_of_the_user_is_resolved_as_at_the_start(capsys, tmp_path, monkeypa
             assert message in capsys.readouterr().err, (start, words)
     assert main([*answers, "finetune.answer_placement=no_such:f"]) == 2
     assert "finetune.answer_placement: expected one of uniform" in capsys.readouterr().err
-    main(
-        [
-            *launch,
-            "pause.placement=no_such:f",
-            "--container",
-            "pyxis:image",
-            "--gpus-per-node",
-            "0",
-            "--tasks-per-node=1",
-        ]
-    )
+    grid = ["experiment", "run", "--recipe", "methods-tiny", "--dry-run"]
+    assert main([*grid, "models.CYB.set.objective.name=no_such:f"]) == 2
+    assert "cell pretrain-CYB: objective.name: expected one of cross_entropy" in capsys.readouterr().err
+    assert main([*launch, "pause.placement=no_such:f", "--container", "pyxis:image"]) == 0
     assert "outside the container: pause.placement: expected" in capsys.readouterr().err
 
 
