@@ -174,7 +174,12 @@ def attended_tokens(model: ResolvedModel, sequence_length: int) -> int:
         model: Resolved sizes.
         sequence_length: Tokens of a window.
     """
-    return sum(min(sequence_length, model.window_of(layer) or sequence_length) for layer in model.order)
+    window = min(sequence_length, model.sliding_window or sequence_length)
+    # Counted, not listed: a configuration may state any number of layers.
+    whole = model.sliding_from + (model.loops - 1) * len(
+        range(model.looped.start, min(model.sliding_from, model.looped.stop))
+    )
+    return whole * sequence_length + (model.depth - whole) * window
 
 
 HEAD_BYTES = {"cuda": 256 * 2**20, "cpu": 32 * 2**20}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import get_args
 
 import pytest
@@ -11,7 +12,7 @@ from pause_megatron.config.load import dump, load
 from pause_megatron.config.model_schema import Preset
 from pause_megatron.config.objective_rules import requests
 from pause_megatron.config.pauses import PauseCounts, pauses_per_window
-from pause_megatron.config.presets import PRESETS, flops_per_token, parameters
+from pause_megatron.config.presets import PRESETS, attended_tokens, flops_per_token, parameters
 from pause_megatron.errors import ConfigError
 
 
@@ -196,3 +197,14 @@ def test_flops_of_attention_are_those_of_its_heads_and_windows():
     attention = 12 * (16 * 128) * (20 * 512 + 8 * 100)
     layers = multiplied - 101 * 1024
     assert flops_per_token(looped, 100, 512) == 6 * (3 * layers + 101 * 1024) + 3 * attention
+
+
+def test_tokens_attended_to_are_counted_in_looped_and_sliding_layers():
+    model = load(recipe="tiny-std").model
+    for loops, range_of, window, first in product((1, 3), ("0..4", "1..3", "4"), (None, 3, 200), (0, 1, 2, 4)):
+        sizes = {"layers": 5, "loops": loops, "loop_layers": range_of, "sliding_window": window, "sliding_from": first}
+        each = model.model_copy(update=sizes)
+        listed = [min(64, each.window_of(layer) or 64) for layer in each.order]
+        assert attended_tokens(each, 64) == sum(listed), sizes
+    many = model.model_copy(update={"layers": 10**9, "loops": 2})  # no list of them
+    assert attended_tokens(many, 64) == 64 * 2 * 10**9
