@@ -68,10 +68,10 @@ def write_records(root: Path) -> Path:
     return root
 
 
-def cheap_cell(name: str, source: Cell | None = None) -> Cell:
+def cheap_cell(name: str, source: Cell | None = None, scores: Cell | None = None) -> Cell:
     """A cell whose verb answers at once. It leaves nothing behind, so its product must lie there: `give_product`."""
     arguments = ("--dry-run", "--recipe", "tiny-std", f"run.dir={OUTPUT}")
-    return Cell(name, "pretrain", arguments, {"name": name}, source)
+    return Cell(name, "pretrain", arguments, {"name": name}, source, scores)
 
 
 def place_cells(directory: Path, cells: Iterable[Cell]) -> dict[str, LocatedCell]:

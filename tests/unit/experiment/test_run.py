@@ -14,6 +14,7 @@ import pytest
 from support.small_grid import cheap_cell, give_product, place_cells
 
 from pause_megatron.cli import main
+from pause_megatron.experiment import slurm
 from pause_megatron.experiment.devices import gpus_of_slot, visible_gpus
 from pause_megatron.experiment.execute import Stop, alone_or_deepspeed, arguments_of, under_srun
 from pause_megatron.experiment.folder import LocatedCell, find_folder, state_of
@@ -29,11 +30,11 @@ def _info(caplog):
 
 
 def tree(directory: Path) -> dict[str, LocatedCell]:
-    """a <- b <- c, and d <- e. The verb of d writes no output, so d fails."""
+    """a <- b <- c, and e reads a and d, as its scores. The verb of d writes no output, so d fails."""
     a = cheap_cell("a")
     b = cheap_cell("b", a)
     d = cheap_cell("d")
-    placed = place_cells(directory, [a, b, cheap_cell("c", b), d, cheap_cell("e", d)])
+    placed = place_cells(directory, [a, b, cheap_cell("c", b), d, cheap_cell("e", a, d)])
     for entry in placed.values():
         if entry.cell.name != "d":
             give_product(entry)
@@ -143,12 +144,31 @@ def test_a_cell_is_found_by_its_content_under_any_name(tmp_path):
     assert find_folder(tmp_path / "cells", cheap_cell("b")).name.startswith("b-")
 
 
+def test_a_job_waits_for_both_cells_that_it_reads(tmp_path, monkeypatch):
+    submitted: list[list[str]] = []
+
+    def sbatch(command: list[str]) -> str:
+        submitted.append(command[1:-1])
+        return f"{40 + len(submitted)}\n"
+
+    for name, value in (("installed", lambda: True), ("queued_jobs", dict), ("output_of", sbatch)):
+        monkeypatch.setattr(slurm, name, value)
+    slurm.submit(tmp_path, tree(tmp_path), slurm.JobOptions())
+    dependencies = [[], ["--dependency=afterok:41"], ["--dependency=afterok:42"], [], ["--dependency=afterok:41:44"]]
+    assert submitted == [["--parsable", *each] for each in dependencies]
+
+
 def test_placeholders_become_folders_and_launchers_get_their_ranks(tmp_path):
     a = cheap_cell("a")
     placed = place_cells(tmp_path, [a, type(a)("b", "export-hf", ("{input}", "{output}"), {}, a)])
     b = placed[list(placed)[1]].folder
     expected = [str(tmp_path / "cells" / a.folder_name / "run"), str(b / "hf")]
     assert arguments_of(b, CellFile.read(b)) == expected
+    scored = type(a)("s", "score", (), {}, a)
+    both = type(a)("f", "finetune", ("model.from={input}", "task.scores={scores}"), {}, a, scored)
+    f = list(place_cells(tmp_path, [scored, both]).values())[1].folder
+    values = tmp_path / "cells" / scored.folder_name / "scores.safetensors"
+    assert arguments_of(f, CellFile.read(f)) == [f"model.from={expected[0]}", f"task.scores={values}"]
     assert alone_or_deepspeed(["m", "v"], 1) == [sys.executable, "-m", "m", "v"]
     command = alone_or_deepspeed(["m", "v"], 2)
     assert command[1:5] == ["-m", "deepspeed.launcher.runner", "--num_gpus", "2"] and command[-3:] == [
