@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from pause_megatron.config.model_schema import ResolvedModel
@@ -52,7 +51,10 @@ def spend(model: ResolvedModel, wanted: Extra, vocabulary: int) -> Spent:
         changed = model.model_copy(update={wanted.spend: size})
         return _cost(changed, wanted.prefix_tokens, vocabulary)
 
-    size = min(_candidates(model, wanted), key=lambda size: abs(cost(size) - with_pauses))
+    # The cost grows by the same amount with each step of a size.
+    step = _FFN_STEP if wanted.spend == "ffn" else 1
+    first = getattr(model, wanted.spend) + step
+    size = first + step * max(0, round((with_pauses - cost(first)) / (cost(first + step) - cost(first))))
     change = f"{wanted.spend} {getattr(model, wanted.spend)} -> {size}"
     if wanted.spend == "loops" and model.loop_layers is not None:
         change += f" of layers {model.loop_layers}"
@@ -62,15 +64,3 @@ def spend(model: ResolvedModel, wanted: Extra, vocabulary: int) -> Spent:
 
 def _cost(model: ResolvedModel, tokens: int, vocabulary: int) -> int:
     return flops_per_token(model, vocabulary, tokens) * tokens
-
-
-def _candidates(model: ResolvedModel, wanted: Extra) -> Iterable[int]:
-    """Return the sizes to choose from, each larger than the model's own."""
-    if wanted.spend == "loops":
-        more = -(-model.depth * (wanted.pauses // wanted.prefix_tokens + 2) // len(model.looped))
-        return range(model.loops + 1, model.loops + more + 1)
-    if wanted.spend == "layers":
-        return range(model.layers + 1, model.layers + 2 * model.layers * wanted.pauses // wanted.prefix_tokens + 3)
-    # Feed-forward layers are two thirds of a layer's parameters, or somewhat less.
-    widest = model.ffn * (2 + 4 * wanted.pauses // wanted.prefix_tokens)
-    return range(model.ffn + _FFN_STEP, widest + 2 * _FFN_STEP, _FFN_STEP)

@@ -138,7 +138,7 @@ class _Expansion:
             Cell(
                 f"score-{model}-{which.task}-{kind}",
                 "score",
-                # The file of an attempt that was killed just after it had written it is replaced.
+                # What an attempt with other options left is replaced, such as one on a GPU.
                 ("--model", INPUT, *options, "--output", OUTPUT, "--overwrite"),
                 {
                     "options": {name: value for name, value in deciding.items() if value is not None},

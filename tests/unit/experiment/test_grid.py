@@ -328,7 +328,7 @@ def test_every_way_to_spend_pauses_has_the_nearest_flops():
         return flops_per_token(changed, 32_001, tokens) * tokens
 
     for spend, step in (("layers", 1), ("ffn", 64), ("loops", 1)):
-        for pauses in (10, 50, 200):
+        for pauses in (10, 50, 200, 20_000):  # the last ones cost attention most of all
             size, longer, about = extra(model, spend, pauses, 32_001)
             wanted = cost(100 + pauses)
             gaps = [abs(cost(100, **{spend: near}) - wanted) for near in (size - step, size, size + step)]
