@@ -246,6 +246,18 @@ def test_pauses_within_answers_equal_those_of_the_generator(sentencepiece, batch
         assert row[: len(completion.ids)] == list(completion.ids)
 
 
+def test_a_sliding_window_needs_one_prompt_at_a_time(sentencepiece, batch):
+    model = llama(len(sentencepiece), seed=3, cls="Mistral", sliding_window=6)
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 2, "pauses": 2, "pause_every": 2}
+    ids = sentencepiece(PROMPTS[2], return_tensors="pt")["input_ids"]
+    output = model.generate(ids, custom_generate=pause_generate, **settings)
+    generator, decoding = PauseGenerator(model, sentencepiece), DecodingPauses(every=2)
+    [completion] = generator.generate(PROMPTS[2:], pauses=2, max_new_tokens=5, decoding=decoding).completions
+    assert output[0, ids.shape[1] :].tolist()[: len(completion.ids)] == list(completion.ids)
+    with pytest.raises(ValueError, match="one prompt at a time past the sliding window of 6, got 3"):
+        model.generate(**batch, custom_generate=pause_generate, **settings)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -228,6 +228,12 @@ def test_positions_and_fillers(sentencepiece, mode, positions, filler):
         ids, logits, _ = Reference(generator, prompt, count, MODES[mode], filler=filler).answer(6)
         assert list(completion.ids) == ids
         torch.testing.assert_close(completion.logits, torch.stack(logits), atol=2e-5, rtol=0)
+    texts, settings = [" of the Union"] * 4, {"decoding": MODES[mode], "prompting": Prompting(filler=filler)}
+    target = generator.encoder.encode_continuation(texts[0])
+    scores, _ = generator.score(PROMPTS, texts, pauses=COUNTS, **settings)
+    for prompt, count, score in zip(PROMPTS, COUNTS, scores, strict=True):
+        reference = Reference(generator, prompt, count, MODES[mode], filler=filler)
+        assert score.log_likelihood == pytest.approx(reference.answer(len(target), target=target)[2], abs=1e-4)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -251,6 +257,7 @@ def test_scores(asker, mode):
         _, _, expected = reference.answer(len(target), target=target)
         assert score.log_likelihood == pytest.approx(expected, abs=1e-4)
         assert dict(score.answer_pauses) == reference.where
+    assert not any(score.greedy for score in scores)
     if not MODES[mode].granted:
         assert cost.forward_passes == 2
     answer = asker.generate(PROMPTS[:1], pauses=3, max_new_tokens=6, decoding=MODES[mode]).completions[0]

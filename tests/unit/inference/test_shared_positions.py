@@ -93,6 +93,17 @@ def test_pauses_among_the_ids_of_a_prompt_have_none_either(sentencepiece):
     check(generator, generation, [[*ids, 600, 600]], [[False, True, True, False, False, True, True]])
 
 
+def test_a_filler_in_place_of_a_pause_is_not_the_same_token_of_a_prompt(sentencepiece):
+    """Rows of the same ids, of which one has a position more, are two rows."""
+    generator = sharing(sentencepiece)
+    prompts, filler = [[9, 17, generator.encoder.filler_id(".")], [9, 17]], Prompting(filler=".")
+    together, _ = generator.score(prompts, [" the"] * 2, pauses=[0, 1], prompting=filler)
+    for score, prompt, count in zip(together, prompts, (0, 1), strict=True):
+        ((alone,), _) = generator.score([prompt], [" the"], pauses=count, prompting=filler)
+        assert score.log_likelihood == pytest.approx(alone.log_likelihood, abs=1e-5)
+    assert abs(together[0].log_likelihood - together[1].log_likelihood) > 1e-3
+
+
 def test_scores_and_adaptive_pauses_equal_full_passes(sentencepiece):
     generator = sharing(sentencepiece, seed=1, initializer_range=0.08)
     texts = [generator.encoder.encode(prompt) for prompt in PROMPTS]
