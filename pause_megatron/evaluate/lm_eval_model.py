@@ -66,7 +66,7 @@ class PauseLM(HFLM):
         if settings.decoding:
             raise ConfigError(
                 f"lm-eval: expected no pauses within answers (decoding), got {settings.decoding}; evaluate them on the "
-                "tasks of this project, or switch them off (--pause-every 0, --no-pause-requests, ...)"
+                "tasks of this project, or switch them off (--pause-every 0, --pause-after '', --no-pause-requests)"
             )
         filler = settings.filler
         self._generator = generator
