@@ -168,8 +168,9 @@ def test_a_finetuning_places_pauses_before_the_answers_least_expected_tokens(fil
     other = [*resumed, f"task.scores={files}/entropy.safetensors"]
     changed = open_task(load(overrides=other))
     assert changed.fingerprint != data.fingerprint
-    with pytest.raises(RankError, match=r"(?s)another configuration.*corpus: xxh3_128:"):
-        run_on_ranks(1, tune, other)
+    with pytest.raises(RankError, match=r"(?s)another configuration.*corpus: xxh3_128:") as refused:
+        run_on_ranks(1, tune, [*other, "train.steps=5"])
+    assert "train.steps: 3 in the checkpoint" in str(refused.value) and "To extend" not in str(refused.value)
     records = [task_record(each, training_data(each)) for each in (data, changed)]
     assert {name for name in records[0] if records[0][name] != records[1][name]} == {
         *("content of task.path", "content of task.path for validation", "content of task.scores")

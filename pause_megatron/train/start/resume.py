@@ -54,13 +54,15 @@ def find_checkpoint(
     folder, manifest, notes = found
     saved = scheduled(load_saved(folder / "config.yaml"))
     differences = config_differences(saved, config, manifest.step)
+    extending = how_to_extend(saved, config, manifest.step)
     if manifest.corpus != corpus:
         differences.append(f"corpus: {manifest.corpus} in the checkpoint, {corpus} in this run")
+        extending = ""  # which would be refused for the corpus
     if differences:
         raise CheckpointError(
             f"{folder}: the checkpoint has another configuration. Restore these values, or choose another run.dir:\n  "
             + "\n  ".join(differences)
-            + how_to_extend(saved, config, manifest.step)
+            + extending
         )
     if context.rank == 0:
         for line in notes:
