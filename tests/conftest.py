@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -16,6 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from support.hidden_gpu import asks_for_gpu
 from support.records import FOLDERS, MADE
+
+with contextlib.suppress(ImportError):  # not installed where the GPU is checked
+    from hypothesis import HealthCheck, settings
+
+    # A machine with other work is no fault of an example's.
+    settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("suite")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

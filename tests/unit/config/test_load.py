@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -58,7 +58,7 @@ VALUES = {
 }
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.fixed_dictionaries({}, optional=VALUES))
 def test_load_of_dump_is_the_identity(tmp_path_factory, values):
     nested: dict = {}
@@ -77,7 +77,7 @@ def test_load_of_dump_is_the_identity(tmp_path_factory, values):
             assert getattr(getattr(config, section), name) == expected
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=200)
 @given(st.text())
 def test_any_text_is_a_configuration_or_a_config_error(tmp_path_factory, text):
     path = tmp_path_factory.getbasetemp() / "any.yaml"
@@ -86,7 +86,7 @@ def test_any_text_is_a_configuration_or_a_config_error(tmp_path_factory, text):
         load(path)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.sampled_from(sorted(keys())), st.text(st.characters(exclude_categories=["Cs"])))
 def test_any_override_is_a_configuration_or_a_config_error(path, text):
     try:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
@@ -55,7 +55,7 @@ def test_a_file_that_is_not_what_was_announced_is_a_bug(tmp_path):
         writer.write(torch.ones(3))
 
 
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=50)
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=30), st.integers(4, 300))
 def test_files_are_as_full_as_they_may_be(sizes, largest):
     entries = [TensorEntry(str(number), (size,), torch.float32) for number, size in enumerate(sizes)]

@@ -64,7 +64,7 @@ def test_an_answer_keeps_the_space_of_its_first_piece(sentencepiece):
 
 
 @given(ids=st.lists(st.integers(3, 599), max_size=40), limit=st.integers(1, 40))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_pieces_of_any_tokens_join_to_the_text(encoder, ids, limit):
     answer, _ = pieces(encoder, ids, limit=limit)
     assert answer.ids == ids[:limit]
@@ -72,7 +72,7 @@ def test_pieces_of_any_tokens_join_to_the_text(encoder, ids, limit):
 
 
 @given(ids=st.lists(st.integers(259, 599), min_size=1, max_size=40))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_tokens_that_are_whole_characters_stream_as_they_decode(sentencepiece, ids):
     encoder = PromptEncoder(sentencepiece, PauseInfo(range(600, 601)))
     answer, given_out = pieces(encoder, ids, limit=len(ids))
@@ -87,7 +87,7 @@ def test_special_tokens_are_not_shown(encoder):
 
 
 @given(data=st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_a_stop_text_is_never_shown(encoder, data):
     document = documents(10)[data.draw(st.integers(0, 9))][:200]
     start = data.draw(st.integers(1, 190))

@@ -71,7 +71,7 @@ def directives(script: str) -> list[list[str]]:
 
 
 @given(text=EVIL)
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 def test_a_directive_comes_back_as_it_was_or_is_refused(text):
     for name, made in (("x", directive), ("job-name", lambda name, value: directive(name, job_name(value)))):
         try:
@@ -94,7 +94,7 @@ def test_a_name_that_is_too_long_for_a_file_is_refused():
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 @given(name=EVIL, partition=EVIL, image=EVIL, argument=EVIL, line=EVIL)
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_script_gives_its_programs_what_the_user_wrote(launcher, site, name, partition, image, argument, line):
     """Each option alone may be refused; what is not is in one script together."""
     offered = {"name": name, "partition": partition, "arguments": (argument,), "lines": (f"--comment={line}",)}
@@ -155,7 +155,7 @@ def test_what_cannot_be_written_is_refused_by_its_option(options, message, capsy
 
 
 @given(folder=EVIL.filter(lambda text: "\0" not in text and text not in ("", ".", "..") and "/" not in text), time=EVIL)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_a_cell_s_script_too(folder, time):
     try:
         script = render(Path("/tmp") / folder / "cell", "pretrain", 2, JobOptions(time=time))

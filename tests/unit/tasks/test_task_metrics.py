@@ -14,7 +14,7 @@ WORDS = st.lists(st.sampled_from(["a", "The", "cat", "Cat!", "sat", "mat.", "on"
 TEXT_METRICS = [name for name, metric in METRICS.items() if metric.reads == "text"]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(WORDS, st.lists(WORDS, min_size=1, max_size=4), st.randoms(use_true_random=False))
 def test_scores_lie_in_the_unit_interval_and_ignore_the_order_of_references(prediction, references, rng):
     shuffled = rng.sample(references, len(references))
@@ -24,7 +24,7 @@ def test_scores_lie_in_the_unit_interval_and_ignore_the_order_of_references(pred
         assert METRICS[name].per_record(prediction, shuffled) == pytest.approx(score, abs=1e-12)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(WORDS, st.lists(WORDS, min_size=1, max_size=4))
 def test_another_reference_never_hurts_a_best_of(prediction, references):
     for name in ("exact_match", "f1", "last_word"):
@@ -33,7 +33,7 @@ def test_another_reference_never_hurts_a_best_of(prediction, references):
         assert more == max(METRICS[name].per_record(prediction, [reference]) for reference in references)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text("aQ: \n#", max_size=30), st.lists(st.sampled_from(["\n", "Q:", "##", "a"]), max_size=3))
 def test_it_does_not_matter_where_generation_stopped(text, stop):
     """Whether it ended with the first stop text, before it, or went on."""

@@ -263,7 +263,7 @@ def test_ids_out_of_range(folder: Path, tokenizer: Tokenizer, tmp_path: Path) ->
             )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     ids=st.lists(st.lists(st.sampled_from([1, 2, 5, 6, 599, 600, 650]), max_size=7), min_size=1, max_size=12),
     piece=st.integers(1, 9),

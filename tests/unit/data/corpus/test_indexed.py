@@ -25,7 +25,7 @@ def _write(path: Path, dtype: str, lengths: list[int], cuts: list[int]) -> None:
     assert file.bytes == path.stat().st_size
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     dtype=st.sampled_from(["uint16", "int32"]),
     lengths=st.lists(st.integers(1, 50), max_size=40),

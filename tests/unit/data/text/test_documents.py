@@ -22,14 +22,14 @@ def test_kinds(line: bytes | None, kind: str) -> None:
     malformed.detail.encode()  # can be printed
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=st.text(st.characters(exclude_categories=("Cs",)), min_size=1).filter(lambda text: not text.isspace()))
 def test_good_text_comes_back(text: str) -> None:
     for ascii_only in (True, False):
         assert parse_line(json.dumps({"text": text}, ensure_ascii=ascii_only).encode(), 1, "text") == text
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(line=st.binary(max_size=40))
 def test_no_line_raises(line: bytes) -> None:
     assert isinstance(parse_line(line, 1, "text"), str | Malformed)

@@ -18,7 +18,7 @@ SUFFIXES = [".jsonl", ".json.gz", ".jsonl.zst"]
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(content=st.binary(max_size=300).map(lambda data: data.replace(b"a", b"\n")))
 def test_lines_are_those_of_the_content(tmp_path_factory, suffix: str, content: bytes) -> None:
     path = tmp_path_factory.mktemp("lines") / f"x{suffix}"

@@ -92,7 +92,7 @@ _characters = st.one_of(st.sampled_from(" \n▁abeth<>."), st.characters(exclude
 _text = st.lists(st.one_of(st.sampled_from(ATOMS), st.text(_characters, max_size=5)), max_size=12).map("".join)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(texts=st.lists(_text, min_size=1, max_size=4))
 def test_any_text(models, texts: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:

@@ -32,13 +32,13 @@ def tokenizer(folder: Path, request: pytest.FixtureRequest) -> Tokenizer:
 TEXT = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\u2581"), max_size=60)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(text=TEXT)
 def test_decoding_inverts_encoding(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     around=st.lists(TEXT, min_size=2, max_size=4), token=st.sampled_from(["<pause>", "</s>", "<s>", "<unk>", "<pad>"])
 )
@@ -60,7 +60,7 @@ def test_documents_are_not_truncated(tokenizer: Tokenizer) -> None:
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(places=st.lists(st.integers(1, 40), max_size=12))
 def test_pauses_are_shown_where_they_stand(tokenizer: Tokenizer, places: list[int]) -> None:
     text = documents(3)[2]

@@ -152,7 +152,7 @@ def packed(lengths: list[int], window: Window) -> list[int]:
     padding=st.integers(0, 5),
     data=st.data(),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_packed_documents(lengths: list[int], padding: int, data: st.DataObject) -> None:
     """Pauses count to the document of the token before them; cut windows, documents without a token, padding."""
     text = np.arange(sum(lengths) + padding)
@@ -228,7 +228,7 @@ def settings_of_a_dataset(draw: st.DrawFn) -> dict[str, object]:
 
 
 @given(chosen=settings_of_a_dataset())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_samples_follow_the_definition(short_documents: str, chosen: dict[str, object]) -> None:
     """All policies x windows x rates x K x end-of-document options, with a padded last sequence where there is one."""
     dataset = make_dataset(short_documents, make_config(short_documents, **chosen), split=Split.valid)
@@ -237,7 +237,7 @@ def test_samples_follow_the_definition(short_documents: str, chosen: dict[str, o
 
 
 @given(chosen=settings_of_a_dataset())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_invariants(corpus: str, chosen: dict[str, object]) -> None:
     chosen["create_attention_mask"] = False
     dataset = make_dataset(corpus, make_config(corpus, **{**chosen, "eod_mask_loss": False}))

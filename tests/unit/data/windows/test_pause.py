@@ -77,7 +77,7 @@ def injectors(draw: st.DrawFn) -> PauseInjector:
 
 
 @given(injectors(), st.integers(0, 2**40), st.integers(0, 2**32 - 1))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_invariants(injector: PauseInjector, sample: int, text_seed: int) -> None:
     """Removing the pauses gives the text; every text token but the first has something before it; M; runs; K."""
     plan = injector.plan
@@ -123,7 +123,6 @@ def _runs(tokens: np.ndarray) -> Iterator[tuple[int, list[int]]]:
     st.integers(1, 3),
     st.integers(0, 20),
 )
-@settings(deadline=None)
 def test_inject_is_what_a_loop_does(gaps: list[int], embeddings: int, cut: int) -> None:
     text = list(range(12))
     expected = []

@@ -50,7 +50,7 @@ TEXTS = TokenTextTable(EOD + 1, lambda ids: "".join("a,"[token == EOD - 2] for t
     embeddings=st.integers(1, 3),
     sample=st.integers(0, 1000),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_invariants_of_a_window(policy: str, window: str, rate: float, run: int, embeddings: int, sample: int) -> None:
     try:
         plan = PausePlan(33, rate, window, policy, run=run)
