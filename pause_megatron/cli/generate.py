@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(_document(args, prompts, batches), ensure_ascii=False, indent=2))
     else:
-        print(_summary(batches), file=sys.stderr)
+        print(_summary(batches, within=decoding.active), file=sys.stderr)
     return 0
 
 
@@ -184,11 +184,11 @@ def _document(args: argparse.Namespace, prompts: list[str], batches: list[Genera
     }
 
 
-def _summary(batches: list[Generation]) -> str:
+def _summary(batches: list[Generation], *, within: bool) -> str:
     completions = [completion for batch in batches for completion in batch.completions]
     costs = [batch.cost for batch in batches]
-    within = sum(c.prompt_pauses + c.pauses_in_answer for c in completions)
-    inside = f" and {within:,} within prompts and answers" if within else ""
+    count = sum(c.prompt_pauses + c.pauses_in_answer for c in completions)
+    inside = f" and {count:,} within prompts and answers" if within else ""
     return (
         f"{sum(c.prompt_tokens for c in completions):,} prompt tokens, "
         f"{sum(c.pauses for c in completions):,} pauses{inside}, "

@@ -68,14 +68,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 model = AutoModelForCausalLM.from_pretrained("FOLDER")
-inputs = tokenizer(prompt + "{token}" * {count}, return_tensors="pt")
+inputs = tokenizer(prompt{appended}, return_tensors="pt")
 output = model.generate(**inputs, max_new_tokens=64)
 print(tokenizer.decode(output[0], skip_special_tokens=True))
 ```
+{how}
+The model must not emit pauses: `generation_config.json` suppresses the ids {ids} in transformers. vLLM and others do
+not read that: pass `bad_words` or a `logit_bias` there.
+"""
 
+_APPEND = """
 Append the pauses to the prompt, directly and without a space; they are read in one forward pass. What the model
-predicts before the last pause is ignored. The model must not emit pauses: `generation_config.json` suppresses the ids
-{ids} in transformers. vLLM and others do not read that: pass `bad_words` or a `logit_bias` there.
+predicts before the last pause is ignored.
 """
 
 
@@ -122,14 +126,22 @@ logits = model(**inputs, position_ids=(is_text.cumsum(1) - 1).clamp(min=0)).logi
 def _usage(pause: Mapping[str, Any]) -> str:
     """How to generate: with transformers alone where that is what training had, otherwise with `pause_generate`."""
     within, shared = _within(pause), pause.get("positions") == "shared"
-    count = pause["m_ft"] or (0 if within else DEFAULT_PAUSES)
+    count = _appended(pause)
     values = {"token": pause["token"], "ids": pause["ids"], "where": within, "count": count}
+    values["appended"], values["how"] = (f' + "{pause["token"]}" * {count}', _APPEND) if count else ("", "")
     values["tokenizer"] = "pause_tokenizer=tokenizer, " if "after" in pause.get("decoding", {}) else ""
     if not within and not shared:
         return _USAGE.format(**values)
     values["code"] = _POSITIONS.format(**values) if count else "."
     parts = [_OWN_GENERATE, *([_WITHIN_ANSWERS] if within else []), *([_SHARED_POSITIONS] if shared else [])]
     return "".join(parts).format(**values)
+
+
+def _appended(pause: Mapping[str, Any]) -> int:
+    """Pauses after the prompt of the example: as many as in the finetuning, or some if the pretraining had any."""
+    if pause["m_ft"] is not None:
+        return int(pause["m_ft"])
+    return 0 if _within(pause) or not pause["rate"] else DEFAULT_PAUSES
 
 
 def _within(pause: Mapping[str, Any]) -> str:
@@ -266,7 +278,7 @@ def _table(rows: list[tuple[str, str]]) -> str:
 
 def _notes(config: ResolvedConfig, pause: Mapping[str, Any]) -> str:
     notes = []
-    if pause["m_ft"] is None and not _within(pause):
+    if pause["m_ft"] is None and _appended(pause):
         notes.append(
             f"The example appends {DEFAULT_PAUSES} pauses. A model that was not finetuned with pauses need not gain "
             "from them: compare with none."

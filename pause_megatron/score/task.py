@@ -196,7 +196,8 @@ def _rows(encoded: Sequence[EncodedExample], context: int, facts: ModelFacts, to
         if room < max(kept, 1):
             raise DataError(
                 f"example {example.id}: expected at most {context + 1 - max(kept, 1):,} target tokens for --context "
-                f"{context:,}, got {example.target.size:,}"
+                f"{context:,}, got {example.target.size:,}; a model that was trained with longer windows "
+                "(data.sequence_length) may read more"
             )
         prompt = example.prompt if example.prompt.size else np.array([tokenizer.eod])
         cut = max(prompt.size - room, 0)

@@ -122,7 +122,7 @@ def workplace(corpus, task_records, tmp_path_factory) -> Path:
 
 
 def test_the_pages_commands_train_export_and_generate(workplace):
-    [(answers, cells)] = run_on_ranks(1, run_page, str(workplace), timeout=280)
+    [(answers, cells)] = run_on_ranks(1, run_page, str(workplace), timeout=500)
     entries = {
         path.parent.name: json.loads(path.read_text())["pause"] for path in sorted(workplace.glob("out-*/config.json"))
     }

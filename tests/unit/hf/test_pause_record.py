@@ -17,7 +17,10 @@ AFTER = "task.name=gsm8k finetune.answer_placement=after"
 CASES = [
     # overrides, "decoding", another entry, placement that decoding lacks, words of the card
     ("pause.placement=after", {"after": "[.,:;!?]", "count": 1, "in_prompt": True}, {}, "", "'[.,:;!?]'. The call"),
-    ("pause.placement=after pause.rate=0", {}, {}, "", '"<pause>" * 10'),
+    ("pause.placement=after pause.rate=0", {}, {}, "", "inputs = tokenizer(prompt, return_tensors"),
+    ("task.name=gsm8k finetune.pauses=0", {}, {}, "", "inputs = tokenizer(prompt, return_tensors"),
+    ("task.name=gsm8k finetune.pauses=3", {}, {}, "", 'inputs = tokenizer(prompt + "<pause>" * 3, return_tensors'),
+    ("pause.placement=isolated", {}, {}, "", 'inputs = tokenizer(prompt + "<pause>" * 10, return_tensors'),
     ("pause.placement=every pause.run=2", {"every": 1, "count": 2, "in_prompt": True}, {}, "", "2 after each token of"),
     ("pause.placement=before", {}, {"placement": "before"}, "before", "placed pauses by `before`, which no decoding"),
     ("pause.placement=before pause.pattern=a", {}, {}, "before", "| placement | `before` 'a' |"),
