@@ -48,6 +48,7 @@ def load_grid(path: str | Path | None = None, *, recipe: str | None = None, over
     tree, locations = read_tree(text, str(file))
     if not isinstance(tree, dict):
         raise ConfigError(f"{file}:1: expected groups of keys ('models:', 'variants:'), got {tree!r}")
+    locations[()] = str(file)
     _spell_out_tasks(tree, locations, file)
     for override in overrides:
         _put(tree, locations, override)
@@ -188,10 +189,10 @@ def _message(problem: ErrorDetails, locations: Locations) -> str:
 
 
 def _at(locations: Locations, *path: str) -> str:
-    """Return FILE:LINE of a key, or of the nearest group around it; else the command line."""
-    while path and path not in locations:
+    """Return FILE:LINE of a key, or of the nearest group around it; else the file."""
+    while path not in locations:
         path = path[:-1]
-    return locations[path] if path else _COMMAND_LINE
+    return locations[path]
 
 
 def _plain(text: str) -> str:
@@ -249,7 +250,8 @@ def _check_names(grid: Grid, locations: Locations) -> None:
         used += [(("curves", str(index), "tasks"), task, grid.tasks) for task in curve.tasks or ()]
     for path, name, known in used:
         if name not in known:
+            default = "" if path in locations else ", the default"
             raise ConfigError(
-                f"{_at(locations, *path)}: {'.'.join(path)}: expected one of {', '.join(known)}, got {name!r}"
+                f"{_at(locations, *path)}: {'.'.join(path)}: expected one of {', '.join(known)}, got {name!r}{default}"
                 f"{nearest(name, known)}"
             )

@@ -78,6 +78,8 @@ def test_null_leaves_a_row_out():
     )
     with pytest.raises(ConfigError, match=r"variants.DIT_PT.model: expected .*, got 'DIT'"):
         load_grid(recipe="methods-tiny", overrides=["models.DIT=null"])
+    with pytest.raises(ConfigError, match=r"methods-tiny.yaml: baseline: .*, got 'StdPT_StdFT', the default"):
+        load_grid(recipe="methods-tiny", overrides=["variants.StdPT_StdFT=null"])
 
 
 @pytest.fixture(scope="module")
