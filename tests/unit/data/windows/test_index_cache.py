@@ -9,7 +9,8 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -392,18 +393,23 @@ def test_choose_folder(tmp_path: Path) -> None:
         choose_folder(None, beside, spare)
 
 
-def test_a_read_only_folder_with_caches_is_used(tmp_path: Path) -> None:
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that other users may read; those of tmp_path are this user's."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def test_a_read_only_folder_with_caches_is_used(open_folder: Path) -> None:
     """A shared corpus: a user without write access reads the index in data.cache, and writes others into the run."""
-    prefix, cache = write_corpus(tmp_path / "data" / "corpus", paragraphs(50)), tmp_path / "data" / "cache"
+    prefix, cache = write_corpus(open_folder / "data" / "corpus", paragraphs(50)), open_folder / "data" / "cache"
     right = _windows(_build([prefix], cache))
-    for path in (tmp_path, tmp_path / "data", cache):
+    for path in (open_folder / "data", cache):
         path.chmod(0o755)
-    run = tmp_path / "run"
+    run = open_folder / "run"
     run.mkdir()
     run.chmod(0o777)
-    top = tmp_path.parent.parent.stat().st_mode, tmp_path.parent.stat().st_mode
-    for path in (tmp_path.parent.parent, tmp_path.parent):
-        path.chmod(0o755)
 
     def as_another_user() -> None:
         os.setuid(65534)
@@ -417,9 +423,5 @@ def test_a_read_only_folder_with_caches_is_used(tmp_path: Path) -> None:
         assert _windows(_build([prefix], folder)) == right
         os._exit(7)
 
-    try:
-        assert _in_a_child(as_another_user) == 7
-    finally:
-        for path, mode in zip((tmp_path.parent.parent, tmp_path.parent), top, strict=True):
-            path.chmod(mode)
+    assert _in_a_child(as_another_user) == 7
     assert isinstance(_build([prefix], cache).train, PauseGPTDataset)
