@@ -11,14 +11,13 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from support.processes import children, has_ended
+from support.processes import children, has_ended, wait_until
 from support.prose import documents, small_tokenizer, write_shards
 from support.tiny_llama import llama, sentencepiece_tokenizer, write_folder
 
@@ -282,10 +281,3 @@ def test_a_model_that_gives_no_number(folder: Path, corpus: Path, tmp_path: Path
     assert main(arguments(corpus, tmp_path / "model", "--processes", "1")) == 2
     message = capsys.readouterr().err
     assert "unit 0 (tokens 0 to " in message and "token 0: expected a finite loss in float32, got nan" in message
-
-
-def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
-    begun = time.monotonic()
-    while not condition():
-        assert time.monotonic() - begun < seconds, "it took too long"
-        time.sleep(0.01)

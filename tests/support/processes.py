@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from pause_megatron.host.processes import parent, stat, words
@@ -18,3 +20,15 @@ def children(pid: int, word: str = "") -> list[int]:
 def has_ended(pid: int) -> bool:
     """Return whether a process is gone, or is when its parent looks for it."""
     return (stat(pid) or ["X"])[0] in "ZX"
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 240.0) -> None:
+    """Wait for a condition.
+
+    Raises:
+        AssertionError: It does not hold in time.
+    """
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"nothing in {seconds:g} s"
+        time.sleep(0.01)
